@@ -1,0 +1,53 @@
+"""Bias correction: move the mean error of a quantized weight into the layer's bias.
+
+A layer y = W x + b whose weight becomes W + dW errs by dW x, whose mean is dW E[x]. Taking it off the bias,
+
+    b' = b - dW E[x],
+
+costs no bytes where there is a bias (Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias
+Correction", section 4.2, with E[x] measured instead of derived). For a convolution E[x] is the mean *patch*: the mean
+input of each kernel tap over samples and output positions, zero padding included.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from bitpolicy.kernels.layers import Quantizable
+
+
+def mean_patch(layer: Quantizable, x: torch.Tensor) -> torch.Tensor:
+    """E[x] of one call.
+
+    Args:
+        layer: a linear or a convolution.
+        x: its input; (..., in) for a linear, (B, in, *spatial) or (in, *spatial) for a convolution.
+
+    Returns:
+        float32, shape (in) for a linear and (in, *kernel) for a convolution.
+    """
+    x = x.detach().float()
+    if isinstance(layer, nn.Linear):
+        return x.flatten(0, -2).mean(0)
+    dims = len(layer.kernel_size)
+    mean = x.mean(0) if x.ndim == dims + 2 else x
+    padding = layer._reversed_padding_repeated_twice
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    mean = nn.functional.pad(mean[None], padding, mode=mode)[0]
+    for dim, (kernel, stride, dilation) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
+        mean = mean.unfold(1 + dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+    return mean.mean(tuple(range(1, 1 + dims)))
+
+
+def bias_shift(layer: Quantizable, delta: torch.Tensor, patch: torch.Tensor) -> torch.Tensor:
+    """-dW E[x], float32, shape (out): what to add to the bias.
+
+    Args:
+        delta: dW = Q(W) - W, in the weight's shape (out, in/groups, *kernel).
+        patch: E[x] from `mean_patch`.
+    """
+    groups = 1 if isinstance(layer, nn.Linear) else layer.groups
+    per_group = delta.double().flatten(1).unflatten(0, (groups, -1))  # float64: the same bits on every device
+    shift = torch.einsum("gok,gk->go", per_group, patch.to(delta.device).double().reshape(groups, -1))
+    return -shift.flatten().float()

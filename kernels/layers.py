@@ -1,0 +1,181 @@
+"""Packed layers: `nn.Linear` and `nn.Conv1d/2d/3d` whose weight stays quantized in memory.
+
+A packed layer holds the tensors of its format as buffers (`weight_packed`, `weight_scale`, ...) and multiplies with the
+weight dequantized to the dtype of its input. That is the reference every faster kernel has to equal: an ordinary layer
+whose weight was replaced by the dequantized one gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitpolicy.kernels.errors import FormatError
+from bitpolicy.kernels.format import Format
+
+Quantizable = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+class _Dequantized(torch.Tensor):
+    """A dequantized weight that knows its layer, so that an edit through `.data` (LoRA fusing) is quantized back."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    owner: PackedLayer
+
+    @property
+    def data(self) -> torch.Tensor:
+        return self.detach().as_subclass(torch.Tensor)
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        self.owner.set_weight(value)
+
+
+class PackedLayer(nn.Module):
+    """What all packed layers share.
+
+    Attributes:
+        format: the storage format of the weight.
+        weight_shape: (out, in/groups, *kernel).
+        compute_dtype: dtype of `weight`; follows `.to(dtype)`. The packed tensors never change dtype.
+    """
+
+    format: Format
+    weight_shape: tuple[int, ...]
+    compute_dtype: torch.dtype
+    bias: nn.Parameter | None
+
+    def _hold(self, format: Format, shape: tuple[int, ...], dtype: torch.dtype, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.format, self.weight_shape, self.compute_dtype = format, shape, dtype
+        for suffix, tensor in tensors.items():
+            self.register_buffer(suffix, tensor)
+
+    def packed_tensors(self) -> dict[str, torch.Tensor]:
+        """The stored tensors by suffix."""
+        return {suffix: self._buffers[suffix] for suffix in self.format.tensors(self.weight_shape, torch.float16)}  # type: ignore[misc]
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight, shape `weight_shape`, contiguous."""
+        return self.format.dequantize(self.packed_tensors(), self.weight_shape, dtype)
+
+    def set_weight(self, weight: torch.Tensor) -> None:
+        """Quantize `weight`, shape `weight_shape`, and hold it instead."""
+        for suffix, tensor in self.format.quantize(weight).items():
+            self._buffers[suffix] = tensor.to(self._buffers[suffix].device)  # type: ignore[union-attr]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        view = self.dequantize(self.compute_dtype).as_subclass(_Dequantized)
+        view.owner = self
+        return view
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLayer:
+        """`.to()`, `.half()` and the like: devices move, packed tensors keep their dtype."""
+        before = self.packed_tensors()
+        super()._apply(fn, recurse)
+        for suffix, tensor in before.items():
+            after = self._buffers[suffix]
+            if after is not None and after.dtype != tensor.dtype:
+                self._buffers[suffix] = tensor.to(after.device)
+        probe = fn(torch.empty(0, dtype=self.compute_dtype))
+        if probe.dtype.is_floating_point and probe.dtype.itemsize >= 2:
+            self.compute_dtype = probe.dtype
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, format={self.format.name}"
+
+
+def _plain_when_called(plain: type[nn.Module]) -> Callable[..., Any]:
+    """`type(packed)(in, out, ...)` gives an ordinary layer: peft builds its LoRA layers that way."""
+
+    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return plain(*args, **kwargs) if args or kwargs else object.__new__(cls)
+
+    return new
+
+
+class PackedLinear(PackedLayer, nn.Linear):
+    __new__ = _plain_when_called(nn.Linear)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(input, self.dequantize(input.dtype), self.bias)
+
+
+class _PackedConv(PackedLayer):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(input, self.dequantize(input.dtype), self.bias)  # type: ignore[operator]
+
+
+class PackedConv1d(_PackedConv, nn.Conv1d):
+    __new__ = _plain_when_called(nn.Conv1d)
+
+
+class PackedConv2d(_PackedConv, nn.Conv2d):
+    __new__ = _plain_when_called(nn.Conv2d)
+
+
+class PackedConv3d(_PackedConv, nn.Conv3d):
+    __new__ = _plain_when_called(nn.Conv3d)
+
+
+_PACKED: dict[type[nn.Module], type[PackedLayer]] = {
+    nn.Linear: PackedLinear,
+    nn.Conv1d: PackedConv1d,
+    nn.Conv2d: PackedConv2d,
+    nn.Conv3d: PackedConv3d,
+}
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {packed: plain for plain, packed in _PACKED.items()}
+
+
+def quantizable_layers(model: nn.Module) -> Iterator[tuple[str, Quantizable]]:
+    """(module path, layer) of every layer a format can be given to, in the model's own order.
+
+    Subclasses of the torch layers are passed over: their forward may do more than multiply.
+    """
+    for name, module in model.named_modules():
+        if type(module) in _PACKED:
+            yield name, module  # type: ignore[misc]
+
+
+def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put `layer` where the module path `name` leads."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, layer)
+
+
+def pack_layer(layer: Quantizable, format: Format, tensors: Mapping[str, torch.Tensor]) -> PackedLayer:
+    """A packed layer like `layer` that holds `tensors` (real or on `meta`); its bias is shared.
+
+    Raises:
+        FormatError: this type of layer cannot be packed.
+    """
+    kind = _PACKED.get(type(layer))
+    if kind is None:
+        raise FormatError(f"{type(layer).__name__} cannot be packed; supported are {', '.join(t.__name__ for t in _PACKED)}")
+    packed = _like(layer, kind)
+    packed._hold(format, tuple(layer.weight.shape), layer.weight.dtype, tensors)
+    return packed
+
+
+def unpack_layer(packed: PackedLayer) -> nn.Module:
+    """The ordinary layer with the dequantized weight; its bias is shared."""
+    plain = _like(packed, _PLAIN[type(packed)])
+    plain.weight = nn.Parameter(packed.dequantize(packed.compute_dtype), requires_grad=False)
+    return plain
+
+
+def _like(layer: nn.Module, kind: type[Any]) -> Any:
+    """A bare module of class `kind` with the geometry, bias and mode of `layer`, but no weight."""
+    other = object.__new__(kind)
+    nn.Module.__init__(other)
+    owned = set(nn.Module().__dict__) | {"format", "weight_shape", "compute_dtype"}
+    for attribute, value in vars(layer).items():
+        if attribute not in owned:
+            setattr(other, attribute, value)
+    other.training = layer.training
+    other.register_parameter("bias", layer.bias)
+    return other

@@ -1,0 +1,94 @@
+"""Put a policy on a model in memory: as packed layers, or as ordinary layers with dequantized weights.
+
+Both compute the same bits. The second is what search and probes use: it is fast, and taken back in no time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from bitpolicy.kernels.bias_correction import bias_shift
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.layers import Quantizable, pack_layer, quantizable_layers, replace_layer
+from bitpolicy.policies.calibration import Calibration
+from bitpolicy.policies.policy import Choice
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """One layer as it is stored: the tensors of its format, and its bias in the storage dtype (None without one)."""
+
+    tensors: dict[str, torch.Tensor]
+    bias: torch.Tensor | None
+
+
+def quantize_layer(name: str, layer: Quantizable, choice: Choice, calibration: Calibration, storage: torch.dtype) -> QuantizedLayer:
+    """Quantize one layer's weight, taken in the storage dtype, and correct its bias if the choice says so.
+
+    Raises:
+        BitPolicyError: the weight is not finite, or the correction lacks its calibration.
+    """
+    weight = layer.weight.detach().to(storage)
+    try:
+        tensors = choice.format.quantize(weight)
+    except BitPolicyError as error:
+        raise type(error)(f"layer {name}: {error}") from error
+    bias = None if layer.bias is None else layer.bias.detach()
+    if bias is not None and choice.bias_correction:
+        if name not in calibration:
+            raise BitPolicyError(f"layer {name}: bias correction needs its mean input, and the calibration has none; measure it anew")
+        delta = choice.format.dequantize(tensors, weight.shape, torch.float32) - weight.float()
+        bias = bias.float() + bias_shift(layer, delta, calibration[name])
+    return QuantizedLayer(tensors, None if bias is None else bias.to(storage))
+
+
+@contextmanager
+def quantized(model: nn.Module, choices: Mapping[str, Choice], calibration: Calibration, storage: torch.dtype) -> Iterator[None]:
+    """While the block runs, `model` computes with the weights and biases that `choices` store. Restored after it."""
+    before: list[tuple[nn.Parameter, torch.Tensor]] = []
+    try:
+        for name, layer in quantizable_layers(model):
+            choice = choices.get(name)
+            if choice is None or not choice.format.packed:
+                continue
+            stored = quantize_layer(name, layer, choice, calibration, storage)
+            before.append((layer.weight, layer.weight.data))
+            layer.weight.data = choice.format.dequantize(stored.tensors, layer.weight.shape, layer.weight.dtype)
+            if layer.bias is not None and stored.bias is not None:
+                before.append((layer.bias, layer.bias.data))
+                layer.bias.data = stored.bias.to(layer.bias.dtype)
+        yield
+    finally:
+        for parameter, data in before:
+            parameter.data = data
+
+
+def pack(model: nn.Module, choices: Mapping[str, Choice], calibration: Calibration, storage: torch.dtype) -> None:
+    """Replace the layers of `model` by packed ones, in place."""
+    for name, layer in list(quantizable_layers(model)):
+        choice = choices.get(name)
+        if choice is None or not choice.format.packed:
+            continue
+        stored = quantize_layer(name, layer, choice, calibration, storage)
+        if layer.bias is not None and stored.bias is not None:
+            layer.bias.data = stored.bias.to(layer.bias.dtype)
+        replace_layer(model, name, pack_layer(layer, choice.format, stored.tensors))
+
+
+def to_storage(model: nn.Module, storage: torch.dtype) -> None:
+    """Round every float of `model` to what the storage dtype can hold, in place: the reference is the model as stored.
+
+    Raises:
+        BitPolicyError: a value is beyond the storage dtype's range.
+    """
+    for name, tensor in model.state_dict(keep_vars=False).items():
+        if tensor.is_floating_point() and tensor.dtype != storage:
+            rounded = tensor.to(storage).to(tensor.dtype)
+            if not torch.isfinite(rounded).all():
+                raise BitPolicyError(f"{name} has values that {storage} cannot hold; load the model in bfloat16")
+            tensor.copy_(rounded)

@@ -1,0 +1,46 @@
+"""Outputs are written aside and renamed, so that a killed process leaves the old thing or nothing, never half of one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A temporary sibling of `path` to write to; renamed to `path` if the block succeeds, removed if it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    _remove(aside)
+    try:
+        yield aside
+        _replace(aside, path)
+    finally:
+        _remove(aside)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, aside and renamed."""
+    with written_aside(path) as aside:
+        aside.write_text(text)
+
+
+def _replace(aside: Path, path: Path) -> None:
+    if path.is_dir():  # a folder cannot be renamed onto a full one: move the old one out of the way first
+        old = path.with_name(f".{path.name}.old")
+        _remove(old)
+        path.rename(old)
+        aside.rename(path)
+        _remove(old)
+    else:
+        os.replace(aside, path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

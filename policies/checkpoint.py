@@ -1,0 +1,181 @@
+"""Export: a diffusers folder whose denoiser is packed as the policy says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.format import TensorSpec
+from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.policies.accounting import ByteAccount, stored_spec
+from bitpolicy.policies.apply import quantize_layer
+from bitpolicy.policies.atomic import written_aside
+from bitpolicy.policies.calibration import Calibration, save_calibration
+from bitpolicy.policies.diffusers_quantizer import BitPolicyConfig
+from bitpolicy.policies.model_card import model_card
+from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.policies.safetensors_writer import SafetensorsWriter
+
+WEIGHTS = "diffusion_pytorch_model"
+MAX_SHARD_SIZE = 10 * 10**9  # bytes; diffusers' default
+
+
+def export_pipeline(
+    pipe: DiffusionPipeline,
+    component: str,
+    policy: Policy,
+    calibration: Calibration,
+    folder: Path,
+    *,
+    component_dtype: torch.dtype | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> int:
+    """Write `pipe` as a diffusers folder with a packed denoiser, aside and renamed.
+
+    Args:
+        component: name of the denoiser in the pipeline, e.g. "unet". It must be unquantized.
+        folder: where to; a folder that is there is replaced once the new one is complete.
+        component_dtype: dtype the other components are stored in; None keeps what they have in memory.
+        max_shard_size: bytes; a larger denoiser is split as diffusers splits it.
+
+    Returns:
+        Tensor bytes of the denoiser's file or files.
+
+    Raises:
+        BitPolicyError: the policy does not fit the model, the calibration is missing, or the disk is full.
+    """
+    denoiser: nn.Module = getattr(pipe, component)
+    storage = getattr(torch, policy.storage_dtype)
+    choices = policy.resolve(name for name, _ in quantizable_layers(denoiser))
+    _require_space(folder, ByteAccount.of(denoiser, storage).total({n: c.format for n, c in choices.items()}))
+    with written_aside(folder) as aside:
+        aside.mkdir()
+        pipe.save_config(aside)
+        for name, other in pipe.components.items():
+            if name != component and hasattr(other, "save_pretrained"):
+                with _stored_as(other, component_dtype):
+                    other.save_pretrained(aside / name)
+        nbytes = export_denoiser(denoiser, choices, calibration, storage, aside / component, max_shard_size)
+        policy.save(aside / "policy.yaml")
+        if any(choice.bias_correction for choice in choices.values()):
+            save_calibration(calibration, aside / "calibration.safetensors")
+        (aside / "README.md").write_text(model_card(policy, denoiser, choices))
+    return nbytes
+
+
+def export_denoiser(
+    denoiser: nn.Module,
+    choices: Mapping[str, Choice],
+    calibration: Calibration,
+    storage: torch.dtype,
+    folder: Path,
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> int:
+    """Write the config and the packed weights of one denoiser; returns its tensor bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_config(denoiser, choices, storage, folder)
+    specs = _specs(denoiser, choices, storage)
+    shards = _shards(specs, max_shard_size)
+    with ExitStack() as files:
+        place: dict[str, SafetensorsWriter] = {}
+        for file, names in shards.items():
+            writer = files.enter_context(SafetensorsWriter(folder / file, {name: specs[name] for name in names}))
+            place |= dict.fromkeys(names, writer)
+        for name, tensor in _tensors(denoiser, choices, calibration, storage):
+            place[name].write(name, tensor)
+    total = sum(spec.nbytes for spec in specs.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": {n: f for f, names in shards.items() for n in names}}
+        (folder / f"{WEIGHTS}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return total
+
+
+def _packed_name(name: str, choices: Mapping[str, Choice]) -> str | None:
+    """The layer whose packed tensors stand for state-dict entry `name`, or None."""
+    layer, _, leaf = name.rpartition(".")
+    return layer if leaf == "weight" and layer in choices and choices[layer].format.packed else None
+
+
+def _specs(denoiser: nn.Module, choices: Mapping[str, Choice], storage: torch.dtype) -> dict[str, TensorSpec]:
+    specs: dict[str, TensorSpec] = {}
+    for name, tensor in denoiser.state_dict().items():
+        layer = _packed_name(name, choices)
+        if layer is None:
+            specs[name] = stored_spec(tensor, storage)
+        else:
+            stored = choices[layer].format.tensors(tensor.shape, storage)
+            specs |= {f"{layer}.{suffix}": spec for suffix, spec in stored.items()}
+    return specs
+
+
+def _tensors(
+    denoiser: nn.Module, choices: Mapping[str, Choice], calibration: Calibration, storage: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every stored tensor, one layer in memory at a time."""
+    done = set()
+    for name, layer in quantizable_layers(denoiser):
+        if name in choices and choices[name].format.packed:
+            stored = quantize_layer(name, layer, choices[name], calibration, storage)
+            done.add(f"{name}.weight")
+            for suffix, tensor in stored.tensors.items():
+                yield f"{name}.{suffix}", tensor
+            if stored.bias is not None:
+                done.add(f"{name}.bias")
+                yield f"{name}.bias", stored.bias
+    for name, tensor in denoiser.state_dict().items():
+        if name not in done:
+            yield name, tensor.to(stored_spec(tensor, storage).dtype)
+
+
+def _shards(specs: Mapping[str, TensorSpec], most: int) -> dict[str, list[str]]:
+    """File name -> tensor names, filled in name order, none over `most` bytes unless one tensor is."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, spec in sorted(specs.items()):
+        if groups[-1] and size + spec.nbytes > most:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += spec.nbytes
+    if len(groups) == 1:
+        return {f"{WEIGHTS}.safetensors": groups[0]}
+    return {f"{WEIGHTS}-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def _write_config(denoiser: Any, choices: Mapping[str, Choice], storage: torch.dtype, folder: Path) -> None:
+    denoiser.save_config(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] = BitPolicyConfig.of(choices, storage).to_dict()
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+@contextmanager
+def _stored_as(component: Any, dtype: torch.dtype | None) -> Iterator[None]:
+    """Hold a component in the dtype it is stored in while the block runs."""
+    before = getattr(component, "dtype", None)
+    change = dtype is not None and isinstance(component, nn.Module) and before != dtype
+    if change:
+        component.to(dtype)
+    try:
+        yield
+    finally:
+        if change:
+            component.to(before)
+
+
+def _require_space(folder: Path, nbytes: int) -> None:
+    parent = folder.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(parent).free
+    if free < nbytes:
+        raise BitPolicyError(f"{parent} has {free:,} bytes free, the checkpoint needs at least {nbytes:,}; free some space or choose another --output-dir")

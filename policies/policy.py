@@ -1,0 +1,199 @@
+"""The policy file: which format every layer gets, and what the choice was made from.
+
+A policy is YAML that a person can read and edit. `defaults` apply to every layer, `rules` (globs) override them in order,
+`layers` (exact names) override both. On use it is resolved against a model into exact names; a rule that matches nothing,
+a layer the model does not have and a policy for another model are errors, never ignored.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.format import Format
+from bitpolicy.kernels.formats import format_named, from_parameters
+from bitpolicy.policies.atomic import write_text
+
+SCHEMA = 1
+
+
+class PolicyError(BitPolicyError):
+    """A policy file that cannot be read, or that does not fit the model."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one layer gets.
+
+    Attributes:
+        format: storage format of its weight.
+        bias_correction: whether its bias takes up the mean error of the weight.
+        quantizer: who picks codes and scales; "rtn" is round to nearest.
+    """
+
+    format: Format
+    bias_correction: bool = False
+    quantizer: str = "rtn"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+
+class ModelReference(_Strict):
+    """The denoiser a policy was made for. `sha256` is of its tensors in the storage dtype."""
+
+    id: str
+    revision: str | None = None
+    component: str
+    class_name: str = Field(alias="class")
+    sha256: str
+
+
+class BudgetRecord(_Strict):
+    """The budget as it was asked and in bytes."""
+
+    asked: str
+    bytes: int
+    scope: Literal["weights"] = "weights"
+
+
+class LayerSettings(_Strict):
+    """Settings of some layers; what is not set comes from a more general entry."""
+
+    format: str | None = None
+    quantizer: Literal["rtn"] | None = None
+    bias_correction: bool | None = None
+
+
+class Rule(LayerSettings):
+    """Settings of every layer whose name matches the glob `match`."""
+
+    match: str
+
+
+class Result(_Strict):
+    """What the search predicted and measured. `predicted_error` is E|dx_0|^2 / E|x_0|^2 of the final latents."""
+
+    policy_bytes: int
+    predicted_error: float | None = None
+    psnr_db: float | None = None
+
+
+class Policy(_Strict):
+    """A policy file, schema version 1."""
+
+    bitpolicy: Literal[1] = SCHEMA
+    model: ModelReference
+    budget: BudgetRecord | None = None
+    storage_dtype: Literal["float16", "bfloat16"] = "float16"
+    formats: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    defaults: LayerSettings = Field(default_factory=lambda: LayerSettings(format="fp16", quantizer="rtn", bias_correction=False))
+    rules: list[Rule] = Field(default_factory=list)
+    layers: dict[str, LayerSettings] = Field(default_factory=dict)
+    result: Result | None = None
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Policy:
+        """Read a policy file.
+
+        Raises:
+            PolicyError: it is missing, not YAML, or has unknown or malformed entries.
+        """
+        try:
+            data = yaml.safe_load(Path(path).read_text())
+        except OSError as error:
+            raise PolicyError(f"cannot read policy {path}: {error.strerror}; give the policy.yaml that search-policy wrote") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise PolicyError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(data, dict):
+            raise PolicyError(f"{path} is not a policy: found {type(data).__name__}, needed a mapping with 'bitpolicy: {SCHEMA}'")
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise PolicyError(f"{path}: {where}: {first['msg']}; mend that entry or make the policy anew") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the file, aside and renamed."""
+        write_text(Path(path), self.to_yaml())
+
+    def to_yaml(self) -> str:
+        data = self.model_dump(by_alias=True, exclude_none=True, exclude_defaults=False)
+        for empty in ("rules", "provenance"):
+            if not data[empty]:
+                del data[empty]
+        return yaml.dump(data, Dumper=_Readable, sort_keys=False, width=120)
+
+    @classmethod
+    def of(cls, choices: Mapping[str, Choice], **fields: Any) -> Policy:
+        """The policy that gives each layer its choice, with the commonest choice as the default."""
+        counts: dict[Choice, int] = {}
+        for choice in choices.values():
+            counts[choice] = counts.get(choice, 0) + 1
+        common = max(counts, key=lambda choice: counts[choice])
+        return cls(
+            formats={f.name: f.parameters() for f in sorted({c.format for c in counts}, key=lambda f: f.name)},
+            defaults=LayerSettings(
+                format=common.format.name, quantizer="rtn", bias_correction=common.bias_correction
+            ),
+            layers={name: _difference(choice, common) for name, choice in choices.items() if choice != common},
+            **fields,
+        )
+
+    def resolve(self, names: Iterable[str]) -> dict[str, Choice]:
+        """The choice for each layer in `names`, the layers of a model.
+
+        Raises:
+            PolicyError: a rule matches no layer, an entry names a layer that is not there, or a format is unknown or was
+                defined differently.
+        """
+        names = list(names)
+        for name, parameters in self.formats.items():
+            from_parameters(name, parameters)
+        for rule in self.rules:
+            if not any(fnmatchcase(name, rule.match) for name in names):
+                raise PolicyError(f"rule {rule.match!r} matches none of the {len(names)} layers; `bitpolicy inspect` lists them")
+        for name in self.layers:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else "`bitpolicy inspect` lists the layers"
+                raise PolicyError(f"the policy names layer {name!r}, which this model does not have; {hint}")
+        return {name: self._choice(name) for name in names}
+
+    def _choice(self, name: str) -> Choice:
+        settings = {"format": "fp16", "quantizer": "rtn", "bias_correction": False}
+        matching = [rule for rule in self.rules if fnmatchcase(name, rule.match)]
+        for entry in (self.defaults, *matching, self.layers.get(name, LayerSettings())):
+            settings |= entry.model_dump(include={"format", "quantizer", "bias_correction"}, exclude_none=True)
+        format = format_named(str(settings["format"]))
+        return Choice(format, bool(settings["bias_correction"]) and format.packed, str(settings["quantizer"]))
+
+
+def _difference(choice: Choice, common: Choice) -> LayerSettings:
+    return LayerSettings(
+        format=choice.format.name if choice.format != common.format else None,
+        bias_correction=choice.bias_correction if choice.bias_correction != common.bias_correction else None,
+    )
+
+
+class _Readable(yaml.SafeDumper):
+    """Short mappings of plain values on one line, as people write them."""
+
+
+def _mapping(dumper: yaml.SafeDumper, data: dict[str, Any]) -> yaml.MappingNode:
+    flat = bool(data) and all(isinstance(v, str | int | float | bool | None) for v in data.values()) and len(str(data)) < 100
+    return dumper.represent_mapping("tag:yaml.org,2002:map", data.items(), flow_style=flat)
+
+
+_Readable.add_representer(dict, _mapping)
