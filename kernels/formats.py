@@ -16,8 +16,7 @@ from bitpolicy.kernels.plain import Plain
 
 FP16 = Plain("fp16")
 _REGISTERED: dict[str, Format] = {
-    format.name: format
-    for format in (Int4("int4"), Int4("int4-g32", 32), Int4("int4-g128", 128), Int8("int8"), FP16)
+    format.name: format for format in (Int4("int4"), Int4("int4-g32", 32), Int4("int4-g128", 128), Int8("int8"), FP16)
 }
 DEFAULT = ("int4", "int8", "fp16")
 
@@ -55,5 +54,7 @@ def from_parameters(name: str, parameters: dict[str, object]) -> Format:
     """
     found = format_named(name)
     if found.parameters() != parameters:
-        raise FormatError(f"format {name!r} was written as {parameters}; here it is {found.parameters()}; use the bitpolicy that wrote it")
+        raise FormatError(
+            f"format {name!r} was written as {parameters}; here it is {found.parameters()}; use the bitpolicy that wrote it"
+        )
     return found

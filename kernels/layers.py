@@ -48,7 +48,9 @@ class PackedLayer(nn.Module):
     compute_dtype: torch.dtype
     bias: nn.Parameter | None
 
-    def _hold(self, format: Format, shape: tuple[int, ...], dtype: torch.dtype, tensors: Mapping[str, torch.Tensor]) -> None:
+    def _hold(
+        self, format: Format, shape: tuple[int, ...], dtype: torch.dtype, tensors: Mapping[str, torch.Tensor]
+    ) -> None:
         self.format, self.weight_shape, self.compute_dtype = format, shape, dtype
         for suffix, tensor in tensors.items():
             self.register_buffer(suffix, tensor)
@@ -155,7 +157,9 @@ def pack_layer(layer: Quantizable, format: Format, tensors: Mapping[str, torch.T
     """
     kind = _PACKED.get(type(layer))
     if kind is None:
-        raise FormatError(f"{type(layer).__name__} cannot be packed; supported are {', '.join(t.__name__ for t in _PACKED)}")
+        raise FormatError(
+            f"{type(layer).__name__} cannot be packed; supported are {', '.join(t.__name__ for t in _PACKED)}"
+        )
     packed = _like(layer, kind)
     packed._hold(format, tuple(layer.weight.shape), layer.weight.dtype, tensors)
     return packed

@@ -12,7 +12,9 @@ import torch
 from bitpolicy.kernels.errors import FormatError
 
 
-def asymmetric(values: torch.Tensor, bits: int, scale_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def asymmetric(
+    values: torch.Tensor, bits: int, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes, scales and zero points of groups that lie along the last dimension.
 
     Args:
@@ -58,4 +60,6 @@ def symmetric(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tens
 
 def _require_finite(values: torch.Tensor) -> None:
     if not torch.isfinite(values).all():
-        raise FormatError("the weight has NaN or infinite values, which no integer format can hold; keep this layer at fp16")
+        raise FormatError(
+            "the weight has NaN or infinite values, which no integer format can hold; keep this layer at fp16"
+        )

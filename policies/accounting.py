@@ -37,7 +37,11 @@ class ByteAccount:
     @classmethod
     def of(cls, model: nn.Module, storage_dtype: torch.dtype) -> ByteAccount:
         shapes = {name: tuple(layer.weight.shape) for name, layer in quantizable_layers(model)}
-        others = {n: t for n, t in model.state_dict().items() if n.removesuffix(".weight") not in shapes or not n.endswith(".weight")}
+        others = {
+            n: t
+            for n, t in model.state_dict().items()
+            if n.removesuffix(".weight") not in shapes or not n.endswith(".weight")
+        }
         fixed = sum(stored_spec(tensor, storage_dtype).nbytes for tensor in others.values())
         return cls(storage_dtype, shapes, fixed, sum(p.numel() for p in model.parameters()))
 

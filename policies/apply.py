@@ -27,7 +27,9 @@ class QuantizedLayer:
     bias: torch.Tensor | None
 
 
-def quantize_layer(name: str, layer: Quantizable, choice: Choice, calibration: Calibration, storage: torch.dtype) -> QuantizedLayer:
+def quantize_layer(
+    name: str, layer: Quantizable, choice: Choice, calibration: Calibration, storage: torch.dtype
+) -> QuantizedLayer:
     """Quantize one layer's weight, taken in the storage dtype, and correct its bias if the choice says so.
 
     Raises:
@@ -41,14 +43,18 @@ def quantize_layer(name: str, layer: Quantizable, choice: Choice, calibration: C
     bias = None if layer.bias is None else layer.bias.detach()
     if bias is not None and choice.bias_correction:
         if name not in calibration:
-            raise BitPolicyError(f"layer {name}: bias correction needs its mean input, and the calibration has none; measure it anew")
+            raise BitPolicyError(
+                f"layer {name}: bias correction needs its mean input, and the calibration has none; measure it anew"
+            )
         delta = choice.format.dequantize(tensors, weight.shape, torch.float32) - weight.float()
         bias = bias.float() + bias_shift(layer, delta, calibration[name])
     return QuantizedLayer(tensors, None if bias is None else bias.to(storage))
 
 
 @contextmanager
-def quantized(model: nn.Module, choices: Mapping[str, Choice], calibration: Calibration, storage: torch.dtype) -> Iterator[None]:
+def quantized(
+    model: nn.Module, choices: Mapping[str, Choice], calibration: Calibration, storage: torch.dtype
+) -> Iterator[None]:
     """While the block runs, `model` computes with the weights and biases that `choices` store. Restored after it."""
     before: list[tuple[nn.Parameter, torch.Tensor]] = []
     try:

@@ -24,7 +24,9 @@ Calibration = Mapping[str, torch.Tensor]
 
 def save_calibration(calibration: Calibration, path: Path) -> None:
     with written_aside(path) as aside:
-        save_file({name: patch.contiguous() for name, patch in sorted(calibration.items())}, aside, metadata={"format": "pt"})
+        save_file(
+            {name: patch.contiguous() for name, patch in sorted(calibration.items())}, aside, metadata={"format": "pt"}
+        )
 
 
 def load_calibration(path: Path, expected_hash: str | None = None) -> dict[str, torch.Tensor]:
@@ -42,12 +44,14 @@ def load_calibration(path: Path, expected_hash: str | None = None) -> dict[str, 
         ) from error
     found = calibration_hash(calibration)
     if expected_hash is not None and found != expected_hash:
-        raise BitPolicyError(f"{path} has hash {found[:19]}..., the policy was made with {expected_hash[:19]}...; use the file written beside it")
+        raise BitPolicyError(
+            f"{path} has hash {found[:19]}..., the policy was made with {expected_hash[:19]}...; use the file written beside it"
+        )
     return calibration
 
 
 def calibration_hash(calibration: Calibration) -> str:
-    """"sha256:..." over names, shapes and values."""
+    """ "sha256:..." over names, shapes and values."""
     digest = hashlib.sha256()
     for name, patch in sorted(calibration.items()):
         digest.update(f"{name}{tuple(patch.shape)}".encode())

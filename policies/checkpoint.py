@@ -18,7 +18,7 @@ from bitpolicy.kernels.format import TensorSpec
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.accounting import ByteAccount, stored_spec
 from bitpolicy.policies.apply import quantize_layer
-from bitpolicy.policies.atomic import written_aside
+from bitpolicy.policies.atomic import write_text, written_aside
 from bitpolicy.policies.calibration import Calibration, save_calibration
 from bitpolicy.policies.diffusers_quantizer import BitPolicyConfig
 from bitpolicy.policies.model_card import model_card
@@ -65,11 +65,32 @@ def export_pipeline(
                 with _stored_as(other, component_dtype):
                     other.save_pretrained(aside / name)
         nbytes = export_denoiser(denoiser, choices, calibration, storage, aside / component, max_shard_size)
-        policy.save(aside / "policy.yaml")
         if any(choice.bias_correction for choice in choices.values()):
             save_calibration(calibration, aside / "calibration.safetensors")
-        (aside / "README.md").write_text(model_card(policy, denoiser, choices))
+        describe_checkpoint(aside, policy, denoiser)
     return nbytes
+
+
+def describe_checkpoint(folder: Path, policy: Policy, denoiser: nn.Module) -> None:
+    """Write policy.yaml and the model card of an exported folder anew, after its quality was measured."""
+    policy.save(folder / "policy.yaml")
+    choices = policy.resolve(name for name, _ in quantizable_layers(denoiser))
+    write_text(folder / "README.md", model_card(policy, denoiser, choices))
+
+
+def checkpoint_bytes(folder: Path) -> int:
+    """Tensor bytes of the safetensors files in a denoiser's folder, as their headers tell."""
+    total = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        total += sum(
+            end - start
+            for name, entry in header.items()
+            if name != "__metadata__"
+            for start, end in [entry["data_offsets"]]
+        )
+    return total
 
 
 def export_denoiser(
@@ -178,4 +199,6 @@ def _require_space(folder: Path, nbytes: int) -> None:
     parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(parent).free
     if free < nbytes:
-        raise BitPolicyError(f"{parent} has {free:,} bytes free, the checkpoint needs at least {nbytes:,}; free some space or choose another --output-dir")
+        raise BitPolicyError(
+            f"{parent} has {free:,} bytes free, the checkpoint needs at least {nbytes:,}; free some space or choose another --output-dir"
+        )

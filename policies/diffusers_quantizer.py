@@ -50,7 +50,9 @@ class BitPolicyConfig(QuantizationConfigMixin):
         quant_method: str = METHOD,
     ) -> None:
         if format_version != FORMAT_VERSION:
-            raise BitPolicyError(f"the checkpoint has format_version {format_version}, this bitpolicy reads {FORMAT_VERSION}; install a newer one")
+            raise BitPolicyError(
+                f"the checkpoint has format_version {format_version}, this bitpolicy reads {FORMAT_VERSION}; install a newer one"
+            )
         self.quant_method = _Method.BITPOLICY
         self.layers = dict(layers or {})
         self.formats = {name: dict(parameters) for name, parameters in (formats or {}).items()}
@@ -91,20 +93,33 @@ class BitPolicyQuantizer(DiffusersQuantizer):
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
-            raise BitPolicyError("this model is not packed; make a checkpoint with search-policy or `bitpolicy export` and load that")
+            raise BitPolicyError(
+                "this model is not packed; make a checkpoint with search-policy or `bitpolicy export` and load that"
+            )
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
         return getattr(torch, self.quantization_config.storage_dtype) if torch_dtype is None else torch_dtype
 
-    def check_if_quantized_param(self, model: Any, param_value: Any, param_name: str, *args: Any, **kwargs: Any) -> bool:
+    def check_if_quantized_param(
+        self, model: Any, param_value: Any, param_name: str, *args: Any, **kwargs: Any
+    ) -> bool:
         layer, _, _suffix = param_name.rpartition(".")
         return layer in self.quantization_config.layers and not param_name.endswith(".bias")
 
     def check_quantized_param_shape(self, param_name: str, current: torch.Tensor, loaded: torch.Tensor) -> None:
-        raise BitPolicyError(f"{param_name} has shape {tuple(loaded.shape)}, the config says {tuple(current.shape)}; the checkpoint is damaged")
+        raise BitPolicyError(
+            f"{param_name} has shape {tuple(loaded.shape)}, the config says {tuple(current.shape)}; the checkpoint is damaged"
+        )
 
     def create_quantized_param(
-        self, model: Any, param_value: Any, param_name: str, target_device: Any, state_dict: Any, *args: Any, **kwargs: Any
+        self,
+        model: Any,
+        param_value: Any,
+        param_name: str,
+        target_device: Any,
+        state_dict: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         set_module_tensor_to_device(model, param_name, target_device, value=state_dict[param_name])  # not the cast copy
 
@@ -123,14 +138,18 @@ class BitPolicyQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         lost = [name for name, tensor in model.state_dict().items() if tensor.device.type == "meta"]
         if lost:
-            raise BitPolicyError(f"the checkpoint lacks {len(lost)} tensors, e.g. {lost[0]}; download or export it again")
+            raise BitPolicyError(
+                f"the checkpoint lacks {len(lost)} tensors, e.g. {lost[0]}; download or export it again"
+            )
         for module in model.modules():
             if isinstance(module, PackedLayer):
                 module.compute_dtype = model.dtype
         model.is_quantized = False  # packed layers survive .to(dtype): lifts diffusers' refusal of it
         return model
 
-    def get_state_dict_and_metadata(self, state_dict: dict[str, Any], safe_serialization: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, str]]:
         return state_dict, {}
 
     def _dequantize(self, model: nn.Module) -> nn.Module:

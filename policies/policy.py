@@ -14,8 +14,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import Format
@@ -96,11 +97,25 @@ class Policy(_Strict):
     budget: BudgetRecord | None = None
     storage_dtype: Literal["float16", "bfloat16"] = "float16"
     formats: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    defaults: LayerSettings = Field(default_factory=lambda: LayerSettings(format="fp16", quantizer="rtn", bias_correction=False))
+    defaults: LayerSettings = Field(
+        default_factory=lambda: LayerSettings(format="fp16", quantizer="rtn", bias_correction=False)
+    )
     rules: list[Rule] = Field(default_factory=list)
     layers: dict[str, LayerSettings] = Field(default_factory=dict)
     result: Result | None = None
     provenance: dict[str, Any] = Field(default_factory=dict)
+    _calibration: Mapping[str, torch.Tensor] | None = PrivateAttr(default=None)
+
+    @property
+    def calibration(self) -> Mapping[str, torch.Tensor] | None:
+        """E[x] per layer while the policy is in memory; a file keeps it beside itself in calibration.safetensors."""
+        return self._calibration
+
+    def with_calibration(self, calibration: Mapping[str, torch.Tensor]) -> Policy:
+        """The same policy, holding its calibration."""
+        copy = self.model_copy()
+        copy._calibration = calibration
+        return copy
 
     @classmethod
     def load(cls, path: str | Path) -> Policy:
@@ -112,11 +127,15 @@ class Policy(_Strict):
         try:
             data = yaml.safe_load(Path(path).read_text())
         except OSError as error:
-            raise PolicyError(f"cannot read policy {path}: {error.strerror}; give the policy.yaml that search-policy wrote") from error
+            raise PolicyError(
+                f"cannot read policy {path}: {error.strerror}; give the policy.yaml that search-policy wrote"
+            ) from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise PolicyError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(data, dict):
-            raise PolicyError(f"{path} is not a policy: found {type(data).__name__}, needed a mapping with 'bitpolicy: {SCHEMA}'")
+            raise PolicyError(
+                f"{path} is not a policy: found {type(data).__name__}, needed a mapping with 'bitpolicy: {SCHEMA}'"
+            )
         try:
             return cls.model_validate(data)
         except ValidationError as error:
@@ -144,9 +163,7 @@ class Policy(_Strict):
         common = max(counts, key=lambda choice: counts[choice])
         return cls(
             formats={f.name: f.parameters() for f in sorted({c.format for c in counts}, key=lambda f: f.name)},
-            defaults=LayerSettings(
-                format=common.format.name, quantizer="rtn", bias_correction=common.bias_correction
-            ),
+            defaults=LayerSettings(format=common.format.name, quantizer="rtn", bias_correction=common.bias_correction),
             layers={name: _difference(choice, common) for name, choice in choices.items() if choice != common},
             **fields,
         )
@@ -163,7 +180,9 @@ class Policy(_Strict):
             from_parameters(name, parameters)
         for rule in self.rules:
             if not any(fnmatchcase(name, rule.match) for name in names):
-                raise PolicyError(f"rule {rule.match!r} matches none of the {len(names)} layers; `bitpolicy inspect` lists them")
+                raise PolicyError(
+                    f"rule {rule.match!r} matches none of the {len(names)} layers; `bitpolicy inspect` lists them"
+                )
         for name in self.layers:
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1)
@@ -192,7 +211,11 @@ class _Readable(yaml.SafeDumper):
 
 
 def _mapping(dumper: yaml.SafeDumper, data: dict[str, Any]) -> yaml.MappingNode:
-    flat = bool(data) and all(isinstance(v, str | int | float | bool | None) for v in data.values()) and len(str(data)) < 100
+    flat = (
+        bool(data)
+        and all(isinstance(v, str | int | float | bool | None) for v in data.values())
+        and len(str(data)) < 100
+    )
     return dumper.represent_mapping("tag:yaml.org,2002:map", data.items(), flow_style=flat)
 
 

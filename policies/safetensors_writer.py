@@ -47,7 +47,11 @@ class SafetensorsWriter:
         for name, spec in self._specs.items():
             self._starts[name] = end
             end += spec.nbytes
-            header[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [self._starts[name], end]}
+            header[name] = {
+                "dtype": _NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [self._starts[name], end],
+            }
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._file = path.open("wb")
@@ -66,7 +70,9 @@ class SafetensorsWriter:
     def __enter__(self) -> SafetensorsWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
         if kind is None and self._missing:
             raise ValueError(f"{len(self._missing)} tensors were not written, e.g. {min(self._missing)}")

@@ -139,7 +139,10 @@ class Run:
                 self.save()
             if self.step % 50 == 0:
                 each = (time.time() - start) / (self.step - first)
-                print(f"  {self.step}/{self.steps}  {each:.2f} s/step, {each * (self.steps - self.step) / 60:.0f} min left", flush=True)
+                print(
+                    f"  {self.step}/{self.steps}  {each:.2f} s/step, {each * (self.steps - self.step) / 60:.0f} min left",
+                    flush=True,
+                )
 
     def descend(self, loss: torch.Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -177,7 +180,10 @@ def train_vae(emoji: list[Emoji], work: Path, steps: int, device: str) -> None:
         loss = (y - x).abs().mean() + 0.5 * _edge_difference(y, x) + 1e-6 * posterior.kl().float().mean()
         run.descend(loss)
         if step % 50 == 0:
-            print(f"vae {step}: loss {loss.item():.4f}, {-10 * math.log10((y - x).square().mean().item() / 4):.2f} dB", flush=True)
+            print(
+                f"vae {step}: loss {loss.item():.4f}, {-10 * math.log10((y - x).square().mean().item() / 4):.2f} dB",
+                flush=True,
+            )
 
 
 def _shift(x: torch.Tensor, most: int = 3) -> torch.Tensor:
@@ -196,7 +202,9 @@ def train_tokenizer(emoji: list[Emoji], folder: Path) -> CLIPTokenizer:
         bpe.pre_tokenizer = pre_tokenizers.Whitespace()
         letters = [chr(i) for i in range(33, 127)]
         specials = ["<|startoftext|>", "<|endoftext|>"] + letters + [f"{c}</w>" for c in letters]
-        trainer = trainers.BpeTrainer(vocab_size=1500, special_tokens=specials, end_of_word_suffix="</w>", show_progress=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=1500, special_tokens=specials, end_of_word_suffix="</w>", show_progress=False
+        )
         bpe.train_from_iterator([name for e in emoji for name in e.names], trainer)
         model = json.loads(bpe.to_str())["model"]
         folder.mkdir(parents=True, exist_ok=True)
@@ -225,7 +233,9 @@ def train_denoiser(emoji: list[Emoji], work: Path, steps: int, device: str, batc
         x, noise = latents[chosen], torch.randn(batch, *latents.shape[1:], device=device)
         t = torch.randint(1000, (batch,), device=device)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
-            prediction = unet(scheduler.add_noise(x, noise, t), t, encoder_hidden_states=text_encoder(prompts)[0]).sample
+            prediction = unet(
+                scheduler.add_noise(x, noise, t), t, encoder_hidden_states=text_encoder(prompts)[0]
+            ).sample
         loss = nn.functional.mse_loss(prediction.float(), scheduler.get_velocity(x, noise, t))
         run.descend(loss)
         average += (loss.item() - average) * max(0.01, 1 / (step + 1))
@@ -260,7 +270,9 @@ def assemble(work: Path, folder: Path) -> None:
     """Write the EMA weights as an fp16 StableDiffusionPipeline folder."""
     vae, scaling = trained_vae(work)
     vae.register_to_config(scaling_factor=scaling)
-    tokenizer = CLIPTokenizer(str(work / "tokenizer/vocab.json"), str(work / "tokenizer/merges.txt"), model_max_length=TOKENS)
+    tokenizer = CLIPTokenizer(
+        str(work / "tokenizer/vocab.json"), str(work / "tokenizer/merges.txt"), model_max_length=TOKENS
+    )
     unet, text_encoder = new_unet(), new_text_encoder(len(tokenizer))
     both = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
     run = Run(work / "denoiser.pt", both, 0.0, 0)

@@ -81,7 +81,10 @@ class AdjointProbe:
             BitPolicyError: the sampling loop cannot be differentiated, or its gradient is not finite.
         """
         calls = _CheckpointedCalls(self._trajectories)
-        with _only_these_require_grad(self._trajectories, self._layers.values()), calls.installed(self._recompute_inside):
+        with (
+            _only_these_require_grad(self._trajectories, self._layers.values()),
+            calls.installed(self._recompute_inside),
+        ):
             latent = self._trajectories.differentiable_latent(sample)
             for i, seed in enumerate(vectors):
                 direction = _direction(latent, sample, seed)
@@ -100,15 +103,21 @@ class AdjointProbe:
                     handle.remove()
             if record.finite():
                 return record.sketch(scale)
-        raise BitPolicyError("the gradient of the sampling loop is not finite; try --dtype bfloat16 or float32, or --probe ablation")
+        raise BitPolicyError(
+            "the gradient of the sampling loop is not finite; try --dtype bfloat16 or float32, or --probe ablation"
+        )
 
     def _hooks(self, record: _Record, calls: _CheckpointedCalls) -> Iterator[Any]:
         for index, (name, layer) in enumerate(self._layers.items()):
-            yield layer.weight.register_post_accumulate_grad_hook(self._hook(record.weight, index, calls, name, "weight"))
+            yield layer.weight.register_post_accumulate_grad_hook(
+                self._hook(record.weight, index, calls, name, "weight")
+            )
             if layer.bias is not None:
                 yield layer.bias.register_post_accumulate_grad_hook(self._hook(record.bias, index, calls, name, "bias"))
 
-    def _hook(self, into: torch.Tensor, index: int, calls: _CheckpointedCalls, name: str, part: str) -> Callable[[torch.Tensor], None]:
+    def _hook(
+        self, into: torch.Tensor, index: int, calls: _CheckpointedCalls, name: str, part: str
+    ) -> Callable[[torch.Tensor], None]:
         def use_and_free(parameter: torch.Tensor) -> None:
             gradient = parameter.grad
             assert gradient is not None
@@ -136,7 +145,11 @@ class _Errors:
     """dW and db of every layer in every format, as rows of a matrix; kept where they fit in memory."""
 
     def __init__(
-        self, layers: Mapping[str, Quantizable], formats: Sequence[Format], calibration: Calibration, storage: torch.dtype
+        self,
+        layers: Mapping[str, Quantizable],
+        formats: Sequence[Format],
+        calibration: Calibration,
+        storage: torch.dtype,
     ) -> None:
         self._layers, self._formats, self._calibration, self._storage = layers, formats, calibration, storage
         total = sum(layer.weight.numel() for layer in layers.values()) * len(formats) * 4
@@ -171,7 +184,11 @@ class _CheckpointedCalls:
     def installed(self, recompute_inside: bool) -> Iterator[None]:
         denoiser: Any = self._trajectories.denoiser
         original = denoiser.forward
-        inside = recompute_inside and hasattr(denoiser, "enable_gradient_checkpointing") and not denoiser.is_gradient_checkpointing
+        inside = (
+            recompute_inside
+            and hasattr(denoiser, "enable_gradient_checkpointing")
+            and not denoiser.is_gradient_checkpointing
+        )
         if inside:
             denoiser.enable_gradient_checkpointing()
         denoiser.forward = self._wrapped(original)
@@ -201,7 +218,9 @@ class _CheckpointedCalls:
 
             # the anchor requires grad, as nothing else does at the first step, where the graph would be lost without it
             anchor = torch.zeros((), requires_grad=True)
-            outputs = checkpoint(run, anchor, *(leaves[i] for i in places), use_reentrant=True, preserve_rng_state=False)
+            outputs = checkpoint(
+                run, anchor, *(leaves[i] for i in places), use_reentrant=True, preserve_rng_state=False
+            )
             return pytree.tree_unflatten(list(outputs), structure[0])
 
         return forward
@@ -230,7 +249,9 @@ def _direction(latent: torch.Tensor, sample: Sample, seed: int) -> torch.Tensor:
     """v ~ N(0, I), float32, in the shape of the latent, from a stream of its own for each (sample, vector)."""
     words = [0x5EED, sample.seed, seed]
     mixed = 0
-    for word in words:  # splitmix64's finalizer, so that neighbouring seeds do not share a stream with the initial noise
+    for (
+        word
+    ) in words:  # splitmix64's finalizer, so that neighbouring seeds do not share a stream with the initial noise
         mixed = ((mixed ^ word) * 0xBF58476D1CE4E5B9 + 0x9E3779B97F4A7C15) & (2**64 - 1)
         mixed ^= mixed >> 31
     generator = torch.Generator("cpu").manual_seed(mixed & (2**63 - 1))

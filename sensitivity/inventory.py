@@ -48,11 +48,20 @@ def inventory(model: nn.Module) -> list[Layer]:
         BitPolicyError: there is none.
     """
     layers = [
-        Layer(name, type(layer).__name__, tuple(layer.weight.shape), layer.bias is not None, _role(model, name, layer), _stage(model, name))
+        Layer(
+            name,
+            type(layer).__name__,
+            tuple(layer.weight.shape),
+            layer.bias is not None,
+            _role(model, name, layer),
+            _stage(model, name),
+        )
         for name, layer in quantizable_layers(model)
     ]
     if not layers:
-        raise BitPolicyError(f"{type(model).__name__} has no linear or convolution layer to quantize; is it packed already?")
+        raise BitPolicyError(
+            f"{type(model).__name__} has no linear or convolution layer to quantize; is it packed already?"
+        )
     return layers
 
 
@@ -81,7 +90,7 @@ def _role_within(ancestor: nn.Module, path: list[str]) -> str | None:
     if hasattr(ancestor, "to_q") or hasattr(ancestor, "to_qkv"):
         cross = "cross_" if getattr(ancestor, "is_cross_attention", False) else ""
         return f"{cross}attention_out" if "out" in leaf or "to_out" in path else f"{cross}attention_qkv"
-    if kind == "FeedForward" or "GLU" in kind and kind.endswith(("Conv", "Block")):
+    if kind == "FeedForward" or ("GLU" in kind and kind.endswith(("Conv", "Block"))):
         return "feed_forward"
     if "Resnet" in kind or "TemporalConvLayer" in kind:
         return "shortcut" if "shortcut" in leaf else "conv"
@@ -96,7 +105,13 @@ _BY_NAME = {
     "input_stem": ("conv_in", "pos_embed", "x_embedder", "patch_embed", "patch_embedding"),
     "output_head": ("conv_out", "proj_out", "proj_out_1", "proj_out_2", "final_layer"),
     "timestep_embedding": ("time_embedding", "time_proj", "time_embed", "timestep_embedder", "add_embedding"),
-    "context_embedding": ("context_embedder", "caption_projection", "encoder_hid_proj", "text_embedder", "condition_embedder"),
+    "context_embedding": (
+        "context_embedder",
+        "caption_projection",
+        "encoder_hid_proj",
+        "text_embedder",
+        "condition_embedder",
+    ),
     "modulation": ("norm_out", "adaln_single", "norm1", "norm1_context"),
 }
 

@@ -47,7 +47,7 @@ class _RunningMeans:
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
 
-    def hook(self, name: str, layer: Quantizable):  # noqa: ANN201 - a torch hook
+    def hook(self, name: str, layer: Quantizable):
         def add(_module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
             patch = mean_patch(layer, args[0] if args else kwargs["input"]).double()
             self._sums[name] = self._sums[name] + patch if name in self._sums else patch

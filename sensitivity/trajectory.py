@@ -42,7 +42,9 @@ def denoiser_name(pipe: DiffusionPipeline, component: str | None = None) -> str:
             return name
     modules = [name for name, value in pipe.components.items() if isinstance(value, nn.Module)]
     wanted = f"component {component!r}" if component else f"component named {' or '.join(DENOISERS)}"
-    raise BitPolicyError(f"{type(pipe).__name__} has no {wanted}; it has {', '.join(modules) or 'none'}: choose with --component")
+    raise BitPolicyError(
+        f"{type(pipe).__name__} has no {wanted}; it has {', '.join(modules) or 'none'}: choose with --component"
+    )
 
 
 class Trajectories:
@@ -92,7 +94,9 @@ class Trajectories:
         with self._observed(lambda _: None), torch.enable_grad():
             latent = _first(undecorated(self.pipe, **self._arguments(sample), output_type="latent"))
         if not latent.requires_grad:
-            raise BitPolicyError(f"the sampling loop of {type(self.pipe).__name__} cannot be differentiated; use --probe ablation")
+            raise BitPolicyError(
+                f"the sampling loop of {type(self.pipe).__name__} cannot be differentiated; use --probe ablation"
+            )
         return latent
 
     def _arguments(self, sample: Sample) -> dict[str, Any]:

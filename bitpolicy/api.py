@@ -1,0 +1,179 @@
+"""The Python API: the same road as the command line, on a pipeline that is in memory."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.formats import DEFAULT, parse_formats
+from bitpolicy.loading import open_pipeline, source_of
+from bitpolicy.policies.accounting import weights_hash
+from bitpolicy.policies.calibration import load_calibration
+from bitpolicy.policies.checkpoint import export_pipeline
+from bitpolicy.policies.policy import Policy
+from bitpolicy.prompting import load_prompts
+from bitpolicy.sensitivity.inventory import inventory
+from bitpolicy.sensitivity.probe import ProbeRun, ProbeSettings
+from bitpolicy.sensitivity.progress import Stages
+from bitpolicy.sensitivity.table import SensitivityTable
+from bitpolicy.sensitivity.trajectory import Trajectories, split_samples
+from bitpolicy.settings import Settings
+from bitpolicy.workflow import SearchRun, make_plan
+
+
+def probe(
+    pipe: DiffusionPipeline,
+    *,
+    call: Mapping[str, Any] | None = None,
+    prompts: Sequence[str] | None = None,
+    formats: str | Sequence[str] = DEFAULT,
+    probe: str = "adjoint",
+    samples: int = 16,
+    vectors: int = 2,
+    seed: int = 0,
+    component: str | None = None,
+    quiet: bool = False,
+) -> SensitivityTable:
+    """Score what quantizing each layer of a pipeline does to its final latent.
+
+    Args:
+        pipe: an unquantized diffusers pipeline. Its denoiser is rounded, in place, to the storage dtype.
+        call: arguments of every pipeline call, e.g. {"num_inference_steps": 20}.
+        prompts: calibration prompts; None is a built-in list.
+        formats: candidates, as names.
+        probe: "adjoint", "ablation" or "weight".
+        samples: calibration trajectories.
+        vectors: random directions a sample (adjoint).
+
+    Raises:
+        BitPolicyError: an argument is wrong, or the pipeline's loop cannot be differentiated.
+    """
+    source = source_of(pipe, component)
+    chosen = split_samples(list(prompts) if prompts else load_prompts(None, bundled=False), samples, seed)
+    trajectories = Trajectories(pipe, source.component, call or {})
+    settings = ProbeSettings(probe, tuple(chosen), vectors)
+    layers = inventory(source.denoiser)
+    with tempfile.TemporaryDirectory() as folder:
+        run = ProbeRun(
+            trajectories, layers, parse_formats(formats), source.storage, settings, Path(folder), Stages(quiet)
+        )
+        return run.table(run.reference())
+
+
+def search(
+    pipe: DiffusionPipeline,
+    budget: str,
+    *,
+    call: Mapping[str, Any] | None = None,
+    prompts: Sequence[str] | None = None,
+    formats: str | Sequence[str] = DEFAULT,
+    probe: str = "adjoint",
+    trials: int = 32,
+    seed: int = 0,
+    component: str | None = None,
+    output_dir: str | Path | None = None,
+    quiet: bool = False,
+    **sizes: int,
+) -> Policy:
+    """Find the policy that harms the finished image least within `budget`.
+
+    Args:
+        pipe: an unquantized diffusers pipeline. Its denoiser is rounded, in place, to the storage dtype.
+        budget: "3GB", "3GiB", "700MB", "45%" or "4.5bit".
+        trials: Optuna trials; 0 keeps the exact solution of the knapsack.
+        output_dir: keep policy.yaml, calibration, sensitivity table and journal here, and resume from them; None keeps none.
+        sizes: other fields of `bitpolicy.settings.Settings`, e.g. calibration_samples=8.
+
+    Returns:
+        The policy, holding its calibration, ready for `export`.
+
+    Raises:
+        BitPolicyError: an argument is wrong, or no policy fits the budget.
+    """
+    settings = Settings(
+        budget=budget,
+        component=component,
+        formats=tuple(f.name for f in parse_formats(formats)),
+        prompts=tuple(prompts) if prompts else None,
+        call=tuple(sorted((call or {}).items())),
+        seed=seed,
+        trials=trials,
+        probe=probe,
+        **sizes,  # type: ignore[arg-type]
+    )
+    plan = make_plan(settings, source_of(pipe, component))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(output_dir or temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        run = SearchRun(settings, plan, folder, Stages(quiet))
+        return run.decide().with_calibration(run.calibration)
+
+
+def export(
+    pipe: DiffusionPipeline,
+    policy: Policy | str | Path,
+    output_dir: str | Path,
+    *,
+    component_dtype: torch.dtype | None = None,
+) -> int:
+    """Write `pipe` as a diffusers folder whose denoiser is packed as `policy` says.
+
+    Args:
+        pipe: the unquantized pipeline that the policy was made for.
+        policy: a policy, or the path of a policy.yaml with calibration.safetensors beside it.
+        component_dtype: dtype the other components are stored in; None keeps what they have in memory.
+
+    Returns:
+        Tensor bytes of the packed denoiser.
+
+    Raises:
+        BitPolicyError: the policy is for another model, or its calibration is missing.
+    """
+    given = policy if isinstance(policy, Policy) else Policy.load(policy)
+    source = source_of(pipe, given.model.component, getattr(torch, given.storage_dtype))
+    found = weights_hash(source.denoiser, source.storage)
+    if found != given.model.sha256:
+        raise BitPolicyError(
+            f"the policy was made for {given.model.id} ({given.model.class_name}, sha256 {given.model.sha256[:12]}...), this "
+            f"{given.model.component} has sha256 {found[:12]}...; give that model, or run search-policy on this one"
+        )
+    calibration = given.calibration
+    if calibration is None:
+        recorded = given.provenance.get("calibration")
+        beside = (
+            Path(policy).parent / "calibration.safetensors"
+            if not isinstance(policy, Policy)
+            else Path("calibration.safetensors")
+        )
+        calibration = load_calibration(beside, recorded) if _corrects(given, source.denoiser) else {}
+    return export_pipeline(
+        pipe, source.component, given, calibration, Path(output_dir), component_dtype=component_dtype
+    )
+
+
+def load_pipeline(
+    folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+) -> DiffusionPipeline:
+    """Load an exported pipeline; its layers stay packed in memory.
+
+    Args:
+        folder: what `export` or search-policy's checkpoint/ wrote.
+        dtype: compute dtype; None keeps the storage dtype.
+
+    Raises:
+        BitPolicyError: it is no such folder.
+    """
+    pipe = open_pipeline(Path(folder), dtype)
+    return pipe.to(device) if device is not None else pipe
+
+
+def _corrects(policy: Policy, denoiser: torch.nn.Module) -> bool:
+    return any(
+        choice.bias_correction for choice in policy.resolve(layer.name for layer in inventory(denoiser)).values()
+    )

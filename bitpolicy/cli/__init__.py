@@ -1,0 +1,1 @@
+"""The commands `search-policy` and `bitpolicy`."""

@@ -1,0 +1,80 @@
+"""`bitpolicy eval`: a checkpoint against its reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bitpolicy.cli.options import (
+    RUN,
+    Device,
+    Dtype,
+    Guidance,
+    Json,
+    Model,
+    Prompts,
+    Quiet,
+    Revision,
+    Seed,
+    Steps,
+    Variant,
+    pipeline_call,
+)
+from bitpolicy.cli.report import print_json
+from bitpolicy.compare import save_comparison
+from bitpolicy.loading import BUNDLED, load_source
+from bitpolicy.prompting import load_prompts
+from bitpolicy.search.quality import Psnr
+from bitpolicy.sensitivity.progress import Stages
+from bitpolicy.sensitivity.trajectory import Trajectories, split_samples
+from bitpolicy.workflow import default_call, swapped_denoiser
+
+Checkpoint = Annotated[Path, typer.Argument(help="The folder that search-policy or export wrote.")]
+Images = Annotated[int, typer.Option("--images", min=1, help="How many to compare.", rich_help_panel=RUN)]
+Picture = Annotated[
+    Path | None, typer.Option(help="Write the first images side by side to this PNG.", rich_help_panel=RUN)
+]
+_SEED = 9_000_000_000  # far from the seeds of every search
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    model: Model = None,
+    prompts: Prompts = None,
+    num_inference_steps: Steps = None,
+    guidance_scale: Guidance = None,
+    images: Images = 16,
+    picture: Picture = None,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
+    variant: Variant = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """PSNR of a checkpoint's images against the unquantized model's, same prompts and seeds."""
+    source = load_source(model, dtype=dtype, device=device, revision=revision, variant=variant)
+    bundled = model in (None, BUNDLED)
+    call = {**default_call(bundled), **pipeline_call(num_inference_steps, guidance_scale)}
+    samples = split_samples(load_prompts(prompts, bundled), images, _SEED + seed)
+    stages = Stages(quiet or as_json)
+    reference = [
+        Trajectories(source.pipe, source.component, call).image(s)[0] for s in stages.track(samples, "reference")
+    ]
+    with swapped_denoiser(source, checkpoint):
+        found = [
+            Trajectories(source.pipe, source.component, call).image(s)[0] for s in stages.track(samples, "checkpoint")
+        ]
+    psnr = Psnr.of(reference, found)
+    if picture is not None:
+        rows = [("reference", reference[:8]), ("checkpoint", found[:8])]
+        save_comparison(picture, [sample.prompt for sample in samples[:8]], rows, psnr.per_image)
+    if as_json:
+        print_json({"psnr_db": psnr.as_dict()})
+    elif psnr.mean is None:
+        print(f"all {images} images are identical")
+    else:
+        print(f"PSNR mean {psnr.mean:.2f} dB, worst {psnr.min:.2f} dB over {images} images")

@@ -1,0 +1,88 @@
+"""Entry points. A user's mistake is one line on stderr and exit code 2; a bug keeps its traceback."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import warnings
+
+import typer
+
+from bitpolicy.cli.evaluate import evaluate
+from bitpolicy.cli.export import export
+from bitpolicy.cli.inspect import inspect
+from bitpolicy.cli.probe import probe
+from bitpolicy.cli.search import search
+from bitpolicy.kernels.errors import BitPolicyError
+
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's own, which typer does not name
+_DISK = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the disk is read-only",
+}
+_DISK[errno.EACCES] = "permission denied"
+
+_settings = {"pretty_exceptions_enable": False, "add_completion": False, "rich_markup_mode": "rich"}
+app = typer.Typer(
+    help="Mixed-precision quantization of diffusion models, chosen by the finished image.",
+    no_args_is_help=True,
+    **_settings,
+)
+app.command("search")(search)
+app.command("probe")(probe)
+app.command("export")(export)
+app.command("eval")(evaluate)
+app.command("inspect")(inspect)
+search_app = typer.Typer(**_settings)
+search_app.command()(search)
+
+
+def main() -> None:
+    """The command `bitpolicy`."""
+    sys.exit(_run(app, "bitpolicy"))
+
+
+def search_policy() -> None:
+    """The command `search-policy`."""
+    sys.exit(_run(search_app, "search-policy"))
+
+
+def _run(commands: typer.Typer, name: str) -> int:
+    """Run a command line; returns its exit code."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    if not debug:
+        _hush()
+    try:
+        return int(commands(args=arguments, prog_name=name, standalone_mode=False) or 0)
+    except (KeyboardInterrupt, typer.Abort):
+        print(f"{name}: stopped; the same command goes on where it was", file=sys.stderr)
+        return 130
+    except _UsageError as error:
+        return _mistake(name, error.format_message(), error, debug)  # type: ignore[attr-defined]
+    except BitPolicyError as error:
+        return _mistake(name, str(error), error, debug)
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        return _mistake(name, f"{_DISK[error.errno]}{where}; mend that and run the same command again", error, debug)
+
+
+def _mistake(name: str, message: str, error: Exception, debug: bool) -> int:
+    if debug:
+        raise error
+    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _hush() -> None:
+    """Other libraries' chatter would bury the progress bars; --debug shows it."""
+    import diffusers
+    import transformers
+
+    warnings.filterwarnings("ignore")
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()

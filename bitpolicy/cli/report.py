@@ -1,0 +1,64 @@
+"""What the commands print: a table for people on stdout, or one JSON object."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bitpolicy.search.budget import readable
+
+_PRIVATE = ("roles",)  # in result.json and the table, not in --json
+
+
+def print_json(result: Mapping[str, Any]) -> None:
+    """Strict JSON: no NaN, no Infinity."""
+    print(json.dumps({k: v for k, v in result.items() if k not in _PRIVATE}, allow_nan=False))
+
+
+def print_result(result: Mapping[str, Any]) -> None:
+    """The closing tables of a search."""
+    console = Console()
+    console.print(_bytes_and_quality(result))
+    if result.get("roles"):
+        console.print(_layers(result["roles"], list(result["layers"])))
+    folder = result["output_dir"]
+    console.print(
+        f"{folder}/compare.png shows both, {folder}/policy.yaml has every choice, {folder}/checkpoint loads with",
+        soft_wrap=True,
+    )
+    console.print(
+        f'  import bitpolicy; pipe = bitpolicy.load_pipeline("{folder}/checkpoint")', soft_wrap=True, highlight=False
+    )
+
+
+def _bytes_and_quality(result: Mapping[str, Any]) -> Table:
+    table = Table(show_header=False, title="bitpolicy", title_justify="left")
+    share = result["policy_bytes"] / result["reference_bytes"]
+    same = "equal" if result["policy_bytes"] == result["checkpoint_bytes"] else "NOT EQUAL"
+    psnr = result["psnr_db"]
+    quality = f"mean {psnr['mean']:.2f} dB, worst {psnr['min']:.2f} dB" if psnr["mean"] is not None else "all identical"
+    same_images = f", {psnr['identical']} identical" if psnr["identical"] else ""
+    error = result["predicted_error"]
+    rows = [
+        ("asked", f"{result['budget_bytes']:,} bytes ({readable(result['budget_bytes'])})"),
+        ("predicted", f"{result['policy_bytes']:,} bytes, {share:.1%} of FP16's {result['reference_bytes']:,}"),
+        ("on disk", f"{result['checkpoint_bytes']:,} bytes ({same})"),
+        ("layers", ", ".join(f"{count} {name}" for name, count in result["layers"].items())),
+        ("predicted latent error", "not predicted" if error is None else f"{error:.3g} (relative power)"),
+        ("held-out PSNR", f"{quality} over {psnr['n']} images{same_images}"),
+        ("seconds", ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in result["seconds"].items())),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _layers(roles: Mapping[str, Mapping[str, int]], formats: list[str]) -> Table:
+    table = Table("role", *formats, title="layers by role and format", title_justify="left")
+    for role, counts in roles.items():
+        table.add_row(role, *(str(counts.get(name, "")) for name in formats))
+    return table

@@ -1,0 +1,161 @@
+"""`search-policy`, which is also `bitpolicy search`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bitpolicy.cli.options import (
+    RUN,
+    Component,
+    Device,
+    Dtype,
+    Formats,
+    Guidance,
+    Json,
+    Model,
+    Probe,
+    Prompts,
+    Quiet,
+    Revision,
+    Seed,
+    Steps,
+    Variant,
+    pipeline_call,
+)
+from bitpolicy.cli.report import print_json, print_result
+from bitpolicy.kernels.formats import DEFAULT, parse_formats
+from bitpolicy.prompting import load_prompts
+from bitpolicy.search.budget import readable
+from bitpolicy.sensitivity.progress import Stages
+from bitpolicy.settings import OutputFolder, Settings
+from bitpolicy.workflow import Plan, make_plan, run_search
+
+Budget = Annotated[
+    str,
+    typer.Option(
+        help="Bytes for the denoiser: 3GB, 3GiB, 700MB, 45% of FP16, 4.5bit a parameter.", rich_help_panel=RUN
+    ),
+]
+OutputDir = Annotated[
+    Path,
+    typer.Option(help="Gets policy.yaml, checkpoint/, compare.png, sensitivity table, study.", rich_help_panel=RUN),
+]
+Trials = Annotated[
+    int, typer.Option(min=0, help="Optuna trials on real generations; 0 keeps the exact solution.", rich_help_panel=RUN)
+]
+Storage = Annotated[
+    str | None,
+    typer.Option(help="Optuna storage URL. Default: a journal file in the output folder.", rich_help_panel=RUN),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what the output folder holds.", rich_help_panel=RUN)
+]
+Resume = Annotated[
+    bool, typer.Option("--resume/--no-resume", help="Go on where an equal run was stopped.", rich_help_panel=RUN)
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.", rich_help_panel=RUN)
+]
+
+
+def search(
+    budget: Budget,
+    model: Model = None,
+    component: Component = None,
+    output_dir: OutputDir = Path("bitpolicy-out"),
+    formats: Formats = ",".join(DEFAULT),
+    prompts: Prompts = None,
+    num_inference_steps: Steps = None,
+    guidance_scale: Guidance = None,
+    seed: Seed = 0,
+    trials: Trials = 32,
+    probe: Probe = "adjoint",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
+    variant: Variant = None,
+    storage: Storage = None,
+    overwrite: Overwrite = False,
+    resume: Resume = True,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Shrink a diffusion model to the size you ask for, with the least harm to its images.
+
+    Scores every layer by what quantizing it does to the finished image, gives each INT4, INT8 or FP16 so that the whole
+    fits --budget, checks the choice on real generations, and writes policy.yaml and a checkpoint that diffusers loads.
+
+    Example: search-policy --budget 5MB --output-dir out
+    """
+    settings = Settings(
+        budget=budget,
+        model=model,
+        component=component,
+        formats=tuple(format.name for format in parse_formats(formats)),
+        prompts=tuple(load_prompts(prompts, bundled=False)) if prompts else None,
+        call=tuple(pipeline_call(num_inference_steps, guidance_scale).items()),
+        seed=seed,
+        trials=trials,
+        probe=probe,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        variant=variant,
+        storage=storage,
+    )
+    stages = Stages(quiet or as_json)
+    if dry_run:
+        _print_plan(make_plan(settings))
+        return
+    held = OutputFolder.peek(output_dir, settings, overwrite=overwrite, resume=resume)
+    if held is None:
+        with stages.timed("load"):
+            plan = make_plan(settings)
+        output = OutputFolder(output_dir, settings, overwrite=overwrite, resume=resume)
+        _say_notices(plan)
+        run_search(settings, plan, output, stages)
+        held = output.finished()
+    elif not quiet:
+        print(
+            f"{output_dir} holds this search, finished; here is its result (--no-resume makes it anew)", file=sys.stderr
+        )
+    assert held is not None
+    (print_json if as_json else print_result)(held)
+
+
+def _say_notices(plan: Plan) -> None:
+    """What the user should know before the work begins, on stderr."""
+    if plan.fits_unquantized:
+        needed = plan.account.reference
+        print(
+            f"the unquantized denoiser has {needed:,} bytes and fits {plan.budget}: every layer stays FP16",
+            file=sys.stderr,
+        )
+    if not plan.split.by_prompt:
+        print(
+            "fewer than 8 prompts: calibration, search and held-out images share prompts and have seeds of their own",
+            file=sys.stderr,
+        )
+
+
+def _print_plan(plan: Plan) -> None:
+    """What --dry-run says."""
+    parts = plan.split
+    print(
+        f"model       {plan.source.id}: {type(plan.source.denoiser).__name__} '{plan.source.component}', {len(plan.layers)} layers"
+    )
+    print(
+        f"FP16        {plan.account.reference:,} bytes ({readable(plan.account.reference)}), {plan.account.parameters:,} parameters"
+    )
+    print(f"budget      {plan.budget}")
+    print(f"smallest    {plan.smallest:,} bytes with {', '.join(f.name for f in plan.formats)}")
+    print(f"call        {plan.trajectories.call}")
+    print(
+        f"samples     {len(parts.calibration)} calibration, {len(parts.search)} search, {len(parts.confirm)} confirm, {len(parts.held_out)} held out"
+    )
+    print("dry run: nothing was written")

@@ -1,0 +1,178 @@
+"""Get a pipeline: the bundled one, a local folder or a hub id; and its storage dtype."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.policies.apply import to_storage
+from bitpolicy.sensitivity.trajectory import DENOISERS, denoiser_name
+
+BUNDLED = "bitpolicy/emoji"
+BUNDLED_FOLDER = Path(__file__).parent / "models" / "emoji"
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_STORAGE = {"F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A loaded, unquantized pipeline.
+
+    Attributes:
+        pipe: on its device, in the compute dtype; the denoiser's values are those of the storage dtype.
+        component: name of the denoiser.
+        storage: dtype of the checkpoint that will be exported.
+        id: hub id or folder, for the policy file.
+        revision: of a hub model.
+    """
+
+    pipe: DiffusionPipeline
+    component: str
+    storage: torch.dtype
+    id: str
+    revision: str | None = None
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return getattr(self.pipe, self.component)
+
+
+def load_source(
+    model: str | None = None,
+    component: str | None = None,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    variant: str | None = None,
+) -> Source:
+    """Load a diffusers pipeline for probing and search.
+
+    Args:
+        model: hub id or folder; None is the bundled emoji pipeline.
+        component: the denoiser; None finds it.
+        dtype: compute dtype; "auto" is float32 on the CPU and the storage dtype on CUDA.
+        device: "auto" is CUDA where there is one.
+
+    Raises:
+        BitPolicyError: there is no such folder, repository, component, dtype or device, or it is no diffusers pipeline.
+    """
+    target = _device(device)
+    folder = _folder(model, revision, variant)
+    storage = storage_dtype(folder, component, variant)
+    if dtype not in ("auto", *DTYPES):
+        raise BitPolicyError(f"unknown dtype {dtype!r}; write auto, {', '.join(DTYPES)}")
+    compute = DTYPES.get(dtype) or (torch.float32 if target.type == "cpu" else storage)
+    pipe = open_pipeline(folder, storage, variant)
+    name = denoiser_name(pipe, component)
+    denoiser = getattr(pipe, name)
+    if getattr(denoiser, "hf_quantizer", None) is not None:
+        raise BitPolicyError(
+            f"{model}: its {name} is quantized already; give the full-precision pipeline it was made from"
+        )
+    pipe.to(target, compute)
+    return Source(pipe, name, storage, model or BUNDLED, revision)
+
+
+def source_of(pipe: DiffusionPipeline, component: str | None = None, storage: torch.dtype | None = None) -> Source:
+    """A pipeline that is in memory already. Its denoiser is rounded, in place, to the storage dtype.
+
+    Args:
+        storage: None is bfloat16 for a bfloat16 denoiser and float16 for any other.
+    """
+    name = denoiser_name(pipe, component)
+    denoiser = getattr(pipe, name)
+    if storage is None:
+        storage = torch.bfloat16 if next(denoiser.parameters()).dtype == torch.bfloat16 else torch.float16
+    to_storage(denoiser, storage)
+    return Source(pipe, name, storage, str(pipe.config.get("_name_or_path") or type(pipe).__name__))
+
+
+def open_pipeline(folder: Path, dtype: torch.dtype | None = None, variant: str | None = None) -> DiffusionPipeline:
+    """`DiffusionPipeline.from_pretrained` on a local folder, with errors a person can use."""
+    if not (folder / "model_index.json").is_file():
+        found = (
+            "it is empty or missing"
+            if not folder.is_dir() or not any(folder.iterdir())
+            else "it has no model_index.json"
+        )
+        raise BitPolicyError(
+            f"{folder} is not a diffusers pipeline folder: {found}; give a folder that save_pretrained wrote, or a hub id"
+        )
+    names = inspect.signature(DiffusionPipeline.from_pretrained).parameters
+    keyword = "dtype" if "dtype" in names else "torch_dtype"
+    arguments: dict[str, Any] = {"variant": variant, "local_files_only": True}
+    if dtype is not None:
+        arguments[keyword] = dtype
+    try:
+        return DiffusionPipeline.from_pretrained(str(folder), **arguments)
+    except BitPolicyError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise BitPolicyError(f"cannot load the pipeline in {folder}: {' '.join(str(error).split())}") from error
+
+
+def storage_dtype(folder: Path, component: str | None = None, variant: str | None = None) -> torch.dtype:
+    """The dtype of most values in the denoiser's safetensors files; float16 for float32 files and where there are none."""
+    ending = f".{variant}.safetensors" if variant else ".safetensors"
+    counts: Counter[str] = Counter()
+    for name in [component] if component else DENOISERS:
+        for path in sorted((folder / name).glob(f"*{ending}")):
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118 - not a dict
+                    part = file.get_slice(key)
+                    counts[part.get_dtype()] += prod(part.get_shape())
+    common = counts.most_common(1)
+    return _STORAGE.get(common[0][0], torch.float16) if common else torch.float16
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise BitPolicyError(f"unknown device {name!r}; write auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BitPolicyError("--device cuda was asked, but torch sees no CUDA device; use --device cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _folder(model: str | None, revision: str | None, variant: str | None) -> Path:
+    """The local folder of a model, downloaded if it is a hub id."""
+    if model is None or model == BUNDLED:
+        return BUNDLED_FOLDER
+    path = Path(model).expanduser()
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        if not path.is_dir():
+            raise BitPolicyError(
+                f"--model {model}: there is no such folder; give a pipeline folder or a hub id like owner/name"
+            )
+        return path
+    try:
+        return Path(DiffusionPipeline.download(model, revision=revision, variant=variant))
+    except GatedRepoError as error:
+        raise BitPolicyError(
+            f"{model} is gated: accept its terms on the hub, then log in with `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise BitPolicyError(
+            f"{model} is neither a folder here nor a public model on the hub; check the name, or log in if it is private"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        raise BitPolicyError(
+            f"cannot download {model}: {' '.join(str(error).split())[:300]}; give a local folder if there is no network"
+        ) from error

@@ -1,0 +1,143 @@
+"""What one search is asked to do, and the folder that holds what it made."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.policies.atomic import write_text
+
+_OURS = (
+    "run.json",
+    "result.json",
+    "policy.yaml",
+    "calibration.safetensors",
+    "sensitivity.safetensors",
+    "sensitivity.csv",
+)
+_OURS += ("study.journal", "compare.png", "checkpoint", "work")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One search. Two runs with equal settings give the same policy.
+
+    Attributes:
+        budget: as written, e.g. "5MB".
+        model: hub id or folder; None is the bundled pipeline.
+        component: the denoiser; None finds it.
+        formats: names of the candidate formats.
+        prompts: the prompts, or None for the built-in list.
+        call: arguments of every pipeline call.
+        seed: of samples, split, random directions and sampler.
+        trials: Optuna trials in all; 0 keeps the exact solution.
+        probe: "adjoint", "ablation" or "weight".
+        dtype, device: of the computation; see `load_source`.
+        revision, variant: of a hub model.
+        storage: Optuna storage URL; None is a journal file in the output folder.
+        calibration_samples, vectors, search_samples, confirm_samples, held_out_samples: sizes of the parts.
+    """
+
+    budget: str
+    model: str | None = None
+    component: str | None = None
+    formats: tuple[str, ...] = ("int4", "int8", "fp16")
+    prompts: tuple[str, ...] | None = None
+    call: tuple[tuple[str, Any], ...] = ()
+    seed: int = 0
+    trials: int = 32
+    probe: str = "adjoint"
+    dtype: str = "auto"
+    device: str = "auto"
+    revision: str | None = None
+    variant: str | None = None
+    storage: str | None = None
+    calibration_samples: int = 16
+    vectors: int = 2
+    search_samples: int = 16
+    confirm_samples: int = 16
+    held_out_samples: int = 16
+
+    def identity(self) -> dict[str, Any]:
+        """JSON values that two runs share exactly when they ask for the same."""
+        return json.loads(json.dumps(asdict(self)))
+
+
+class OutputFolder:
+    """The output of one search. It is claimed by `run.json`; finished once `result.json` is there.
+
+    Raises:
+        BitPolicyError: on opening, if the folder holds something else, or cannot be written.
+    """
+
+    def __init__(self, path: Path, settings: Settings, *, overwrite: bool, resume: bool) -> None:
+        self.path = path
+        self._identity = settings.identity()
+        held = self._claimed(overwrite)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if not resume or (overwrite and held != self._identity):
+                self._clear(keep_work=resume)
+            write_text(path / "run.json", json.dumps(self._identity, indent=2, sort_keys=True) + "\n")
+        except OSError as error:
+            raise BitPolicyError(
+                f"cannot write to {path}: {error.strerror}; choose an --output-dir that can be written"
+            ) from error
+
+    @classmethod
+    def peek(cls, path: Path, settings: Settings, *, overwrite: bool, resume: bool) -> dict[str, Any] | None:
+        """The result of this very search if `path` holds it, finished; nothing is written.
+
+        Raises:
+            BitPolicyError: the folder holds something else.
+        """
+        folder = cls.__new__(cls)
+        folder.path, folder._identity = path, settings.identity()
+        held = folder._claimed(overwrite)
+        return folder.finished() if resume and held == folder._identity else None
+
+    def _claimed(self, overwrite: bool) -> dict[str, Any] | None:
+        """The settings of the search that the folder holds, or None; refuses what must not be touched."""
+        held = self._held_identity()
+        if held is not None and held != self._identity and not overwrite:
+            changed = ", ".join(sorted(k for k in self._identity if held.get(k) != self._identity[k]))
+            raise BitPolicyError(
+                f"{self.path} holds a search with another {changed}; choose another --output-dir, or --overwrite it"
+            )
+        if held is None and self.path.exists() and self._foreign() and not overwrite:
+            raise BitPolicyError(
+                f"{self.path} holds something else ({self._foreign()[0]}); choose another --output-dir, or --overwrite it"
+            )
+        return held
+
+    def finished(self) -> dict[str, Any] | None:
+        """The result of a finished run, or None."""
+        path = self.path / "result.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def finish(self, result: dict[str, Any]) -> None:
+        write_text(self.path / "result.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
+
+    def _held_identity(self) -> dict[str, Any] | None:
+        try:
+            return json.loads((self.path / "run.json").read_text())
+        except (OSError, ValueError):
+            return None
+
+    def _foreign(self) -> list[str]:
+        if not self.path.is_dir():
+            return [f"{self.path.name} is a file"]
+        return sorted(p.name for p in self.path.iterdir() if not p.name.startswith(".run.json"))
+
+    def _clear(self, keep_work: bool) -> None:
+        """Remove what an earlier search wrote here, and nothing else; the probe's records may stay, they are keyed."""
+        for name in _OURS:
+            entry = self.path / name
+            if entry.is_dir() and not (keep_work and name == "work"):
+                shutil.rmtree(entry)
+            elif entry.is_file():
+                entry.unlink()
