@@ -87,7 +87,8 @@ def search(
         pipe: an unquantized diffusers pipeline. Its denoiser is rounded, in place, to the storage dtype.
         budget: "3GB", "3GiB", "700MB", "45%" or "4.5bit".
         trials: Optuna trials; 0 keeps the exact solution of the knapsack.
-        output_dir: keep policy.yaml, calibration, sensitivity table and journal here, and resume from them; None keeps none.
+        output_dir: keep policy.yaml, calibration, sensitivity table and journal here, and resume from them; None keeps
+            none.
         sizes: other fields of `bitpolicy.settings.Settings`, e.g. calibration_samples=8.
 
     Returns:
@@ -140,8 +141,9 @@ def export(
     found = weights_hash(source.denoiser, source.storage)
     if found != given.model.sha256:
         raise BitPolicyError(
-            f"the policy was made for {given.model.id} ({given.model.class_name}, sha256 {given.model.sha256[:12]}...), this "
-            f"{given.model.component} has sha256 {found[:12]}...; give that model, or run search-policy on this one"
+            f"the policy was made for {given.model.id} ({given.model.class_name}, "
+            f"sha256 {given.model.sha256[:12]}...), this {given.model.component} has sha256 {found[:12]}...; "
+            "give that model, or run search-policy on this one"
         )
     calibration = given.calibration
     if calibration is None:

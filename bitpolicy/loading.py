@@ -114,7 +114,8 @@ def open_pipeline(folder: Path, dtype: torch.dtype | None = None, variant: str |
             else "it has no model_index.json"
         )
         raise BitPolicyError(
-            f"{folder} is not a diffusers pipeline folder: {found}; give a folder that save_pretrained wrote, or a hub id"
+            f"{folder} is not a diffusers pipeline folder: {found}; "
+            "give a folder that save_pretrained wrote, or a hub id"
         )
     names = inspect.signature(DiffusionPipeline.from_pretrained).parameters
     keyword = "dtype" if "dtype" in names else "torch_dtype"
@@ -130,7 +131,8 @@ def open_pipeline(folder: Path, dtype: torch.dtype | None = None, variant: str |
 
 
 def storage_dtype(folder: Path, component: str | None = None, variant: str | None = None) -> torch.dtype:
-    """The dtype of most values in the denoiser's safetensors files; float16 for float32 files and where there are none."""
+    """The dtype of most values in the denoiser's safetensors files; float16 for float32 files, and where there are
+    none."""
     ending = f".{variant}.safetensors" if variant else ".safetensors"
     counts: Counter[str] = Counter()
     for name in [component] if component else DENOISERS:
@@ -170,7 +172,8 @@ def _folder(model: str | None, revision: str | None, variant: str | None) -> Pat
         ) from error
     except RepositoryNotFoundError as error:
         raise BitPolicyError(
-            f"{model} is neither a folder here nor a public model on the hub; check the name, or log in if it is private"
+            f"{model} is neither a folder here nor a public model on the hub; "
+            "check the name, or log in if it is private"
         ) from error
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise BitPolicyError(

@@ -17,7 +17,9 @@ _APART = 1_000_000  # between the seeds of two parts: they never meet
 
 @dataclass(frozen=True)
 class Split:
-    """Samples for each purpose; no two parts share a (prompt, seed), and where `by_prompt`, none but `confirm` a prompt.
+    """Samples for each purpose.
+
+    No two parts share a (prompt, seed), and where `by_prompt`, none but `confirm` a prompt.
 
     Attributes:
         calibration: for the probe.

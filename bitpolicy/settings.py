@@ -11,7 +11,7 @@ from typing import Any
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.atomic import write_text
 
-_OURS = (
+_OURS: tuple[str, ...] = (
     "run.json",
     "result.json",
     "policy.yaml",
@@ -110,7 +110,8 @@ class OutputFolder:
             )
         if held is None and self.path.exists() and self._foreign() and not overwrite:
             raise BitPolicyError(
-                f"{self.path} holds something else ({self._foreign()[0]}); choose another --output-dir, or --overwrite it"
+                f"{self.path} holds something else ({self._foreign()[0]}); "
+                "choose another --output-dir, or --overwrite it"
             )
         return held
 

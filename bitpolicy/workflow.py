@@ -1,9 +1,12 @@
-"""The whole road: load, probe, search, export, reload from disk, compare. Each stage goes on where a killed run stopped."""
+"""The whole road: load, probe, search, export, reload from disk, compare.
+
+Each stage goes on where a killed run stopped.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -243,7 +246,8 @@ class SearchRun:
             return checkpoint_bytes(folder / source.component)
 
     def evaluate(self, policy: Policy) -> tuple[Policy, Psnr]:
-        """Reload the checkpoint, compare on held-out samples, write compare.png and the measured PSNR into the policy."""
+        """Reload the checkpoint, compare on held-out samples, write compare.png and the measured PSNR into the
+        policy."""
         plan, source = self._plan, self._plan.source
         samples = plan.split.held_out
         with self._stages.timed("evaluate"):
@@ -268,7 +272,7 @@ class SearchRun:
 
 
 @contextmanager
-def swapped_denoiser(source: Source, checkpoint: Path):
+def swapped_denoiser(source: Source, checkpoint: Path) -> Iterator[None]:
     """While the block runs, the source pipeline computes with the denoiser of the checkpoint, read from disk."""
     dtype = next(source.denoiser.parameters()).dtype
     reloaded = open_pipeline(checkpoint, dtype)

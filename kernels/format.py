@@ -1,8 +1,8 @@
 """What a storage format is: data, and the arithmetic of its own bytes.
 
 A format turns a weight of shape (out, in/groups, *kernel) into named tensors and back. Their names are appended to the
-layer's name in a checkpoint (`<layer>.weight_packed`), and `tensors(shape)` tells their dtypes and shapes beforehand, so
-the size of a file is known exactly before anything is quantized.
+layer's name in a checkpoint (`<layer>.weight_packed`), and `tensors(shape)` tells their dtypes and shapes beforehand,
+so the size of a file is known exactly before anything is quantized.
 """
 
 from __future__ import annotations

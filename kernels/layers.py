@@ -22,7 +22,7 @@ Quantizable = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 class _Dequantized(torch.Tensor):
     """A dequantized weight that knows its layer, so that an edit through `.data` (LoRA fusing) is quantized back."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     owner: PackedLayer
 
     @property
@@ -46,7 +46,6 @@ class PackedLayer(nn.Module):
     format: Format
     weight_shape: tuple[int, ...]
     compute_dtype: torch.dtype
-    bias: nn.Parameter | None
 
     def _hold(
         self, format: Format, shape: tuple[int, ...], dtype: torch.dtype, tensors: Mapping[str, torch.Tensor]
@@ -100,7 +99,7 @@ def _plain_when_called(plain: type[nn.Module]) -> Callable[..., Any]:
     return new
 
 
-class PackedLinear(PackedLayer, nn.Linear):
+class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # its weight is computed
     __new__ = _plain_when_called(nn.Linear)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -112,15 +111,15 @@ class _PackedConv(PackedLayer):
         return self._conv_forward(input, self.dequantize(input.dtype), self.bias)  # type: ignore[operator]
 
 
-class PackedConv1d(_PackedConv, nn.Conv1d):
+class PackedConv1d(_PackedConv, nn.Conv1d):  # type: ignore[override]
     __new__ = _plain_when_called(nn.Conv1d)
 
 
-class PackedConv2d(_PackedConv, nn.Conv2d):
+class PackedConv2d(_PackedConv, nn.Conv2d):  # type: ignore[override]
     __new__ = _plain_when_called(nn.Conv2d)
 
 
-class PackedConv3d(_PackedConv, nn.Conv3d):
+class PackedConv3d(_PackedConv, nn.Conv3d):  # type: ignore[override]
     __new__ = _plain_when_called(nn.Conv3d)
 
 
@@ -140,7 +139,7 @@ def quantizable_layers(model: nn.Module) -> Iterator[tuple[str, Quantizable]]:
     """
     for name, module in model.named_modules():
         if type(module) in _PACKED:
-            yield name, module  # type: ignore[misc]
+            yield name, module
 
 
 def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:

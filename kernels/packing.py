@@ -1,8 +1,8 @@
 """The wire order of packed weights (checkpoint `format_version: 1`).
 
-A weight of shape (out, in/groups, *kernel) is laid out as rows (out, K) with K = prod(kernel) * in/groups and the channel
-running fastest: (out, kh, kw, in/groups). Two 4-bit codes share a byte, the even k in the low nibble; an odd K is padded
-by one zero nibble.
+A weight of shape (out, in/groups, *kernel) is laid out as rows (out, K) with K = prod(kernel) * in/groups and the
+channel running fastest: (out, kh, kw, in/groups). Two 4-bit codes share a byte, the even k in the low nibble; an odd K
+is padded by one zero nibble.
 """
 
 from __future__ import annotations

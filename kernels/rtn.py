@@ -1,7 +1,7 @@
 """Round to nearest: the scale spans the extremes, every value goes to the closest code.
 
-For levels q in {0 .. 2^b - 1} with scale s and zero point z the value is w ~ s (q - z); for symmetric codes z = 0 and
-q in {-(2^(b-1) - 1) .. 2^(b-1) - 1} (Jacob et al. 2018, section 2.1). Scales are rounded to the dtype they are stored in
+For levels q in {0 .. 2^b - 1} with scale s and zero point z the value is w ~ s (q - z); for symmetric codes z = 0 and q
+in {-(2^(b-1) - 1) .. 2^(b-1) - 1} (Jacob et al. 2018, section 2.1). Scales are rounded to the dtype they are stored in
 *before* the codes are chosen, so that the codes are nearest for the scale that will be read back.
 """
 
@@ -23,8 +23,8 @@ def asymmetric(
         scale_dtype: dtype the scale is stored in.
 
     Returns:
-        codes u8 (..., group) in [0, 2^bits - 1], scale (...) > 0, zero u8 (...) in [0, 2^bits - 1]. A group of zero range,
-        or whose scale underflows, has scale 1 and every code equal to its zero point.
+        codes u8 (..., group) in [0, 2^bits - 1], scale (...) > 0, zero u8 (...) in [0, 2^bits - 1]. A group of zero
+        range, or whose scale underflows, has scale 1 and every code equal to its zero point.
     """
     _require_finite(values)
     top = 2**bits - 1

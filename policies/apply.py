@@ -56,7 +56,7 @@ def quantized(
     model: nn.Module, choices: Mapping[str, Choice], calibration: Calibration, storage: torch.dtype
 ) -> Iterator[None]:
     """While the block runs, `model` computes with the weights and biases that `choices` store. Restored after it."""
-    before: list[tuple[nn.Parameter, torch.Tensor]] = []
+    before: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
         for name, layer in quantizable_layers(model):
             choice = choices.get(name)

@@ -1,4 +1,4 @@
-"""Outputs are written aside and renamed, so that a killed process leaves the old thing or nothing, never half of one."""
+"""Outputs are written aside and renamed: a killed process leaves the old thing or nothing, never half of one."""
 
 from __future__ import annotations
 

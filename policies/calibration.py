@@ -1,7 +1,7 @@
 """What exporting needs beyond the policy: the mean input of every layer, measured on the reference.
 
-`calibration.safetensors` holds E[x] per layer (see `bitpolicy.kernels.bias_correction`), float32, by layer name. Its hash is
-recorded in the policy, so what is exported is what was searched.
+`calibration.safetensors` holds E[x] per layer (see `bitpolicy.kernels.bias_correction`), float32, by layer name. Its
+hash is recorded in the policy, so what is exported is what was searched.
 """
 
 from __future__ import annotations
@@ -39,13 +39,14 @@ def load_calibration(path: Path, expected_hash: str | None = None) -> dict[str, 
         calibration = load_file(path)
     except (OSError, SafetensorError) as error:
         raise BitPolicyError(
-            f"cannot read {path}: {error}; the policy corrects biases and needs the calibration.safetensors that was written "
-            "beside it: keep the two together, or set bias_correction: false"
+            f"cannot read {path}: {error}; the policy corrects biases and needs the calibration.safetensors that was "
+            "written beside it: keep the two together, or set bias_correction: false"
         ) from error
     found = calibration_hash(calibration)
     if expected_hash is not None and found != expected_hash:
         raise BitPolicyError(
-            f"{path} has hash {found[:19]}..., the policy was made with {expected_hash[:19]}...; use the file written beside it"
+            f"{path} has hash {found[:19]}..., the policy was made with {expected_hash[:19]}...; "
+            "use the file written beside it"
         )
     return calibration
 

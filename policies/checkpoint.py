@@ -200,5 +200,6 @@ def _require_space(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < nbytes:
         raise BitPolicyError(
-            f"{parent} has {free:,} bytes free, the checkpoint needs at least {nbytes:,}; free some space or choose another --output-dir"
+            f"{parent} has {free:,} bytes free, the checkpoint needs at least {nbytes:,}; "
+            "free some space or choose another --output-dir"
         )

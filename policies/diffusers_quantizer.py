@@ -8,7 +8,7 @@ are stored and everything else is cast.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ METHOD = "bitpolicy"
 FORMAT_VERSION = 1
 
 
-class _Method(str, Enum):  # diffusers reads `.value` of it
+class _Method(StrEnum):  # diffusers reads `.value` of it
     BITPOLICY = METHOD
 
 
@@ -51,7 +51,8 @@ class BitPolicyConfig(QuantizationConfigMixin):
     ) -> None:
         if format_version != FORMAT_VERSION:
             raise BitPolicyError(
-                f"the checkpoint has format_version {format_version}, this bitpolicy reads {FORMAT_VERSION}; install a newer one"
+                f"the checkpoint has format_version {format_version}, this bitpolicy reads {FORMAT_VERSION}; "
+                "install a newer one"
             )
         self.quant_method = _Method.BITPOLICY
         self.layers = dict(layers or {})
@@ -108,7 +109,8 @@ class BitPolicyQuantizer(DiffusersQuantizer):
 
     def check_quantized_param_shape(self, param_name: str, current: torch.Tensor, loaded: torch.Tensor) -> None:
         raise BitPolicyError(
-            f"{param_name} has shape {tuple(loaded.shape)}, the config says {tuple(current.shape)}; the checkpoint is damaged"
+            f"{param_name} has shape {tuple(loaded.shape)}, the config says {tuple(current.shape)}; "
+            "the checkpoint is damaged"
         )
 
     def create_quantized_param(
@@ -123,7 +125,7 @@ class BitPolicyQuantizer(DiffusersQuantizer):
     ) -> None:
         set_module_tensor_to_device(model, param_name, target_device, value=state_dict[param_name])  # not the cast copy
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         layers = dict(quantizable_layers(model))
         storage = getattr(torch, self.quantization_config.storage_dtype)
         for name in self.quantization_config.layers:

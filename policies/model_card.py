@@ -13,8 +13,8 @@ from bitpolicy.policies.policy import Choice, Policy
 _TEXT = """
 # {title}, quantized by bitpolicy
 
-The `{component}` of this pipeline holds its layers in mixed precision: {counts}. Which layer got which format was chosen
-by what quantizing it does to the finished image; `policy.yaml` has the whole choice and how it was made.
+The `{component}` of this pipeline holds its layers in mixed precision: {counts}. Which layer got which format was
+chosen by what quantizing it does to the finished image; `policy.yaml` has the whole choice and how it was made.
 
 | | |
 |---|---|

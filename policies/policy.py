@@ -1,8 +1,8 @@
 """The policy file: which format every layer gets, and what the choice was made from.
 
-A policy is YAML that a person can read and edit. `defaults` apply to every layer, `rules` (globs) override them in order,
-`layers` (exact names) override both. On use it is resolved against a model into exact names; a rule that matches nothing,
-a layer the model does not have and a policy for another model are errors, never ignored.
+A policy is YAML that a person can read and edit. `defaults` apply to every layer, `rules` (globs) override them in
+order, `layers` (exact names) override both. On use it is resolved against a model into exact names; a rule that matches
+nothing, a layer the model does not have and a policy for another model are errors, never ignored.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 import yaml
@@ -23,7 +23,7 @@ from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.formats import format_named, from_parameters
 from bitpolicy.policies.atomic import write_text
 
-SCHEMA = 1
+SCHEMA: Final = 1
 
 
 class PolicyError(BitPolicyError):
@@ -172,8 +172,8 @@ class Policy(_Strict):
         """The choice for each layer in `names`, the layers of a model.
 
         Raises:
-            PolicyError: a rule matches no layer, an entry names a layer that is not there, or a format is unknown or was
-                defined differently.
+            PolicyError: a rule matches no layer, an entry names a layer that is not there, or a format is unknown or
+                was defined differently.
         """
         names = list(names)
         for name, parameters in self.formats.items():

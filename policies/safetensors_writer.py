@@ -1,8 +1,9 @@
 """Write safetensors one tensor at a time.
 
 `safetensors.torch.save_file` wants every tensor at once. Here the header is made from the specs, which are known before
-anything is quantized, and each tensor goes to its place when it is ready, so memory does not grow with the model. Tensors
-are ordered by falling item size (which keeps them aligned), then by name, with one metadata key: same input, same bytes.
+anything is quantized, and each tensor goes to its place when it is ready, so memory does not grow with the model.
+Tensors are ordered by falling item size (which keeps them aligned), then by name, with one metadata key: same input,
+same bytes.
 Format: an 8-byte little-endian header length, a JSON header padded with spaces to 8 bytes, the data.
 """
 

@@ -1,9 +1,9 @@
 """The training images of the bundled pipeline: Noto emoji at 64 x 64, with their names.
 
-The pictures come from the npm package `emoji-datasource-google` (images: Noto Emoji, Apache-2.0; metadata: emoji-data, MIT).
-A few hundred are kept, across faces, hearts, animals, plants, food, instruments, tools and shapes: skin tones, flags and
-joined sequences are left out, and so is every emoji that looks almost the same as one kept before it, because the name of
-a look-alike tells a small model nothing.
+The pictures come from the npm package `emoji-datasource-google` (images: Noto Emoji, Apache-2.0; metadata: emoji-data,
+MIT). A few hundred are kept, across faces, hearts, animals, plants, food, instruments, tools and shapes: skin tones,
+flags and joined sequences are left out, and so is every emoji that looks almost the same as one kept before it, because
+the name of a look-alike tells a small model nothing.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from PIL import Image
 PACKAGE = "emoji-datasource-google@16.0.0"
 SIZE = 64
 SUBCATEGORIES = (
-    "heart face-smiling face-affection face-glasses face-hat face-costume cat-face monkey-face animal-mammal animal-bird "
-    "animal-marine animal-bug animal-reptile animal-amphibian plant-flower food-fruit food-vegetable food-prepared "
-    "food-sweet drink musical-instrument tool geometric"
+    "heart face-smiling face-affection face-glasses face-hat face-costume cat-face monkey-face animal-mammal "
+    "animal-bird animal-marine animal-bug animal-reptile animal-amphibian plant-flower food-fruit food-vegetable "
+    "food-prepared food-sweet drink musical-instrument tool geometric"
 ).split()
 FIRST = ("2764-FE0F", "1F49B", "1F600", "1F431", "1F437", "1F430", "1F42D")  # kept before their look-alikes
 ALIASES = {"2764-FE0F": ["red heart"]}  # the Unicode name of the red heart is "heavy black heart"

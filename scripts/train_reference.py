@@ -140,7 +140,8 @@ class Run:
             if self.step % 50 == 0:
                 each = (time.time() - start) / (self.step - first)
                 print(
-                    f"  {self.step}/{self.steps}  {each:.2f} s/step, {each * (self.steps - self.step) / 60:.0f} min left",
+                    f"  {self.step}/{self.steps}  {each:.2f} s/step, "
+                    f"{each * (self.steps - self.step) / 60:.0f} min left",
                     flush=True,
                 )
 

@@ -2,9 +2,9 @@
 
     minimize  sum_l e(l, f_l)   subject to   sum_l bytes(l, f_l) <= budget,
 
-a multiple-choice knapsack (Sinha and Zoltners 1979) solved by HiGHS through `scipy.optimize.milp`. Errors are powers, never
-decibels: powers of independent errors add. HiGHS stops at an absolute gap of 1e-6 that SciPy does not expose, so the
-errors are scaled until the optimum is far above it, and the rounded answer is checked in whole bytes.
+a multiple-choice knapsack (Sinha and Zoltners 1979) solved by HiGHS through `scipy.optimize.milp`. Errors are powers,
+never decibels: powers of independent errors add. HiGHS stops at an absolute gap of 1e-6 that SciPy does not expose, so
+the errors are scaled until the optimum is far above it, and the rounded answer is checked in whole bytes.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def solve(error: np.ndarray, nbytes: np.ndarray, budget: int, gap: float = 1e-4)
 
 
 def _exact(error: np.ndarray, nbytes: np.ndarray, budget: int, gap: float, incumbent: np.ndarray) -> Solution:
-    layers, formats = error.shape
+    layers = error.shape[0]
     useful = _undominated(error, nbytes)
     scale = _OPTIMUM / max(_total(error, incumbent), np.finfo(float).tiny)
     costs = (error * scale)[useful]
@@ -100,7 +100,7 @@ def _undominated(error: np.ndarray, nbytes: np.ndarray) -> np.ndarray:
     strictly = (nbytes[:, :, None] > nbytes[:, None, :]) | (error[:, :, None] > error[:, None, :])
     index = np.arange(error.shape[1])
     tie_broken = worse & (strictly | (index[None, :, None] > index[None, None, :]))
-    return ~tie_broken.any(axis=2)
+    return ~np.asarray(tie_broken.any(axis=2))
 
 
 def _relaxed(error: np.ndarray, nbytes: np.ndarray, budget: int) -> np.ndarray:

@@ -1,15 +1,15 @@
 """The Optuna study: bend the exact solution towards what real generations say.
 
 A trial suggests one multiplier a group of layers (role x stage); the knapsack decodes the bent errors into a policy, so
-every trial fits the budget. A trial is scored by its mean image error over the search samples, reported sample by sample,
-and `WilcoxonPruner` (made for paired scores) stops losers early. The exact solution is the first trial: the result is
-never worse than it on the samples the study saw.
+every trial fits the budget. A trial is scored by its mean image error over the search samples, reported sample by
+sample, and `WilcoxonPruner` (made for paired scores) stops losers early. The exact solution is the first trial: the
+result is never worse than it on the samples the study saw.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,7 +124,10 @@ class Study:
         return self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
     def best(self, count: int) -> list[Choices]:
-        """The `count` best different policies scored on every sample, best first, and the exact solution if not among them."""
+        """The `count` best different policies scored on every sample, best first.
+
+        The exact solution comes last if it is not among them.
+        """
         whole = [trial for trial in self.finished if trial.user_attrs["samples"] == len(self._samples)]
         ranked = [trial.params for trial in sorted(whole, key=lambda t: (t.value, t.number))]
         found: list[Choices] = []
@@ -152,7 +155,7 @@ class Study:
         trial.set_user_attr("samples", len(errors))
         return float(np.mean(errors))  # of a stopped loser too: an estimate the sampler can learn from
 
-    def _errors(self, choices: Choices, order: Sequence[int]):  # noqa: ANN202 - a generator of (index, error)
+    def _errors(self, choices: Choices, order: Sequence[int]) -> Iterator[tuple[int, float]]:
         """Errors by sample index; what an equal policy measured before is not measured again."""
         known = self._seen.setdefault(tuple(choice.format.name for choice in choices.values()), {})
         yield from ((index, known[index]) for index in order if index in known)

@@ -1,7 +1,9 @@
-"""The ablation probe: quantize one layer, run the real trajectory, measure. The truth that other probes are checked against.
+"""The ablation probe: quantize one layer, run the real trajectory, measure.
 
-error(l, f) = E|x_0(Q_f(W_l)) - x_0|^2 / E|x_0|^2, once with the plain and, where there is a bias, once with the corrected
-bias; it costs (layers x formats x biases) trajectories a sample.
+It is the truth that other probes are checked against.
+
+error(l, f) = E|x_0(Q_f(W_l)) - x_0|^2 / E|x_0|^2, once with the plain and, where there is a bias, once with the
+corrected bias; it costs (layers x formats x biases) trajectories a sample.
 """
 
 from __future__ import annotations

@@ -6,9 +6,10 @@ shape. One backward pass of <v, x_0> through the whole sampling loop gives G_l =
     s(l, f) = <G_l, Q_f(W_l) - W_l> = <v, J_l dW>,      E_v[s(l, f)^2]          = |dx_0(l, f)|^2,
                                                         E_v[s(l, f) s(l', f')]  = <dx_0(l, f), dx_0(l', f')>.
 
-This is the adjoint method applied to the sampler, with Hutchinson's estimator (1990) of the norm. One sketch s costs a dot
-product per format. The denoiser's calls are checkpointed (Griewank and Walther 2000), so memory holds the latents of the
-trajectory and the activations of one call; each layer's gradient is used and freed as soon as it is complete, step by step.
+This is the adjoint method applied to the sampler, with Hutchinson's estimator (1990) of the norm. One sketch s costs a
+dot product per format. The denoiser's calls are checkpointed (Griewank and Walther 2000), so memory holds the latents
+of the trajectory and the activations of one call; each layer's gradient is used and freed as soon as it is complete,
+step by step.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ class AdjointProbe:
         """One sketch for each random vector, all from one forward trajectory.
 
         Args:
-            vectors: seeds of the random directions. They feed a stream of their own, never the one of the initial noise.
+            vectors: seeds of the random directions. They feed a stream of their own, never the one of the initial
+                noise.
 
         Raises:
             BitPolicyError: the sampling loop cannot be differentiated, or its gradient is not finite.

@@ -24,8 +24,8 @@ class Layer:
         shape: of its weight, (out, in/groups, *kernel).
         has_bias: whether bias correction has something to correct.
         role: what it does, e.g. "attention_qkv".
-        stage: "encoder", "middle" or "decoder" in a U-Net; "early", "middle" or "late" by depth in a transformer; "ends"
-            outside the blocks.
+        stage: "encoder", "middle" or "decoder" in a U-Net; "early", "middle" or "late" by depth in a transformer;
+            "ends" outside the blocks.
     """
 
     name: str

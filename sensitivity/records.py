@@ -1,7 +1,8 @@
 """Finished pieces of a probe on disk, so that an interrupted one goes on where it stopped.
 
-Each piece is one small safetensors file, written aside and renamed, in a folder named by a hash of everything the numbers
-depend on: another model, prompt, seed, scheduler or format is another folder, and old pieces are never mistaken for new.
+Each piece is one small safetensors file, written aside and renamed, in a folder named by a hash of everything the
+numbers depend on: another model, prompt, seed, scheduler or format is another folder, and old pieces are never mistaken
+for new.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""One pass over the calibration samples with the reference: the mean input of every layer, and the size of the latents."""
+"""One pass over the calibration samples with the reference: the mean input of every layer, the size of the latents."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,8 @@ class ReferencePass:
     """What the reference did on the calibration samples.
 
     Attributes:
-        calibration: layer name -> E[x] over samples, steps and positions, float32 on the CPU, shape (in) or (in, *kernel).
+        calibration: layer name -> E[x] over samples, steps and positions, float32 on the CPU, shape (in) or
+            (in, *kernel).
         latent_power: E|x_0|^2, the mean squared norm of the final latent.
     """
 
@@ -47,7 +48,7 @@ class _RunningMeans:
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
 
-    def hook(self, name: str, layer: Quantizable):
+    def hook(self, name: str, layer: Quantizable) -> Callable[..., None]:
         def add(_module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
             patch = mean_patch(layer, args[0] if args else kwargs["input"]).double()
             self._sums[name] = self._sums[name] + patch if name in self._sums else patch

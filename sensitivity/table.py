@@ -37,8 +37,8 @@ class SensitivityTable:
         error: E|dx_0|^2 / E|x_0|^2 of one layer alone with its better bias, float64, shape (L, F), >= 0. For the weight
             probe the relative weight error instead, which is no error of the image.
         corrected: whether bias correction is what gave `error`, bool, shape (L, F).
-        sketches: s with that bias, divided by sqrt(E|x_0|^2), float32, shape (R, L, F), so that the mean of squares over
-            R is `error`; None where the probe has none.
+        sketches: s with that bias, divided by sqrt(E|x_0|^2), float32, shape (R, L, F), so that the mean of squares
+            over R is `error`; None where the probe has none.
         by_step: share of each scheduler step in the sketches' power, float32, shape (T, L, F); None like sketches.
     """
 
@@ -82,9 +82,10 @@ class SensitivityTable:
         return float(self.error[layer, self.formats.index(format)]) if format.packed else 0.0
 
     def predicted_error(self, formats: Sequence[Format]) -> float | None:
-        """E|dx_0|^2 / E|x_0|^2 of a whole policy, given one format a layer in order; None where scores are no image error.
+        """E|dx_0|^2 / E|x_0|^2 of a whole policy, given one format a layer in order.
 
-        From sketches the layers' errors add up as vectors, mean_r (sum_l s_r(l, f_l))^2; without them, as powers.
+        None where scores are no image error. From sketches the layers' errors add up as vectors,
+        mean_r (sum_l s_r(l, f_l))^2; without them, as powers.
         """
         if self.probe == "weight":
             return None
@@ -131,7 +132,8 @@ class SensitivityTable:
         )
         for i, layer in enumerate(inventory):
             for j, format in enumerate(self.formats):
-                row = [layer.name, layer.role, layer.stage, layer.kind, "x".join(map(str, layer.shape)), format.name]
+                shape = "x".join(map(str, layer.shape))
+                row: list[object] = [layer.name, layer.role, layer.stage, layer.kind, shape, format.name]
                 row += [
                     account.layer(layer.name, format),
                     f"{float(self.error[i, j]):.6e}",

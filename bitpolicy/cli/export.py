@@ -37,5 +37,6 @@ def export(
     source = load_source(model, loaded.model.component, device=device, revision=revision, variant=variant)
     nbytes = export_policy(source.pipe, policy, output_dir, component_dtype=source.storage)
     print(
-        f"{output_dir}: {nbytes:,} bytes in {source.component} ({readable(nbytes)}), policy of {len(loaded.layers)} own entries"
+        f"{output_dir}: {nbytes:,} bytes in {source.component} ({readable(nbytes)}), "
+        f"policy of {len(loaded.layers)} own entries"
     )

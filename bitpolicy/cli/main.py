@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 import warnings
+from typing import Any
 
 import typer
 
@@ -23,7 +24,7 @@ _DISK = {
 }
 _DISK[errno.EACCES] = "permission denied"
 
-_settings = {"pretty_exceptions_enable": False, "add_completion": False, "rich_markup_mode": "rich"}
+_settings: dict[str, Any] = {"pretty_exceptions_enable": False, "add_completion": False, "rich_markup_mode": "rich"}
 app = typer.Typer(
     help="Mixed-precision quantization of diffusion models, chosen by the finished image.",
     no_args_is_help=True,

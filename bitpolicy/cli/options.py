@@ -7,9 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
+from bitpolicy.kernels.formats import DEFAULT
+
 MODEL = "Model"
 CALL = "Pipeline call"
 RUN = "Run"
+
+DEFAULT_FORMATS = ",".join(DEFAULT)
 
 Model = Annotated[
     str | None,
@@ -47,7 +51,8 @@ Seed = Annotated[
 Probe = Annotated[
     str,
     typer.Option(
-        help="How layers are scored: adjoint (backward through the sampler), ablation (one by one, slow), weight (no image at all).",
+        help="How layers are scored: adjoint (backward through the sampler), ablation (one by one, slow), "
+        "weight (no image at all).",
         rich_help_panel=RUN,
     ),
 ]

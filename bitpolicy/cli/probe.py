@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bitpolicy.cli.options import (
+    DEFAULT_FORMATS,
     RUN,
     Component,
     Device,
@@ -28,7 +29,7 @@ from bitpolicy.cli.options import (
     Variant,
     pipeline_call,
 )
-from bitpolicy.kernels.formats import DEFAULT, parse_formats
+from bitpolicy.kernels.formats import parse_formats
 from bitpolicy.prompting import load_prompts
 from bitpolicy.sensitivity.probe import ProbeRun, ProbeSettings
 from bitpolicy.sensitivity.progress import Stages
@@ -46,7 +47,7 @@ def probe(
     model: Model = None,
     component: Component = None,
     output_dir: OutputDir = Path("bitpolicy-probe"),
-    formats: Formats = ",".join(DEFAULT),
+    formats: Formats = DEFAULT_FORMATS,
     prompts: Prompts = None,
     num_inference_steps: Steps = None,
     guidance_scale: Guidance = None,

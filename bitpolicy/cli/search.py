@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from bitpolicy.cli.options import (
+    DEFAULT_FORMATS,
     RUN,
     Component,
     Device,
@@ -27,7 +28,7 @@ from bitpolicy.cli.options import (
     pipeline_call,
 )
 from bitpolicy.cli.report import print_json, print_result
-from bitpolicy.kernels.formats import DEFAULT, parse_formats
+from bitpolicy.kernels.formats import parse_formats
 from bitpolicy.prompting import load_prompts
 from bitpolicy.search.budget import readable
 from bitpolicy.sensitivity.progress import Stages
@@ -67,7 +68,7 @@ def search(
     model: Model = None,
     component: Component = None,
     output_dir: OutputDir = Path("bitpolicy-out"),
-    formats: Formats = ",".join(DEFAULT),
+    formats: Formats = DEFAULT_FORMATS,
     prompts: Prompts = None,
     num_inference_steps: Steps = None,
     guidance_scale: Guidance = None,
@@ -147,15 +148,18 @@ def _print_plan(plan: Plan) -> None:
     """What --dry-run says."""
     parts = plan.split
     print(
-        f"model       {plan.source.id}: {type(plan.source.denoiser).__name__} '{plan.source.component}', {len(plan.layers)} layers"
+        f"model       {plan.source.id}: {type(plan.source.denoiser).__name__} '{plan.source.component}', "
+        f"{len(plan.layers)} layers"
     )
     print(
-        f"FP16        {plan.account.reference:,} bytes ({readable(plan.account.reference)}), {plan.account.parameters:,} parameters"
+        f"FP16        {plan.account.reference:,} bytes ({readable(plan.account.reference)}), "
+        f"{plan.account.parameters:,} parameters"
     )
     print(f"budget      {plan.budget}")
     print(f"smallest    {plan.smallest:,} bytes with {', '.join(f.name for f in plan.formats)}")
     print(f"call        {plan.trajectories.call}")
     print(
-        f"samples     {len(parts.calibration)} calibration, {len(parts.search)} search, {len(parts.confirm)} confirm, {len(parts.held_out)} held out"
+        f"samples     {len(parts.calibration)} calibration, {len(parts.search)} search, "
+        f"{len(parts.confirm)} confirm, {len(parts.held_out)} held out"
     )
     print("dry run: nothing was written")
