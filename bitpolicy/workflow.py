@@ -192,7 +192,7 @@ class SearchRun:
         generations = Generations(plan.trajectories, self.calibration, plan.source.storage)
         with self._stages.timed("search"):
             if trials == 0:
-                return Confirmed(problem.choices(problem.solve()), (), -1), None
+                return Confirmed(problem.choices(problem.solve()), ()), None
             storage = self._settings.storage or journal(str(self._folder / "study.journal"))
             name = settings_key(
                 {**self._settings.identity(), "weights": weights_hash(plan.source.denoiser, plan.source.storage)}

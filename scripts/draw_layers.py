@@ -40,7 +40,9 @@ def main() -> None:
     for name, folder in counted.items():
         uses = ", ".join(f"{layer} ({n})" for layer, n in sorted(folder.imports.items()))
         print(f"{name:<12} {folder.files:>3} files {folder.lines:>6} lines   imports {uses or 'nothing of ours'}")
-    print(f"{'package':<12} {sum(counted[n].files for n in LAYERS):>3} files {sum(counted[n].lines for n in LAYERS):>6} lines")
+    print(
+        f"{'package':<12} {sum(counted[n].files for n in LAYERS):>3} files {sum(counted[n].lines for n in LAYERS):>6} lines"
+    )
     target.write_text(draw(counted))
 
 

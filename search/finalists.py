@@ -16,13 +16,11 @@ class Confirmed:
 
     Attributes:
         choices: layer name -> choice.
-        error: mean squared image error of each finalist, in the order given; the exact solution last.
-        won: index of the winner in `error`.
+        error: mean squared image error of each finalist, in the order given.
     """
 
     choices: Mapping[str, Choice]
     error: tuple[float, ...]
-    won: int
 
 
 def confirm(
@@ -32,4 +30,4 @@ def confirm(
     listed = list(finalists)
     scores = [sum(generations.errors(choices, samples)) / len(samples) for choices in listed]
     won = min(range(len(listed)), key=lambda i: scores[i])
-    return Confirmed(listed[won], tuple(scores), won)
+    return Confirmed(listed[won], tuple(scores))

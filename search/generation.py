@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -43,7 +43,7 @@ class Generations:
         with self.under(choices):
             return [self._trajectories.image(sample)[0] for sample in samples]
 
-    def errors(self, choices: Mapping[str, Choice], samples: Sequence[Sample]) -> Iterator[float]:
+    def errors(self, choices: Mapping[str, Choice], samples: Sequence[Sample]) -> Generator[float, None, None]:
         """Mean squared error of each sample's image, one at a time so that a loser can be stopped early."""
         references = [self.reference(sample) for sample in samples]
         with self.under(choices):

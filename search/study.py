@@ -8,8 +8,10 @@ result is never worse than it on the samples the study saw.
 
 from __future__ import annotations
 
+import functools
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,27 +99,32 @@ class Study:
         self._problem, self._generations, self._samples = problem, generations, list(samples)
         self._seen: dict[tuple[str, ...], dict[int, float]] = {}
         optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self._seed = seed
         try:
             self._study = optuna.create_study(
                 storage=storage,
                 study_name=name,
                 load_if_exists=True,
                 direction="minimize",
-                sampler=TPESampler(seed=seed),
                 pruner=WilcoxonPruner(p_threshold=0.1, n_startup_steps=4),
             )
         except Exception as error:
             raise BitPolicyError(
                 f"Optuna cannot use storage {storage!r}: {error}; give a URL it knows, e.g. sqlite:///study.db"
             ) from error
-        self._study.enqueue_trial(dict.fromkeys(problem.groups, 0.0), skip_if_exists=True)
 
     def run(self, trials: int, after_each: Callable[[], None] = lambda: None) -> None:
-        """Run until `trials` trials are finished in all, those of earlier runs included."""
-        after_each_trial = [lambda _study, _trial: after_each()]
-        remaining = trials - len(self.finished)
-        if remaining > 0:
-            self._study.optimize(self._score, n_trials=remaining, callbacks=after_each_trial)
+        """Run until `trials` trials are finished in all, those of earlier runs included.
+
+        Each trial has a sampler seeded by how many are finished, so that a run that was stopped suggests what it would
+        have suggested without the stop.
+        """
+        while (done := len(self.finished)) < trials:
+            if done == 0 and not self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+                self._study.enqueue_trial(dict.fromkeys(self._problem.groups, 0.0))  # the exact solution
+            self._study.sampler = TPESampler(seed=self._seed + done)
+            self._study.optimize(functools.partial(self._score, done), n_trials=1)
+            after_each()
 
     @property
     def finished(self) -> list[FrozenTrial]:
@@ -140,30 +147,31 @@ class Study:
     def _decode(self, octaves: Mapping[str, Any]) -> dict[str, Choice]:
         return self._problem.choices(self._problem.solve({group: 2.0**value for group, value in octaves.items()}))
 
-    def _score(self, trial: Trial) -> float:
+    def _score(self, done: int, trial: Trial) -> float:
         choices = self._decode(
             {group: trial.suggest_float(group, -_OCTAVES, _OCTAVES) for group in self._problem.groups}
         )
         order = list(range(len(self._samples)))
-        random.Random(trial.number).shuffle(order)
-        errors: list[float] = []
-        for index, error in self._errors(choices, order):
-            errors.append(error)
-            trial.report(error, index)
-            if trial.should_prune():
-                break
-        trial.set_user_attr("samples", len(errors))
-        return float(np.mean(errors))  # of a stopped loser too: an estimate the sampler can learn from
+        random.Random(done).shuffle(order)
+        scores: list[float] = []
+        with closing(self._errors(choices, order)) as errors:  # a stopped trial must not leave its weights behind
+            for index, error in zip(order, errors, strict=True):
+                scores.append(error)
+                trial.report(error, index)
+                if trial.should_prune():
+                    break
+        trial.set_user_attr("samples", len(scores))
+        return float(np.mean(scores))  # of a stopped loser too: an estimate the sampler can learn from
 
-    def _errors(self, choices: Choices, order: Sequence[int]) -> Iterator[tuple[int, float]]:
-        """Errors by sample index; what an equal policy measured before is not measured again."""
+    def _errors(self, choices: Choices, order: Sequence[int]) -> Generator[float, None, None]:
+        """Errors of the samples in `order`; what an equal policy measured before is not measured again."""
         known = self._seen.setdefault(tuple(choice.format.name for choice in choices.values()), {})
-        yield from ((index, known[index]) for index in order if index in known)
-        missing = [index for index in order if index not in known]
-        measured = self._generations.errors(choices, [self._samples[index] for index in missing])
-        for index, error in zip(missing, measured, strict=False):
-            known[index] = error
-            yield index, error
+        missing = [self._samples[index] for index in order if index not in known]
+        with closing(self._generations.errors(choices, missing)) as measured:
+            for index in order:
+                if index not in known:
+                    known[index] = next(measured)
+                yield known[index]
 
 
 def journal(path: str) -> BaseStorage:

@@ -113,11 +113,11 @@ class ProbeRun:
                 )
             if self._settings.probe == "ablation":
                 power = self._ablation(reference) / reference.latent_power
-                error, corrected = power.amin(0), power[1] < power[0]
+                error, corrected = power.amin(0), power[1] <= power[0]
                 return SensitivityTable("ablation", tuple(names), self._formats, error, corrected)
             error = weight_errors(self._trajectories.denoiser, self._formats, self._storage)
-            has_bias = torch.tensor([[layer.has_bias] for layer in self._inventory])
-            return SensitivityTable("weight", tuple(names), self._formats, error, has_bias.expand_as(error).clone())
+            corrected = torch.ones_like(error, dtype=torch.bool)
+            return SensitivityTable("weight", tuple(names), self._formats, error, corrected)
 
     def _sketches(self, reference: ReferencePass) -> list[Sketch]:
         """Every sketch, in sample order, new ones appended to the records as they are made."""

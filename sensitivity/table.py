@@ -58,7 +58,7 @@ class SensitivityTable:
         plain = torch.stack([s.weight for s in sketches]) / latent_power**0.5
         fixed = plain + torch.stack([s.bias for s in sketches]) / latent_power**0.5
         power = [part.sum(1).double().square().mean(0) for part in (plain, fixed)]
-        corrected = power[1] < power[0]
+        corrected = power[1] <= power[0]  # equal where there is no bias: nothing to do either way
         by_step = torch.where(corrected, fixed, plain)
         steps = by_step.square().mean(0)
         return cls(
