@@ -160,9 +160,7 @@ class SearchRun:
                 "trials": len(study.finished) if study else 0,
                 "exact_gap": float(f"{exact.gap:.2g}"),
                 "finalists_mse": [float(f"{error:.5g}") for error in found.error],
-                "won": "the exact solution"
-                if found.won == len(found.error) - 1
-                else f"finalist {found.won + 1} of the study",
+                "won": "the exact solution" if found.choices == problem.choices(exact) else "a trial of the study",
             },
         }
         return self._policy(dict(found.choices), table.predicted_error(formats), provenance)

@@ -2,8 +2,8 @@
 
 The rivals share the quantizer and the bias correction, so that only the choice of formats differs:
 
-    by hand   time embedding, conv_in and conv_out FP16; the largest layers INT4, as many as it takes; the rest INT8; what
-              is left of the budget filled greedily with wider formats, largest layer first
+    by hand   time embedding, conv_in and conv_out FP16; the largest layers INT4, as many as it takes; the rest INT8;
+              what is left of the budget filled greedily with wider formats, largest layer first
     weight    exact knapsack on relative weight error, no image looked at
     exact     exact knapsack on the adjoint probe
     search    the study on top of it (--trials)
@@ -88,11 +88,8 @@ def main() -> None:
 
 
 def _print(row: Row) -> None:
-    mean, worst = row.psnr["mean"], row.psnr["min"]
-    print(
-        f"{row.budget:>6}  {row.rival:<8} {row.nbytes:>12,} bytes {row.share:6.1%}  mean {mean:6.2f} dB  worst {worst:6.2f} dB",
-        flush=True,
-    )
+    size = f"{row.budget:>6}  {row.rival:<8} {row.nbytes:>12,} bytes {row.share:6.1%}"
+    print(f"{size}  mean {row.psnr['mean']:6.2f} dB  worst {row.psnr['min']:6.2f} dB", flush=True)
 
 
 def _probe(plan: Plan, probe: str, work: Path, stages: Stages) -> tuple[ReferencePass, SensitivityTable]:
@@ -132,7 +129,7 @@ def _rivals(
 
 
 def by_hand(plan: Plan, budget: int) -> dict[str, Choice]:
-    """What a careful person writes: the usual layers kept, the largest narrowed until it fits, the rest filled greedily."""
+    """What a careful person writes: the usual layers kept, the largest narrowed until it fits, the rest filled."""
     formats: dict[str, Format] = {layer.name: FP16 if layer.name in KEPT else INT8 for layer in plan.layers}
     by_size = sorted((n for n in formats if n not in KEPT), key=lambda n: -plan.account.layer(n, FP16))
     for name in by_size:

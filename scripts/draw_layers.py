@@ -40,9 +40,8 @@ def main() -> None:
     for name, folder in counted.items():
         uses = ", ".join(f"{layer} ({n})" for layer, n in sorted(folder.imports.items()))
         print(f"{name:<12} {folder.files:>3} files {folder.lines:>6} lines   imports {uses or 'nothing of ours'}")
-    print(
-        f"{'package':<12} {sum(counted[n].files for n in LAYERS):>3} files {sum(counted[n].lines for n in LAYERS):>6} lines"
-    )
+    files, lines = (sum(getattr(counted[name], what) for name in LAYERS) for what in ("files", "lines"))
+    print(f"{'package':<12} {files:>3} files {lines:>6} lines")
     target.write_text(draw(counted))
 
 
@@ -88,7 +87,8 @@ def draw(counted: dict[str, Counted]) -> str:
     names = list(reversed(LAYERS))
     y = {name: 20 + _STEP * i for i, name in enumerate(names)}
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="680" height="{_STEP * len(names) + 10}" font-family="sans-serif">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="680" height="{_STEP * len(names) + 10}" '
+        'font-family="sans-serif">',
         '<defs><marker id="head" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" orient="auto">'
         '<path d="M0 0L10 5L0 10z" fill="#57606a"/></marker></defs>',
         '<rect width="100%" height="100%" fill="white"/>',
@@ -113,7 +113,8 @@ def _arrow(start: float, end: float, distance: int) -> str:
 
 def _box(name: str, about: str, folder: Counted, y: float) -> str:
     return (
-        f'<rect x="{_LEFT}" y="{y}" width="{_BOX_WIDTH}" height="{_BOX_HEIGHT}" rx="6" fill="#f6f8fa" stroke="#57606a"/>'
+        f'<rect x="{_LEFT}" y="{y}" width="{_BOX_WIDTH}" height="{_BOX_HEIGHT}" rx="6" '
+        'fill="#f6f8fa" stroke="#57606a"/>'
         f'<text x="{_LEFT + 14}" y="{y + 22}" font-size="15" font-weight="bold">{name}/</text>'
         f'<text x="{_LEFT + 14}" y="{y + 41}" font-size="12" fill="#57606a">{about}</text>'
         f'<text x="{_LEFT + _BOX_WIDTH - 14}" y="{y + 22}" font-size="12" text-anchor="end">{folder.lines} lines</text>'
