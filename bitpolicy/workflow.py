@@ -249,10 +249,12 @@ class SearchRun:
         plan, source = self._plan, self._plan.source
         samples = plan.split.held_out
         with self._stages.timed("evaluate"):
-            reference = [plan.trajectories.image(s)[0] for s in self._stages.track(samples, "held-out, reference")]
+            tracked = self._stages.track(samples, "held-out, reference")
+            reference = [image for image, _ in plan.trajectories.images(tracked)]
             with swapped_denoiser(source, self._folder / "checkpoint"):
                 reloaded = Trajectories(source.pipe, source.component, plan.trajectories.call)
-                images = [reloaded.image(s)[0] for s in self._stages.track(samples, "held-out, checkpoint")]
+                tracked = self._stages.track(samples, "held-out, checkpoint")
+                images = [image for image, _ in reloaded.images(tracked)]
             psnr = Psnr.of(reference, images)
             label = f"{policy.result.policy_bytes / 1e6:.3g} MB" if policy.result else "quantized"
             rows = [(f"{plan.account.reference / 1e6:.3g} MB", reference[:_PICTURES]), (label, images[:_PICTURES])]

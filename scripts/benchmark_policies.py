@@ -70,7 +70,7 @@ def main() -> None:
     plan = make_plan(settings)
     tables = {name: _probe(plan, name, args.work, stages) for name in ("adjoint", "weight")}
     generations = Generations(plan.trajectories, tables["adjoint"][0].calibration, plan.source.storage)
-    reference = [generations.reference(s) for s in stages.track(plan.split.held_out, "reference")]
+    reference = generations.references(stages.track(plan.split.held_out, "reference"))
     rows = []
     for asked in args.budgets:
         budget = Budget.parse(asked, plan.account)

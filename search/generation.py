@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 
 import torch
 
@@ -26,11 +26,13 @@ class Generations:
         self._trajectories, self._calibration, self._storage = trajectories, calibration, storage
         self._references: dict[Sample, torch.Tensor] = {}
 
-    def reference(self, sample: Sample) -> torch.Tensor:
-        """The reference image, float32, shape (C, H, W), in [0, 1]; made once. Not to be asked for inside `under`."""
-        if sample not in self._references:
-            self._references[sample] = self._trajectories.image(sample)[0]
-        return self._references[sample]
+    def references(self, samples: Iterable[Sample]) -> list[torch.Tensor]:
+        """The reference images, float32, shape (C, H, W), in [0, 1]; each made once. Not for use inside `under`."""
+        samples = list(samples)
+        missing = [sample for sample in samples if sample not in self._references]
+        made = self._trajectories.images(missing)
+        self._references |= {sample: image for sample, (image, _) in zip(missing, made, strict=True)}
+        return [self._references[sample] for sample in samples]
 
     @contextmanager
     def under(self, choices: Mapping[str, Choice]) -> Iterator[None]:
@@ -41,11 +43,11 @@ class Generations:
     def images(self, choices: Mapping[str, Choice], samples: Sequence[Sample]) -> list[torch.Tensor]:
         """The policy's images, each float32, shape (C, H, W), in [0, 1]."""
         with self.under(choices):
-            return [self._trajectories.image(sample)[0] for sample in samples]
+            return [image for image, _ in self._trajectories.images(samples)]
 
     def errors(self, choices: Mapping[str, Choice], samples: Sequence[Sample]) -> Generator[float, None, None]:
-        """Mean squared error of each sample's image, one at a time so that a loser can be stopped early."""
-        references = [self.reference(sample) for sample in samples]
-        with self.under(choices):
-            for sample, reference in zip(samples, references, strict=True):
-                yield float((self._trajectories.image(sample)[0] - reference).double().square().mean())
+        """Mean squared error of each sample's image, made as they are asked for so that a loser can be stopped."""
+        references = self.references(samples)
+        with self.under(choices), closing(self._trajectories.images(samples)) as images:
+            for (image, _), reference in zip(images, references, strict=True):
+                yield float((image - reference).double().square().mean())

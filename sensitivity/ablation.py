@@ -32,7 +32,7 @@ def ablate(
     """Mean |dx_0|^2 of one layer, not yet divided by the latents' power.
 
     Args:
-        reference: the unquantized final latent of each sample, from `Trajectories.latent`.
+        reference: the unquantized final latent of each sample, from `Trajectories.latents`.
 
     Returns:
         float64, shape (2, formats): with the bias as it was, and corrected (the same numbers where there is no bias).
@@ -41,10 +41,8 @@ def ablate(
     for row, correct in enumerate((False, True) if layer.has_bias else (False,)):
         for column, format in enumerate(formats):
             with quantized(trajectories.denoiser, {layer.name: Choice(format, correct)}, calibration, storage):
-                errors = [
-                    (trajectories.latent(s) - x).double().square().sum()
-                    for s, x in zip(samples, reference, strict=True)
-                ]
+                latents = zip(trajectories.latents(samples), reference, strict=True)
+                errors = [(latent - x).double().square().sum() for latent, x in latents]
             result[row, column] = torch.stack(errors).mean()
     if not layer.has_bias:
         result[1] = result[0]

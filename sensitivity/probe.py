@@ -146,7 +146,7 @@ class ProbeRun:
         for layer in self._stages.track(self._inventory, "ablation probe"):
             piece = self._records.get(f"ablation-{layer.name}")
             if piece is None:
-                latents = latents or [self._trajectories.latent(sample) for sample in samples]
+                latents = latents or list(self._trajectories.latents(samples))
                 arguments = (self._formats, reference.calibration, self._storage, samples, latents)
                 piece = {"power": ablate(self._trajectories, layer, *arguments)}
                 self._records.put(f"ablation-{layer.name}", piece)

@@ -34,7 +34,7 @@ def reference_pass(trajectories: Trajectories, samples: Iterable[Sample]) -> Ref
         for name, layer in quantizable_layers(trajectories.denoiser)
     ]
     try:
-        powers = [float(trajectories.latent(sample).square().sum()) for sample in samples]
+        powers = [float(latent.square().sum()) for latent in trajectories.latents(samples)]
     finally:
         for handle in handles:
             handle.remove()

@@ -1,4 +1,4 @@
-"""Run a pipeline's own sampling loop for one sample: its finished image, its final latent, or a differentiable latent.
+"""Run a pipeline's own sampling loop: finished images, final latents, or a differentiable latent.
 
 No sampler code is needed: `type(pipe).__call__` is the loop, with whatever scheduler the pipeline has, and the function
 that diffusers' `torch.no_grad` decorator wraps is differentiable end to end.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from torch import nn
 from bitpolicy.kernels.errors import BitPolicyError
 
 DENOISERS = ("unet", "transformer")
+_SMALL, _SMALL_BATCH = 100_000_000, 4  # parameters below which several samples share one call, and how many
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Trajectories:
         denoiser: the module under study.
         call: arguments of every pipeline call, e.g. {"num_inference_steps": 20}.
         steps: number of scheduler steps of the last run.
+        batch: how many samples share one call where no gradient is wanted.
     """
 
     def __init__(self, pipe: DiffusionPipeline, component: str, call: Mapping[str, Any]) -> None:
@@ -65,24 +68,28 @@ class Trajectories:
         if unknown:
             raise BitPolicyError(f"{type(pipe).__name__} does not take {', '.join(unknown)}; leave it out")
         self.steps = 0
+        self._last = torch.empty(0)
+        self.batch = _SMALL_BATCH if sum(p.numel() for p in self.denoiser.parameters()) < _SMALL else 1
         pipe.set_progress_bar_config(disable=True)
 
-    def image(self, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
-        """(decoded image, final latent) without gradients.
+    def images(self, samples: Iterable[Sample]) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
+        """(decoded image, final latent) of each sample without gradients; `batch` samples share one pipeline call.
 
-        Returns:
+        Yields:
             image float32 on the CPU, shape (C, H, W), in [0, 1], not rounded to 8 bits; latent float32 on the CPU,
             shape (C, h, w), scaled as the denoiser sees it.
         """
-        last: list[torch.Tensor] = []
-        with self._observed(last.append), torch.no_grad():
-            output = self.pipe(**self._arguments(sample), output_type="pt")
-        return _first(output)[0].float().cpu(), last[-1][0].float().cpu()
+        for part in _parts(samples, self.batch):
+            with self._observed(), torch.no_grad():
+                output = self.pipe(**self._arguments(part), output_type="pt")
+            yield from zip(_first(output).float().cpu(), self._last.float().cpu(), strict=True)
 
-    def latent(self, sample: Sample) -> torch.Tensor:
-        """The final latent without gradients, float32 on the CPU, shape (C, h, w)."""
-        with self._observed(lambda _: None), torch.no_grad():
-            return _first(self.pipe(**self._arguments(sample), output_type="latent"))[0].float().cpu()
+    def latents(self, samples: Iterable[Sample]) -> Generator[torch.Tensor, None, None]:
+        """The final latent of each sample without gradients, float32 on the CPU, shape (C, h, w)."""
+        for part in _parts(samples, self.batch):
+            with self._observed(), torch.no_grad():
+                output = self.pipe(**self._arguments(part), output_type="latent")
+            yield from _first(output).float().cpu()
 
     def differentiable_latent(self, sample: Sample) -> torch.Tensor:
         """The final latent with its graph, shape (1, C, h, w), in the compute dtype.
@@ -91,26 +98,26 @@ class Trajectories:
             BitPolicyError: the pipeline's loop cannot be differentiated.
         """
         undecorated: Callable[..., Any] = inspect.unwrap(type(self.pipe).__call__)
-        with self._observed(lambda _: None), torch.enable_grad():
-            latent = _first(undecorated(self.pipe, **self._arguments(sample), output_type="latent"))
+        with self._observed(), torch.enable_grad():
+            latent = _first(undecorated(self.pipe, **self._arguments([sample]), output_type="latent"))
         if not latent.requires_grad:
             raise BitPolicyError(
                 f"the sampling loop of {type(self.pipe).__name__} cannot be differentiated; use --probe ablation"
             )
         return latent
 
-    def _arguments(self, sample: Sample) -> dict[str, Any]:
+    def _arguments(self, samples: Sequence[Sample]) -> dict[str, Any]:
         arguments = dict(self.call)
-        arguments["generator"] = torch.Generator("cpu").manual_seed(sample.seed)
+        arguments["generator"] = [torch.Generator("cpu").manual_seed(sample.seed) for sample in samples]
         if "prompt" in self._accepted:
-            arguments["prompt"] = sample.prompt
+            arguments["prompt"] = [sample.prompt for sample in samples]
         elif "class_labels" in self._accepted:
-            arguments["class_labels"] = [int(sample.prompt)]
+            arguments["class_labels"] = [int(sample.prompt) for sample in samples]
         return arguments
 
     @contextmanager
-    def _observed(self, look: Callable[[torch.Tensor], None]) -> Iterator[None]:
-        """Count the scheduler's steps and show each new sample to `look`."""
+    def _observed(self) -> Iterator[None]:
+        """Count the scheduler's steps and remember the sample that the last one made."""
         scheduler: Any = self.pipe.scheduler
         original = scheduler.step
         self.steps = 0
@@ -119,7 +126,7 @@ class Trajectories:
         def step(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
             self.steps += 1
-            look(result[0].detach() if isinstance(result, tuple) else result.prev_sample.detach())
+            self._last = result[0].detach()
             return result
 
         scheduler.step = step
@@ -127,6 +134,12 @@ class Trajectories:
             yield
         finally:
             del scheduler.step
+
+
+def _parts(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
+    waiting = iter(samples)
+    while part := list(itertools.islice(waiting, size)):
+        yield part
 
 
 def _first(output: Any) -> torch.Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import typer
 
 from bitpolicy.cli.options import (
@@ -24,11 +26,11 @@ from bitpolicy.cli.options import (
 )
 from bitpolicy.cli.report import print_json
 from bitpolicy.compare import save_comparison
-from bitpolicy.loading import BUNDLED, load_source
+from bitpolicy.loading import BUNDLED, Source, load_source
 from bitpolicy.prompting import load_prompts
 from bitpolicy.search.quality import Psnr
 from bitpolicy.sensitivity.progress import Stages
-from bitpolicy.sensitivity.trajectory import Trajectories, split_samples
+from bitpolicy.sensitivity.trajectory import Sample, Trajectories, split_samples
 from bitpolicy.workflow import default_call, swapped_denoiser
 
 Checkpoint = Annotated[Path, typer.Argument(help="The folder that search-policy or export wrote.")]
@@ -61,13 +63,9 @@ def evaluate(
     call = {**default_call(bundled), **pipeline_call(num_inference_steps, guidance_scale)}
     samples = split_samples(load_prompts(prompts, bundled), images, _SEED + seed)
     stages = Stages(quiet or as_json)
-    reference = [
-        Trajectories(source.pipe, source.component, call).image(s)[0] for s in stages.track(samples, "reference")
-    ]
+    reference = _images(source, call, stages.track(samples, "reference"))
     with swapped_denoiser(source, checkpoint):
-        found = [
-            Trajectories(source.pipe, source.component, call).image(s)[0] for s in stages.track(samples, "checkpoint")
-        ]
+        found = _images(source, call, stages.track(samples, "checkpoint"))
     psnr = Psnr.of(reference, found)
     if picture is not None:
         rows = [("reference", reference[:8]), ("checkpoint", found[:8])]
@@ -78,3 +76,7 @@ def evaluate(
         print(f"all {images} images are identical")
     else:
         print(f"PSNR mean {psnr.mean:.2f} dB, worst {psnr.min:.2f} dB over {images} images")
+
+
+def _images(source: Source, call: dict[str, Any], samples: Iterable[Sample]) -> list[torch.Tensor]:
+    return [image for image, _ in Trajectories(source.pipe, source.component, call).images(samples)]

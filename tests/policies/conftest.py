@@ -1,0 +1,130 @@
+"""One exported pipeline, which the tests of checkpoints read and none changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bitpolicy.kernels.bias_correction import mean_patch
+from bitpolicy.kernels.formats import _REGISTERED
+from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.policies.accounting import weights_hash
+from bitpolicy.policies.apply import to_storage
+from bitpolicy.policies.checkpoint import export_pipeline
+from bitpolicy.policies.policy import Choice, ModelReference, Policy
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A pipeline that holds what float16 can, a policy that gives its layers every format in turn, and the checkpoint."""
+
+    pipe: Any
+    choices: dict[str, Choice]
+    calibration: dict[str, torch.Tensor]
+    policy: Policy
+    folder: Path
+    nbytes: int
+
+
+@pytest.fixture(scope="session")
+def every_format_in_turn() -> Callable[[torch.nn.Module], dict[str, Choice]]:
+    """Choices for all layers of a model; every second packed layer has its bias corrected."""
+
+    def choices(model: torch.nn.Module) -> dict[str, Choice]:
+        formats = cycle(_REGISTERED.values())
+        turns = enumerate(zip(quantizable_layers(model), formats, strict=False))
+        return {name: Choice(format, format.packed and i % 2 == 0) for i, ((name, _), format) in turns}
+
+    return choices
+
+
+@pytest.fixture(scope="session")
+def policy_of() -> Callable[..., Policy]:
+    """The policy that gives `unet` these choices."""
+
+    def policy(unet: torch.nn.Module, choices: dict[str, Choice], storage: torch.dtype = torch.float16) -> Policy:
+        model = ModelReference(
+            id="toy", component="unet", class_name=type(unet).__name__, sha256=weights_hash(unet, storage)
+        )
+        return Policy.of(choices, model=model, storage_dtype=str(storage).removeprefix("torch."))
+
+    return policy
+
+
+@pytest.fixture(scope="session")
+def calibrate() -> Callable[[torch.nn.Module], dict[str, torch.Tensor]]:
+    """The mean inputs of a U-Net's layers in one call."""
+
+    def calibration(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
+        patches: dict[str, torch.Tensor] = {}
+
+        def watch(name: str, layer: torch.nn.Module) -> Any:
+            return layer.register_forward_hook(
+                lambda _, args, __: patches.__setitem__(name, mean_patch(layer, args[0]))
+            )
+
+        hooks = [watch(name, layer) for name, layer in quantizable_layers(unet)]
+        with torch.no_grad():
+            unet(**unet_inputs(torch.float32))
+        for hook in hooks:
+            hook.remove()
+        return patches
+
+    return calibration
+
+
+def unet_inputs(dtype: torch.dtype) -> dict[str, Any]:
+    draw = torch.Generator().manual_seed(5)
+    return {
+        "sample": torch.randn(2, 4, 8, 8, generator=draw).to(dtype),
+        "timestep": 500,
+        "encoder_hidden_states": torch.randn(2, 7, 24, generator=draw).to(dtype),
+    }
+
+
+@pytest.fixture(scope="session")
+def predict() -> Callable[[Any], torch.Tensor]:
+    """What a U-Net predicts for a fixed input, in its own dtype."""
+
+    def prediction(unet: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return unet(**unet_inputs(unet.dtype)).sample
+
+    return prediction
+
+
+@pytest.fixture(scope="session")
+def draw() -> Callable[[Any], torch.Tensor]:
+    """The final latents of two guided steps for a fixed prompt and seed."""
+
+    def latents(pipe: Any) -> torch.Tensor:
+        pipe.set_progress_bar_config(disable=True)
+        seed = torch.Generator().manual_seed(0)
+        return pipe("a red heart", num_inference_steps=2, output_type="latent", generator=seed).images
+
+    return latents
+
+
+@pytest.fixture(scope="session")
+def exported(
+    new_toy_pipeline: Callable[[], Any],
+    every_format_in_turn: Callable[[Any], dict[str, Choice]],
+    calibrate: Callable[[Any], dict[str, torch.Tensor]],
+    policy_of: Callable[..., Policy],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Exported:
+    pipe = new_toy_pipeline()
+    for model in (pipe.unet, pipe.vae, pipe.text_encoder):
+        to_storage(model, torch.float16)
+    choices = every_format_in_turn(pipe.unet)
+    calibration = calibrate(pipe.unet)
+    policy = policy_of(pipe.unet, choices)
+    folder = tmp_path_factory.mktemp("exported") / "checkpoint"
+    nbytes = export_pipeline(pipe, "unet", policy, calibration, folder, component_dtype=torch.float16)
+    return Exported(pipe, choices, calibration, policy, folder, nbytes)

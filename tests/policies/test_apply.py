@@ -1,0 +1,146 @@
+"""A policy on a model in memory: the same bits as packed layers and as ordinary ones, and taken back without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from bitpolicy.kernels.errors import BitPolicyError, FormatError
+from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.kernels.layers import PackedLayer, quantizable_layers
+from bitpolicy.policies.apply import pack, quantize_layer, quantized, to_storage
+from bitpolicy.policies.policy import Choice
+
+INT4, INT8 = format_named("int4"), format_named("int8")
+Model = Any
+Choose = Callable[[Model], dict[str, Choice]]
+Calibrate = Callable[[Model], dict[str, torch.Tensor]]
+
+
+def bits(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert set(found) == set(expected)
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16], ids=str)
+def test_both_ways_give_the_same_bits(
+    toy_unet: Model,
+    every_format_in_turn: Choose,
+    calibrate: Calibrate,
+    predict: Callable[[Model], torch.Tensor],
+    storage: torch.dtype,
+) -> None:
+    to_storage(toy_unet, storage)
+    choices, calibration = every_format_in_turn(toy_unet), calibrate(toy_unet)
+    reference = predict(toy_unet)
+    with quantized(toy_unet, choices, calibration, storage):
+        expected = predict(toy_unet)
+    assert not torch.equal(expected, reference)
+    pack(toy_unet, choices, calibration, storage)
+    packed = {name for name, module in toy_unet.named_modules() if isinstance(module, PackedLayer)}
+    assert packed == {name for name, choice in choices.items() if choice.format.packed}
+    assert torch.equal(predict(toy_unet), expected)
+
+
+def test_the_model_is_as_before_after_the_block(
+    toy_unet: Model, every_format_in_turn: Choose, calibrate: Calibrate, predict: Callable[[Model], torch.Tensor]
+) -> None:
+    before, reference = bits(toy_unet), predict(toy_unet)
+    with quantized(toy_unet, every_format_in_turn(toy_unet), calibrate(toy_unet), torch.float16):
+        changed = {name for name, tensor in toy_unet.state_dict().items() if not torch.equal(tensor, before[name])}
+        assert {name.rpartition(".")[2] for name in changed} == {"weight", "bias"}
+    assert_same(bits(toy_unet), before)
+    assert torch.equal(predict(toy_unet), reference)
+
+
+def test_the_model_is_as_before_after_an_error_in_the_block(toy_unet: Model, every_format_in_turn: Choose) -> None:
+    before = bits(toy_unet)
+    choices = {name: Choice(choice.format) for name, choice in every_format_in_turn(toy_unet).items()}
+    with pytest.raises(KeyboardInterrupt), quantized(toy_unet, choices, {}, torch.float16):
+        raise KeyboardInterrupt
+    assert_same(bits(toy_unet), before)
+
+
+def test_the_model_is_as_before_if_a_layer_cannot_be_quantized(toy_unet: Model) -> None:
+    names = [name for name, _ in quantizable_layers(toy_unet)]
+    toy_unet.get_submodule(names[-1]).weight.data[0] = float("inf")
+    before = bits(toy_unet)
+    with (
+        pytest.raises(FormatError, match=f"layer {names[-1]}: .*keep this layer at fp16"),
+        quantized(toy_unet, dict.fromkeys(names, Choice(INT4)), {}, torch.float16),
+    ):
+        pass
+    assert_same(bits(toy_unet), before)
+
+
+def test_layers_at_fp16_and_layers_without_a_choice_are_left_alone(toy_unet: Model) -> None:
+    before = bits(toy_unet)
+    with quantized(toy_unet, {"conv_in": Choice(FP16), "conv_out": Choice(INT8)}, {}, torch.float16):
+        changed = [name for name, tensor in toy_unet.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert changed == ["conv_out.weight", "conv_out.bias"]  # the bias is stored in float16
+
+
+def test_a_corrected_bias_undoes_the_mean_error() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 4).half().float()
+    x = torch.randn(32, 64) + 1
+    stored = quantize_layer("layer", layer, Choice(INT4, True), {"layer": x.mean(0)}, torch.float16)
+    weight = INT4.dequantize(stored.tensors, (4, 64), torch.float32)
+    plain_error = (x @ (weight - layer.weight).T).mean(0)
+    error = (x @ weight.T + stored.bias.float() - layer(x)).mean(0)
+    assert stored.bias.dtype == torch.float16
+    assert error.abs().max() < 2**-11  # what float16 leaves of a bias
+    assert plain_error.abs().max() > 10 * 2**-11
+
+
+def test_codes_and_scales_do_not_depend_on_the_correction() -> None:
+    layer = nn.Linear(64, 4)
+    calibration = {"layer": torch.ones(64)}
+    with_it, without = (
+        quantize_layer("layer", layer, Choice(INT4, c), calibration, torch.float16) for c in (True, False)
+    )
+    assert_same(with_it.tensors, without.tensors)
+    assert torch.equal(without.bias, layer.bias.half())
+    assert not torch.equal(with_it.bias, without.bias)
+
+
+def test_the_weight_is_quantized_as_it_is_stored() -> None:
+    """A policy is of the stored model: a float32 weight and its float16 copy give the same codes."""
+    layer = nn.Linear(64, 4)
+    wide = quantize_layer("layer", layer, Choice(INT8), {}, torch.bfloat16)
+    assert_same(wide.tensors, INT8.quantize(layer.weight.detach().bfloat16()))
+
+
+def test_a_layer_without_a_bias_has_nothing_to_correct() -> None:
+    stored = quantize_layer("layer", nn.Linear(64, 4, bias=False), Choice(INT4, True), {}, torch.float16)
+    assert stored.bias is None
+
+
+def test_a_correction_without_its_mean_input_names_the_layer() -> None:
+    with pytest.raises(BitPolicyError, match=r"layer mid\.conv: bias correction needs its mean input.*measure it anew"):
+        quantize_layer("mid.conv", nn.Conv2d(4, 4, 3), Choice(INT4, True), {}, torch.float16)
+
+
+@pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16], ids=str)
+def test_rounding_to_storage_changes_a_model_once(toy_unet: Model, storage: torch.dtype) -> None:
+    exact = bits(toy_unet)
+    to_storage(toy_unet, storage)
+    rounded = bits(toy_unet)
+    assert_same(rounded, {name: tensor.to(storage).float() for name, tensor in exact.items()})
+    to_storage(toy_unet, storage)
+    assert_same(bits(toy_unet), rounded)
+
+
+def test_a_value_that_storage_cannot_hold_is_named(toy_unet: Model) -> None:
+    toy_unet.conv_out.bias.data[0] = 1e6
+    with pytest.raises(BitPolicyError, match=r"conv_out\.bias has values that torch.float16 cannot hold; .*bfloat16"):
+        to_storage(toy_unet, torch.float16)
+    to_storage(toy_unet, torch.bfloat16)

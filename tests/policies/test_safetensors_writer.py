@@ -1,0 +1,98 @@
+"""Our writer is read by safetensors itself, and writes the same bytes whatever the order of the tensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from bitpolicy.kernels.format import TensorSpec
+from bitpolicy.policies.safetensors_writer import SafetensorsWriter
+
+TENSORS = {
+    "z.packed": torch.arange(7, dtype=torch.uint8),
+    "a.scale": torch.randn(3, 1).half(),
+    "b.scale": torch.randn(5),
+    "codes": torch.tensor([[-127, 127, 0]], dtype=torch.int8),
+    "count": torch.tensor(3),
+    "flags": torch.tensor([True, False]),
+    "half": torch.randn(2, 3).bfloat16(),
+    "nothing": torch.zeros(0, 4),
+    "wide": torch.randn(2).double(),
+    "strided": torch.arange(6, dtype=torch.int32).reshape(2, 3).t(),
+    'name with a "quote" and an ü': torch.ones(1, dtype=torch.int16),
+}
+
+
+def specs(tensors: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
+    return {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def write(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    with SafetensorsWriter(path, specs(tensors)) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+    return path
+
+
+def header(path: Path) -> tuple[int, dict[str, dict[str, list[int]]]]:
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    return length, json.loads(data[8 : 8 + length])
+
+
+def test_safetensors_reads_every_dtype_and_shape(tmp_path: Path) -> None:
+    found = load_file(write(tmp_path / "file", TENSORS))
+    assert set(found) == set(TENSORS)
+    for name, tensor in TENSORS.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
+        assert torch.equal(found[name], tensor), name
+
+
+def test_the_bytes_do_not_depend_on_any_order(tmp_path: Path) -> None:
+    first = write(tmp_path / "a", TENSORS).read_bytes()
+    assert write(tmp_path / "b", dict(reversed(TENSORS.items()))).read_bytes() == first
+
+
+def test_the_only_metadata_is_the_format(tmp_path: Path) -> None:
+    with safe_open(write(tmp_path / "file", TENSORS), "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_every_tensor_is_aligned_and_no_byte_is_left_over(tmp_path: Path) -> None:
+    path = write(tmp_path / "file", TENSORS)
+    length, entries = header(path)
+    assert length % 8 == 0
+    del entries["__metadata__"]
+    for name, entry in entries.items():
+        assert entry["data_offsets"][0] % TENSORS[name].element_size() == 0, name
+    sizes = {name: end - start for name, (start, end) in ((n, e["data_offsets"]) for n, e in entries.items())}
+    assert sizes == {name: tensor.numel() * tensor.element_size() for name, tensor in TENSORS.items()}
+    assert path.stat().st_size == 8 + length + sum(sizes.values())
+
+
+def test_a_tensor_that_was_never_written_is_an_error(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match="1 tensors were not written, e.g. count"),
+        SafetensorsWriter(tmp_path / "file", specs(TENSORS)) as writer,
+    ):
+        for name in TENSORS.keys() - {"count"}:
+            writer.write(name, TENSORS[name])
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(3), torch.zeros(4, dtype=torch.float64), torch.zeros(2, 2)], ids=str)
+def test_a_tensor_that_is_not_as_announced_is_an_error(tmp_path: Path, tensor: torch.Tensor) -> None:
+    with (
+        pytest.raises(ValueError, match=r"a: got .*, announced torch.float32 \(4,\)"),
+        SafetensorsWriter(tmp_path / "file", {"a": TensorSpec(torch.float32, (4,))}) as writer,
+    ):
+        writer.write("a", tensor)
+
+
+def test_an_error_inside_is_not_covered_by_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), SafetensorsWriter(tmp_path / "file", specs(TENSORS)):
+        1 / 0  # noqa: B018
