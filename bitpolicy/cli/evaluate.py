@@ -11,6 +11,7 @@ import typer
 
 from bitpolicy.cli.options import (
     RUN,
+    Debug,
     Device,
     Dtype,
     Guidance,
@@ -56,6 +57,7 @@ def evaluate(
     variant: Variant = None,
     as_json: Json = False,
     quiet: Quiet = False,
+    debug: Debug = False,
 ) -> None:
     """PSNR of a checkpoint's images against the unquantized model's, same prompts and seeds."""
     source = load_source(model, dtype=dtype, device=device, revision=revision, variant=variant)

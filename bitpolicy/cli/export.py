@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from bitpolicy.api import export as export_policy
-from bitpolicy.cli.options import RUN, Device, Model, Revision, Variant
+from bitpolicy.cli.options import RUN, Debug, Device, Model, Revision, Variant
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.loading import load_source
 from bitpolicy.policies.policy import Policy
@@ -29,6 +29,7 @@ def export(
     variant: Variant = None,
     device: Device = "auto",
     overwrite: Overwrite = False,
+    debug: Debug = False,
 ) -> None:
     """Write a packed checkpoint, a whole diffusers folder, from a policy file and the model it was made for."""
     loaded = Policy.load(policy)

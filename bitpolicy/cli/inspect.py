@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from bitpolicy.cli.options import Component, Json, Revision, Variant
+from bitpolicy.cli.options import Component, Debug, Json, Revision, Variant
 from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.formats import FP16
 from bitpolicy.kernels.layers import PackedLayer
@@ -33,6 +33,7 @@ def inspect(
     revision: Revision = None,
     variant: Variant = None,
     as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """List every layer with its role, stage, shape, format and bytes."""
     if what and Path(what).is_file():

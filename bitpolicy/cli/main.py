@@ -24,7 +24,7 @@ _DISK = {
 }
 _DISK[errno.EACCES] = "permission denied"
 
-_settings: dict[str, Any] = {"pretty_exceptions_enable": False, "add_completion": False, "rich_markup_mode": "rich"}
+_settings: dict[str, Any] = {"pretty_exceptions_enable": False, "add_completion": False, "rich_markup_mode": "markdown"}
 app = typer.Typer(
     help="Mixed-precision quantization of diffusion models, chosen by the finished image.",
     no_args_is_help=True,
@@ -52,11 +52,10 @@ def search_policy() -> None:
 def _run(commands: typer.Typer, name: str) -> int:
     """Run a command line; returns its exit code."""
     debug = "--debug" in sys.argv
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     if not debug:
         _hush()
     try:
-        return int(commands(args=arguments, prog_name=name, standalone_mode=False) or 0)
+        return int(commands(args=sys.argv[1:], prog_name=name, standalone_mode=False) or 0)
     except (KeyboardInterrupt, typer.Abort):
         print(f"{name}: stopped; the same command goes on where it was", file=sys.stderr)
         return 130

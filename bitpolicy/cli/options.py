@@ -59,6 +59,10 @@ Probe = Annotated[
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.", rich_help_panel=RUN)
 ]
+Debug = Annotated[  # `bitpolicy.cli.main` looks for it before any command runs
+    bool,
+    typer.Option("--debug", help="Show the traceback of an error and other libraries' messages.", rich_help_panel=RUN),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.", rich_help_panel=RUN)]
 
 

@@ -14,6 +14,7 @@ from bitpolicy.cli.options import (
     DEFAULT_FORMATS,
     RUN,
     Component,
+    Debug,
     Device,
     Dtype,
     Formats,
@@ -61,6 +62,7 @@ def probe(
     variant: Variant = None,
     as_json: Json = False,
     quiet: Quiet = False,
+    debug: Debug = False,
 ) -> None:
     """Score every layer by what quantizing it does to the finished image; print the worst, write them all."""
     settings = Settings(

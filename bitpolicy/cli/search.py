@@ -12,6 +12,7 @@ from bitpolicy.cli.options import (
     DEFAULT_FORMATS,
     RUN,
     Component,
+    Debug,
     Device,
     Dtype,
     Formats,
@@ -85,6 +86,7 @@ def search(
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
+    debug: Debug = False,
 ) -> None:
     """Shrink a diffusion model to the size you ask for, with the least harm to its images.
 

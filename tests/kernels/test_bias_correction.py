@@ -51,7 +51,7 @@ def mean_output(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         y = layer.double()(x.double())
     channel = y.ndim - 1 if isinstance(layer, nn.Linear) else y.ndim - len(layer.kernel_size) - 1
-    return y.movedim(channel, 0).flatten(1).mean(1)
+    return y.movedim(channel, 0).reshape(y.shape[channel], -1).mean(1)
 
 
 @every_layer

@@ -22,9 +22,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv1d": (lambda: nn.Conv1d(6, 4, 3, padding=1), (2, 6, 9)),
     "conv2d": (lambda: nn.Conv2d(5, 4, 3, stride=2, padding=1), (2, 5, 8, 8)),
     "conv2d of one tap": (lambda: nn.Conv2d(9, 4, 1, bias=False), (2, 9, 4, 4)),
+    "depthwise conv2d": (lambda: nn.Conv2d(6, 6, 3, groups=6), (2, 6, 6, 6)),
     "grouped conv2d": (lambda: nn.Conv2d(6, 4, 3, groups=2, dilation=2), (2, 6, 9, 9)),
     "circular conv2d": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), (2, 3, 6, 6)),
-    "conv2d that keeps the size": (lambda: nn.Conv2d(3, 4, (2, 3), padding="same"), (2, 3, 5, 6)),
+    "conv2d that keeps the size": (lambda: nn.Conv2d(3, 4, (1, 3), padding="same"), (2, 3, 5, 6)),
     "conv3d": (lambda: nn.Conv3d(3, 4, (1, 3, 3), padding=(0, 1, 1)), (1, 3, 2, 5, 5)),
 }
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -45,7 +46,7 @@ def twins(
     torch.manual_seed(0)
     plain = make().to(dtype)
     layer = packed(plain, format)
-    plain.weight.data = format.dequantize(format.quantize(plain.weight.data), plain.weight.shape, dtype)
+    plain.weight.data.copy_(format.dequantize(format.quantize(plain.weight.data), plain.weight.shape, dtype))
     return layer, plain
 
 
@@ -67,7 +68,9 @@ def test_it_gives_the_bits_of_the_ordinary_layer(
     layer, plain = twins(make, format, dtype)
     x = torch.randn(size).to(dtype)
     with torch.no_grad():
-        assert torch.equal(layer(x), plain(x))
+        found, expected = layer(x), plain(x)
+    assert torch.equal(found, expected)
+    assert found.stride() == expected.stride()
 
 
 @every_layer

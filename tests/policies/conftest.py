@@ -22,7 +22,7 @@ from bitpolicy.policies.policy import Choice, ModelReference, Policy
 
 @dataclass(frozen=True)
 class Exported:
-    """A pipeline that holds what float16 can, a policy that gives its layers every format in turn, and the checkpoint."""
+    """A pipeline of what float16 can hold, a policy that gives its layers every format in turn, and the checkpoint."""
 
     pipe: Any
     choices: dict[str, Choice]

@@ -1,4 +1,4 @@
-"""A policy on a model in memory: the same bits as packed layers and as ordinary ones, and taken back without a trace."""
+"""A policy on a model in memory: packed or not, the same bits, and taken back without a trace."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,12 @@ def fill(folder: Path, text: str) -> None:
     (folder / "a").write_text(text)
     (folder / "deep").mkdir()
     (folder / "deep" / "b").write_text(text)
+
+
+def stop_half_way(path: Path, write: Callable[[Path], object], error: type[BaseException] = RuntimeError) -> None:
+    with written_aside(path) as aside:
+        write(aside)
+        raise error
 
 
 @pytest.mark.parametrize("before", ["nothing", "file"])
@@ -49,24 +56,21 @@ def test_a_folder_takes_its_place_when_it_is_complete(tmp_path: Path, before: st
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: type[BaseException]) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(error), written_aside(path) as aside:
-        aside.write_text("half")
-        raise error
+    with pytest.raises(error):
+        stop_half_way(path, lambda aside: aside.write_text("half"), error)
     assert tree(tmp_path) == {"file": "old"}
 
 
 def test_a_failure_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> None:
     fill(tmp_path / "folder", "old")
-    with pytest.raises(RuntimeError), written_aside(tmp_path / "folder") as aside:
-        fill(aside, "half")
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        stop_half_way(tmp_path / "folder", lambda aside: fill(aside, "half"))
     assert tree(tmp_path) == {"folder/a": "old", "folder/deep/b": "old"}
 
 
 def test_a_failure_leaves_nothing_where_nothing_was(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), written_aside(tmp_path / "folder") as aside:
-        fill(aside, "half")
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        stop_half_way(tmp_path / "folder", lambda aside: fill(aside, "half"))
     assert list(tmp_path.iterdir()) == []
 
 

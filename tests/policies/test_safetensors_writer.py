@@ -76,23 +76,21 @@ def test_every_tensor_is_aligned_and_no_byte_is_left_over(tmp_path: Path) -> Non
 
 
 def test_a_tensor_that_was_never_written_is_an_error(tmp_path: Path) -> None:
-    with (
-        pytest.raises(ValueError, match="1 tensors were not written, e.g. count"),
-        SafetensorsWriter(tmp_path / "file", specs(TENSORS)) as writer,
-    ):
-        for name in TENSORS.keys() - {"count"}:
-            writer.write(name, TENSORS[name])
+    writer = SafetensorsWriter(tmp_path / "file", specs(TENSORS))
+    for name in TENSORS.keys() - {"count"}:
+        writer.write(name, TENSORS[name])
+    with pytest.raises(ValueError, match=r"1 tensors were not written, e\.g\. count$"), writer:
+        pass
 
 
 @pytest.mark.parametrize("tensor", [torch.zeros(3), torch.zeros(4, dtype=torch.float64), torch.zeros(2, 2)], ids=str)
 def test_a_tensor_that_is_not_as_announced_is_an_error(tmp_path: Path, tensor: torch.Tensor) -> None:
-    with (
-        pytest.raises(ValueError, match=r"a: got .*, announced torch.float32 \(4,\)"),
-        SafetensorsWriter(tmp_path / "file", {"a": TensorSpec(torch.float32, (4,))}) as writer,
-    ):
+    writer = SafetensorsWriter(tmp_path / "file", {"a": TensorSpec(torch.float32, (4,))})
+    with pytest.raises(ValueError, match=r"a: got .*, announced torch.float32 \(4,\)"), writer:
         writer.write("a", tensor)
 
 
 def test_an_error_inside_is_not_covered_by_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), SafetensorsWriter(tmp_path / "file", specs(TENSORS)):
-        1 / 0  # noqa: B018
+    writer = SafetensorsWriter(tmp_path / "file", specs(TENSORS))
+    with pytest.raises(KeyboardInterrupt), writer:
+        raise KeyboardInterrupt

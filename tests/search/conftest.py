@@ -1,0 +1,84 @@
+"""A problem of twelve layers without any model, and generations whose errors are a formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.policies.accounting import ByteAccount
+from bitpolicy.policies.policy import Choice
+from bitpolicy.search.study import Problem
+from bitpolicy.sensitivity.inventory import Layer
+from bitpolicy.sensitivity.table import SensitivityTable
+from bitpolicy.sensitivity.trajectory import Sample
+
+ROLES = ("conv", "attention_qkv", "feed_forward", "output_head")
+STAGES = ("encoder", "middle", "decoder")
+FORMATS = (format_named("int4"), format_named("int8"), FP16)
+
+
+@dataclass
+class ScriptedGenerations:
+    """Stands for `Generations`: an image's error is the sum of its layers' true errors times the sample's own factor.
+
+    Attributes:
+        true_error: float64, shape (layers, formats without FP16).
+        asked: each policy that was scored, with the samples whose error was taken.
+        stop_after: raise KeyboardInterrupt once so many errors were given.
+    """
+
+    true_error: torch.Tensor
+    asked: list[tuple[dict[str, Choice], list[Sample]]] = field(default_factory=list)
+    stop_after: float = float("inf")
+
+    def errors(self, choices: Mapping[str, Choice], samples: Sequence[Sample]) -> Generator[float, None, None]:
+        taken: list[Sample] = []
+        self.asked.append((dict(choices), taken))
+        total = self.total(choices)
+        for sample in samples:
+            if sum(len(seen) for _, seen in self.asked) >= self.stop_after:
+                raise KeyboardInterrupt
+            taken.append(sample)
+            yield total * (1 + 0.1 * (sample.seed % 5))
+
+    def total(self, choices: Mapping[str, Choice]) -> float:
+        places = enumerate(choice.format for choice in choices.values())
+        return sum(float(self.true_error[i, FORMATS.index(f)]) for i, f in places if f.packed) + 1e-6
+
+
+@pytest.fixture
+def problem() -> Problem:
+    """Half of FP16; one layer of each role and stage, sizes over an order of magnitude."""
+    draw = torch.Generator().manual_seed(0)
+    layers = [
+        Layer(f"{stage}.{role}", "Linear", (32 * (i + 1), 64), True, role, stage)
+        for i, (role, stage) in enumerate((role, stage) for role in ROLES for stage in STAGES)
+    ]
+    int4 = torch.rand(len(layers), 1, generator=draw, dtype=torch.float64) + 0.1
+    error = torch.cat([int4, int4 / 30], dim=1)
+    names = tuple(layer.name for layer in layers)
+    table = SensitivityTable("ablation", names, FORMATS[:2], error, torch.ones_like(error, dtype=torch.bool))
+    account = ByteAccount(torch.float16, {layer.name: layer.shape for layer in layers}, fixed=1000, parameters=160_000)
+    return Problem(layers, FORMATS, table, account, account.reference // 2)
+
+
+@pytest.fixture
+def new_generations(problem: Problem) -> Callable[..., ScriptedGenerations]:
+    """Generations whose truth is not the table's: the table is wrong by a factor of its own for every group."""
+
+    def new(**settings: Any) -> ScriptedGenerations:
+        draw = torch.Generator().manual_seed(1)
+        factor = 4 ** (2 * torch.rand(len(problem.inventory), 1, generator=draw, dtype=torch.float64) - 1)
+        return ScriptedGenerations(problem.table.error * factor, **settings)
+
+    return new
+
+
+@pytest.fixture
+def samples() -> list[Sample]:
+    return [Sample("cat", seed) for seed in range(8)]

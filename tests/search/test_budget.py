@@ -1,0 +1,152 @@
+"""Budgets as people write them: what they mean in bytes, and what is refused in which words."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.policies.accounting import ByteAccount
+from bitpolicy.search.budget import Budget, BudgetError, readable
+
+ACCOUNT = ByteAccount(torch.float16, {}, fixed=1_700_000_000, parameters=860_000_000)
+"""A denoiser of 1.7 GB at FP16."""
+
+
+def account(reference: int, parameters: int = 1000) -> ByteAccount:
+    return ByteAccount(torch.float16, {}, fixed=reference, parameters=parameters)
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("3GB", 3 * 10**9),
+        ("3 GB", 3 * 10**9),
+        ("  3GB\n", 3 * 10**9),
+        ("3gb", 3 * 10**9),
+        ("3GiB", 3 * 2**30),
+        ("3gib", 3 * 2**30),
+        ("0.6GB", 600_000_000),
+        (".5GB", 500_000_000),
+        ("1.5GiB", 3 * 2**29),
+        ("700MB", 700_000_000),
+        ("700MiB", 700 * 2**20),
+        ("512kB", 512_000),
+        ("512KiB", 512 * 1024),
+        ("1TB", 10**12),
+        ("1TiB", 2**40),
+        ("1000B", 1000),
+        ("4.35kB", 4350),
+        ("45%", 765_000_000),
+        ("45 %", 765_000_000),
+        ("4.5%", 76_500_000),
+        ("100%", 1_700_000_000),
+        ("250%", 4_250_000_000),
+        ("4.5bit", 483_750_000),
+        ("4.5 bit", 483_750_000),
+        ("4.5bits", 483_750_000),
+        ("8BIT", 860_000_000),
+    ],
+)
+def test_a_budget_means_exactly_so_many_bytes(text: str, nbytes: int) -> None:
+    budget = Budget.parse(text, ACCOUNT)
+    assert budget.nbytes == nbytes
+    assert budget.asked == text.strip()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "three", "GB", "%", "bit", "3", "3000", "-3GB", "-45%", "+3GB", "3GB!", "3 000MB", "1_000MB", "3,5GB"]
+    + ["1e9B", "0x10MB", "nan%", "infGB", "3G", "3M", "3PB", "3GB 4GB", "3.5.1GB", "45%%", "4.5bit/s"],
+)
+def test_what_is_not_a_size_is_refused_with_the_forms_that_are(text: str) -> None:
+    message = f"budget {text.strip()!r} is not a size; write 3GB, 3GiB, 700MB, 45% or 4.5bit"
+    with pytest.raises(BudgetError, match=re.escape(message)):
+        Budget.parse(text, ACCOUNT)
+
+
+@pytest.mark.xfail(strict=True, reason="pydantic's ValidationError comes through")
+def test_a_unit_that_only_looks_like_one_is_refused() -> None:
+    with pytest.raises(BudgetError, match="not a size"):
+        Budget.parse("3iB", ACCOUNT)
+
+
+@pytest.mark.xfail(strict=True, reason="OverflowError and pydantic's ValidationError come through")
+def test_a_number_beyond_all_numbers_is_refused() -> None:
+    for unit in ("%", "bit", "GB"):
+        with pytest.raises(BudgetError):
+            Budget.parse("9" * 400 + unit, ACCOUNT)
+
+
+@pytest.mark.parametrize("text", ["0MB", "0%", "0bit", "0.0GB", "0.3B", "0.00000001%"])
+def test_nothing_is_refused_with_the_size_at_fp16(text: str) -> None:
+    with pytest.raises(BudgetError, match="is zero bytes; the FP16 denoiser has 1,700,000,000 bytes"):
+        Budget.parse(text, ACCOUNT)
+
+
+@pytest.mark.parametrize(("text", "instead"), [("3Gb", "3GB"), ("700Mb", "700MB"), ("3Gib", "3GiB"), ("8Kb", "8KB")])
+def test_bits_are_refused_with_the_bytes_that_are_meant(text: str, instead: str) -> None:
+    with pytest.raises(BudgetError, match=f"budget '{text}' counts bits; write {instead} for bytes"):
+        Budget.parse(text, ACCOUNT)
+
+
+@pytest.mark.xfail(strict=True, reason="int(100.0 * (n / 100)) is n - 1 for one n in 17, e.g. 29")
+def test_a_hundred_percent_is_the_whole_reference() -> None:
+    """A byte less, and the unquantized denoiser no longer fits."""
+    wrong = [n for n in range(1, 3000) if Budget.parse("100%", account(n)).nbytes != n]
+    assert wrong == []
+
+
+def test_whole_bits_are_whole_bytes() -> None:
+    wrong = [n for n in range(1, 3000) if Budget.parse("16bit", account(1, n)).nbytes != 2 * n]
+    assert wrong == []
+
+
+def test_a_share_never_passes_its_exact_value() -> None:
+    for percent in range(1, 100):
+        for reference in (3, 29, 401_288, 1_719_045_126):
+            nbytes = Budget.parse(f"{percent + 1}%", account(reference * 100)).nbytes
+            assert 0 <= reference * (percent + 1) - nbytes <= 1
+
+
+def test_a_budget_that_is_met_is_not_complained_of() -> None:
+    Budget.parse("3MB", ACCOUNT).require(3_000_000, ["int4"])
+
+
+def test_a_budget_that_cannot_be_met_names_the_smallest_size_and_the_ways_out() -> None:
+    with pytest.raises(BudgetError) as caught:
+        Budget.parse("3MB", ACCOUNT).require(3_410_001, ["int4", "int8", "fp16"])
+    message = str(caught.value)
+    for part in ("'3MB'", "3,000,000 bytes", "int4, int8, fp16", "3,410,001 bytes", "3.41 MB", "3.25 MiB"):
+        assert part in message
+    assert message.endswith("raise --budget or add a smaller format to --formats")
+
+
+def test_both_units_are_echoed() -> None:
+    assert str(Budget.parse("3GB", ACCOUNT)) == "3,000,000,000 bytes (3 GB, 2.79 GiB)"
+    assert str(Budget.parse("4.5bit", ACCOUNT)) == "483,750,000 bytes (484 MB, 461 MiB)"
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (999, "999 B"),
+        (1000, "1 kB, 0.977 KiB"),
+        (2**20, "1.05 MB, 1 MiB"),
+        (5 * 10**6, "5 MB, 4.77 MiB"),
+        (2**30, "1.07 GB, 1 GiB"),
+    ],
+)
+def test_sizes_are_read_in_both_units(nbytes: int, text: str) -> None:
+    assert readable(nbytes) == text
+
+
+@pytest.mark.xfail(strict=True, reason="999999 reads as '1e+03 kB', a terabyte as '1e+03 GB'")
+def test_no_size_is_written_with_an_exponent() -> None:
+    assert [n for n in (999_999, 999_999_999, 10**12, 5 * 10**12) if "e+" in readable(n)] == []
+
+
+def test_a_budget_error_is_of_the_family_that_the_command_line_catches() -> None:
+    assert issubclass(BudgetError, BitPolicyError)

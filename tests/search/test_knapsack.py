@@ -1,0 +1,154 @@
+"""The exact solver against trying everything, and what it says when nothing fits."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from bitpolicy.search.budget import BudgetError
+from bitpolicy.search.knapsack import Solution, solve
+
+GAP = 1e-4  # what the solver may leave
+
+
+def best_of_all(error: np.ndarray, nbytes: np.ndarray, budget: int) -> float:
+    """The least total error of all choices that fit, every one tried."""
+    rows = range(len(error))
+    return min(
+        sum(float(error[i, f]) for i, f in zip(rows, choice, strict=True))
+        for choice in itertools.product(range(error.shape[1]), repeat=len(error))
+        if sum(int(nbytes[i, f]) for i, f in zip(rows, choice, strict=True)) <= budget
+    )
+
+
+def instances(count: int, seed: int, largest: int = 1000) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """Small random problems. Every third has a format without error; the budget is often exactly a choice's size."""
+    draw = np.random.default_rng(seed)
+    for i in range(count):
+        shape = (draw.integers(1, 6), draw.integers(1, 5))
+        error = draw.exponential(size=shape) ** 3
+        if i % 3 == 0:
+            error[:, draw.integers(shape[1])] = 0.0
+        nbytes = draw.integers(1, largest, size=shape)
+        some = nbytes[np.arange(shape[0]), draw.integers(0, shape[1], size=shape[0])].sum()
+        budget = max(int(some) + int(draw.integers(-1, 2)), int(nbytes.min(axis=1).sum()))
+        yield error, nbytes, budget
+
+
+def check(solution: Solution, error: np.ndarray, nbytes: np.ndarray, budget: int) -> None:
+    """What is said of a solution is true of it."""
+    rows = np.arange(len(error))
+    assert solution.formats.shape == rows.shape
+    assert solution.nbytes == int(nbytes[rows, solution.formats].sum()) <= budget
+    assert solution.error == pytest.approx(float(error[rows, solution.formats].sum()), rel=1e-12)
+    assert 0 <= solution.gap <= 1
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 1e-5, 1e-9, 1e-12, 1e-30, 1e9, 1e30], ids=str)
+def test_no_choice_that_fits_has_less_error(magnitude: float) -> None:
+    for error, nbytes, budget in instances(60, seed=1):
+        solution = solve(error * magnitude, nbytes, budget)
+        check(solution, error * magnitude, nbytes, budget)
+        best = best_of_all(error, nbytes, budget) * magnitude
+        assert solution.error <= best * (1 + GAP) + 1e-13 * magnitude, (error, nbytes, budget)
+        assert solution.error * (1 - solution.gap) <= best * (1 + 1e-9)  # the certified gap holds
+
+
+@pytest.mark.parametrize("spread", [1, 4, 7])
+def test_errors_of_many_orders_of_magnitude_are_weighed_together(spread: int) -> None:
+    draw = np.random.default_rng(spread)
+    for error, nbytes, budget in instances(60, seed=2):
+        wide = error * 10.0 ** draw.uniform(-spread, 0, size=error.shape)
+        best = best_of_all(wide, nbytes, budget)
+        assert solve(wide, nbytes, budget).error <= best * (1 + GAP) + 1e-13 * wide.max()
+
+
+@pytest.mark.xfail(strict=True, reason="HiGHS allows 1e-6 of the budget too much; then the greedy choice is returned")
+def test_layers_of_gigabytes_are_solved_to_the_byte() -> None:
+    worse = []
+    for error, nbytes, budget in instances(240, seed=3, largest=10**10):
+        found, best = solve(error, nbytes, budget).error, best_of_all(error, nbytes, budget)
+        if found > best * (1 + GAP) + 1e-13:
+            worse.append(found / best)
+    assert worse == []
+
+
+def test_ties_are_solved_with_the_same_error() -> None:
+    for error, nbytes, budget in instances(60, seed=4, largest=4):
+        rough = np.ceil(error)
+        solution = solve(rough, nbytes, budget)
+        check(solution, rough, nbytes, budget)
+        assert solution.error == best_of_all(rough, nbytes, budget)
+
+
+def test_without_errors_anything_that_fits_will_do() -> None:
+    error, nbytes = np.zeros((3, 3)), np.array([[1, 2, 4]] * 3)
+    for budget in (3, 5, 12, 100):
+        check(solve(error, nbytes, budget), error, nbytes, budget)
+
+
+@pytest.mark.xfail(strict=True, reason="the scale of the objective becomes infinite where the optimum is zero")
+def test_without_errors_the_order_of_formats_does_not_matter() -> None:
+    error, nbytes = np.zeros((2, 2)), np.array([[4, 2], [4, 2]])
+    check(solve(error, nbytes, 5), error, nbytes, 5)
+
+
+def test_with_room_for_all_every_layer_gets_its_best() -> None:
+    error = np.array([[3.0, 1.0, 0.0], [2.0, 0.0, 0.5]])
+    nbytes = np.array([[1, 2, 4], [1, 2, 4]])
+    solution = solve(error, nbytes, 6)
+    assert solution.formats.tolist() == [2, 1]
+    assert (solution.error, solution.nbytes, solution.gap) == (0.0, 6, 0.0)
+
+
+def test_of_equally_good_formats_the_smallest_is_taken() -> None:
+    solution = solve(np.array([[1.0, 0.0, 0.0]]), np.array([[1, 4, 2]]), 100)
+    assert (solution.formats.tolist(), solution.nbytes) == ([2], 2)
+
+
+def test_a_budget_of_exactly_the_smallest_size_is_met() -> None:
+    for error, nbytes, _ in instances(30, seed=5):
+        smallest = int(nbytes.min(axis=1).sum())
+        assert solve(error, nbytes, smallest).nbytes == smallest
+
+
+def test_a_byte_less_than_the_smallest_size_is_refused_with_that_size() -> None:
+    nbytes = np.array([[1_000_000, 2_000_000], [705_001, 2_000_000]])
+    with pytest.raises(BudgetError, match=r"1,705,000 bytes for the layers .* smallest policy, 1,705,001 bytes"):
+        solve(np.ones((2, 2)), nbytes, 1_705_000)
+
+
+def unet_like(layers: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Errors and bytes as a U-Net has them: INT4, INT8 and FP16, sizes over three orders of magnitude."""
+    draw = np.random.default_rng(seed)
+    weights = draw.choice([256, 4096, 9216, 36_864, 147_456, 589_824], size=layers)
+    nbytes = np.stack([weights // 2 + weights // 64 * 3, weights + 256, weights * 2], axis=1)
+    int4 = draw.lognormal(0, 2, size=layers) * 1e-4
+    return np.stack([int4, int4 * draw.lognormal(-5, 1, size=layers), np.zeros(layers)], axis=1), nbytes
+
+
+def test_more_bytes_never_mean_more_error() -> None:
+    error, nbytes = unet_like(60, seed=0)
+    budgets = np.linspace(nbytes[:, 0].sum(), nbytes[:, 2].sum(), 25).astype(int)
+    found = [solve(error, nbytes, int(budget)).error for budget in budgets]
+    assert all(later <= earlier * (1 + GAP) for earlier, later in itertools.pairwise(found))
+    assert found[-1] == 0.0
+    assert found[0] == pytest.approx(float(error[:, 0].sum()))
+
+
+def test_a_budget_of_exactly_a_solutions_size_finds_it_again() -> None:
+    error, nbytes = unet_like(40, seed=1)
+    for share in (0.3, 0.4, 0.5, 0.7):
+        solution = solve(error, nbytes, int(nbytes[:, 2].sum() * share))
+        again = solve(error, nbytes, solution.nbytes)
+        assert again.error <= solution.error * (1 + GAP)
+
+
+def test_the_gap_that_was_asked_for_is_certified() -> None:
+    for seed in range(3):
+        error, nbytes = unet_like(80, seed)
+        for share in (0.3, 0.45):
+            assert solve(error, nbytes, int(nbytes[:, 2].sum() * share)).gap <= GAP * 1.01

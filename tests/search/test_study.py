@@ -1,0 +1,265 @@
+"""The study on a problem whose truth is a formula: what it tries, what it keeps, and how it goes on after a stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.policies.policy import Choice
+from bitpolicy.search.budget import BudgetError
+from bitpolicy.search.study import Problem, Study, journal
+from bitpolicy.sensitivity.trajectory import Sample
+
+Samples = list[Sample]
+NewGenerations = Callable[..., Any]
+
+
+def new_study(
+    problem: Problem, generations: Any, samples: Samples, path: Path, name: str = "s", seed: int = 0
+) -> Study:
+    return Study(problem, generations, samples, journal(str(path)), name, seed)
+
+
+def nbytes(problem: Problem, choices: Mapping[str, Choice]) -> int:
+    return problem.account.total({name: choice.format for name, choice in choices.items()})
+
+
+def exact(problem: Problem) -> dict[str, Choice]:
+    return problem.choices(problem.solve())
+
+
+def suggested(study: Study) -> list[dict[str, Any]]:
+    return [trial.params for trial in study.finished]
+
+
+# The problem
+
+
+def test_the_exact_solution_fits_and_no_swap_of_a_layer_betters_it(problem: Problem) -> None:
+    solution = problem.solve()
+    choices = problem.choices(solution)
+    assert nbytes(problem, choices) <= problem.budget
+    assert nbytes(problem, choices) == problem.account.fixed + solution.nbytes
+    error = sum(problem.table.score(i, choice.format) for i, choice in enumerate(choices.values()))
+    assert solution.error == pytest.approx(error)
+    for i, name in enumerate(choices):
+        for format in problem.formats:
+            other = choices | {name: Choice(format)}
+            gained = problem.table.score(i, choices[name].format) - problem.table.score(i, format)
+            assert gained <= 1e-4 * error or nbytes(problem, other) > problem.budget
+
+
+def test_a_multiplier_moves_bytes_to_its_group(problem: Problem) -> None:
+    def size(multipliers: dict[str, float]) -> int:
+        choices = problem.choices(problem.solve(multipliers))
+        return sum(problem.account.layer(n, c.format) for n, c in choices.items() if n == "middle.conv")
+
+    assert size({"conv/middle": 1000.0}) > size({"conv/middle": 1e-3})
+    assert problem.choices(problem.solve({group: 7.0 for group in problem.groups})) == exact(problem)
+    assert problem.choices(problem.solve({"no such group": 7.0})) == exact(problem)
+
+
+def test_a_problem_without_a_solution_names_the_smallest_size(problem: Problem) -> None:
+    with pytest.raises(BudgetError, match="below the smallest policy"):
+        replace(problem, budget=problem.account.fixed + 10).solve()
+
+
+# What a study tries
+
+
+def test_the_first_trial_is_the_exact_solution(
+    problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path
+) -> None:
+    generations = new_generations()
+    study = new_study(problem, generations, samples, tmp_path / "journal")
+    study.run(1)
+    ((choices, seen),) = generations.asked
+    assert choices == exact(problem)
+    assert set(seen) == set(samples)
+    assert suggested(study) == [dict.fromkeys(problem.groups, 0.0)]
+    mean = sum(1 + 0.1 * (sample.seed % 5) for sample in samples) / len(samples)
+    assert study.finished[0].value == pytest.approx(generations.total(choices) * mean)
+
+
+def test_every_policy_that_is_tried_fits_the_budget(
+    problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path
+) -> None:
+    generations = new_generations()
+    new_study(problem, generations, samples, tmp_path / "journal").run(20)
+    tried = [choices for choices, _ in generations.asked]
+    assert max(nbytes(problem, choices) for choices in tried) <= problem.budget
+    assert len({tuple(choice.format.name for choice in choices.values()) for choices in tried}) > 5
+
+
+def test_a_study_betters_a_table_that_is_wrong(
+    problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path
+) -> None:
+    generations = new_generations()
+    study = new_study(problem, generations, samples, tmp_path / "journal")
+    study.run(25)
+    totals = [generations.total(choices) for choices in study.best(3)]
+    assert totals[0] < generations.total(exact(problem))
+
+
+def test_a_policy_that_was_scored_is_not_scored_again(
+    problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path
+) -> None:
+    generations = new_generations()
+    new_study(problem, generations, samples, tmp_path / "journal").run(20)
+    seen = [
+        (tuple(choice.format.name for choice in choices.values()), sample)
+        for choices, taken in generations.asked
+        for sample in taken
+    ]
+    assert len(seen) == len(set(seen))
+
+
+def test_a_loser_is_stopped_early(problem: Problem, new_generations: NewGenerations, tmp_path: Path) -> None:
+    samples, generations = [Sample("cat", seed) for seed in range(16)], new_generations()
+    study = new_study(problem, generations, samples, tmp_path / "journal")
+    study.run(20)
+    scored = [trial.user_attrs["samples"] for trial in study.finished]
+    assert scored[0] == 16
+    assert 4 <= min(scored) < 16
+
+
+# What it keeps
+
+
+def test_the_best_are_different_policies_scored_on_every_sample_best_first(
+    problem: Problem, new_generations: NewGenerations, tmp_path: Path
+) -> None:
+    samples, generations = [Sample("cat", seed) for seed in range(16)], new_generations()
+    study = new_study(problem, generations, samples, tmp_path / "journal")
+    study.run(20)
+    taken: dict[tuple[str, ...], set[Sample]] = {}
+    for choices, seen in generations.asked:
+        taken.setdefault(tuple(c.format.name for c in choices.values()), set()).update(seen)
+    assert min(len(seen) for seen in taken.values()) < 16  # there are losers to leave out
+    best = study.best(3)
+    assert 1 <= len(best) <= 4
+    names = [tuple(c.format.name for c in choices.values()) for choices in best]
+    assert len(set(names)) == len(names)
+    assert all(len(taken[name]) == 16 for name in names)
+    totals = [generations.total(choices) for choices in best[:3]]
+    assert totals == sorted(totals)
+
+
+@pytest.mark.parametrize("trials", [1, 2, 12])
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_exact_solution_is_always_among_the_best_and_they_are_at_most_one_more(
+    problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path, trials: int, count: int
+) -> None:
+    study = new_study(problem, new_generations(), samples, tmp_path / "journal")
+    study.run(trials)
+    best = study.best(count)
+    assert exact(problem) in best
+    assert len(best) <= count + 1
+    if len(best) == count + 1:
+        assert best[-1] == exact(problem)
+
+
+# Stopping and going on
+
+
+def test_a_study_goes_on_to_the_number_that_is_asked(
+    problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path
+) -> None:
+    ticks: list[int] = []
+    for trials, new in ((3, 3), (5, 2), (5, 0), (4, 0)):
+        study = new_study(problem, new_generations(), samples, tmp_path / "journal")
+        ticks.clear()
+        study.run(trials, after_each=lambda: ticks.append(1))
+        assert len(ticks) == new
+        assert len(study.finished) == max(trials, 5 if new == 0 else trials)
+
+
+def test_a_study_in_two_runs_is_the_study_in_one(
+    problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path
+) -> None:
+    whole = new_study(problem, new_generations(), samples, tmp_path / "whole")
+    whole.run(14)
+    for trials in (5, 14):
+        parts = new_study(problem, new_generations(), samples, tmp_path / "parts")
+        parts.run(trials)
+    assert suggested(parts) == suggested(whole)
+    assert [t.value for t in parts.finished] == [t.value for t in whole.finished]
+    assert parts.best(3) == whole.best(3)
+
+
+@pytest.mark.parametrize("errors", [0, 3, 8, 20, 60])
+def test_an_interrupted_study_is_in_the_end_the_study_in_one(
+    problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path, errors: int
+) -> None:
+    whole = new_study(problem, new_generations(), samples, tmp_path / "whole")
+    whole.run(12)
+    stopped = new_study(problem, new_generations(stop_after=errors), samples, tmp_path / "stopped")
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run(12)
+    assert len(stopped.finished) < 12
+    resumed = new_study(problem, new_generations(), samples, tmp_path / "stopped")
+    resumed.run(12)
+    assert len(resumed.finished) == 12
+    assert suggested(resumed) == suggested(whole)
+    assert resumed.best(3) == whole.best(3)
+
+
+def test_a_trial_left_running_by_a_killed_process_is_not_waited_for(
+    problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path
+) -> None:
+    """A process that is killed in its first trial leaves it in the journal, begun and never ended."""
+    whole = new_study(problem, new_generations(), samples, tmp_path / "whole")
+    whole.run(4)
+    new_study(problem, new_generations(), samples, tmp_path / "killed")
+    raw = optuna.load_study(study_name="s", storage=journal(str(tmp_path / "killed")))
+    raw.enqueue_trial(dict.fromkeys(problem.groups, 0.0))
+    raw.ask()
+    assert [trial.state for trial in raw.trials] == [TrialState.RUNNING]
+    resumed = new_study(problem, new_generations(), samples, tmp_path / "killed")
+    resumed.run(4)
+    assert suggested(resumed) == suggested(whole)
+    assert resumed.best(3) == whole.best(3)
+
+
+def test_equal_seeds_suggest_the_same_and_others_something_else(
+    problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path
+) -> None:
+    def run(path: str, seed: int) -> list[dict[str, Any]]:
+        study = new_study(problem, new_generations(), samples, tmp_path / path, seed=seed)
+        study.run(12)
+        return suggested(study)
+
+    assert run("a", 0) == run("b", 0)
+    assert run("c", 5)[1:] != run("a", 0)[1:]
+
+
+def test_studies_of_other_names_in_one_journal_do_not_meet(
+    problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path
+) -> None:
+    new_study(problem, new_generations(), samples, tmp_path / "journal", name="one").run(3)
+    other = new_study(problem, new_generations(), samples, tmp_path / "journal", name="two")
+    assert other.finished == []
+    other.run(2)
+    assert len(other.finished) == 2
+
+
+def test_a_storage_that_optuna_does_not_know_is_refused_with_one_that_it_knows(
+    problem: Problem, new_generations: NewGenerations, samples: Samples
+) -> None:
+    with pytest.raises(BitPolicyError, match=r"cannot use storage 'nowhere'.* e\.g\. sqlite:///study\.db"):
+        Study(problem, new_generations(), samples, "nowhere", "s", 0)
+
+
+def test_any_storage_that_optuna_knows_will_do(
+    problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path
+) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    Study(problem, new_generations(), samples, url, "s", 0).run(2)
+    assert len(Study(problem, new_generations(), samples, url, "s", 0).finished) == 2

@@ -1,0 +1,369 @@
+"""One backward pass through the sampler, against finite differences and plain autograd, and what it must not leave.
+
+For a perturbation D of a weight the probe's sketch is <v, J D>, the derivative of <v, x_0> along D. The tests nudge the
+weight itself by a little of D, run the sampler twice and divide: central differences know nothing of gradients.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.sensitivity.adjoint import AdjointProbe, Sketch, _direction
+from bitpolicy.sensitivity.trajectory import Sample, Trajectories
+
+Calibration = dict[str, torch.Tensor]
+NewTrajectories = Callable[..., Trajectories]
+NewCalibration = Callable[[torch.nn.Module], Calibration]
+Nudges = Mapping[str, torch.Tensor]
+SAMPLE, SEED = Sample("a red heart", 11), 4
+ONE_OF_EACH_ROLE = (
+    "conv_in",
+    "conv_out",
+    "time_embedding.linear_1",
+    "down_blocks.0.resnets.0.time_emb_proj",
+    "down_blocks.0.downsamplers.0.conv",
+    "down_blocks.1.resnets.0.conv_shortcut",
+    "mid_block.attentions.0.transformer_blocks.0.attn1.to_q",
+    "mid_block.attentions.0.transformer_blocks.0.attn2.to_v",
+    "up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0",
+    "up_blocks.1.attentions.0.transformer_blocks.0.ff.net.0.proj",
+    "up_blocks.1.attentions.0.proj_in",
+    "up_blocks.1.resnets.1.conv1",
+)
+LOOPS = {  # scheduler, guidance, size of the step, accuracy: Euler and DPM++ round the sample to float32 in each step
+    "DDIM": (DDIMScheduler, 3.0, 1e-4, 1e-5),
+    "DDIM without guidance": (DDIMScheduler, 1.0, 1e-4, 1e-5),
+    "Euler": (EulerDiscreteScheduler, 3.0, 1e-2, 2e-2),
+    "Euler without guidance": (EulerDiscreteScheduler, 1.0, 1e-2, 2e-2),
+    "DPM++ 2M": (DPMSolverMultistepScheduler, 3.0, 1e-2, 2e-2),
+    "DPM++ 2M without guidance": (DPMSolverMultistepScheduler, 1.0, 1e-2, 2e-2),
+}
+
+
+def sketches(trajectories: Trajectories, nudge: Any, calibration: Calibration, *seeds: int) -> list[Sketch]:
+    probe = AdjointProbe(trajectories, [nudge], calibration, torch.float32)
+    return list(probe.sketches(SAMPLE, seeds or (SEED,)))
+
+
+def layer_names(trajectories: Trajectories) -> list[str]:
+    return [name for name, _ in quantizable_layers(trajectories.denoiser)]
+
+
+def weight_nudge(trajectories: Trajectories, nudge: Any, name: str) -> dict[str, torch.Tensor]:
+    return {f"{name}.weight": nudge.delta(trajectories.denoiser.get_parameter(f"{name}.weight").shape)}
+
+
+def bias_nudge(trajectories: Trajectories, nudge: Any, name: str, calibration: Calibration) -> dict[str, torch.Tensor]:
+    """-D E[x], the sum over everything but the output; nothing for a layer without a bias."""
+    if trajectories.denoiser.get_submodule(name).bias is None:
+        return {}
+    (delta,) = weight_nudge(trajectories, nudge, name).values()
+    return {f"{name}.bias": -(delta.double() * calibration[name]).flatten(1).sum(1)}
+
+
+@contextmanager
+def moved(trajectories: Trajectories, nudges: Nudges, amount: float) -> Iterator[None]:
+    parameters = {name: trajectories.denoiser.get_parameter(name) for name in nudges}
+    before = {name: parameter.data for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        parameter.data = before[name] + amount * nudges[name].to(before[name])
+    try:
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = before[name]
+
+
+def projected(trajectories: Trajectories) -> float:
+    """<v, x_0>, in float64."""
+    seeded = torch.Generator().manual_seed(SAMPLE.seed)
+    latent = trajectories.pipe(SAMPLE.prompt, generator=seeded, output_type="latent", **trajectories.call).images
+    return float((_direction(latent, SAMPLE, SEED).double() * latent.double()).sum())
+
+
+def slope(trajectories: Trajectories, nudges: Nudges, amount: float) -> float:
+    """(<v, x_0(W + a D)> - <v, x_0(W - a D)>) / 2a."""
+    ends = []
+    for sign in (1, -1):
+        with moved(trajectories, nudges, sign * amount):
+            ends.append(projected(trajectories))
+    return (ends[0] - ends[1]) / (2 * amount)
+
+
+@pytest.fixture(params=LOOPS)
+def loop(request: pytest.FixtureRequest, new_trajectories: NewTrajectories) -> tuple[Trajectories, float, float]:
+    scheduler, guidance, amount, accuracy = LOOPS[request.param]
+    return new_trajectories(scheduler, torch.float64, guidance_scale=guidance), amount, accuracy
+
+
+def test_a_sketch_is_the_slope_that_finite_differences_find(
+    loop: tuple[Trajectories, float, float], nudge: Any, random_calibration: NewCalibration
+) -> None:
+    trajectories, amount, accuracy = loop
+    calibration, names = random_calibration(trajectories.denoiser), layer_names(trajectories)
+    (found,) = sketches(trajectories, nudge, calibration)
+    weight = dict(zip(names, found.weight.sum(0)[:, 0].tolist(), strict=True))
+    bias = dict(zip(names, found.bias.sum(0)[:, 0].tolist(), strict=True))
+    for name in ONE_OF_EACH_ROLE:
+        expected = slope(trajectories, weight_nudge(trajectories, nudge, name), amount)
+        assert weight[name] == pytest.approx(expected, rel=accuracy, abs=accuracy * found.weight.std().item()), name
+        expected = slope(trajectories, bias_nudge(trajectories, nudge, name, calibration), amount)
+        assert bias[name] == pytest.approx(expected, rel=accuracy, abs=accuracy * found.bias.std().item()), name
+
+
+def test_all_layers_together_have_the_slope_that_finite_differences_find(
+    loop: tuple[Trajectories, float, float], nudge: Any, random_calibration: NewCalibration
+) -> None:
+    trajectories, amount, accuracy = loop
+    calibration, names = random_calibration(trajectories.denoiser), layer_names(trajectories)
+    (found,) = sketches(trajectories, nudge, calibration)
+    weights = {k: v for name in names for k, v in weight_nudge(trajectories, nudge, name).items()}
+    biases = {k: v for name in names for k, v in bias_nudge(trajectories, nudge, name, calibration).items()}
+    for part, nudges in ((found.weight, weights), (found.bias, biases)):
+        total = part.double().sum().item()
+        tolerance = accuracy * part.sum(0).norm().item()
+        assert total == pytest.approx(slope(trajectories, nudges, amount / 10), abs=tolerance)
+
+
+def test_a_step_has_the_slope_of_a_nudge_in_that_step_alone(
+    new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration
+) -> None:
+    trajectories = new_trajectories(dtype=torch.float64)
+    (found,) = sketches(trajectories, nudge, random_calibration(trajectories.denoiser))
+    name = "mid_block.resnets.0.conv1"
+    index = layer_names(trajectories).index(name)
+    (delta,) = weight_nudge(trajectories, nudge, name).values()
+    weight = trajectories.denoiser.get_parameter(f"{name}.weight")
+    whole, amount = weight.data, 1e-4
+    for step in range(3):
+        ends = []
+        for sign in (1, -1):
+            calls = itertools.count()
+
+            def only_now(*_: Any, step: int = step, sign: int = sign, calls: Iterator[int] = calls) -> None:
+                weight.data = whole + sign * amount * delta.double() if next(calls) == step else whole
+
+            hook = trajectories.denoiser.register_forward_pre_hook(only_now)
+            ends.append(projected(trajectories))
+            hook.remove()
+            weight.data = whole
+        expected = (ends[0] - ends[1]) / (2 * amount)
+        assert found.weight[step, index, 0].item() == pytest.approx(expected, rel=1e-4), step
+
+
+def test_the_steps_add_up_to_the_gradient_of_plain_autograd(
+    new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration
+) -> None:
+    trajectories = new_trajectories(dtype=torch.float64)
+    (found,) = sketches(trajectories, nudge, random_calibration(trajectories.denoiser))
+    undecorated = StableDiffusionPipeline.__call__.__wrapped__  # type: ignore[attr-defined]
+    seeded = torch.Generator().manual_seed(SAMPLE.seed)
+    latent = undecorated(
+        trajectories.pipe, SAMPLE.prompt, generator=seeded, output_type="latent", **trajectories.call
+    ).images
+    (_direction(latent, SAMPLE, SEED) * latent).sum().backward()
+    expected = []
+    for name, layer in quantizable_layers(trajectories.denoiser):
+        (delta,) = weight_nudge(trajectories, nudge, name).values()
+        expected.append(float((layer.weight.grad * delta).sum()))  # type: ignore[operator]
+    torch.testing.assert_close(
+        found.weight.sum(0)[:, 0], torch.tensor(expected), rtol=1e-4, atol=1e-5 * found.weight.std().item()
+    )
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_sketch_has_one_row_a_step(
+    new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration, steps: int
+) -> None:
+    trajectories = new_trajectories(num_inference_steps=steps)
+    (found,) = sketches(trajectories, nudge, random_calibration(trajectories.denoiser))
+    assert found.weight.shape == found.bias.shape == (steps, 83, 1)
+    assert (found.weight.abs().amax((1, 2)) > 0).all()
+
+
+def test_a_layer_without_a_bias_has_no_bias_part(
+    new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration
+) -> None:
+    trajectories = new_trajectories()
+    (found,) = sketches(trajectories, nudge, random_calibration(trajectories.denoiser))
+    has_bias = torch.tensor([layer.bias is not None for _, layer in quantizable_layers(trajectories.denoiser)])
+    assert torch.equal(found.bias.abs().amax((0, 2)) > 0, has_bias)
+
+
+def test_several_formats_in_one_pass_are_the_passes_of_each(
+    new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration
+) -> None:
+    trajectories = new_trajectories()
+    calibration = random_calibration(trajectories.denoiser)
+    formats = [format_named("int4"), nudge, format_named("int8")]
+    (together,) = AdjointProbe(trajectories, formats, calibration, torch.float16).sketches(SAMPLE, [SEED])
+    for column, format in enumerate(formats):
+        (alone,) = AdjointProbe(trajectories, [format], calibration, torch.float16).sketches(SAMPLE, [SEED])
+        torch.testing.assert_close(together.weight[..., column], alone.weight[..., 0], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(together.bias[..., column], alone.bias[..., 0], rtol=1e-3, atol=1e-6)
+
+
+def test_several_vectors_of_one_trajectory_are_those_of_one_each(
+    new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration
+) -> None:
+    trajectories = new_trajectories()
+    calibration = random_calibration(trajectories.denoiser)
+    together = sketches(trajectories, nudge, calibration, 0, 1, 2)
+    for seed, found in enumerate(together):
+        (alone,) = sketches(trajectories, nudge, calibration, seed)
+        assert torch.equal(found.weight, alone.weight)
+        assert torch.equal(found.bias, alone.bias)
+    assert not torch.allclose(together[0].weight, together[1].weight)
+
+
+def test_recomputing_inside_the_denoiser_changes_nothing(
+    new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration
+) -> None:
+    trajectories = new_trajectories(dtype=torch.float64)
+    calibration = random_calibration(trajectories.denoiser)
+    (expected,) = sketches(trajectories, nudge, calibration)
+    (found,) = AdjointProbe(trajectories, [nudge], calibration, torch.float32, True).sketches(SAMPLE, [SEED])
+    torch.testing.assert_close(found.weight, expected.weight)
+    assert not trajectories.denoiser.is_gradient_checkpointing  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_agrees_with_full(
+    new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration, dtype: torch.dtype
+) -> None:
+    full, half = new_trajectories(), new_trajectories(dtype=dtype)
+    calibration = random_calibration(full.denoiser)
+    (expected,), (found,) = sketches(full, nudge, calibration), sketches(half, nudge, calibration)
+    error = (found.weight.sum(0) - expected.weight.sum(0)).norm() / expected.weight.sum(0).norm()
+    assert error < {torch.float16: 0.02, torch.bfloat16: 0.15}[dtype]
+
+
+def test_a_gradient_that_is_not_finite_is_refused_with_a_way_out(
+    new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration
+) -> None:
+    trajectories = new_trajectories()
+    calibration = random_calibration(trajectories.denoiser)
+    trajectories.denoiser.get_parameter("conv_out.weight").data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(BitPolicyError, match="not finite; try --dtype bfloat16 or float32, or --probe ablation"):
+        sketches(trajectories, nudge, calibration)
+
+
+# What must be as before
+
+
+def parameters(trajectories: Trajectories) -> dict[str, torch.nn.Parameter]:
+    modules = {n: m for n, m in trajectories.pipe.components.items() if isinstance(m, torch.nn.Module)}
+    return {f"{part}.{name}": p for part, module in modules.items() for name, p in module.named_parameters()}
+
+
+@contextmanager
+def leaving_no_trace(trajectories: Trajectories) -> Iterator[None]:
+    """Fails unless flags, gradients, hooks, the denoiser's forward and the scheduler's step are as before."""
+    for i, parameter in enumerate(parameters(trajectories).values()):
+        parameter.requires_grad_(i % 3 != 0)
+    flags = {name: p.requires_grad for name, p in parameters(trajectories).items()}
+    yield
+    assert {name: p.requires_grad for name, p in parameters(trajectories).items()} == flags
+    assert [name for name, p in parameters(trajectories).items() if p.grad is not None] == []
+    assert [name for name, p in parameters(trajectories).items() if p._post_accumulate_grad_hooks] == []
+    assert "forward" not in vars(trajectories.denoiser)
+    assert "step" not in vars(trajectories.pipe.scheduler)
+
+
+def test_a_pass_leaves_no_trace(
+    new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration
+) -> None:
+    trajectories = new_trajectories()
+    bits = {name: p.data.clone() for name, p in parameters(trajectories).items()}
+    with leaving_no_trace(trajectories):
+        sketches(trajectories, nudge, random_calibration(trajectories.denoiser))
+    assert [name for name, p in parameters(trajectories).items() if not torch.equal(p.data, bits[name])] == []
+
+
+@pytest.mark.parametrize("call", range(1, 6))  # three calls forward, then each again in the backward pass
+def test_an_interruption_leaves_no_trace(
+    new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration, call: int
+) -> None:
+    trajectories, calls = new_trajectories(), itertools.count(1)
+
+    def stop(*_: Any) -> None:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+
+    trajectories.denoiser.conv_out.register_forward_pre_hook(stop)  # type: ignore[union-attr]
+    with leaving_no_trace(trajectories), pytest.raises(KeyboardInterrupt):
+        sketches(trajectories, nudge, random_calibration(trajectories.denoiser))
+
+
+def test_a_reader_that_stops_early_leaves_no_trace(
+    new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration
+) -> None:
+    trajectories = new_trajectories()
+    probe = AdjointProbe(trajectories, [nudge], random_calibration(trajectories.denoiser), torch.float32)
+    with leaving_no_trace(trajectories):
+        passes = probe.sketches(SAMPLE, [0, 1, 2])
+        next(passes)
+        passes.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.xfail(strict=True, reason="`del denoiser.forward` drops one that was put on the instance before")
+def test_a_forward_of_the_instances_own_is_put_back(
+    new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration
+) -> None:
+    """accelerate's offloading hooks set one."""
+    trajectories, calls = new_trajectories(), itertools.count()
+    usual = trajectories.denoiser.forward
+
+    def own(*args: Any, **kwargs: Any) -> Any:
+        next(calls)
+        return usual(*args, **kwargs)
+
+    trajectories.denoiser.forward = own  # type: ignore[method-assign]
+    sketches(trajectories, nudge, random_calibration(trajectories.denoiser))
+    assert next(calls) >= 6
+    assert trajectories.denoiser.forward is own
+
+
+# The random directions
+
+
+def directions() -> dict[tuple[int, int], torch.Tensor]:
+    seeds = [0, 1, 2, 3, 17, 1_000_000, 1_000_001, 10_000_000, 2**31, 2**40]
+    latent = torch.empty(1, 4, 8, 8)
+    return {(s, k): _direction(latent, Sample("cat", s), k).flatten() for s in seeds for k in range(8)}
+
+
+def unit_rows(vectors: Iterable[torch.Tensor]) -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.stack(list(vectors)))
+
+
+def test_directions_are_standard_normal_and_the_same_each_time() -> None:
+    first, again = directions(), directions()
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    values = torch.cat(list(first.values()))
+    assert values.mean().abs() < 4 / len(values) ** 0.5
+    assert values.var().sub(1).abs() < 4 * (2 / len(values)) ** 0.5
+
+
+def test_no_two_directions_are_alike() -> None:
+    together = unit_rows(directions().values())
+    cosines = together @ together.T - torch.eye(len(together))
+    assert cosines.abs().max() < 6 / 256**0.5  # six standard deviations of the cosine of independent vectors
+
+
+def test_no_direction_is_the_initial_noise_of_a_sample() -> None:
+    found = directions()
+    seeds = {seed for key in found for seed in key} | {s + k for s, k in found} | {s * 8 + k for s, k in found}
+    noise = [torch.randn(256, generator=torch.Generator().manual_seed(seed)) for seed in sorted(seeds)]
+    cosines = unit_rows(found.values()) @ unit_rows(noise).T
+    assert cosines.abs().max() < 6 / 256**0.5

@@ -1,0 +1,70 @@
+"""Finished pieces on disk: what was put is got, what is damaged counts as not there, other settings are elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitpolicy.sensitivity.records import Records, settings_key
+
+PIECE = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.tensor([1, 2])}
+
+
+def test_a_piece_comes_back_as_it_was_put(tmp_path: Path) -> None:
+    Records(tmp_path / "a").put("piece", PIECE)
+    found = Records(tmp_path / "a").get("piece")
+    assert found is not None
+    assert set(found) == set(PIECE)
+    assert all(torch.equal(found[name], tensor) for name, tensor in PIECE.items())
+
+
+def test_a_piece_that_was_never_put_is_none(tmp_path: Path) -> None:
+    assert Records(tmp_path).get("piece") is None
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 30, -1])
+def test_a_damaged_piece_counts_as_not_there(tmp_path: Path, keep: int) -> None:
+    records = Records(tmp_path)
+    records.put("piece", PIECE)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:keep])
+    assert records.get("piece") is None
+
+
+def test_a_piece_that_was_being_written_counts_as_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        path.write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bitpolicy.sensitivity.records.save_file", cut)
+    with pytest.raises(KeyboardInterrupt):
+        Records(tmp_path).put("piece", PIECE)
+    assert Records(tmp_path).get("piece") is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_piece_is_made_once(tmp_path: Path) -> None:
+    made = []
+
+    def make() -> dict[str, torch.Tensor]:
+        made.append(1)
+        return PIECE
+
+    for _ in range(2):
+        found = Records(tmp_path).get_or_make("piece", make)
+        assert torch.equal(found["weight"], PIECE["weight"])
+    assert made == [1]
+
+
+def test_equal_settings_have_one_key_in_any_order_and_others_another() -> None:
+    settings = {"steps": 20, "samples": [("cat", 0), ("dog", 1)], "call": {"guidance_scale": 3.0}}
+    assert settings_key(settings) == settings_key(dict(reversed(settings.items())))
+    others = [
+        settings | {"steps": 21},
+        settings | {"samples": [("dog", 1), ("cat", 0)]},
+        settings | {"call": {"guidance_scale": 3.5}},
+        settings | {"call": {}},
+    ]
+    assert len({settings_key(other) for other in [settings, *others]}) == 5

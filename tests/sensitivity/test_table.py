@@ -1,0 +1,182 @@
+"""The table of scores: what it says follows from the sketches by arithmetic, and a file gives it back."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.policies.accounting import ByteAccount
+from bitpolicy.policies.policy import Choice
+from bitpolicy.sensitivity.adjoint import Sketch
+from bitpolicy.sensitivity.inventory import inventory
+from bitpolicy.sensitivity.table import SensitivityTable
+
+INT4, INT8 = format_named("int4"), format_named("int8")
+POWER = 4.0
+
+
+def random_sketches(count: int = 6, steps: int = 3) -> list[Sketch]:
+    """The last layer has no bias; of the others the corrected bias sometimes helps and sometimes harms."""
+    draw = torch.Generator().manual_seed(2)
+    shape = (steps, 4, 2)
+    made = []
+    for _ in range(count):
+        weight = torch.randn(shape, generator=draw)
+        bias = -0.5 * weight + 0.4 * torch.randn(shape, generator=draw) * torch.tensor([0.1, 1.0, 3.0, 0.0])[:, None]
+        bias[:, 3] = 0
+        made.append(Sketch(weight, bias))
+    return made
+
+
+@pytest.fixture
+def sketches() -> list[Sketch]:
+    return random_sketches()
+
+
+@pytest.fixture
+def table(sketches: list[Sketch]) -> SensitivityTable:
+    return SensitivityTable.from_sketches(["a", "b", "c", "d"], [INT4, INT8], sketches, POWER)
+
+
+def test_the_error_is_the_mean_square_of_the_sketches_with_the_better_bias(
+    table: SensitivityTable, sketches: list[Sketch]
+) -> None:
+    for layer in range(4):
+        for column in range(2):
+            plain = sum(float(s.weight[:, layer, column].sum()) ** 2 for s in sketches) / len(sketches) / POWER
+            both = [float((s.weight + s.bias)[:, layer, column].sum()) ** 2 for s in sketches]
+            corrected = sum(both) / len(sketches) / POWER
+            assert float(table.error[layer, column]) == pytest.approx(min(plain, corrected), rel=1e-5)
+            assert bool(table.corrected[layer, column]) == (corrected <= plain)
+    assert table.corrected[:3].any()
+    assert not table.corrected[:3].all()
+
+
+def test_the_mean_of_the_squared_sketches_is_the_error(table: SensitivityTable) -> None:
+    assert table.sketches is not None
+    torch.testing.assert_close(table.sketches.double().square().mean(0), table.error, rtol=1e-5, atol=0)
+
+
+def test_the_steps_share_the_whole_power(table: SensitivityTable, sketches: list[Sketch]) -> None:
+    assert table.by_step is not None
+    torch.testing.assert_close(table.by_step.sum(0), torch.ones(4, 2))
+    without_bias = torch.stack([s.weight[:, 3] for s in sketches]).square().mean(0)
+    torch.testing.assert_close(table.by_step[:, 3], without_bias / without_bias.sum(0))
+
+
+def test_layers_that_no_sketch_saw_score_zero() -> None:
+    nothing = [Sketch(torch.zeros(3, 2, 1), torch.zeros(3, 2, 1))]
+    table = SensitivityTable.from_sketches(["a", "b"], [INT4], nothing, POWER)
+    assert table.error.tolist() == [[0.0], [0.0]]
+    assert table.by_step is not None
+    assert torch.equal(table.by_step, torch.zeros(3, 2, 1))
+    assert table.predicted_error([INT4, INT4]) == 0.0
+
+
+def test_fp16_scores_zero_and_adds_nothing(table: SensitivityTable) -> None:
+    assert [table.score(layer, FP16) for layer in range(4)] == [0.0] * 4
+    assert table.predicted_error([FP16] * 4) == 0.0
+    assert table.choice(0, FP16) == Choice(FP16, False)
+
+
+def test_one_quantized_layer_is_predicted_as_its_error(table: SensitivityTable) -> None:
+    for layer in range(4):
+        for format in (INT4, INT8):
+            formats = [FP16] * 4
+            formats[layer] = format
+            assert table.predicted_error(formats) == pytest.approx(table.score(layer, format), rel=1e-5)
+
+
+def test_errors_of_layers_add_up_as_vectors(table: SensitivityTable, sketches: list[Sketch]) -> None:
+    columns = [0, 1, 0, 1]
+    totals = []
+    for s in sketches:
+        with_bias = [s.weight + s.bias if table.corrected[i, c] else s.weight for i, c in enumerate(columns)]
+        totals.append(sum(float(with_bias[i][:, i, c].sum()) for i, c in enumerate(columns)))
+    expected = sum(total**2 for total in totals) / len(totals) / POWER
+    assert table.predicted_error([INT4, INT8, INT4, INT8]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_sketches_errors_add_up_as_powers() -> None:
+    error = torch.tensor([[0.5, 0.1], [0.25, 0.05]], dtype=torch.float64)
+    table = SensitivityTable("ablation", ("a", "b"), (INT4, INT8), error, torch.zeros(2, 2, dtype=torch.bool))
+    assert table.predicted_error([INT4, INT8]) == pytest.approx(0.55)
+    assert table.predicted_error([INT8, FP16]) == pytest.approx(0.1)
+
+
+def test_no_image_error_is_predicted_from_weight_errors() -> None:
+    table = SensitivityTable("weight", ("a",), (INT4,), torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool))
+    assert table.predicted_error([INT4]) is None
+
+
+def test_a_choice_takes_the_bias_that_scored_better(table: SensitivityTable) -> None:
+    for layer in range(4):
+        assert table.choice(layer, INT8) == Choice(INT8, bool(table.corrected[layer, 1]))
+
+
+def random_scores(count: int, layers: int) -> list[Sketch]:
+    draw = torch.Generator().manual_seed(count)
+    return [
+        Sketch(torch.randn(3, layers, 2, generator=draw), torch.randn(3, layers, 2, generator=draw))
+        for _ in range(count)
+    ]
+
+
+@pytest.fixture
+def saved(toy_unet: Any, tmp_path: Path) -> tuple[SensitivityTable, Path]:
+    layers = inventory(toy_unet)
+    names = [layer.name for layer in layers]
+    table = SensitivityTable.from_sketches(names, [INT4, INT8], random_scores(5, len(names)), POWER)
+    table.save(tmp_path, layers, ByteAccount.of(toy_unet, torch.float16))
+    return table, tmp_path
+
+
+def test_a_saved_table_is_loaded_as_it_was(saved: tuple[SensitivityTable, Path]) -> None:
+    table, folder = saved
+    found = SensitivityTable.load(folder / "sensitivity.safetensors")
+    assert (found.probe, found.layers, found.formats) == (table.probe, table.layers, table.formats)
+    for name in ("error", "corrected", "sketches", "by_step"):
+        assert torch.equal(getattr(found, name), getattr(table, name)), name
+        assert getattr(found, name).dtype == getattr(table, name).dtype
+
+
+def test_a_table_without_sketches_is_loaded_without(toy_unet: Any, tmp_path: Path) -> None:
+    layers = inventory(toy_unet)
+    error = torch.rand(len(layers), 1, dtype=torch.float64)
+    names = tuple(layer.name for layer in layers)
+    table = SensitivityTable("ablation", names, (INT8,), error, torch.ones(len(layers), 1, dtype=torch.bool))
+    table.save(tmp_path, layers, ByteAccount.of(toy_unet, torch.float16))
+    found = SensitivityTable.load(tmp_path / "sensitivity.safetensors")
+    assert (found.probe, found.sketches, found.by_step) == ("ablation", None, None)
+    assert torch.equal(found.error, error)
+
+
+def test_the_csv_has_a_row_for_every_layer_and_format(saved: tuple[SensitivityTable, Path], toy_unet: Any) -> None:
+    table, folder = saved
+    rows = list(csv.DictReader((folder / "sensitivity.csv").open()))
+    assert [(row["layer"], row["format"]) for row in rows] == [
+        (name, format) for name in table.layers for format in ("int4", "int8")
+    ]
+    first = rows[table.layers.index("conv_in") * 2]
+    described = {name: first[name] for name in ("role", "stage", "kind", "shape")}
+    assert described == {"role": "input_stem", "stage": "ends", "kind": "Conv2d", "shape": "16x4x3x3"}
+    assert int(first["bytes"]) == 16 * (36 // 2 + 2 + 1)  # nibbles, one scale and one zero point a row
+    assert float(first["error"]) == pytest.approx(table.score(table.layers.index("conv_in"), INT4), rel=1e-6)
+
+
+def test_a_missing_table_is_said_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(BitPolicyError, match=r"cannot read sensitivity table .*; run `bitpolicy probe` again"):
+        SensitivityTable.load(tmp_path / "sensitivity.safetensors")
+
+
+@pytest.mark.xfail(strict=True, reason="SafetensorError is neither an OSError nor a ValueError")
+def test_a_damaged_table_is_said_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "sensitivity.safetensors").write_bytes(b"not a table")
+    with pytest.raises(BitPolicyError, match=r"cannot read sensitivity table .*; run `bitpolicy probe` again"):
+        SensitivityTable.load(tmp_path / "sensitivity.safetensors")

@@ -1,0 +1,138 @@
+"""The sampling loop is diffusers' own: the same bits as the pipeline's own call, with and without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.sensitivity.trajectory import Sample, Trajectories, denoiser_name, split_samples
+
+NewTrajectories = Callable[..., Trajectories]
+SCHEDULERS = [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler]
+SAMPLES = [Sample("cat", 3), Sample("a red heart", 1_000_000), Sample("", 5)]
+
+
+def own_call(trajectories: Trajectories, samples: list[Sample], output_type: str) -> torch.Tensor:
+    return trajectories.pipe(
+        [sample.prompt for sample in samples],
+        generator=[torch.Generator().manual_seed(sample.seed) for sample in samples],
+        output_type=output_type,
+        **trajectories.call,
+    ).images
+
+
+@pytest.fixture(params=SCHEDULERS, ids=lambda kind: kind.__name__)
+def trajectories(request: pytest.FixtureRequest, new_trajectories: NewTrajectories) -> Trajectories:
+    return new_trajectories(request.param)
+
+
+def test_images_and_latents_are_those_of_the_pipelines_own_call(trajectories: Trajectories) -> None:
+    images = own_call(trajectories, SAMPLES, "pt")
+    latents = own_call(trajectories, SAMPLES, "latent")
+    found = list(trajectories.images(SAMPLES))
+    assert torch.equal(torch.stack([image for image, _ in found]), images)
+    assert torch.equal(torch.stack([latent for _, latent in found]), latents)
+    assert torch.equal(torch.stack(list(trajectories.latents(SAMPLES))), latents)
+    assert images.std() > 0.01
+    assert not torch.equal(latents[0], latents[1])
+
+
+def test_alone_in_a_call_a_sample_is_what_one_prompt_and_one_generator_give(trajectories: Trajectories) -> None:
+    trajectories.batch = 1
+    for sample, (image, latent) in zip(SAMPLES, trajectories.images(SAMPLES), strict=True):
+        seeded = {"generator": torch.Generator().manual_seed(sample.seed), **trajectories.call}
+        assert torch.equal(image, trajectories.pipe(sample.prompt, output_type="pt", **seeded).images[0])
+        seeded["generator"].manual_seed(sample.seed)
+        assert torch.equal(latent, trajectories.pipe(sample.prompt, output_type="latent", **seeded).images[0])
+
+
+def test_the_differentiable_latent_is_the_one_without_gradients(trajectories: Trajectories) -> None:
+    trajectories.batch = 1
+    for sample in SAMPLES:
+        with_graph = trajectories.differentiable_latent(sample)
+        assert with_graph.requires_grad
+        assert torch.equal(with_graph.detach()[0], next(trajectories.latents([sample])))
+
+
+def test_neighbours_in_a_call_do_not_matter(new_trajectories: NewTrajectories) -> None:
+    trajectories = new_trajectories(dtype=torch.float64)
+    samples = split_samples(["cat", "dog"], 6, seed=0)
+    together = list(trajectories.latents(samples))
+    alone = [next(trajectories.latents([sample])) for sample in samples]
+    torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-6)
+
+
+def test_samples_share_calls_and_come_back_in_order(
+    new_trajectories: NewTrajectories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trajectories, calls = new_trajectories(num_inference_steps=1), []
+    own = type(trajectories.pipe).__call__
+
+    def counted(pipe: Any, **arguments: Any) -> Any:
+        calls.append(arguments["prompt"])
+        return own(pipe, **arguments)
+
+    monkeypatch.setattr(type(trajectories.pipe), "__call__", counted)
+    samples = split_samples(["cat", "dog", "pig"], 6, seed=0)
+    assert len(list(trajectories.images(samples))) == 6
+    assert calls == [["cat", "dog", "pig", "cat"], ["dog", "pig"]]
+
+
+@pytest.mark.parametrize(("scheduler", "expected"), [(DDIMScheduler, 3), (HeunDiscreteScheduler, 5)])
+def test_steps_counts_the_schedulers_steps(new_trajectories: NewTrajectories, scheduler: Any, expected: int) -> None:
+    trajectories = new_trajectories(scheduler)
+    next(trajectories.latents(SAMPLES[:1]))
+    assert trajectories.steps == expected
+    list(trajectories.latents(SAMPLES[:1] * 5))  # two calls: of the last run, not of both
+    assert trajectories.steps == expected
+
+
+def test_the_scheduler_is_as_before_after_an_interruption(new_trajectories: NewTrajectories) -> None:
+    trajectories = new_trajectories()
+    scheduler = trajectories.pipe.scheduler
+    before = dict(vars(scheduler))
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = trajectories.denoiser.register_forward_pre_hook(stop)
+    for run in (trajectories.images, trajectories.latents):
+        with pytest.raises(KeyboardInterrupt):
+            list(run(SAMPLES))
+        assert "step" not in vars(scheduler)
+    hook.remove()
+    assert set(vars(scheduler)) == set(before)
+    assert torch.equal(next(trajectories.latents(SAMPLES[:1])), own_call(trajectories, SAMPLES[:1], "latent")[0])
+
+
+def test_a_loop_without_a_graph_is_refused_with_a_way_out(new_trajectories: NewTrajectories) -> None:
+    trajectories = new_trajectories()
+    for component in trajectories.pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.requires_grad_(False)
+    with pytest.raises(BitPolicyError, match="StableDiffusionPipeline cannot be differentiated; use --probe ablation"):
+        trajectories.differentiable_latent(SAMPLES[0])
+
+
+def test_an_argument_the_pipeline_does_not_take_is_refused(toy_pipeline: Any) -> None:
+    with pytest.raises(BitPolicyError, match="StableDiffusionPipeline does not take heigth"):
+        Trajectories(toy_pipeline, "unet", {"heigth": 64})
+
+
+def test_the_denoiser_is_found_or_named(toy_pipeline: Any) -> None:
+    assert denoiser_name(toy_pipeline) == "unet"
+    assert denoiser_name(toy_pipeline, "vae") == "vae"
+    for wrong in ("scheduler", "transformer", "no such"):
+        with pytest.raises(BitPolicyError, match=f"no component '{wrong}'; it has .*unet"):
+            denoiser_name(toy_pipeline, wrong)
+
+
+def test_samples_take_prompts_in_turn_and_no_seed_twice() -> None:
+    samples = split_samples(["a", "b"], 5, seed=10)
+    assert [sample.prompt for sample in samples] == ["a", "b", "a", "b", "a"]
+    assert [sample.seed for sample in samples] == [10, 11, 12, 13, 14]
