@@ -177,5 +177,5 @@ def _folder(model: str | None, revision: str | None, variant: str | None) -> Pat
         ) from error
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise BitPolicyError(
-            f"cannot download {model}: {' '.join(str(error).split())[:300]}; give a local folder if there is no network"
+            f"cannot download {model}: {' '.join(str(error).split())[:600]}; give a local folder if there is no network"
         ) from error

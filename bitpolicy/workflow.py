@@ -24,7 +24,7 @@ from bitpolicy.policies.calibration import calibration_hash, save_calibration
 from bitpolicy.policies.checkpoint import checkpoint_bytes, describe_checkpoint, export_pipeline
 from bitpolicy.policies.policy import BudgetRecord, Choice, ModelReference, Policy, Result
 from bitpolicy.prompting import Split, load_prompts, split
-from bitpolicy.search.budget import Budget
+from bitpolicy.search.budget import Budget, read
 from bitpolicy.search.finalists import Confirmed, confirm
 from bitpolicy.search.generation import Generations
 from bitpolicy.search.quality import Psnr
@@ -85,9 +85,10 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
         BitPolicyError: any part of `settings` is wrong, or the budget is below the smallest policy.
     """
     formats = parse_formats(settings.formats)
+    read(settings.budget)
     bundled = source is None and settings.model in (None, BUNDLED)
     prompts = list(settings.prompts) if settings.prompts else load_prompts(None, bundled)
-    ProbeSettings(settings.probe, (Sample("", 0),))  # an unknown probe is said before a model is loaded
+    ProbeSettings(settings.probe, (Sample("", 0),))  # what is wrong so far is said before a model is loaded
     if source is None:
         source = load_source(
             settings.model,

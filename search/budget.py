@@ -43,22 +43,13 @@ class Budget:
         Raises:
             BudgetError: it is none of these, zero, negative, or counts bits (`3Gb`).
         """
-        text = text.strip()
-        share, size = _SHARE.fullmatch(text), _SIZE.fullmatch(text)
-        if share:
-            per_unit = account.reference / 100 if share[2] == "%" else account.parameters / 8
-            nbytes = int(float(share[1]) * per_unit)
-        elif size:
-            if size[3] == "b" and size[2] and size[2] != size[2].lower():
-                raise BudgetError(f"budget {text!r} counts bits; write {size[1]}{size[2]}B for bytes")
-            nbytes = int(TypeAdapter(ByteSize).validate_python(f"{size[1]}{size[2]}B"))
-        else:
-            raise BudgetError(f"budget {text!r} is not a size; {_FORMS}")
+        amount, unit = read(text)
+        nbytes = int(amount * {"%": account.reference / 100, "bit": account.parameters / 8, "B": 1}[unit])
         if nbytes == 0:
             raise BudgetError(
                 f"budget {text!r} is zero bytes; the FP16 denoiser has {account.reference:,} bytes: {_FORMS}"
             )
-        return cls(text, nbytes)
+        return cls(text.strip(), nbytes)
 
     def require(self, smallest: int, formats: Sequence[str]) -> None:
         """Check that a policy exists.
@@ -74,6 +65,22 @@ class Budget:
 
     def __str__(self) -> str:
         return f"{self.nbytes:,} bytes ({readable(self.nbytes)})"
+
+
+def read(text: str) -> tuple[float, str]:
+    """The amount and its unit, "%", "bit" or "B" (bytes), without knowing the model.
+
+    Raises:
+        BudgetError: as `Budget.parse`.
+    """
+    share, size = _SHARE.fullmatch(text.strip()), _SIZE.fullmatch(text.strip())
+    if share:
+        return float(share[1]), "%" if share[2] == "%" else "bit"
+    if size is None:
+        raise BudgetError(f"budget {text!r} is not a size; {_FORMS}")
+    if size[3] == "b" and size[2] and size[2] != size[2].lower():
+        raise BudgetError(f"budget {text!r} counts bits; write {size[1]}{size[2]}B for bytes")
+    return float(TypeAdapter(ByteSize).validate_python(f"{size[1]}{size[2]}B")), "B"
 
 
 def readable(nbytes: int) -> str:

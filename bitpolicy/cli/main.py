@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 import typer
+from safetensors import SafetensorError
 
 from bitpolicy.cli.evaluate import evaluate
 from bitpolicy.cli.export import export
@@ -63,6 +64,10 @@ def _run(commands: typer.Typer, name: str) -> int:
         return _mistake(name, error.format_message(), error, debug)  # type: ignore[attr-defined]
     except BitPolicyError as error:
         return _mistake(name, str(error), error, debug)
+    except SafetensorError as error:
+        if "No space left" not in str(error):
+            raise
+        return _mistake(name, f"{_DISK[errno.ENOSPC]}; mend that and run the same command again", error, debug)
     except OSError as error:
         if error.errno not in _DISK:
             raise

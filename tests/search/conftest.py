@@ -1,7 +1,8 @@
-"""A problem of twelve layers without any model, and generations whose errors are a formula."""
+"""A problem of 36 layers without any model, and generations whose errors are a formula."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,27 +45,35 @@ class ScriptedGenerations:
             if sum(len(seen) for _, seen in self.asked) >= self.stop_after:
                 raise KeyboardInterrupt
             taken.append(sample)
-            yield total * (1 + 0.1 * (sample.seed % 5))
+            yield total * factor(sample)
 
     def total(self, choices: Mapping[str, Choice]) -> float:
         places = enumerate(choice.format for choice in choices.values())
         return sum(float(self.true_error[i, FORMATS.index(f)]) for i, f in places if f.packed) + 1e-6
 
 
+def factor(sample: Sample) -> float:
+    """Between 1 and 1.5, no two alike."""
+    return 1 + 0.5 * (sample.seed * 0.6180339887 % 1)
+
+
 @pytest.fixture
 def problem() -> Problem:
-    """Half of FP16; one layer of each role and stage, sizes over an order of magnitude."""
+    """A third of FP16; three layers of each role and stage, sizes over an order of magnitude."""
     draw = torch.Generator().manual_seed(0)
     layers = [
-        Layer(f"{stage}.{role}", "Linear", (32 * (i + 1), 64), True, role, stage)
-        for i, (role, stage) in enumerate((role, stage) for role in ROLES for stage in STAGES)
+        Layer(f"{stage}.{i}.{role}", "Linear", (32 * (i + 1) * (j + 1), 64), True, role, stage)
+        for j, (role, stage) in enumerate(itertools.product(ROLES, STAGES))
+        for i in range(3)
     ]
-    int4 = torch.rand(len(layers), 1, generator=draw, dtype=torch.float64) + 0.1
-    error = torch.cat([int4, int4 / 30], dim=1)
+    error = torch.rand(len(layers), 2, generator=draw, dtype=torch.float64) + 0.1
+    error[:, 1] /= 30
     names = tuple(layer.name for layer in layers)
     table = SensitivityTable("ablation", names, FORMATS[:2], error, torch.ones_like(error, dtype=torch.bool))
-    account = ByteAccount(torch.float16, {layer.name: layer.shape for layer in layers}, fixed=1000, parameters=160_000)
-    return Problem(layers, FORMATS, table, account, account.reference // 2)
+    account = ByteAccount(
+        torch.float16, {layer.name: layer.shape for layer in layers}, fixed=1000, parameters=1_000_000
+    )
+    return Problem(layers, FORMATS, table, account, account.reference // 3)
 
 
 @pytest.fixture
@@ -73,8 +82,9 @@ def new_generations(problem: Problem) -> Callable[..., ScriptedGenerations]:
 
     def new(**settings: Any) -> ScriptedGenerations:
         draw = torch.Generator().manual_seed(1)
-        factor = 4 ** (2 * torch.rand(len(problem.inventory), 1, generator=draw, dtype=torch.float64) - 1)
-        return ScriptedGenerations(problem.table.error * factor, **settings)
+        wrong = dict(zip(problem.groups, torch.rand(len(problem.groups), generator=draw).tolist(), strict=True))
+        factors = torch.tensor([16 ** (2 * wrong[layer.group] - 1) for layer in problem.inventory], dtype=torch.float64)
+        return ScriptedGenerations(problem.table.error * factors[:, None], **settings)
 
     return new
 

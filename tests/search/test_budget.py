@@ -58,8 +58,8 @@ def test_a_budget_means_exactly_so_many_bytes(text: str, nbytes: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", "three", "GB", "%", "bit", "3", "3000", "-3GB", "-45%", "+3GB", "3GB!", "3 000MB", "1_000MB", "3,5GB"]
-    + ["1e9B", "0x10MB", "nan%", "infGB", "3G", "3M", "3PB", "3GB 4GB", "3.5.1GB", "45%%", "4.5bit/s"],
+    "|three|GB|%|bit|3|3000|0|-3GB|-45%|+3GB|3GB!|3 000MB|1_000MB|3,5GB|1e9B|0x10MB|nan%|infGB|3G|3M|3PB|3GB 4GB"
+    "|3.5.1GB|45%%|4.5bit/s| ".split("|"),
 )
 def test_what_is_not_a_size_is_refused_with_the_forms_that_are(text: str) -> None:
     message = f"budget {text.strip()!r} is not a size; write 3GB, 3GiB, 700MB, 45% or 4.5bit"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,10 +59,14 @@ def test_the_exact_solution_fits_and_no_swap_of_a_layer_betters_it(problem: Prob
 def test_a_multiplier_moves_bytes_to_its_group(problem: Problem) -> None:
     def size(multipliers: dict[str, float]) -> int:
         choices = problem.choices(problem.solve(multipliers))
-        return sum(problem.account.layer(n, c.format) for n, c in choices.items() if n == "middle.conv")
+        return sum(
+            problem.account.layer(n, c.format)
+            for n, c in choices.items()
+            if n.startswith("middle") and n.endswith("conv")
+        )
 
     assert size({"conv/middle": 1000.0}) > size({"conv/middle": 1e-3})
-    assert problem.choices(problem.solve({group: 7.0 for group in problem.groups})) == exact(problem)
+    assert problem.choices(problem.solve(dict.fromkeys(problem.groups, 7.0))) == exact(problem)
     assert problem.choices(problem.solve({"no such group": 7.0})) == exact(problem)
 
 
@@ -84,8 +88,8 @@ def test_the_first_trial_is_the_exact_solution(
     assert choices == exact(problem)
     assert set(seen) == set(samples)
     assert suggested(study) == [dict.fromkeys(problem.groups, 0.0)]
-    mean = sum(1 + 0.1 * (sample.seed % 5) for sample in samples) / len(samples)
-    assert study.finished[0].value == pytest.approx(generations.total(choices) * mean)
+    errors = list(new_generations().errors(choices, samples))
+    assert study.finished[0].value == pytest.approx(sum(errors) / len(errors))
 
 
 def test_every_policy_that_is_tried_fits_the_budget(
@@ -173,12 +177,10 @@ def test_a_study_goes_on_to_the_number_that_is_asked(
     problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path
 ) -> None:
     ticks: list[int] = []
-    for trials, new in ((3, 3), (5, 2), (5, 0), (4, 0)):
+    for asked, finished in ((3, 3), (5, 5), (5, 5), (4, 5)):
         study = new_study(problem, new_generations(), samples, tmp_path / "journal")
-        ticks.clear()
-        study.run(trials, after_each=lambda: ticks.append(1))
-        assert len(ticks) == new
-        assert len(study.finished) == max(trials, 5 if new == 0 else trials)
+        study.run(asked, after_each=lambda: ticks.append(1))
+        assert len(study.finished) == len(ticks) == finished
 
 
 def test_a_study_in_two_runs_is_the_study_in_one(
@@ -194,7 +196,7 @@ def test_a_study_in_two_runs_is_the_study_in_one(
     assert parts.best(3) == whole.best(3)
 
 
-@pytest.mark.parametrize("errors", [0, 3, 8, 20, 60])
+@pytest.mark.parametrize("errors", [0, 3, 8, 20])
 def test_an_interrupted_study_is_in_the_end_the_study_in_one(
     problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path, errors: int
 ) -> None:
@@ -248,6 +250,23 @@ def test_studies_of_other_names_in_one_journal_do_not_meet(
     assert other.finished == []
     other.run(2)
     assert len(other.finished) == 2
+
+
+@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="a trial that fails is tried again for ever")
+def test_images_that_are_not_numbers_end_the_study(
+    problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path
+) -> None:
+    class Broken:
+        tried = 0
+
+        def errors(self, _choices: Any, samples: Samples) -> Generator[float, None, None]:
+            self.tried += 1
+            if self.tried > 5:
+                raise RuntimeError("tried again and again")
+            yield from [float("nan")] * len(samples)
+
+    with pytest.raises(BitPolicyError):
+        new_study(problem, Broken(), samples, tmp_path / "journal").run(1)
 
 
 def test_a_storage_that_optuna_does_not_know_is_refused_with_one_that_it_knows(
