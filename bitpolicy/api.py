@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import DEFAULT, parse_formats
-from bitpolicy.loading import open_pipeline, source_of
+from bitpolicy.loading import open_pipeline, source_of, stored_dtype
 from bitpolicy.policies.accounting import weights_hash
 from bitpolicy.policies.calibration import load_calibration
 from bitpolicy.policies.checkpoint import export_pipeline
@@ -171,7 +171,7 @@ def load_pipeline(
     Raises:
         BitPolicyError: it is no such folder.
     """
-    pipe = open_pipeline(Path(folder), dtype)
+    pipe = open_pipeline(Path(folder), dtype or stored_dtype(Path(folder)))
     return pipe.to(device) if device is not None else pipe
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections import Counter
 from dataclasses import dataclass
 from math import prod
@@ -143,6 +144,16 @@ def storage_dtype(folder: Path, component: str | None = None, variant: str | Non
                     counts[part.get_dtype()] += prod(part.get_shape())
     common = counts.most_common(1)
     return _STORAGE.get(common[0][0], torch.float16) if common else torch.float16
+
+
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """The storage dtype that a packed denoiser's config records; None if nothing in the folder is packed."""
+    for name in DENOISERS:
+        path = folder / name / "config.json"
+        if path.is_file():
+            recorded = json.loads(path.read_text()).get("quantization_config", {}).get("storage_dtype")
+            return getattr(torch, recorded) if recorded else None
+    return None
 
 
 def _device(name: str) -> torch.device:

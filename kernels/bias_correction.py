@@ -29,7 +29,7 @@ def mean_patch(layer: Quantizable, x: torch.Tensor) -> torch.Tensor:
     """
     x = x.detach().float()
     if isinstance(layer, nn.Linear):
-        return x.flatten(0, -2).mean(0)
+        return x.reshape(-1, x.shape[-1]).mean(0)
     dims = len(layer.kernel_size)
     mean = x.mean(0) if x.ndim == dims + 2 else x
     padding = layer._reversed_padding_repeated_twice

@@ -38,7 +38,7 @@ def parse_formats(text: str | Sequence[str]) -> tuple[Format, ...]:
 
     fp16 is added when absent: a layer that no integer format suits must have somewhere to go.
     """
-    names = re.split(r"[,\s]+", text.strip().strip(",")) if isinstance(text, str) else list(text)
+    names = re.split(r"[,\s]+", text.strip(", \t\n")) if isinstance(text, str) else list(text)
     if not names or names == [""]:
         raise FormatError(f"no format given; write for example --formats {','.join(DEFAULT)}")
     chosen = dict.fromkeys(format_named(name) for name in names)

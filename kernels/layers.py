@@ -63,7 +63,13 @@ class PackedLayer(nn.Module):
         return self.format.dequantize(self.packed_tensors(), self.weight_shape, dtype)
 
     def set_weight(self, weight: torch.Tensor) -> None:
-        """Quantize `weight`, shape `weight_shape`, and hold it instead."""
+        """Quantize `weight`, shape `weight_shape`, and hold it instead.
+
+        Raises:
+            FormatError: it has another shape, or the format cannot hold it.
+        """
+        if tuple(weight.shape) != self.weight_shape:
+            raise FormatError(f"the layer's weight has shape {self.weight_shape}, got {tuple(weight.shape)}")
         for suffix, tensor in self.format.quantize(weight).items():
             self._buffers[suffix] = tensor.to(self._buffers[suffix].device)  # type: ignore[union-attr]
 

@@ -21,7 +21,8 @@ def to_rows(weight: torch.Tensor) -> torch.Tensor:
 def from_rows(rows: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """(out, K), channels fastest -> contiguous (out, in/groups, *kernel)."""
     out, channels, *kernel = shape
-    return rows.reshape(out, *kernel, channels).movedim(-1, 1).contiguous()
+    weight = rows.reshape(out, *kernel, channels).movedim(-1, 1).contiguous()
+    return weight.flatten().view(tuple(shape))  # along a dimension of 1 the strides are still those of channels-last
 
 
 def row_length(shape: Sequence[int]) -> int:

@@ -30,7 +30,11 @@ def asymmetric(
     top = 2**bits - 1
     values = values.float()
     low, high = values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
-    scale = ((high - low) / top).clamp(max=torch.finfo(scale_dtype).max).to(scale_dtype)
+    scale = ((high - low) / top).to(scale_dtype)
+    if torch.isinf(scale).any():
+        raise FormatError(
+            f"the weight spans more than a {scale_dtype} scale can express; keep this layer at fp16 or int8"
+        )
     flat = scale == 0
     scale = torch.where(flat, torch.ones_like(scale), scale)
     wide = scale.float()

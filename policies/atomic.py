@@ -12,6 +12,7 @@ from pathlib import Path
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
     """A temporary sibling of `path` to write to; renamed to `path` if the block succeeds, removed if it does not."""
+    path = path.resolve()  # what a link leads to is replaced, and "." has a name
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
     _remove(aside)
@@ -36,6 +37,8 @@ def _replace(aside: Path, path: Path) -> None:
         aside.rename(path)
         _remove(old)
     else:
+        if aside.is_dir():
+            path.unlink(missing_ok=True)
         os.replace(aside, path)
 
 

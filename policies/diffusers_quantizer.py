@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
+from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
@@ -152,12 +153,16 @@ class BitPolicyQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
     ) -> tuple[dict[str, Any], dict[str, str]]:
+        if any(".base_layer." in name for name in state_dict):
+            raise BitPolicyError("the model has an adapter on it; unload it (or fuse and unload it) before saving")
         return state_dict, {}
 
-    def _dequantize(self, model: nn.Module) -> nn.Module:
+    def _dequantize(self, model: Any) -> nn.Module:
         for name, module in list(model.named_modules()):
             if isinstance(module, PackedLayer):
                 replace_layer(model, name, unpack_layer(module))
+        config = {key: value for key, value in model.config.items() if key != "quantization_config"}
+        model._internal_dict = FrozenDict(config)  # or it would be saved as packed
         return model
 
     @property

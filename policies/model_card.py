@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
+import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
+from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.policy import Choice, Policy
 
 _TEXT = """
@@ -37,12 +39,14 @@ def model_card(policy: Policy, denoiser: nn.Module, choices: Mapping[str, Choice
     result = policy.result
     psnr = "not measured" if result is None or result.psnr_db is None else f"{result.psnr_db:.1f} dB"
     error = "not predicted" if result is None or result.predicted_error is None else f"{result.predicted_error:.3g}"
+    account = ByteAccount.of(denoiser, getattr(torch, policy.storage_dtype))
+    nbytes = account.total({name: choice.format for name, choice in choices.items()})
     data = ModelCardData(library_name="diffusers", tags=["bitpolicy", "quantized"], base_model=_hub_id(policy.model.id))
     body = _TEXT.format(
         title=policy.model.id,
         component=policy.model.component,
         counts=", ".join(f"{n} {name}" for name, n in sorted(counts.items())),
-        nbytes=result.policy_bytes if result else 0,
+        nbytes=result.policy_bytes if result else nbytes,
         psnr=psnr,
         error=error,
     )
