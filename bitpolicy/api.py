@@ -128,7 +128,7 @@ def export(
     Args:
         pipe: the unquantized pipeline that the policy was made for.
         policy: a policy, or the path of a policy.yaml with calibration.safetensors beside it.
-        component_dtype: dtype the other components are stored in; None keeps what they have in memory.
+        component_dtype: dtype the other components are stored in; None is the policy's storage dtype.
 
     Returns:
         Tensor bytes of the packed denoiser.

@@ -43,10 +43,12 @@ def load_prompts(path: Path | None, bundled: bool) -> list[str]:
         BitPolicyError: the file is missing, not text, or has no prompt.
     """
     if path is None:
-        text = (files("bitpolicy") / "prompts" / ("emoji.txt" if bundled else "general.txt")).read_text()
+        text = (files("bitpolicy") / "prompts" / ("emoji.txt" if bundled else "general.txt")).read_text(
+            encoding="utf-8"
+        )
     else:
         try:
-            text = path.read_text()
+            text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise BitPolicyError(
                 f"cannot read --prompts {path}: {error}; give a text file with one prompt a line"

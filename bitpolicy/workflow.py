@@ -239,9 +239,7 @@ class SearchRun:
         source = self._plan.source
         with self._stages.timed("export"):
             folder = self._folder / "checkpoint"
-            export_pipeline(
-                source.pipe, source.component, policy, self.calibration, folder, component_dtype=source.storage
-            )
+            export_pipeline(source.pipe, source.component, policy, self.calibration, folder)
             return checkpoint_bytes(folder / source.component)
 
     def evaluate(self, policy: Policy) -> tuple[Policy, Psnr]:

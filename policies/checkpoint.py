@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
@@ -44,7 +44,7 @@ def export_pipeline(
     Args:
         component: name of the denoiser in the pipeline, e.g. "unet". It must be unquantized.
         folder: where to; a folder that is there is replaced once the new one is complete.
-        component_dtype: dtype the other components are stored in; None keeps what they have in memory.
+        component_dtype: dtype the other components are stored in; None is the policy's storage dtype.
         max_shard_size: bytes; a larger denoiser is split as diffusers splits it.
 
     Returns:
@@ -62,8 +62,10 @@ def export_pipeline(
         pipe.save_config(aside)
         for name, other in pipe.components.items():
             if name != component and hasattr(other, "save_pretrained"):
-                with _stored_as(other, component_dtype):
+                with _stored_as(other, component_dtype or storage):
                     other.save_pretrained(aside / name)
+                if isinstance(other, ModelMixin):  # so that it, too, keeps its dtype when it is loaded without one
+                    _write_config(other, {}, component_dtype or storage, aside / name)
         nbytes = export_denoiser(denoiser, choices, calibration, storage, aside / component, max_shard_size)
         if any(choice.bias_correction for choice in choices.values()):
             save_calibration(calibration, aside / "calibration.safetensors")
@@ -181,17 +183,17 @@ def _write_config(denoiser: Any, choices: Mapping[str, Choice], storage: torch.d
 
 
 @contextmanager
-def _stored_as(component: Any, dtype: torch.dtype | None) -> Iterator[None]:
+def _stored_as(component: Any, dtype: torch.dtype) -> Iterator[None]:
     """Hold a component in the dtype it is stored in while the block runs."""
     before = getattr(component, "dtype", None)
-    change = dtype is not None and isinstance(component, nn.Module) and before != dtype
+    change = isinstance(component, nn.Module) and before != dtype
     if change:
-        component.to(dtype)
+        nn.Module.to(component, dtype)  # diffusers' own warns of modules kept in float32, even of none
     try:
         yield
     finally:
         if change:
-            component.to(before)
+            nn.Module.to(component, before)
 
 
 def _require_space(folder: Path, nbytes: int) -> None:

@@ -125,7 +125,7 @@ class Policy(_Strict):
             PolicyError: it is missing, not YAML, or has unknown or malformed entries.
         """
         try:
-            data = yaml.safe_load(Path(path).read_text())
+            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise PolicyError(
                 f"cannot read policy {path}: {error.strerror}; give the policy.yaml that search-policy wrote"

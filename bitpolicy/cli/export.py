@@ -36,7 +36,7 @@ def export(
     if output_dir.exists() and not overwrite and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise BitPolicyError(f"{output_dir} is there already; choose another --output-dir, or --overwrite it")
     source = load_source(model, loaded.model.component, device=device, revision=revision, variant=variant)
-    nbytes = export_policy(source.pipe, policy, output_dir, component_dtype=source.storage)
+    nbytes = export_policy(source.pipe, policy, output_dir)
     print(
         f"{output_dir}: {nbytes:,} bytes in {source.component} ({readable(nbytes)}), "
         f"policy of {len(loaded.layers)} own entries"

@@ -128,7 +128,7 @@ def test_exporting_changes_nothing_in_memory(exported: Any, tmp_path: Path) -> N
     assert "quantization_config" not in pipe.unet.config
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [(None, torch.float32), (F16, F16), (torch.bfloat16, torch.bfloat16)])
+@pytest.mark.parametrize(("dtype", "expected"), [(None, F16), (F16, F16), (torch.float32, torch.float32)])
 def test_other_components_are_stored_as_asked(
     toy_pipeline: Any,
     policy_of: Policymaker,

@@ -278,3 +278,11 @@ def test_a_config_is_read_back_as_it_was_written(exported: Any) -> None:
 def test_a_folder_that_is_no_pipeline_is_told_so(tmp_path: Path) -> None:
     with pytest.raises(BitPolicyError, match="is not a diffusers pipeline folder"):
         load_pipeline(tmp_path)
+
+
+def test_a_pipeline_loaded_without_a_dtype_keeps_the_storage_dtype_in_every_model_and_draws(exported: Any) -> None:
+    pipe = DiffusionPipeline.from_pretrained(exported.folder)
+    assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.float16}
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("cat", num_inference_steps=1, output_type="pt").images
+    assert torch.isfinite(image).all()
