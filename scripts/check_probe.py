@@ -1,7 +1,7 @@
 """The adjoint probe against the truth: quantize one layer, run the real trajectory, measure.
 
-Both use the same calibration samples and the same bias. Prints, for each format, Spearman's rank correlation over layers and
-the median ratio of predicted to measured error, and what each probe cost in seconds.
+Both use the same calibration samples. Prints, for each format, Spearman's rank correlation over layers and the median
+ratio of predicted to measured error, and what each probe cost in seconds.
 
     python scripts/check_probe.py                 # every layer of the bundled pipeline; long
     python scripts/check_probe.py --every 4       # every fourth layer
