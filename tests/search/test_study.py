@@ -156,6 +156,28 @@ def test_the_best_are_different_policies_scored_on_every_sample_best_first(
     assert totals == sorted(totals)
 
 
+def test_a_policy_that_was_not_scored_on_every_sample_is_not_among_the_best(
+    problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path
+) -> None:
+    """However well it did on the few."""
+    study = new_study(problem, new_generations(), samples, tmp_path / "journal")
+    study.run(1)
+    octaves = {group: 3.0 if group.startswith("conv") else -3.0 for group in problem.groups}
+    lucky = problem.choices(problem.solve({group: 2.0**value for group, value in octaves.items()}))
+    assert lucky != exact(problem)
+    raw = optuna.load_study(study_name="s", storage=journal(str(tmp_path / "journal")))
+    for seen in (len(samples) - 1, len(samples)):
+        raw.add_trial(
+            optuna.create_trial(
+                params=octaves,
+                distributions=dict.fromkeys(octaves, optuna.distributions.FloatDistribution(-3.0, 3.0)),
+                value=0.0,
+                user_attrs={"samples": seen},
+            )
+        )
+        assert (lucky in study.best(3)) == (seen == len(samples))
+
+
 @pytest.mark.parametrize("trials", [1, 2, 12])
 @pytest.mark.parametrize("count", [1, 3])
 def test_the_exact_solution_is_always_among_the_best_and_they_are_at_most_one_more(

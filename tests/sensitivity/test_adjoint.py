@@ -316,6 +316,20 @@ def test_a_reader_that_stops_early_leaves_no_trace(
         passes.close()  # type: ignore[attr-defined]
 
 
+@pytest.mark.xfail(strict=True, reason="a gradient that is there already is added to the first step's")
+def test_gradients_of_a_training_before_do_not_count(
+    new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration
+) -> None:
+    trajectories = new_trajectories()
+    calibration = random_calibration(trajectories.denoiser)
+    (expected,) = sketches(trajectories, nudge, calibration)
+    for parameter in parameters(trajectories).values():
+        parameter.grad = torch.ones_like(parameter)
+    (found,) = sketches(trajectories, nudge, calibration)
+    assert (found.weight - expected.weight).abs().max() == 0
+    assert (found.bias - expected.bias).abs().max() == 0
+
+
 @pytest.mark.xfail(strict=True, reason="`del denoiser.forward` drops one that was put on the instance before")
 def test_a_forward_of_the_instances_own_is_put_back(
     new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration

@@ -1,0 +1,316 @@
+"""Every mistake of a user: exit code 2, one line that says what to do, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import StableCascadePriorPipeline
+
+Small = tuple[str, ...]
+
+
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def refused(command: Any, small: Small, here: Path) -> Callable[..., None]:
+    """`refused(needles, *arguments)`: such a search is refused with these words and leaves the folder as it was."""
+
+    def check(needles: str | tuple[str, ...], *arguments: str) -> None:
+        before = names(here)
+        budget = () if "--budget" in arguments else ("--budget", "50%")
+        outcome = command(*budget, *small, *arguments)
+        outcome.assert_refused("search-policy", *([needles] if isinstance(needles, str) else needles))
+        assert names(here) == before
+
+    return check
+
+
+# The budget
+
+
+@pytest.mark.parametrize("budget", ["three", "", "5", "-5MB", "0", "0MB", "0%", "3Gb", "nan%"])
+def test_a_budget_without_sense(refused: Any, budget: str) -> None:
+    refused("write", "--budget", budget)
+
+
+@pytest.mark.xfail(strict=True, reason="pydantic's ValidationError comes through", raises=Exception)
+def test_a_budget_in_a_unit_that_only_looks_like_one(refused: Any) -> None:
+    refused("write", "--budget", "3iB")
+
+
+def test_a_budget_below_the_smallest_policy_names_it(refused: Any) -> None:
+    refused(("10%", "below the smallest policy with int4, int8, fp16", " bytes (", "raise --budget"), "--budget", "10%")
+
+
+def test_the_smallest_policy_depends_on_the_formats(refused: Any) -> None:
+    refused("below the smallest policy with int8, fp16", "--budget", "40%", "--formats", "int8")
+
+
+# The model
+
+
+def test_a_folder_that_is_not_there(refused: Any) -> None:
+    refused(("./nothing", "no such folder"), "--model", "./nothing")
+    refused(("nothing", "no such folder"), "--model", "nothing")
+
+
+def test_a_hub_id_without_a_network(refused: Any) -> None:
+    refused(("cannot download no-one/nothing", "local folder"), "--model", "no-one/nothing")
+
+
+def test_a_file(refused: Any, prompts: Path) -> None:
+    refused("no such folder", "--model", str(prompts))
+
+
+def test_a_folder_that_is_no_pipeline(refused: Any, toy: Path, here: Path) -> None:
+    refused("no model_index.json", "--model", str(toy / "unet"))
+    (here / "empty").mkdir()
+    refused("empty or missing", "--model", "empty")
+
+
+def test_a_checkpoint_that_is_packed_already(refused: Any, finished: Any) -> None:
+    refused(("quantized already", "full-precision"), "--model", str(finished.folder / "checkpoint"))
+
+
+def test_a_pipeline_whose_denoiser_has_another_name(refused: Any, half_pipeline: Callable[[], Any], here: Path) -> None:
+    """Stable Cascade's prior; any model will do, for it is never called."""
+    pipe = half_pipeline()
+    cascade = StableCascadePriorPipeline(pipe.tokenizer, pipe.text_encoder, pipe.unet, pipe.scheduler)
+    cascade.save_pretrained(here / "cascade")
+    needles = ("no component named unet or transformer", "text_encoder, prior", "choose with --component")
+    refused(needles, "--model", "cascade")
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def pointer(path: Path) -> None:
+    """What git leaves where git-lfs is not installed."""
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 401288\n")
+
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+NOT_CAUGHT = pytest.mark.xfail(strict=True, raises=Exception, reason="the library's own exception comes through")
+DAMAGE = [
+    pytest.param("model_index.json", lambda path: path.write_text("{"), id="an index that is no JSON"),
+    pytest.param(
+        "model_index.json", lambda path: path.write_text("{}"), id="an index without a class", marks=NOT_CAUGHT
+    ),
+    pytest.param(
+        "model_index.json", lambda path: path.write_text("[]"), id="an index that is a list", marks=NOT_CAUGHT
+    ),
+    pytest.param(
+        "model_index.json",
+        lambda path: path.write_text(path.read_text().replace("StableDiffusionPipeline", "NoSuchPipeline")),
+        id="a pipeline that diffusers does not have",
+        marks=NOT_CAUGHT,
+    ),
+    pytest.param("unet/config.json", lambda path: path.write_text("{"), id="a config that is no JSON"),
+    pytest.param("unet/config.json", lambda path: path.unlink(), id="no config"),
+    pytest.param(WEIGHTS, lambda path: path.unlink(), id="no weights"),
+    pytest.param(WEIGHTS, truncated, id="weights cut short", marks=NOT_CAUGHT),
+    pytest.param(WEIGHTS, pointer, id="a git-lfs pointer", marks=NOT_CAUGHT),
+    pytest.param("vae/diffusion_pytorch_model.safetensors", truncated, id="a VAE cut short"),
+    pytest.param("text_encoder/model.safetensors", pointer, id="a text encoder that is a git-lfs pointer"),
+]
+
+
+@pytest.mark.parametrize(("file", "damage"), DAMAGE)
+def test_a_damaged_model(refused: Any, toy: Path, here: Path, file: str, damage: Callable[[Path], None]) -> None:
+    shutil.copytree(toy, here / "damaged")
+    damage(here / "damaged" / file)
+    refused((), "--model", "damaged")
+
+
+@pytest.mark.xfail(strict=True, reason="diffusers logs an error of its own, which set_verbosity_error lets through")
+def test_a_model_without_weights_is_one_line_in_a_process_too(process: Any, toy: Path, here: Path) -> None:
+    shutil.copytree(toy, here / "damaged")
+    (here / "damaged" / WEIGHTS).unlink()
+    process("--budget", "50%", "--model", "damaged").assert_refused("search-policy")
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "needles"),
+    [
+        ("--formats", "int5", ("'int5'", "int4, int4-g32, int4-g128, int8, fp16")),
+        ("--formats", "int4,,int9", ("'int9'",)),
+        ("--formats", "", ("--formats int4,int8,fp16",)),
+        ("--component", "decoder", ("'decoder'", "vae, text_encoder, unet")),
+        ("--component", "scheduler", ("'scheduler'",)),
+        ("--device", "tpu", ("'tpu'", "auto, cpu or cuda")),
+        ("--dtype", "int8", ("'int8'", "auto, float16, bfloat16, float32")),
+        ("--probe", "magic", ("'magic'", "adjoint, ablation, weight")),
+        ("--variant", "fp16", ("variant=fp16",)),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_known_ones(
+    refused: Any, option: str, value: str, needles: tuple[str, ...]
+) -> None:
+    refused(needles, option, value)
+
+
+def test_cuda_where_there_is_none(refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    refused(("--device cuda", "use --device cpu or auto"), "--device", "cuda")
+
+
+@pytest.mark.xfail(strict=True, raises=Exception, reason="found only after the whole search, when it is exported")
+def test_a_component_that_is_no_denoiser(refused: Any) -> None:
+    refused("text_encoder", "--component", "text_encoder")
+
+
+@pytest.mark.xfail(strict=True, reason="the reference pass has run by then, and the folder is claimed")
+def test_a_component_that_the_loop_does_not_call(refused: Any) -> None:
+    refused("vae", "--component", "vae")
+
+
+@pytest.mark.xfail(strict=True, reason="the storage is opened after the probe, and the folder is claimed by then")
+def test_a_storage_that_optuna_does_not_know(refused: Any) -> None:
+    refused(("'nowhere'", "sqlite:///"), "--storage", "nowhere", "--probe", "weight")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needles"),
+    [
+        (("--trials", "-1"), ("--trials",)),
+        (("--trials", "many"), ("--trials",)),
+        (("--num-inference-steps", "0"), ("--num-inference-steps",)),
+        (("--seed", "-1"), ("--seed",)),
+        (("--no-such-option",), ("--no-such-option",)),
+        (("--model",), ("--model", "argument")),
+    ],
+)
+def test_options_of_no_sense(refused: Any, arguments: tuple[str, ...], needles: tuple[str, ...]) -> None:
+    refused(needles, *arguments)
+
+
+def test_no_budget(command: Any, here: Path) -> None:
+    command("--seed", "0").assert_refused("search-policy", "Missing option", "--budget")
+
+
+def test_an_unknown_command(command: Any, here: Path) -> None:
+    command("serach").assert_refused("bitpolicy", "serach", "search")
+
+
+# Prompts
+
+
+def test_prompts_that_are_not_there(refused: Any) -> None:
+    refused(("--prompts nothing.txt", "No such file", "one prompt a line"), "--prompts", "nothing.txt")
+
+
+def test_prompts_that_are_a_folder(refused: Any) -> None:
+    refused("--prompts .", "--prompts", ".")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n\t\n"])
+def test_prompts_without_a_prompt(refused: Any, here: Path, content: bytes) -> None:
+    (here / "empty.txt").write_bytes(content)
+    refused(("--prompts empty.txt", "no prompt in it"), "--prompts", "empty.txt")
+
+
+def test_prompts_that_are_no_text(refused: Any, here: Path) -> None:
+    (here / "image.png").write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe")
+    refused("--prompts image.png", "--prompts", "image.png")
+
+
+# The output folder
+
+
+def test_a_folder_of_something_else(refused: Any, here: Path) -> None:
+    (here / "out").mkdir()
+    (here / "out" / "thesis.tex").write_text("x")
+    refused(("out holds something else (thesis.tex)", "--overwrite"), "--output-dir", "out")
+
+
+def test_the_folder_of_the_model(refused: Any, toy: Path) -> None:
+    before = names(toy)
+    refused("holds something else", "--output-dir", str(toy))
+    assert names(toy) == before
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "changed"),
+    [
+        ("--budget", "51%", "budget"),
+        ("--seed", "1", "seed"),
+        ("--trials", "3", "trials"),
+        ("--formats", "int8", "formats"),
+        ("--num-inference-steps", "3", "call"),
+        ("--probe", "weight", "probe"),
+        ("--dtype", "float32", "dtype"),
+    ],
+)
+def test_a_folder_of_a_search_with_other_settings_says_which(
+    command: Any, finished: Any, option: str, value: str, changed: str
+) -> None:
+    result = (finished.folder / "result.json").read_bytes()
+    outcome = command(*finished.arguments, option, value)
+    outcome.assert_refused("search-policy", f"holds a search with another {changed};", "--overwrite")
+    assert (finished.folder / "result.json").read_bytes() == result
+
+
+@pytest.mark.xfail(strict=True, raises=AttributeError, reason="JSON that is no object is taken for settings")
+def test_a_folder_with_a_run_json_of_something_else(refused: Any, here: Path) -> None:
+    (here / "out").mkdir()
+    (here / "out" / "run.json").write_text(json.dumps(["run", 1]))
+    refused("holds something else", "--output-dir", "out")
+
+
+def test_a_file_in_the_way(refused: Any, here: Path) -> None:
+    (here / "out").write_text("x")
+    refused("out holds something else", "--output-dir", "out")
+    refused("cannot write to out", "--output-dir", "out", "--overwrite")
+    refused("cannot write to out/below", "--output-dir", "out/below")
+    assert (here / "out").read_text() == "x"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written(refused: Any, here: Path) -> None:
+    (here / "locked").mkdir(mode=0o500)
+    refused("cannot write to locked/out", "--output-dir", "locked/out")
+
+
+# Whose fault it is
+
+
+def test_debug_shows_the_traceback_of_a_mistake(command: Any, small: Small, here: Path) -> None:
+    from bitpolicy.search.budget import BudgetError
+
+    with pytest.raises(BudgetError, match="not a size"):
+        command("--budget", "three", *small, "--debug")
+
+
+def test_a_bug_keeps_its_traceback(command: Any, small: Small, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("bitpolicy.cli.search.make_plan", broken)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        command("--budget", "50%", *small)
+
+
+def test_a_full_disk_is_said_in_one_line(
+    command: Any, small: Small, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "out/policy.yaml")
+
+    monkeypatch.setattr("bitpolicy.policies.policy.Policy.save", full)
+    outcome = command("--budget", "99GB", *small, "--output-dir", "out", "--quiet", "--json")
+    assert outcome.code == 2
+    assert "search-policy: the disk is full (out/policy.yaml)" in outcome.err.splitlines()[-1]

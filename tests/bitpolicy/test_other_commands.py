@@ -1,0 +1,264 @@
+"""`bitpolicy probe`, `export`, `eval` and `inspect` on what a search left."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from bitpolicy.sensitivity.table import SensitivityTable
+from bitpolicy.sensitivity.trajectory import Trajectories
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+CALL = ("--num-inference-steps", "2", "--guidance-scale", "1")
+
+
+@pytest.fixture(scope="module")
+def other_toy(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same pipeline but for one weight."""
+    folder = tmp_path_factory.mktemp("models") / "other"
+    shutil.copytree(toy, folder)
+    weights = load_file(folder / UNET)
+    weights["conv_out.weight"][0, 0, 0, 0] += 1
+    save_file(weights, folder / UNET, metadata={"format": "pt"})
+    return folder
+
+
+# probe
+
+
+@pytest.fixture
+def probe(command: Any, toy: Path, prompts: Path) -> Any:
+    """`probe(*arguments)`: two samples with one vector each."""
+    sizes = ("--samples", "2", "--vectors", "1")
+    return lambda *more: command("probe", "--model", toy, "--prompts", prompts, *CALL, *sizes, *more)
+
+
+def test_probe_writes_the_table_and_says_the_worst(probe: Any, here: Path) -> None:
+    outcome = probe("--output-dir", "out")
+    assert (outcome.code, outcome.err) == (0, "")
+    table = SensitivityTable.load(here / "out" / "sensitivity.safetensors")
+    rows = list(csv.DictReader((here / "out" / "sensitivity.csv").open()))
+    assert len(rows) == 83 * 2
+    worst = table.layers[int(table.error.amax(1).argmax())]
+    assert worst[:30] in outcome.out
+    assert table.sketches is not None
+    assert table.sketches.shape == (2, 83, 2)
+
+
+def test_probe_prints_json_and_nothing_else(probe: Any, here: Path) -> None:
+    result = probe("--output-dir", "out", "--json").result
+    assert set(result) == {"layers", "probe", "seconds", "output_dir"}
+    assert (result["layers"], result["probe"], result["output_dir"]) == (83, "adjoint", "out")
+
+
+def test_probe_goes_on_where_it_stopped(probe: Any, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    probe("--output-dir", "out")
+    first = (here / "out" / "sensitivity.csv").read_bytes()
+    monkeypatch.setattr(Trajectories, "differentiable_latent", lambda *_: pytest.fail("a sample was probed again"))
+    assert probe("--output-dir", "out").code == 0
+    assert (here / "out" / "sensitivity.csv").read_bytes() == first
+
+
+def test_probe_takes_the_formats_that_are_asked(probe: Any, here: Path) -> None:
+    assert probe("--formats", "int4-g32", "--probe", "weight", "--output-dir", "out").code == 0
+    table = SensitivityTable.load(here / "out" / "sensitivity.safetensors")
+    assert [format.name for format in table.formats] == ["int4-g32"]
+    assert table.probe == "weight"
+
+
+@pytest.mark.xfail(strict=True, raises=OSError, reason="NotADirectoryError comes through")
+def test_probe_says_that_a_file_is_in_the_way(probe: Any, here: Path) -> None:
+    (here / "out").write_text("x")
+    probe("--output-dir", "out").assert_refused("bitpolicy", "out")
+
+
+@pytest.mark.parametrize("arguments", [("--samples", "0"), ("--vectors", "0"), ("--probe", "magic")])
+def test_probe_refuses_what_makes_no_sense(probe: Any, here: Path, arguments: tuple[str, ...]) -> None:
+    probe(*arguments).assert_refused("bitpolicy", arguments[0].strip("-"))
+    assert list(here.iterdir()) == []
+
+
+# export
+
+
+def test_export_makes_the_checkpoint_that_the_search_made(command: Any, finished: Any, toy: Path, here: Path) -> None:
+    outcome = command("export", "--policy", finished.folder / "policy.yaml", "--model", toy, "--output-dir", "out")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert f"{finished.outcome.result['policy_bytes']:,} bytes" in outcome.out
+    made, searched = here / "out", finished.folder / "checkpoint"
+    files = {str(path.relative_to(made)) for path in made.rglob("*") if path.is_file()}
+    assert files == {str(path.relative_to(searched)) for path in searched.rglob("*") if path.is_file()}
+    files.discard("tokenizer/tokenizer.json")  # remembers the padding of the last call
+    assert [name for name in files if (made / name).read_bytes() != (searched / name).read_bytes()] == []
+
+
+def edited(finished: Any, folder: Path, **layers: Any) -> Path:
+    """The search's policy with entries changed by hand, beside its calibration."""
+    folder.mkdir()
+    shutil.copy(finished.folder / "calibration.safetensors", folder)
+    policy = yaml.safe_load((finished.folder / "policy.yaml").read_text())
+    policy["layers"] |= {name.replace("__", "."): entry for name, entry in layers.items()}
+    (folder / "policy.yaml").write_text(yaml.safe_dump(policy, sort_keys=False))
+    return folder / "policy.yaml"
+
+
+def test_export_follows_a_policy_that_was_edited(command: Any, finished: Any, toy: Path, here: Path) -> None:
+    policy = edited(finished, here / "mine", conv_in={"format": "int4", "bias_correction": False})
+    assert command("export", "--policy", policy, "--model", toy, "--output-dir", "out").code == 0
+    assert load_file(here / "out" / UNET)["conv_in.weight_packed"].dtype == torch.uint8
+    assert "conv_in.weight" not in load_file(here / "out" / UNET)
+
+
+def test_export_refuses_a_policy_with_a_layer_that_is_not_there(
+    command: Any, finished: Any, toy: Path, here: Path
+) -> None:
+    policy = edited(finished, here / "mine", conv_inn={"format": "int4"})
+    outcome = command("export", "--policy", policy, "--model", toy, "--output-dir", "out")
+    outcome.assert_refused("bitpolicy", "'conv_inn'", "did you mean 'conv_in'?")
+    assert not (here / "out").exists()
+
+
+def test_export_refuses_another_model(command: Any, finished: Any, other_toy: Path, here: Path) -> None:
+    outcome = command(
+        "export", "--policy", finished.folder / "policy.yaml", "--model", other_toy, "--output-dir", "out"
+    )
+    outcome.assert_refused("bitpolicy", "the policy was made for", "UNet2DConditionModel", "run search-policy")
+    assert list(here.iterdir()) == []
+
+
+def test_export_refuses_a_policy_without_its_calibration(command: Any, finished: Any, toy: Path, here: Path) -> None:
+    shutil.copy(finished.folder / "policy.yaml", here)
+    outcome = command("export", "--policy", "policy.yaml", "--model", toy, "--output-dir", "out")
+    outcome.assert_refused("bitpolicy", "calibration.safetensors", "keep the two together", "bias_correction: false")
+    assert [path.name for path in here.iterdir()] == ["policy.yaml"]
+
+
+def test_export_refuses_the_calibration_of_another_search(command: Any, finished: Any, toy: Path, here: Path) -> None:
+    policy = edited(finished, here / "mine")
+    means = load_file(here / "mine" / "calibration.safetensors")
+    save_file({name: tensor + 1 for name, tensor in means.items()}, here / "mine" / "calibration.safetensors")
+    outcome = command("export", "--policy", policy, "--model", toy, "--output-dir", "out")
+    outcome.assert_refused("bitpolicy", "has hash sha256:", "the policy was made with sha256:")
+    assert not (here / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "needle"),
+    [
+        ("{", "is not YAML"),
+        ("- a\n- b\n", "needed a mapping"),
+        ("bitpolicy: 1\nmodle: {}\n", "mend that entry"),
+        (None, "cannot read policy"),
+    ],
+)
+def test_export_refuses_what_is_no_policy(
+    command: Any, toy: Path, here: Path, content: str | None, needle: str
+) -> None:
+    if content is not None:
+        (here / "policy.yaml").write_text(content)
+    outcome = command("export", "--policy", "policy.yaml", "--model", toy, "--output-dir", "out")
+    outcome.assert_refused("bitpolicy", "policy.yaml", needle)
+    assert not (here / "out").exists()
+
+
+def test_export_replaces_a_folder_only_when_it_is_told(command: Any, finished: Any, toy: Path, here: Path) -> None:
+    (here / "out").mkdir()
+    (here / "out" / "mine.txt").write_text("mine")
+    arguments = ("export", "--policy", finished.folder / "policy.yaml", "--model", toy, "--output-dir", "out")
+    command(*arguments).assert_refused("bitpolicy", "out is there already", "--overwrite")
+    assert [path.name for path in (here / "out").iterdir()] == ["mine.txt"]
+    assert command(*arguments, "--overwrite").code == 0
+    assert (here / "out" / UNET).is_file()
+    assert [path.name for path in here.iterdir()] == ["out"]
+
+
+# eval
+
+
+def test_eval_measures_a_checkpoint_on_samples_of_its_own(
+    command: Any, finished: Any, toy: Path, prompts: Path, here: Path
+) -> None:
+    arguments = ("eval", finished.folder / "checkpoint", "--model", toy, "--prompts", prompts, *CALL, "--images", "3")
+    result = command(*arguments, "--picture", "pair.png", "--json").result
+    assert set(result) == {"psnr_db"}
+    psnr = result["psnr_db"]
+    assert (psnr["n"], psnr["identical"]) == (3, 0)
+    assert psnr["mean"] == pytest.approx(finished.outcome.result["psnr_db"]["mean"], abs=6)
+    with Image.open(here / "pair.png") as picture:
+        assert picture.width > 3 * 160
+    text = command(*arguments)
+    assert text.out == f"PSNR mean {psnr['mean']:.2f} dB, worst {psnr['min']:.2f} dB over 3 images\n"
+
+
+def test_eval_of_the_unquantized_model_is_identical(
+    command: Any, small: tuple[str, ...], toy: Path, prompts: Path, here: Path
+) -> None:
+    command("--budget", "99GB", *small, "--output-dir", "out")
+    arguments = ("eval", "out/checkpoint", "--model", toy, "--prompts", prompts, *CALL, "--images", "2")
+    assert command(*arguments, "--json").result["psnr_db"] == {"mean": None, "min": None, "n": 2, "identical": 2}
+    assert command(*arguments).out == "all 2 images are identical\n"
+
+
+def test_eval_refuses_what_is_no_checkpoint(command: Any, toy: Path, here: Path) -> None:
+    command("eval", "nothing", "--model", toy).assert_refused("bitpolicy", "nothing", "empty or missing")
+
+
+# inspect
+
+
+def test_inspect_lists_the_layers_of_a_model(command: Any, toy: Path, layer_names: list[str], finished: Any) -> None:
+    found = command("inspect", toy, "--json").result
+    assert [row["layer"] for row in found["layers"]] == layer_names
+    assert f"{finished.outcome.result['reference_bytes']:,} bytes" in found["title"]
+    (conv_in,) = [row for row in found["layers"] if row["layer"] == "conv_in"]
+    assert conv_in == {
+        "layer": "conv_in",
+        "role": "input_stem",
+        "stage": "ends",
+        "shape": "16x4x3x3",
+        "format": "fp16",
+        "bytes": 16 * 4 * 9 * 2,
+    }
+
+
+def test_inspect_lists_the_formats_of_a_checkpoint(command: Any, finished: Any) -> None:
+    found = command("inspect", finished.folder / "checkpoint", "--json").result
+    formats = [row["format"] for row in found["layers"]]
+    assert {name: formats.count(name) for name in ("int4", "int8", "fp16")} == finished.outcome.result["layers"]
+    assert f"{finished.outcome.result['checkpoint_bytes']:,} bytes" in found["title"]
+    weights = load_file(finished.folder / "checkpoint" / UNET)
+    stored = {row["layer"]: row["bytes"] for row in found["layers"]}
+    for layer, nbytes in stored.items():
+        parts = [t.nbytes for n, t in weights.items() if n.startswith(f"{layer}.weight")]
+        assert sum(parts) == nbytes
+
+
+def test_inspect_lists_the_entries_of_a_policy(command: Any, finished: Any) -> None:
+    found = command("inspect", finished.folder / "policy.yaml", "--json").result
+    policy = yaml.safe_load((finished.folder / "policy.yaml").read_text())
+    assert {row.pop("layer"): row for row in found["layers"]} == policy["layers"]
+    assert "UNet2DConditionModel" in found["title"]
+
+
+@pytest.mark.parametrize("what", ["toy", "checkpoint", "policy"])
+def test_inspect_prints_a_table_for_people(command: Any, finished: Any, toy: Path, what: str) -> None:
+    target = {"toy": toy, "checkpoint": finished.folder / "checkpoint", "policy": finished.folder / "policy.yaml"}
+    outcome = command("inspect", target[what])
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "conv_in" in outcome.out or what == "policy"
+    assert "format" in outcome.out
+
+
+def test_inspect_refuses_what_is_neither(command: Any, here: Path) -> None:
+    command("inspect", "nothing").assert_refused("bitpolicy", "nothing", "no such folder")
+    (here / "notes.txt").write_text(json.dumps(["a"]))
+    command("inspect", "notes.txt").assert_refused("bitpolicy", "notes.txt")

@@ -1,0 +1,283 @@
+"""`search-policy` from the command line: what it prints, what it writes, and what it does not do twice."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+import bitpolicy
+from bitpolicy import Policy
+
+SCHEMA = {
+    "budget_bytes": int,
+    "policy_bytes": int,
+    "checkpoint_bytes": int,
+    "reference_bytes": int,
+    "layers": dict,
+    "predicted_error": float,
+    "psnr_db": dict,
+    "seconds": dict,
+    "output_dir": str,
+}
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# What it prints
+
+
+def test_json_is_one_object_of_the_promised_shape_and_nothing_else(finished: Any) -> None:
+    assert finished.outcome.code == 0
+    assert finished.outcome.err == ""
+    result = finished.outcome.result
+    assert {name: type(value) for name, value in result.items()} == SCHEMA
+    assert list(result) == list(SCHEMA)
+    assert list(result["layers"]) == ["int4", "int8", "fp16"]
+    assert list(result["psnr_db"]) == ["mean", "min", "n", "identical"]
+    assert all(isinstance(seconds, float) and seconds >= 0 for seconds in result["seconds"].values())
+
+
+def test_json_says_what_is_on_disk(finished: Any, toy: Path) -> None:
+    result = finished.outcome.result
+    unet = load_file(finished.folder / "checkpoint" / "unet" / "diffusion_pytorch_model.safetensors")
+    reference = load_file(toy / "unet" / "diffusion_pytorch_model.safetensors")
+    assert result["reference_bytes"] == sum(tensor.nbytes for tensor in reference.values())
+    assert result["budget_bytes"] == result["reference_bytes"] // 2
+    assert result["checkpoint_bytes"] == result["policy_bytes"] == sum(tensor.nbytes for tensor in unet.values())
+    assert result["policy_bytes"] <= result["budget_bytes"]
+    assert result["output_dir"] == str(finished.folder)
+
+
+def test_the_layers_are_those_of_the_policy(finished: Any, layer_names: list[str]) -> None:
+    choices = Policy.load(finished.folder / "policy.yaml").resolve(layer_names)
+    counted = Counter(choice.format.name for choice in choices.values())
+    assert finished.outcome.result["layers"] == {name: counted[name] for name in ("int4", "int8", "fp16")}
+    assert sum(counted.values()) == 83
+
+
+def test_the_budget_is_used(finished: Any) -> None:
+    result = finished.outcome.result
+    assert result["policy_bytes"] > 0.95 * result["budget_bytes"]
+    assert result["psnr_db"]["n"] == 16
+    assert result["psnr_db"]["min"] <= result["psnr_db"]["mean"]
+    assert 0 < result["predicted_error"] < 1
+
+
+def test_people_get_a_table_on_stdout(command: Any, finished: Any) -> None:
+    outcome = command(*(argument for argument in finished.arguments if argument != "--json"))
+    assert outcome.code == 0
+    result = finished.outcome.result
+    for shown in ("bitpolicy", f"{result['policy_bytes']:,}", "(equal)", "input_stem", "bitpolicy.load_pipeline"):
+        assert shown in outcome.out
+
+
+def test_the_process_prints_nothing_beside_the_json(process: Any, small: tuple[str, ...], here: Path) -> None:
+    """As a shell sees it: file descriptors, not Python's streams."""
+    outcome = process("--budget", "99GB", *small, "--output-dir", "out", "--json")
+    assert outcome.code == 0
+    assert set(outcome.result) == set(SCHEMA)
+    assert len(outcome.err.splitlines()) == 1  # the notice that everything fits
+
+
+# What it writes
+
+
+def test_the_folder_holds_what_the_readme_promises(finished: Any) -> None:
+    names = {path.name for path in finished.folder.iterdir()}
+    tables = {"sensitivity.safetensors", "sensitivity.csv"}
+    assert names == {
+        "policy.yaml",
+        "calibration.safetensors",
+        "checkpoint",
+        "compare.png",
+        "study.journal",
+    } | tables | {
+        "run.json",
+        "result.json",
+        "work",
+    }
+    assert [path for path in finished.folder.rglob("*") if ".partial" in path.name or ".old" in path.name] == []
+
+
+def test_the_picture_shows_both_rows(finished: Any) -> None:
+    with Image.open(finished.folder / "compare.png") as picture:
+        assert picture.width > picture.height > 2 * 160
+        assert len(set(picture.convert("L").getdata())) > 20
+
+
+def test_the_policy_records_what_it_was_made_from(finished: Any, toy: Path) -> None:
+    policy = yaml.safe_load((finished.folder / "policy.yaml").read_text())
+    result = finished.outcome.result
+    assert policy["bitpolicy"] == 1
+    assert policy["model"]["id"] == str(toy)
+    assert (policy["model"]["component"], policy["model"]["class"]) == ("unet", "UNet2DConditionModel")
+    assert policy["budget"] == {"asked": "50%", "bytes": result["budget_bytes"], "scope": "weights"}
+    assert policy["result"]["policy_bytes"] == result["policy_bytes"]
+    assert policy["result"]["psnr_db"] == pytest.approx(result["psnr_db"]["mean"], abs=0.01)
+    assert policy["provenance"]["search"]["trials"] == 2
+    assert policy["provenance"]["call"] == {"num_inference_steps": 2, "guidance_scale": 1.0}
+    assert policy["provenance"]["calibration"].startswith("sha256:")
+
+
+def test_the_checkpoint_carries_its_policy_and_calibration(finished: Any) -> None:
+    for name in ("policy.yaml", "calibration.safetensors"):
+        assert (finished.folder / "checkpoint" / name).read_bytes() == (finished.folder / name).read_bytes()
+    card = (finished.folder / "checkpoint" / "README.md").read_text()
+    assert f"{finished.outcome.result['policy_bytes']:,}" in card
+
+
+def test_the_checkpoint_loads_and_draws(finished: Any) -> None:
+    pipe = bitpolicy.load_pipeline(finished.folder / "checkpoint", torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    seeded = torch.Generator().manual_seed(0)
+    (image,) = pipe("cat", num_inference_steps=2, output_type="pt", generator=seeded).images
+    assert torch.isfinite(image).all()
+    assert image.std() > 0.01
+
+
+# What it does not do
+
+
+def test_the_same_command_again_prints_the_same_without_any_work(
+    command: Any, finished: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitpolicy.cli.search.make_plan", lambda *_: pytest.fail("the model was loaded"))
+    before = tree(finished.folder)
+    again = command(*finished.arguments)
+    assert (again.code, again.result) == (0, finished.outcome.result)
+    assert "finished" in again.err
+    assert tree(finished.folder) == before
+    assert command(*finished.arguments, "--quiet").err == ""
+
+
+def test_a_dry_run_says_the_plan_and_writes_nothing(command: Any, small: tuple[str, ...], here: Path) -> None:
+    outcome = command("--budget", "50%", *small, "--dry-run")
+    assert outcome.code == 0
+    for shown in ("83 layers", "smallest", "16 calibration", "nothing was written"):
+        assert shown in outcome.out
+    assert list(here.iterdir()) == []
+
+
+def test_without_an_output_folder_it_goes_here(command: Any, small: tuple[str, ...], here: Path) -> None:
+    assert command("--budget", "99GB", *small, "--json").result["output_dir"] == "bitpolicy-out"
+    assert [path.name for path in here.iterdir()] == ["bitpolicy-out"]
+
+
+def test_search_policy_is_bitpolicy_search(command: Any, finished: Any) -> None:
+    assert command("search", *finished.arguments).result == finished.outcome.result
+
+
+# Special budgets and prompts
+
+
+def test_a_budget_above_fp16_keeps_every_layer(command: Any, small: tuple[str, ...], here: Path) -> None:
+    outcome = command("--budget", "99GB", *small, "--output-dir", "out", "--json")
+    assert outcome.code == 0
+    result = outcome.result
+    assert result["layers"] == {"int4": 0, "int8": 0, "fp16": 83}
+    assert result["policy_bytes"] == result["checkpoint_bytes"] == result["reference_bytes"] < result["budget_bytes"]
+    assert result["psnr_db"] == {"mean": None, "min": None, "n": 16, "identical": 16}
+    assert result["predicted_error"] == 0.0
+    assert "every layer stays FP16" in outcome.err
+    text = command("--budget", "99GB", *small, "--output-dir", "out")
+    assert text.code == 0
+    assert "all identical" in text.out
+
+
+def test_a_budget_of_exactly_fp16_keeps_every_layer(
+    command: Any, small: tuple[str, ...], here: Path, finished: Any
+) -> None:
+    budget = f"{finished.outcome.result['reference_bytes']}B"
+    result = command("--budget", budget, *small, "--output-dir", "out", "--json").result
+    assert result["layers"]["fp16"] == 83
+
+
+def test_a_budget_of_exactly_the_smallest_policy_is_met(command: Any, small: tuple[str, ...], here: Path) -> None:
+    refused = command("--budget", "1kB", *small)
+    smallest = int(refused.err.split("fp16: ")[1].split(" bytes")[0].replace(",", ""))
+    without_images = ("--probe", "weight", "--trials", "0")
+    result = command("--budget", f"{smallest}B", *small, *without_images, "--json").result
+    assert result["checkpoint_bytes"] == result["policy_bytes"] == result["budget_bytes"] == smallest
+    assert result["layers"] == {"int4": 83, "int8": 0, "fp16": 0}
+    assert result["predicted_error"] is None
+
+
+@pytest.mark.parametrize(("count", "told"), [(7, True), (8, False)])
+def test_fewer_than_eight_prompts_are_told(
+    command: Any, small: tuple[str, ...], here: Path, count: int, told: bool
+) -> None:
+    (here / "few.txt").write_text("\n".join(f"word{i}" for i in range(count)))
+    outcome = command("--budget", "99GB", *small, "--prompts", "few.txt", "--json")
+    assert outcome.code == 0
+    assert ("fewer than 8 prompts" in outcome.err) is told
+
+
+# Folders that hold something
+
+
+def test_overwrite_replaces_a_search_and_keeps_what_is_not_ours(
+    command: Any, small: tuple[str, ...], finished: Any, here: Path
+) -> None:
+    shutil.copytree(finished.folder, here / "out")
+    (here / "out" / "mine.txt").write_text("mine")
+    (here / "out" / "more").mkdir()
+    (here / "out" / "more" / "mine.bin").write_bytes(b"mine")
+    outcome = command("--budget", "99GB", *small, "--output-dir", "out", "--overwrite", "--json")
+    assert outcome.code == 0
+    assert outcome.result["layers"]["fp16"] == 83
+    assert json.loads((here / "out" / "run.json").read_text())["budget"] == "99GB"
+    assert (here / "out" / "mine.txt").read_text() == "mine"
+    assert (here / "out" / "more" / "mine.bin").read_bytes() == b"mine"
+    left = {path.name for path in (here / "out").iterdir()}
+    assert left.isdisjoint({"study.journal", "sensitivity.csv", "sensitivity.safetensors"})  # of the search before
+    assert not (here / "out" / "checkpoint" / "calibration.safetensors").exists()
+
+
+def test_overwrite_goes_into_a_folder_of_something_else(command: Any, small: tuple[str, ...], here: Path) -> None:
+    (here / "out").mkdir()
+    (here / "out" / "mine.txt").write_text("mine")
+    assert command("--budget", "99GB", *small, "--output-dir", "out", "--overwrite", "--json").code == 0
+    assert (here / "out" / "mine.txt").read_text() == "mine"
+    assert (here / "out" / "checkpoint" / "model_index.json").is_file()
+
+
+def test_no_resume_makes_the_result_anew(command: Any, small: tuple[str, ...], here: Path) -> None:
+    arguments = ("--budget", "99GB", *small, "--output-dir", "out", "--json")
+    command(*arguments)
+    (here / "out" / "checkpoint" / "README.md").unlink()
+    anew = command(*arguments, "--no-resume")
+    assert anew.code == 0
+    assert "finished" not in anew.err
+    assert (here / "out" / "checkpoint" / "README.md").is_file()
+
+
+def test_an_empty_folder_is_used_as_it_is(command: Any, small: tuple[str, ...], here: Path) -> None:
+    (here / "out").mkdir()
+    assert command("--budget", "99GB", *small, "--output-dir", "out", "--json").code == 0
+
+
+# Same settings, same policy
+
+
+def test_equal_commands_in_two_folders_make_equal_files(
+    command: Any, small: tuple[str, ...], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--budget", "40%", *small, "--probe", "weight", "--trials", "1", "--json")
+    for folder in ("a", "b"):
+        assert command(*arguments, "--output-dir", folder).code == 0
+    a, b = tree(here / "a"), tree(here / "b")
+    for different in ("result.json", "study.journal"):  # seconds, and times of day
+        assert a.pop(different) != b.pop(different)
+    assert [name for name in a if a[name] != b.get(name)] == []
+    assert set(a) == set(b)

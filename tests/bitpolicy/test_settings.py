@@ -1,0 +1,124 @@
+"""Whose an output folder is, and what may be removed from it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.settings import OutputFolder, Settings
+
+SETTINGS = Settings("5MB", prompts=("cat", "dog"), call=(("num_inference_steps", 2),))
+RESULT = {"budget_bytes": 5_000_000}
+
+
+def claim(path: Path, settings: Settings = SETTINGS, overwrite: bool = False, resume: bool = True) -> OutputFolder:
+    return OutputFolder(path, settings, overwrite=overwrite, resume=resume)
+
+
+def peek(path: Path, settings: Settings = SETTINGS, overwrite: bool = False, resume: bool = True) -> object:
+    return OutputFolder.peek(path, settings, overwrite=overwrite, resume=resume)
+
+
+def test_a_claimed_folder_is_known_by_its_settings(tmp_path: Path) -> None:
+    claim(tmp_path / "a" / "b")
+    assert json.loads((tmp_path / "a" / "b" / "run.json").read_text()) == SETTINGS.identity()
+    claim(tmp_path / "a" / "b")
+
+
+def test_every_setting_counts() -> None:
+    other = Settings(
+        "6MB",
+        model="m",
+        component="unet",
+        formats=("int8",),
+        prompts=("cat",),
+        call=(),
+        seed=1,
+        trials=1,
+        probe="weight",
+        dtype="float32",
+        device="cpu",
+        revision="r",
+        variant="fp16",
+        storage="s",
+        calibration_samples=1,
+        vectors=1,
+        search_samples=1,
+        confirm_samples=1,
+        held_out_samples=1,
+    )
+    ours, theirs = SETTINGS.identity(), other.identity()
+    assert [name for name in ours if ours[name] == theirs[name]] == []
+
+
+def test_looking_writes_nothing(tmp_path: Path) -> None:
+    assert peek(tmp_path / "out") is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_search_gives_its_result(tmp_path: Path) -> None:
+    folder = claim(tmp_path)
+    assert (folder.finished(), peek(tmp_path)) == (None, None)
+    folder.finish(RESULT)
+    assert folder.finished() == peek(tmp_path) == RESULT
+    assert peek(tmp_path, overwrite=True) == RESULT
+    assert peek(tmp_path, resume=False) is None
+
+
+def test_a_search_with_other_settings_is_refused_with_what_differs(tmp_path: Path) -> None:
+    claim(tmp_path)
+    for look in (claim, peek):
+        with pytest.raises(BitPolicyError, match="holds a search with another budget, seed; choose another"):
+            look(tmp_path, replace(SETTINGS, budget="6MB", seed=1))
+    assert json.loads((tmp_path / "run.json").read_text()) == SETTINGS.identity()
+
+
+def test_overwriting_another_search_removes_what_it_made_and_keeps_the_probe(tmp_path: Path) -> None:
+    claim(tmp_path).finish(RESULT)
+    for name in ("policy.yaml", "sensitivity.csv", "study.journal", "mine.txt"):
+        (tmp_path / name).write_text("x")
+    for name in ("checkpoint", "work", "mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("x")
+    claim(tmp_path, replace(SETTINGS, seed=1), overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "work", "mine.txt", "mine"}
+    assert (tmp_path / "work" / "file").exists()
+    assert peek(tmp_path, replace(SETTINGS, seed=1)) is None
+
+
+def test_going_on_removes_nothing(tmp_path: Path) -> None:
+    claim(tmp_path)
+    for name in ("policy.yaml", "study.journal"):
+        (tmp_path / name).write_text("x")
+    for overwrite in (False, True):
+        claim(tmp_path, overwrite=overwrite)
+        assert {path.name for path in tmp_path.iterdir()} == {"run.json", "policy.yaml", "study.journal"}
+
+
+def test_not_going_on_removes_the_probe_too(tmp_path: Path) -> None:
+    claim(tmp_path).finish(RESULT)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "mine.txt").write_text("x")
+    claim(tmp_path, resume=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "mine.txt"}
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    for look in (claim, peek):
+        with pytest.raises(BitPolicyError, match=r"holds something else \(thesis\.tex\)"):
+            look(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.xfail(strict=True, reason="any folder named checkpoint is removed, ours or not")
+def test_overwriting_removes_only_what_a_search_wrote(tmp_path: Path) -> None:
+    """Someone else's training run keeps its checkpoint/ too."""
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "step-1000.pt").write_text("x")
+    claim(tmp_path, overwrite=True)
+    assert (tmp_path / "checkpoint" / "step-1000.pt").exists()
