@@ -74,7 +74,7 @@ def search(
     prompts: Sequence[str] | None = None,
     formats: str | Sequence[str] = DEFAULT,
     probe: str = "adjoint",
-    trials: int = 32,
+    trials: int = 24,
     seed: int = 0,
     component: str | None = None,
     output_dir: str | Path | None = None,

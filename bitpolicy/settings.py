@@ -49,7 +49,7 @@ class Settings:
     prompts: tuple[str, ...] | None = None
     call: tuple[tuple[str, Any], ...] = ()
     seed: int = 0
-    trials: int = 32
+    trials: int = 24
     probe: str = "adjoint"
     dtype: str = "auto"
     device: str = "auto"

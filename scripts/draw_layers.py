@@ -87,7 +87,7 @@ def draw(counted: dict[str, Counted]) -> str:
     names = list(reversed(LAYERS))
     y = {name: 20 + _STEP * i for i, name in enumerate(names)}
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="680" height="{_STEP * len(names) + 10}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="560" height="{_STEP * len(names) + 10}" '
         'font-family="sans-serif">',
         '<defs><marker id="head" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" orient="auto">'
         '<path d="M0 0L10 5L0 10z" fill="#57606a"/></marker></defs>',

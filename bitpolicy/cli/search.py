@@ -74,7 +74,7 @@ def search(
     num_inference_steps: Steps = None,
     guidance_scale: Guidance = None,
     seed: Seed = 0,
-    trials: Trials = 32,
+    trials: Trials = 24,
     probe: Probe = "adjoint",
     dtype: Dtype = "auto",
     device: Device = "auto",

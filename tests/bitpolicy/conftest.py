@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import subprocess
 import sys
 import warnings
@@ -85,7 +84,7 @@ def process() -> Command:
     def run(*arguments: str | Path, first: str = "") -> Outcome:
         code = f"{first}\nfrom bitpolicy.cli.main import search_policy\nsearch_policy()"
         line = [sys.executable, "-c", code, *map(str, arguments)]
-        done = subprocess.run(line, capture_output=True, text=True, timeout=300, env={**os.environ}, check=False)
+        done = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
         return Outcome(done.returncode, done.stdout, done.stderr)
 
     return run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +240,7 @@ def test_a_model_that_is_packed_whole_is_refused(half_pipeline: NewPipeline, exp
 @pytest.mark.xfail(strict=True, reason="only the command line asks; here the layers left at FP16 are searched")
 def test_a_model_that_is_packed_in_part_is_refused(exported: Path) -> None:
     with pytest.raises(BitPolicyError, match=r"quantized already|packed already"):
-        search(bitpolicy.load_pipeline(exported, torch.float32), "90%")
+        search(bitpolicy.load_pipeline(exported, torch.float32), "99.9%")
 
 
 # Probe
@@ -322,6 +323,16 @@ def test_an_interrupted_export_leaves_what_was_there(
         bitpolicy.export(half_pipeline(), policy, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert digests(tmp_path / "out") == digests(exported)
+
+
+@pytest.mark.xfail(strict=True, reason="the folder is removed with all that is in it; only the command line asks first")
+def test_an_export_does_not_remove_what_it_did_not_write(
+    half_pipeline: NewPipeline, policy: Policy, tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with suppress(BitPolicyError):
+        bitpolicy.export(half_pipeline(), policy, tmp_path)
+    assert (tmp_path / "thesis.tex").exists()
 
 
 @pytest.mark.xfail(strict=True, reason="float32 components are rounded to float16 in place while they are written")

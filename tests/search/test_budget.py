@@ -62,7 +62,7 @@ def test_a_budget_means_exactly_so_many_bytes(text: str, nbytes: int) -> None:
     "|3.5.1GB|45%%|4.5bit/s| ".split("|"),
 )
 def test_what_is_not_a_size_is_refused_with_the_forms_that_are(text: str) -> None:
-    message = f"budget {text.strip()!r} is not a size; write 3GB, 3GiB, 700MB, 45% or 4.5bit"
+    message = f"budget {text!r} is not a size; write 3GB, 3GiB, 700MB, 45% or 4.5bit"
     with pytest.raises(BudgetError, match=re.escape(message)):
         Budget.parse(text, ACCOUNT)
 

@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UNet2DModel,
+)
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.sensitivity.trajectory import Sample, Trajectories, denoiser_name, split_samples
@@ -81,6 +88,34 @@ def test_samples_share_calls_and_come_back_in_order(
     samples = split_samples(["cat", "dog", "pig"], 6, seed=0)
     assert len(list(trajectories.images(samples))) == 6
     assert calls == [["cat", "dog", "pig", "cat"], ["dog", "pig"]]
+
+
+@pytest.mark.xfail(strict=True, raises=TypeError, reason="a list of prompts wants a list of negative prompts")
+@pytest.mark.parametrize("count", [1, 3])
+def test_one_negative_prompt_goes_with_every_sample(new_trajectories: NewTrajectories, count: int) -> None:
+    with_it = new_trajectories(negative_prompt="blurry")
+    found = torch.stack(list(with_it.latents(SAMPLES[:count])))
+    without = new_trajectories()
+    without.call["negative_prompt"] = ["blurry"] * count
+    assert torch.equal(found, own_call(without, SAMPLES[:count], "latent"))
+    assert with_it.differentiable_latent(SAMPLES[0]).shape == found[:1].shape
+
+
+@pytest.mark.xfail(strict=True, raises=AttributeError, reason="output_type='latent' of these pipelines is a picture")
+def test_a_pipeline_without_a_latent_output_gives_the_last_sample() -> None:
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        norm_num_groups=4,
+    )
+    pipe = DDIMPipeline(unet.eval(), DDIMScheduler(clip_sample=False))
+    trajectories = Trajectories(pipe, "unet", {"num_inference_steps": 2})
+    ((image, last),) = trajectories.images([SAMPLES[0]])
+    assert torch.equal((last / 2 + 0.5).clamp(0, 1), image)
+    assert torch.equal(next(trajectories.latents([SAMPLES[0]])), last)
 
 
 @pytest.mark.parametrize(("scheduler", "expected"), [(DDIMScheduler, 3), (HeunDiscreteScheduler, 5)])
