@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.layers import PackedLayer
 from bitpolicy.policies.apply import to_storage
 from bitpolicy.sensitivity.trajectory import DENOISERS, denoiser_name
 
@@ -100,6 +101,8 @@ def source_of(pipe: DiffusionPipeline, component: str | None = None, storage: to
     """
     name = denoiser_name(pipe, component)
     denoiser = getattr(pipe, name)
+    if any(isinstance(module, PackedLayer) for module in denoiser.modules()):
+        raise BitPolicyError(f"the {name} is packed already; give the full-precision pipeline it was made from")
     if storage is None:
         storage = torch.bfloat16 if next(denoiser.parameters()).dtype == torch.bfloat16 else torch.float16
     to_storage(denoiser, storage)
@@ -127,7 +130,7 @@ def open_pipeline(folder: Path, dtype: torch.dtype | None = None, variant: str |
         return DiffusionPipeline.from_pretrained(str(folder), **arguments)
     except BitPolicyError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise BitPolicyError(f"cannot load the pipeline in {folder}: {' '.join(str(error).split())}") from error
 
 
@@ -138,12 +141,24 @@ def storage_dtype(folder: Path, component: str | None = None, variant: str | Non
     counts: Counter[str] = Counter()
     for name in [component] if component else DENOISERS:
         for path in sorted((folder / name).glob(f"*{ending}")):
-            with safe_open(path, "pt") as file:
-                for key in file.keys():  # noqa: SIM118 - not a dict
-                    part = file.get_slice(key)
-                    counts[part.get_dtype()] += prod(part.get_shape())
+            counts += _values_by_dtype(path)
     common = counts.most_common(1)
     return _STORAGE.get(common[0][0], torch.float16) if common else torch.float16
+
+
+def _values_by_dtype(path: Path) -> Counter[str]:
+    """How many values a safetensors file has of each dtype."""
+    counts: Counter[str] = Counter()
+    try:
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                part = file.get_slice(key)
+                counts[part.get_dtype()] += prod(part.get_shape())
+    except (OSError, SafetensorError) as error:
+        raise BitPolicyError(
+            f"cannot read {path}: {error}; download it again (a git-lfs pointer is no weights)"
+        ) from error
+    return counts
 
 
 def stored_dtype(folder: Path) -> torch.dtype | None:

@@ -62,6 +62,11 @@ class Settings:
     confirm_samples: int = 16
     held_out_samples: int = 16
 
+    def __post_init__(self) -> None:
+        for name in ("calibration_samples", "vectors", "search_samples", "confirm_samples", "held_out_samples"):
+            if getattr(self, name) < 1:
+                raise BitPolicyError(f"{name} is {getattr(self, name)}; it has to be at least 1")
+
     def identity(self) -> dict[str, Any]:
         """JSON values that two runs share exactly when they ask for the same."""
         return json.loads(json.dumps(asdict(self)))
@@ -80,7 +85,7 @@ class OutputFolder:
         held = self._claimed(overwrite)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if not resume or (overwrite and held != self._identity):
+            if held is not None and (not resume or held != self._identity):
                 self._clear(keep_work=resume)
             write_text(path / "run.json", json.dumps(self._identity, indent=2, sort_keys=True) + "\n")
         except OSError as error:
@@ -125,9 +130,10 @@ class OutputFolder:
 
     def _held_identity(self) -> dict[str, Any] | None:
         try:
-            return json.loads((self.path / "run.json").read_text())
+            held = json.loads((self.path / "run.json").read_text())
         except (OSError, ValueError):
             return None
+        return held if isinstance(held, dict) else None
 
     def _foreign(self) -> list[str]:
         if not self.path.is_dir():

@@ -57,6 +57,8 @@ def export_pipeline(
     storage = getattr(torch, policy.storage_dtype)
     choices = policy.resolve(name for name, _ in quantizable_layers(denoiser))
     _require_space(folder, ByteAccount.of(denoiser, storage).total({n: c.format for n, c in choices.items()}))
+    if folder.exists() and not (folder / "model_index.json").is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise BitPolicyError(f"{folder} holds something that is no pipeline; export to a new or an empty folder")
     with written_aside(folder) as aside:
         aside.mkdir()
         pipe.save_config(aside)
@@ -185,15 +187,19 @@ def _write_config(denoiser: Any, choices: Mapping[str, Choice], storage: torch.d
 @contextmanager
 def _stored_as(component: Any, dtype: torch.dtype) -> Iterator[None]:
     """Hold a component in the dtype it is stored in while the block runs."""
-    before = getattr(component, "dtype", None)
-    change = isinstance(component, nn.Module) and before != dtype
-    if change:
-        nn.Module.to(component, dtype)  # diffusers' own warns of modules kept in float32, even of none
+    if not isinstance(component, nn.Module):
+        yield
+        return
+    parameters = [(parameter, parameter.data) for parameter in component.parameters()]
+    buffers = [(module, name, buffer) for module in component.modules() for name, buffer in module._buffers.items()]
+    nn.Module.to(component, dtype)  # diffusers' own warns of modules kept in float32, even of none
     try:
         yield
     finally:
-        if change:
-            nn.Module.to(component, before)
+        for parameter, data in parameters:
+            parameter.data = data
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer
 
 
 def _require_space(folder: Path, nbytes: int) -> None:

@@ -21,7 +21,8 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.accounting import ByteAccount
 
 _SHARE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|bits?)", re.IGNORECASE)
-_SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?i?)(b)", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*((?:[kmgt]i?)?)(b)", re.IGNORECASE)
+_LONGEST = 40  # characters
 _FORMS = "write 3GB, 3GiB, 700MB, 45% or 4.5bit"
 
 
@@ -44,7 +45,8 @@ class Budget:
             BudgetError: it is none of these, zero, negative, or counts bits (`3Gb`).
         """
         amount, unit = read(text)
-        nbytes = int(amount * {"%": account.reference / 100, "bit": account.parameters / 8, "B": 1}[unit])
+        unit_of, parts = {"%": (account.reference, 100), "bit": (account.parameters, 8), "B": (1, 1)}[unit]
+        nbytes = int(amount * unit_of / parts)
         if nbytes == 0:
             raise BudgetError(
                 f"budget {text!r} is zero bytes; the FP16 denoiser has {account.reference:,} bytes: {_FORMS}"
@@ -73,6 +75,8 @@ def read(text: str) -> tuple[float, str]:
     Raises:
         BudgetError: as `Budget.parse`.
     """
+    if len(text) > _LONGEST:
+        raise BudgetError(f"budget {text[:_LONGEST]!r}... is not a size; {_FORMS}")
     share, size = _SHARE.fullmatch(text.strip()), _SIZE.fullmatch(text.strip())
     if share:
         return float(share[1]), "%" if share[2] == "%" else "bit"
@@ -85,7 +89,7 @@ def read(text: str) -> tuple[float, str]:
 
 def readable(nbytes: int) -> str:
     """Decimal and binary: "5 MB, 4.77 MiB"."""
-    for power, decimal, binary in ((3, "GB", "GiB"), (2, "MB", "MiB"), (1, "kB", "KiB")):
-        if nbytes >= 1000**power:
+    for power, decimal, binary in ((4, "TB", "TiB"), (3, "GB", "GiB"), (2, "MB", "MiB"), (1, "kB", "KiB")):
+        if nbytes >= 0.9995 * 1000**power:
             return f"{nbytes / 1000**power:.3g} {decimal}, {nbytes / 1024**power:.3g} {binary}"
     return f"{nbytes} B"

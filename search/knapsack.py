@@ -17,6 +17,7 @@ from scipy.sparse import csr_array
 
 from bitpolicy.search.budget import BudgetError, readable
 
+_BYTES = 64  # unit of the size constraint: HiGHS may overshoot it by 1e-6, which has to stay far below a byte
 _OPTIMUM = 1e6  # the scaled objective is at least about this
 
 
@@ -58,6 +59,8 @@ def solve(error: np.ndarray, nbytes: np.ndarray, budget: int, gap: float = 1e-4)
     if _total(nbytes, best_alone) <= budget:
         return Solution(best_alone, _total(error, best_alone), int(_total(nbytes, best_alone)), 0.0)
     greedy = _relaxed(error, nbytes, budget)
+    if _total(error, greedy) == 0:
+        return Solution(greedy, 0.0, int(_total(nbytes, greedy)), 0.0)
     return _exact(error, nbytes, budget, gap, greedy)
 
 
@@ -68,12 +71,12 @@ def _exact(error: np.ndarray, nbytes: np.ndarray, budget: int, gap: float, incum
     costs = (error * scale)[useful]
     column_layer = np.nonzero(useful)[0]
     one_each = csr_array((np.ones(len(costs)), (column_layer, np.arange(len(costs)))), shape=(layers, len(costs)))
-    sizes = csr_array(nbytes[useful][None, :] / budget)
+    sizes = csr_array(nbytes[useful][None, :] / _BYTES)
     answer = milp(
         costs,
         integrality=np.ones(len(costs)),
         bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(sizes, 0, 1)],
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(sizes, 0, budget / _BYTES)],
         options={"mip_rel_gap": gap, "time_limit": 60.0},
     )
     chosen = incumbent

@@ -100,18 +100,13 @@ class Study:
         self._seen: dict[tuple[str, ...], dict[int, float]] = {}
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._seed = seed
-        try:
-            self._study = optuna.create_study(
-                storage=storage,
-                study_name=name,
-                load_if_exists=True,
-                direction="minimize",
-                pruner=WilcoxonPruner(p_threshold=0.1, n_startup_steps=4),
-            )
-        except Exception as error:
-            raise BitPolicyError(
-                f"Optuna cannot use storage {storage!r}: {error}; give a URL it knows, e.g. sqlite:///study.db"
-            ) from error
+        self._study = optuna.create_study(
+            storage=open_storage(storage) if isinstance(storage, str) else storage,
+            study_name=name,
+            load_if_exists=True,
+            direction="minimize",
+            pruner=WilcoxonPruner(p_threshold=0.1, n_startup_steps=4),
+        )
 
     def run(self, trials: int, after_each: Callable[[], None] = lambda: None) -> None:
         """Run until `trials` trials are finished in all, those of earlier runs included.
@@ -158,8 +153,10 @@ class Study:
             for index, error in zip(order, errors, strict=True):
                 scores.append(error)
                 trial.report(error, index)
-                if trial.should_prune():
+                if not np.isfinite(error) or trial.should_prune():
                     break
+        if not np.isfinite(scores).all():
+            raise BitPolicyError("a policy's images are not finite; try --dtype bfloat16 or float32")
         trial.set_user_attr("samples", len(scores))
         return float(np.mean(scores))  # of a stopped loser too: an estimate the sampler can learn from
 
@@ -172,6 +169,20 @@ class Study:
                 if index not in known:
                     known[index] = next(measured)
                 yield known[index]
+
+
+def open_storage(url: str) -> BaseStorage:
+    """The storage behind an Optuna URL.
+
+    Raises:
+        BitPolicyError: Optuna cannot open it.
+    """
+    try:
+        return optuna.storages.get_storage(url)
+    except Exception as error:
+        raise BitPolicyError(
+            f"Optuna cannot use storage {url!r}: {' '.join(str(error).split())}; give a URL it knows, e.g. sqlite:///study.db"
+        ) from error
 
 
 def journal(path: str) -> BaseStorage:

@@ -185,7 +185,7 @@ class _CheckpointedCalls:
     @contextmanager
     def installed(self, recompute_inside: bool) -> Iterator[None]:
         denoiser: Any = self._trajectories.denoiser
-        original = denoiser.forward
+        original, own = denoiser.forward, vars(denoiser).get("forward")
         inside = (
             recompute_inside
             and hasattr(denoiser, "enable_gradient_checkpointing")
@@ -197,7 +197,10 @@ class _CheckpointedCalls:
         try:
             yield
         finally:
-            del denoiser.forward
+            if own is None:
+                del denoiser.forward
+            else:
+                denoiser.forward = own
             if inside:
                 denoiser.disable_gradient_checkpointing()
 
@@ -236,6 +239,7 @@ def _only_these_require_grad(trajectories: Trajectories, layers: Any) -> Iterato
     try:
         for parameter in before:
             parameter.requires_grad_(False)
+            parameter.grad = None
         for layer in layers:
             layer.weight.requires_grad_(True)
             if layer.bias is not None:

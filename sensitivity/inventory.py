@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.layers import Quantizable, quantizable_layers
+from bitpolicy.kernels.layers import PackedLayer, Quantizable, quantizable_layers
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,12 @@ def inventory(model: nn.Module) -> list[Layer]:
     """Every quantizable layer of `model`, in the model's own order.
 
     Raises:
-        BitPolicyError: there is none.
+        BitPolicyError: there is none, or the model is packed.
     """
+    if any(isinstance(module, PackedLayer) for module in model.modules()):
+        raise BitPolicyError(
+            f"{type(model).__name__} is packed already; give the full-precision model it was made from"
+        )
     layers = [
         Layer(
             name,
@@ -59,9 +63,7 @@ def inventory(model: nn.Module) -> list[Layer]:
         for name, layer in quantizable_layers(model)
     ]
     if not layers:
-        raise BitPolicyError(
-            f"{type(model).__name__} has no linear or convolution layer to quantize; is it packed already?"
-        )
+        raise BitPolicyError(f"{type(model).__name__} has no linear or convolution layer to quantize")
     return layers
 
 
@@ -87,6 +89,8 @@ def _role_within(ancestor: nn.Module, path: list[str]) -> str | None:
         return "timestep_embedding"
     if kind.startswith(("AdaLayerNorm", "AdaGroupNorm")):
         return "modulation"
+    if hasattr(ancestor, "proj_mlp") and leaf in ("proj_mlp", "proj_out"):
+        return "feed_forward"
     if hasattr(ancestor, "to_q") or hasattr(ancestor, "to_qkv"):
         cross = "cross_" if getattr(ancestor, "is_cross_attention", False) else ""
         return f"{cross}attention_out" if "out" in leaf or "to_out" in path else f"{cross}attention_qkv"
@@ -118,7 +122,7 @@ _BY_NAME = {
 
 def _role_by_name(path: list[str], layer: Quantizable) -> str:
     for role, names in _BY_NAME.items():
-        if any(part in names for part in path):
+        if any(part in names for part in (path[:1] if role == "output_head" else path)):
             return role
     return "other" if isinstance(layer, nn.Linear) else "conv"
 

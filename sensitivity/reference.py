@@ -42,7 +42,7 @@ def reference_pass(trajectories: Trajectories, samples: Iterable[Sample]) -> Ref
 
 
 class _RunningMeans:
-    """Mean over calls, summed in float64 in call order."""
+    """Mean over calls, weighted by their samples, summed in float64 in call order."""
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
@@ -50,9 +50,10 @@ class _RunningMeans:
 
     def hook(self, name: str, layer: Quantizable) -> Callable[..., None]:
         def add(_module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
-            patch = mean_patch(layer, args[0] if args else kwargs["input"]).double()
+            x = args[0] if args else kwargs["input"]
+            patch = mean_patch(layer, x).double() * len(x)  # calls differ in how many samples they hold
             self._sums[name] = self._sums[name] + patch if name in self._sums else patch
-            self._counts[name] = self._counts.get(name, 0) + 1
+            self._counts[name] = self._counts.get(name, 0) + len(x)
 
         return add
 

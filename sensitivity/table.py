@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from bitpolicy.kernels.errors import BitPolicyError
@@ -117,7 +117,7 @@ class SensitivityTable:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {})["bitpolicy"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
             raise BitPolicyError(
                 f"cannot read sensitivity table {path}: {error}; run `bitpolicy probe` again"
             ) from error

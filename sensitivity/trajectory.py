@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
 
+_OURS = ("prompt", "generator", "output_type", "num_images_per_prompt", "return_dict", "latents")
 DENOISERS = ("unet", "transformer")
 _SMALL, _SMALL_BATCH = 100_000_000, 4  # parameters below which several samples share one call, and how many
 
@@ -40,8 +41,11 @@ def denoiser_name(pipe: DiffusionPipeline, component: str | None = None) -> str:
     """
     candidates = [component] if component else DENOISERS
     for name in candidates:
-        if isinstance(getattr(pipe, name, None), nn.Module):
+        found = getattr(pipe, name, None)
+        if isinstance(found, ModelMixin) and not hasattr(found, "decode"):  # an autoencoder is not in the loop
             return name
+    if component and isinstance(getattr(pipe, component, None), nn.Module):
+        raise BitPolicyError(f"the {component} of {type(pipe).__name__} is no denoiser; leave --component out")
     modules = [name for name, value in pipe.components.items() if isinstance(value, nn.Module)]
     wanted = f"component {component!r}" if component else f"component named {' or '.join(DENOISERS)}"
     raise BitPolicyError(
@@ -67,6 +71,9 @@ class Trajectories:
         unknown = [name for name in self.call if name not in self._accepted]
         if unknown:
             raise BitPolicyError(f"{type(pipe).__name__} does not take {', '.join(unknown)}; leave it out")
+        ours = [name for name in self.call if name in _OURS]
+        if ours:
+            raise BitPolicyError(f"{', '.join(ours)} cannot be given: every sample sets its own; leave it out")
         self.steps = 0
         self._last = torch.empty(0)
         self.batch = _SMALL_BATCH if sum(p.numel() for p in self.denoiser.parameters()) < _SMALL else 1
@@ -88,8 +95,8 @@ class Trajectories:
         """The final latent of each sample without gradients, float32 on the CPU, shape (C, h, w)."""
         for part in _parts(samples, self.batch):
             with self._observed(), torch.no_grad():
-                output = self.pipe(**self._arguments(part), output_type="latent")
-            yield from _first(output).float().cpu()
+                self.pipe(**self._arguments(part), output_type="latent")
+            yield from self._last.float().cpu()
 
     def differentiable_latent(self, sample: Sample) -> torch.Tensor:
         """The final latent with its graph, shape (1, C, h, w), in the compute dtype.
@@ -107,7 +114,10 @@ class Trajectories:
         return latent
 
     def _arguments(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        arguments = dict(self.call)
+        arguments = {
+            name: [value] * len(samples) if isinstance(value, str) and "prompt" in name else value
+            for name, value in self.call.items()
+        }
         arguments["generator"] = [torch.Generator("cpu").manual_seed(sample.seed) for sample in samples]
         if "prompt" in self._accepted:
             arguments["prompt"] = [sample.prompt for sample in samples]
@@ -119,7 +129,7 @@ class Trajectories:
     def _observed(self) -> Iterator[None]:
         """Count the scheduler's steps and remember the sample that the last one made."""
         scheduler: Any = self.pipe.scheduler
-        original = scheduler.step
+        original, own = scheduler.step, vars(scheduler).get("step")
         self.steps = 0
 
         @functools.wraps(original)
@@ -133,7 +143,10 @@ class Trajectories:
         try:
             yield
         finally:
-            del scheduler.step
+            if own is None:
+                del scheduler.step
+            else:
+                scheduler.step = own
 
 
 def _parts(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:

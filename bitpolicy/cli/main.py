@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import sys
 import warnings
 from typing import Any
@@ -18,6 +19,7 @@ from bitpolicy.cli.search import search
 from bitpolicy.kernels.errors import BitPolicyError
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's own, which typer does not name
+_STOPPED = 130  # as a shell counts SIGINT; typer returns it, too
 _DISK = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -56,10 +58,9 @@ def _run(commands: typer.Typer, name: str) -> int:
     if not debug:
         _hush()
     try:
-        return int(commands(args=sys.argv[1:], prog_name=name, standalone_mode=False) or 0)
+        code = int(commands(args=sys.argv[1:], prog_name=name, standalone_mode=False) or 0)
     except (KeyboardInterrupt, typer.Abort):
-        print(f"{name}: stopped; the same command goes on where it was", file=sys.stderr)
-        return 130
+        code = _STOPPED
     except _UsageError as error:
         return _mistake(name, error.format_message(), error, debug)  # type: ignore[attr-defined]
     except BitPolicyError as error:
@@ -73,6 +74,9 @@ def _run(commands: typer.Typer, name: str) -> int:
             raise
         where = f" ({error.filename})" if error.filename else ""
         return _mistake(name, f"{_DISK[error.errno]}{where}; mend that and run the same command again", error, debug)
+    if code == _STOPPED:
+        print(f"{name}: stopped; the same command goes on where it was", file=sys.stderr)
+    return code
 
 
 def _mistake(name: str, message: str, error: Exception, debug: bool) -> int:
@@ -89,5 +93,5 @@ def _hush() -> None:
 
     warnings.filterwarnings("ignore")
     for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
+        library.utils.logging.set_verbosity(logging.CRITICAL)
         library.utils.logging.disable_progress_bar()

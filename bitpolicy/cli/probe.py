@@ -30,6 +30,7 @@ from bitpolicy.cli.options import (
     Variant,
     pipeline_call,
 )
+from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import parse_formats
 from bitpolicy.prompting import load_prompts
 from bitpolicy.sensitivity.probe import ProbeRun, ProbeSettings
@@ -81,6 +82,8 @@ def probe(
         calibration_samples=samples,
         vectors=vectors,
     )
+    if output_dir.is_file():
+        raise BitPolicyError(f"--output-dir {output_dir} is a file; give a folder")
     plan = make_plan(settings)
     wanted = ProbeSettings(probe, plan.split.calibration, vectors)
     stages = Stages(quiet or as_json)

@@ -32,6 +32,7 @@ from bitpolicy.cli.report import print_json, print_result
 from bitpolicy.kernels.formats import parse_formats
 from bitpolicy.prompting import load_prompts
 from bitpolicy.search.budget import readable
+from bitpolicy.search.study import open_storage
 from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.settings import OutputFolder, Settings
 from bitpolicy.workflow import Plan, make_plan, run_search
@@ -119,6 +120,8 @@ def search(
     if held is None:
         with stages.timed("load"):
             plan = make_plan(settings)
+        if storage is not None:
+            open_storage(storage)  # a storage that cannot be opened is said before the folder is claimed
         output = OutputFolder(output_dir, settings, overwrite=overwrite, resume=resume)
         _say_notices(plan)
         run_search(settings, plan, output, stages)

@@ -75,7 +75,6 @@ def test_probe_takes_the_formats_that_are_asked(probe: Any, here: Path) -> None:
     assert table.probe == "weight"
 
 
-@pytest.mark.xfail(strict=True, raises=OSError, reason="NotADirectoryError comes through")
 def test_probe_says_that_a_file_is_in_the_way(probe: Any, here: Path) -> None:
     (here / "out").write_text("x")
     probe("--output-dir", "out").assert_refused("bitpolicy", "out")
@@ -176,6 +175,11 @@ def test_export_replaces_a_folder_only_when_it_is_told(command: Any, finished: A
     arguments = ("export", "--policy", finished.folder / "policy.yaml", "--model", toy, "--output-dir", "out")
     command(*arguments).assert_refused("bitpolicy", "out is there already", "--overwrite")
     assert [path.name for path in (here / "out").iterdir()] == ["mine.txt"]
+    command(*arguments, "--overwrite").assert_refused("bitpolicy", "no pipeline")
+    assert (here / "out" / "mine.txt").read_text() == "mine", "what is no pipeline is never replaced"
+    (here / "out" / "mine.txt").unlink()
+    assert command(*arguments).code == 0
+    command(*arguments).assert_refused("bitpolicy", "out is there already", "--overwrite")
     assert command(*arguments, "--overwrite").code == 0
     assert (here / "out" / UNET).is_file()
     assert [path.name for path in here.iterdir()] == ["out"]

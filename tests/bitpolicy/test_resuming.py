@@ -69,7 +69,6 @@ def interrupted(command: Any, finished: Any, here: Path) -> Callable[..., Any]:
     return run
 
 
-@pytest.mark.xfail(strict=True, reason="typer turns KeyboardInterrupt into the return value 130, which nobody looks at")
 def test_a_stop_says_how_to_go_on(interrupted: Any) -> None:
     outcome = interrupted(Records, "put")
     assert outcome.err.strip() == "search-policy: stopped; the same command goes on where it was"

@@ -115,7 +115,6 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.xfail(strict=True, reason="any folder named checkpoint is removed, ours or not")
 def test_overwriting_removes_only_what_a_search_wrote(tmp_path: Path) -> None:
     """Someone else's training run keeps its checkpoint/ too."""
     (tmp_path / "checkpoint").mkdir()

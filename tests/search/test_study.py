@@ -274,7 +274,6 @@ def test_studies_of_other_names_in_one_journal_do_not_meet(
     assert len(other.finished) == 2
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="a trial that fails is tried again for ever")
 def test_images_that_are_not_numbers_end_the_study(
     problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path
 ) -> None:

@@ -316,7 +316,6 @@ def test_a_reader_that_stops_early_leaves_no_trace(
         passes.close()  # type: ignore[attr-defined]
 
 
-@pytest.mark.xfail(strict=True, reason="a gradient that is there already is added to the first step's")
 def test_gradients_of_a_training_before_do_not_count(
     new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration
 ) -> None:
@@ -330,7 +329,6 @@ def test_gradients_of_a_training_before_do_not_count(
     assert (found.bias - expected.bias).abs().max() == 0
 
 
-@pytest.mark.xfail(strict=True, reason="`del denoiser.forward` drops one that was put on the instance before")
 def test_a_forward_of_the_instances_own_is_put_back(
     new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration
 ) -> None:

@@ -110,7 +110,6 @@ def test_a_transformer_is_staged_by_depth() -> None:
     assert "other" not in {layer.role for layer in layers.values()}
 
 
-@pytest.mark.xfail(strict=True, reason="proj_out of Flux' single blocks is called output_head, proj_mlp other")
 def test_flux_has_one_output_head() -> None:
     model = FluxTransformer2DModel(
         in_channels=4,
@@ -133,7 +132,6 @@ def test_a_packed_model_is_refused(toy_unet: Any) -> None:
         inventory(toy_unet)
 
 
-@pytest.mark.xfail(strict=True, reason="only the layers that are left at FP16 are listed")
 def test_a_model_packed_in_part_is_refused(toy_unet: Any) -> None:
     pack(toy_unet, {"conv_in": Choice(format_named("int8"))}, {}, torch.float16)
     with pytest.raises(BitPolicyError, match="packed already"):

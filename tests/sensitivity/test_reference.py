@@ -47,9 +47,7 @@ def caught_means(trajectories: Trajectories, samples: list[Any]) -> dict[str, to
     [
         1,
         4,
-        pytest.param(
-            5, marks=pytest.mark.xfail(strict=True, reason="a call of one sample weighs as much as a call of four")
-        ),
+        5,
     ],
 )
 def test_the_mean_inputs_are_those_of_every_patch_that_was_met(new_trajectories: NewTrajectories, count: int) -> None:

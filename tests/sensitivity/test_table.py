@@ -175,7 +175,6 @@ def test_a_missing_table_is_said_with_what_to_do(tmp_path: Path) -> None:
         SensitivityTable.load(tmp_path / "sensitivity.safetensors")
 
 
-@pytest.mark.xfail(strict=True, reason="SafetensorError is neither an OSError nor a ValueError")
 def test_a_damaged_table_is_said_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "sensitivity.safetensors").write_bytes(b"not a table")
     with pytest.raises(BitPolicyError, match=r"cannot read sensitivity table .*; run `bitpolicy probe` again"):
