@@ -160,7 +160,7 @@ def test_an_argument_the_pipeline_does_not_take_is_refused(toy_pipeline: Any) ->
 def test_the_denoiser_is_found_or_named(toy_pipeline: Any) -> None:
     assert denoiser_name(toy_pipeline) == "unet"
     assert denoiser_name(toy_pipeline, "unet") == "unet"
-    with pytest.raises(BitPolicyError, match="the vae of .* is no denoiser"):
+    with pytest.raises(BitPolicyError, match=r"the vae of .* is no denoiser"):
         denoiser_name(toy_pipeline, "vae")
     for wrong in ("scheduler", "transformer", "no such"):
         with pytest.raises(BitPolicyError, match=f"no component '{wrong}'; it has .*unet"):
