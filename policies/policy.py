@@ -200,9 +200,11 @@ class Policy(_Strict):
 
 
 def _difference(choice: Choice, common: Choice) -> LayerSettings:
+    """What to write of `choice` where `common` is the default; a format that is not packed has no bias to correct."""
+    corrects = choice.format.packed and choice.bias_correction != common.bias_correction
     return LayerSettings(
         format=choice.format.name if choice.format != common.format else None,
-        bias_correction=choice.bias_correction if choice.bias_correction != common.bias_correction else None,
+        bias_correction=choice.bias_correction if corrects else None,
     )
 
 

@@ -166,9 +166,18 @@ def test_a_large_denoiser_is_split_as_diffusers_splits_it(exported: Any, tmp_pat
 def test_an_older_export_is_replaced_whole(exported: Any, tmp_path: Path) -> None:
     (tmp_path / "out" / "unet").mkdir(parents=True)
     (tmp_path / "out" / "unet" / "diffusion_pytorch_model-00001-of-00002.safetensors").write_bytes(b"old")
+    (tmp_path / "out" / "model_index.json").write_text("old")
     export_pipeline(exported.pipe, "unet", exported.policy, exported.calibration, tmp_path / "out", component_dtype=F16)
     assert hashes(tmp_path / "out") == hashes(exported.folder)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_is_no_pipeline_is_never_replaced(exported: Any, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("mine")
+    with pytest.raises(BitPolicyError, match="no pipeline"):
+        export_pipeline(exported.pipe, "unet", exported.policy, exported.calibration, tmp_path / "out")
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "mine"
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["an older export", "nothing"])
