@@ -64,6 +64,7 @@ def export_pipeline(
         pipe.save_config(aside)
         for name, other in pipe.components.items():
             if name != component and hasattr(other, "save_pretrained"):
+                _forget_last_call(other)
                 with _stored_as(other, component_dtype or storage):
                     other.save_pretrained(aside / name)
                 if isinstance(other, ModelMixin):  # so that it, too, keeps its dtype when it is loaded without one
@@ -182,6 +183,14 @@ def _write_config(denoiser: Any, choices: Mapping[str, Choice], storage: torch.d
     config = json.loads(path.read_text())
     config["quantization_config"] = BitPolicyConfig.of(choices, storage).to_dict()
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _forget_last_call(component: Any) -> None:
+    """Take off a fast tokenizer the padding and truncation of its last call, which would be saved with it."""
+    backend = getattr(component, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_padding()
+        backend.no_truncation()
 
 
 @contextmanager
