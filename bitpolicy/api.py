@@ -13,16 +13,13 @@ from diffusers import DiffusionPipeline
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import DEFAULT, parse_formats
 from bitpolicy.loading import open_pipeline, source_of, stored_dtype
-from bitpolicy.policies.accounting import weights_hash
 from bitpolicy.policies.calibration import load_calibration
 from bitpolicy.policies.checkpoint import export_pipeline
 from bitpolicy.policies.policy import Policy
-from bitpolicy.prompting import load_prompts
 from bitpolicy.sensitivity.inventory import inventory
-from bitpolicy.sensitivity.probe import ProbeRun, ProbeSettings
 from bitpolicy.sensitivity.progress import Stages
+from bitpolicy.sensitivity.samples import Request
 from bitpolicy.sensitivity.table import SensitivityTable
-from bitpolicy.sensitivity.trajectory import Trajectories, split_samples
 from bitpolicy.settings import Settings
 from bitpolicy.workflow import SearchRun, make_plan
 
@@ -31,7 +28,7 @@ def probe(
     pipe: DiffusionPipeline,
     *,
     call: Mapping[str, Any] | None = None,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[Request] | None = None,
     formats: str | Sequence[str] = DEFAULT,
     probe: str = "adjoint",
     samples: int = 16,
@@ -45,24 +42,29 @@ def probe(
     Args:
         pipe: an unquantized diffusers pipeline. Its denoiser is rounded, in place, to the storage dtype.
         call: arguments of every pipeline call, e.g. {"num_inference_steps": 20}.
-        prompts: calibration prompts; None is a built-in list.
+        prompts: what to draw: prompts, class labels, or mappings of call arguments such as {"prompt": "a cat", "image":
+            picture}, of which a part is calibrated on; None is a built-in list.
         formats: candidates, as names.
-        probe: "adjoint", "ablation" or "weight".
+        probe: "adjoint", "stepwise", "ablation" or "weight".
         samples: calibration trajectories.
-        vectors: random directions a sample (adjoint).
+        vectors: random directions a sample (adjoint, stepwise).
 
     Raises:
-        BitPolicyError: an argument is wrong, or the pipeline's loop cannot be differentiated.
+        BitPolicyError: an argument is wrong, or a trajectory is not finite.
     """
-    source = source_of(pipe, component)
-    chosen = split_samples(list(prompts) if prompts else load_prompts(None, bundled=False), samples, seed)
-    trajectories = Trajectories(pipe, source.component, call or {})
-    settings = ProbeSettings(probe, tuple(chosen), vectors)
-    layers = inventory(source.denoiser)
+    settings = Settings(
+        budget="100%",
+        prompts=tuple(prompts) if prompts else None,
+        call=tuple((call or {}).items()),
+        formats=tuple(format.name for format in parse_formats(formats)),
+        probe=probe,
+        calibration_samples=samples,
+        vectors=vectors,
+        seed=seed,
+    )
+    plan = make_plan(settings, source_of(pipe, component))
     with tempfile.TemporaryDirectory() as folder:
-        run = ProbeRun(
-            trajectories, layers, parse_formats(formats), source.storage, settings, Path(folder), Stages(quiet)
-        )
+        run = plan.probe(settings, Path(folder), Stages(quiet))
         return run.table(run.reference())
 
 
@@ -71,7 +73,7 @@ def search(
     budget: str,
     *,
     call: Mapping[str, Any] | None = None,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[Request] | None = None,
     formats: str | Sequence[str] = DEFAULT,
     probe: str = "adjoint",
     trials: int = 24,
@@ -138,7 +140,7 @@ def export(
     """
     given = policy if isinstance(policy, Policy) else Policy.load(policy)
     source = source_of(pipe, given.model.component, getattr(torch, given.storage_dtype))
-    found = weights_hash(source.denoiser, source.storage)
+    found = source.sha256
     if found != given.model.sha256:
         raise BitPolicyError(
             f"the policy was made for {given.model.id} ({given.model.class_name}, "

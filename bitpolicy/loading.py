@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,13 +27,19 @@ from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.layers import PackedLayer
+from bitpolicy.policies.accounting import weights_hash
 from bitpolicy.policies.apply import to_storage
-from bitpolicy.sensitivity.trajectory import DENOISERS, denoiser_name
+from bitpolicy.policies.denoiser import DENOISERS, denoiser_names, denoiser_of, denoisers_in
+from bitpolicy.sensitivity.workers import device_of_this_process
 
 BUNDLED = "bitpolicy/emoji"
 BUNDLED_FOLDER = Path(__file__).parent / "models" / "emoji"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _STORAGE = {"F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _floats(module: nn.Module) -> Iterator[torch.dtype]:
+    return (tensor.dtype for tensor in module.state_dict().values() if tensor.is_floating_point())
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,21 @@ class Source:
 
     @property
     def denoiser(self) -> nn.Module:
-        return getattr(self.pipe, self.component)
+        return denoiser_of(self.pipe, self.component)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Identity of the denoiser: a hash of its weights in the storage dtype."""
+        return weights_hash(self.denoiser, self.storage)
+
+    @cached_property
+    def everything_sha256(self) -> str:
+        """Identity of the whole pipeline: text encoders and the like have a say in what a denoiser makes, too."""
+        digest = hashlib.sha256(self.sha256.encode())
+        for name, other in sorted(self.pipe.components.items()):
+            if isinstance(other, nn.Module) and name not in self.component.split(","):
+                digest.update(f"{name}{weights_hash(other, next(iter(_floats(other)), self.storage))}".encode())
+        return digest.hexdigest()
 
 
 def load_source(
@@ -83,9 +106,8 @@ def load_source(
         raise BitPolicyError(f"unknown dtype {dtype!r}; write auto, {', '.join(DTYPES)}")
     compute = DTYPES.get(dtype) or (torch.float32 if target.type == "cpu" else storage)
     pipe = open_pipeline(folder, storage, variant)
-    name = denoiser_name(pipe, component)
-    denoiser = getattr(pipe, name)
-    if getattr(denoiser, "hf_quantizer", None) is not None:
+    name = denoiser_names(pipe, component)
+    if any(getattr(denoiser, "hf_quantizer", None) is not None for denoiser in denoisers_in(denoiser_of(pipe, name))):
         raise BitPolicyError(
             f"{model}: its {name} is quantized already; give the full-precision pipeline it was made from"
         )
@@ -99,8 +121,8 @@ def source_of(pipe: DiffusionPipeline, component: str | None = None, storage: to
     Args:
         storage: None is bfloat16 for a bfloat16 denoiser and float16 for any other.
     """
-    name = denoiser_name(pipe, component)
-    denoiser = getattr(pipe, name)
+    name = denoiser_names(pipe, component)
+    denoiser = denoiser_of(pipe, name)
     if any(isinstance(module, PackedLayer) for module in denoiser.modules()):
         raise BitPolicyError(f"the {name} is packed already; give the full-precision pipeline it was made from")
     if storage is None:
@@ -139,7 +161,7 @@ def storage_dtype(folder: Path, component: str | None = None, variant: str | Non
     none."""
     ending = f".{variant}.safetensors" if variant else ".safetensors"
     counts: Counter[str] = Counter()
-    for name in [component] if component else DENOISERS:
+    for name in component.split(",") if component else DENOISERS:
         for path in sorted((folder / name).glob(f"*{ending}")):
             counts += _values_by_dtype(path)
     common = counts.most_common(1)
@@ -176,6 +198,9 @@ def _device(name: str) -> torch.device:
         raise BitPolicyError(f"unknown device {name!r}; write auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise BitPolicyError("--device cuda was asked, but torch sees no CUDA device; use --device cpu or auto")
+    given = device_of_this_process() if name != "cpu" else None
+    if given is not None:
+        return given
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 

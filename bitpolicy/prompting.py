@@ -1,16 +1,23 @@
-"""Prompts: a file, the bundled pipeline's names, or a general list; and how they are split."""
+"""What is asked of the pipeline: a file, the bundled pipeline's names, or a general list; and how it is split."""
 
 from __future__ import annotations
 
+import inspect
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.sensitivity.trajectory import Sample, split_samples
+from bitpolicy.policies.denoiser import denoiser_name
+from bitpolicy.sensitivity.samples import Request, Sample, beside, split_samples, takes_pictures
 
+_DEFAULT_LABELS = 32
 _SPLIT_FROM = 8  # prompts; with fewer, all parts use the same prompts with seeds of their own
 _APART = 1_000_000  # between the seeds of two parts: they never meet
 
@@ -36,37 +43,71 @@ class Split:
     by_prompt: bool
 
 
-def load_prompts(path: Path | None, bundled: bool) -> list[str]:
-    """The prompts of a file, one a line, or the built-in list.
+def load_requests(path: Path) -> list[Request]:
+    """The requests of a file: a text with one prompt (or class label) a line, or .jsonl with call arguments.
 
     Raises:
-        BitPolicyError: the file is missing, not text, or has no prompt.
+        BitPolicyError: the file is missing, not text, not JSON lines of objects, or empty.
     """
-    if path is None:
-        text = (files("bitpolicy") / "prompts" / ("emoji.txt" if bundled else "general.txt")).read_text(
-            encoding="utf-8"
-        )
-    else:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise BitPolicyError(
-                f"cannot read --prompts {path}: {error}; give a text file with one prompt a line"
-            ) from error
-    prompts = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
-    if not prompts:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BitPolicyError(
+            f"cannot read --prompts {path}: {error}; give a text file with one prompt a line"
+        ) from error
+    lines = [(i, line.strip()) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not lines:
         raise BitPolicyError(f"--prompts {path} has no prompt in it; write one a line")
-    return prompts
+    if path.suffix != ".jsonl":
+        return list(dict.fromkeys(line for _, line in lines))
+    return _different([_call_arguments(path, i, line) for i, line in lines])
 
 
-def split(prompts: Sequence[str], seed: int, calibration: int, search: int, confirm: int, held_out: int) -> Split:
+def _call_arguments(path: Path, number: int, line: str) -> Request:
+    """One line of a .jsonl file; paths in it are relative to the file."""
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise BitPolicyError(f"--prompts {path}, line {number} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise BitPolicyError(
+            f'--prompts {path}, line {number}: expected an object such as {{"prompt": "a cat"}}, '
+            f"found {type(found).__name__}"
+        )
+    return {name: beside(path.parent, value) if takes_pictures(name) else value for name, value in found.items()}
+
+
+def _different(requests: Sequence[Request]) -> list[Request]:
+    return list({json.dumps(request, sort_keys=True): request for request in requests}.values())
+
+
+def default_requests(pipe: DiffusionPipeline, bundled: bool) -> list[Request]:
+    """What is asked for where nobody says: 32 prompts, 32 class labels, or nothing for an unconditional pipeline."""
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    if "class_labels" in accepted:
+        return [*map(str, _labels(pipe))]
+    if "prompt" in accepted:
+        name = "emoji.txt" if bundled else "general.txt"
+        return [*(files("bitpolicy") / "prompts" / name).read_text(encoding="utf-8").splitlines()]
+    return [""]
+
+
+def _labels(pipe: DiffusionPipeline) -> list[int]:
+    """Class labels over the whole range; the last class of a DiT is none at all, for guidance."""
+    component: Any = getattr(pipe, denoiser_name(pipe))
+    classes = int(component.config.get("num_embeds_ada_norm") or component.config.get("num_class_embeds") or 1000)
+    count = min(_DEFAULT_LABELS, classes)
+    return [i * classes // count for i in range(count)]
+
+
+def split(requests: Sequence[Request], seed: int, calibration: int, search: int, confirm: int, held_out: int) -> Split:
     """Share out prompts and seeds: one half calibration, a quarter search, a quarter held out, where there are enough.
 
     Args:
         seed: of the shuffle and of all samples.
         calibration, search, confirm, held_out: how many samples each part gets.
     """
-    shuffled = list(prompts)
+    shuffled = list(requests)
     random.Random(seed).shuffle(shuffled)
     by_prompt = len(shuffled) >= _SPLIT_FROM
     quarter = len(shuffled) // 4

@@ -10,6 +10,7 @@ from typing import Any
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.atomic import write_text
+from bitpolicy.sensitivity.samples import Request, fingerprint
 
 _OURS: tuple[str, ...] = (
     "run.json",
@@ -19,6 +20,7 @@ _OURS: tuple[str, ...] = (
     "sensitivity.safetensors",
     "sensitivity.csv",
 )
+_COUNTS = ("calibration_samples", "vectors", "shared", "search_samples", "confirm_samples", "held_out_samples")
 _OURS += ("study.journal", "compare.png", "checkpoint", "work")
 
 
@@ -31,22 +33,23 @@ class Settings:
         model: hub id or folder; None is the bundled pipeline.
         component: the denoiser; None finds it.
         formats: names of the candidate formats.
-        prompts: the prompts, or None for the built-in list.
+        prompts: prompts, class labels or mappings of call arguments; None is a built-in list.
         call: arguments of every pipeline call.
         seed: of samples, split, random directions and sampler.
         trials: Optuna trials in all; 0 keeps the exact solution.
-        probe: "adjoint", "ablation" or "weight".
+        probe: "adjoint", "stepwise", "ablation" or "weight".
         dtype, device: of the computation; see `load_source`.
         revision, variant: of a hub model.
         storage: Optuna storage URL; None is a journal file in the output folder.
-        calibration_samples, vectors, search_samples, confirm_samples, held_out_samples: sizes of the parts.
+        remeasure: how many estimates, those that decide the result, are at most measured by ablation; 0 believes all.
+        calibration_samples, vectors, shared, search_samples, confirm_samples, held_out_samples: sizes of the parts.
     """
 
     budget: str
     model: str | None = None
     component: str | None = None
     formats: tuple[str, ...] = ("int4", "int8", "fp16")
-    prompts: tuple[str, ...] | None = None
+    prompts: tuple[Request, ...] | None = None
     call: tuple[tuple[str, Any], ...] = ()
     seed: int = 0
     trials: int = 24
@@ -58,18 +61,20 @@ class Settings:
     storage: str | None = None
     calibration_samples: int = 16
     vectors: int = 2
+    shared: int = 8
+    remeasure: int = 8
     search_samples: int = 16
     confirm_samples: int = 16
     held_out_samples: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("calibration_samples", "vectors", "search_samples", "confirm_samples", "held_out_samples"):
+        for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise BitPolicyError(f"{name} is {getattr(self, name)}; it has to be at least 1")
 
     def identity(self) -> dict[str, Any]:
         """JSON values that two runs share exactly when they ask for the same."""
-        return json.loads(json.dumps(asdict(self)))
+        return json.loads(json.dumps(fingerprint(asdict(self))))
 
 
 class OutputFolder:

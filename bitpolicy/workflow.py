@@ -8,23 +8,26 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from bitpolicy.compare import save_comparison
 from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.formats import FP16, parse_formats
 from bitpolicy.loading import BUNDLED, Source, load_source, open_pipeline
-from bitpolicy.policies.accounting import ByteAccount, weights_hash
+from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.calibration import calibration_hash, save_calibration
 from bitpolicy.policies.checkpoint import checkpoint_bytes, describe_checkpoint, export_pipeline
+from bitpolicy.policies.denoiser import denoisers_in
 from bitpolicy.policies.policy import BudgetRecord, Choice, ModelReference, Policy, Result
-from bitpolicy.prompting import Split, load_prompts, split
+from bitpolicy.prompting import Split, default_requests, split
 from bitpolicy.search.budget import Budget, read
+from bitpolicy.search.closeness import worth_measuring
 from bitpolicy.search.finalists import Confirmed, confirm
 from bitpolicy.search.generation import Generations
 from bitpolicy.search.quality import Psnr
@@ -33,9 +36,8 @@ from bitpolicy.sensitivity.inventory import Layer, inventory
 from bitpolicy.sensitivity.probe import ProbeRun, ProbeSettings
 from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.records import settings_key
-from bitpolicy.sensitivity.reference import ReferencePass
-from bitpolicy.sensitivity.table import SensitivityTable
-from bitpolicy.sensitivity.trajectory import Sample, Trajectories
+from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.trajectory import Trajectories
 from bitpolicy.settings import OutputFolder, Settings
 
 BUNDLED_CALL = {"num_inference_steps": 20, "guidance_scale": 3.0}
@@ -66,6 +68,12 @@ class Plan:
     split: Split
     trajectories: Trajectories
 
+    def probe(self, settings: Settings, folder: Path, stages: Stages) -> ProbeRun:
+        """A probe over the calibration samples; `folder` keeps its records."""
+        wanted = ProbeSettings(settings.probe, self.split.calibration, settings.vectors, settings.shared)
+        weights, storage = self.source.everything_sha256, self.source.storage
+        return ProbeRun(self.trajectories, self.layers, self.formats, storage, weights, wanted, folder, stages)
+
     @property
     def smallest(self) -> int:
         """Bytes of the smallest policy that the formats allow."""
@@ -87,7 +95,6 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
     formats = parse_formats(settings.formats)
     read(settings.budget)
     bundled = source is None and settings.model in (None, BUNDLED)
-    prompts = list(settings.prompts) if settings.prompts else load_prompts(None, bundled)
     ProbeSettings(settings.probe, (Sample("", 0),))  # what is wrong so far is said before a model is loaded
     if source is None:
         source = load_source(
@@ -101,19 +108,20 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
     account = ByteAccount.of(source.denoiser, source.storage)
     layers = inventory(source.denoiser)
     budget = Budget.parse(settings.budget, account)
-    call = {**default_call(bundled), **dict(settings.call)}
+    trajectories = Trajectories(source.pipe, source.component, {**default_call(bundled), **dict(settings.call)})
+    requests = list(settings.prompts) if settings.prompts else default_requests(source.pipe, bundled)
     sizes = (settings.calibration_samples, settings.search_samples, settings.confirm_samples, settings.held_out_samples)
-    plan = Plan(
-        source,
-        layers,
-        formats,
-        account,
-        budget,
-        split(prompts, settings.seed, *sizes),
-        Trajectories(source.pipe, source.component, call),
-    )
+    parts = split(requests, settings.seed, *sizes)
+    for sample in parts.calibration:
+        trajectories.require(sample.arguments)
+    plan = Plan(source, layers, formats, account, budget, parts, trajectories)
     budget.require(plan.smallest, [f.name for f in formats])
     return plan
+
+
+def class_name(denoiser: nn.Module) -> str:
+    """Of the denoiser, or of each of several."""
+    return ",".join(dict.fromkeys(type(part).__name__ for part in denoisers_in(denoiser)))
 
 
 def default_call(bundled: bool) -> dict[str, Any]:
@@ -131,7 +139,6 @@ class SearchRun:
 
     def __init__(self, settings: Settings, plan: Plan, folder: Path, stages: Stages) -> None:
         self._settings, self._plan, self._folder, self._stages = settings, plan, folder, stages
-        self._table: SensitivityTable | None = None
         self.calibration: dict[str, torch.Tensor] = {}
 
     def decide(self) -> Policy:
@@ -145,10 +152,8 @@ class SearchRun:
         return policy
 
     def _searched(self) -> Policy:
-        reference, table = self._probed()
-        self.calibration = reference.calibration
-        problem = Problem(self._plan.layers, self._plan.formats, table, self._plan.account, self._plan.budget.nbytes)
-        exact = problem.solve()
+        problem = self._probed()
+        table, exact = problem.table, problem.solve()
         found, study = self._study(problem)
         formats = [found.choices[layer.name].format for layer in self._plan.layers]
         provenance = {
@@ -156,6 +161,7 @@ class SearchRun:
                 "name": table.probe,
                 "samples": len(self._plan.split.calibration),
                 "vectors": self._settings.vectors,
+                "measured": 0 if table.measured is None else int(table.measured.sum()),
             },
             "search": {
                 "trials": len(study.finished) if study else 0,
@@ -166,25 +172,20 @@ class SearchRun:
         }
         return self._policy(dict(found.choices), table.predicted_error(formats), provenance)
 
-    def _probed(self) -> tuple[ReferencePass, SensitivityTable]:
-        plan, settings = (
-            self._plan,
-            ProbeSettings(self._settings.probe, self._plan.split.calibration, self._settings.vectors),
-        )
-        run = ProbeRun(
-            plan.trajectories,
-            plan.layers,
-            plan.formats,
-            plan.source.storage,
-            settings,
-            self._folder / "work",
-            self._stages,
-        )
+    def _probed(self) -> Problem:
+        """Scores, with those measured that decide the solution."""
+        plan = self._plan
+        run = plan.probe(self._settings, self._folder / "work", self._stages)
         reference = run.reference()
-        table = run.table(reference)
-        table.save(self._folder, plan.layers, plan.account)
+        self.calibration = reference.calibration
+        problem = Problem(plan.layers, plan.formats, run.table(reference), plan.account, plan.budget.nbytes)
+        left = self._settings.remeasure if problem.table.probe == "adjoint" else 0
+        while places := worth_measuring(problem, problem.solve(), left):
+            problem = replace(problem, table=run.remeasured(problem.table, reference, places))
+            left -= len(places)
+        problem.table.save(self._folder, plan.layers, plan.account)
         save_calibration(reference.calibration, self._folder / "calibration.safetensors")
-        return reference, table
+        return problem
 
     def _study(self, problem: Problem) -> tuple[Confirmed, Study | None]:
         plan, trials = self._plan, self._settings.trials
@@ -193,9 +194,7 @@ class SearchRun:
             if trials == 0:
                 return Confirmed(problem.choices(problem.solve()), ()), None
             storage = self._settings.storage or journal(str(self._folder / "study.journal"))
-            name = settings_key(
-                {**self._settings.identity(), "weights": weights_hash(plan.source.denoiser, plan.source.storage)}
-            )
+            name = settings_key({**self._settings.identity(), "weights": plan.source.sha256})
             study = Study(problem, generations, plan.split.search, storage, name, self._settings.seed)
             with self._stages.bar(trials, "search trials") as advance:
                 for _ in study.finished:
@@ -216,8 +215,8 @@ class SearchRun:
                     "id": source.id,
                     "revision": source.revision,
                     "component": source.component,
-                    "class": type(source.denoiser).__name__,
-                    "sha256": weights_hash(source.denoiser, source.storage),
+                    "class": class_name(source.denoiser),
+                    "sha256": source.sha256,
                 }
             ),
             budget=BudgetRecord(asked=plan.budget.asked, bytes=plan.budget.nbytes),
@@ -240,7 +239,7 @@ class SearchRun:
         with self._stages.timed("export"):
             folder = self._folder / "checkpoint"
             export_pipeline(source.pipe, source.component, policy, self.calibration, folder)
-            return checkpoint_bytes(folder / source.component)
+            return sum(checkpoint_bytes(folder / name) for name in source.component.split(","))
 
     def evaluate(self, policy: Policy) -> tuple[Policy, Psnr]:
         """Reload the checkpoint, compare on held-out samples, write compare.png and the measured PSNR into the
@@ -275,12 +274,14 @@ def swapped_denoiser(source: Source, checkpoint: Path) -> Iterator[None]:
     """While the block runs, the source pipeline computes with the denoiser of the checkpoint, read from disk."""
     dtype = next(source.denoiser.parameters()).dtype
     reloaded = open_pipeline(checkpoint, dtype)
-    original = source.denoiser
-    setattr(source.pipe, source.component, getattr(reloaded, source.component).to(source.pipe.device))
+    originals = {name: getattr(source.pipe, name) for name in source.component.split(",")}
     try:
+        for name in originals:
+            setattr(source.pipe, name, getattr(reloaded, name).to(source.pipe.device))
         yield
     finally:
-        setattr(source.pipe, source.component, original)
+        for name, original in originals.items():
+            setattr(source.pipe, name, original)
 
 
 def run_search(settings: Settings, plan: Plan, output: OutputFolder, stages: Stages) -> dict[str, Any]:

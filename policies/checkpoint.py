@@ -20,6 +20,7 @@ from bitpolicy.policies.accounting import ByteAccount, stored_spec
 from bitpolicy.policies.apply import quantize_layer
 from bitpolicy.policies.atomic import write_text, written_aside
 from bitpolicy.policies.calibration import Calibration, save_calibration
+from bitpolicy.policies.denoiser import denoiser_of, of_component
 from bitpolicy.policies.diffusers_quantizer import BitPolicyConfig
 from bitpolicy.policies.model_card import model_card
 from bitpolicy.policies.policy import Choice, Policy
@@ -42,7 +43,8 @@ def export_pipeline(
     """Write `pipe` as a diffusers folder with a packed denoiser, aside and renamed.
 
     Args:
-        component: name of the denoiser in the pipeline, e.g. "unet". It must be unquantized.
+        component: name of the denoiser in the pipeline, e.g. "unet", or several, separated by commas; then the policy's
+            layer names begin with theirs. They must be unquantized.
         folder: where to; a folder that is there is replaced once the new one is complete.
         component_dtype: dtype the other components are stored in; None is the policy's storage dtype.
         max_shard_size: bytes; a larger denoiser is split as diffusers splits it.
@@ -53,7 +55,7 @@ def export_pipeline(
     Raises:
         BitPolicyError: the policy does not fit the model, the calibration is missing, or the disk is full.
     """
-    denoiser: nn.Module = getattr(pipe, component)
+    denoiser, components = denoiser_of(pipe, component), component.split(",")
     storage = getattr(torch, policy.storage_dtype)
     choices = policy.resolve(name for name, _ in quantizable_layers(denoiser))
     _require_space(folder, ByteAccount.of(denoiser, storage).total({n: c.format for n, c in choices.items()}))
@@ -63,13 +65,16 @@ def export_pipeline(
         aside.mkdir()
         pipe.save_config(aside)
         for name, other in pipe.components.items():
-            if name != component and hasattr(other, "save_pretrained"):
+            if name not in components and hasattr(other, "save_pretrained"):
                 _forget_last_call(other)
                 with _stored_as(other, component_dtype or storage):
                     other.save_pretrained(aside / name)
                 if isinstance(other, ModelMixin):  # so that it, too, keeps its dtype when it is loaded without one
                     _write_config(other, {}, component_dtype or storage, aside / name)
-        nbytes = export_denoiser(denoiser, choices, calibration, storage, aside / component, max_shard_size)
+        nbytes = 0
+        for name in components:
+            own, means = of_component(choices, name, components), of_component(calibration, name, components)
+            nbytes += export_denoiser(getattr(pipe, name), own, means, storage, aside / name, max_shard_size)
         if any(choice.bias_correction for choice in choices.values()):
             save_calibration(calibration, aside / "calibration.safetensors")
         describe_checkpoint(aside, policy, denoiser)

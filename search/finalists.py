@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bitpolicy.policies.policy import Choice
 from bitpolicy.search.generation import Generations
-from bitpolicy.sensitivity.trajectory import Sample
+from bitpolicy.sensitivity.samples import Sample
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 from bitpolicy.policies.apply import quantized
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.policy import Choice
-from bitpolicy.sensitivity.trajectory import Sample, Trajectories
+from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.trajectory import Trajectories
 
 
 class Generations:

@@ -30,8 +30,8 @@ from bitpolicy.policies.policy import Choice
 from bitpolicy.search.generation import Generations
 from bitpolicy.search.knapsack import Solution, solve
 from bitpolicy.sensitivity.inventory import Layer
+from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.table import SensitivityTable
-from bitpolicy.sensitivity.trajectory import Sample
 
 _OCTAVES = 3.0  # a group's error is bent by at most 2 to this power either way
 Choices = Mapping[str, Choice]
@@ -57,11 +57,18 @@ class Problem:
 
     def solve(self, multipliers: Mapping[str, float] | None = None) -> Solution:
         """The exact solution, each group's errors multiplied first if `multipliers` has the group."""
-        error = np.array([[self.table.score(i, f) for f in self.formats] for i in range(len(self.inventory))])
+        error = self.errors()
         if multipliers:
             error *= np.array([multipliers.get(layer.group, 1.0) for layer in self.inventory])[:, None]
-        nbytes = np.array([[self.account.layer(layer.name, f) for f in self.formats] for layer in self.inventory])
-        return solve(error, nbytes, self.budget - self.account.fixed)
+        return solve(error, self.sizes(), self.budget - self.account.fixed)
+
+    def errors(self) -> np.ndarray:
+        """Scores, float64, shape (L, F)."""
+        return np.array([[self.table.score(i, f) for f in self.formats] for i in range(len(self.inventory))])
+
+    def sizes(self) -> np.ndarray:
+        """Bytes, int64, shape (L, F)."""
+        return np.array([[self.account.layer(layer.name, f) for f in self.formats] for layer in self.inventory])
 
     def choices(self, solution: Solution) -> dict[str, Choice]:
         """Layer name -> choice."""

@@ -1,49 +1,125 @@
-"""The ablation probe: quantize one layer, run the real trajectory, measure.
+"""Ablation: quantize one layer, or a whole policy, run the real trajectory, measure. It is the truth.
 
-It is the truth that other probes are checked against.
+    error(l, f) = E|x_0(Q_f(W_l)) - x_0|^2 / E|x_0|^2
 
-error(l, f) = E|x_0(Q_f(W_l)) - x_0|^2 / E|x_0|^2, once with the plain and, where there is a bias, once with the
-corrected bias; it costs (layers x formats x biases) trajectories a sample.
+over the calibration samples, same seeds. It costs a trajectory a sample for each layer, format and bias; other probes
+are checked against it, and it takes their place where first order breaks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from bitpolicy.kernels.format import Format
 from bitpolicy.policies.apply import quantized
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.policy import Choice
-from bitpolicy.sensitivity.inventory import Layer
-from bitpolicy.sensitivity.trajectory import Sample, Trajectories
+from bitpolicy.sensitivity.error_split import pairs_mean
+from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.trajectory import Trajectories
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The error that some choices make, over N samples. Not yet divided by the latents' power.
+
+    Attributes:
+        power: |dx_0|^2 of each sample, float64, shape (N).
+        parallel: <dx_0, x_0> / |x_0| of each sample, float64, shape (N).
+        mean: |E dx_0|^2, the part that is a bias; unbiased over pairs of samples, so it may be slightly negative. NaN
+            for one sample.
+        rest_mean: the same after each sample's parallel part is taken out.
+        image_mse: mean squared error of each sample's decoded image, float64, shape (N); empty where none was made.
+    """
+
+    power: torch.Tensor
+    parallel: torch.Tensor
+    mean: float
+    rest_mean: float
+    image_mse: torch.Tensor
+
+    @classmethod
+    def of(cls, errors: torch.Tensor, reference: torch.Tensor, image_mse: torch.Tensor) -> Measured:
+        """From dx_0 and x_0, shape (N, ...)."""
+        dx, x = errors.double().flatten(1), reference.double().flatten(1)
+        unit = x / x.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+        parallel = (dx * unit).sum(1)
+        rest = dx - parallel[:, None] * unit
+        mean, rest_mean = (float(pairs_mean(values).sum()) for values in (dx, rest))
+        return cls(dx.square().sum(1), parallel, mean, rest_mean, image_mse.double())
+
+    @property
+    def bias_share(self) -> float:
+        """Share of the error that is its mean over samples, in [0, 1]; 0 where it cannot be told."""
+        return self._share(self.mean)
+
+    @property
+    def parallel_share(self) -> float:
+        """Share of the error along the signal, a scale error, in [0, 1]."""
+        return self._share(float(self.parallel.square().mean()))
+
+    @property
+    def psnr_db(self) -> float | None:
+        """Mean over samples of the image's PSNR; None without images, or where one is identical."""
+        if not len(self.image_mse) or not self.image_mse.all():
+            return None
+        return float((-10 * self.image_mse.log10()).mean())
+
+    def _share(self, part: float) -> float:
+        whole = float(self.power.mean())
+        return min(max(part / whole, 0.0), 1.0) if whole > 0 and not math.isnan(part) else 0.0
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """For a record."""
+        bias = torch.tensor([self.mean, self.rest_mean], dtype=torch.float64)
+        return {"power": self.power, "parallel": self.parallel, "bias": bias, "image_mse": self.image_mse}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Measured:
+        mean, rest = tensors["bias"].tolist()
+        return cls(tensors["power"], tensors["parallel"], mean, rest, tensors["image_mse"])
+
+
+@dataclass(frozen=True)
+class References:
+    """What errors are taken against: unquantized results of the same samples.
+
+    Attributes:
+        latents: shape (N, ...).
+        images: shape (N, C, H, W) or (N, frames, C, H, W); None where only latents are measured.
+    """
+
+    latents: torch.Tensor
+    images: torch.Tensor | None
+
+    @classmethod
+    def of(cls, trajectories: Trajectories, samples: Sequence[Sample], images: bool) -> References:
+        """Run `samples` on the pipeline as it now is."""
+        if not images:
+            return cls(torch.stack(list(trajectories.latents(samples))), None)
+        drawn, latents = zip(*trajectories.images(samples), strict=True)
+        return cls(torch.stack(latents), torch.stack(drawn))
+
+    def measured(self, found: References) -> Measured:
+        """How far `found` is from this."""
+        mse = torch.empty(0)
+        if self.images is not None and found.images is not None:
+            mse = (found.images - self.images).double().square().flatten(1).mean(1)
+        return Measured.of(found.latents - self.latents, self.latents, mse)
 
 
 def ablate(
     trajectories: Trajectories,
-    layer: Layer,
-    formats: Sequence[Format],
+    choices: Mapping[str, Choice],
     calibration: Calibration,
     storage: torch.dtype,
     samples: Sequence[Sample],
-    reference: Sequence[torch.Tensor],
-) -> torch.Tensor:
-    """Mean |dx_0|^2 of one layer, not yet divided by the latents' power.
-
-    Args:
-        reference: the unquantized final latent of each sample, from `Trajectories.latents`.
-
-    Returns:
-        float64, shape (2, formats): with the bias as it was, and corrected (the same numbers where there is no bias).
-    """
-    result = torch.zeros(2, len(formats), dtype=torch.float64)
-    for row, correct in enumerate((False, True) if layer.has_bias else (False,)):
-        for column, format in enumerate(formats):
-            with quantized(trajectories.denoiser, {layer.name: Choice(format, correct)}, calibration, storage):
-                latents = zip(trajectories.latents(samples), reference, strict=True)
-                errors = [(latent - x).double().square().sum() for latent, x in latents]
-            result[row, column] = torch.stack(errors).mean()
-    if not layer.has_bias:
-        result[1] = result[0]
-    return result
+    reference: References,
+) -> Measured:
+    """Measure the error of `choices`, layers that are not named left as they are."""
+    with quantized(trajectories.denoiser, choices, calibration, storage):
+        found = References.of(trajectories, samples, images=reference.images is not None)
+    return reference.measured(found)

@@ -1,17 +1,17 @@
 """The layers of a denoiser, with what each does (role) and where it sits (stage).
 
-Roles come from structure and module types first, and from names last; a layer no rule knows is `other`, never skipped.
+Several denoisers that are probed together come in an `nn.ModuleDict`; each is described as if it were alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.layers import PackedLayer, Quantizable, quantizable_layers
+from bitpolicy.kernels.layers import PackedLayer, quantizable_layers
+from bitpolicy.sensitivity.roles import is_attention, roles
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ class Layer:
 def inventory(model: nn.Module) -> list[Layer]:
     """Every quantizable layer of `model`, in the model's own order.
 
+    Args:
+        model: a denoiser, or an `nn.ModuleDict` of denoisers, whose names then begin the names of the layers.
+
     Raises:
         BitPolicyError: there is none, or the model is packed.
     """
@@ -51,15 +54,10 @@ def inventory(model: nn.Module) -> list[Layer]:
         raise BitPolicyError(
             f"{type(model).__name__} is packed already; give the full-precision model it was made from"
         )
+    denoisers = {f"{name}.": part for name, part in model.items()} if isinstance(model, nn.ModuleDict) else {"": model}
+    placed = {f"{prefix}{name}": place for prefix, part in denoisers.items() for name, place in _places(part).items()}
     layers = [
-        Layer(
-            name,
-            type(layer).__name__,
-            tuple(layer.weight.shape),
-            layer.bias is not None,
-            _role(model, name, layer),
-            _stage(model, name),
-        )
+        Layer(name, type(layer).__name__, tuple(layer.weight.shape), layer.bias is not None, *placed[name])
         for name, layer in quantizable_layers(model)
     ]
     if not layers:
@@ -67,75 +65,37 @@ def inventory(model: nn.Module) -> list[Layer]:
     return layers
 
 
-_Rule = Callable[[str, list[str], nn.Module], str | None]
+def _places(denoiser: nn.Module) -> dict[str, tuple[str, str]]:
+    """Role and stage of every layer of one denoiser."""
+    stages = _stages(denoiser)
+    found = roles(denoiser, inside=lambda name: stages[name] != "ends")
+    return {name: (role, stages[name]) for name, role in found.items()}
 
 
-def _role(model: nn.Module, name: str, layer: Quantizable) -> str:
-    path = name.split(".")
-    ancestors = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path) - 1, 0, -1)]  # nearest first
-    for ancestor in ancestors:
-        role = _role_within(ancestor, path)
-        if role:
-            return role
-    return _role_by_name(path, layer)
+def _stages(denoiser: nn.Module) -> dict[str, str]:
+    depths = {block: place for place, block in enumerate(_stacked_blocks(denoiser))}
+    return {name: _stage(name.split("."), depths) for name, _ in quantizable_layers(denoiser)}
 
 
-def _role_within(ancestor: nn.Module, path: list[str]) -> str | None:
-    """The role that the type of an enclosing module gives, or None."""
-    kind, leaf = type(ancestor).__name__, path[-1]
-    if "TextProjection" in kind or "ImageProjection" in kind:
-        return "context_embedding"
-    if kind == "TimestepEmbedding" or leaf == "time_emb_proj":
-        return "timestep_embedding"
-    if kind.startswith(("AdaLayerNorm", "AdaGroupNorm")):
-        return "modulation"
-    if hasattr(ancestor, "proj_mlp") and leaf in ("proj_mlp", "proj_out"):
-        return "feed_forward"
-    if hasattr(ancestor, "to_q") or hasattr(ancestor, "to_qkv"):
-        cross = "cross_" if getattr(ancestor, "is_cross_attention", False) else ""
-        return f"{cross}attention_out" if "out" in leaf or "to_out" in path else f"{cross}attention_qkv"
-    if kind == "FeedForward" or ("GLU" in kind and kind.endswith(("Conv", "Block"))):
-        return "feed_forward"
-    if "Resnet" in kind or "TemporalConvLayer" in kind:
-        return "shortcut" if "shortcut" in leaf else "conv"
-    if kind.startswith(("Downsample", "Upsample")):
-        return "resample"
-    if kind.startswith("Transformer") and leaf in ("proj_in", "proj_out"):
-        return "projection"
-    return None
+def _stage(path: list[str], depths: dict[tuple[str, ...], int]) -> str:
+    for prefix, stage in (("down_block", "encoder"), ("mid_block", "middle"), ("up_block", "decoder")):
+        if path[0].startswith(prefix):
+            return stage
+    depth = depths.get(tuple(path[:2]))
+    return "ends" if depth is None else ("early", "middle", "late")[depth * 3 // len(depths)]
 
 
-_BY_NAME = {
-    "input_stem": ("conv_in", "pos_embed", "x_embedder", "patch_embed", "patch_embedding"),
-    "output_head": ("conv_out", "proj_out", "proj_out_1", "proj_out_2", "final_layer"),
-    "timestep_embedding": ("time_embedding", "time_proj", "time_embed", "timestep_embedder", "add_embedding"),
-    "context_embedding": (
-        "context_embedder",
-        "caption_projection",
-        "encoder_hid_proj",
-        "text_embedder",
-        "condition_embedder",
-    ),
-    "modulation": ("norm_out", "adaln_single", "norm1", "norm1_context"),
-}
+def _stacked_blocks(denoiser: nn.Module) -> list[tuple[str, ...]]:
+    """Stack and place of every block of a transformer, in the order the sample passes them.
+
+    One stack follows another: Flux has 19 double blocks, and 38 single ones after them. The blocks of a stack hold
+    attention; where none does, as in networks of other makes, any list of modules is a stack.
+    """
+    lists = {name: child for name, child in denoiser.named_children() if isinstance(child, nn.ModuleList)}
+    attending = {name: blocks for name, blocks in lists.items() if all(map(_attends, blocks))}
+    stacks = attending or {name: blocks for name, blocks in lists.items() if all(any(b.children()) for b in blocks)}
+    return [(name, str(place)) for name, blocks in stacks.items() for place in range(len(blocks))]
 
 
-def _role_by_name(path: list[str], layer: Quantizable) -> str:
-    for role, names in _BY_NAME.items():
-        if any(part in names for part in (path[:1] if role == "output_head" else path)):
-            return role
-    return "other" if isinstance(layer, nn.Linear) else "conv"
-
-
-def _stage(model: nn.Module, name: str) -> str:
-    head, *rest = name.split(".")
-    if head.startswith("down_block"):
-        return "encoder"
-    if head.startswith("mid_block"):
-        return "middle"
-    if head.startswith("up_block"):
-        return "decoder"
-    blocks = getattr(model, head)
-    if isinstance(blocks, nn.ModuleList) and len(blocks) > 1 and rest and rest[0].isdigit():
-        return ("early", "middle", "late")[int(rest[0]) * 3 // len(blocks)]
-    return "ends"
+def _attends(block: nn.Module) -> bool:
+    return any(is_attention(module) for module in block.modules() if module is not block)

@@ -1,9 +1,14 @@
-"""Run a probe over calibration samples: reference pass, then the scores, every finished piece kept on disk."""
+"""Run a probe over calibration samples: reference pass, then the scores, every finished piece kept on disk.
+
+Pieces have names and do not depend on each other, so that any process can make any of them, in any order, and the
+reduced result is the same to the bit.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +16,27 @@ import torch
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import Format
-from bitpolicy.policies.accounting import weights_hash
-from bitpolicy.sensitivity.ablation import ablate
-from bitpolicy.sensitivity.adjoint import AdjointProbe, Sketch
+from bitpolicy.policies.policy import Choice
+from bitpolicy.sensitivity.ablation import Measured, References, ablate
+from bitpolicy.sensitivity.adjoint import AdjointProbe
+from bitpolicy.sensitivity.cost import Cost, adjoint_forwards, stepwise_forwards
+from bitpolicy.sensitivity.directions import Direction, Random, Shared, Signal
+from bitpolicy.sensitivity.error_split import ErrorSplit
 from bitpolicy.sensitivity.inventory import Layer
 from bitpolicy.sensitivity.progress import Stages
-from bitpolicy.sensitivity.records import Records, settings_key
-from bitpolicy.sensitivity.reference import ReferencePass, reference_pass
+from bitpolicy.sensitivity.records import Piece, Records, settings_key
+from bitpolicy.sensitivity.reference import ReferencePass, reference_part
+from bitpolicy.sensitivity.samples import Sample, fingerprint
+from bitpolicy.sensitivity.sketch import Sketch
+from bitpolicy.sensitivity.stepwise import LocalSketch, StepwiseProbe
 from bitpolicy.sensitivity.table import SensitivityTable
-from bitpolicy.sensitivity.trajectory import Sample, Trajectories
+from bitpolicy.sensitivity.trajectory import LoopError, Trajectories
 from bitpolicy.sensitivity.weight_error import weight_errors
+from bitpolicy.sensitivity.workers import complete
 
-PROBES = ("adjoint", "ablation", "weight")
+PROBES = ("adjoint", "stepwise", "ablation", "weight")
 _LARGE = 500_000_000  # parameters; from here on the denoiser is also checkpointed inside, block by block
+_OUTLIER = 30.0  # times the median sketch: one that sees so much more than the others is worth a word
 
 
 @dataclass(frozen=True)
@@ -33,19 +46,22 @@ class ProbeSettings:
     Attributes:
         probe: one of PROBES.
         samples: calibration trajectories.
-        vectors: random directions a sample, for the adjoint probe.
+        vectors: random directions a sample, for the adjoint and the stepwise probe.
+        shared: directions common to all samples, for `ProbeRun.split`.
     """
 
     probe: str
     samples: tuple[Sample, ...]
     vectors: int = 2
+    shared: int = 8
 
     def __post_init__(self) -> None:
         if self.probe not in PROBES:
             raise BitPolicyError(f"unknown probe {self.probe!r}; write any of {', '.join(PROBES)}")
-        if not self.samples or self.vectors < 1:
+        if not self.samples or self.vectors < 1 or self.shared < 1:
             raise BitPolicyError(
-                f"a probe needs samples and vectors; got {len(self.samples)} samples, {self.vectors} vectors"
+                f"a probe needs samples and vectors; got {len(self.samples)} samples, {self.vectors} vectors, "
+                f"{self.shared} shared"
             )
 
 
@@ -57,6 +73,7 @@ class ProbeRun:
         inventory: the denoiser's layers.
         formats: candidate formats; only the packed ones are scored.
         storage: dtype of the stored weights.
+        weights: a hash of everything in the pipeline that the numbers depend on.
         folder: where finished pieces are kept.
         stages: progress and timing.
     """
@@ -67,6 +84,7 @@ class ProbeRun:
         inventory: Sequence[Layer],
         formats: Sequence[Format],
         storage: torch.dtype,
+        weights: str,
         settings: ProbeSettings,
         folder: Path,
         stages: Stages,
@@ -74,81 +92,217 @@ class ProbeRun:
         self._trajectories, self._inventory, self._storage = trajectories, inventory, storage
         self._formats = tuple(format for format in formats if format.packed)
         self._settings, self._stages = settings, stages
-        self._records = Records(folder / settings_key(self._identity()))
+        self._large = sum(p.numel() for p in trajectories.denoiser.parameters()) >= _LARGE
+        self._held: References | None = None
+        self._records = Records(folder / settings_key(self._identity(weights)))
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self, weights: str) -> dict[str, Any]:
         """Everything the numbers depend on."""
-        denoiser, pipe = self._trajectories.denoiser, self._trajectories.pipe
-        scheduler: Any = pipe.scheduler
+        pipe, scheduler = self._trajectories.pipe, self._trajectories.pipe.scheduler
         return {
-            "weights": weights_hash(denoiser, self._storage),
-            "compute": str(next(denoiser.parameters()).dtype),
+            "weights": weights,
+            "compute": str(next(self._trajectories.denoiser.parameters()).dtype),
             "pipeline": type(pipe).__name__,
             "scheduler": [type(scheduler).__name__, dict(scheduler.config)],
-            "call": self._trajectories.call,
-            "samples": [(s.prompt, s.seed) for s in self._settings.samples],
+            "call": fingerprint(self._trajectories.call),
+            "samples": [sample.identity() for sample in self._settings.samples],
             "formats": [f.parameters() for f in self._formats],
         }
 
     def reference(self) -> ReferencePass:
         """The mean inputs and latents' power over the calibration samples."""
-        samples = self._settings.samples
+        parts = list(self._trajectories.parts(self._settings.samples))
+        by_name = {f"reference-{i}": part for i, part in enumerate(parts)}
+
+        def make(names: Sequence[str]) -> Iterator[tuple[str, Piece]]:
+            for name in self._stages.track(names, "reference"):
+                yield name, reference_part(self._trajectories, by_name[name])
+
         with self._stages.timed("reference"):
-            found = self._records.get("reference")
-            if found is None:
-                tracked = self._stages.track(samples, "reference")
-                done = reference_pass(self._trajectories, tracked)
-                found = {**done.calibration, " power": torch.tensor([done.latent_power], dtype=torch.float64)}
-                self._records.put("reference", found)
-        power = float(found.pop(" power"))
-        return ReferencePass(found, power)
+            return ReferencePass.merged(list(complete(self._records, list(by_name), make).values()))
 
     def table(self, reference: ReferencePass) -> SensitivityTable:
-        """The scores of every layer in every packed format."""
-        names = [layer.name for layer in self._inventory]
+        """The scores of every layer in every packed format.
+
+        Where the sampling loop cannot be differentiated, the stepwise probe takes the adjoint one's place, with a
+        warning on stderr.
+        """
         with self._stages.timed("probe"):
-            if self._settings.probe == "adjoint":
-                return SensitivityTable.from_sketches(
-                    names, self._formats, self._sketches(reference), reference.latent_power
+            try:
+                table = self._scores(self._settings.probe, reference)
+            except LoopError as error:
+                self._stages.warn(
+                    f"{error}; each step is probed alone instead, which knows nothing of what the sampler makes of it"
                 )
-            if self._settings.probe == "ablation":
-                power = self._ablation(reference) / reference.latent_power
-                error, corrected = power.amin(0), power[1] <= power[0]
-                return SensitivityTable("ablation", tuple(names), self._formats, error, corrected)
-            error = weight_errors(self._trajectories.denoiser, self._formats, self._storage)
-            corrected = torch.ones_like(error, dtype=torch.bool)
-            return SensitivityTable("weight", tuple(names), self._formats, error, corrected)
+                table = self._scores("stepwise", reference)
+        self._warn_of_outliers(table)
+        corrected = table.corrected.clone()
+        corrected[[not self._correctable(layer, reference) for layer in self._inventory]] = False
+        return replace(table, corrected=corrected, cost=self._cost(table.probe, reference, 0))
 
-    def _sketches(self, reference: ReferencePass) -> list[Sketch]:
-        """Every sketch, in sample order, new ones appended to the records as they are made."""
-        denoiser = self._trajectories.denoiser
-        large = sum(p.numel() for p in denoiser.parameters()) >= _LARGE
-        probe = AdjointProbe(
-            self._trajectories, self._formats, reference.calibration, self._storage, recompute_inside=large
-        )
-        samples, vectors = self._settings.samples, self._settings.vectors
-        sketches = []
-        for i, sample in self._stages.track(list(enumerate(samples)), "adjoint probe"):
-            missing = [k for k in range(vectors) if self._records.get(f"sketch-{i}-{k}") is None]
-            for k, sketch in zip(missing, probe.sketches(sample, missing), strict=True) if missing else ():
-                self._records.put(f"sketch-{i}-{k}", {"weight": sketch.weight, "bias": sketch.bias})
-            for k in range(vectors):
-                piece = self._records.get(f"sketch-{i}-{k}")
-                assert piece is not None
-                sketches.append(Sketch(piece["weight"], piece["bias"]))
-        return sketches
+    @staticmethod
+    def _correctable(layer: Layer, reference: ReferencePass) -> bool:
+        """Whether correcting can do no harm: there is no bias, or its mean input is known."""
+        return not layer.has_bias or layer.name in reference.calibration
 
-    def _ablation(self, reference: ReferencePass) -> torch.Tensor:
-        """|dx_0|^2 of every layer, shape (2, layers, formats)."""
+    def _scores(self, probe: str, reference: ReferencePass) -> SensitivityTable:
+        names = [layer.name for layer in self._inventory]
+        if probe == "adjoint":
+            directions = [Random(k) for k in range(self._settings.vectors)]
+            sketches = [s for of_sample in self._sketches(reference, directions) for s in of_sample]
+            return SensitivityTable.from_sketches(names, self._formats, sketches, reference.latent_power)
+        if probe == "stepwise":
+            local = self._local_sketches(reference)
+            power = float(torch.stack([s.power.sum() for s in local]).double().mean())
+            return SensitivityTable.from_sketches(names, self._formats, [s.sketch for s in local], power, "stepwise")
+        if probe == "ablation":
+            return self._ablated(reference)
+        error = weight_errors(self._trajectories.denoiser, self._formats, self._storage)
+        return SensitivityTable("weight", tuple(names), self._formats, error, torch.ones_like(error, dtype=torch.bool))
+
+    def _cost(self, probe: str, reference: ReferencePass, measured: int) -> Cost:
+        samples, vectors = len(self._settings.samples), self._settings.vectors
+        once = samples * reference.calls
+        biases = sum(1 + layer.has_bias for layer in self._inventory)
+        of_probe = {
+            "adjoint": samples * adjoint_forwards(reference.calls, vectors, self._large),
+            "stepwise": samples * stepwise_forwards(reference.calls, vectors),
+            "ablation": once * biases * len(self._formats),
+            "weight": 0,
+        }[probe]
+        return Cost(once, of_probe, measured * once, once * len(self._inventory) * len(self._formats))
+
+    def _sketches(self, reference: ReferencePass, directions: Sequence[Direction]) -> list[list[Sketch]]:
+        """The sketches of each sample in turn, one for each direction."""
         samples = self._settings.samples
-        latents: list[torch.Tensor] = []
-        rows = []
-        for layer in self._stages.track(self._inventory, "ablation probe"):
-            piece = self._records.get(f"ablation-{layer.name}")
-            if piece is None:
-                latents = latents or list(self._trajectories.latents(samples))
-                arguments = (self._formats, reference.calibration, self._storage, samples, latents)
-                piece = {"power": ablate(self._trajectories, layer, *arguments)}
-                self._records.put(f"ablation-{layer.name}", piece)
-            rows.append(piece["power"])
-        return torch.stack(rows, dim=1)
+        probe = AdjointProbe(self._trajectories, self._formats, reference.calibration, self._storage, self._large)
+        work = {f"sketch-{i}-{d.name}": (i, d) for i, d in itertools.product(range(len(samples)), directions)}
+
+        def make(names: Sequence[str]) -> Iterator[tuple[str, Piece]]:
+            with self._stages.bar(len(names), "adjoint probe") as advance:
+                for i, group in itertools.groupby(names, key=lambda name: work[name][0]):
+                    of_sample = list(group)
+                    for name, s in zip(
+                        of_sample, probe.sketches(samples[i], [work[n][1] for n in of_sample]), strict=True
+                    ):
+                        yield name, {"weight": s.weight, "bias": s.bias, "along": torch.tensor(s.along)}
+                        advance()
+
+        pieces = complete(self._records, list(work), make).values()
+        found = [Sketch(piece["weight"], piece["bias"], float(piece["along"])) for piece in pieces]
+        return [found[k : k + len(directions)] for k in range(0, len(found), len(directions))]
+
+    def _local_sketches(self, reference: ReferencePass) -> list[LocalSketch]:
+        """Every stepwise sketch, in sample order."""
+        samples, vectors = self._settings.samples, range(self._settings.vectors)
+        probe = StepwiseProbe(self._trajectories, self._formats, reference.calibration, self._storage)
+        work = {f"local-{i}-{k}": (i, k) for i, k in itertools.product(range(len(samples)), vectors)}
+
+        def make(names: Sequence[str]) -> Iterator[tuple[str, Piece]]:
+            for name in self._stages.track(names, "stepwise probe"):
+                i, k = work[name]
+                (local,) = probe.sketches(samples[i], [k])
+                yield name, {"weight": local.sketch.weight, "bias": local.sketch.bias, "power": local.power}
+
+        pieces = complete(self._records, list(work), make).values()
+        return [LocalSketch(Sketch(piece["weight"], piece["bias"]), piece["power"]) for piece in pieces]
+
+    def split(self, reference: ReferencePass) -> ErrorSplit:
+        """What each layer's error is made of, from directions that all samples share.
+
+        Raises:
+            BitPolicyError: there are fewer than two samples.
+            LoopError: the sampling loop cannot be differentiated.
+        """
+        if len(self._settings.samples) < 2:
+            raise BitPolicyError("a bias is what samples have in common: give --samples 2 or more")
+        with self._stages.timed("split"):
+            directions: list[Direction] = [Shared(k) for k in range(self._settings.shared)]
+            found = self._sketches(reference, [*directions, Signal()])
+            shared, signal = [of_sample[:-1] for of_sample in found], [of_sample[-1] for of_sample in found]
+            return ErrorSplit.of(shared, signal, self._local_sketches(reference), reference.latent_power)
+
+    def measure(
+        self, policies: Mapping[str, Mapping[str, Choice]], reference: ReferencePass, label: str, images: bool = False
+    ) -> list[Measured]:
+        """The measured error of each policy; layers it does not name stay as they are.
+
+        Args:
+            policies: by a name for the record.
+            label: of the progress bar.
+            images: decode, too, and measure the images' error.
+        """
+
+        def make(names: Sequence[str]) -> Iterator[tuple[str, Piece]]:
+            for name in self._stages.track(names, label):
+                arguments = (reference.calibration, self._storage, self._settings.samples, self._references(images))
+                yield name, ablate(self._trajectories, policies[name], *arguments).tensors()
+
+        return [Measured.from_tensors(t) for t in complete(self._records, list(policies), make).values()]
+
+    def remeasured(
+        self, table: SensitivityTable, reference: ReferencePass, places: Iterable[tuple[int, int]]
+    ) -> SensitivityTable:
+        """`table` with the errors at (layer, column of the format) measured by ablation."""
+        done = table.measured if table.measured is not None else torch.zeros_like(table.corrected)
+        wanted = [place for place in dict.fromkeys(places) if not done[place]]
+        if not wanted:
+            return table
+        with self._stages.timed("re-measure"):
+            alone = {alone_name(table, *place): {table.layers[place[0]]: _choice(table, *place)} for place in wanted}
+            found = self.measure(alone, reference, "re-measuring")
+        errors = [float(m.power.mean()) / reference.latent_power for m in found]
+        table = table.remeasured(dict(zip(wanted, errors, strict=True)))
+        assert table.measured is not None
+        return replace(table, cost=self._cost(table.probe, reference, int(table.measured.sum())))
+
+    def _ablated(self, reference: ReferencePass) -> SensitivityTable:
+        """Every layer in every format with either bias, measured."""
+        names = tuple(layer.name for layer in self._inventory)
+        shape = (len(names), len(self._formats))
+        biases = [
+            SensitivityTable("ablation", names, self._formats, torch.zeros(shape), torch.full(shape, corrected))
+            for corrected in (False, True)
+        ]
+        places = list(itertools.product(range(shape[0]), range(shape[1])))
+        both = [layer.has_bias and layer.name in reference.calibration for layer in self._inventory]
+        work = {
+            alone_name(table, *place): {names[place[0]]: _choice(table, *place)}
+            for place in places
+            for table in (biases if both[place[0]] else biases[:1])
+        }
+        found = dict(zip(work, self.measure(work, reference, "ablation probe"), strict=True))
+        power = torch.zeros(2, *shape, dtype=torch.float64)
+        for place in places:
+            plain = found[alone_name(biases[0], *place)]
+            fixed = found.get(alone_name(biases[1], *place), plain)
+            power[:, *place] = torch.stack([plain.power.mean(), fixed.power.mean()]) / reference.latent_power
+        return SensitivityTable("ablation", names, self._formats, power.amin(0), power[1] <= power[0])
+
+    def _references(self, images: bool) -> References:
+        if self._held is None or images != (self._held.images is not None):
+            self._held = References.of(self._trajectories, self._settings.samples, images)
+        return self._held
+
+    def _warn_of_outliers(self, table: SensitivityTable) -> None:
+        """Sketches are kept whatever they say; one that says far more than the others is named."""
+        if table.sketches is None or len(table.sketches) < 4:
+            return
+        power = table.sketches.double().square().sum((1, 2))
+        worst = int(power.argmax())
+        if power[worst] > _OUTLIER * power.median():
+            sample = self._settings.samples[worst // self._settings.vectors]
+            self._stages.warn(
+                f"one sketch of {len(power)} is {float(power[worst] / power.median()):.0f} times the median: "
+                f"{sample.prompt!r}, seed {sample.seed}; more --samples make the scores steadier"
+            )
+
+
+def _choice(table: SensitivityTable, layer: int, column: int) -> Choice:
+    return table.choice(layer, table.formats[column])
+
+
+def alone_name(table: SensitivityTable, layer: int, column: int) -> str:
+    """What the record of one quantized layer is called."""
+    choice = _choice(table, layer, column)
+    return f"ablation-{table.layers[layer]}-{choice.format.name}-{'corrected' if choice.bias_correction else 'plain'}"

@@ -49,6 +49,10 @@ class Stages:
             task = bars.add_task(description, total=total)
             yield lambda: bars.advance(task)
 
+    def warn(self, text: str) -> None:
+        """One line on stderr, bars or none."""
+        print(f"warning: {text}", file=sys.stderr)
+
     def track(self, items: Sequence[T], description: str) -> Iterator[T]:
         """Pass `items` through a progress bar."""
         with self.bar(len(items), description) as advance:

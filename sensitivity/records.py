@@ -1,23 +1,26 @@
 """Finished pieces of a probe on disk, so that an interrupted one goes on where it stopped.
 
-Each piece is one small safetensors file, written aside and renamed, in a folder named by a hash of everything the
-numbers depend on: another model, prompt, seed, scheduler or format is another folder, and old pieces are never mistaken
-for new.
+Each piece is one small safetensors file with a checksum of its tensors, written aside and renamed, and never changed
+again. The folder is named by a hash of everything the numbers depend on: another model, prompt, seed, scheduler or
+format is another folder, and old pieces are never mistaken for new. Several processes may share a folder.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
+from bitpolicy.policies.accounting import tensor_bytes
 from bitpolicy.policies.atomic import written_aside
+
+Piece = Mapping[str, torch.Tensor]
 
 
 def settings_key(settings: Mapping[str, Any]) -> str:
@@ -33,21 +36,27 @@ class Records:
         folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, name: str) -> dict[str, torch.Tensor] | None:
-        """The finished piece, or None; a file that does not read counts as not there."""
+        """The finished piece, or None; a file that does not read, or not as it was written, counts as not there."""
         path = self._folder / f"{name}.safetensors"
-        try:
-            return load_file(path) if path.exists() else None
-        except SafetensorError:
+        if not path.exists():
             return None
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+                whole = (file.metadata() or {}).get("sha256") == _checksum(tensors)
+        except (OSError, SafetensorError):
+            return None
+        return tensors if whole else None
 
-    def put(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    def put(self, name: str, tensors: Piece) -> None:
+        kept = {key: tensor.contiguous() for key, tensor in tensors.items()}
         with written_aside(self._folder / f"{name}.safetensors") as aside:
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, aside)
+            save_file(kept, aside, metadata={"sha256": _checksum(kept)})
 
-    def get_or_make(self, name: str, make: Callable[[], Mapping[str, torch.Tensor]]) -> Mapping[str, torch.Tensor]:
-        """The finished piece, made and kept if it is not there."""
-        found = self.get(name)
-        if found is None:
-            found = dict(make())
-            self.put(name, found)
-        return found
+
+def _checksum(tensors: Piece) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()

@@ -1,15 +1,17 @@
-"""One pass over the calibration samples with the reference: the mean input of every layer, the size of the latents."""
+"""The reference pass over the calibration samples: the mean input of every layer, the size of the latents."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from bitpolicy.kernels.bias_correction import mean_patch
 from bitpolicy.kernels.layers import Quantizable, quantizable_layers
-from bitpolicy.sensitivity.trajectory import Sample, Trajectories
+from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.trajectory import Trajectories
 
 
 @dataclass(frozen=True)
@@ -18,44 +20,75 @@ class ReferencePass:
 
     Attributes:
         calibration: layer name -> E[x] over samples, steps and positions, float32 on the CPU, shape (in) or
-            (in, *kernel).
+            (in, *kernel). A layer that was never called has none.
         latent_power: E|x_0|^2, the mean squared norm of the final latent.
+        calls: denoiser calls of one trajectory.
     """
 
     calibration: dict[str, torch.Tensor]
     latent_power: float
+    calls: int
+
+    @classmethod
+    def of(cls, trajectories: Trajectories, samples: Sequence[Sample]) -> ReferencePass:
+        """Run every sample once, without gradients."""
+        return cls.merged([reference_part(trajectories, samples)])
+
+    @classmethod
+    def merged(cls, parts: Sequence[Mapping[str, torch.Tensor]]) -> ReferencePass:
+        """Reduce what `reference_part` gave for each part of the samples, in the order given."""
+        total: dict[str, torch.Tensor] = {}
+        for part in parts:
+            for key, value in part.items():
+                total[key] = total[key] + value if key in total else value
+        sums = {key.removeprefix(_SUM): value for key, value in total.items() if key.startswith(_SUM)}
+        calibration = {name: (value / total[_COUNT + name]).float() for name, value in sums.items()}
+        samples = float(total["samples"])
+        return cls(calibration, float(total["power"]) / samples, round(float(total["calls"]) / samples))
 
 
-def reference_pass(trajectories: Trajectories, samples: Iterable[Sample]) -> ReferencePass:
-    """Run every sample once, without gradients. `samples` may be a progress bar over them."""
-    means = _RunningMeans()
-    handles = [
-        layer.register_forward_pre_hook(means.hook(name, layer), with_kwargs=True)
-        for name, layer in quantizable_layers(trajectories.denoiser)
+_SUM, _COUNT = "sum ", "count "  # no layer's name begins with these: a space cannot stand in a module path
+
+
+def reference_part(trajectories: Trajectories, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    """Sums over the trajectories of `samples`, float64, for `ReferencePass.merged`."""
+    sums = _Sums()
+    layers = quantizable_layers(trajectories.denoiser)
+    handles: list[Any] = [
+        layer.register_forward_pre_hook(sums.of_inputs(name, layer), with_kwargs=True) for name, layer in layers
     ]
+    handles += [denoiser.register_forward_pre_hook(sums.of_calls) for denoiser in trajectories.denoisers]
     try:
-        powers = [float(latent.square().sum()) for latent in trajectories.latents(samples)]
+        for part in trajectories.parts(samples):
+            sums.samples_now = len(part)
+            for latent in trajectories.latents(part):
+                sums.add("power", latent.double().square().sum())
+                sums.add("samples", torch.ones((), dtype=torch.float64))
     finally:
         for handle in handles:
             handle.remove()
-    return ReferencePass(means.result(), sum(powers) / len(powers))
+    return sums.total
 
 
-class _RunningMeans:
-    """Mean over calls, weighted by their samples, summed in float64 in call order."""
+class _Sums:
+    """Sums in float64, in call order."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self.total: dict[str, torch.Tensor] = {}
+        self.samples_now = 0  # samples that share the calls that are made now
 
-    def hook(self, name: str, layer: Quantizable) -> Callable[..., None]:
+    def add(self, key: str, value: torch.Tensor) -> None:
+        value = value.cpu()
+        self.total[key] = self.total[key] + value if key in self.total else value
+
+    def of_inputs(self, name: str, layer: Quantizable) -> Callable[..., None]:
         def add(_module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
             x = args[0] if args else kwargs["input"]
-            patch = mean_patch(layer, x).double() * len(x)  # calls differ in how many samples they hold
-            self._sums[name] = self._sums[name] + patch if name in self._sums else patch
-            self._counts[name] = self._counts.get(name, 0) + len(x)
+            rows = torch.tensor(float(len(x)), dtype=torch.float64)  # calls differ in how many samples they hold
+            self.add(_SUM + name, mean_patch(layer, x).double() * rows)
+            self.add(_COUNT + name, rows)
 
         return add
 
-    def result(self) -> dict[str, torch.Tensor]:
-        return {name: (total / self._counts[name]).float().cpu() for name, total in self._sums.items()}
+    def of_calls(self, *_: Any) -> None:
+        self.add("calls", torch.tensor(float(self.samples_now), dtype=torch.float64))

@@ -8,9 +8,10 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,8 +23,54 @@ from bitpolicy.kernels.formats import format_named
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.atomic import write_text, written_aside
 from bitpolicy.policies.policy import Choice
-from bitpolicy.sensitivity.adjoint import Sketch
+from bitpolicy.sensitivity.cost import Cost
 from bitpolicy.sensitivity.inventory import Layer
+from bitpolicy.sensitivity.sketch import Sketch
+
+NO_IMAGE_ERROR = ("stepwise", "weight")  # probes whose numbers rank layers, and are no error of the image
+FIRST_ORDER = 1e-3  # relative error of the final latent up to which a prediction is trusted
+_TENSORS = ("error", "corrected", "sketches", "by_step", "measured")
+
+
+@dataclass(frozen=True)
+class ModelContext:
+    """What a table's reader needs to know of the model, without the model."""
+
+    inventory: Sequence[Layer]
+    account: ByteAccount
+
+    def as_json(self) -> dict[str, Any]:
+        storage = str(self.account.storage_dtype).removeprefix("torch.")
+        layers = [asdict(layer) for layer in self.inventory]
+        return {
+            "layers": layers,
+            "storage_dtype": storage,
+            "fixed": self.account.fixed,
+            "parameters": self.account.parameters,
+        }
+
+    @classmethod
+    def load(cls, path: Path) -> ModelContext:
+        """Read it from `sensitivity.safetensors`.
+
+        Raises:
+            BitPolicyError: it is missing or no such table.
+        """
+        try:
+            found = _about(path)["model"]
+            layers = [Layer(**{**layer, "shape": tuple(layer["shape"])}) for layer in found["layers"]]
+            shapes = {layer.name: layer.shape for layer in layers}
+            storage = getattr(torch, found["storage_dtype"])
+            return cls(layers, ByteAccount(storage, shapes, found["fixed"], found["parameters"]))
+        except (OSError, KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+            raise BitPolicyError(
+                f"cannot read sensitivity table {path}: {error}; run `bitpolicy probe` again"
+            ) from error
+
+
+def _about(path: Path) -> dict[str, Any]:
+    with safe_open(path, "pt") as file:
+        return json.loads((file.metadata() or {})["bitpolicy"])
 
 
 @dataclass(frozen=True)
@@ -31,15 +78,19 @@ class SensitivityTable:
     """Scores of every layer in every packed format. FP16 is the reference and scores zero.
 
     Attributes:
-        probe: "adjoint", "ablation" or "weight".
+        probe: "adjoint", "stepwise", "ablation" or "weight".
         layers: names, length L.
         formats: the packed formats, length F.
-        error: E|dx_0|^2 / E|x_0|^2 of one layer alone with its better bias, float64, shape (L, F), >= 0. For the weight
-            probe the relative weight error instead, which is no error of the image.
+        error: E|dx_0|^2 / E|x_0|^2 of one layer alone with its better bias, float64, shape (L, F), >= 0. For the
+            stepwise probe the relative error of the denoiser's outputs, for the weight probe that of the weight:
+            neither is an error of the image.
         corrected: whether bias correction is what gave `error`, bool, shape (L, F).
         sketches: s with that bias, divided by sqrt(E|x_0|^2), float32, shape (R, L, F), so that the mean of squares
             over R is `error`; None where the probe has none.
-        by_step: share of each scheduler step in the sketches' power, float32, shape (T, L, F); None like sketches.
+        by_step: the error that enters at each scheduler step, alone: E|dx_0|^2 / E|x_0|^2, float32, shape (T, L, F);
+            None like sketches. Steps may add up or cancel, so their sum is not `error`.
+        measured: where `error` was re-measured by ablation, bool, shape (L, F); None where nothing was.
+        cost: what all this cost; None where it was not counted.
     """
 
     probe: str
@@ -49,27 +100,68 @@ class SensitivityTable:
     corrected: torch.Tensor
     sketches: torch.Tensor | None = None
     by_step: torch.Tensor | None = None
+    measured: torch.Tensor | None = None
+    cost: Cost | None = None
 
     @classmethod
     def from_sketches(
-        cls, layers: Sequence[str], formats: Sequence[Format], sketches: Sequence[Sketch], latent_power: float
+        cls,
+        layers: Sequence[str],
+        formats: Sequence[Format],
+        sketches: Sequence[Sketch],
+        latent_power: float,
+        probe: str = "adjoint",
     ) -> SensitivityTable:
-        """Reduce sketches of the adjoint probe; `latent_power` is E|x_0|^2."""
+        """Reduce sketches of the adjoint probe; `latent_power` is E|x_0|^2. Of the stepwise probe likewise, with the
+        power of the denoiser's outputs."""
         plain = torch.stack([s.weight for s in sketches]) / latent_power**0.5
         fixed = plain + torch.stack([s.bias for s in sketches]) / latent_power**0.5
         power = [part.sum(1).double().square().mean(0) for part in (plain, fixed)]
         corrected = power[1] <= power[0]  # equal where there is no bias: nothing to do either way
         by_step = torch.where(corrected, fixed, plain)
-        steps = by_step.square().mean(0)
         return cls(
-            "adjoint",
+            probe,
             tuple(layers),
             tuple(formats),
             torch.where(corrected, power[1], power[0]),
             corrected,
             by_step.sum(1),
-            steps / steps.sum(0).clamp(min=torch.finfo(torch.float32).tiny),
+            by_step.square().mean(0),
         )
+
+    def remeasured(self, errors: Mapping[tuple[int, int], float]) -> SensitivityTable:
+        """The table with measured errors in place of those at (layer, column of the format).
+
+        Sketches and steps are scaled along, so that they still add up to what is measured.
+        """
+        if not errors:
+            return self
+        error = self.error.clone()
+        measured = torch.zeros_like(self.corrected) if self.measured is None else self.measured.clone()
+        for place, value in errors.items():
+            error[place], measured[place] = value, True
+        scale = (error / self.error.clamp(min=torch.finfo(torch.float64).tiny)).float()
+        sketches = None if self.sketches is None else self.sketches * scale.sqrt()
+        by_step = None if self.by_step is None else self.by_step * scale
+        return replace(self, error=error, measured=measured, sketches=sketches, by_step=by_step)
+
+    def largest(self, count: int) -> list[tuple[int, int]]:
+        """Up to `count` places (layer, column of the format) whose error is too large for first order, worst first."""
+        order = self.error.flatten().argsort(descending=True)[:count].tolist()
+        places = [divmod(place, len(self.formats)) for place in order]
+        return [place for place in places if self.error[place] > FIRST_ORDER]
+
+    def halves(self) -> tuple[SensitivityTable, SensitivityTable] | None:
+        """The table from the sketches of the first half of the samples, and of the second; None without sketches."""
+        if self.sketches is None or len(self.sketches) < 2:
+            return None
+        parts = self.sketches[: len(self.sketches) // 2], self.sketches[len(self.sketches) // 2 :]
+        first, second = (replace(self, sketches=s, error=s.double().square().mean(0), by_step=None) for s in parts)
+        return first, second
+
+    def source(self, layer: int, column: int) -> str:
+        """Which probe a number came from."""
+        return "ablation" if self.measured is not None and bool(self.measured[layer, column]) else self.probe
 
     def choice(self, layer: int, format: Format) -> Choice:
         """The format together with the bias that scored better with it."""
@@ -87,7 +179,7 @@ class SensitivityTable:
         None where scores are no image error. From sketches the layers' errors add up as vectors,
         mean_r (sum_l s_r(l, f_l))^2; without them, as powers.
         """
-        if self.probe == "weight":
+        if self.probe in NO_IMAGE_ERROR:
             return None
         if self.sketches is None:
             return sum(self.score(i, format) for i, format in enumerate(formats))
@@ -99,8 +191,14 @@ class SensitivityTable:
 
     def save(self, folder: Path, inventory: Sequence[Layer], account: ByteAccount) -> None:
         """Write both files into `folder`."""
-        tensors = {"error": self.error, "corrected": self.corrected, "sketches": self.sketches, "by_step": self.by_step}
-        about = {"probe": self.probe, "layers": self.layers, "formats": [f.name for f in self.formats]}
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        about = {
+            "probe": self.probe,
+            "layers": self.layers,
+            "formats": [f.name for f in self.formats],
+            "cost": None if self.cost is None else asdict(self.cost),
+            "model": ModelContext(inventory, account).as_json(),
+        }
         with written_aside(folder / "sensitivity.safetensors") as aside:
             kept = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
             save_file(kept, aside, metadata={"bitpolicy": json.dumps(about)})
@@ -114,21 +212,22 @@ class SensitivityTable:
             BitPolicyError: it is missing or no such table.
         """
         try:
+            about = _about(path)
             with safe_open(path, "pt") as file:
-                about = json.loads((file.metadata() or {})["bitpolicy"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except (OSError, KeyError, ValueError, SafetensorError) as error:
+            formats = tuple(format_named(name) for name in about["formats"])
+            cost = Cost(**about["cost"]) if about.get("cost") else None
+            return cls(about["probe"], tuple(about["layers"]), formats, **tensors, cost=cost)
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise BitPolicyError(
                 f"cannot read sensitivity table {path}: {error}; run `bitpolicy probe` again"
             ) from error
-        formats = tuple(format_named(name) for name in about["formats"])
-        return cls(about["probe"], tuple(about["layers"]), formats, **tensors)
 
     def _csv(self, inventory: Sequence[Layer], account: ByteAccount) -> str:
         text = io.StringIO()
         rows = csv.writer(text, lineterminator="\n")
         rows.writerow(
-            ["layer", "role", "stage", "kind", "shape", "format", "bytes", "error", "bias_corrected", "probe"]
+            ["layer", "role", "stage", "kind", "shape", "format", "bytes", "error", "bias_corrected", "source"]
         )
         for i, layer in enumerate(inventory):
             for j, format in enumerate(self.formats):
@@ -138,7 +237,7 @@ class SensitivityTable:
                     account.layer(layer.name, format),
                     f"{float(self.error[i, j]):.6e}",
                     bool(self.corrected[i, j]),
-                    self.probe,
+                    self.source(i, j),
                 ]
                 rows.writerow(row)
         return text.getvalue()

@@ -1,7 +1,9 @@
 """Run a pipeline's own sampling loop: finished images, final latents, or a differentiable latent.
 
 No sampler code is needed: `type(pipe).__call__` is the loop, with whatever scheduler the pipeline has, and the function
-that diffusers' `torch.no_grad` decorator wraps is differentiable end to end.
+that diffusers' `torch.no_grad` decorator wraps is differentiable end to end. What is studied is the latents that the
+pipeline returns; where it returns none (DDIM, DDPM and DiT decode at once), the sample that the last scheduler step
+gives, and the loop is left there.
 """
 
 from __future__ import annotations
@@ -11,46 +13,34 @@ import inspect
 import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.policies.denoiser import denoiser_of, denoisers_in
+from bitpolicy.sensitivity.samples import Sample
 
-_OURS = ("prompt", "generator", "output_type", "num_images_per_prompt", "return_dict", "latents")
-DENOISERS = ("unet", "transformer")
+_OURS = {"prompt", "class_labels", "batch_size", "generator", "output_type", "num_images_per_prompt", "return_dict"}
+_OURS |= {"latents"}
 _SMALL, _SMALL_BATCH = 100_000_000, 4  # parameters below which several samples share one call, and how many
+_REFUSALS = (TypeError, ValueError, AttributeError, KeyError, NotImplementedError)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One prompt with one seed: a trajectory."""
-
-    prompt: str
-    seed: int
+class LoopError(BitPolicyError):
+    """The sampling loop cannot be differentiated from end to end."""
 
 
-def denoiser_name(pipe: DiffusionPipeline, component: str | None = None) -> str:
-    """The component to quantize: `component` if given, else the pipeline's `unet` or `transformer`.
+class _Finished(BaseException):
+    """Leaves a sampling loop after its last step."""
 
-    Raises:
-        BitPolicyError: the pipeline has no such component, or it is not a torch module.
-    """
-    candidates = [component] if component else DENOISERS
-    for name in candidates:
-        found = getattr(pipe, name, None)
-        if isinstance(found, ModelMixin) and not hasattr(found, "decode"):  # an autoencoder is not in the loop
-            return name
-    if component and isinstance(getattr(pipe, component, None), nn.Module):
-        raise BitPolicyError(f"the {component} of {type(pipe).__name__} is no denoiser; leave --component out")
-    modules = [name for name, value in pipe.components.items() if isinstance(value, nn.Module)]
-    wanted = f"component {component!r}" if component else f"component named {' or '.join(DENOISERS)}"
-    raise BitPolicyError(
-        f"{type(pipe).__name__} has no {wanted}; it has {', '.join(modules) or 'none'}: choose with --component"
-    )
+
+class _NotFinite(Exception):
+    """A scheduler step gave NaN or Inf."""
 
 
 class Trajectories:
@@ -58,108 +48,213 @@ class Trajectories:
 
     Attributes:
         pipe: the pipeline; its denoiser may be changed between runs, and the change shows.
-        denoiser: the module under study.
+        denoiser: the module under study; an `nn.ModuleDict` where there are several.
         call: arguments of every pipeline call, e.g. {"num_inference_steps": 20}.
-        steps: number of scheduler steps of the last run.
+        steps: number of scheduler steps of the last run, those of the current run so far.
         batch: how many samples share one call where no gradient is wanted.
     """
 
     def __init__(self, pipe: DiffusionPipeline, component: str, call: Mapping[str, Any]) -> None:
         self.pipe, self.call = pipe, dict(call)
-        self.denoiser: nn.Module = getattr(pipe, component)
+        self.denoiser: nn.Module = denoiser_of(pipe, component)
         self._accepted = inspect.signature(type(pipe).__call__).parameters
-        unknown = [name for name in self.call if name not in self._accepted]
-        if unknown:
-            raise BitPolicyError(f"{type(pipe).__name__} does not take {', '.join(unknown)}; leave it out")
-        ours = [name for name in self.call if name in _OURS]
-        if ours:
-            raise BitPolicyError(f"{', '.join(ours)} cannot be given: every sample sets its own; leave it out")
+        self.require(self.call)
         self.steps = 0
         self._last = torch.empty(0)
-        self.batch = _SMALL_BATCH if sum(p.numel() for p in self.denoiser.parameters()) < _SMALL else 1
+        self._leave_after: int | None = None  # steps of the loop where the pipeline returns no latents, 0 where it does
+        self.batch = _SMALL_BATCH if self._may_share_calls() else 1
         pipe.set_progress_bar_config(disable=True)
+
+    def _may_share_calls(self) -> bool:
+        """Small models gain by it; but noise that the loop draws has to come from each sample's own generator."""
+        small = sum(p.numel() for p in self.denoiser.parameters()) < _SMALL
+        own_noise = hasattr(self.pipe, "prepare_extra_step_kwargs") or "batch_size" in self._accepted
+        return small and own_noise and "num_frames" not in self._accepted  # frames are a batch of their own
+
+    def require(self, arguments: Iterable[str]) -> None:
+        """Check the names of call arguments.
+
+        Raises:
+            BitPolicyError: the pipeline takes none of that name, or it is set here.
+        """
+        names = list(arguments)
+        unknown = [name for name in names if name not in self._accepted]
+        if unknown:
+            raise BitPolicyError(f"{self._class} does not take {', '.join(unknown)}; leave it out")
+        ours = [name for name in names if name in _OURS]
+        if ours:
+            raise BitPolicyError(f"{', '.join(ours)} cannot be given: every sample sets its own; leave it out")
 
     def images(self, samples: Iterable[Sample]) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
         """(decoded image, final latent) of each sample without gradients; `batch` samples share one pipeline call.
 
         Yields:
-            image float32 on the CPU, shape (C, H, W), in [0, 1], not rounded to 8 bits; latent float32 on the CPU,
-            shape (C, h, w), scaled as the denoiser sees it.
+            image float32 on the CPU, shape (C, H, W), for a video (frames, C, H, W), in [0, 1], not rounded to 8 bits;
+            latent float32 on the CPU, shape (C, h, w) or as the pipeline has it, scaled as the denoiser sees it.
         """
-        for part in _parts(samples, self.batch):
-            with self._observed(), torch.no_grad():
-                output = self.pipe(**self._arguments(part), output_type="pt")
-            yield from zip(_first(output).float().cpu(), self._last.float().cpu(), strict=True)
+        for part in self.parts(samples):
+            output = self._run(part, "pt")
+            yield from zip(_pixels(output).float().cpu(), _rows(self._last, len(part)).float().cpu(), strict=True)
 
     def latents(self, samples: Iterable[Sample]) -> Generator[torch.Tensor, None, None]:
-        """The final latent of each sample without gradients, float32 on the CPU, shape (C, h, w)."""
-        for part in _parts(samples, self.batch):
-            with self._observed(), torch.no_grad():
-                self.pipe(**self._arguments(part), output_type="latent")
-            yield from self._last.float().cpu()
+        """The final latent of each sample without gradients, float32 on the CPU, shape (C, h, w) or as the pipeline
+        has it."""
+        for part in self.parts(samples):
+            output = self._run(part, "latent")
+            self._leave_after = 0 if isinstance(output, torch.Tensor) else self.steps
+            yield from (_rows(self._last, len(part)) if self._leave_after else output).float().cpu()
 
     def differentiable_latent(self, sample: Sample) -> torch.Tensor:
-        """The final latent with its graph, shape (1, C, h, w), in the compute dtype.
+        """The final latent with its graph, shape (1, C, h, w) or as the pipeline has it, in the compute dtype.
 
         Raises:
-            BitPolicyError: the pipeline's loop cannot be differentiated.
+            LoopError: the pipeline's loop cannot be differentiated.
         """
+        if self._leave_after is None:
+            next(self.latents([sample]))
         undecorated: Callable[..., Any] = inspect.unwrap(type(self.pipe).__call__)
-        with self._observed(), torch.enable_grad():
-            latent = _first(undecorated(self.pipe, **self._arguments([sample]), output_type="latent"))
+        with self._observed(sample.seed, self._leave_after or 0), torch.enable_grad():
+            try:
+                latent = _first(undecorated(self.pipe, **self._arguments([sample]), output_type="latent"))
+            except _Finished:
+                latent = _rows(self._last, 1)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # torch's word for in-place changes and for numpy() on a graph
+                raise LoopError(f"the sampling loop of {self._class} cannot be differentiated: {error}") from error
+        self._last = torch.empty(0)  # it would keep the graph
         if not latent.requires_grad:
-            raise BitPolicyError(
-                f"the sampling loop of {type(self.pipe).__name__} cannot be differentiated; use --probe ablation"
-            )
+            raise LoopError(f"the sampling loop of {self._class} detaches its result")
         return latent
 
+    @property
+    def _class(self) -> str:
+        return type(self.pipe).__name__
+
+    def parts(self, samples: Iterable[Sample]) -> Iterator[list[Sample]]:
+        """What shares a pipeline call: up to `batch` samples; one with arguments of its own stays alone."""
+        waiting = iter(samples)
+        while part := list(itertools.islice(waiting, self.batch)):
+            yield from [[sample] for sample in part] if any(sample.arguments for sample in part) else [part]
+
+    def _run(self, part: Sequence[Sample], output_type: str) -> Any:
+        """The pipeline's images, frames or latents for `part`, without a graph."""
+        try:
+            with self._observed(part[0].seed), torch.no_grad():
+                return _first(self.pipe(**self._arguments(part), output_type=output_type))
+        except _NotFinite:
+            raise self._located(part, output_type) from None
+        except _REFUSALS as error:
+            if self.steps:  # the loop had begun: the pipeline took the call
+                raise
+            raise BitPolicyError(
+                f"{self._class} refused the call: {' '.join(str(error).split())}; what it needs beyond a prompt can be "
+                'given in --prompts FILE.jsonl, one JSON object of call arguments a line: {"prompt": ..., "image": ...}'
+            ) from error
+
+    def _located(self, part: Sequence[Sample], output_type: str) -> BitPolicyError:
+        """Which layer is the first to give NaN or Inf: run again and look at each."""
+        found: list[tuple[int, str]] = []
+
+        def look(name: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+                if not found and not torch.isfinite(output).all():
+                    found.append((self.steps, name))
+
+            return hook
+
+        handles = [layer.register_forward_hook(look(name)) for name, layer in quantizable_layers(self.denoiser)]
+        try:
+            with self._observed(part[0].seed), torch.no_grad():
+                self.pipe(**self._arguments(part), output_type=output_type)
+        except _NotFinite:
+            pass  # found as before, with the layer's name now
+        finally:
+            for handle in handles:
+                handle.remove()
+        step, where = found[0] if found else (self.steps - 1, "the scheduler, not a layer,")
+        return BitPolicyError(
+            f"step {step + 1}: {where} gives NaN or Inf for {part[0].prompt!r}, seed {part[0].seed}; "
+            "try --dtype bfloat16 or float32"
+        )
+
     def _arguments(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        count = len(samples)
         arguments = {
-            name: [value] * len(samples) if isinstance(value, str) and "prompt" in name else value
+            name: [value] * count if isinstance(value, str) and "prompt" in name else value
             for name, value in self.call.items()
         }
-        arguments["generator"] = [torch.Generator("cpu").manual_seed(sample.seed) for sample in samples]
-        if "prompt" in self._accepted:
+        generators = [torch.Generator("cpu").manual_seed(sample.seed) for sample in samples]
+        if "generator" in self._accepted:
+            arguments["generator"] = generators if count > 1 else generators[0]
+        if "class_labels" in self._accepted:
+            arguments["class_labels"] = [self._label(sample.prompt) for sample in samples]
+        elif "prompt" in self._accepted:
             arguments["prompt"] = [sample.prompt for sample in samples]
-        elif "class_labels" in self._accepted:
-            arguments["class_labels"] = [int(sample.prompt) for sample in samples]
-        return arguments
+        elif "batch_size" in self._accepted:
+            arguments["batch_size"] = count
+        return {**arguments, **(samples[0].call_arguments() if count == 1 else {})}
+
+    def _label(self, prompt: str) -> int:
+        """A class label from its digits, or from a class name where the pipeline knows names."""
+        if prompt.isdigit():
+            return int(prompt)
+        return int(self.pipe.get_label_ids([prompt])[0]) if hasattr(self.pipe, "get_label_ids") else int(prompt)
 
     @contextmanager
-    def _observed(self) -> Iterator[None]:
-        """Count the scheduler's steps and remember the sample that the last one made."""
+    def _observed(self, seed: int, leave_after: int = 0) -> Iterator[None]:
+        """Count the scheduler's steps and remember the sample that the last one made, with its graph if it has one.
+
+        The scheduler is afterwards as it was: its history would keep the graph of a whole trajectory alive.
+
+        Args:
+            seed: of random numbers that the pipeline does not take from its generator.
+            leave_after: raise `_Finished` after so many steps; 0 never does.
+        """
         scheduler: Any = self.pipe.scheduler
-        original, own = scheduler.step, vars(scheduler).get("step")
-        self.steps = 0
+        before, original = dict(vars(scheduler)), scheduler.step
+        self.steps, self._last = 0, torch.empty(0)
 
         @functools.wraps(original)
         def step(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
             self.steps += 1
-            self._last = result[0].detach()
+            self._last = result[0]
+            if not torch.isfinite(self._last).all():
+                raise _NotFinite
+            if self.steps == leave_after:
+                raise _Finished
             return result
 
         scheduler.step = step
         try:
-            yield
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                yield
         finally:
-            if own is None:
-                del scheduler.step
-            else:
-                scheduler.step = own
+            vars(scheduler).clear()
+            vars(scheduler).update(before)
+
+    @property
+    def denoisers(self) -> list[nn.Module]:
+        """The models whose calls make up the trajectory."""
+        return denoisers_in(self.denoiser)
 
 
-def _parts(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
-    waiting = iter(samples)
-    while part := list(itertools.islice(waiting, size)):
-        yield part
+def _rows(sample: torch.Tensor, count: int) -> torch.Tensor:
+    """A scheduler's sample with one row for each of `count` trajectories."""
+    if len(sample) == 2 * count and torch.equal(sample[:count], sample[count:]):
+        return sample[:count]  # DiT carries every sample twice, for guidance
+    return sample if len(sample) == count else sample.unflatten(0, (count, -1))  # video U-Nets: frames in the batch
 
 
-def _first(output: Any) -> torch.Tensor:
+def _pixels(output: Any) -> torch.Tensor:
+    """Images as (B, C, H, W), videos as (B, frames, C, H, W), from what a pipeline gives for "pt"."""
+    if isinstance(output, np.ndarray):  # DDIM, DDPM, DiT: channels last
+        output = torch.from_numpy(output).movedim(-1, -3)
+    return output if isinstance(output, torch.Tensor) else torch.stack(list(output))
+
+
+def _first(output: Any) -> Any:
     """The images, frames or latents of a pipeline's output."""
     return output[0]
-
-
-def split_samples(prompts: Sequence[str], count: int, seed: int) -> list[Sample]:
-    """`count` samples that go through `prompts` in turn, each with a seed of its own from `seed` upwards."""
-    return [Sample(prompts[i % len(prompts)], seed + i) for i in range(count)]

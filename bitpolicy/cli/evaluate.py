@@ -11,6 +11,7 @@ import typer
 
 from bitpolicy.cli.options import (
     RUN,
+    Call,
     Debug,
     Device,
     Dtype,
@@ -28,10 +29,11 @@ from bitpolicy.cli.options import (
 from bitpolicy.cli.report import print_json
 from bitpolicy.compare import save_comparison
 from bitpolicy.loading import BUNDLED, Source, load_source
-from bitpolicy.prompting import load_prompts
+from bitpolicy.prompting import default_requests, load_requests
 from bitpolicy.search.quality import Psnr
 from bitpolicy.sensitivity.progress import Stages
-from bitpolicy.sensitivity.trajectory import Sample, Trajectories, split_samples
+from bitpolicy.sensitivity.samples import Sample, split_samples
+from bitpolicy.sensitivity.trajectory import Trajectories
 from bitpolicy.workflow import default_call, swapped_denoiser
 
 Checkpoint = Annotated[Path, typer.Argument(help="The folder that search-policy or export wrote.")]
@@ -48,6 +50,7 @@ def evaluate(
     prompts: Prompts = None,
     num_inference_steps: Steps = None,
     guidance_scale: Guidance = None,
+    call: Call = None,
     images: Images = 16,
     picture: Picture = None,
     seed: Seed = 0,
@@ -62,12 +65,13 @@ def evaluate(
     """PSNR of a checkpoint's images against the unquantized model's, same prompts and seeds."""
     source = load_source(model, dtype=dtype, device=device, revision=revision, variant=variant)
     bundled = model in (None, BUNDLED)
-    call = {**default_call(bundled), **pipeline_call(num_inference_steps, guidance_scale)}
-    samples = split_samples(load_prompts(prompts, bundled), images, _SEED + seed)
+    arguments = {**default_call(bundled), **pipeline_call(num_inference_steps, guidance_scale, call)}
+    requests = load_requests(prompts) if prompts else default_requests(source.pipe, bundled)
+    samples = split_samples(requests, images, _SEED + seed)
     stages = Stages(quiet or as_json)
-    reference = _images(source, call, stages.track(samples, "reference"))
+    reference = _images(source, arguments, stages.track(samples, "reference"))
     with swapped_denoiser(source, checkpoint):
-        found = _images(source, call, stages.track(samples, "checkpoint"))
+        found = _images(source, arguments, stages.track(samples, "checkpoint"))
     psnr = Psnr.of(reference, found)
     if picture is not None:
         rows = [("reference", reference[:8]), ("checkpoint", found[:8])]

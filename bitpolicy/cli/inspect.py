@@ -17,9 +17,9 @@ from bitpolicy.kernels.formats import FP16
 from bitpolicy.kernels.layers import PackedLayer
 from bitpolicy.loading import load_source, open_pipeline
 from bitpolicy.policies.accounting import ByteAccount
+from bitpolicy.policies.denoiser import denoiser_names, denoiser_of, denoisers_in
 from bitpolicy.policies.policy import Policy
 from bitpolicy.sensitivity.inventory import inventory
-from bitpolicy.sensitivity.trajectory import denoiser_name
 
 What = Annotated[
     str | None,
@@ -72,7 +72,7 @@ def _of_model(
 
 def _of_checkpoint(folder: Path, component: str | None) -> tuple[list[dict[str, Any]], str]:
     pipe = open_pipeline(folder)
-    denoiser: Any = getattr(pipe, denoiser_name(pipe, component))
+    denoiser: Any = denoiser_of(pipe, denoiser_names(pipe, component))
     formats = {name: module for name, module in denoiser.named_modules() if isinstance(module, PackedLayer)}
     total = sum(tensor.nbytes for tensor in denoiser.state_dict().values())
     packed_bytes = {name: sum(t.nbytes for t in module.packed_tensors().values()) for name, module in formats.items()}
@@ -87,7 +87,10 @@ def _of_checkpoint(folder: Path, component: str | None) -> tuple[list[dict[str, 
 
 def _unpacked_view(denoiser: Any, packed: dict[str, PackedLayer]) -> nn.Module:
     """The same model with ordinary layers, so that roles are told as they are for the model it was made from."""
-    return denoiser.dequantize() if packed else denoiser
+    parts: list[Any] = denoisers_in(denoiser) if packed else []
+    for part in parts:
+        part.dequantize()
+    return denoiser
 
 
 def _row(name: str, role: str, stage: str, shape: tuple[int, ...], format: Format, nbytes: int) -> dict[str, Any]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import DEFAULT
 
 MODEL = "Model"
@@ -20,7 +24,10 @@ Model = Annotated[
     typer.Option(help="Hub id or diffusers folder. Default: the bundled emoji pipeline.", rich_help_panel=MODEL),
 ]
 Component = Annotated[
-    str | None, typer.Option(help="The denoiser, if it is not 'unet' or 'transformer'.", rich_help_panel=MODEL)
+    str | None,
+    typer.Option(
+        help="The denoiser, if it is not 'unet' or 'transformer'; several with commas.", rich_help_panel=MODEL
+    ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.", rich_help_panel=MODEL)]
 Variant = Annotated[str | None, typer.Option(help="Weight files to load, e.g. fp16.", rich_help_panel=MODEL)]
@@ -45,14 +52,32 @@ Guidance = Annotated[
         "--guidance-scale", help="Classifier-free guidance. Default: the pipeline's own.", rich_help_panel=CALL
     ),
 ]
+Call = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--call",
+        metavar="NAME=VALUE",
+        help="Any other argument of the pipeline call, e.g. --call height=512 --call num_frames=8. May be repeated.",
+        rich_help_panel=CALL,
+    ),
+]
 Seed = Annotated[
     int, typer.Option(min=0, help="Of samples, split and sampler: same seed, same policy.", rich_help_panel=RUN)
 ]
 Probe = Annotated[
     str,
     typer.Option(
-        help="How layers are scored: adjoint (backward through the sampler), ablation (one by one, slow), "
-        "weight (no image at all).",
+        help="How layers are scored: adjoint (backward through the sampler), stepwise (each step alone), "
+        "ablation (one by one, slow), weight (no image at all).",
+        rich_help_panel=RUN,
+    ),
+]
+Remeasure = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="At most so many scores are measured again by quantizing the layer and drawing: those too large to be "
+        "predicted, those that decide the result.",
         rich_help_panel=RUN,
     ),
 ]
@@ -66,7 +91,25 @@ Debug = Annotated[  # `bitpolicy.cli.main` looks for it before any command runs
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.", rich_help_panel=RUN)]
 
 
-def pipeline_call(steps: int | None, guidance: float | None) -> dict[str, Any]:
-    """Arguments of the pipeline call that were given."""
-    call = {"num_inference_steps": steps, "guidance_scale": guidance}
+def pipeline_call(steps: int | None, guidance: float | None, others: Sequence[str] | None = None) -> dict[str, Any]:
+    """Arguments of the pipeline call that were given.
+
+    Raises:
+        BitPolicyError: one of `others` is not NAME=VALUE, or a number is not finite.
+    """
+    call = {"num_inference_steps": steps, "guidance_scale": guidance, **dict(map(_named_value, others or ()))}
+    for name, value in call.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise BitPolicyError(f"{name} is {value}; give a number")
     return {name: value for name, value in call.items() if value is not None}
+
+
+def _named_value(text: str) -> tuple[str, Any]:
+    """NAME=VALUE; the value is JSON where it reads as such (8, 0.5, true, [1, 2]), else the text itself."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise BitPolicyError(f"--call {text!r} is not NAME=VALUE; write for example --call height=512")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value

@@ -1,8 +1,9 @@
-"""`bitpolicy probe`: the sensitivity table alone."""
+"""`bitpolicy probe`: the sensitivity table, what the errors are made of, and how far the probe can be trusted."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +11,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bitpolicy.check import Check, check
 from bitpolicy.cli.options import (
     DEFAULT_FORMATS,
     RUN,
+    Call,
     Component,
     Debug,
     Device,
@@ -24,24 +27,35 @@ from bitpolicy.cli.options import (
     Probe,
     Prompts,
     Quiet,
+    Remeasure,
     Revision,
     Seed,
     Steps,
     Variant,
-    pipeline_call,
 )
+from bitpolicy.cli.settings import settings_of
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats import parse_formats
-from bitpolicy.prompting import load_prompts
-from bitpolicy.sensitivity.probe import ProbeRun, ProbeSettings
 from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.table import SensitivityTable
-from bitpolicy.settings import Settings
+from bitpolicy.sensitivity.workers import is_main, launched
 from bitpolicy.workflow import make_plan
 
-OutputDir = Annotated[Path, typer.Option(help="Gets sensitivity.safetensors and sensitivity.csv.", rich_help_panel=RUN)]
+OutputDir = Annotated[
+    Path,
+    typer.Option(help="Gets sensitivity.safetensors and .csv, split.safetensors, check.json.", rich_help_panel=RUN),
+]
 Samples = Annotated[int, typer.Option(min=1, help="Calibration trajectories.", rich_help_panel=RUN)]
-Vectors = Annotated[int, typer.Option(min=1, help="Random directions a sample (adjoint).", rich_help_panel=RUN)]
+Vectors = Annotated[int, typer.Option(min=1, help="Random directions a sample.", rich_help_panel=RUN)]
+Split = Annotated[
+    bool,
+    typer.Option("--split", help="Also tell bias, scale error and noise apart, step by step.", rich_help_panel=RUN),
+]
+Shared = Annotated[int, typer.Option(min=1, help="Directions common to all samples (--split).", rich_help_panel=RUN)]
+CheckIt = Annotated[
+    bool,
+    typer.Option("--check", help="Compare with the truth: every layer, random policies. Slow.", rich_help_panel=RUN),
+]
+CheckPolicies = Annotated[int, typer.Option(min=2, help="Random policies of --check.", rich_help_panel=RUN)]
 _SHOWN = 15  # layers in the printed table
 
 
@@ -53,8 +67,14 @@ def probe(
     prompts: Prompts = None,
     num_inference_steps: Steps = None,
     guidance_scale: Guidance = None,
+    call: Call = None,
     samples: Samples = 16,
     vectors: Vectors = 2,
+    remeasure: Remeasure = 8,
+    split: Split = False,
+    shared: Shared = 8,
+    check_it: CheckIt = False,
+    check_policies: CheckPolicies = 100,
     seed: Seed = 0,
     probe: Probe = "adjoint",
     dtype: Dtype = "auto",
@@ -65,56 +85,77 @@ def probe(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Score every layer by what quantizing it does to the finished image; print the worst, write them all."""
-    settings = Settings(
-        budget="100%",
-        model=model,
-        component=component,
-        formats=tuple(format.name for format in parse_formats(formats)),
-        prompts=tuple(load_prompts(prompts, bundled=False)) if prompts else None,
-        call=tuple(pipeline_call(num_inference_steps, guidance_scale).items()),
-        seed=seed,
-        probe=probe,
-        dtype=dtype,
-        device=device,
-        revision=revision,
-        variant=variant,
-        calibration_samples=samples,
-        vectors=vectors,
-    )
+    """Score every layer by what quantizing it does to the finished image; print the worst, write them all.
+
+    A stopped run goes on when the same command is given again. Several GPUs or machines share the work:
+
+    accelerate launch -m bitpolicy probe --model M --output-dir out
+    """
+    settings = settings_of(locals(), budget="100%", calibration_samples=samples)
     if output_dir.is_file():
         raise BitPolicyError(f"--output-dir {output_dir} is a file; give a folder")
+    stages = Stages(quiet or as_json or not is_main())
     plan = make_plan(settings)
-    wanted = ProbeSettings(probe, plan.split.calibration, vectors)
-    stages = Stages(quiet or as_json)
-    run = ProbeRun(
-        plan.trajectories, plan.layers, plan.formats, plan.source.storage, wanted, output_dir / "work", stages
-    )
-    table = run.table(run.reference())
+    run = plan.probe(settings, output_dir / "work", stages)
+    reference = run.reference()
+    table = run.table(reference)
+    error_split = run.split(reference) if split else None
+    checked = check(run, table, reference, plan.account, check_policies) if check_it else None
+    if table.probe == "adjoint":
+        table = run.remeasured(table, reference, table.largest(remeasure))
+    if not is_main():
+        return
     table.save(output_dir, plan.layers, plan.account)
-    if as_json:
-        print(
-            json.dumps(
-                {
-                    "layers": len(table.layers),
-                    "probe": table.probe,
-                    "seconds": stages.seconds,
-                    "output_dir": str(output_dir),
-                }
-            )
-        )
-    else:
-        _show(table)
-        print(f"{output_dir}/sensitivity.csv has all {len(table.layers)} layers")
+    if error_split is not None:
+        error_split.save(output_dir / "split.safetensors")
+    if checked is not None:
+        checked.save(output_dir / "check.json")
+    (_print_json if as_json else _print)(table, checked, stages, output_dir)
 
 
-def _show(table: SensitivityTable) -> None:
+def _print_json(table: SensitivityTable, checked: Check | None, stages: Stages, folder: Path) -> None:
+    result: dict[str, object] = {"layers": len(table.layers), "probe": table.probe}
+    if table.cost is not None:
+        result["forwards"], result["times_below_ablation"] = table.cost.total, round(table.cost.gain, 2)
+    if checked is not None:
+        result["check"] = {
+            a.what: {"spearman": a.spearman, "median_ratio": a.median_ratio} for a in checked.agreements()
+        }
+    print(json.dumps({**result, "seconds": stages.seconds, "output_dir": str(folder)}, allow_nan=False))
+
+
+def _print(table: SensitivityTable, checked: Check | None, stages: Stages, folder: Path) -> None:
+    console = Console()
     worst = table.error.amax(1).argsort(descending=True)[:_SHOWN].tolist()
+    what = "denoiser's outputs" if table.probe == "stepwise" else "final latent"
     shown = Table(
         "layer",
         *(f.name for f in table.formats),
-        title=f"relative error of the final latent ({table.probe} probe), worst first",
+        title=f"relative error of the {what} ({table.probe} probe), worst first; * measured",
     )
     for i in worst:
-        shown.add_row(table.layers[i], *(f"{float(error):.2e}" for error in table.error[i]))
-    Console().print(shown)
+        numbers = [
+            f"{float(error):.2e}{'*' if table.source(i, j) != table.probe else ''}"
+            for j, error in enumerate(table.error[i])
+        ]
+        shown.add_row(table.layers[i], *numbers)
+    console.print(shown)
+    if checked is not None:
+        console.print(_agreement(checked))
+    if table.cost is not None:
+        print(f"cost: {table.cost}")
+    if launched():
+        print(f"work shared by {os.environ['WORLD_SIZE']} processes")
+    print(f"seconds: {', '.join(f'{stage} {seconds:.0f}' for stage, seconds in stages.seconds.items())}")
+    print(f"{folder}/sensitivity.csv has all {len(table.layers)} layers; `bitpolicy report {folder}` draws them")
+
+
+def _agreement(checked: Check) -> Table:
+    shown = Table(
+        "predicted against measured", "n", "Spearman", "median ratio", "within 2x", title="check", title_justify="left"
+    )
+    for a in checked.agreements():
+        shown.add_row(a.what, str(a.n), f"{a.spearman:.3f}", f"{a.median_ratio:.2f}", f"{a.within_2x:.0%}")
+    null = checked.policies[0]
+    shown.add_row("nothing quantized", "1", "", "", f"predicted {null.predicted:g}, measured {null.measured:g}")
+    return shown

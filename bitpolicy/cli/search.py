@@ -11,6 +11,7 @@ import typer
 from bitpolicy.cli.options import (
     DEFAULT_FORMATS,
     RUN,
+    Call,
     Component,
     Debug,
     Device,
@@ -22,20 +23,19 @@ from bitpolicy.cli.options import (
     Probe,
     Prompts,
     Quiet,
+    Remeasure,
     Revision,
     Seed,
     Steps,
     Variant,
-    pipeline_call,
 )
 from bitpolicy.cli.report import print_json, print_result
-from bitpolicy.kernels.formats import parse_formats
-from bitpolicy.prompting import load_prompts
+from bitpolicy.cli.settings import settings_of
 from bitpolicy.search.budget import readable
 from bitpolicy.search.study import open_storage
 from bitpolicy.sensitivity.progress import Stages
-from bitpolicy.settings import OutputFolder, Settings
-from bitpolicy.workflow import Plan, make_plan, run_search
+from bitpolicy.settings import OutputFolder
+from bitpolicy.workflow import Plan, class_name, make_plan, run_search
 
 Budget = Annotated[
     str,
@@ -74,9 +74,11 @@ def search(
     prompts: Prompts = None,
     num_inference_steps: Steps = None,
     guidance_scale: Guidance = None,
+    call: Call = None,
     seed: Seed = 0,
     trials: Trials = 24,
     probe: Probe = "adjoint",
+    remeasure: Remeasure = 8,
     dtype: Dtype = "auto",
     device: Device = "auto",
     revision: Revision = None,
@@ -96,22 +98,7 @@ def search(
 
     Example: search-policy --budget 5MB --output-dir out
     """
-    settings = Settings(
-        budget=budget,
-        model=model,
-        component=component,
-        formats=tuple(format.name for format in parse_formats(formats)),
-        prompts=tuple(load_prompts(prompts, bundled=False)) if prompts else None,
-        call=tuple(pipeline_call(num_inference_steps, guidance_scale).items()),
-        seed=seed,
-        trials=trials,
-        probe=probe,
-        dtype=dtype,
-        device=device,
-        revision=revision,
-        variant=variant,
-        storage=storage,
-    )
+    settings = settings_of(locals())
     stages = Stages(quiet or as_json)
     if dry_run:
         _print_plan(make_plan(settings))
@@ -153,7 +140,7 @@ def _print_plan(plan: Plan) -> None:
     """What --dry-run says."""
     parts = plan.split
     print(
-        f"model       {plan.source.id}: {type(plan.source.denoiser).__name__} '{plan.source.component}', "
+        f"model       {plan.source.id}: {class_name(plan.source.denoiser)} '{plan.source.component}', "
         f"{len(plan.layers)} layers"
     )
     print(

@@ -19,7 +19,8 @@ from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.apply import pack, quantized
 from bitpolicy.policies.policy import Choice
-from bitpolicy.sensitivity.trajectory import Trajectories, split_samples
+from bitpolicy.sensitivity.samples import split_samples
+from bitpolicy.sensitivity.trajectory import Trajectories
 
 CALL = {"num_inference_steps": 2, "guidance_scale": 3.0}
 PROMPTS = "cat dog pizza heart star moon tree ball".split()

@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from bitpolicy.loading import BUNDLED, BUNDLED_FOLDER, load_source
-from bitpolicy.prompting import load_prompts
+from bitpolicy.prompting import default_requests
 from bitpolicy.sensitivity.inventory import inventory
-from bitpolicy.sensitivity.trajectory import Sample, Trajectories
+from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.trajectory import Trajectories
 from bitpolicy.workflow import default_call
 
 pytestmark = pytest.mark.skipif(
@@ -91,14 +92,15 @@ def test_it_says_where_it_comes_from_and_under_which_licence(name: str, words: t
 
 def test_its_prompts_fit_its_text_encoder(bundled: Any) -> None:
     limit = bundled.pipe.tokenizer.model_max_length
-    tokens = {prompt: len(bundled.pipe.tokenizer(prompt).input_ids) for prompt in load_prompts(None, bundled=True)}
+    prompts = default_requests(bundled.pipe, bundled=True)
+    tokens = {prompt: len(bundled.pipe.tokenizer(prompt).input_ids) for prompt in prompts}
     assert {prompt: count for prompt, count in tokens.items() if count > limit} == {}
 
 
 def test_its_tokenizer_knows_the_words_of_its_prompts(bundled: Any) -> None:
     """CLIP's tokenizer writes its end token for what it does not know."""
     tokenizer = bundled.pipe.tokenizer
-    for prompt in load_prompts(None, bundled=True):
+    for prompt in default_requests(bundled.pipe, bundled=True):
         words = tokenizer(prompt, add_special_tokens=False).input_ids
         assert words
         assert {tokenizer.unk_token_id, tokenizer.eos_token_id}.isdisjoint(words)

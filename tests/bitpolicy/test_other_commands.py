@@ -56,7 +56,7 @@ def test_probe_writes_the_table_and_says_the_worst(probe: Any, here: Path) -> No
 
 def test_probe_prints_json_and_nothing_else(probe: Any, here: Path) -> None:
     result = probe("--output-dir", "out", "--json").result
-    assert set(result) == {"layers", "probe", "seconds", "output_dir"}
+    assert set(result) == {"layers", "probe", "forwards", "times_below_ablation", "seconds", "output_dir"}
     assert (result["layers"], result["probe"], result["output_dir"]) == (83, "adjoint", "out")
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.prompting import Split, load_prompts, split
+from bitpolicy.prompting import Split, default_requests, load_requests, split
 
 SIZES = {"calibration": 16, "search": 16, "confirm": 8, "held_out": 12}
 
@@ -60,12 +61,12 @@ def test_the_same_seed_shares_out_the_same_and_another_something_else() -> None:
 
 def test_a_file_is_read_a_prompt_a_line(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_bytes("  red heart \r\n\n pizza\ncafé ☕\npizza\n".encode())
-    assert load_prompts(tmp_path / "prompts.txt", bundled=False) == ["red heart", "pizza", "café ☕"]
+    assert load_requests(tmp_path / "prompts.txt") == ["red heart", "pizza", "café ☕"]
 
 
 @pytest.mark.parametrize("bundled", [True, False])
-def test_the_built_in_lists_have_enough_prompts_for_parts(bundled: bool) -> None:
-    prompts = load_prompts(None, bundled)
+def test_the_built_in_lists_have_enough_prompts_for_parts(toy_pipeline: Any, bundled: bool) -> None:
+    prompts = default_requests(toy_pipeline, bundled)
     assert len(prompts) >= 16
     assert len(set(prompts)) == len(prompts)
     assert split(prompts, 0, **SIZES).by_prompt
@@ -75,4 +76,4 @@ def test_the_built_in_lists_have_enough_prompts_for_parts(bundled: bool) -> None
 def test_a_file_without_prompts_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "prompts.txt").write_bytes(content)
     with pytest.raises(BitPolicyError, match=r"--prompts .*prompts\.txt.* one.* a line"):
-        load_prompts(tmp_path / "prompts.txt", bundled=False)
+        load_requests(tmp_path / "prompts.txt")

@@ -18,7 +18,7 @@ from bitpolicy.sensitivity.records import Records
 from bitpolicy.sensitivity.trajectory import Trajectories
 from bitpolicy.settings import OutputFolder
 
-PIECES = 1 + 16 * 2  # the reference, and two sketches for each calibration sample
+PIECES = 4 + 16 * 2  # the reference, four samples a call, and two sketches for each calibration sample
 
 
 def without_seconds(result: dict[str, Any]) -> dict[str, Any]:

@@ -47,6 +47,8 @@ def test_every_setting_counts() -> None:
         storage="s",
         calibration_samples=1,
         vectors=1,
+        shared=1,
+        remeasure=1,
         search_samples=1,
         confirm_samples=1,
         held_out_samples=1,

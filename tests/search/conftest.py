@@ -15,8 +15,8 @@ from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.policy import Choice
 from bitpolicy.search.study import Problem
 from bitpolicy.sensitivity.inventory import Layer
+from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.table import SensitivityTable
-from bitpolicy.sensitivity.trajectory import Sample
 
 ROLES = ("conv", "attention_qkv", "feed_forward", "output_head")
 STAGES = ("encoder", "middle", "decoder")

@@ -11,7 +11,7 @@ from bitpolicy.kernels.formats import FP16, format_named
 from bitpolicy.policies.policy import Choice
 from bitpolicy.search.finalists import confirm
 from bitpolicy.search.generation import Generations
-from bitpolicy.sensitivity.trajectory import Sample
+from bitpolicy.sensitivity.samples import Sample
 
 FINALISTS = [{"layer": Choice(format_named(name))} for name in ("int4", "int4-g32", "int8")] + [{"layer": Choice(FP16)}]
 SAMPLES = [Sample("cat", 0), Sample("dog", 1)]

@@ -13,7 +13,8 @@ from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import pack, to_storage
 from bitpolicy.policies.policy import Choice
 from bitpolicy.search.generation import Generations
-from bitpolicy.sensitivity.trajectory import Trajectories, split_samples
+from bitpolicy.sensitivity.samples import split_samples
+from bitpolicy.sensitivity.trajectory import Trajectories
 
 INT4, INT8 = format_named("int4"), format_named("int8")
 SAMPLES = split_samples(["cat", "a red heart", "pizza"], 6, seed=0)  # one call of four, one of two

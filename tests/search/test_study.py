@@ -15,7 +15,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.policy import Choice
 from bitpolicy.search.budget import BudgetError
 from bitpolicy.search.study import Problem, Study, journal
-from bitpolicy.sensitivity.trajectory import Sample
+from bitpolicy.sensitivity.samples import Sample
 
 Samples = list[Sample]
 NewGenerations = Callable[..., Any]

@@ -18,8 +18,11 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import format_named
 from bitpolicy.kernels.layers import quantizable_layers
-from bitpolicy.sensitivity.adjoint import AdjointProbe, Sketch, _direction
-from bitpolicy.sensitivity.trajectory import Sample, Trajectories
+from bitpolicy.sensitivity.adjoint import AdjointProbe
+from bitpolicy.sensitivity.directions import Random, Shared, Signal
+from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.sketch import Sketch
+from bitpolicy.sensitivity.trajectory import Trajectories
 
 Calibration = dict[str, torch.Tensor]
 NewTrajectories = Callable[..., Trajectories]
@@ -52,7 +55,7 @@ LOOPS = {  # scheduler, guidance, size of the step, accuracy: Euler and DPM++ ro
 
 def sketches(trajectories: Trajectories, nudge: Any, calibration: Calibration, *seeds: int) -> list[Sketch]:
     probe = AdjointProbe(trajectories, [nudge], calibration, torch.float32)
-    return list(probe.sketches(SAMPLE, seeds or (SEED,)))
+    return list(probe.sketches(SAMPLE, [Random(seed) for seed in seeds or (SEED,)]))
 
 
 def layer_names(trajectories: Trajectories) -> list[str]:
@@ -88,7 +91,7 @@ def projected(trajectories: Trajectories) -> float:
     """<v, x_0>, in float64."""
     seeded = torch.Generator().manual_seed(SAMPLE.seed)
     latent = trajectories.pipe(SAMPLE.prompt, generator=seeded, output_type="latent", **trajectories.call).images
-    return float((_direction(latent, SAMPLE, SEED).double() * latent.double()).sum())
+    return float((Random(SEED).vector(latent, SAMPLE).double() * latent.double()).sum())
 
 
 def slope(trajectories: Trajectories, nudges: Nudges, amount: float) -> float:
@@ -171,7 +174,7 @@ def test_the_steps_add_up_to_the_gradient_of_plain_autograd(
     latent = undecorated(
         trajectories.pipe, SAMPLE.prompt, generator=seeded, output_type="latent", **trajectories.call
     ).images
-    (_direction(latent, SAMPLE, SEED) * latent).sum().backward()
+    (Random(SEED).vector(latent, SAMPLE) * latent).sum().backward()
     expected = []
     for name, layer in quantizable_layers(trajectories.denoiser):
         (delta,) = weight_nudge(trajectories, nudge, name).values()
@@ -206,9 +209,9 @@ def test_several_formats_in_one_pass_are_the_passes_of_each(
     trajectories = new_trajectories()
     calibration = random_calibration(trajectories.denoiser)
     formats = [format_named("int4"), nudge, format_named("int8")]
-    (together,) = AdjointProbe(trajectories, formats, calibration, torch.float16).sketches(SAMPLE, [SEED])
+    (together,) = AdjointProbe(trajectories, formats, calibration, torch.float16).sketches(SAMPLE, [Random(SEED)])
     for column, format in enumerate(formats):
-        (alone,) = AdjointProbe(trajectories, [format], calibration, torch.float16).sketches(SAMPLE, [SEED])
+        (alone,) = AdjointProbe(trajectories, [format], calibration, torch.float16).sketches(SAMPLE, [Random(SEED)])
         torch.testing.assert_close(together.weight[..., column], alone.weight[..., 0], rtol=1e-3, atol=1e-6)
         torch.testing.assert_close(together.bias[..., column], alone.bias[..., 0], rtol=1e-3, atol=1e-6)
 
@@ -232,7 +235,7 @@ def test_recomputing_inside_the_denoiser_changes_nothing(
     trajectories = new_trajectories(dtype=torch.float64)
     calibration = random_calibration(trajectories.denoiser)
     (expected,) = sketches(trajectories, nudge, calibration)
-    (found,) = AdjointProbe(trajectories, [nudge], calibration, torch.float32, True).sketches(SAMPLE, [SEED])
+    (found,) = AdjointProbe(trajectories, [nudge], calibration, torch.float32, True).sketches(SAMPLE, [Random(SEED)])
     torch.testing.assert_close(found.weight, expected.weight)
     assert not trajectories.denoiser.is_gradient_checkpointing  # type: ignore[union-attr]
 
@@ -254,7 +257,7 @@ def test_a_gradient_that_is_not_finite_is_refused_with_a_way_out(
     trajectories = new_trajectories()
     calibration = random_calibration(trajectories.denoiser)
     trajectories.denoiser.get_parameter("conv_out.weight").data[0, 0, 0, 0] = float("nan")
-    with pytest.raises(BitPolicyError, match="not finite; try --dtype bfloat16 or float32, or --probe ablation"):
+    with pytest.raises(BitPolicyError, match=r"step 1: conv_out gives NaN or Inf.*try --dtype bfloat16 or float32"):
         sketches(trajectories, nudge, calibration)
 
 
@@ -311,7 +314,7 @@ def test_a_reader_that_stops_early_leaves_no_trace(
     trajectories = new_trajectories()
     probe = AdjointProbe(trajectories, [nudge], random_calibration(trajectories.denoiser), torch.float32)
     with leaving_no_trace(trajectories):
-        passes = probe.sketches(SAMPLE, [0, 1, 2])
+        passes = probe.sketches(SAMPLE, [Random(0), Random(1), Shared(0), Signal()])
         next(passes)
         passes.close()  # type: ignore[attr-defined]
 
@@ -352,7 +355,7 @@ def test_a_forward_of_the_instances_own_is_put_back(
 def directions() -> dict[tuple[int, int], torch.Tensor]:
     seeds = [0, 1, 2, 3, 17, 1_000_000, 1_000_001, 10_000_000, 2**31, 2**40]
     latent = torch.empty(1, 4, 8, 8)
-    return {(s, k): _direction(latent, Sample("cat", s), k).flatten() for s in seeds for k in range(8)}
+    return {(s, k): Random(k).vector(latent, Sample("cat", s)).flatten() for s in seeds for k in range(8)}
 
 
 def unit_rows(vectors: Iterable[torch.Tensor]) -> torch.Tensor:

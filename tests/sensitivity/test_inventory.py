@@ -1,14 +1,26 @@
-"""Every layer once, with its role and its place, told from the names that diffusers gives to them."""
+"""Every layer once, with its role and its place: in small models, and in the published ones, built without weights."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import sys
 from collections import Counter
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel
+from diffusers import (
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DModel,
+    WanTransformer3DModel,
+)
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
@@ -17,6 +29,49 @@ from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import pack
 from bitpolicy.policies.policy import Choice
 from bitpolicy.sensitivity.inventory import Layer, inventory
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "published_configs.py"
+spec = importlib.util.spec_from_file_location("published_configs", SCRIPT)
+assert spec is not None
+assert spec.loader is not None
+published_configs: Any = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = published_configs  # where dataclasses look for the types of their fields
+spec.loader.exec_module(published_configs)
+
+ALL = list(published_configs.PUBLISHED)
+UNETS = [name for name in ALL if "UNet" in published_configs.PUBLISHED[name].kind]
+CONDITIONED_UNETS = [name for name in UNETS if name != "ddpm-cifar10-32"]
+TRANSFORMERS = [name for name in ALL if "Transformer" in published_configs.PUBLISHED[name].kind] + ["HunyuanDiT-v1.2"]
+WORDS = (
+    "input_stem conv shortcut resample attention_qkv attention_out cross_attention_qkv cross_attention_out "
+    "feed_forward projection timestep_embedding modulation context_embedding output_head"
+).split()
+
+
+@cache
+def published(name: str) -> Any:
+    return published_configs.published(name)
+
+
+@cache
+def described(name: str) -> dict[str, Layer]:
+    return by_name(inventory(published(name)))
+
+
+def by_name(layers: list[Layer]) -> dict[str, Layer]:
+    return {layer.name: layer for layer in layers}
+
+
+def with_role(name: str, role: str) -> list[str]:
+    return [layer.name for layer in described(name).values() if layer.role == role]
+
+
+def only_match(patterns: dict[str, str], name: str) -> str:
+    (value,) = [value for pattern, value in patterns.items() if re.fullmatch(pattern, name)]
+    return value
+
+
+# A small U-Net, layer by layer
 
 ROLES = {
     r"conv_in": "input_stem",
@@ -37,17 +92,8 @@ STAGES = {
     r"down_blocks\..*": "encoder",
     r"mid_block\..*": "middle",
     r"up_blocks\..*": "decoder",
-    r"(conv_in|conv_out|time_embedding)\b.*": "ends",
+    r"(?!(down_blocks|mid_block|up_blocks)\.).*": "ends",
 }
-
-
-def only_match(patterns: dict[str, str], name: str) -> str:
-    (value,) = [value for pattern, value in patterns.items() if re.fullmatch(pattern, name)]
-    return value
-
-
-def by_name(layers: list[Layer]) -> dict[str, Layer]:
-    return {layer.name: layer for layer in layers}
 
 
 def test_every_weight_of_two_or_more_dimensions_is_listed_exactly_once(toy_unet: Any) -> None:
@@ -59,19 +105,12 @@ def test_every_weight_of_two_or_more_dimensions_is_listed_exactly_once(toy_unet:
     assert set(listed) == weights
 
 
-def test_roles_of_a_unet_follow_from_the_names(toy_unet: Any) -> None:
+def test_every_layer_of_a_unet_has_the_role_it_is_known_for(toy_unet: Any) -> None:
     layers = inventory(toy_unet)
     assert {layer.name: layer.role for layer in layers} == {
         layer.name: only_match(ROLES, layer.name) for layer in layers
     }
     assert {layer.role for layer in layers} == set(ROLES.values())
-
-
-def test_stages_of_a_unet_follow_from_the_names(toy_unet: Any) -> None:
-    layers = inventory(toy_unet)
-    assert {layer.name: layer.stage for layer in layers} == {
-        layer.name: only_match(STAGES, layer.name) for layer in layers
-    }
 
 
 def test_a_layer_is_described_as_torch_made_it(toy_unet: Any) -> None:
@@ -81,6 +120,335 @@ def test_a_layer_is_described_as_torch_made_it(toy_unet: Any) -> None:
         assert (layer.kind, layer.shape) == (type(module).__name__, tuple(module.weight.shape))
         assert layer.has_bias == (f"{name}.bias" in toy_unet.state_dict())
     assert layers["conv_in"].group == "input_stem/ends"
+
+
+def test_projections_that_diffusers_has_fused_are_still_attention(toy_unet: Any) -> None:
+    toy_unet.fuse_qkv_projections()
+    fused = {layer.name: layer.role for layer in inventory(toy_unet) if re.search(r"to_(qkv|kv)$", layer.name)}
+    assert set(fused.values()) == {"attention_qkv", "cross_attention_qkv"}
+    assert all(role.startswith("cross") == ("attn2" in name) for name, role in fused.items())
+
+
+# The published models
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_published_configuration_has_the_parameters_it_was_published_with(name: str) -> None:
+    built = published_configs.parameter_count(published(name))
+    assert built == pytest.approx(published_configs.PUBLISHED[name].parameters, rel=0.005)
+
+
+def test_sdxl_has_794_layers() -> None:
+    assert len(described("stable-diffusion-xl-base-1.0")) == 794
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_layer_of_a_published_model_is_left_without_a_role(name: str) -> None:
+    assert [layer.name for layer in described(name).values() if layer.role not in WORDS] == []
+
+
+ENDS: dict[str, tuple[list[str], list[str]]] = {
+    **{name: (["conv_in"], ["conv_out"]) for name in UNETS},
+    "sd-controlnet-canny": (["conv_in"], [*(f"controlnet_down_blocks.{i}" for i in range(12)), "controlnet_mid_block"]),
+    "DiT-XL-2-256": (["pos_embed.proj"], ["proj_out_2"]),
+    "PixArt-Sigma-XL-2-1024-MS": (["pos_embed.proj"], ["proj_out"]),
+    "HunyuanDiT-v1.2": (["pos_embed.proj"], ["proj_out"]),
+    "stable-diffusion-3-medium": (["pos_embed.proj"], ["proj_out"]),
+    "AuraFlow-v0.3": (["pos_embed.proj"], ["proj_out"]),
+    "FLUX.1-dev": (["x_embedder"], ["proj_out"]),
+    "Sana_1600M_1024px": (["patch_embed.proj"], ["proj_out"]),
+    "Lumina-Image-2.0": (["x_embedder"], ["norm_out.linear_2"]),
+    "Qwen-Image": (["img_in"], ["proj_out"]),
+    "Z-Image-Turbo": (["all_x_embedder.2-1"], ["all_final_layer.2-1.linear"]),
+    "CogVideoX-2b": (["patch_embed.proj"], ["proj_out"]),
+    "HunyuanVideo": (["x_embedder.proj"], ["proj_out"]),
+    "LTX-Video": (["proj_in"], ["proj_out"]),
+    "Wan2.1-T2V-1.3B": (["patch_embedding"], ["proj_out"]),
+    "Wan2.2-T2V-A14B": (["patch_embedding"], ["proj_out"]),
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_sample_comes_in_and_goes_out_where_it_does(name: str) -> None:
+    assert (with_role(name, "input_stem"), with_role(name, "output_head")) == ENDS[name]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_diffusers_calls_attention_and_nothing_else_is_attention(name: str) -> None:
+    attending = [n for n, m in published(name).named_modules() if isinstance(m, Attention | AttentionModuleMixin)]
+    within = {layer for layer in described(name) if any(layer.startswith(f"{module}.") for module in attending)}
+    assert {layer.name for layer in described(name).values() if "attention" in layer.role} == within
+    assert within
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_attention_hands_back_is_told_from_what_it_reads(name: str) -> None:
+    for layer in described(name).values():
+        if "attention" in layer.role:
+            assert layer.role.endswith("_out" if re.search(r"\.to_(add_)?out\b", layer.name) else "_qkv"), layer.name
+
+
+@pytest.mark.parametrize("name", CONDITIONED_UNETS)
+def test_a_unets_attention_is_cross_attention_where_its_keys_are_as_wide_as_the_text(name: str) -> None:
+    """The widths of the text are none of a U-Net's own. Motion modules attend to themselves, twice."""
+    layers = described(name)
+    keys = [layer for layer in layers.values() if layer.name.endswith(".to_k")]
+    for key in keys:
+        assert key.role.startswith("cross") == (key.shape[1] == published(name).config["cross_attention_dim"]), key
+        for sibling in ("to_q", "to_v", "to_out.0"):
+            assert layers[key.name.removesuffix("to_k") + sibling].role.startswith("cross") == key.role.startswith(
+                "cross"
+            )
+    assert {key.role for key in keys} == {"attention_qkv", "cross_attention_qkv"}
+
+
+IN_CONTEXT = {
+    **dict.fromkeys(["PixArt-Sigma-XL-2-1024-MS", "HunyuanDiT-v1.2", "Sana_1600M_1024px", "LTX-Video"], r"\.attn2\."),
+    **dict.fromkeys(["Wan2.1-T2V-1.3B", "Wan2.2-T2V-A14B"], r"\.attn2\."),
+    **dict.fromkeys(["stable-diffusion-3-medium", "AuraFlow-v0.3", "FLUX.1-dev"], r"\.(add_[qkv]_proj|to_add_out)$"),
+    **dict.fromkeys(["Qwen-Image", "HunyuanVideo"], r"\.(add_[qkv]_proj|to_add_out)$"),
+    # Here one attention reads the texts as a part of the sequence.
+    **dict.fromkeys(["DiT-XL-2-256", "CogVideoX-2b", "Lumina-Image-2.0", "Z-Image-Turbo"], "(?!)"),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_transformers_cross_attention_is_what_reads_the_context(name: str) -> None:
+    found = {layer.name for layer in described(name).values() if layer.role.startswith("cross_attention")}
+    assert found == {layer for layer in described(name) if re.search(IN_CONTEXT[name], layer)}
+
+
+KNOWN = {
+    "ddpm-cifar10-32": {"mid_block.attentions.0.to_q": "attention_qkv/middle"},
+    "stable-diffusion-xl-base-1.0": {
+        "add_embedding.linear_1": "timestep_embedding/ends",
+        "up_blocks.0.upsamplers.0.conv": "resample/decoder",
+        "mid_block.attentions.0.transformer_blocks.9.attn2.to_out.0": "cross_attention_out/middle",
+    },
+    "text-to-video-ms-1.7b": {
+        "transformer_in.proj_in": "projection/ends",
+        "transformer_in.transformer_blocks.0.attn1.to_q": "attention_qkv/ends",
+        "down_blocks.0.temp_convs.0.conv4.3": "conv/encoder",
+        "up_blocks.1.temp_attentions.0.transformer_blocks.0.attn2.to_k": "attention_qkv/decoder",
+    },
+    "animatediff-v1-5-2": {
+        "down_blocks.0.motion_modules.0.proj_in": "projection/encoder",
+        "mid_block.motion_modules.0.transformer_blocks.0.attn2.to_v": "attention_qkv/middle",
+        "up_blocks.3.motion_modules.2.transformer_blocks.0.ff.net.2": "feed_forward/decoder",
+    },
+    "stable-video-diffusion-img2vid": {
+        "down_blocks.0.resnets.0.temporal_res_block.conv1": "conv/encoder",
+        "down_blocks.0.resnets.0.temporal_res_block.time_emb_proj": "timestep_embedding/encoder",
+        "down_blocks.1.resnets.0.spatial_res_block.conv_shortcut": "shortcut/encoder",
+        "down_blocks.0.attentions.0.time_pos_embed.linear_1": "timestep_embedding/encoder",
+        "mid_block.attentions.0.temporal_transformer_blocks.0.ff_in.net.2": "feed_forward/middle",
+        "up_blocks.1.attentions.0.temporal_transformer_blocks.0.attn2.to_k": "cross_attention_qkv/decoder",
+    },
+    "sd-controlnet-canny": {
+        "controlnet_cond_embedding.conv_in": "context_embedding/ends",
+        "controlnet_cond_embedding.blocks.1": "context_embedding/ends",
+        "down_blocks.0.downsamplers.0.conv": "resample/encoder",
+    },
+    "DiT-XL-2-256": {
+        "transformer_blocks.27.norm1.emb.timestep_embedder.linear_1": "timestep_embedding/late",
+        "transformer_blocks.0.norm1.linear": "modulation/early",
+        "proj_out_1": "modulation/ends",
+    },
+    "PixArt-Sigma-XL-2-1024-MS": {
+        "adaln_single.linear": "modulation/ends",
+        "adaln_single.emb.timestep_embedder.linear_2": "timestep_embedding/ends",
+        "caption_projection.linear_1": "context_embedding/ends",
+    },
+    "HunyuanDiT-v1.2": {
+        "time_extra_emb.pooler.q_proj": "context_embedding/ends",
+        "time_extra_emb.extra_embedder.linear_1": "context_embedding/ends",
+        "text_embedder.linear_2": "context_embedding/ends",
+        "blocks.0.norm1.linear": "modulation/early",
+        "blocks.39.skip_linear": "projection/late",
+    },
+    "stable-diffusion-3-medium": {
+        "context_embedder": "context_embedding/ends",
+        "time_text_embed.text_embedder.linear_1": "context_embedding/ends",
+        "transformer_blocks.0.norm1_context.linear": "modulation/early",
+        "transformer_blocks.0.ff_context.net.2": "feed_forward/early",
+        "norm_out.linear": "modulation/ends",
+    },
+    "FLUX.1-dev": {
+        "time_text_embed.guidance_embedder.linear_1": "timestep_embedding/ends",
+        "transformer_blocks.18.attn.to_add_out": "cross_attention_out/early",
+        "single_transformer_blocks.0.proj_mlp": "feed_forward/middle",
+        "single_transformer_blocks.18.proj_out": "feed_forward/middle",
+        "single_transformer_blocks.19.norm.linear": "modulation/late",
+    },
+    "Sana_1600M_1024px": {
+        "time_embed.linear": "modulation/ends",
+        "transformer_blocks.0.ff.conv_depth": "feed_forward/early",
+        "transformer_blocks.0.ff.conv_inverted": "feed_forward/early",
+    },
+    "Lumina-Image-2.0": {
+        "norm_out.linear_1": "modulation/ends",
+        "time_caption_embed.caption_embedder.1": "context_embedding/ends",
+        "context_refiner.0.attn.to_q": "attention_qkv/early",
+        "layers.25.feed_forward.linear_3": "feed_forward/late",
+    },
+    "Qwen-Image": {
+        "txt_in": "context_embedding/ends",
+        "transformer_blocks.0.img_mod.1": "modulation/early",
+        "transformer_blocks.59.txt_mlp.net.2": "feed_forward/late",
+    },
+    "Z-Image-Turbo": {
+        "t_embedder.mlp.0": "timestep_embedding/ends",
+        "cap_embedder.1": "context_embedding/ends",
+        "all_final_layer.2-1.adaLN_modulation.1": "modulation/ends",
+        "layers.29.adaLN_modulation.0": "modulation/late",
+    },
+    "CogVideoX-2b": {
+        "patch_embed.text_proj": "context_embedding/ends",
+        "transformer_blocks.15.norm2.linear": "modulation/middle",
+    },
+    "HunyuanVideo": {
+        "context_embedder.proj_in": "context_embedding/ends",
+        "context_embedder.token_refiner.refiner_blocks.0.attn.to_q": "attention_qkv/ends",
+        "context_embedder.token_refiner.refiner_blocks.1.ff.net.2": "feed_forward/ends",
+        "context_embedder.token_refiner.refiner_blocks.1.norm_out.linear": "modulation/ends",
+    },
+    "LTX-Video": {"time_embed.linear": "modulation/ends", "caption_projection.linear_2": "context_embedding/ends"},
+    "Wan2.1-T2V-1.3B": {
+        "condition_embedder.time_proj": "modulation/ends",
+        "condition_embedder.time_embedder.linear_1": "timestep_embedding/ends",
+        "condition_embedder.text_embedder.linear_1": "context_embedding/ends",
+        "blocks.29.ffn.net.0.proj": "feed_forward/late",
+    },
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_layers_that_are_well_known_are_known(name: str) -> None:
+    assert {layer: described(name)[layer].group for layer in KNOWN[name]} == KNOWN[name]
+
+
+# The stages
+
+
+@pytest.mark.parametrize("name", [*UNETS, "sd-controlnet-canny"])
+def test_the_stages_of_a_unet_are_its_halves_and_its_middle(name: str) -> None:
+    layers = described(name).values()
+    assert {layer.name: layer.stage for layer in layers} == {
+        layer.name: only_match(STAGES, layer.name) for layer in layers
+    }
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_the_stages_of_a_transformer_are_thirds_of_its_depth(name: str) -> None:
+    in_stacks = [layer for layer in described(name).values() if re.match(r"(?!all_)\w+\.\d+\.", layer.name)]
+    blocks = {tuple(layer.name.split(".")[:2]): layer.stage for layer in in_stacks}
+    places = [("early", "middle", "late").index(stage) for stage in blocks.values()]
+    assert places == sorted(places)
+    assert max(Counter(places).values()) - min(Counter(places).values()) <= 1
+    others = set(described(name)) - {layer.name for layer in in_stacks}
+    assert {described(name)[layer].stage for layer in others} == {"ends"}
+
+
+def test_the_two_stacks_of_flux_are_one_depth() -> None:
+    stages = Counter(layer.stage for layer in described("FLUX.1-dev").values() if layer.name.endswith("attn.to_q"))
+    assert stages == {"early": 19, "middle": 19, "late": 19}
+
+
+# Several denoisers
+
+
+def test_denoisers_that_are_probed_together_are_described_as_each_alone() -> None:
+    names = {"transformer": "Wan2.1-T2V-1.3B", "transformer_2": "FLUX.1-dev", "unet": "stable-diffusion-v1-5"}
+    together = inventory(nn.ModuleDict({key: published(name) for key, name in names.items()}))
+    apart = [(f"{key}.{n}", layer) for key, name in names.items() for n, layer in described(name).items()]
+    assert [(layer.name, layer.group, layer.shape) for layer in together] == [
+        (name, layer.group, layer.shape) for name, layer in apart
+    ]
+
+
+def test_denoisers_without_a_layer_between_them_are_refused() -> None:
+    with pytest.raises(BitPolicyError, match="no linear or convolution"):
+        inventory(nn.ModuleDict({"transformer": nn.Identity()}))
+
+
+# Other models
+
+
+class Mixer(nn.Module):
+    """A block as no one publishes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stir = nn.Linear(4, 4)
+        self.fold = nn.Conv2d(4, 4, 1)
+        self.blur = nn.Conv2d(4, 4, 3)
+        self.halve = nn.Conv2d(4, 4, 2, stride=2)
+
+
+class Kitchen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixers = nn.ModuleList(Mixer() for _ in range(3))
+        self.pan = nn.Linear(4, 4)
+        self.rack = nn.ModuleList([nn.Linear(4, 4)])
+
+
+def test_a_layer_that_no_rule_knows_is_other_and_only_a_convolution_over_places_is_told_by_its_kernel() -> None:
+    stages = ("early", "middle", "late")
+    assert {layer.name: layer.group for layer in inventory(Kitchen())} == {
+        **{f"mixers.{i}.stir": f"other/{stage}" for i, stage in enumerate(stages)},
+        **{f"mixers.{i}.fold": f"other/{stage}" for i, stage in enumerate(stages)},
+        **{f"mixers.{i}.blur": f"conv/{stage}" for i, stage in enumerate(stages)},
+        **{f"mixers.{i}.halve": f"resample/{stage}" for i, stage in enumerate(stages)},
+        "pan": "other/ends",
+        "rack.0": "other/ends",
+    }
+
+
+class Reading(nn.Module):
+    """Attention without diffusers' flag, to something of another width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = nn.Linear(4, 4), nn.Linear(6, 4), nn.Linear(6, 4)
+        self.to_out = nn.Linear(4, 4)
+
+
+class Library(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shelves = nn.ModuleList(nn.Sequential(nn.Linear(6, 6)) for _ in range(2))
+        self.rooms = nn.ModuleList(nn.ModuleDict({"look": Reading(), "think": Mixer()}) for _ in range(3))
+
+
+def test_attention_of_another_make_is_known_by_its_projections_and_blocks_are_what_holds_it() -> None:
+    groups = {layer.name: layer.group for layer in inventory(Library())}
+    assert groups["shelves.0.0"] == groups["shelves.1.0"] == "other/ends"
+    assert groups["rooms.0.look.to_v"] == "cross_attention_qkv/early"
+    assert groups["rooms.1.look.to_out"] == "cross_attention_out/middle"
+    assert groups["rooms.2.think.stir"] == "feed_forward/late"
+
+
+def test_widths_that_coincide_do_not_confuse_the_ends() -> None:
+    """Here the sample, the text and the trunk all have 32 channels, and the last norm writes as many as the head."""
+    flux = FluxTransformer2DModel(
+        in_channels=32,
+        out_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+    )
+    ends = {layer.name: layer.role for layer in inventory(flux) if layer.stage == "ends" and "time" not in layer.name}
+    assert ends == {
+        "context_embedder": "context_embedding",
+        "x_embedder": "input_stem",
+        "norm_out.linear": "modulation",
+        "proj_out": "output_head",
+    }
 
 
 def test_a_transformer_is_staged_by_depth() -> None:
@@ -96,33 +464,65 @@ def test_a_transformer_is_staged_by_depth() -> None:
     layers = by_name(inventory(model))
     stages = [layers[f"transformer_blocks.{i}.attn2.to_q"].stage for i in range(6)]
     assert stages == ["early", "early", "middle", "middle", "late", "late"]
-    expected = {
-        "pos_embed.proj": "input_stem",
-        "adaln_single.linear": "modulation",
-        "adaln_single.emb.timestep_embedder.linear_1": "timestep_embedding",
-        "caption_projection.linear_1": "context_embedding",
-        "transformer_blocks.0.attn1.to_v": "attention_qkv",
-        "transformer_blocks.0.attn2.to_v": "cross_attention_qkv",
-        "transformer_blocks.0.ff.net.2": "feed_forward",
-        "proj_out": "output_head",
-    }
-    assert {name: layers[name].role for name in expected} == expected
     assert "other" not in {layer.role for layer in layers.values()}
 
 
-def test_flux_has_one_output_head() -> None:
-    model = FluxTransformer2DModel(
-        in_channels=4,
+def test_the_second_attention_of_stable_diffusion_3_5_attends_to_the_sample() -> None:
+    model = SD3Transformer2DModel(
+        sample_size=8,
         num_layers=2,
-        num_single_layers=3,
-        attention_head_dim=16,
         num_attention_heads=2,
+        attention_head_dim=8,
         joint_attention_dim=16,
+        caption_projection_dim=16,
         pooled_projection_dim=16,
-        axes_dims_rope=(4, 4, 8),
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
     )
-    roles = Counter(layer.role for layer in inventory(model))
-    assert (roles["output_head"], roles["other"]) == (1, 0)
+    roles = {layer.name: layer.role for layer in inventory(model)}
+    assert roles["transformer_blocks.0.attn2.to_k"] == "attention_qkv"
+    assert roles["transformer_blocks.0.attn.add_k_proj"] == "cross_attention_qkv"
+
+
+def test_an_image_that_guides_a_video_is_context() -> None:
+    model = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=36,
+        out_channels=16,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=1,
+        image_dim=20,
+        added_kv_proj_dim=24,
+    )
+    roles = {layer.name: layer.role for layer in inventory(model)}
+    image = [role for name, role in roles.items() if name.startswith("condition_embedder.image_embedder.")]
+    assert image == ["context_embedding"] * 2
+    assert roles["blocks.0.attn2.add_k_proj"] == "cross_attention_qkv"
+    assert [name for name, role in roles.items() if role == "input_stem"] == ["patch_embedding"]
+    assert "other" not in roles.values()
+
+
+def test_a_unet_that_scales_and_resamples_in_its_residual_blocks_has_no_other_layers() -> None:
+    model = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=8,
+        down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        resnet_time_scale_shift="scale_shift",
+    )
+    roles = {layer.name: layer.role for layer in inventory(model)}
+    assert roles["down_blocks.0.downsamplers.0.conv1"] == "conv"
+    assert roles["down_blocks.0.downsamplers.0.time_emb_proj"] == "timestep_embedding"
+    assert "other" not in roles.values()
+
+
+# What is refused
 
 
 def test_a_packed_model_is_refused(toy_unet: Any) -> None:
@@ -135,7 +535,7 @@ def test_a_packed_model_is_refused(toy_unet: Any) -> None:
 def test_a_model_packed_in_part_is_refused(toy_unet: Any) -> None:
     pack(toy_unet, {"conv_in": Choice(format_named("int8"))}, {}, torch.float16)
     with pytest.raises(BitPolicyError, match="packed already"):
-        inventory(toy_unet)
+        inventory(nn.ModuleDict({"unet": toy_unet}))
 
 
 def test_a_model_without_layers_is_refused() -> None:

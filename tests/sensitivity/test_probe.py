@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +16,15 @@ from scipy.stats import spearmanr
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import FP16, format_named, parse_formats
 from bitpolicy.kernels.layers import quantizable_layers
-from bitpolicy.sensitivity.ablation import ablate
+from bitpolicy.policies.policy import Choice
+from bitpolicy.sensitivity.ablation import References, ablate
 from bitpolicy.sensitivity.inventory import Layer, inventory
 from bitpolicy.sensitivity.probe import ProbeRun, ProbeSettings
 from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.records import Records
+from bitpolicy.sensitivity.samples import Sample, split_samples
 from bitpolicy.sensitivity.table import SensitivityTable
-from bitpolicy.sensitivity.trajectory import Sample, Trajectories, split_samples
+from bitpolicy.sensitivity.trajectory import Trajectories
 from bitpolicy.sensitivity.weight_error import weight_errors
 
 NewTrajectories = Callable[..., Trajectories]
@@ -31,10 +34,15 @@ SETTINGS = ProbeSettings("adjoint", SAMPLES, vectors=2)
 
 
 def new_run(
-    trajectories: Trajectories, folder: Path, settings: ProbeSettings = SETTINGS, formats: str = "int4,int8"
+    trajectories: Trajectories,
+    folder: Path,
+    settings: ProbeSettings = SETTINGS,
+    formats: str = "int4,int8",
+    weights: str = "toy",
 ) -> ProbeRun:
     layers = inventory(trajectories.denoiser)
-    return ProbeRun(trajectories, layers, parse_formats(formats), torch.float16, settings, folder, Stages(quiet=True))
+    chosen = parse_formats(formats)
+    return ProbeRun(trajectories, layers, chosen, torch.float16, weights, settings, folder, Stages(quiet=True))
 
 
 def table_of(run: ProbeRun) -> SensitivityTable:
@@ -159,15 +167,19 @@ def test_ablation_is_the_run_with_that_layer_alone_quantized(new_trajectories: N
     trajectories = new_trajectories(num_inference_steps=2)
     (layer,) = [layer for layer in inventory(trajectories.denoiser) if layer.name == name]
     patch = torch.randn(layer.shape[1:], generator=torch.Generator().manual_seed(1))
-    reference = list(trajectories.latents(SAMPLES))
-    found = ablate(trajectories, layer, [INT4, INT8], {name: patch}, torch.float16, SAMPLES, reference)
-    for row, correct in enumerate((False, True)):
-        for column, format in enumerate((INT4, INT8)):
-            latents = one_layer_by_hand(trajectories, layer, format, patch, correct)
-            expected = float((latents - torch.stack(reference)).double().square().sum()) / len(SAMPLES)
-            assert float(found[row, column]) == pytest.approx(expected, rel=1e-3)
-    assert (found > 0).all()
-    assert torch.equal(found[0], found[1]) == (not layer.has_bias)
+    reference = References.of(trajectories, SAMPLES, images=False)
+    for format, correct in itertools.product((INT4, INT8), (False, True)):
+        choices = {name: Choice(format, correct)}
+        found = ablate(trajectories, choices, {name: patch}, torch.float16, SAMPLES, reference)
+        errors = (one_layer_by_hand(trajectories, layer, format, patch, correct) - reference.latents).double()
+        expected = errors.square().flatten(1).sum(1)
+        torch.testing.assert_close(found.power, expected, rtol=1e-3, atol=0)
+        units = reference.latents.double().flatten(1)
+        units /= units.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(found.parallel, (errors.flatten(1) * units).sum(1), rtol=1e-3, atol=1e-6)
+        pairs = [float((a * b).sum()) for a, b in itertools.permutations(errors, 2)]
+        assert found.mean == pytest.approx(sum(pairs) / len(pairs), rel=1e-3, abs=1e-9)
+        assert found.psnr_db is None
 
 
 # What an interrupted probe does again
@@ -258,12 +270,13 @@ def test_an_interrupted_probe_goes_on_where_it_stopped(
     assert len(pieces(tmp_path / "stopped")) == done
     calls.new()
     resumed = table_of(new_run(new_trajectories(num_inference_steps=1), tmp_path / "stopped"))
-    again = calls.new()
-    assert again == ([] if done else list(SAMPLES), list(SAMPLES[max(done - 1, 0) // 2 :]))
+    plain, graph = calls.new()
+    assert graph == list(SAMPLES[max(done - 1, 0) // 2 :])
+    assert plain == (graph[:1] if done else list(SAMPLES))  # one run to see where the loop ends, or the reference
     assert_equal_tables(resumed, whole)
 
 
-@pytest.mark.parametrize(("piece", "again"), [("reference", (3, 0)), ("sketch-1-0", (0, 1)), ("sketch-2-1", (0, 1))])
+@pytest.mark.parametrize(("piece", "again"), [("reference-0", (3, 0)), ("sketch-1-0", (1, 1)), ("sketch-2-1", (1, 1))])
 @pytest.mark.parametrize("content", [b"", b"garbage", None], ids=["empty", "garbage", "cut"])
 def test_a_damaged_piece_is_made_again(
     new_trajectories: NewTrajectories,
@@ -292,8 +305,8 @@ def test_an_interrupted_ablation_goes_on_where_it_stopped(
     trajectories = new_trajectories(num_inference_steps=1)
     whole = table_of(new_run(trajectories, tmp_path, settings, "int8"))
     calls.new()
-    (lost,) = pieces(tmp_path, "ablation-conv_out")
-    lost.unlink()
+    for lost in pieces(tmp_path, "ablation-conv_out-*"):
+        lost.unlink()
     mended = table_of(new_run(trajectories, tmp_path, settings, "int8"))
     assert len(calls.new()[0]) == 1 + 2  # the reference, and conv_out with either bias
     assert_equal_tables(whole, mended)
@@ -304,11 +317,6 @@ def other_settings() -> dict[str, Callable[[NewTrajectories, Path], ProbeRun]]:
 
     def samples(*chosen: Sample) -> ProbeSettings:
         return ProbeSettings("adjoint", chosen, 2)
-
-    def other_weight(new: NewTrajectories, folder: Path) -> ProbeRun:
-        trajectories = new()
-        trajectories.denoiser.get_parameter("conv_out.bias").data += 1
-        return new_run(trajectories, folder)
 
     def other_beta(new: NewTrajectories, folder: Path) -> ProbeRun:
         trajectories = new()
@@ -325,7 +333,7 @@ def other_settings() -> dict[str, Callable[[NewTrajectories, Path], ProbeRun]]:
         "a sample less": lambda new, folder: new_run(new(), folder, samples(*SAMPLES[:2])),
         "another format": lambda new, folder: new_run(new(), folder, formats="int4-g32,int8"),
         "formats in another order": lambda new, folder: new_run(new(), folder, formats="int8,int4"),
-        "another weight": other_weight,
+        "another weight": lambda new, folder: new_run(new(), folder, weights="other"),
         "another dtype": lambda new, folder: new_run(new(dtype=torch.float64), folder),
     }
 
@@ -351,7 +359,7 @@ def test_fp16_alone_leaves_nothing_to_score(new_trajectories: NewTrajectories, t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("magic", SAMPLES, 2), "unknown probe 'magic'; write any of adjoint, ablation, weight"),
+        (("magic", SAMPLES, 2), "unknown probe 'magic'; write any of adjoint, stepwise, ablation, weight"),
         (("adjoint", (), 2), "got 0 samples, 2 vectors"),
         (("adjoint", SAMPLES, 0), "got 3 samples, 0 vectors"),
     ],

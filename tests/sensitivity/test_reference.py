@@ -11,8 +11,9 @@ import torch
 from torch.nn.functional import unfold
 
 from bitpolicy.kernels.layers import quantizable_layers
-from bitpolicy.sensitivity.reference import reference_pass
-from bitpolicy.sensitivity.trajectory import Trajectories, split_samples
+from bitpolicy.sensitivity.reference import ReferencePass
+from bitpolicy.sensitivity.samples import split_samples
+from bitpolicy.sensitivity.trajectory import Trajectories
 
 NewTrajectories = Callable[..., Trajectories]
 
@@ -52,7 +53,7 @@ def caught_means(trajectories: Trajectories, samples: list[Any]) -> dict[str, to
 )
 def test_the_mean_inputs_are_those_of_every_patch_that_was_met(new_trajectories: NewTrajectories, count: int) -> None:
     samples = split_samples(["cat", "a red heart", "pizza"], count, seed=0)
-    found = reference_pass(new_trajectories(), samples).calibration
+    found = ReferencePass.of(new_trajectories(), samples).calibration
     expected = caught_means(new_trajectories(), samples)
     assert set(found) == set(expected) == {name for name, _ in quantizable_layers(new_trajectories().denoiser)}
     for name, patch in found.items():
@@ -62,7 +63,7 @@ def test_the_mean_inputs_are_those_of_every_patch_that_was_met(new_trajectories:
 
 def test_the_power_is_the_mean_squared_norm_of_the_latents(new_trajectories: NewTrajectories) -> None:
     trajectories, samples = new_trajectories(), split_samples(["cat", "dog"], 5, seed=3)
-    power = reference_pass(trajectories, samples).latent_power
+    power = ReferencePass.of(trajectories, samples).latent_power
     norms = [float(latent.double().norm()) for latent in trajectories.latents(samples)]
     assert power == pytest.approx(sum(norm**2 for norm in norms) / 5, rel=1e-5)
 
@@ -75,6 +76,6 @@ def test_no_hook_stays_after_an_interruption(new_trajectories: NewTrajectories) 
 
     mine = trajectories.denoiser.conv_out.register_forward_hook(stop)  # type: ignore[union-attr]
     with pytest.raises(KeyboardInterrupt):
-        reference_pass(trajectories, split_samples(["cat"], 1, seed=0))
+        ReferencePass.of(trajectories, split_samples(["cat"], 1, seed=0))
     mine.remove()
     assert [name for name, layer in quantizable_layers(trajectories.denoiser) if layer._forward_pre_hooks] == []

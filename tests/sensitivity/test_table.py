@@ -13,8 +13,8 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import FP16, format_named
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.policy import Choice
-from bitpolicy.sensitivity.adjoint import Sketch
 from bitpolicy.sensitivity.inventory import inventory
+from bitpolicy.sensitivity.sketch import Sketch
 from bitpolicy.sensitivity.table import SensitivityTable
 
 INT4, INT8 = format_named("int4"), format_named("int8")
@@ -63,11 +63,41 @@ def test_the_mean_of_the_squared_sketches_is_the_error(table: SensitivityTable) 
     torch.testing.assert_close(table.sketches.double().square().mean(0), table.error, rtol=1e-5, atol=0)
 
 
-def test_the_steps_share_the_whole_power(table: SensitivityTable, sketches: list[Sketch]) -> None:
+def test_a_step_has_the_error_that_enters_there_alone(table: SensitivityTable, sketches: list[Sketch]) -> None:
     assert table.by_step is not None
-    torch.testing.assert_close(table.by_step.sum(0), torch.ones(4, 2))
-    without_bias = torch.stack([s.weight[:, 3] for s in sketches]).square().mean(0)
-    torch.testing.assert_close(table.by_step[:, 3], without_bias / without_bias.sum(0))
+    without_bias = torch.stack([s.weight[:, 3] for s in sketches]).square().mean(0) / POWER
+    torch.testing.assert_close(table.by_step[:, 3], without_bias)
+
+
+def test_measured_errors_take_the_place_of_predictions(table: SensitivityTable) -> None:
+    assert table.sketches is not None
+    assert table.source(1, 0) == "adjoint"
+    found = table.remeasured({(1, 0): 0.25})
+    assert found.sketches is not None
+    assert float(found.error[1, 0]) == 0.25
+    assert (found.source(1, 0), found.source(0, 0)) == ("ablation", "adjoint")
+    torch.testing.assert_close(found.sketches.double().square().mean(0), found.error, rtol=1e-5, atol=0)
+    untouched = torch.ones_like(table.error, dtype=torch.bool)
+    untouched[1, 0] = False
+    assert torch.equal(found.error[untouched], table.error[untouched])
+    again = found.remeasured({(2, 1): 0.5})
+    assert again.measured is not None
+    assert again.measured.nonzero().tolist() == [[1, 0], [2, 1]]
+
+
+def test_the_largest_errors_are_those_beyond_first_order() -> None:
+    error = torch.tensor([[1e-2, 1e-5], [0.5, 2e-3], [9e-4, 0.0]], dtype=torch.float64)
+    table = SensitivityTable("adjoint", ("a", "b", "c"), (INT4, INT8), error, torch.ones(3, 2, dtype=torch.bool))
+    assert table.largest(2) == [(1, 0), (0, 0)]
+    assert table.largest(6) == [(1, 0), (0, 0), (1, 1)]
+
+
+def test_halves_are_the_tables_of_half_the_sketches(table: SensitivityTable, sketches: list[Sketch]) -> None:
+    halves = table.halves()
+    assert halves is not None
+    for half, part in zip(halves, (sketches[:3], sketches[3:]), strict=True):
+        plain = torch.stack([s.weight.sum(0)[3] for s in part]).double().square().mean(0) / POWER
+        torch.testing.assert_close(half.error[3], plain, rtol=1e-5, atol=0)
 
 
 def test_layers_that_no_sketch_saw_score_zero() -> None:

@@ -17,7 +17,9 @@ from diffusers import (
 )
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.sensitivity.trajectory import Sample, Trajectories, denoiser_name, split_samples
+from bitpolicy.policies.denoiser import denoiser_name
+from bitpolicy.sensitivity.samples import Sample, split_samples
+from bitpolicy.sensitivity.trajectory import LoopError, Trajectories
 
 NewTrajectories = Callable[..., Trajectories]
 SCHEDULERS = [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler]
@@ -143,12 +145,12 @@ def test_the_scheduler_is_as_before_after_an_interruption(new_trajectories: NewT
     assert torch.equal(next(trajectories.latents(SAMPLES[:1])), own_call(trajectories, SAMPLES[:1], "latent")[0])
 
 
-def test_a_loop_without_a_graph_is_refused_with_a_way_out(new_trajectories: NewTrajectories) -> None:
+def test_a_loop_without_a_graph_is_told(new_trajectories: NewTrajectories) -> None:
     trajectories = new_trajectories()
     for component in trajectories.pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False)
-    with pytest.raises(BitPolicyError, match="StableDiffusionPipeline cannot be differentiated; use --probe ablation"):
+    with pytest.raises(LoopError, match="loop of StableDiffusionPipeline detaches its result"):
         trajectories.differentiable_latent(SAMPLES[0])
 
 

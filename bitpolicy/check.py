@@ -1,0 +1,207 @@
+"""The probe against the truth: layer by layer, and over random policies.
+
+The truth is `bitpolicy.sensitivity.ablation`: quantize, run the real trajectory, take the distance of the final latent
+from the reference's, on the samples the probe used. Layers are compared by Spearman's rank correlation and by the
+median ratio of predicted to measured error; policies likewise, over the whole range of sizes. A policy's prediction
+adds the layers' sketches up as vectors. With fewer sketches than layers the off-diagonal part of that quadratic form is
+noisy, so it is also judged held out: the form of one half of the samples against the measured error of the other half.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.format import Format
+from bitpolicy.kernels.formats import FP16
+from bitpolicy.policies.accounting import ByteAccount
+from bitpolicy.policies.atomic import write_text
+from bitpolicy.sensitivity.ablation import Measured
+from bitpolicy.sensitivity.probe import ProbeRun, alone_name
+from bitpolicy.sensitivity.reference import ReferencePass
+from bitpolicy.sensitivity.table import SensitivityTable
+
+TRUSTED_DB = 20.0  # PSNR below which the images no longer show the same picture
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well predictions and measurements agree.
+
+    Attributes:
+        what: a format's name, or "policies".
+        n: how many pairs.
+        spearman: rank correlation; NaN where all are equal.
+        median_ratio: of predicted to measured.
+        within_2x: share of pairs whose ratio is between 1/2 and 2.
+    """
+
+    what: str
+    n: int
+    spearman: float
+    median_ratio: float
+    within_2x: float
+
+    @classmethod
+    def of(cls, what: str, predicted: Sequence[float], measured: Sequence[float]) -> Agreement:
+        p, m = np.asarray(predicted, float), np.asarray(measured, float)
+        ratio = p / np.maximum(m, np.finfo(float).tiny)
+        rank = float(spearmanr(p, m).statistic) if len(p) > 1 else float("nan")
+        return cls(what, len(p), rank, float(np.median(ratio)), float(np.mean((ratio >= 0.5) & (ratio <= 2))))
+
+
+@dataclass(frozen=True)
+class CheckedPolicy:
+    """One random policy.
+
+    Attributes:
+        nbytes: its size.
+        predicted: E|dx_0|^2 / E|x_0|^2 from all sketches.
+        additive: the same from the layers' errors as powers.
+        held_out: the same from the sketches of the first half of the samples; None where there are none.
+        measured: from real trajectories; `measured_held_out` from those of the second half of the samples.
+        psnr_db: of the decoded images, mean over samples; None where one is identical.
+        bias: share of the measured error that is its mean over samples.
+    """
+
+    nbytes: int
+    predicted: float
+    additive: float
+    held_out: float | None
+    measured: float
+    measured_held_out: float
+    psnr_db: float | None
+    bias: float
+
+
+@dataclass(frozen=True)
+class Check:
+    """A probe's predictions beside what was measured.
+
+    Attributes:
+        layers, formats: names, lengths L and F.
+        predicted, measured: E|dx_0|^2 / E|x_0|^2 of one layer alone, shape (L, F).
+        bias, parallel: shares of the measured error, shape (L, F).
+        policies: the random ones; the first quantizes nothing and has to be zero in both.
+        forwards: denoiser forwards that measuring took.
+    """
+
+    layers: tuple[str, ...]
+    formats: tuple[str, ...]
+    predicted: list[list[float]]
+    measured: list[list[float]]
+    bias: list[list[float]]
+    parallel: list[list[float]]
+    policies: tuple[CheckedPolicy, ...]
+    forwards: int
+
+    def agreements(self) -> list[Agreement]:
+        """By format over layers, then over the policies that still show the picture."""
+        p, m = np.asarray(self.predicted), np.asarray(self.measured)
+        found = [Agreement.of(name, p[:, j].tolist(), m[:, j].tolist()) for j, name in enumerate(self.formats)]
+        trusted = [p for p in self.policies[1:] if p.psnr_db is not None and p.psnr_db > TRUSTED_DB]
+        if trusted:
+            measured = [p.measured for p in trusted]
+            found.append(Agreement.of("policies", [p.predicted for p in trusted], measured))
+            found.append(Agreement.of("policies, additive", [p.additive for p in trusted], measured))
+            halves = [(p.held_out, p.measured_held_out) for p in trusted if p.held_out is not None]
+            if halves:
+                found.append(Agreement.of("policies, held out", *zip(*halves, strict=True)))
+        return found
+
+    def save(self, path: Path) -> None:
+        """Write JSON, agreements included."""
+        content = {**asdict(self), "agreements": [asdict(a) for a in self.agreements()]}
+        write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Check:
+        """Read the JSON.
+
+        Raises:
+            BitPolicyError: it is missing or no such file.
+        """
+        try:
+            found = json.loads(path.read_text())
+            found.pop("agreements")
+            policies = tuple(CheckedPolicy(**policy) for policy in found["policies"])
+            names: dict[str, Any] = {key: tuple(found[key]) for key in ("layers", "formats")}
+            return cls(**{**found, **names, "policies": policies})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BitPolicyError(f"cannot read {path}: {error}; run `bitpolicy probe --check` again") from error
+
+
+def check(run: ProbeRun, table: SensitivityTable, reference: ReferencePass, account: ByteAccount, count: int) -> Check:
+    """Measure every layer in every format, and `count` random policies.
+
+    Args:
+        table: an adjoint probe's; what was re-measured by ablation counts as the probe's word.
+    """
+    shape = (len(table.layers), len(table.formats))
+    layers = run.measure(
+        {
+            alone_name(table, i, j): {table.layers[i]: table.choice(i, table.formats[j])}
+            for i in range(shape[0])
+            for j in range(shape[1])
+        },
+        reference,
+        "check: layers",
+    )
+    power = reference.latent_power
+    measured = torch.stack([m.power.mean() for m in layers]).reshape(shape) / power
+    shares = torch.tensor([[m.bias_share, m.parallel_share] for m in layers]).reshape(*shape, 2)
+    drawn: list[list[Format]] = [[FP16] * shape[0], *random_policies(shape[0], table.formats, count)]
+    choices = {
+        f"policy-{i}": {table.layers[j]: table.choice(j, f) for j, f in enumerate(formats)}
+        for i, formats in enumerate(drawn)
+    }
+    found = run.measure(choices, reference, "check: random policies", images=True)
+    policies = tuple(_checked(table, formats, m, account, power) for formats, m in zip(drawn, found, strict=True))
+    forwards = (len(layers) + len(found)) * len(layers[0].power) * reference.calls
+    return Check(
+        table.layers,
+        tuple(f.name for f in table.formats),
+        table.error.tolist(),
+        measured.tolist(),
+        shares[..., 0].tolist(),
+        shares[..., 1].tolist(),
+        policies,
+        forwards,
+    )
+
+
+def random_policies(layers: int, formats: Sequence[Format], count: int) -> Iterator[list[Format]]:
+    """`count` random policies from nearly all FP16 to none, always the same ones."""
+    for i in range(count):
+        draw = random.Random(i)
+        packed = draw.random()
+        shares = [draw.random() for _ in formats]
+        weights = [packed * share / sum(shares) for share in shares]
+        yield draw.choices([*formats, FP16], [*weights, 1 - packed], k=layers)
+
+
+def _checked(
+    table: SensitivityTable, formats: Sequence[Format], measured: Measured, account: ByteAccount, power: float
+) -> CheckedPolicy:
+    halves = table.halves()
+    half = len(measured.power) // 2
+    predicted = table.predicted_error(formats)
+    return CheckedPolicy(
+        nbytes=account.total(dict(zip(table.layers, formats, strict=True))),
+        predicted=0.0 if predicted is None else predicted,
+        additive=sum(table.score(i, f) for i, f in enumerate(formats)),
+        held_out=halves[0].predicted_error(formats) if halves else None,
+        measured=float(measured.power.mean()) / power,
+        measured_held_out=float(measured.power[half:].mean()) / power,
+        psnr_db=measured.psnr_db,
+        bias=measured.bias_share,
+    )

@@ -1,0 +1,31 @@
+"""From the options of a command to `Settings`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from bitpolicy.cli.options import pipeline_call
+from bitpolicy.kernels.formats import parse_formats
+from bitpolicy.prompting import load_requests
+from bitpolicy.settings import Settings
+
+
+def settings_of(options: Mapping[str, Any], **more: Any) -> Settings:
+    """The settings that a command's options ask for.
+
+    Args:
+        options: option name -> value, among them formats, prompts, num_inference_steps, guidance_scale and call; those
+            that are no field of `Settings` are passed over.
+        more: fields that have no option of their name.
+    """
+    known = {field.name for field in fields(Settings)}
+    call = pipeline_call(options["num_inference_steps"], options["guidance_scale"], options["call"])
+    prompts = options["prompts"]
+    read = {
+        "formats": tuple(format.name for format in parse_formats(options["formats"])),
+        "prompts": tuple(load_requests(prompts)) if prompts else None,
+        "call": tuple(call.items()),
+    }
+    return Settings(**{name: value for name, value in {**options, **read, **more}.items() if name in known})

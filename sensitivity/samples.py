@@ -1,0 +1,98 @@
+"""What one trajectory starts from: a prompt or other arguments of the pipeline call, and a seed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffusers.utils import load_image
+from PIL import Image
+
+from bitpolicy.kernels.errors import BitPolicyError
+
+Request = str | Mapping[str, Any]
+"""A prompt, or a mapping of call arguments such as {"prompt": "a cat", "image": "photo.png"}."""
+
+_PICTURES = ("image", "video")  # arguments whose name holds one of these take pictures, and a text there is a path
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One request with one seed: a trajectory.
+
+    Attributes:
+        prompt: text; a class label in digits; empty where the pipeline takes neither.
+        seed: of the initial noise.
+        arguments: what else the request gives to the pipeline call, by name. A text where the pipeline takes pictures
+            is a path or URL.
+    """
+
+    prompt: str
+    seed: int
+    arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @classmethod
+    def of(cls, request: Request, seed: int) -> Sample:
+        if isinstance(request, str):
+            return cls(request, seed)
+        rest = {name: value for name, value in request.items() if name != "prompt"}
+        return cls(str(request.get("prompt", "")), seed, rest)
+
+    def call_arguments(self) -> dict[str, Any]:
+        """`arguments` as the pipeline takes them: pictures are read.
+
+        Raises:
+            BitPolicyError: a picture cannot be read.
+        """
+        return {name: _read(value) if takes_pictures(name) else value for name, value in self.arguments.items()}
+
+    def identity(self) -> list[Any]:
+        """JSON values that two samples share when they give the same trajectory; pictures count by their content."""
+        found: list[Any] = [self.prompt, self.seed]
+        if self.arguments:
+            found.append({name: fingerprint(value) for name, value in sorted(self.call_arguments().items())})
+        return found
+
+
+def split_samples(requests: Sequence[Request], count: int, seed: int) -> list[Sample]:
+    """`count` samples that go through `requests` in turn, each with a seed of its own from `seed` upwards."""
+    return [Sample.of(requests[i % len(requests)], seed + i) for i in range(count)]
+
+
+def fingerprint(value: Any) -> Any:
+    """JSON that stands for a call argument: pictures and tensors by a hash of their content."""
+    if isinstance(value, Mapping):
+        return {str(key): fingerprint(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [fingerprint(item) for item in value]
+    if isinstance(value, str | int | float | bool) or value is None:
+        return value
+    content = value.tobytes() if hasattr(value, "tobytes") else repr(value).encode()
+    return f"{type(value).__name__}:{hashlib.sha256(content).hexdigest()[:16]}"
+
+
+def takes_pictures(name: str) -> bool:
+    """Whether a call argument of this name takes pictures."""
+    return any(part in name for part in _PICTURES)
+
+
+def beside(folder: Path, value: Any) -> Any:
+    """Paths in `value` taken relative to `folder`, URLs as they are."""
+    if isinstance(value, list):
+        return [beside(folder, item) for item in value]
+    return str(folder / value) if isinstance(value, str) and "://" not in value else value
+
+
+def _read(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_read(item) for item in value]
+    if not isinstance(value, str | Path):
+        return value
+    try:
+        picture: Image.Image = load_image(str(value))
+    except (OSError, ValueError) as error:
+        raise BitPolicyError(f"cannot read the picture {value}: {error}; give a path or URL of an image") from error
+    return picture

@@ -1,0 +1,111 @@
+"""Sketches: dot products of gradients with weight changes, taken while a backward pass runs, and freed at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitpolicy.kernels.layers import Quantizable
+from bitpolicy.sensitivity.trajectory import Trajectories
+from bitpolicy.sensitivity.weight_changes import WeightChanges
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """One backward pass: how a direction sees every layer's error.
+
+    Attributes:
+        weight: <G_W, dW>, float32, shape (steps, layers, formats), by scheduler step.
+        bias: <G_b, db> of the corrected bias, same shape; zero for a layer without a bias.
+        along: <v, x_0> / |x_0|, how much of the direction is the signal's.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    along: float = 0.0
+
+    def stacked(self) -> torch.Tensor:
+        """(2, steps, layers, formats): with the bias as it was, and corrected."""
+        return torch.stack([self.weight, self.weight + self.bias])
+
+
+class SketchRecorder:
+    """Fills sketches from the gradients of a backward pass: no gradient outlives its layer.
+
+    Attributes:
+        step: the scheduler step that gradients now belong to; whoever runs the backward pass sets it.
+        reached: steps at which a gradient arrived.
+    """
+
+    def __init__(self, layers: Mapping[str, Quantizable], changes: WeightChanges, formats: int) -> None:
+        self._layers, self._changes, self._formats = layers, changes, formats
+        self.step = 0
+        self.reached: set[int] = set()
+        self._weight = self._bias = torch.empty(0)
+
+    @contextmanager
+    def recording(self, steps: int, device: torch.device) -> Iterator[None]:
+        """While the block runs, gradients that are complete go into a new sketch."""
+        self._weight = torch.zeros(steps, len(self._layers), self._formats, device=device)
+        self._bias = torch.zeros_like(self._weight)
+        self.reached = set()
+        handles = list(self._hooks())
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def not_finite(self) -> tuple[int, str] | None:
+        """The step and layer where the backward pass first met NaN or Inf, or None."""
+        bad = ~(torch.isfinite(self._weight) & torch.isfinite(self._bias)).all(-1)
+        if not bad.any():
+            return None
+        step, layer = max(bad.nonzero().tolist())  # backwards: last step first, last layer first
+        return int(step), list(self._layers)[int(layer)]
+
+    def sketch(self, scale: float = 1.0, along: float = 0.0) -> Sketch:
+        """What was recorded, divided by `scale`, on the CPU."""
+        return Sketch((self._weight / scale).cpu(), (self._bias / scale).cpu(), along)
+
+    def _hooks(self) -> Iterator[Any]:
+        for index, (name, layer) in enumerate(self._layers.items()):
+            yield layer.weight.register_post_accumulate_grad_hook(self._hook(self._weight, index, name, "weight"))
+            if layer.bias is not None:
+                yield layer.bias.register_post_accumulate_grad_hook(self._hook(self._bias, index, name, "bias"))
+
+    def _hook(self, into: torch.Tensor, index: int, name: str, part: str) -> Callable[[torch.Tensor], None]:
+        def use_and_free(parameter: torch.Tensor) -> None:
+            gradient = parameter.grad
+            assert gradient is not None
+            changes = self._changes.of(name, part)
+            into[self.step, index] += (changes @ gradient.float().flatten().to(changes.device)).to(into.device)
+            self.reached.add(self.step)
+            parameter.grad = None
+
+        return use_and_free
+
+
+@contextmanager
+def only_these_require_grad(trajectories: Trajectories, layers: Mapping[str, Quantizable]) -> Iterator[None]:
+    """Freeze the pipeline but for the weights and biases of `layers`; put everything back afterwards."""
+    modules = [module for module in trajectories.pipe.components.values() if isinstance(module, nn.Module)]
+    before = {parameter: parameter.requires_grad for module in modules for parameter in module.parameters()}
+    try:
+        for parameter in before:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        for layer in layers.values():
+            layer.weight.requires_grad_(True)
+            if layer.bias is not None:
+                layer.bias.requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in before.items():
+            parameter.requires_grad_(flag)
+            parameter.grad = None

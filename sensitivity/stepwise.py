@@ -1,0 +1,101 @@
+"""The stepwise probe: what every layer's quantization error does to the denoiser's output, call by call.
+
+The reference trajectory is followed without gradients. At each call the denoiser is differentiated alone: with v_t ~
+N(0, I) of the output's shape, <v_t, J_{l,t} dW> is a sketch of the error de_t(l, f) that the layer makes in that one
+call. Nothing is known of what the sampler makes of it, which is what the adjoint probe adds: the ratio of the two is
+the amplification from the step where an error enters to the end. It also stands in for the adjoint probe where the
+sampling loop cannot be differentiated; then a layer's score is
+
+    sum_t E|de_t(l, f)|^2 / sum_t E|e_t|^2.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.format import Format
+from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.policies.calibration import Calibration
+from bitpolicy.sensitivity.checkpointed_calls import replaced_forward
+from bitpolicy.sensitivity.directions import stream
+from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.sketch import Sketch, SketchRecorder, only_these_require_grad
+from bitpolicy.sensitivity.trajectory import Trajectories
+from bitpolicy.sensitivity.weight_changes import WeightChanges
+
+
+@dataclass(frozen=True)
+class LocalSketch:
+    """A sketch of one trajectory's calls.
+
+    Attributes:
+        sketch: <v_t, de_t>, by scheduler step; a step with two calls adds both.
+        power: |e_t|^2 of the denoiser's output, float32, shape (steps).
+    """
+
+    sketch: Sketch
+    power: torch.Tensor
+
+
+class StepwiseProbe:
+    """Local sketches of one pipeline. Arguments as of `AdjointProbe`."""
+
+    def __init__(
+        self, trajectories: Trajectories, formats: Sequence[Format], calibration: Calibration, storage: torch.dtype
+    ) -> None:
+        self._trajectories = trajectories
+        self._layers = dict(quantizable_layers(trajectories.denoiser))
+        changes = WeightChanges(self._layers, formats, calibration, storage)
+        self._recorder = SketchRecorder(self._layers, changes, len(formats))
+
+    def sketches(self, sample: Sample, vectors: Sequence[int]) -> Iterator[LocalSketch]:
+        """One local sketch for each random stream, one trajectory each."""
+        if not self._trajectories.steps:
+            next(self._trajectories.latents([sample]))  # how many steps there are
+        steps = self._trajectories.steps  # a call after the last step would belong to no step
+        device = next(self._trajectories.denoiser.parameters()).device
+        for index in vectors:
+            power = torch.zeros(steps, device=device)
+            with (
+                only_these_require_grad(self._trajectories, self._layers),
+                self._recorder.recording(steps, device),
+                ExitStack() as stack,
+            ):
+                streams = (stream(0x57E9, sample.seed, index, call) for call in itertools.count())
+                for denoiser in self._trajectories.denoisers:
+                    stack.enter_context(replaced_forward(denoiser, self._differentiated(streams, power)))
+                next(self._trajectories.latents([sample]))
+            where = self._recorder.not_finite()
+            if where is not None:
+                raise BitPolicyError(f"step {where[0] + 1}: the gradient of {where[1]} is NaN or Inf; try float32")
+            yield LocalSketch(self._recorder.sketch(), power.cpu())
+
+    def _differentiated(
+        self, streams: Iterator[torch.Generator], power: torch.Tensor
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """A forward that differentiates its own output, records, and returns it without a graph."""
+
+        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                step = self._recorder.step = self._trajectories.steps
+                with torch.enable_grad():
+                    output = original(*args, **kwargs)
+                    leaves, spec = pytree.tree_flatten(output)
+                    first = next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad)
+                    v = torch.randn(first.shape, generator=next(streams)).to(first.device)
+                    torch.autograd.backward(first, v.to(first.dtype))
+                power[step] += first.detach().float().square().sum()
+                detached = [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+                return pytree.tree_unflatten(detached, spec)
+
+            return forward
+
+        return wrap

@@ -1,0 +1,74 @@
+"""What several toys share: text encoders and an autoencoder, each of the real class."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from diffusers import AutoencoderKL
+from toy_tokenizers import LENGTH
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+WIDTH = 16  # channels of a text encoder's output
+ClipClass = TypeVar("ClipClass", CLIPTextModel, CLIPTextModelWithProjection)
+
+
+def clip_text_encoder(tokenizer: PreTrainedTokenizerBase, kind: type[ClipClass] = CLIPTextModel) -> ClipClass:
+    """Two layers, so that SDXL and SD3 can take the last but one. Output (B, LENGTH, WIDTH), pooled (B, WIDTH)."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=LENGTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_factor=2.0,  # the state before the last norm, which SDXL and SD3 take, is then about 1
+    )
+    return kind(config)
+
+
+def t5_text_encoder(tokenizer: PreTrainedTokenizerBase, width: int = WIDTH) -> T5EncoderModel:
+    """Two layers. Output (B, tokens, width)."""
+    return T5EncoderModel(T5Config(**_t5_sizes(tokenizer, width)))
+
+
+def umt5_text_encoder(tokenizer: PreTrainedTokenizerBase, width: int = WIDTH) -> UMT5EncoderModel:
+    """As T5, but each layer has a position bias of its own."""
+    return UMT5EncoderModel(UMT5Config(**_t5_sizes(tokenizer, width)))
+
+
+def _t5_sizes(tokenizer: PreTrainedTokenizerBase, width: int) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),
+        "d_model": width,
+        "d_kv": width // 2,
+        "d_ff": 2 * width,
+        "num_layers": 2,
+        "num_heads": 2,
+        "feed_forward_proj": "gated-gelu",
+    }
+
+
+def image_vae(channels: tuple[int, ...] = (8, 16), latent_channels: int = 4, **options: Any) -> AutoencoderKL:
+    """Halves the sides once for each level but the first."""
+    return AutoencoderKL(
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        latent_channels=latent_channels,
+        norm_num_groups=4,
+        sample_size=16,
+        **options,
+    )

@@ -1,0 +1,33 @@
+"""Tokenizers of the real classes, made in memory: they know printable ASCII, about a letter a token."""
+
+from __future__ import annotations
+
+from transformers import BertTokenizer, CLIPTokenizer, GemmaTokenizer, T5Tokenizer
+
+_ASCII = [chr(code) for code in range(33, 127)]
+LENGTH = 16  # tokens of a prompt
+
+
+def clip_tokenizer(length: int = LENGTH) -> CLIPTokenizer:
+    """CLIP's byte-pair encoding with no merges: a letter is a token, the last one of a word another."""
+    words = [*_ASCII, *(f"{letter}</w>" for letter in _ASCII), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=length)
+
+
+def t5_tokenizer(length: int = LENGTH) -> T5Tokenizer:
+    """T5's Unigram model, where every piece is a letter; UMT5's tokenizer is of this class too."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((letter, -4.0) for letter in _ASCII)]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=length)
+
+
+def gemma_tokenizer(length: int = LENGTH) -> GemmaTokenizer:
+    """Gemma's byte-pair encoding with no merges; it puts <bos> first."""
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *_ASCII]
+    vocab = {word: i for i, word in enumerate(words)}
+    return GemmaTokenizer(vocab=vocab, merges=[], model_max_length=length, add_bos_token=True)
+
+
+def bert_tokenizer(length: int = LENGTH) -> BertTokenizer:
+    """BERT's WordPiece, a letter a piece, without upper case."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *_ASCII, *(f"##{letter}" for letter in _ASCII)]
+    return BertTokenizer(vocab={word: i for i, word in enumerate(words)}, model_max_length=length)
