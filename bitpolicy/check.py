@@ -65,7 +65,7 @@ class CheckedPolicy:
 
     Attributes:
         nbytes: its size.
-        predicted: E|dx_0|^2 / E|x_0|^2 from all sketches.
+        predicted: E|dx_0|^2 / E|x_0|^2 from all sketches, added up as vectors.
         additive: the same from the layers' errors as powers.
         held_out: the same from the sketches of the first half of the samples; None where there are none.
         measured: from real trajectories; `measured_held_out` from those of the second half of the samples.
@@ -194,12 +194,12 @@ def _checked(
 ) -> CheckedPolicy:
     halves = table.halves()
     half = len(measured.power) // 2
-    predicted = table.predicted_error(formats)
+    vector, additive = table.vector_error(formats), table.additive_error(formats)
     return CheckedPolicy(
         nbytes=account.total(dict(zip(table.layers, formats, strict=True))),
-        predicted=0.0 if predicted is None else predicted,
-        additive=sum(table.score(i, f) for i, f in enumerate(formats)),
-        held_out=halves[0].predicted_error(formats) if halves else None,
+        predicted=vector if vector is not None else additive or 0.0,
+        additive=additive or 0.0,
+        held_out=halves[0].vector_error(formats) if halves else None,
         measured=float(measured.power.mean()) / power,
         measured_held_out=float(measured.power[half:].mean()) / power,
         psnr_db=measured.psnr_db,

@@ -170,7 +170,7 @@ class SearchRun:
                 "won": "the exact solution" if found.choices == problem.choices(exact) else "a trial of the study",
             },
         }
-        return self._policy(dict(found.choices), table.predicted_error(formats), provenance)
+        return self._policy(dict(found.choices), table.additive_error(formats), provenance)
 
     def _probed(self) -> Problem:
         """Scores, with those measured that decide the solution."""

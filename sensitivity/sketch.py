@@ -83,8 +83,8 @@ class SketchRecorder:
         def use_and_free(parameter: torch.Tensor) -> None:
             gradient = parameter.grad
             assert gradient is not None
-            changes = self._changes.of(name, part)
-            into[self.step, index] += (changes @ gradient.float().flatten().to(changes.device)).to(into.device)
+            products = self._changes.weight_products if part == "weight" else self._changes.bias_products
+            into[self.step, index] += products(name, gradient).to(into.device)
             self.reached.add(self.step)
             parameter.grad = None
 

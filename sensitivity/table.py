@@ -173,16 +173,21 @@ class SensitivityTable:
         """The error of one layer in `format`; zero for FP16."""
         return float(self.error[layer, self.formats.index(format)]) if format.packed else 0.0
 
-    def predicted_error(self, formats: Sequence[Format]) -> float | None:
-        """E|dx_0|^2 / E|x_0|^2 of a whole policy, given one format a layer in order.
+    def additive_error(self, formats: Sequence[Format]) -> float | None:
+        """E|dx_0|^2 / E|x_0|^2 of a whole policy if its layers' errors add up as powers, given one format a layer in
+        order; None where scores are no image error.
 
-        None where scores are no image error. From sketches the layers' errors add up as vectors,
-        mean_r (sum_l s_r(l, f_l))^2; without them, as powers.
+        With fewer sketches than layers this predicts better than `vector_error`: docs/decisions.md has the figures.
         """
         if self.probe in NO_IMAGE_ERROR:
             return None
-        if self.sketches is None:
-            return sum(self.score(i, format) for i, format in enumerate(formats))
+        return sum(self.score(i, format) for i, format in enumerate(formats))
+
+    def vector_error(self, formats: Sequence[Format]) -> float | None:
+        """The same with the layers' errors added up as vectors, mean_r (sum_l s_r(l, f_l))^2, which is never negative;
+        None where there are no sketches of the image's error."""
+        if self.probe in NO_IMAGE_ERROR or self.sketches is None:
+            return None
         total = torch.zeros(len(self.sketches), dtype=torch.float64)
         for i, format in enumerate(formats):
             if format.packed:

@@ -189,7 +189,7 @@ class Trajectories:
             arguments["generator"] = generators if count > 1 else generators[0]
         if "class_labels" in self._accepted:
             arguments["class_labels"] = [self._label(sample.prompt) for sample in samples]
-        elif "prompt" in self._accepted:
+        elif "prompt" in self._accepted and "prompt_embeds" not in samples[0].arguments:
             arguments["prompt"] = [sample.prompt for sample in samples]
         elif "batch_size" in self._accepted:
             arguments["batch_size"] = count

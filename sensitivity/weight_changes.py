@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -11,14 +11,15 @@ from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.layers import Quantizable
 from bitpolicy.policies.calibration import Calibration
 
-_CACHE_BYTES = 2**30  # changes are kept when all of them together fit in this; computed anew for each use if not
+_CACHE_BYTES = 2**28  # of dW in float32 that are kept, layers in turn; the others are computed anew for each use
 
 
 class WeightChanges:
-    """dW and db of every layer in every format, as rows of a matrix; kept where they fit in memory.
+    """dW and db of every layer in every format.
 
     Args:
-        calibration: E[x] per layer, for db.
+        calibration: E[x] per layer, for db; a layer without one is not corrected (some models use a layer's weight
+            without calling the layer).
         storage: dtype of the stored weights; changes are taken against the weight in this dtype.
     """
 
@@ -30,31 +31,42 @@ class WeightChanges:
         storage: torch.dtype,
     ) -> None:
         self._layers, self._formats, self._calibration, self._storage = layers, formats, calibration, storage
-        total = sum(layer.weight.numel() for layer in layers.values()) * len(formats) * 4
-        self._cache: dict[str, dict[str, torch.Tensor]] | None = {} if total <= _CACHE_BYTES else None
-        self._last: tuple[str, dict[str, torch.Tensor]] = ("", {})  # a layer's bias follows its weight, or the reverse
+        self._biases: dict[str, torch.Tensor] = {}
+        self._kept: dict[str, list[torch.Tensor]] = {}
+        self._room = _CACHE_BYTES
 
-    def of(self, name: str, part: str) -> torch.Tensor:
-        """float32, shape (formats, values of the weight or the bias).
+    def weight_products(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        """<G_W, dW> for each format, float32, shape (formats)."""
+        flat = gradient.float().flatten()
+        return torch.stack([torch.dot(delta, flat) for delta in self._deltas(name)])
 
-        Args:
-            part: "weight" or "bias".
-        """
-        if self._cache is not None:
-            if name not in self._cache:
-                self._cache[name] = self._compute(name)
-            return self._cache[name][part]
-        if self._last[0] != name:
-            self._last = ("", {})
-            self._last = (name, self._compute(name))
-        return self._last[1][part]
+    def bias_products(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        """<G_b, db> for each format, float32, shape (formats)."""
+        if name not in self._biases:
+            self._biases[name] = self._shifts(name)
+        return self._biases[name] @ gradient.float().to(self._biases[name].device)
 
-    def _compute(self, name: str) -> dict[str, torch.Tensor]:
+    def _deltas(self, name: str) -> Iterator[torch.Tensor]:
+        """dW of each format, float32, flat."""
+        if name in self._kept:
+            yield from self._kept[name]
+            return
+        nbytes = self._layers[name].weight.numel() * len(self._formats) * 4
+        if nbytes > self._room:
+            yield from (self._delta(name, format) for format in self._formats)
+            return
+        self._room -= nbytes
+        self._kept[name] = [self._delta(name, format) for format in self._formats]
+        yield from self._kept[name]
+
+    def _delta(self, name: str, format: Format) -> torch.Tensor:
+        weight = self._layers[name].weight.detach().to(self._storage)
+        return format.dequantize(format.quantize(weight), weight.shape, torch.float32).sub_(weight).flatten()
+
+    def _shifts(self, name: str) -> torch.Tensor:
+        """db of each format, float32, shape (formats, out)."""
         layer = self._layers[name]
-        weight = layer.weight.detach().to(self._storage)
-        deltas = [f.dequantize(f.quantize(weight), weight.shape, torch.float32) - weight.float() for f in self._formats]
-        changes = {"weight": torch.stack([delta.flatten() for delta in deltas])}
-        if layer.bias is not None:  # no mean input, no correction: some models use a layer's weight without calling it
-            patch = self._calibration.get(name, torch.zeros(weight.shape[1:]))
-            changes["bias"] = torch.stack([bias_shift(layer, delta, patch) for delta in deltas])
-        return changes
+        if name not in self._calibration:
+            return torch.zeros(len(self._formats), layer.weight.shape[0], device=layer.weight.device)
+        deltas = (delta.view(layer.weight.shape) for delta in self._deltas(name))
+        return torch.stack([bias_shift(layer, delta, self._calibration[name]) for delta in deltas])

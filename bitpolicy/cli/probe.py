@@ -118,9 +118,7 @@ def _print_json(table: SensitivityTable, checked: Check | None, stages: Stages, 
     if table.cost is not None:
         result["forwards"], result["times_below_ablation"] = table.cost.total, round(table.cost.gain, 2)
     if checked is not None:
-        result["check"] = {
-            a.what: {"spearman": a.spearman, "median_ratio": a.median_ratio} for a in checked.agreements()
-        }
+        result["check"] = {a.what: [a.spearman, a.median_ratio] for a in checked.agreements()}
     print(json.dumps({**result, "seconds": stages.seconds, "output_dir": str(folder)}, allow_nan=False))
 
 

@@ -251,7 +251,7 @@ def test_a_probe_gives_the_table(half_pipeline: NewPipeline, layer_names: list[s
     assert list(table.layers) == layer_names
     assert [format.name for format in table.formats] == ["int4", "int8"]
     assert (table.error >= 0).all()
-    assert table.predicted_error([format_named("int8")] * 83) is not None
+    assert table.additive_error([format_named("int8")] * 83) is not None
 
 
 def test_a_probe_by_weights_draws_only_the_reference(
@@ -259,7 +259,7 @@ def test_a_probe_by_weights_draws_only_the_reference(
 ) -> None:
     monkeypatch.setattr(Trajectories, "differentiable_latent", lambda *_: pytest.fail("a gradient was taken"))
     table = bitpolicy.probe(half_pipeline(), call=CALL, prompts=PROMPTS, samples=1, probe="weight", quiet=True)
-    assert table.predicted_error([format_named("int8")] * 83) is None
+    assert table.additive_error([format_named("int8")] * 83) is None
 
 
 # Export

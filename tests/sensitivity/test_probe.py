@@ -91,7 +91,7 @@ def test_predictions_of_policies_are_never_negative(tables: dict[str, Sensitivit
     draw = torch.Generator().manual_seed(0)
     for _ in range(20):
         formats = [(INT4, INT8, FP16)[i] for i in torch.randint(3, (83,), generator=draw).tolist()]
-        predicted = tables["adjoint"].predicted_error(formats)
+        predicted = tables["adjoint"].vector_error(formats)
         assert predicted is not None
         assert predicted >= 0
 
@@ -111,12 +111,11 @@ def test_the_predicted_error_of_a_policy_is_near_the_measured_one(
     """All INT8, plain bias: small enough for the first order."""
     trajectories, table = new_trajectories(num_inference_steps=2, guidance_scale=1.0), tables["adjoint"]
     reference = torch.stack(list(trajectories.latents(SAMPLES[:2])))
-    plain = replace(table, sketches=None)
     for _, layer in quantizable_layers(trajectories.denoiser):
         layer.weight.data = INT8.dequantize(INT8.quantize(layer.weight.data), layer.weight.shape, torch.float32)
     moved = torch.stack(list(trajectories.latents(SAMPLES[:2])))
     measured = float((moved - reference).square().sum() / reference.square().sum())
-    as_vectors, as_powers = (t.predicted_error([INT8] * 83) for t in (table, plain))
+    as_vectors, as_powers = table.vector_error([INT8] * 83), table.additive_error([INT8] * 83)
     assert as_vectors is not None
     assert as_powers is not None
     assert measured / 4 < as_vectors < measured * 4

@@ -106,12 +106,12 @@ def test_layers_that_no_sketch_saw_score_zero() -> None:
     assert table.error.tolist() == [[0.0], [0.0]]
     assert table.by_step is not None
     assert torch.equal(table.by_step, torch.zeros(3, 2, 1))
-    assert table.predicted_error([INT4, INT4]) == 0.0
+    assert table.vector_error([INT4, INT4]) == 0.0
 
 
 def test_fp16_scores_zero_and_adds_nothing(table: SensitivityTable) -> None:
     assert [table.score(layer, FP16) for layer in range(4)] == [0.0] * 4
-    assert table.predicted_error([FP16] * 4) == 0.0
+    assert (table.vector_error([FP16] * 4), table.additive_error([FP16] * 4)) == (0.0, 0.0)
     assert table.choice(0, FP16) == Choice(FP16, False)
 
 
@@ -120,7 +120,8 @@ def test_one_quantized_layer_is_predicted_as_its_error(table: SensitivityTable) 
         for format in (INT4, INT8):
             formats = [FP16] * 4
             formats[layer] = format
-            assert table.predicted_error(formats) == pytest.approx(table.score(layer, format), rel=1e-5)
+            assert table.vector_error(formats) == pytest.approx(table.score(layer, format), rel=1e-5)
+            assert table.additive_error(formats) == table.score(layer, format)
 
 
 def test_errors_of_layers_add_up_as_vectors(table: SensitivityTable, sketches: list[Sketch]) -> None:
@@ -130,19 +131,20 @@ def test_errors_of_layers_add_up_as_vectors(table: SensitivityTable, sketches: l
         with_bias = [s.weight + s.bias if table.corrected[i, c] else s.weight for i, c in enumerate(columns)]
         totals.append(sum(float(with_bias[i][:, i, c].sum()) for i, c in enumerate(columns)))
     expected = sum(total**2 for total in totals) / len(totals) / POWER
-    assert table.predicted_error([INT4, INT8, INT4, INT8]) == pytest.approx(expected, rel=1e-5)
+    assert table.vector_error([INT4, INT8, INT4, INT8]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_without_sketches_errors_add_up_as_powers() -> None:
+def test_errors_add_up_as_powers_with_sketches_or_without() -> None:
     error = torch.tensor([[0.5, 0.1], [0.25, 0.05]], dtype=torch.float64)
     table = SensitivityTable("ablation", ("a", "b"), (INT4, INT8), error, torch.zeros(2, 2, dtype=torch.bool))
-    assert table.predicted_error([INT4, INT8]) == pytest.approx(0.55)
-    assert table.predicted_error([INT8, FP16]) == pytest.approx(0.1)
+    assert table.additive_error([INT4, INT8]) == pytest.approx(0.55)
+    assert table.additive_error([INT8, FP16]) == pytest.approx(0.1)
+    assert table.vector_error([INT8, FP16]) is None
 
 
 def test_no_image_error_is_predicted_from_weight_errors() -> None:
     table = SensitivityTable("weight", ("a",), (INT4,), torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool))
-    assert table.predicted_error([INT4]) is None
+    assert (table.additive_error([INT4]), table.vector_error([INT4])) == (None, None)
 
 
 def test_a_choice_takes_the_bias_that_scored_better(table: SensitivityTable) -> None:
