@@ -40,14 +40,14 @@ class Agreement:
     Attributes:
         what: a format's name, or "policies".
         n: how many pairs.
-        spearman: rank correlation; NaN where all are equal.
+        spearman: rank correlation; None where it is not defined, all being equal.
         median_ratio: of predicted to measured.
         within_2x: share of pairs whose ratio is between 1/2 and 2.
     """
 
     what: str
     n: int
-    spearman: float
+    spearman: float | None
     median_ratio: float
     within_2x: float
 
@@ -55,7 +55,8 @@ class Agreement:
     def of(cls, what: str, predicted: Sequence[float], measured: Sequence[float]) -> Agreement:
         p, m = np.asarray(predicted, float), np.asarray(measured, float)
         ratio = p / np.maximum(m, np.finfo(float).tiny)
-        rank = float(spearmanr(p, m).statistic) if len(p) > 1 else float("nan")
+        defined = len(set(p)) > 1 and len(set(m)) > 1
+        rank = float(spearmanr(p, m).statistic) if defined else None
         return cls(what, len(p), rank, float(np.median(ratio)), float(np.mean((ratio >= 0.5) & (ratio <= 2))))
 
 

@@ -27,6 +27,7 @@ from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.layers import PackedLayer
+from bitpolicy.offload import stream_weights
 from bitpolicy.policies.accounting import weights_hash
 from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.denoiser import DENOISERS, denoiser_names, denoiser_of, denoisers_in
@@ -87,6 +88,7 @@ def load_source(
     device: str = "auto",
     revision: str | None = None,
     variant: str | None = None,
+    offload: bool = False,
 ) -> Source:
     """Load a diffusers pipeline for probing and search.
 
@@ -95,6 +97,7 @@ def load_source(
         component: the denoiser; None finds it.
         dtype: compute dtype; "auto" is float32 on the CPU and the storage dtype on CUDA.
         device: "auto" is CUDA where there is one.
+        offload: keep the weights in main memory and stream them to the device.
 
     Raises:
         BitPolicyError: there is no such folder, repository, component, dtype or device, or it is no diffusers pipeline.
@@ -111,7 +114,9 @@ def load_source(
         raise BitPolicyError(
             f"{model}: its {name} is quantized already; give the full-precision pipeline it was made from"
         )
-    pipe.to(target, compute)
+    pipe.to(compute) if offload else pipe.to(target, compute)
+    if offload:
+        stream_weights(pipe, name, target)
     return Source(pipe, name, storage, model or BUNDLED, revision)
 
 

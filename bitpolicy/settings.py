@@ -40,8 +40,10 @@ class Settings:
         probe: "adjoint", "stepwise", "ablation" or "weight".
         dtype, device: of the computation; see `load_source`.
         revision, variant: of a hub model.
+        offload: stream the weights to the device, for models larger than it.
         storage: Optuna storage URL; None is a journal file in the output folder.
-        remeasure: how many estimates, those that decide the result, are at most measured by ablation; 0 believes all.
+        remeasure: how many estimates too large for first order are at most measured by ablation.
+        remeasure_close: the same for estimates that close choices hang on.
         calibration_samples, vectors, shared, search_samples, confirm_samples, held_out_samples: sizes of the parts.
     """
 
@@ -59,10 +61,12 @@ class Settings:
     revision: str | None = None
     variant: str | None = None
     storage: str | None = None
+    offload: bool = False
     calibration_samples: int = 16
     vectors: int = 2
     shared: int = 8
     remeasure: int = 8
+    remeasure_close: int = 0
     search_samples: int = 16
     confirm_samples: int = 16
     held_out_samples: int = 16

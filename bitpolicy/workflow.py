@@ -27,7 +27,7 @@ from bitpolicy.policies.denoiser import denoisers_in
 from bitpolicy.policies.policy import BudgetRecord, Choice, ModelReference, Policy, Result
 from bitpolicy.prompting import Split, default_requests, split
 from bitpolicy.search.budget import Budget, read
-from bitpolicy.search.closeness import worth_measuring
+from bitpolicy.search.closeness import beyond_first_order, close_choices
 from bitpolicy.search.finalists import Confirmed, confirm
 from bitpolicy.search.generation import Generations
 from bitpolicy.search.quality import Psnr
@@ -68,6 +68,11 @@ class Plan:
     split: Split
     trajectories: Trajectories
 
+    @property
+    def model(self) -> str:
+        """A name for people."""
+        return f"{class_name(self.source.denoiser)} of {self.source.id}"
+
     def probe(self, settings: Settings, folder: Path, stages: Stages) -> ProbeRun:
         """A probe over the calibration samples; `folder` keeps its records."""
         wanted = ProbeSettings(settings.probe, self.split.calibration, settings.vectors, settings.shared)
@@ -104,6 +109,7 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
             device=settings.device,
             revision=settings.revision,
             variant=settings.variant,
+            offload=settings.offload,
         )
     account = ByteAccount.of(source.denoiser, source.storage)
     layers = inventory(source.denoiser)
@@ -179,11 +185,16 @@ class SearchRun:
         reference = run.reference()
         self.calibration = reference.calibration
         problem = Problem(plan.layers, plan.formats, run.table(reference), plan.account, plan.budget.nbytes)
-        left = self._settings.remeasure if problem.table.probe == "adjoint" else 0
-        while places := worth_measuring(problem, problem.solve(), left):
-            problem = replace(problem, table=run.remeasured(problem.table, reference, places))
-            left -= len(places)
-        problem.table.save(self._folder, plan.layers, plan.account)
+        if problem.table.probe == "adjoint":
+            for find, most in (
+                (beyond_first_order, self._settings.remeasure),
+                (close_choices, self._settings.remeasure_close),
+            ):
+                left = most
+                while places := find(problem, problem.solve(), left):
+                    problem = replace(problem, table=run.remeasured(problem.table, reference, places))
+                    left -= len(places)
+        problem.table.save(self._folder, plan.layers, plan.account, plan.model)
         save_calibration(reference.calibration, self._folder / "calibration.safetensors")
         return problem
 
@@ -277,7 +288,7 @@ def swapped_denoiser(source: Source, checkpoint: Path) -> Iterator[None]:
     originals = {name: getattr(source.pipe, name) for name in source.component.split(",")}
     try:
         for name in originals:
-            setattr(source.pipe, name, getattr(reloaded, name).to(source.pipe.device))
+            setattr(source.pipe, name, getattr(reloaded, name).to(source.pipe._execution_device))
         yield
     finally:
         for name, original in originals.items():

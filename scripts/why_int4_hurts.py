@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from bitpolicy.kernels.bias_correction import bias_shift
+from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.formats import format_named
 from bitpolicy.kernels.layers import Quantizable, quantizable_layers
 from bitpolicy.policies.apply import quantized
@@ -34,7 +36,6 @@ from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.reference import ReferencePass
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.trajectory import Trajectories
-from bitpolicy.sensitivity.weight_changes import WeightChanges
 from bitpolicy.settings import Settings
 from bitpolicy.workflow import BUNDLED_CALL, Plan, make_plan
 
@@ -60,7 +61,7 @@ def main() -> None:
         "steps": {steps: steps_error(args.samples, steps, args.work, stages) for steps in STEPS},
         "models": whole_models(plan, reference, args.samples, args.work, stages),
         "round-off": round_off(plan, reference, inside),
-        "groupnorm": group_norm(plan, reference, inside),
+        "groupnorm": group_norm(plan, inside),
         "skips": skips(plan, reference, inside),
     }
     for name, numbers in found.items():
@@ -157,26 +158,30 @@ def _inputs(layers: Mapping[str, Quantizable], look: Callable[[str, torch.Tensor
             handle.remove()
 
 
+def _change(layer: Quantizable, format: Format, storage: torch.dtype) -> torch.Tensor:
+    """dW, float32, in the weight's shape."""
+    weight = layer.weight.detach().to(storage)
+    return format.dequantize(format.quantize(weight), weight.shape, torch.float32) - weight.float()
+
+
 def _err(layer: Quantizable, change: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """dW x, channels last, shape (places, out)."""
-    weight = change.reshape(layer.weight.shape)
     if isinstance(layer, nn.Linear):
-        return nn.functional.linear(x, weight).flatten(0, -2)
-    found: torch.Tensor = layer._conv_forward(x, weight, None)  # type: ignore[operator]
-    return found.movedim(1, -1).flatten(0, -2)
+        return nn.functional.linear(x, change).flatten(0, -2)
+    return layer._conv_forward(x, change, None).movedim(1, -1).flatten(0, -2)
 
 
 def round_off(plan: Plan, reference: ReferencePass, samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
-    """Medians over layers of the share that is a mean: over everything, and at each step before and after correction."""
+    """Medians over layers of the share that is a mean, over everything and at each step, with either bias."""
     layers = dict(quantizable_layers(plan.trajectories.denoiser))
-    changes = WeightChanges(layers, FORMATS, reference.calibration, plan.source.storage)
+    changes = {name: [_change(one, f, plan.source.storage) for f in FORMATS] for name, one in layers.items()}
     sums: dict[tuple[str, int, int], list[torch.Tensor]] = defaultdict(list)
     level: dict[str, list[float]] = defaultdict(list)
 
     def look(name: str, x: torch.Tensor) -> None:
         dims = tuple(i for i in range(x.ndim) if i != (1 if isinstance(layers[name], nn.Conv2d) else x.ndim - 1))
         level[name].append(float(x.mean(dims).square().sum() / x.square().mean(dims).sum()))
-        for column, change in enumerate(changes.of(name, "weight")):
+        for column, change in enumerate(changes[name]):
             err = _err(layers[name], change, x).double()
             sums[name, column, plan.trajectories.steps].append(torch.stack([err.mean(0), err.square().mean(0)]))
 
@@ -188,7 +193,8 @@ def round_off(plan: Plan, reference: ReferencePass, samples: Sequence[Sample]) -
         kind = "after SiLU" if AFTER_SILU.search(name) else "after a norm" if AFTER_NORM.search(name) else "other"
         for column, format in enumerate(FORMATS):
             by_step = torch.stack([torch.stack(sums[name, column, step]).mean(0) for step in steps])  # T, 2, out
-            shift = changes.of(name, "bias")[column].double() if layer.bias is not None else None
+            corrected = layer.bias is not None
+            shift = bias_shift(layer, changes[name][column], reference.calibration[name]) if corrected else None
             row = {"input mean": sum(level[name]) / len(level[name]), **_mean_shares(by_step, shift)}
             rows[f"{format.name}, {kind}"].append(row)
     return {kind: {"layers": len(found), **_medians(found)} for kind, found in sorted(rows.items())}
@@ -201,6 +207,7 @@ def _mean_shares(by_step: torch.Tensor, shift: torch.Tensor | None) -> dict[str,
         "mean of each step": float(mean.square().mean(0).sum() / power),
     }
     if shift is not None:
+        shift = shift.double()
         after = power + (2 * shift * mean.mean(0) + shift.square()).sum()
         shares["power left"] = float(after / power)
         shares["corrected: mean"] = float((mean.mean(0) + shift).square().sum() / after)
@@ -213,18 +220,16 @@ def _medians(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: float(torch.tensor([row[name] for row in rows if name in row]).median()) for name in names}
 
 
-def group_norm(plan: Plan, reference: ReferencePass, samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
-    """|GN(h + d) - GN(h)|^2 / |(gain / sigma) d|^2 for the INT4 error d of `conv1`, and for its channels' means alone."""
+def group_norm(plan: Plan, samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
+    """|GN(h + d) - GN(h)|^2 / |(gain / sigma) d|^2 for the INT4 error d of `conv1`, and for its channels' means."""
     denoiser = plan.trajectories.denoiser
     layers = {n: layer for n, layer in quantizable_layers(denoiser) if re.search(r"resnets\.\d+\.conv1$", n)}
-    changes = WeightChanges(layers, FORMATS[:1], reference.calibration, plan.source.storage)
+    changes = {name: _change(one, FORMATS[0], plan.source.storage) for name, one in layers.items()}
     held: dict[str, torch.Tensor] = {}
     power: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(2, 2))
 
     def look(name: str, x: torch.Tensor) -> None:
-        held[name] = layers[name]._conv_forward(
-            x, changes.of(name, "weight")[0].reshape(layers[name].weight.shape), None
-        )
+        held[name] = layers[name]._conv_forward(x, changes[name], None)
 
     def normed(name: str, norm: nn.GroupNorm, h: torch.Tensor) -> None:
         sigma = h.unflatten(1, (norm.num_groups, -1)).flatten(2).var(-1, correction=0).add(norm.eps).sqrt()

@@ -7,6 +7,8 @@ from R sketches has a relative standard deviation of about sqrt(2 / R), that of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from bitpolicy.search.knapsack import Solution
@@ -16,16 +18,20 @@ from bitpolicy.sensitivity.table import FIRST_ORDER
 Place = tuple[int, int]
 
 
-def worth_measuring(problem: Problem, solution: Solution, count: int) -> list[Place]:
-    """Up to `count` places (layer, column of the packed format) of estimates that decide the solution.
+def beyond_first_order(problem: Problem, solution: Solution, count: int) -> list[Place]:
+    """Up to `count` places (layer, column of the packed format) that the solution chose and whose estimate is too large
+    to be trusted, the largest first; none that was measured already."""
+    error, chosen = problem.errors(), np.asarray(solution.formats)
+    paid = error[np.arange(len(chosen)), chosen]
+    return _unmeasured(problem, [(i, chosen[i]) for i in np.argsort(-paid) if paid[i] > FIRST_ORDER], count)
 
-    First those of chosen formats beyond first order, largest first, then those of close choices, the widest spread
-    first. Places that were measured already are passed over.
-    """
+
+def close_choices(problem: Problem, solution: Solution, count: int) -> list[Place]:
+    """Up to `count` places of estimates that choices hang on, both formats of a layer, the widest spread first; none
+    that was measured already."""
     table, chosen = problem.table, np.asarray(solution.formats)
     error, nbytes = problem.errors(), problem.sizes()
     rows = np.arange(len(chosen))
-    large = [i for i in np.argsort(-error[rows, chosen]) if error[i, chosen[i]] > FIRST_ORDER]
     cost = error + _price(error, nbytes, chosen) * nbytes
     margin = cost - cost[rows, chosen][:, None]
     margin[rows, chosen] = np.inf
@@ -33,10 +39,13 @@ def worth_measuring(problem: Problem, solution: Solution, count: int) -> list[Pl
     sketches = 1 if table.sketches is None else len(table.sketches)
     spread = (2 / sketches) ** 0.5 * np.maximum(error[rows, chosen], error[rows, rival])
     close = [i for i in np.argsort(-spread) if margin[i, rival[i]] < spread[i]]
-    wanted = [(i, chosen[i]) for i in large] + [(i, column) for i in close for column in (chosen[i], rival[i])]
+    return _unmeasured(problem, [(i, column) for i in close for column in (chosen[i], rival[i])], count)
+
+
+def _unmeasured(problem: Problem, wanted: Sequence[tuple[int, int]], count: int) -> list[Place]:
     places = [_packed(problem, int(i), int(column)) for i, column in wanted]
-    unmeasured = [p for p in places if p is not None and table.source(*p) != "ablation"]
-    return list(dict.fromkeys(unmeasured))[:count]
+    fresh = [place for place in places if place is not None and problem.table.source(*place) != "ablation"]
+    return list(dict.fromkeys(fresh))[:count]
 
 
 def _packed(problem: Problem, layer: int, column: int) -> Place | None:

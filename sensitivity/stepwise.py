@@ -92,7 +92,7 @@ class StepwiseProbe:
                     first = next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad)
                     v = torch.randn(first.shape, generator=next(streams)).to(first.device)
                     torch.autograd.backward(first, v.to(first.dtype))
-                power[step] += first.detach().float().square().sum()
+                power[step] += first.detach().float().square().sum().to(power.device)
                 detached = [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
                 return pytree.tree_unflatten(detached, spec)
 

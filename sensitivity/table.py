@@ -34,15 +34,23 @@ _TENSORS = ("error", "corrected", "sketches", "by_step", "measured")
 
 @dataclass(frozen=True)
 class ModelContext:
-    """What a table's reader needs to know of the model, without the model."""
+    """What a table's reader needs to know of the model, without the model.
+
+    Attributes:
+        inventory: its layers.
+        account: their bytes.
+        name: for people, e.g. "UNet2DConditionModel of owner/name"; empty where nobody said.
+    """
 
     inventory: Sequence[Layer]
     account: ByteAccount
+    name: str = ""
 
     def as_json(self) -> dict[str, Any]:
         storage = str(self.account.storage_dtype).removeprefix("torch.")
         layers = [asdict(layer) for layer in self.inventory]
         return {
+            "name": self.name,
             "layers": layers,
             "storage_dtype": storage,
             "fixed": self.account.fixed,
@@ -61,7 +69,7 @@ class ModelContext:
             layers = [Layer(**{**layer, "shape": tuple(layer["shape"])}) for layer in found["layers"]]
             shapes = {layer.name: layer.shape for layer in layers}
             storage = getattr(torch, found["storage_dtype"])
-            return cls(layers, ByteAccount(storage, shapes, found["fixed"], found["parameters"]))
+            return cls(layers, ByteAccount(storage, shapes, found["fixed"], found["parameters"]), found["name"])
         except (OSError, KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
             raise BitPolicyError(
                 f"cannot read sensitivity table {path}: {error}; run `bitpolicy probe` again"
@@ -194,15 +202,15 @@ class SensitivityTable:
                 total += self.sketches[:, i, self.formats.index(format)].double()
         return float(total.square().mean())
 
-    def save(self, folder: Path, inventory: Sequence[Layer], account: ByteAccount) -> None:
-        """Write both files into `folder`."""
+    def save(self, folder: Path, inventory: Sequence[Layer], account: ByteAccount, model: str = "") -> None:
+        """Write both files into `folder`; `model` is a name for people."""
         tensors = {name: getattr(self, name) for name in _TENSORS}
         about = {
             "probe": self.probe,
             "layers": self.layers,
             "formats": [f.name for f in self.formats],
             "cost": None if self.cost is None else asdict(self.cost),
-            "model": ModelContext(inventory, account).as_json(),
+            "model": ModelContext(inventory, account, model).as_json(),
         }
         with written_aside(folder / "sensitivity.safetensors") as aside:
             kept = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}

@@ -11,6 +11,7 @@ from typing import Any
 import typer
 from safetensors import SafetensorError
 
+from bitpolicy.cli.draw import report
 from bitpolicy.cli.evaluate import evaluate
 from bitpolicy.cli.export import export
 from bitpolicy.cli.inspect import inspect
@@ -38,6 +39,7 @@ app.command("probe")(probe)
 app.command("export")(export)
 app.command("eval")(evaluate)
 app.command("inspect")(inspect)
+app.command("report")(report)
 search_app = typer.Typer(**_settings)
 search_app.command()(search)
 
@@ -62,7 +64,8 @@ def _run(commands: typer.Typer, name: str) -> int:
     except (KeyboardInterrupt, typer.Abort):
         code = _STOPPED
     except _UsageError as error:
-        return _mistake(name, error.format_message(), error, debug)  # type: ignore[attr-defined]
+        message: str = error.format_message()  # type: ignore[attr-defined]
+        return _mistake(name, message, error, debug) if message else 2  # `bitpolicy` alone has printed its help
     except BitPolicyError as error:
         return _mistake(name, str(error), error, debug)
     except SafetensorError as error:

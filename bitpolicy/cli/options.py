@@ -39,6 +39,12 @@ Dtype = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=MODEL)]
+Offload = Annotated[
+    bool,
+    typer.Option(
+        "--offload", help="Keep weights in main memory, for a model larger than the GPU.", rich_help_panel=MODEL
+    ),
+]
 Formats = Annotated[str, typer.Option(help="Candidates: int4, int4-g32, int4-g128, int8, fp16.", rich_help_panel=RUN)]
 Prompts = Annotated[
     Path | None, typer.Option(help="Text file, one prompt a line. Default: a built-in list.", rich_help_panel=CALL)
@@ -76,8 +82,7 @@ Remeasure = Annotated[
     int,
     typer.Option(
         min=0,
-        help="At most so many scores are measured again by quantizing the layer and drawing: those too large to be "
-        "predicted, those that decide the result.",
+        help="At most so many scores that are too large to be predicted are measured, by quantizing and drawing.",
         rich_help_panel=RUN,
     ),
 ]

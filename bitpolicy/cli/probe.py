@@ -24,6 +24,7 @@ from bitpolicy.cli.options import (
     Guidance,
     Json,
     Model,
+    Offload,
     Probe,
     Prompts,
     Quiet,
@@ -79,6 +80,7 @@ def probe(
     probe: Probe = "adjoint",
     dtype: Dtype = "auto",
     device: Device = "auto",
+    offload: Offload = False,
     revision: Revision = None,
     variant: Variant = None,
     as_json: Json = False,
@@ -105,7 +107,7 @@ def probe(
         table = run.remeasured(table, reference, table.largest(remeasure))
     if not is_main():
         return
-    table.save(output_dir, plan.layers, plan.account)
+    table.save(output_dir, plan.layers, plan.account, plan.model)
     if error_split is not None:
         error_split.save(output_dir / "split.safetensors")
     if checked is not None:
@@ -153,7 +155,8 @@ def _agreement(checked: Check) -> Table:
         "predicted against measured", "n", "Spearman", "median ratio", "within 2x", title="check", title_justify="left"
     )
     for a in checked.agreements():
-        shown.add_row(a.what, str(a.n), f"{a.spearman:.3f}", f"{a.median_ratio:.2f}", f"{a.within_2x:.0%}")
+        rank = "" if a.spearman is None else f"{a.spearman:.3f}"
+        shown.add_row(a.what, str(a.n), rank, f"{a.median_ratio:.2f}", f"{a.within_2x:.0%}")
     null = checked.policies[0]
     shown.add_row("nothing quantized", "1", "", "", f"predicted {null.predicted:g}, measured {null.measured:g}")
     return shown

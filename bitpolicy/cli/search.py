@@ -20,6 +20,7 @@ from bitpolicy.cli.options import (
     Guidance,
     Json,
     Model,
+    Offload,
     Probe,
     Prompts,
     Quiet,
@@ -35,7 +36,7 @@ from bitpolicy.search.budget import readable
 from bitpolicy.search.study import open_storage
 from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.settings import OutputFolder
-from bitpolicy.workflow import Plan, class_name, make_plan, run_search
+from bitpolicy.workflow import Plan, make_plan, run_search
 
 Budget = Annotated[
     str,
@@ -49,6 +50,9 @@ OutputDir = Annotated[
 ]
 Trials = Annotated[
     int, typer.Option(min=0, help="Optuna trials on real generations; 0 keeps the exact solution.", rich_help_panel=RUN)
+]
+RemeasureClose = Annotated[
+    int, typer.Option(min=0, help="The same for scores that close choices hang on.", rich_help_panel=RUN)
 ]
 Storage = Annotated[
     str | None,
@@ -79,8 +83,10 @@ def search(
     trials: Trials = 24,
     probe: Probe = "adjoint",
     remeasure: Remeasure = 8,
+    remeasure_close: RemeasureClose = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    offload: Offload = False,
     revision: Revision = None,
     variant: Variant = None,
     storage: Storage = None,
@@ -139,10 +145,7 @@ def _say_notices(plan: Plan) -> None:
 def _print_plan(plan: Plan) -> None:
     """What --dry-run says."""
     parts = plan.split
-    print(
-        f"model       {plan.source.id}: {class_name(plan.source.denoiser)} '{plan.source.component}', "
-        f"{len(plan.layers)} layers"
-    )
+    print(f"model       {plan.model}, '{plan.source.component}', {len(plan.layers)} layers")
     print(
         f"FP16        {plan.account.reference:,} bytes ({readable(plan.account.reference)}), "
         f"{plan.account.parameters:,} parameters"

@@ -74,6 +74,7 @@ def test_agreement_is_rank_ratio_and_nearness() -> None:
     assert (same.n, same.spearman, same.within_2x) == (4, 1.0, 0.75)
     assert same.median_ratio == pytest.approx((0.5 + 0.8) / 2)
     assert Agreement.of("x", [1.0, 2.0, 3.0], [3.0, 2.0, 1.0]).spearman == -1.0
+    assert Agreement.of("x", [1.0, 1.0], [3.0, 2.0]).spearman is None
 
 
 def test_policies_without_a_picture_left_do_not_count() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bitpolicy.search.closeness import worth_measuring
+from bitpolicy.search.closeness import beyond_first_order, close_choices
 from bitpolicy.search.study import Problem
 from bitpolicy.sensitivity.table import FIRST_ORDER, SensitivityTable
 
@@ -35,31 +35,36 @@ def test_the_largest_errors_that_are_chosen_come_first(small: Problem) -> None:
     problem = with_errors(small, error)
     large = sorted((p for p in chosen_places(problem) if error[p] > FIRST_ORDER), key=lambda p: -float(error[p]))
     assert len(large) > 4
-    assert worth_measuring(problem, problem.solve(), 4) == large[:4]
+    assert beyond_first_order(problem, problem.solve(), 4) == large[:4]
+    assert beyond_first_order(problem, problem.solve(), 0) == []
+
+
+def test_errors_within_first_order_are_believed(small: Problem) -> None:
+    assert beyond_first_order(small, small.solve(), 1000) == []
 
 
 def test_close_choices_are_found_and_clear_ones_are_not(small: Problem) -> None:
     """The more sketches, the fewer choices an error of the estimate could turn."""
     solution = small.solve()
-    many = worth_measuring(with_errors(small, small.table.error, sketches=2), solution, 1000)
-    few = worth_measuring(with_errors(small, small.table.error, sketches=20000), solution, 1000)
+    many = close_choices(with_errors(small, small.table.error, sketches=2), solution, 1000)
+    few = close_choices(with_errors(small, small.table.error, sketches=20000), solution, 1000)
     assert set(few) < set(many)
     assert 2 * len(few) < len(many)
 
 
 def test_never_more_than_asked_and_never_twice(small: Problem) -> None:
     problem = with_errors(small, small.table.error, sketches=2)
-    found = worth_measuring(problem, problem.solve(), 5)
+    found = close_choices(problem, problem.solve(), 5)
     assert len(found) == len(set(found)) == 5
     measured = problem.table.remeasured({place: float(problem.table.error[place]) for place in found})
     again = replace(problem, table=measured)
-    assert set(worth_measuring(again, again.solve(), 5)).isdisjoint(found)
-    assert worth_measuring(problem, problem.solve(), 0) == []
+    assert set(close_choices(again, again.solve(), 5)).isdisjoint(found)
+    assert close_choices(problem, problem.solve(), 0) == []
 
 
 def test_every_place_is_a_number_of_the_table(small: Problem) -> None:
     table: SensitivityTable = small.table
     problem = with_errors(small, table.error, sketches=2)
-    for layer, column in worth_measuring(problem, problem.solve(), 1000):
+    for layer, column in close_choices(problem, problem.solve(), 1000):
         assert 0 <= layer < len(table.layers)
         assert 0 <= column < len(table.formats)

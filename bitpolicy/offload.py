@@ -1,0 +1,71 @@
+"""Run a pipeline whose denoiser is larger than the accelerator: weights stay in main memory and come over when used.
+
+Each large layer of the denoiser copies its weight to the device of its input, inside the graph, so that gradients flow
+back to the copy in main memory. What is small (norms, embeddings, biases of other layers) lives on the device. With the
+denoiser checkpointed block by block the device holds one block's weights at a time. The other models come over whole
+when they run, and leave before the denoiser does (accelerate's hooks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate import cpu_offload_with_hook
+from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from bitpolicy.kernels.layers import Quantizable, quantizable_layers
+from bitpolicy.policies.denoiser import denoiser_of, denoisers_in
+
+
+def stream_weights(pipe: DiffusionPipeline, components: str, device: torch.device) -> None:
+    """Prepare `pipe`, which is on the CPU, to run on `device` with streamed weights; for good.
+
+    Args:
+        components: names of the denoisers, separated by commas.
+    """
+    denoisers = denoisers_in(denoiser_of(pipe, components))
+    others = [m for m in pipe.components.values() if isinstance(m, nn.Module) and m not in denoisers]
+    leaving = [cpu_offload_with_hook(other, device)[1] for other in others]
+    for denoiser in denoisers:
+        streamed = dict(quantizable_layers(denoiser))
+        for layer in streamed.values():
+            layer.forward = _streaming(layer)  # type: ignore[assignment, method-assign]
+        for module in denoiser.modules():
+            if module not in streamed.values():
+                _move_own(module, device)
+        add_hook_to_module(denoiser, _RunsOn(device, leaving))
+
+
+class _RunsOn(ModelHook):
+    """Tells diffusers where the loop runs, and sends the other models away."""
+
+    def __init__(self, device: torch.device, others: Sequence[Any]) -> None:
+        self.execution_device, self._others = device, others
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        for other in self._others:
+            other.offload()
+        return args, kwargs
+
+
+def _streaming(layer: Quantizable) -> Callable[[torch.Tensor], torch.Tensor]:
+    def forward(input: torch.Tensor) -> torch.Tensor:
+        weight = layer.weight.to(input.device)
+        bias = None if layer.bias is None else layer.bias.to(input.device)
+        if isinstance(layer, nn.Linear):
+            return nn.functional.linear(input, weight, bias)
+        return layer._conv_forward(input, weight, bias)
+
+    return forward
+
+
+def _move_own(module: nn.Module, device: torch.device) -> None:
+    """The parameters and buffers of this module, not of those in it."""
+    for parameter in module.parameters(recurse=False):
+        parameter.data = parameter.data.to(device)
+    for name, buffer in module.named_buffers(recurse=False):
+        module._buffers[name] = buffer.to(device)

@@ -1,0 +1,1 @@
+"""The report: what `bitpolicy probe` found, as one HTML file that needs nothing else."""

@@ -1,0 +1,93 @@
+"""Layers by role, by stage, and by what they write into: how much error each group makes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bitpolicy.report.inputs import Probed
+from bitpolicy.sensitivity.inventory import Layer
+
+STAGES = ("encoder", "early", "middle", "decoder", "late", "ends")
+INTO_SKIPS, INSIDE = "encoder, into a skip", "encoder, inside"
+# What a U-Net's encoder adds to the stream that its skips copy: the last layer of each resnet, its shortcut, the
+# way out of each attention, and the downsamplers.
+_INTO_STREAM = re.compile(r"(conv2|conv_shortcut|proj_out|(down|up)samplers\.\d+\.conv)$")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some layers.
+
+    Attributes:
+        name: of the group.
+        members: places of its layers in the table.
+        total: sum of the layers' errors, float64, shape (F).
+        median: of the layers' errors, float64, shape (F).
+        share: of the error of all layers, float64, shape (F), in [0, 1]; 0 where there is none.
+        nbytes: at FP16.
+    """
+
+    name: str
+    members: tuple[int, ...]
+    total: np.ndarray
+    median: np.ndarray
+    share: np.ndarray
+    nbytes: int
+
+
+def by_role(probed: Probed) -> list[Group]:
+    """Largest error first."""
+    groups = _grouped(probed, lambda layer: layer.role)
+    return sorted(groups, key=lambda g: -float(g.total.max()))
+
+
+def by_stage(probed: Probed) -> list[Group]:
+    """In the order the sample passes them, the ends last."""
+    return sorted(_grouped(probed, lambda layer: layer.stage), key=lambda g: STAGES.index(g.name))
+
+
+def by_path(probed: Probed) -> list[Group]:
+    """Of a U-Net: encoder layers that write into a skip, those inside the blocks, the middle and the decoder."""
+    order = (INTO_SKIPS, INSIDE, "middle", "decoder")
+    groups = {group.name: group for group in _grouped(probed, _path)}
+    return [groups[name] for name in order if name in groups]
+
+
+def _path(layer: Layer) -> str:
+    if layer.role == "input_stem":
+        return INTO_SKIPS
+    if layer.stage != "encoder":
+        return layer.stage
+    return INTO_SKIPS if _INTO_STREAM.search(layer.name) else INSIDE
+
+
+def _grouped(probed: Probed, key: Callable[[Layer], str]) -> list[Group]:
+    members: dict[str, list[int]] = {}
+    for place, layer in enumerate(probed.layers):
+        members.setdefault(key(layer), []).append(place)
+    return [_group(probed, name, places) for name, places in members.items()]
+
+
+def _group(probed: Probed, name: str, members: Sequence[int]) -> Group:
+    error = probed.table.error.double().numpy()
+    of_group = error[list(members)]
+    total = of_group.sum(0)
+    share = total / np.maximum(error.sum(0), np.finfo(float).tiny)
+    nbytes = sum(probed.layer_bytes(place) for place in members)
+    return Group(name, tuple(members), total, np.median(of_group, 0), share, nbytes)
+
+
+def running_order(layers: Sequence[Layer]) -> list[int]:
+    """Places in the order the sample passes the stages: models name their middle block last, or in between."""
+    inside = [place for place, layer in enumerate(layers) if layer.stage != "ends"]
+    first = inside[0] if inside else len(layers)
+    rank = {"encoder": 1, "early": 1, "middle": 2, "decoder": 3, "late": 3}
+
+    def key(place: int) -> int:
+        return rank.get(layers[place].stage, 0 if place < first else 4)
+
+    return sorted(range(len(layers)), key=key)

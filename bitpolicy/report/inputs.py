@@ -1,0 +1,118 @@
+"""What a report is made from: the files that `bitpolicy probe` or a search left in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bitpolicy.check import Check
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.format import Format
+from bitpolicy.kernels.formats import FP16
+from bitpolicy.policies.accounting import ByteAccount
+from bitpolicy.policies.policy import Policy
+from bitpolicy.sensitivity.error_split import ErrorSplit
+from bitpolicy.sensitivity.inventory import Layer
+from bitpolicy.sensitivity.table import ModelContext, SensitivityTable
+
+TABLE, SPLIT, CHECK, POLICY = "sensitivity.safetensors", "split.safetensors", "check.json", "policy.yaml"
+
+
+@dataclass(frozen=True)
+class Probed:
+    """One probe's results.
+
+    Attributes:
+        table: of L layers, F formats and T steps.
+        model: what is known of the denoiser.
+        split: what the errors are made of; None where the probe ran without --split.
+        check: the probe against the truth; None where it ran without --check.
+        policy: what a search chose; None in a probe's folder.
+    """
+
+    table: SensitivityTable
+    model: ModelContext
+    split: ErrorSplit | None = None
+    check: Check | None = None
+    policy: Policy | None = None
+
+    @classmethod
+    def load(cls, folder: Path) -> Probed:
+        """Read what `folder` holds.
+
+        Raises:
+            BitPolicyError: it holds no sensitivity table, or files of different probes.
+        """
+        path = folder / TABLE
+        if not path.is_file():
+            remedy = f"`bitpolicy probe --split --check --output-dir {folder}` makes it"
+            raise BitPolicyError(f"{folder} holds no {TABLE}; {remedy}")
+        table = SensitivityTable.load(path)
+        found = cls(
+            table,
+            ModelContext.load(path),
+            ErrorSplit.load(folder / SPLIT) if (folder / SPLIT).is_file() else None,
+            Check.load(folder / CHECK) if (folder / CHECK).is_file() else None,
+            Policy.load(folder / POLICY) if (folder / POLICY).is_file() else None,
+        )
+        found._require_one_probe(folder)
+        return found
+
+    def _require_one_probe(self, folder: Path) -> None:
+        sizes = (len(self.table.layers), len(self.table.formats))
+        if self.split is not None and tuple(self.split.error.shape[2:]) != sizes:
+            _refuse(folder / SPLIT, "--split")
+        names = tuple(f.name for f in self.table.formats)
+        if self.check is not None and (self.check.layers, self.check.formats) != (self.table.layers, names):
+            _refuse(folder / CHECK, "--check")
+
+    @property
+    def layers(self) -> Sequence[Layer]:
+        return self.model.inventory
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """The packed ones, smallest first."""
+        return tuple(sorted(self.table.formats, key=lambda f: self.nbytes(f)))
+
+    @property
+    def account(self) -> ByteAccount:
+        return self.model.account
+
+    @property
+    def unet(self) -> bool:
+        """Whether the denoiser has an encoder and a decoder, and so skips between them."""
+        return {"encoder", "decoder"} <= {layer.stage for layer in self.layers}
+
+    @property
+    def denoiser(self) -> str:
+        """Its name, or what its stages say."""
+        return self.model.name or ("U-Net" if self.unet else "transformer")
+
+    @property
+    def measure(self) -> str:
+        """What the table's errors are errors of."""
+        return {"stepwise": "denoiser's output", "weight": "weight"}.get(self.table.probe, "final latent")
+
+    def nbytes(self, format: Format) -> int:
+        """The denoiser with every layer in `format`."""
+        return self.account.total(dict.fromkeys(self.account.shapes, format))
+
+    def column(self, format: Format) -> int:
+        """Its place in the table."""
+        return self.table.formats.index(format)
+
+    def layer_bytes(self, place: int, format: Format = FP16) -> int:
+        """Of the layer at `place`."""
+        return self.account.layer(self.layers[place].name, format)
+
+    def better_bias(self, values: torch.Tensor) -> torch.Tensor:
+        """Of values with the bias as it was and corrected, shape (2, ..., L, F), those the table's errors belong to."""
+        return torch.where(self.table.corrected, values[1], values[0])
+
+
+def _refuse(path: Path, option: str) -> None:
+    raise BitPolicyError(f"{path} is of another probe than {TABLE} beside it; run `bitpolicy probe {option}` again")

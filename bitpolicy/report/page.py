@@ -1,0 +1,116 @@
+"""The page: plain HTML, its style and pictures inside it, nothing fetched, nothing run."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from bitpolicy.report.drawing import Picture
+
+_STYLE = """
+:root { color-scheme: light; }
+body { margin: 0 auto; max-width: 62rem; padding: 2rem 1.25rem 4rem; background: #fff; color: #222;
+       font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .25rem; }
+h2 { font-size: 1.25rem; margin: 2.75rem 0 .5rem; padding-top: .75rem; border-top: 1px solid #ddd; }
+h3 { font-size: 1rem; margin: 1.5rem 0 .4rem; }
+p { margin: .5rem 0; max-width: 46rem; }
+p.verdict { border-left: 4px solid #332288; padding: .1rem 0 .1rem .75rem; }
+p.missing { border-left: 4px solid #DDCC77; padding: .1rem 0 .1rem .75rem; color: #444; }
+nav { font-size: .9rem; margin: .75rem 0 0; }
+nav a { margin-right: .9rem; white-space: nowrap; }
+a { color: #0a58a5; }
+code { font: .875em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; background: #f4f4f4;
+       padding: .05em .3em; }
+figure { margin: 1rem 0 1.25rem; }
+figure img { max-width: 100%; height: auto; }
+figcaption { font-size: .875rem; color: #555; max-width: 46rem; }
+.scroll { overflow-x: auto; margin: .75rem 0; }
+table { border-collapse: collapse; font-size: .875rem; line-height: 1.4; }
+th, td { padding: .22rem .7rem .22rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #eee; }
+thead th { border-bottom: 1px solid #999; vertical-align: bottom; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.name { overflow-wrap: anywhere; }
+summary { cursor: pointer; color: #0a58a5; font-size: .9rem; }
+@media print { body { max-width: none; } details > * { display: block; } }
+""".strip()
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, HTML below it, and the pictures in that HTML."""
+
+    anchor: str
+    title: str
+    body: str
+    pictures: tuple[Picture, ...] = ()
+
+
+def page(title: str, lead: str, sections: Sequence[Section]) -> str:
+    """The whole document; `lead` is plain text."""
+    links = "\n".join(f'<a href="#{s.anchor}">{escape(s.title)}</a>' for s in sections)
+    parts = [f'<section id="{s.anchor}">\n<h2>{escape(s.title)}</h2>\n{s.body}\n</section>' for s in sections]
+    return "\n".join(
+        [
+            "<!doctype html>",
+            '<html lang="en">',
+            '<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{escape(title)}</title>",
+            f"<style>\n{_STYLE}\n</style></head>",
+            f"<body>\n<h1>{escape(title)}</h1>",
+            paragraph(lead),
+            f"<nav>{links}</nav>",
+            *parts,
+            "</body></html>\n",
+        ]
+    )
+
+
+def paragraph(text: str, kind: str = "") -> str:
+    """Plain text; what stands between backticks is set as code."""
+    pieces = escape(text, quote=False).split("`")
+    marked = "".join(f"<code>{piece}</code>" if i % 2 else piece for i, piece in enumerate(pieces))
+    return f'<p class="{kind}">{marked}</p>' if kind else f"<p>{marked}</p>"
+
+
+def missing(what: str, command: str) -> str:
+    """A section's body where its input is not there."""
+    return paragraph(f"{what} `{command}` makes it; then draw this report again.", "missing")
+
+
+def heading(text: str) -> str:
+    return f"<h3>{escape(text)}</h3>"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Numbers stand right, in columns that hold nothing but numbers (strings that begin with one) or nothing."""
+    numeric = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(columns))]
+    head = "".join(f"<th{_cell(numeric[i], i)}>{escape(name)}</th>" for i, name in enumerate(columns))
+    body = "\n".join(
+        "<tr>" + "".join(f"<td{_cell(numeric[i], i)}>{escape(str(v))}</td>" for i, v in enumerate(row)) + "</tr>"
+        for row in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+
+
+def _is_number(value: object) -> bool:
+    text = str(value).lstrip("-+<>∞")
+    return not text or text[0].isdigit()
+
+
+def _cell(number: bool, column: int) -> str:
+    return ' class="n"' if number else ' class="name"' if column == 0 else ""
+
+
+def folded(summary: str, body: str) -> str:
+    """Shown when it is asked for; works without scripts."""
+    return f"<details><summary>{escape(summary)}</summary>\n{body}\n</details>"
+
+
+def figure(picture: Picture, caption: str) -> str:
+    """The picture inline, as wide as it was drawn unless the page is narrower."""
+    data = base64.b64encode(picture.png).decode("ascii")
+    image = f'<img src="data:image/png;base64,{data}" alt="{escape(picture.alt)}">'
+    return f"<figure>\n{image}\n<figcaption>{escape(caption)}</figcaption>\n</figure>"

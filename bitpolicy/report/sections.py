@@ -1,0 +1,279 @@
+"""The report's sections but the last: what was measured, and how it is to be read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from bitpolicy.check import TRUSTED_DB, Agreement, Check
+from bitpolicy.report import charts
+from bitpolicy.report.groups import Group, by_path, by_role, by_stage
+from bitpolicy.report.heat_map import heat_map
+from bitpolicy.report.inputs import Probed
+from bitpolicy.report.page import Section, figure, folded, heading, missing, paragraph, table
+from bitpolicy.report.shares import (
+    AS_IT_WAS,
+    CORRECTED,
+    claims,
+    correction_sentence,
+    layer_medians,
+    roles_sentence,
+    shares_by_role,
+)
+from bitpolicy.report.steps import amplification, coherence, entering
+from bitpolicy.search.budget import readable
+from bitpolicy.sensitivity.error_split import ErrorSplit
+
+BIASES = ((AS_IT_WAS, "as it was"), (CORRECTED, "corrected"))
+
+
+def overview(probed: Probed, folder: Path) -> Section:
+    """What was probed, how, and at what cost."""
+    found, account = probed.table, probed.account
+    sizes = [("all FP16", account.reference)]
+    sizes += [(f"all {f.name.upper()}", probed.nbytes(f)) for f in reversed(probed.formats)]
+    how = [found.probe]
+    if found.sketches is not None:
+        how.append(f"{len(found.sketches)} sketches")
+    if found.by_step is not None:
+        how.append(f"{len(found.by_step)} sampling steps")
+    if found.measured is not None:
+        how.append(f"{int(found.measured.sum())} of {found.error.numel()} numbers measured again by ablation")
+    largest = ", ".join(
+        f"{group.name} {group.share[probed.column(probed.formats[0])]:.0%}" for group in by_role(probed)[:3]
+    )
+    rows = [
+        ("denoiser", probed.denoiser),
+        ("layers", f"{len(probed.layers)}, {account.parameters:,} parameters in the whole denoiser"),
+        ("bytes", "; ".join(f"{name} {nbytes:,} ({readable(nbytes)})" for name, nbytes in sizes)),
+        ("probe", ", ".join(how)),
+        ("cost", str(found.cost) if found.cost is not None else "not recorded; `bitpolicy probe` counts it"),
+        (f"most error, {probed.formats[0].name}", largest),
+        ("made from", str(folder)),
+    ]
+    return Section("what", "What was probed", table(["", ""], rows))
+
+
+def trust(probed: Probed, folder: Path) -> Section:
+    """Predicted beside measured."""
+    title = "Can the numbers be trusted?"
+    if probed.check is None:
+        command = f"bitpolicy probe --check --output-dir {folder}"
+        return Section("trust", title, missing("This folder has no comparison with real trajectories.", command))
+    rows = [_agreement_row(a) for a in probed.check.agreements()]
+    columns = ["predicted against measured", "pairs", "Spearman", "median predicted / measured", "within a factor of 2"]
+    drawn = charts.agreement(probed, probed.check)
+    caption = (
+        "Error of the final latent, E|dx₀|² / E|x₀|², predicted by the probe (up) and measured by quantizing and "
+        "running the real trajectory on the same samples and seeds (right). Solid line: equal; dashed: a factor of 2. "
+        "A policy's prediction adds the layers' errors up as powers, or the sketches of them as vectors. "
+        f"Other images are those whose PSNR is {TRUSTED_DB:g} dB or less: they no longer show the same picture, and a "
+        "first-order prediction means nothing there."
+    )
+    body = [table(columns, rows), paragraph(_null(probed.check)), figure(drawn, caption)]
+    return Section("trust", title, "\n".join(body), (drawn,))
+
+
+def _agreement_row(a: Agreement) -> tuple[str, str, str, str, str]:
+    rank = "undefined" if a.spearman is None else f"{a.spearman:.3f}"
+    return (a.what, str(a.n), rank, f"{a.median_ratio:.2f}", f"{a.within_2x:.0%}")
+
+
+def _null(check: Check) -> str:
+    null = check.policies[0]
+    exact = null.predicted == null.measured == 0
+    return (
+        f"The policy that quantizes nothing is predicted at {null.predicted:g} and measured at {null.measured:g}"
+        f"{', as it must be' if exact else '; both should be 0'}. Measuring took {check.forwards:,} denoiser forwards."
+    )
+
+
+def heat(probed: Probed, folder: Path) -> Section:
+    """Layers by steps."""
+    title = "Every layer at every step"
+    if probed.table.by_step is None:
+        command = f"bitpolicy probe --probe adjoint --output-dir {folder}"
+        return Section("heat", title, missing(f"The {probed.table.probe} probe knows no steps.", command))
+    drawn = heat_map(probed)
+    caption = (
+        "Each row is a layer, in the model's order with the middle block between encoder and decoder; the grey marks "
+        f"say its role. Each column is a sampling step. Colour: the error of the {probed.measure} that enters at that "
+        "step alone, with the layer quantized alone and its better bias, on a logarithmic scale; white: none at all. "
+        "Steps may add up or cancel, so a row's sum is not the layer's error."
+    )
+    return Section("heat", title, figure(drawn, caption), (drawn,))
+
+
+def roles(probed: Probed) -> Section:
+    """Sums and medians of groups."""
+    drawn = charts.by_group(probed)
+    caption = (
+        f"Error of the {probed.measure} of layers quantized alone. Left: summed over the layers of a role or stage; "
+        "right: of the median layer. In brackets: the number of layers. Sums are additive predictions; the axis is "
+        "logarithmic, so a bar's end is what counts."
+    )
+    body = [figure(drawn, caption)]
+    for what, groups in (("role", by_role(probed)), ("stage", by_stage(probed))):
+        columns = [what, "layers", "bytes at FP16"]
+        columns += [f"{f.name} {word}" for f in probed.formats for word in ("sum", "median", "share of all")]
+        body.append(folded(f"The numbers by {what}", table(columns, [_group_row(probed, g) for g in groups])))
+    return Section("roles", "Which roles and stages", "\n".join(body), (drawn,))
+
+
+def _group_row(probed: Probed, group: Group) -> list[str]:
+    row = [group.name, str(len(group.members)), f"{group.nbytes:,}"]
+    for format in probed.formats:
+        column = probed.column(format)
+        row += [f"{group.total[column]:.2e}", f"{group.median[column]:.2e}", f"{group.share[column]:.1%}"]
+    return row
+
+
+def composition(probed: Probed, folder: Path) -> Section:
+    """Bias, scale and noise."""
+    title = "Bias or noise"
+    split = probed.split
+    if split is None:
+        command = f"bitpolicy probe --split --output-dir {folder}"
+        return Section("bias", title, missing("This folder does not say what the errors consist of.", command))
+    drawn = charts.composition(probed, split)
+    caption = (
+        "What a role's summed error consists of, largest role first. Scale: the part along the picture itself. Bias: "
+        "of the rest, what is the same for every picture. Noise: what is left. Measured to first order by backward "
+        "passes along directions that all samples share, and along each sample's own latent; pairs of different "
+        "samples only, so that the mean of few samples does not pass for a bias."
+    )
+    body = [paragraph(str(claim), "verdict") for claim in claims(probed, split)]
+    body += [paragraph(roles_sentence(probed, split)), paragraph(correction_sentence(probed, split))]
+    body += [figure(drawn, caption), *_measured_bias(probed, split)]
+    rows = [
+        [f"{f.name}, {label}", name, *(f"{part:.0%}" for part in found.parts)]
+        for f in probed.formats
+        for corrected, label in BIASES
+        for name, found in {
+            **shares_by_role(probed, split, corrected, probed.column(f)),
+            "median layer": layer_medians(split, corrected, probed.column(f)),
+        }.items()
+    ]
+    numbers = table(["format, its bias", "layers", "bias", "scale", "noise"], rows)
+    return Section("bias", title, "\n".join([*body, folded("The numbers by role", numbers)]), (drawn,))
+
+
+def _measured_bias(probed: Probed, split: ErrorSplit) -> list[str]:
+    """The mean over samples of real errors beside what the split says of it."""
+    check = probed.check
+    if check is None:
+        return []
+    rows = []
+    for format in probed.formats:
+        column = probed.column(format)
+        measured = np.asarray(check.measured)[:, column]
+        seen = float((measured * np.asarray(check.bias)[:, column]).sum() / max(measured.sum(), np.finfo(float).tiny))
+        mean, error = (probed.better_bias(part)[0, :, column].double().sum() for part in (split.mean, split.error))
+        rows.append((f"{format.name}, layers one by one", f"{seen:.0%}", f"{float(mean / error):.0%}"))
+    trusted = [p.bias for p in check.policies[1:] if p.psnr_db is not None and p.psnr_db > TRUSTED_DB]
+    if trusted:
+        rows.append((f"median of {len(trusted)} random policies", f"{np.median(trusted):.0%}", ""))
+    what = (
+        "The same from real trajectories: the share of the error that is its mean over samples (the scale's part in "
+        "that mean included), with every layer's better bias."
+    )
+    return [heading("Measured"), paragraph(what), table(["", "measured", "from the split"], rows)]
+
+
+def sampler(probed: Probed, folder: Path) -> Section:
+    """Amplification, entry and coherence."""
+    title = "What the sampler makes of it"
+    if probed.table.by_step is None:
+        command = f"bitpolicy probe --probe adjoint --split --output-dir {folder}"
+        return Section("sampler", title, missing(f"The {probed.table.probe} probe knows no steps.", command))
+    split = probed.split
+    drawn = charts.through_the_sampler(probed, split)
+    caption = (
+        "Amplification is the size of the final latent's error divided by the size of the error of the denoiser's "
+        "output that caused it, |dx₀| / |deₜ|: above 1 the rest of the sampling enlarges it, below 1 it forgets it. "
+        "Error entering: as in the heat map, summed over the layers of a stage."
+    )
+    body = [paragraph(_entry_sentence(probed)), figure(drawn, caption)]
+    if split is None:
+        command = f"bitpolicy probe --split --output-dir {folder}"
+        body.append(missing("Amplification needs the error of the denoiser's output at each step.", command))
+    else:
+        body = [paragraph(_amplification_sentence(probed, split), "verdict"), *body, *_coherence(probed, split)]
+    return Section("sampler", title, "\n".join(body), (drawn,))
+
+
+def _amplification_sentence(probed: Probed, split: ErrorSplit) -> str:
+    values = amplification(probed, split, probed.column(probed.formats[0]))
+    early, peak = float(values[0]), int(values.argmax())
+    grown = [f"{'grows' if values[i] > 1 else 'shrinks'}" for i in (0, peak)]
+    return (
+        f"An error of the denoiser's output at the first step {grown[0]} to {early:.2g} of its size in the final "
+        f"latent (median layer, {probed.formats[0].name}); the largest factor, {values[peak]:.2g}, is that of step "
+        f"{peak + 1} of {len(values)}."
+    )
+
+
+def _entry_sentence(probed: Probed) -> str:
+    said = []
+    for format in probed.formats:
+        values = entering(probed, probed.column(format))
+        last = max(1, round(len(values) / 10))
+        share = values[-last:].sum() / max(values.sum(), np.finfo(float).tiny)
+        said.append(f"{share:.0%} of {format.name.upper()}'s enters in the last {last} of {len(values)} steps")
+    return f"Of the error summed over steps and layers, {', '.join(said)}."
+
+
+def _coherence(probed: Probed, split: ErrorSplit) -> list[str]:
+    rows = []
+    for format in probed.formats:
+        for corrected, label in BIASES:
+            row = [f"{format.name}, bias {label}"]
+            for part in (split.error, split.bias, split.noise):
+                found = coherence(part[corrected, ..., probed.column(format)])
+                row.append("" if found is None else f"{found.found:.2f} of {found.limit:.2f} ({found.agreement:.0%})")
+            rows.append(row)
+    what = (
+        "Power of the whole error divided by the sum of the powers that enter at the single steps: 1 where steps are "
+        "independent, and the second number where all of them push the same way, at the sizes they have. In brackets: "
+        "how far from the one to the other. A bias that the sampler adds up step by step would be near 100%."
+    )
+    return [
+        heading("Do the steps add up?"),
+        paragraph(what),
+        table(["", "whole error", "its bias", "its noise"], rows),
+    ]
+
+
+def paths(probed: Probed) -> Section:
+    """Encoder, skips and decoder."""
+    title = "Encoder, skips and decoder"
+    if not probed.unet or probed.table.by_step is None:
+        why = "has no encoder and decoder" if not probed.unet else "was probed without steps"
+        return Section("skips", title, paragraph(f"This denoiser {why}: nothing to compare."))
+    drawn = charts.skips(probed, probed.split)
+    caption = (
+        "Layers that write into a skip are the first convolution and, in the encoder, the last layer of each resnet, "
+        "shortcuts, the ways out of attention, and downsamplers: their output is copied to the decoder. Left: each "
+        "layer's error, alone. Then the error that enters at each step for the mean layer, and, where there is a "
+        "split, the error of the denoiser's own output at that step for the median layer, before the sampler has its "
+        "say."
+    )
+    body = [paragraph(_paths_sentence(probed)), figure(drawn, caption)]
+    columns = ["layers", "number", "bytes at FP16"]
+    columns += [f"{f.name} {word}" for f in probed.formats for word in ("sum", "median", "share of all")]
+    body.append(folded("The numbers", table(columns, [_group_row(probed, g) for g in by_path(probed)])))
+    return Section("skips", title, "\n".join(body), (drawn,))
+
+
+def _paths_sentence(probed: Probed) -> str:
+    """The median layer of each place against the decoder's."""
+    said = []
+    for format in probed.formats:
+        column = probed.column(format)
+        groups = {group.name: float(group.median[column]) for group in by_path(probed)}
+        decoder = groups.pop("decoder")
+        groups.pop("ends", None)
+        ratios = ", ".join(f"{value / decoder:.2g} ({name})" for name, value in groups.items() if decoder > 0)
+        said.append(f"in {format.name.upper()} {ratios}")
+    return f"Error of the median layer, relative to the median decoder layer: {'; '.join(said)}."
