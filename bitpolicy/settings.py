@@ -21,7 +21,7 @@ _OURS: tuple[str, ...] = (
     "sensitivity.csv",
 )
 _COUNTS = ("calibration_samples", "vectors", "shared", "search_samples", "confirm_samples", "held_out_samples")
-_OURS += ("study.journal", "compare.png", "checkpoint", "work")
+_OURS += ("study.journal", "compare.png", "checkpoint", "work", "report.html")
 
 
 @dataclass(frozen=True)
@@ -90,64 +90,35 @@ class OutputFolder:
 
     def __init__(self, path: Path, settings: Settings, *, overwrite: bool, resume: bool) -> None:
         self.path = path
-        self._identity = settings.identity()
-        held = self._claimed(overwrite)
+        identity = settings.identity()
+        held = _claimed(path, identity, overwrite)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if held is not None and (not resume or held != self._identity):
+            if held is not None and (not resume or held != identity):
                 self._clear(keep_work=resume)
-            write_text(path / "run.json", json.dumps(self._identity, indent=2, sort_keys=True) + "\n")
+            write_text(path / "run.json", json.dumps(identity, indent=2, sort_keys=True) + "\n")
         except OSError as error:
             raise BitPolicyError(
                 f"cannot write to {path}: {error.strerror}; choose an --output-dir that can be written"
             ) from error
 
-    @classmethod
-    def peek(cls, path: Path, settings: Settings, *, overwrite: bool, resume: bool) -> dict[str, Any] | None:
+    @staticmethod
+    def peek(path: Path, settings: Settings, *, overwrite: bool, resume: bool) -> dict[str, Any] | None:
         """The result of this very search if `path` holds it, finished; nothing is written.
 
         Raises:
             BitPolicyError: the folder holds something else.
         """
-        folder = cls.__new__(cls)
-        folder.path, folder._identity = path, settings.identity()
-        held = folder._claimed(overwrite)
-        return folder.finished() if resume and held == folder._identity else None
-
-    def _claimed(self, overwrite: bool) -> dict[str, Any] | None:
-        """The settings of the search that the folder holds, or None; refuses what must not be touched."""
-        held = self._held_identity()
-        if held is not None and held != self._identity and not overwrite:
-            changed = ", ".join(sorted(k for k in self._identity if held.get(k) != self._identity[k]))
-            raise BitPolicyError(
-                f"{self.path} holds a search with another {changed}; choose another --output-dir, or --overwrite it"
-            )
-        if held is None and self.path.exists() and self._foreign() and not overwrite:
-            raise BitPolicyError(
-                f"{self.path} holds something else ({self._foreign()[0]}); "
-                "choose another --output-dir, or --overwrite it"
-            )
-        return held
+        identity = settings.identity()
+        held = _claimed(path, identity, overwrite)
+        return _finished(path) if resume and held == identity else None
 
     def finished(self) -> dict[str, Any] | None:
         """The result of a finished run, or None."""
-        path = self.path / "result.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        return _finished(self.path)
 
     def finish(self, result: dict[str, Any]) -> None:
         write_text(self.path / "result.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
-
-    def _held_identity(self) -> dict[str, Any] | None:
-        try:
-            held = json.loads((self.path / "run.json").read_text())
-        except (OSError, ValueError):
-            return None
-        return held if isinstance(held, dict) else None
-
-    def _foreign(self) -> list[str]:
-        if not self.path.is_dir():
-            return [f"{self.path.name} is a file"]
-        return sorted(p.name for p in self.path.iterdir() if not p.name.startswith(".run.json"))
 
     def _clear(self, keep_work: bool) -> None:
         """Remove what an earlier search wrote here, and nothing else; the probe's records may stay, they are keyed."""
@@ -157,3 +128,37 @@ class OutputFolder:
                 shutil.rmtree(entry)
             elif entry.is_file():
                 entry.unlink()
+
+
+def _claimed(path: Path, identity: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """The settings of the search that the folder holds, or None; refuses what must not be touched."""
+    held = _held_identity(path)
+    if held is not None and held != identity and not overwrite:
+        changed = ", ".join(sorted(k for k in identity if held.get(k) != identity[k]))
+        raise BitPolicyError(
+            f"{path} holds a search with another {changed}; choose another --output-dir, or --overwrite it"
+        )
+    if held is None and path.exists() and (foreign := _foreign(path)) and not overwrite:
+        raise BitPolicyError(
+            f"{path} holds something else ({foreign[0]}); choose another --output-dir, or --overwrite it"
+        )
+    return held
+
+
+def _finished(path: Path) -> dict[str, Any] | None:
+    result = path / "result.json"
+    return json.loads(result.read_text()) if result.is_file() else None
+
+
+def _held_identity(path: Path) -> dict[str, Any] | None:
+    try:
+        held = json.loads((path / "run.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return held if isinstance(held, dict) else None
+
+
+def _foreign(path: Path) -> list[str]:
+    if not path.is_dir():
+        return [f"{path.name} is a file"]
+    return sorted(p.name for p in path.iterdir() if not p.name.startswith(".run.json"))
