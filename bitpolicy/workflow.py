@@ -118,8 +118,8 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
     requests = list(settings.prompts) if settings.prompts else default_requests(source.pipe, bundled)
     sizes = (settings.calibration_samples, settings.search_samples, settings.confirm_samples, settings.held_out_samples)
     parts = split(requests, settings.seed, *sizes)
-    for sample in parts.calibration:
-        trajectories.require(sample.arguments)
+    for request in requests:
+        trajectories.require(Sample.of(request, 0).arguments)
     plan = Plan(source, layers, formats, account, budget, parts, trajectories)
     budget.require(plan.smallest, [f.name for f in formats])
     return plan

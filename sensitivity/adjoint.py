@@ -61,9 +61,11 @@ class AdjointProbe:
             LoopError: the sampling loop cannot be differentiated from end to end.
             BitPolicyError: its gradient is not finite.
         """
+        self._trajectories.find_end(sample)
         calls = CheckpointedCalls(self._trajectories, self._at_step)
         with only_these_require_grad(self._trajectories, self._layers), calls.installed(self._recompute_inside):
             latent = self._trajectories.differentiable_latent(sample)
+            _require_uncut(calls.cut)
             for i, direction in enumerate(directions):
                 v = direction.vector(latent, sample)
                 yield self._backward(latent, v, calls.steps, keep=i + 1 < len(directions))
@@ -76,16 +78,14 @@ class AdjointProbe:
         scales = _HALF_SCALES if latent.dtype == torch.float16 else [1.0]
         for scale in scales:
             last = scale == scales[-1]
-            with self._recorder.recording(max(self._trajectories.steps, *called), latent.device):
+            with self._recorder.recording(max(self._trajectories.steps, max(called) + 1), latent.device):
                 try:
                     torch.autograd.backward(latent, (v * scale).to(latent.dtype), retain_graph=keep or not last)
                 except torch.OutOfMemoryError:
                     raise
                 except RuntimeError as error:  # a tensor of the graph was changed in place
                     raise LoopError(f"the sampling loop cannot be differentiated: {error}") from error
-            cut = called - self._recorder.reached
-            if cut:
-                raise LoopError(f"the sampling loop passes no gradient back to step {max(cut) + 1}")
+            _require_uncut(called - self._recorder.reached)
             where = self._recorder.not_finite()
             if where is None:
                 return self._recorder.sketch(scale, along=float((v * signal_of(latent)).sum()))
@@ -94,3 +94,8 @@ class AdjointProbe:
             f"step {where[0] + 1}: the gradient of {where[1]} is NaN or Inf; "
             "try --dtype bfloat16 or float32, or --probe ablation"
         )
+
+
+def _require_uncut(cut: set[int]) -> None:
+    if cut:
+        raise LoopError(f"the sampling loop passes no gradient back to step {max(cut) + 1}")

@@ -34,20 +34,20 @@ class CheckpointedCalls:
 
     Attributes:
         steps: scheduler steps at which a denoiser was called in the last forward pass.
-        calls: how many calls that were.
+        cut: those that no gradient gets back to: called under `no_grad`, or followed by a call on a detached sample.
     """
 
     def __init__(self, trajectories: Trajectories, on_step: Callable[[int], None]) -> None:
         self._trajectories, self._on_step = trajectories, on_step
         self.steps: set[int] = set()
-        self.calls = 0
+        self.cut: set[int] = set()
 
     @contextmanager
     def installed(self, recompute_inside: bool) -> Iterator[None]:
         """Args:
         recompute_inside: also checkpoint inside the denoiser, block by block, where it can.
         """
-        self.steps, self.calls = set(), 0
+        self.steps, self.cut = set(), set()
         with ExitStack() as stack:
             for denoiser in self._trajectories.denoisers:
                 if recompute_inside:
@@ -58,10 +58,13 @@ class CheckpointedCalls:
     def _checkpointed(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             step = self._trajectories.steps
-            self.steps.add(step)
-            self.calls += 1
             leaves, arguments = pytree.tree_flatten((args, kwargs))
             places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+            if not torch.is_grad_enabled():
+                self.cut.add(step)
+            elif self.steps - {step} and not any(leaves[i].requires_grad for i in places):
+                self.cut.add(step - 1)
+            self.steps.add(step)
             structure: list[Any] = []
 
             def run(_anchor: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -27,7 +27,7 @@ from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.records import Piece, Records, settings_key
 from bitpolicy.sensitivity.reference import ReferencePass, reference_part
 from bitpolicy.sensitivity.samples import Sample, fingerprint
-from bitpolicy.sensitivity.sketch import Sketch
+from bitpolicy.sensitivity.sketch import Sketch, equally_long
 from bitpolicy.sensitivity.stepwise import LocalSketch, StepwiseProbe
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.trajectory import LoopError, Trajectories
@@ -189,7 +189,7 @@ class ProbeRun:
                         advance()
 
         pieces = complete(self._records, list(work), make).values()
-        found = [Sketch(piece["weight"], piece["bias"], float(piece["along"])) for piece in pieces]
+        found = equally_long([Sketch(piece["weight"], piece["bias"], float(piece["along"])) for piece in pieces])
         return [found[k : k + len(directions)] for k in range(0, len(found), len(directions))]
 
     def _local_sketches(self, reference: ReferencePass) -> list[LocalSketch]:
@@ -205,7 +205,9 @@ class ProbeRun:
                 yield name, {"weight": local.sketch.weight, "bias": local.sketch.bias, "power": local.power}
 
         pieces = complete(self._records, list(work), make).values()
-        return [LocalSketch(Sketch(piece["weight"], piece["bias"]), piece["power"]) for piece in pieces]
+        found = equally_long([Sketch(piece["weight"], piece["bias"]) for piece in pieces])
+        powers = torch.nn.utils.rnn.pad_sequence([piece["power"] for piece in pieces], batch_first=True)
+        return [LocalSketch(sketch, power) for sketch, power in zip(found, powers, strict=True)]
 
     def split(self, reference: ReferencePass) -> ErrorSplit:
         """What each layer's error is made of, from directions that all samples share.

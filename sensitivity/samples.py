@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from diffusers.utils import load_image
 from PIL import Image
 
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.policies.accounting import tensor_bytes
 
 Request = str | Mapping[str, Any]
 """A prompt, or a mapping of call arguments such as {"prompt": "a cat", "image": "photo.png"}."""
@@ -70,8 +73,14 @@ def fingerprint(value: Any) -> Any:
         return [fingerprint(item) for item in value]
     if isinstance(value, str | int | float | bool) or value is None:
         return value
-    content = value.tobytes() if hasattr(value, "tobytes") else repr(value).encode()
-    return f"{type(value).__name__}:{hashlib.sha256(content).hexdigest()[:16]}"
+    if isinstance(value, Image.Image):
+        about, content = f"{value.mode}{value.size}", value.tobytes()
+    elif isinstance(value, torch.Tensor | np.ndarray):
+        array = torch.as_tensor(value)
+        about, content = f"{array.dtype}{tuple(array.shape)}", bytes(tensor_bytes(array))
+    else:
+        about, content = "", repr(value).encode()
+    return f"{type(value).__name__}:{hashlib.sha256(about.encode() + content).hexdigest()[:16]}"
 
 
 def takes_pictures(name: str) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from bitpolicy.kernels.layers import Quantizable
 from bitpolicy.sensitivity.trajectory import Trajectories
@@ -32,6 +33,16 @@ class Sketch:
     def stacked(self) -> torch.Tensor:
         """(2, steps, layers, formats): with the bias as it was, and corrected."""
         return torch.stack([self.weight, self.weight + self.bias])
+
+
+def equally_long(sketches: Sequence[Sketch]) -> list[Sketch]:
+    """The same with as many steps as the longest: where a request sets its own number, the others have none there."""
+    steps = max(len(sketch.weight) for sketch in sketches)
+
+    def longer(values: torch.Tensor) -> torch.Tensor:
+        return pad(values, (0, 0, 0, 0, 0, steps - len(values)))
+
+    return [replace(sketch, weight=longer(sketch.weight), bias=longer(sketch.bias)) for sketch in sketches]
 
 
 class SketchRecorder:

@@ -58,15 +58,15 @@ class StepwiseProbe:
 
     def sketches(self, sample: Sample, vectors: Sequence[int]) -> Iterator[LocalSketch]:
         """One local sketch for each random stream, one trajectory each."""
-        if not self._trajectories.steps:
+        if not self._trajectories.whole_steps or sample.arguments:
             next(self._trajectories.latents([sample]))  # how many steps there are
-        steps = self._trajectories.steps  # a call after the last step would belong to no step
+        rows = self._trajectories.whole_steps + 1  # some loops end on a call after the last step
         device = next(self._trajectories.denoiser.parameters()).device
         for index in vectors:
-            power = torch.zeros(steps, device=device)
+            power = torch.zeros(rows, device=device)
             with (
                 only_these_require_grad(self._trajectories, self._layers),
-                self._recorder.recording(steps, device),
+                self._recorder.recording(rows, device),
                 ExitStack() as stack,
             ):
                 streams = (stream(0x57E9, sample.seed, index, call) for call in itertools.count())
@@ -76,7 +76,9 @@ class StepwiseProbe:
             where = self._recorder.not_finite()
             if where is not None:
                 raise BitPolicyError(f"step {where[0] + 1}: the gradient of {where[1]} is NaN or Inf; try float32")
-            yield LocalSketch(self._recorder.sketch(), power.cpu())
+            used = max(self._trajectories.whole_steps, max(self._recorder.reached, default=0) + 1)
+            sketch = self._recorder.sketch()
+            yield LocalSketch(Sketch(sketch.weight[:used], sketch.bias[:used]), power[:used].cpu())
 
     def _differentiated(
         self, streams: Iterator[torch.Generator], power: torch.Tensor
@@ -86,8 +88,9 @@ class StepwiseProbe:
         def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 step = self._recorder.step = self._trajectories.steps
-                with torch.enable_grad():
-                    output = original(*args, **kwargs)
+                with torch.inference_mode(False), torch.enable_grad():
+                    given, kept = pytree.tree_map(_usable, (args, kwargs))
+                    output = original(*given, **kept)
                     leaves, spec = pytree.tree_flatten(output)
                     first = next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad)
                     v = torch.randn(first.shape, generator=next(streams)).to(first.device)
@@ -99,3 +102,8 @@ class StepwiseProbe:
             return forward
 
         return wrap
+
+
+def _usable(leaf: Any) -> Any:
+    """Autograd takes no tensor that was made in inference mode, but a copy."""
+    return leaf.clone() if isinstance(leaf, torch.Tensor) and leaf.is_inference() else leaf

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,8 +26,8 @@ from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.denoiser import denoiser_of, denoisers_in
 from bitpolicy.sensitivity.samples import Sample
 
-_OURS = {"prompt", "class_labels", "batch_size", "generator", "output_type", "num_images_per_prompt", "return_dict"}
-_OURS |= {"latents"}
+_OURS = re.compile(r"prompt|class_labels|batch_size|generator|output_type|return_dict|latents|num_\w+_per_prompt")
+_ONE_EACH = re.compile(r"(negative_)?prompt(_\d)?")  # texts of which a call takes one for each sample
 _SMALL, _SMALL_BATCH = 100_000_000, 4  # parameters below which several samples share one call, and how many
 _REFUSALS = (TypeError, ValueError, AttributeError, KeyError, NotImplementedError)
 
@@ -51,6 +52,7 @@ class Trajectories:
         denoiser: the module under study; an `nn.ModuleDict` where there are several.
         call: arguments of every pipeline call, e.g. {"num_inference_steps": 20}.
         steps: number of scheduler steps of the last run, those of the current run so far.
+        whole_steps: the same of the last run without gradients that came to its end; 0 before there is one.
         batch: how many samples share one call where no gradient is wanted.
     """
 
@@ -59,7 +61,7 @@ class Trajectories:
         self.denoiser: nn.Module = denoiser_of(pipe, component)
         self._accepted = inspect.signature(type(pipe).__call__).parameters
         self.require(self.call)
-        self.steps = 0
+        self.steps = self.whole_steps = 0
         self._last = torch.empty(0)
         self._leave_after: int | None = None  # steps of the loop where the pipeline returns no latents, 0 where it does
         self.batch = _SMALL_BATCH if self._may_share_calls() else 1
@@ -81,7 +83,7 @@ class Trajectories:
         unknown = [name for name in names if name not in self._accepted]
         if unknown:
             raise BitPolicyError(f"{self._class} does not take {', '.join(unknown)}; leave it out")
-        ours = [name for name in names if name in _OURS]
+        ours = [name for name in names if _OURS.fullmatch(name)]
         if ours:
             raise BitPolicyError(f"{', '.join(ours)} cannot be given: every sample sets its own; leave it out")
 
@@ -93,8 +95,13 @@ class Trajectories:
             latent float32 on the CPU, shape (C, h, w) or as the pipeline has it, scaled as the denoiser sees it.
         """
         for part in self.parts(samples):
-            output = self._run(part, "pt")
-            yield from zip(_pixels(output).float().cpu(), _rows(self._last, len(part)).float().cpu(), strict=True)
+            pixels = _pixels(self._run(part, "pt"))
+            if not torch.isfinite(pixels).all():
+                raise BitPolicyError(
+                    f"the decoded image of {part[0].prompt!r}, seed {part[0].seed}, has NaN or Inf, its latent has "
+                    "none: the decoder overflows; try --dtype bfloat16 or float32"
+                )
+            yield from zip(pixels.float().cpu(), _rows(self._last, len(part)).float().cpu(), strict=True)
 
     def latents(self, samples: Iterable[Sample]) -> Generator[torch.Tensor, None, None]:
         """The final latent of each sample without gradients, float32 on the CPU, shape (C, h, w) or as the pipeline
@@ -110,8 +117,7 @@ class Trajectories:
         Raises:
             LoopError: the pipeline's loop cannot be differentiated.
         """
-        if self._leave_after is None:
-            next(self.latents([sample]))
+        self.find_end(sample)
         undecorated: Callable[..., Any] = inspect.unwrap(type(self.pipe).__call__)
         with self._observed(sample.seed, self._leave_after or 0), torch.enable_grad():
             try:
@@ -127,6 +133,11 @@ class Trajectories:
             raise LoopError(f"the sampling loop of {self._class} detaches its result")
         return latent
 
+    def find_end(self, sample: Sample) -> None:
+        """Learn, from a run without gradients if need be, whether the loop returns latents and where it ends if not."""
+        if self._leave_after is None or (self._leave_after and sample.arguments):  # those may set the number of steps
+            next(self.latents([sample]))
+
     @property
     def _class(self) -> str:
         return type(self.pipe).__name__
@@ -141,9 +152,13 @@ class Trajectories:
         """The pipeline's images, frames or latents for `part`, without a graph."""
         try:
             with self._observed(part[0].seed), torch.no_grad():
-                return _first(self.pipe(**self._arguments(part), output_type=output_type))
+                output = _first(self.pipe(**self._arguments(part), output_type=output_type))
+            self.whole_steps = self.steps
+            return output
         except _NotFinite:
             raise self._located(part, output_type) from None
+        except BitPolicyError:
+            raise
         except _REFUSALS as error:
             if self.steps:  # the loop had begun: the pipeline took the call
                 raise
@@ -180,9 +195,10 @@ class Trajectories:
 
     def _arguments(self, samples: Sequence[Sample]) -> dict[str, Any]:
         count = len(samples)
+        own = samples[0].call_arguments() if count == 1 else {}
         arguments = {
-            name: [value] * count if isinstance(value, str) and "prompt" in name else value
-            for name, value in self.call.items()
+            name: [value] * count if isinstance(value, str) and _ONE_EACH.fullmatch(name) else value
+            for name, value in {**self.call, **own}.items()
         }
         generators = [torch.Generator("cpu").manual_seed(sample.seed) for sample in samples]
         if "generator" in self._accepted:
@@ -193,13 +209,20 @@ class Trajectories:
             arguments["prompt"] = [sample.prompt for sample in samples]
         elif "batch_size" in self._accepted:
             arguments["batch_size"] = count
-        return {**arguments, **(samples[0].call_arguments() if count == 1 else {})}
+        return arguments
 
     def _label(self, prompt: str) -> int:
         """A class label from its digits, or from a class name where the pipeline knows names."""
-        if prompt.isdigit():
+        config: Any = self.denoisers[0].config
+        classes = int(config.get("num_embeds_ada_norm") or config.get("num_class_embeds") or 0)
+        if prompt.isdigit() and (not classes or int(prompt) < classes):
             return int(prompt)
-        return int(self.pipe.get_label_ids([prompt])[0]) if hasattr(self.pipe, "get_label_ids") else int(prompt)
+        try:
+            return int(self.pipe.get_label_ids([prompt])[0])
+        except (AttributeError, ValueError) as error:
+            raise BitPolicyError(
+                f"{prompt!r} is no class of {self._class}; give a label from 0 to {classes - 1}, or a class's name"
+            ) from error
 
     @contextmanager
     def _observed(self, seed: int, leave_after: int = 0) -> Iterator[None]:
