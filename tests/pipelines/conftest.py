@@ -1,0 +1,223 @@
+"""Toys under study: each run by its pipeline's own call, at a precision where finite differences are exact.
+
+For a change dW of the weights the adjoint probe's sketch is <v, J dW>, the slope of <v, x_0> along dW. Here the weights
+are moved by +-a dW, the pipeline is called as a user calls it, and the two ends are subtracted: no gradient, no
+trajectory code and no sketch of ours takes part.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import diffusers
+import pytest
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from toy_pipelines import TOYS, Toy
+
+from bitpolicy.kernels.format import Format
+from bitpolicy.kernels.layers import Quantizable, quantizable_layers
+from bitpolicy.policies.apply import to_storage
+from bitpolicy.policies.denoiser import denoiser_names
+from bitpolicy.sensitivity.directions import Random
+from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.trajectory import Trajectories
+
+Moves = Mapping[nn.Parameter, torch.Tensor]
+REQUESTS = {"prompt": ["a red heart", "pizza", "a cat"], "class_labels": ["207", "3", "999"], "nothing": ["", "", ""]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet_diffusers() -> Iterator[None]:
+    """Toys are cast and fed in ways that diffusers advises against."""
+    before = diffusers.logging.get_verbosity()
+    diffusers.logging.set_verbosity_error()
+    yield
+    diffusers.logging.set_verbosity(before)
+
+
+class _Unrounded(TorchFunctionMode):
+    """Wherever code asks for float32, as most schedulers and some norms do, it gets float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        return func(*map(_widened, args), **{name: _widened(value) for name, value in (kwargs or {}).items()})
+
+
+def _widened(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
+@contextmanager
+def _unrounded(denoisers: Sequence[nn.Module]) -> Iterator[None]:
+    numpy_to_pt = VaeImageProcessor.numpy_to_pt
+    with ExitStack() as stack:
+        stack.enter_context(
+            patch.object(VaeImageProcessor, "numpy_to_pt", staticmethod(lambda image: numpy_to_pt(image).double()))
+        )
+        for denoiser in denoisers:  # a checkpointed call is made again in the backward pass, which suspends the mode
+            stack.enter_context(patch.object(denoiser, "forward", _in_float64(denoiser.forward)))
+        stack.enter_context(_Unrounded())
+        yield
+
+
+def _in_float64(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        with _Unrounded():
+            return forward(*args, **kwargs)
+
+    return inside
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A toy, its trajectories, and samples of its kind.
+
+    Attributes:
+        call: what both `trajectories` and `own_call` give to the pipeline with every sample.
+    """
+
+    toy: Toy
+    pipe: Any
+    call: dict[str, Any]
+    trajectories: Trajectories
+    samples: tuple[Sample, ...]
+
+    def unrounded(self) -> AbstractContextManager[None]:
+        """While the block runs, a pipeline of float64 weights computes in float64 from the noise to the latent."""
+        return _unrounded(self.trajectories.denoisers)
+
+    @property
+    def layers(self) -> dict[str, Quantizable]:
+        return dict(quantizable_layers(self.trajectories.denoiser))
+
+    def own_call(self, sample: Sample, output_type: str) -> Any:
+        """The first output of the pipeline, called as a user calls it."""
+        takes = self.toy.takes
+        asked = (
+            {} if takes == "nothing" else {takes: [int(sample.prompt)] if takes == "class_labels" else sample.prompt}
+        )
+        generator = torch.Generator().manual_seed(sample.seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(sample.seed)
+            return self.pipe(**asked, **self.call, **sample.arguments, generator=generator, output_type=output_type)[0]
+
+    def final_latent(self, sample: Sample, watch: Callable[[int], None] = lambda step: None) -> torch.Tensor:
+        """What the pipeline returns for "latent"; what its last scheduler step made where it returns images.
+
+        Args:
+            watch: called with 0 before the first step, with 1 after it, and so on.
+        """
+        made: list[torch.Tensor] = []
+        with self._each_step(lambda result: (made.append(result[0]), watch(len(made)))):
+            watch(0)
+            output = self.own_call(sample, "latent")
+        if isinstance(output, torch.Tensor):
+            return output
+        return made[-1][:1]  # of DiT, which carries every sample twice, the half that becomes the image
+
+    def steps_taken(self, sample: Sample) -> int:
+        taken: list[int] = []
+        self.final_latent(sample, taken.append)
+        return taken[-1]
+
+    @contextmanager
+    def _each_step(self, then: Callable[[Any], Any]) -> Iterator[None]:
+        original = self.pipe.scheduler.step
+
+        @functools.wraps(original)  # pipelines look at its signature
+        def step(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            then(result)
+            return result
+
+        self.pipe.scheduler.step = step
+        try:
+            yield
+        finally:
+            del self.pipe.scheduler.step
+
+    def slope(self, moves: Moves, vector: int, step: int | None = None) -> float:
+        """(<v, x_0(W + a dW)> - <v, x_0(W - a dW)>) / 2a for the first sample.
+
+        Args:
+            moves: dW of each parameter that moves.
+            vector: number of the direction v.
+            step: the parameters are moved while the scheduler has taken so many steps; None is throughout.
+        """
+        ends = [self._projected(moves, sign * _AMOUNT, vector, step) for sign in (1, -1)]
+        return (ends[0] - ends[1]) / (2 * _AMOUNT)
+
+    def _projected(self, moves: Moves, amount: float, vector: int, step: int | None) -> float:
+        before = {parameter: parameter.data for parameter in moves}
+
+        def move(taken: int) -> None:
+            here = amount if step in (None, taken) else 0.0
+            for parameter, change in moves.items():
+                parameter.data = before[parameter] + here * change
+
+        try:
+            latent = self.final_latent(self.samples[0], move)
+        finally:
+            for parameter, data in before.items():
+                parameter.data = data
+        return float((Random(vector).vector(latent, self.samples[0]).double() * latent.double()).sum())
+
+    def weight_change(self, name: str, format: Format) -> torch.Tensor:
+        """Q(W) - W, float64."""
+        weight = self.layers[name].weight.data
+        stored = format.dequantize(format.quantize(weight.half()), weight.shape, torch.float32)
+        return stored.double() - weight.double()
+
+    def bias_change(self, name: str, format: Format, mean_input: torch.Tensor) -> torch.Tensor:
+        """-(Q(W) - W) E[x], summed output by output over the inputs that it sees."""
+        change, groups = self.weight_change(name, format), getattr(self.layers[name], "groups", 1)
+        inputs = mean_input.double().unflatten(0, (groups, -1)).repeat_interleave(len(change) // groups, 0)
+        return -(change * inputs).flatten(1).sum(1)
+
+
+_AMOUNT = 1e-4
+
+
+@pytest.fixture(scope="session")
+def new_subject() -> Callable[..., Subject]:
+    """`new_subject("FluxPipeline", dtype, scheduler, **call)`: a new toy of weights that float16 can hold."""
+
+    def new(name: str, dtype: torch.dtype = torch.float32, scheduler: Any = None, **call: Any) -> Subject:
+        toy = TOYS[name]
+        pipe: Any = toy.new()
+        if scheduler is not None:
+            pipe.scheduler = scheduler
+        call = {**toy.call, **call}
+        component = denoiser_names(pipe)
+        for part in component.split(","):
+            to_storage(getattr(pipe, part), torch.float16)
+        if dtype != torch.float32:
+            pipe.to(dtype)
+        samples = [Sample(text, 11 + i, toy.extra) for i, text in enumerate(REQUESTS[toy.takes])]
+        return Subject(toy, pipe, call, Trajectories(pipe, component, call), tuple(samples))
+
+    return new
+
+
+@pytest.fixture(scope="session")
+def made_up_means() -> Callable[[Subject], dict[str, torch.Tensor]]:
+    """A random mean input for every layer: what the corrected bias is made of, whatever the pipeline does."""
+
+    def means(subject: Subject) -> dict[str, torch.Tensor]:
+        draw = torch.Generator().manual_seed(7)
+        shapes = {
+            name: (layer.in_features,) if isinstance(layer, nn.Linear) else (layer.in_channels, *layer.kernel_size)
+            for name, layer in subject.layers.items()
+        }
+        return {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+
+    return means

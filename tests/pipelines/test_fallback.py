@@ -1,0 +1,542 @@
+"""Sampling loops that cannot be differentiated, and the stepwise probe that then takes the adjoint one's place.
+
+Also what is said where memory or the range of numbers runs out.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, ImagePipelineOutput, StableDiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
+from scipy.stats import chi2
+from torch.utils import _pytree as pytree
+from toy_pipelines import TOYS
+
+import bitpolicy
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.sensitivity.adjoint import AdjointProbe
+from bitpolicy.sensitivity.directions import Random
+from bitpolicy.sensitivity.reference import ReferencePass
+from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.sketch import Sketch
+from bitpolicy.sensitivity.stepwise import StepwiseProbe
+from bitpolicy.sensitivity.table import SensitivityTable
+from bitpolicy.sensitivity.trajectory import LoopError, Trajectories
+
+INT4, INT8 = format_named("int4"), format_named("int8")
+STEPS = 3
+SAMPLE = Sample("", 1)
+
+
+class OwnLoop(DDIMPipeline):
+    """DDIM's loop with a latent output; subclasses do something to it."""
+
+    def predict(self, sample: torch.Tensor, t: Any, step: int) -> torch.Tensor:
+        return self.unet(sample, t).sample
+
+    def between(self, sample: torch.Tensor) -> torch.Tensor:
+        return sample
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: Any = None,
+        num_inference_steps: int = STEPS,
+        output_type: str = "pt",
+        return_dict: bool = True,
+    ) -> Any:
+        return ImagePipelineOutput(self.loop(batch_size, generator, num_inference_steps, output_type))
+
+    def loop(self, batch_size: int, generator: Any, num_inference_steps: int, output_type: str) -> torch.Tensor:
+        sample = randn_tensor((batch_size, 3, 8, 8), generator=generator, dtype=self.unet.dtype)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for step, t in enumerate(self.scheduler.timesteps):
+            sample = self.between(sample) if step else sample
+            sample = self.scheduler.step(self.predict(sample, t, step), t, sample).prev_sample
+        return sample if output_type == "latent" else (sample / 2 + 0.5).clamp(0, 1)
+
+
+class DetachesBetweenSteps(OwnLoop):
+    def between(self, sample: torch.Tensor) -> torch.Tensor:
+        return sample.detach()
+
+
+class DetachesOneAnswer(OwnLoop):
+    def predict(self, sample: torch.Tensor, t: Any, step: int) -> torch.Tensor:
+        found = super().predict(sample, t, step)
+        return found.detach() if step == 1 else found
+
+
+class GoesThroughNumpy(OwnLoop):
+    def between(self, sample: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(sample.numpy().copy())
+
+
+class GoesThroughDetachedNumpy(OwnLoop):
+    def between(self, sample: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(sample.detach().numpy().copy())
+
+
+class ChangesWhatTheDenoiserSaw(OwnLoop):
+    """Autograd finds out in the backward pass."""
+
+    def predict(self, sample: torch.Tensor, t: Any, step: int) -> torch.Tensor:
+        found = super().predict(sample, t, step)
+        sample.clamp_(-9, 9)
+        return found
+
+
+class ChangesAViewInPlace(OwnLoop):
+    """Autograd refuses at once."""
+
+    def predict(self, sample: torch.Tensor, t: Any, step: int) -> torch.Tensor:
+        found = super().predict(sample, t, step)
+        found.split(1, dim=1)[0].mul_(0.9)
+        return found
+
+
+class LoopsWithoutGrad(OwnLoop):
+    def loop(self, *args: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return super().loop(*args)
+
+
+class LoopsInInferenceMode(OwnLoop):
+    def loop(self, *args: Any) -> torch.Tensor:
+        with torch.inference_mode():
+            return super().loop(*args)
+
+
+class PredictsWithoutGrad(OwnLoop):
+    def predict(self, sample: torch.Tensor, t: Any, step: int) -> torch.Tensor:
+        with torch.no_grad():
+            return super().predict(sample, t, step)
+
+
+class BeginsWithoutGrad(OwnLoop):
+    def predict(self, sample: torch.Tensor, t: Any, step: int) -> torch.Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and step > 0):
+            return super().predict(sample, t, step)
+
+
+class GuidesWithoutGrad(OwnLoop):
+    """Two calls a step, as Wan makes, of which one has no graph."""
+
+    def predict(self, sample: torch.Tensor, t: Any, step: int) -> torch.Tensor:
+        with torch.no_grad():
+            other = super().predict(-sample, t, step)
+        return 2 * super().predict(sample, t, step) - other
+
+
+class DetachesWhatTheDenoiserSees(OwnLoop):
+    """Every call has a graph, but the denoiser's answer to a changed sample is not in it."""
+
+    def predict(self, sample: torch.Tensor, t: Any, step: int) -> torch.Tensor:
+        return super().predict(sample.detach(), t, step)
+
+
+class EndsWithACall(OwnLoop):
+    """A last call of the denoiser after the last step of the scheduler."""
+
+    def loop(self, *args: Any) -> torch.Tensor:
+        sample = super().loop(*args[:-1], "latent")
+        sample = sample - 0.1 * self.unet(sample, 0).sample
+        return sample if args[-1] == "latent" else (sample / 2 + 0.5).clamp(0, 1)
+
+
+class StepsByItself(OwnLoop):
+    """Euler's method written out: the scheduler gives the times and takes no step."""
+
+    def loop(self, batch_size: int, generator: Any, num_inference_steps: int, output_type: str) -> torch.Tensor:
+        sample = randn_tensor((batch_size, 3, 8, 8), generator=generator, dtype=self.unet.dtype)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            sample = sample - 0.1 * self.unet(sample, t).sample
+        return sample if output_type == "latent" else (sample / 2 + 0.5).clamp(0, 1)
+
+
+class DetachingStableDiffusion(StableDiffusionPipeline):
+    """What a user's callback can do."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: Any = None,
+        generator: Any = None,
+        num_inference_steps: int = STEPS,
+        height: int = 16,
+        width: int = 16,
+        output_type: str = "pt",
+    ) -> Any:
+        def detach(pipe: Any, step: int, t: Any, given: dict[str, Any]) -> dict[str, Any]:
+            return {"latents": given["latents"].detach()} if step < num_inference_steps - 1 else given
+
+        given = {"generator": generator, "height": height, "width": width, "callback_on_step_end": detach}
+        return inspect.unwrap(StableDiffusionPipeline.__call__)(
+            self, prompt, num_inference_steps=num_inference_steps, output_type=output_type, **given
+        )
+
+
+BROKEN: dict[type[OwnLoop], str] = {  # what the message has to say
+    DetachesBetweenSteps: "step 2",
+    DetachesOneAnswer: "no gradient back to step 2",
+    GoesThroughNumpy: "cannot be differentiated: .*numpy",
+    GoesThroughDetachedNumpy: "step 2",
+    ChangesWhatTheDenoiserSaw: "cannot be differentiated: .*inplace operation",
+    ChangesAViewInPlace: "cannot be differentiated: .*view",
+    LoopsWithoutGrad: "(detaches its result|step 1)",
+    LoopsInInferenceMode: "(detaches its result|step 1)",
+    PredictsWithoutGrad: "(detaches its result|step 1)",
+    BeginsWithoutGrad: "step 1",
+    GuidesWithoutGrad: "step 3",
+    DetachesWhatTheDenoiserSees: "step 2",
+}
+every_broken_loop = pytest.mark.parametrize("kind", BROKEN, ids=lambda kind: kind.__name__)
+
+
+def new_pipe(kind: type[OwnLoop] = OwnLoop) -> OwnLoop:
+    toy: Any = TOYS["DDIMPipeline"].new()
+    pipe = kind(unet=toy.unet, scheduler=toy.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def adjoint_sketches(pipe: Any) -> Iterator[Sketch]:
+    trajectories = Trajectories(pipe, "unet", {"num_inference_steps": STEPS})
+    return AdjointProbe(trajectories, [INT4], {}, torch.float16).sketches(SAMPLE, [Random(0), Random(1)])
+
+
+def probed(pipe: Any, **arguments: Any) -> SensitivityTable:
+    given = {"samples": 2, "vectors": 2, "quiet": True, **arguments}
+    return bitpolicy.probe(pipe, call={"num_inference_steps": STEPS}, **given)
+
+
+# What is told, and what happens then
+
+
+@pytest.mark.parametrize("kind", [OwnLoop, EndsWithACall, StepsByItself])
+def test_a_loop_of_any_other_make_is_differentiated(kind: type[OwnLoop], capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = new_pipe(kind)
+    (first, _) = adjoint_sketches(pipe)
+    for name in ("conv_in", "mid_block.resnets.0.conv1", "conv_out"):
+        weight = pipe.unet.get_parameter(f"{name}.weight")
+        place = [layer for layer, _ in quantizable_layers(pipe.unet)].index(name)
+        change = INT4.dequantize(INT4.quantize(weight.data.half()), weight.shape, torch.float32) - weight.data
+        ends = []
+        for amount in (0.05, -0.05):
+            with moved(weight, amount * change):
+                latent = pipe(generator=torch.Generator().manual_seed(SAMPLE.seed), output_type="latent").images
+                ends.append(float((Random(0).vector(latent, SAMPLE) * latent).double().sum()))
+        expected = (ends[0] - ends[1]) / 0.1
+        assert float(first.weight.sum(0)[place, 0]) == pytest.approx(expected, rel=0.02, abs=1e-4), name
+    assert probed(pipe).probe == "adjoint"
+    assert capsys.readouterr().err == ""
+
+
+@contextmanager
+def moved(parameter: torch.nn.Parameter, change: torch.Tensor) -> Iterator[None]:
+    before = parameter.data
+    parameter.data = before + change
+    try:
+        yield
+    finally:
+        parameter.data = before
+
+
+@every_broken_loop
+def test_a_loop_that_loses_its_graph_is_told(kind: type[OwnLoop]) -> None:
+    with pytest.raises(LoopError, match=BROKEN[kind]):
+        next(adjoint_sketches(new_pipe(kind)))
+
+
+@every_broken_loop
+def test_each_step_is_then_probed_alone_with_one_line_that_says_why(
+    kind: type[OwnLoop], capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = probed(new_pipe(kind))
+    said = capsys.readouterr().err
+    assert re.fullmatch(rf"warning: the sampling loop .*{BROKEN[kind]}.*; each step is probed alone .*\n", said)
+    assert_ranks_but_predicts_nothing(table)
+
+
+def assert_ranks_but_predicts_nothing(table: SensitivityTable) -> None:
+    assert table.probe == "stepwise"
+    assert torch.isfinite(table.error).all()
+    assert (table.error >= 0).all()
+    assert 0 < table.error[:, 1].sum() < table.error[:, 0].sum() / 10
+    assert table.additive_error([INT8] * len(table.layers)) is None
+
+
+def test_a_callback_that_detaches_is_told_too(capsys: pytest.CaptureFixture[str]) -> None:
+    toy = TOYS["StableDiffusionPipeline"]
+    pipe = DetachingStableDiffusion(**toy.new().components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    table = probed(pipe, prompts=["a red heart", "pizza"])
+    said = capsys.readouterr().err
+    assert re.match("warning: the sampling loop .* step 2;", said)  # of four; a graph begins anew in the third
+    assert said.count("\n") == 1
+    assert_ranks_but_predicts_nothing(table)
+
+
+def test_a_search_goes_on_with_the_stepwise_scores(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"calibration_samples": 1, "vectors": 1, "trials": 0}
+    call = {"num_inference_steps": STEPS}
+    policy = bitpolicy.search(new_pipe(DetachesBetweenSteps), "50%", call=call, quiet=True, **sizes)
+    assert capsys.readouterr().err.count("warning:") == 1
+    assert policy.result is not None
+    assert policy.result.predicted_error is None
+    assert policy.result.policy_bytes <= policy.budget.bytes
+    assert policy.provenance["probe"]["name"] == "stepwise"
+
+
+def test_the_stepwise_probe_leaves_no_trace() -> None:
+    pipe = new_pipe()
+    trajectories = Trajectories(pipe, "unet", {"num_inference_steps": STEPS})
+    flags = {name: i % 3 != 0 for i, (name, _) in enumerate(pipe.unet.named_parameters())}
+    for name, parameter in pipe.unet.named_parameters():
+        parameter.requires_grad_(flags[name])
+    expected = next(trajectories.latents([SAMPLE]))
+    for passes in (1, 2):
+        list(StepwiseProbe(trajectories, [INT4], {}, torch.float16).sketches(SAMPLE, range(passes)))
+        assert {name: p.requires_grad for name, p in pipe.unet.named_parameters()} == flags
+        assert all(p.grad is None and not p._post_accumulate_grad_hooks for p in pipe.unet.parameters())
+        assert "forward" not in vars(pipe.unet)
+        assert "step" not in vars(pipe.scheduler)
+        assert torch.equal(next(trajectories.latents([SAMPLE])), expected)
+
+
+# Memory that runs out is not a loop that cannot be differentiated
+
+
+class RunsOutForward(OwnLoop):
+    def predict(self, sample: torch.Tensor, t: Any, step: int) -> torch.Tensor:
+        if torch.is_grad_enabled() and step == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().predict(sample, t, step)
+
+
+def runs_out_backward(*_: Any) -> None:
+    if torch.is_grad_enabled():  # a checkpointed call computes with a graph only when it is made again
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("probe", ["adjoint", "stepwise"])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_out_of_memory_is_passed_on(where: str, probe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = new_pipe(RunsOutForward if where == "forward" and probe == "adjoint" else OwnLoop)
+    if where == "backward" or probe == "stepwise":
+        pipe.unet.conv_out.register_forward_pre_hook(runs_out_backward)
+    with pytest.raises(torch.OutOfMemoryError):
+        probed(pipe, probe=probe)
+    assert capsys.readouterr().err == ""
+
+
+# The stepwise probe against the denoiser itself, called again on what it was given
+
+
+@dataclass
+class Recorded:
+    """Every denoiser call of one sample's reference trajectory."""
+
+    subject: Any
+    calls: list[tuple[torch.nn.Module, Any, Any, int]]
+
+    @classmethod
+    def of(cls, subject: Any, sample: Sample) -> Recorded:
+        calls: list[tuple[torch.nn.Module, Any, Any, int]] = []
+        step = [0]
+
+        def record(model: torch.nn.Module, args: Any, kwargs: Any) -> None:
+            calls.append((model, *pytree.tree_map(copied, (args, kwargs)), step[0]))
+
+        hooks = [model.register_forward_pre_hook(record, with_kwargs=True) for model in subject.trajectories.denoisers]
+        subject.final_latent(sample, lambda taken: step.__setitem__(0, taken))
+        for hook in hooks:
+            hook.remove()
+        return cls(subject, calls)
+
+    def outputs(self, moves: Any = None, amount: float = 0.0) -> list[torch.Tensor]:
+        """What each call gives with the parameters moved."""
+        with ExitStack() as stack, torch.no_grad():
+            for parameter, change in (moves or {}).items():
+                stack.enter_context(moved(parameter, amount * change))
+            return [model(*args, **kwargs)[0] for model, args, kwargs, _ in self.calls]
+
+    def changes(self, moves: Any, amount: float) -> list[torch.Tensor]:
+        """de_t of each call to first order, by central differences."""
+        ends = zip(self.outputs(moves, amount), self.outputs(moves, -amount), strict=True)
+        return [(after - before) / (2 * amount) for after, before in ends]
+
+
+def copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+@pytest.fixture
+def vectors(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Every direction that a backward pass is started with."""
+    found: list[torch.Tensor] = []
+    backward = torch.autograd.backward
+
+    def recorded(tensors: Any, grad_tensors: Any = None, **kwargs: Any) -> None:
+        if not found or grad_tensors is not found[-1]:  # a torch function mode passes the call on to itself
+            found.append(grad_tensors)
+        backward(tensors, grad_tensors, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "backward", recorded)
+    return found
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_a_stepwise_sketch_is_what_finite_differences_of_each_call_find(
+    new_subject: Any, made_up_means: Any, vectors: list[torch.Tensor], name: str
+) -> None:
+    subject = new_subject(name, torch.float64, num_inference_steps=2)
+    sample = subject.samples[0]
+    layers = subject.layers
+    signs = torch.randint(2, (len(layers),), generator=torch.Generator().manual_seed(1)).double() * 2 - 1
+    with subject.unrounded():
+        probe = StepwiseProbe(subject.trajectories, [INT4], made_up_means(subject), torch.float16)
+        (found,) = probe.sketches(sample, [5])
+    moves = {
+        layer.weight: sign * subject.weight_change(layer_name, INT4)
+        for sign, (layer_name, layer) in zip(signs, layers.items(), strict=True)
+    }
+    with subject.unrounded():
+        recorded = Recorded.of(subject, sample)
+        changes, outputs = recorded.changes(moves, 1e-4), recorded.outputs()
+    assert len(changes) == len(vectors)
+    expected, power = torch.zeros(len(found.power)).double(), torch.zeros(len(found.power)).double()
+    for (*_, step), change, v, output in zip(recorded.calls, changes, vectors, outputs, strict=True):
+        expected[step] += (v * change).sum()
+        power[step] += output.square().sum()
+    assert len(found.power) == subject.steps_taken(sample)
+    error = (found.sketch.weight[..., 0].double() @ signs - expected).abs().max()
+    assert error < 5e-6 * found.sketch.weight.double().norm()
+    torch.testing.assert_close(found.power.double(), power, rtol=1e-5, atol=0)
+
+
+def test_stepwise_directions_are_standard_normal_and_independent(vectors: list[torch.Tensor]) -> None:
+    """Which makes a sketch's square unbiased: over calls, samples and numbers no two are alike."""
+    trajectories = Trajectories(new_pipe(), "unet", {"num_inference_steps": STEPS})
+    probe = StepwiseProbe(trajectories, [INT4], {}, torch.float16)
+    for seed in (0, 1, 1_000_000):
+        list(probe.sketches(Sample("", seed), range(4)))
+    together = torch.stack(vectors).flatten(1).double()
+    assert together.shape == (3 * 4 * STEPS, 3 * 64)
+    assert together.mean().abs() < 4 / together.numel() ** 0.5
+    assert together.var().sub(1).abs() < 4 * (2 / together.numel()) ** 0.5
+    noise = [torch.randn(3 * 64, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1, 1_000_000)]
+    rows = torch.nn.functional.normalize(torch.cat([together, torch.stack(noise).double()]), dim=1)
+    assert (rows @ rows.T - torch.eye(len(rows))).abs().max() < 6 / (3 * 64) ** 0.5
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "WanPipeline"])
+def test_stepwise_scores_are_the_share_of_the_denoisers_output_that_changes(new_subject: Any, name: str) -> None:
+    """A table of many vectors against sum_t |de_t|^2 / sum_t |e_t|^2 of single layers, over two samples.
+
+    Of each sample the mean of R squares is chi-squared; the mean of two samples lies within the wider of their bounds.
+    """
+    subject, count = new_subject(name, num_inference_steps=2, guidance_scale=1.0), 24
+    samples = [Sample(subject.samples[0].prompt, seed) for seed in (0, 1)]
+    table = bitpolicy.probe(
+        subject.pipe,
+        call=subject.call,
+        prompts=[samples[0].prompt],
+        formats="int8",
+        probe="stepwise",
+        samples=2,
+        vectors=count,
+        quiet=True,
+    )
+    recorded = [Recorded.of(subject, sample) for sample in samples]
+    power = sum(float(output.double().square().sum()) for calls in recorded for output in calls.outputs())
+    low, high = (chi2.ppf(q, count) / count for q in (1e-4, 1 - 1e-4))
+    names = [layer for layer, module in subject.layers.items() if not table.corrected[table.layers.index(layer), 0]]
+    for layer in names[:: max(1, len(names) // 8)]:
+        moves = {subject.layers[layer].weight: subject.weight_change(layer, INT8).float()}
+        changes = [change for calls in recorded for change in calls.changes(moves, 1.0)]
+        truth = sum(float(change.double().square().sum()) for change in changes) / power
+        assert low < table.error[table.layers.index(layer), 0] / truth < high, layer
+
+
+# NaN and Inf
+
+
+def new_stable_diffusion(dtype: torch.dtype = torch.float32) -> Trajectories:
+    toy = TOYS["StableDiffusionPipeline"]
+    pipe = toy.new()
+    pipe.to(dtype)
+    return Trajectories(pipe, "unet", {**toy.call, "num_inference_steps": STEPS})
+
+
+RUNS: dict[str, Callable[[Trajectories, list[Sample]], Any]] = {
+    "images": lambda trajectories, samples: list(trajectories.images(samples)),
+    "latents": lambda trajectories, samples: list(trajectories.latents(samples)),
+    "adjoint": lambda t, samples: list(AdjointProbe(t, [INT4], {}, torch.float16).sketches(samples[0], [Random(0)])),
+    "stepwise": lambda t, samples: list(StepwiseProbe(t, [INT4], {}, torch.float16).sketches(samples[0], [0])),
+    "reference": lambda trajectories, samples: ReferencePass.of(trajectories, samples),
+}
+HEARTS = [Sample("a red heart", 1), Sample("pizza", 2)]
+LAYER = "mid_block.resnets.0.conv1"
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named_with_its_step(run: str, value: float) -> None:
+    trajectories = new_stable_diffusion()
+    trajectories.denoiser.get_parameter(f"{LAYER}.weight").data[0, 0, 0, 0] = value
+    with pytest.raises(BitPolicyError, match=f"^step 1: {LAYER} gives NaN or Inf for 'a red heart', seed 1; try"):
+        RUNS[run](trajectories, HEARTS)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_float16_overflow_on_the_way_is_named_with_its_step(run: str) -> None:
+    trajectories = new_stable_diffusion(torch.float16)
+    layer: Any = trajectories.denoiser.get_submodule(LAYER)
+    layer.register_forward_pre_hook(lambda _, args: (args[0] * 6e4,) if trajectories.steps == 2 else None)
+    with pytest.raises(BitPolicyError, match=f"^step 3: {LAYER} gives NaN or Inf for 'a red heart', seed 1; try"):
+        RUNS[run](trajectories, HEARTS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_probe_names_step_and_layer_too(dtype: torch.dtype) -> None:
+    pipe = new_stable_diffusion(dtype).pipe
+    pipe.unet.get_parameter(f"{LAYER}.weight").data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(BitPolicyError, match=f"^step 1: {LAYER} gives NaN or Inf for 'a red heart'"):
+        probed(pipe, prompts=["a red heart"])
+
+
+def test_a_weight_that_storage_cannot_hold_is_named_before_anything_runs() -> None:
+    pipe = new_stable_diffusion().pipe
+    pipe.unet.get_parameter(f"{LAYER}.weight").data[0, 0, 0, 0] = 1e6
+    with pytest.raises(BitPolicyError, match=f"^{LAYER}.weight has values that torch.float16 cannot hold"):
+        probed(pipe, prompts=["a red heart"])
+
+
+def test_one_of_two_denoisers_is_named_with_its_component(new_subject: Any) -> None:
+    subject = new_subject("WanPipeline-2.2")
+    name = "transformer_2.blocks.1.ffn.net.2"
+    subject.layers[name].weight.data[0, 0] = float("nan")
+    with pytest.raises(BitPolicyError, match=rf"^step \d: {name} gives NaN or Inf"):
+        list(subject.trajectories.latents(subject.samples[:1]))
+
+
+def test_pixels_that_are_not_finite_are_told_though_every_latent_is() -> None:
+    """A decoder that overflows in float16 is a known fault of SDXL's."""
+    trajectories = new_stable_diffusion()
+    trajectories.pipe.vae.decoder.conv_out.bias.data[0] = float("nan")
+    assert len(list(trajectories.latents(HEARTS))) == 2
+    with pytest.raises(BitPolicyError, match="NaN or Inf"):
+        list(trajectories.images(HEARTS))

@@ -1,0 +1,449 @@
+"""What a pipeline is asked for: prompts, pictures, class labels or nothing; from Python, files and options."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from toy_pipelines import TOYS
+
+import bitpolicy
+from bitpolicy.cli.options import pipeline_call
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.formats import parse_formats
+from bitpolicy.loading import source_of
+from bitpolicy.policies.denoiser import denoiser_names
+from bitpolicy.prompting import default_requests, load_requests
+from bitpolicy.sensitivity.inventory import inventory
+from bitpolicy.sensitivity.probe import ProbeRun, ProbeSettings
+from bitpolicy.sensitivity.progress import Stages
+from bitpolicy.sensitivity.samples import Sample, fingerprint
+from bitpolicy.sensitivity.trajectory import Trajectories
+from bitpolicy.settings import Settings
+from bitpolicy.workflow import make_plan
+
+NEED_A_PICTURE = [name for name, toy in TOYS.items() if toy.extra]
+
+
+def new_trajectories(name: str, **call: Any) -> Trajectories:
+    toy = TOYS[name]
+    pipe = toy.new()
+    return Trajectories(pipe, denoiser_names(pipe), {**toy.call, "num_inference_steps": 2, **call})
+
+
+def picture(path: Path, colour: str, size: int = 16) -> Path:
+    image = Image.new("RGB", (size, size), colour)
+    image.putpixel((3, 5), (9, 200, 30))
+    path.parent.mkdir(exist_ok=True)
+    image.save(path)
+    return path
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a file of JSON lines, texts as they are."""
+
+    def write(*found: Any) -> Path:
+        path = tmp_path / "asked" / "requests.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        texts = [one if isinstance(one, str) else json.dumps(one) for one in found]
+        path.write_text("\n".join(texts) + "\n", encoding="utf-8")
+        return path
+
+    return write
+
+
+# Files of JSON lines
+
+
+def test_a_line_is_a_request_and_its_paths_are_relative_to_the_file(lines: Callable[..., Path], tmp_path: Path) -> None:
+    elsewhere = str(tmp_path / "far" / "b.png")
+    path = lines(
+        {"prompt": "a café ☕", "image": "a.png", "strength": 0.5},
+        {"prompt": "b", "image": elsewhere},
+        "",
+        {"prompt": "c", "image": "https://example.com/c.png"},
+        {"prompt": "d", "control_image": ["a.png", elsewhere], "mask_image": "deep/m.png"},
+        {"prompt": "e", "video": ["0.png", "1.png"], "negative_prompt": "blurry.png"},
+        {"strength": 0.5, "image": "a.png", "prompt": "a café ☕"},
+    )
+    asked = path.parent
+    assert load_requests(path) == [
+        {"prompt": "a café ☕", "image": str(asked / "a.png"), "strength": 0.5},
+        {"prompt": "b", "image": elsewhere},
+        {"prompt": "c", "image": "https://example.com/c.png"},
+        {"prompt": "d", "control_image": [str(asked / "a.png"), elsewhere], "mask_image": str(asked / "deep/m.png")},
+        {"prompt": "e", "video": [str(asked / "0.png"), str(asked / "1.png")], "negative_prompt": "blurry.png"},
+    ]
+
+
+@pytest.mark.parametrize("line", ["a red heart", "{'prompt': 'a cat'}", '{"prompt": "a cat"', '{"prompt": }'])
+def test_a_line_that_is_no_json_is_named(lines: Callable[..., Path], line: str) -> None:
+    with pytest.raises(BitPolicyError, match=r"^--prompts .*requests\.jsonl, line 3 is no JSON: "):
+        load_requests(lines({"prompt": "a cat"}, "", line))
+
+
+@pytest.mark.parametrize(
+    ("line", "found"), [("[1, 2]", "list"), ('"a cat"', "str"), ("7", "int"), ("null", "NoneType"), ("true", "bool")]
+)
+def test_a_line_that_is_no_object_is_named(lines: Callable[..., Path], line: str, found: str) -> None:
+    with pytest.raises(BitPolicyError, match=rf'line 2: expected an object such as {{"prompt": .*}}, found {found}$'):
+        load_requests(lines({"prompt": "a cat"}, line))
+
+
+@pytest.mark.parametrize("content", ["", "\n  \n"])
+def test_a_file_without_a_line_is_refused(lines: Callable[..., Path], content: str) -> None:
+    with pytest.raises(BitPolicyError, match="has no prompt in it; write one a line"):
+        load_requests(lines(content))
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BitPolicyError, match=r"cannot read --prompts .*none\.jsonl: "):
+        load_requests(tmp_path / "none.jsonl")
+
+
+# Pictures
+
+
+@pytest.mark.parametrize("name", NEED_A_PICTURE)
+def test_a_picture_named_in_a_file_gives_what_the_picture_itself_gives(lines: Callable[..., Path], name: str) -> None:
+    path = lines({"prompt": "a red heart", "image": "p/red.png"}, {"prompt": "a red heart", "image": "p/blue.png"})
+    pictures = [picture(path.parent / "p" / f"{colour}.png", colour) for colour in ("red", "blue")]
+    trajectories, found = new_trajectories(name), []
+    for request, one in zip(load_requests(path), pictures, strict=True):
+        asked = {"prompt": "a red heart"} if TOYS[name].takes == "prompt" else {}
+        with Image.open(one) as opened:
+            given = {**asked, **trajectories.call, "image": opened.convert("RGB")}
+            seeded = torch.Generator().manual_seed(3)
+            expected = trajectories.pipe(**given, generator=seeded, output_type="latent")[0]
+        found.append(next(trajectories.latents([Sample.of(request, 3)])))
+        assert torch.equal(found[-1][None], expected)
+    assert not torch.equal(*found)
+
+
+@pytest.mark.parametrize("name", NEED_A_PICTURE)
+def test_a_pipeline_that_needs_a_picture_and_has_none_says_where_to_name_one(name: str) -> None:
+    with pytest.raises(BitPolicyError, match=rf"^{name} refused the call: .*--prompts FILE\.jsonl.*\"image\"") as error:
+        bitpolicy.probe(TOYS[name].new(), call=new_trajectories(name).call, samples=1, vectors=1, quiet=True)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no picture at all"], ids=["missing", "empty", "text"])
+def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "p.png"
+    if content is not None:
+        path.write_bytes(content)
+    request = {"prompt": "a cat", "image": str(path)}
+    with pytest.raises(BitPolicyError, match=rf"^cannot read the picture {path}: .*; give a path or URL of an image$"):
+        Sample.of(request, 0).call_arguments()
+    name = "StableDiffusionImg2ImgPipeline"
+    with pytest.raises(BitPolicyError, match=f"^cannot read the picture {path}"):
+        list(new_trajectories(name).latents([Sample.of(request, 0)]))
+    with pytest.raises(BitPolicyError, match=f"^cannot read the picture {path}"):
+        bitpolicy.probe(TOYS[name].new(), call=TOYS[name].call, prompts=[request], samples=1, quiet=True)
+
+
+def key_of(trajectories: Trajectories, sample: Sample, folder: Path) -> set[str]:
+    """The names of the folders of records that a probe of `sample` has made so far."""
+    layers, formats = inventory(trajectories.denoiser), parse_formats("int8")
+    settings = ProbeSettings("adjoint", (sample,))
+    ProbeRun(trajectories, layers, formats, torch.float16, "weights", settings, folder, Stages(quiet=True))
+    return {path.name for path in folder.iterdir()}
+
+
+def test_another_picture_under_the_same_name_is_another_sample(tmp_path: Path) -> None:
+    path, records = picture(tmp_path / "p.png", "red"), tmp_path / "records"
+    sample = Sample.of({"prompt": "a cat", "image": str(path)}, 0)
+    trajectories, before = new_trajectories("StableDiffusionImg2ImgPipeline"), sample.identity()
+    (key,) = key_of(trajectories, sample, records)
+    picture(path, "red")
+    assert sample.identity() == before
+    assert key_of(trajectories, sample, records) == {key}
+    picture(path, "blue")
+    assert sample.identity() != before
+    assert len(key_of(trajectories, sample, records)) == 2
+
+
+def test_the_same_picture_under_another_name_is_the_same_sample(tmp_path: Path) -> None:
+    first, second = (picture(tmp_path / name, "red") for name in ("a.png", "b.png"))
+    with Image.open(first) as opened:
+        pictures = (str(first), str(second), opened.convert("RGB"))
+    found = [Sample.of({"prompt": "a", "image": one}, 0).identity() for one in pictures]
+    assert found[0] == found[1] == found[2]
+    json.dumps(found)
+
+
+def two_unlike() -> dict[str, tuple[Any, Any]]:
+    """Call arguments that differ, and would be taken for the same if one looked at a part of them only."""
+    tensor, array = torch.zeros(100, 100), np.zeros((4, 6), np.float32)
+    middle = tensor.clone()
+    middle[50, 50] = 1
+    wide, high = Image.new("L", (8, 2)), Image.new("L", (2, 8))
+    return {
+        "the middle of a large tensor": (tensor, middle),
+        "the last digits of a tensor": (torch.tensor([1.0]), torch.tensor([1.0 + 1e-6])),
+        "the dtype of a tensor": (torch.zeros(2), torch.zeros(2, dtype=torch.int64)),
+        "the shape of an array": (array, array.reshape(6, 4)),
+        "the size of a picture": (wide, high),
+        "the mode of a picture": (Image.new("L", (6, 2)), Image.new("RGB", (2, 2))),
+        "an item of a list": ([wide, wide], [wide, high]),
+        "a number": (0.5, 0.25),
+    }
+
+
+@pytest.mark.parametrize("case", two_unlike())
+def test_arguments_that_differ_have_different_identities(case: str) -> None:
+    first, second = two_unlike()[case]
+    assert Sample("a", 0, {"x": first}).identity() == Sample("a", 0, {"x": first}).identity()
+    assert Sample("a", 0, {"x": first}).identity() != Sample("a", 0, {"x": second}).identity()
+    assert fingerprint({"call": first}) != fingerprint({"call": second})
+    json.dumps(fingerprint([first, second]))
+
+
+# Class labels
+
+
+@pytest.fixture
+def dit() -> Any:
+    """DiT with names for two of its thousand classes, written as ImageNet's are."""
+    pipe: Any = TOYS["DiTPipeline"].new()
+    kind = type(pipe)
+    named = kind(pipe.transformer, pipe.vae, pipe.scheduler, id2label={207: "golden retriever", 3: "tiger shark, Cod"})
+    named.set_progress_bar_config(disable=True)
+    return named
+
+
+@pytest.mark.parametrize(("written", "label"), [("207", 207), ("golden retriever", 207), ("Cod", 3), ("0", 0)])
+def test_a_class_is_given_by_number_or_by_name(dit: Any, written: str, label: int) -> None:
+    trajectories = Trajectories(dit, "transformer", {"num_inference_steps": 2})
+    seeded = torch.Generator().manual_seed(5)
+    expected = dit(class_labels=[label], num_inference_steps=2, generator=seeded, output_type="pt").images
+    ((image, _),) = trajectories.images([Sample(written, 5)])
+    assert torch.equal(image[None], expected)
+
+
+@pytest.mark.parametrize("written", ["poodle", "-1", "1.5", "", "1001", "99999"])
+def test_a_class_that_there_is_not_is_refused(dit: Any, written: str) -> None:
+    with pytest.raises(BitPolicyError, match="DiTPipeline") as error:
+        bitpolicy.probe(dit, call={"num_inference_steps": 2}, prompts=[written], samples=1, vectors=1, quiet=True)
+    assert written in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_class_can_be_asked_for_in_a_file_of_json_lines(dit: Any, lines: Callable[..., Path]) -> None:
+    requests = load_requests(lines({"prompt": 207, "guidance_scale": 2.0}, {"prompt": "Cod"}))
+    trajectories = Trajectories(dit, "transformer", {"num_inference_steps": 2})
+    found = list(trajectories.latents([Sample.of(request, 0) for request in requests]))
+    plain = list(trajectories.latents([Sample("207", 0), Sample("3", 0)]))
+    assert not torch.equal(found[0], plain[0])
+    assert torch.equal(found[1], plain[1])
+
+
+# What is asked for where nobody says
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_the_default_requests_are_of_the_pipelines_kind(name: str) -> None:
+    toy = TOYS[name]
+    pipe = toy.new()
+    found = default_requests(pipe, bundled=False)
+    assert len(set(map(str, found))) == len(found)
+    if toy.takes == "nothing":
+        assert found == [""]
+    else:
+        assert len(found) >= 32
+    if toy.takes == "class_labels":
+        labels = [int(str(label)) for label in found]
+        assert (min(labels), max(labels) < 1000) == (0, True)  # class 1000 is none at all
+        assert max(labels) > 900
+    if not toy.extra:
+        call = {**toy.call, "num_inference_steps": 1}
+        table = bitpolicy.probe(pipe, call=call, samples=2, vectors=1, formats="int8", quiet=True)
+        assert torch.isfinite(table.error).all()
+
+
+# Arguments of the call
+
+
+def test_an_argument_that_the_pipeline_does_not_take_is_refused_wherever_it_is() -> None:
+    pipe = TOYS["StableDiffusionPipeline"].new()
+    with pytest.raises(BitPolicyError, match=r"^StableDiffusionPipeline does not take heigth; leave it out$"):
+        bitpolicy.probe(pipe, call={"heigth": 16}, quiet=True)
+    with pytest.raises(BitPolicyError, match=r"^StableDiffusionPipeline does not take image, strength; leave it out$"):
+        bitpolicy.probe(pipe, prompts=[{"prompt": "a", "image": "a.png", "strength": 1}], quiet=True)
+    with pytest.raises(BitPolicyError, match=r"^DDIMPipeline does not take guidance_scale; leave it out$"):
+        bitpolicy.search(TOYS["DDIMPipeline"].new(), "50%", call={"guidance_scale": 3.0}, quiet=True)
+
+
+@pytest.mark.parametrize("place", range(9))
+def test_every_request_is_checked_before_work_begins(place: int) -> None:
+    """Of nine prompts some are for the probe, some for the search and some are held out."""
+    requests: list[Any] = [{"prompt": f"prompt {i}"} for i in range(9)]
+    requests[place]["heigth"] = 16
+    settings = Settings("50%", prompts=tuple(requests))
+    with pytest.raises(BitPolicyError, match="does not take heigth"):
+        make_plan(settings, source_of(TOYS["StableDiffusionPipeline"].new()))
+
+
+OURS = [
+    ("StableDiffusionPipeline", "generator"),
+    ("StableDiffusionPipeline", "output_type"),
+    ("StableDiffusionPipeline", "num_images_per_prompt"),
+    ("StableDiffusionPipeline", "latents"),
+    ("StableDiffusionPipeline", "return_dict"),
+    ("WanPipeline", "num_videos_per_prompt"),
+    ("StableVideoDiffusionPipeline", "num_videos_per_prompt"),
+    ("DDIMPipeline", "batch_size"),
+    ("DiTPipeline", "class_labels"),
+]
+
+
+@pytest.mark.parametrize(("name", "argument"), OURS)
+def test_what_every_sample_sets_for_itself_cannot_be_given(name: str, argument: str) -> None:
+    refused = f"^{argument} cannot be given: every sample sets its own; leave it out$"
+    with pytest.raises(BitPolicyError, match=refused):
+        bitpolicy.probe(TOYS[name].new(), call={**TOYS[name].call, argument: 1}, quiet=True)
+    with pytest.raises(BitPolicyError, match=refused):
+        bitpolicy.probe(TOYS[name].new(), call=TOYS[name].call, prompts=[{"prompt": "0", argument: 1}], quiet=True)
+
+
+def test_a_prompt_for_all_samples_is_refused() -> None:
+    with pytest.raises(BitPolicyError, match=r"^prompt cannot be given"):
+        bitpolicy.probe(TOYS["FluxPipeline"].new(), call={"prompt": "a cat"}, quiet=True)
+
+
+def test_a_value_that_the_pipeline_refuses_is_told_in_its_words() -> None:
+    name = "StableDiffusionPipeline"
+    with pytest.raises(BitPolicyError, match=f"^{name} refused the call: .*divisible by 8 but are 17 and 16"):
+        bitpolicy.probe(TOYS[name].new(), call={**TOYS[name].call, "height": 17}, samples=1, quiet=True)
+
+
+def test_a_request_may_have_a_length_of_its_own() -> None:
+    """Where the loop is left by a count of its steps, that count has to be the sample's own."""
+    for name in ("DiTPipeline", "StableDiffusionPipeline"):
+        trajectories = new_trajectories(name)
+        short, long = (Sample("3", 1, {"num_inference_steps": steps}) for steps in (2, 4))
+        for sample in (short, long, short):
+            with_graph = trajectories.differentiable_latent(sample).detach()[0]
+            torch.testing.assert_close(with_graph, next(trajectories.latents([sample])), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("probe", ["adjoint", "stepwise"])
+def test_requests_of_several_lengths_are_probed_together(probe: str) -> None:
+    requests = [{"prompt": "a cat", "num_inference_steps": steps} for steps in (3, 1, 2)]
+    name = "StableDiffusionPipeline"
+    call = {**TOYS[name].call, "num_inference_steps": 1}
+    arguments = {"samples": 3, "vectors": 1, "formats": "int8", "probe": probe, "quiet": True}
+    table = bitpolicy.probe(TOYS[name].new(), call=call, prompts=requests, **arguments)
+    assert torch.isfinite(table.error).all()
+    assert table.error.sum() > 0
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "FluxPipeline", "WanPipeline"])
+def test_a_request_with_arguments_of_its_own_is_the_call_with_them(name: str) -> None:
+    trajectories = new_trajectories(name)
+    sample = Sample.of({"prompt": "a cat", "negative_prompt": "blurry", "guidance_scale": 5.0}, 4)
+    given = {**trajectories.call, "negative_prompt": "blurry", "guidance_scale": 5.0}
+    seeded = torch.Generator().manual_seed(4)
+    expected = trajectories.pipe("a cat", **given, generator=seeded, output_type="latent")[0]
+    assert torch.equal(next(trajectories.latents([sample]))[None], expected)
+    beside = [replace(sample, arguments={}), sample, replace(sample, arguments={})]
+    found = list(trajectories.latents(beside))
+    assert torch.equal(found[1][None], expected)
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])
+
+
+class WithSystemPrompt(StableDiffusionPipeline):
+    """Takes a list of prompts and one text that goes before each, as Lumina 2 and LTX 2 do."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: list[str],
+        generator: Any = None,
+        num_inference_steps: int = 2,
+        system_prompt: str | None = None,
+        negative_prompt: list[str] | None = None,
+        output_type: str = "pt",
+    ) -> Any:
+        prompts = [system_prompt + one for one in prompt] if system_prompt else prompt
+        given = {"negative_prompt": negative_prompt, "num_inference_steps": num_inference_steps}
+        undecorated = inspect.unwrap(StableDiffusionPipeline.__call__)
+        return undecorated(self, prompts, 16, 16, generator=generator, output_type=output_type, **given)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_texts_of_each_sample_come_in_lists_and_a_text_for_all_stays_one(count: int) -> None:
+    pipe = WithSystemPrompt(**TOYS["StableDiffusionPipeline"].new().components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    trajectories = Trajectories(pipe, "unet", {"system_prompt": "Draw ", "negative_prompt": "blurry"})
+    samples = [Sample("a cat", 1), Sample("a dog", 2)][:count]
+    seeded = [torch.Generator().manual_seed(sample.seed) for sample in samples]
+    prompts = [f"Draw {sample.prompt}" for sample in samples]
+    expected = pipe(prompts, seeded, negative_prompt=["blurry"] * count, output_type="latent").images
+    assert torch.equal(torch.stack(list(trajectories.latents(samples))), expected)
+
+
+# Options of the command line
+
+
+def test_call_options_are_json_where_they_read_as_such_else_text() -> None:
+    others = ["height=512", "eta=0.5", "negative_prompt=blurry, dark", "use_resolution_binning=false", "sizes=[1, 2]"]
+    others += ["formula=a=b", "empty=", "nothing=null", 'quoted="7"']
+    assert pipeline_call(20, 3.5, others) == {
+        "num_inference_steps": 20,
+        "guidance_scale": 3.5,
+        "height": 512,
+        "eta": 0.5,
+        "negative_prompt": "blurry, dark",
+        "use_resolution_binning": False,
+        "sizes": [1, 2],
+        "formula": "a=b",
+        "empty": "",
+        "quoted": "7",
+    }
+
+
+def test_what_is_not_given_is_left_to_the_pipeline() -> None:
+    assert pipeline_call(None, None) == {}
+    assert pipeline_call(None, None, []) == {}
+    assert pipeline_call(None, 0.0) == {"guidance_scale": 0.0}
+
+
+def test_the_last_of_two_values_counts() -> None:
+    assert pipeline_call(20, None, ["height=8", "height=16", "num_inference_steps=3"]) == {
+        "height": 16,
+        "num_inference_steps": 3,
+    }
+
+
+@pytest.mark.parametrize("text", ["height", "=512", "he ight=5", "--height=5", "1st=2", ""])
+def test_a_call_option_without_name_or_value_is_refused(text: str) -> None:
+    with pytest.raises(BitPolicyError, match=f"^--call '{text}' is not NAME=VALUE; write for example --call height=51"):
+        pipeline_call(None, None, [text])
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
+def test_a_number_that_is_not_finite_is_refused(value: str) -> None:
+    with pytest.raises(BitPolicyError, match=r"^eta is .*; give a number$"):
+        pipeline_call(None, None, [f"eta={value}"])
+    with pytest.raises(BitPolicyError, match=r"^guidance_scale is .*; give a number$"):
+        pipeline_call(None, float(value.replace("Infinity", "inf")))
+
+
+def test_a_call_option_reaches_the_pipeline() -> None:
+    name = "FluxPipeline"
+    given = pipeline_call(2, 3.0, ["height=16", "width=32", "max_sequence_length=8"])
+    trajectories = Trajectories(TOYS[name].new(), "transformer", given)
+    ((image, _),) = trajectories.images([Sample("a cat", 0)])
+    assert image.shape == (3, 16, 32)
