@@ -9,11 +9,12 @@ are checked against it, and it takes their place where first order breaks.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.apply import quantized
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.policy import Choice
@@ -97,11 +98,15 @@ class References:
 
     @classmethod
     def of(cls, trajectories: Trajectories, samples: Sequence[Sample], images: bool) -> References:
-        """Run `samples` on the pipeline as it now is."""
+        """Run `samples` on the pipeline as it now is.
+
+        Raises:
+            BitPolicyError: they give latents of different sizes.
+        """
         if not images:
-            return cls(torch.stack(list(trajectories.latents(samples))), None)
+            return cls(_stacked(trajectories.latents(samples)), None)
         drawn, latents = zip(*trajectories.images(samples), strict=True)
-        return cls(torch.stack(latents), torch.stack(drawn))
+        return cls(_stacked(latents), _stacked(drawn))
 
     def measured(self, found: References) -> Measured:
         """How far `found` is from this."""
@@ -109,6 +114,17 @@ class References:
         if self.images is not None and found.images is not None:
             mse = (found.images - self.images).double().square().flatten(1).mean(1)
         return Measured.of(found.latents - self.latents, self.latents, mse)
+
+
+def _stacked(values: Iterable[torch.Tensor]) -> torch.Tensor:
+    together = list(values)
+    sizes = {tuple(value.shape) for value in together}
+    if len(sizes) > 1:
+        raise BitPolicyError(
+            f"what is measured has to be of one size; the requests give {', '.join(map(str, sorted(sizes)))}: "
+            "give them one size, or measure nothing (--remeasure 0, no --check)"
+        )
+    return torch.stack(together)
 
 
 def ablate(

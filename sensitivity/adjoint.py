@@ -61,7 +61,7 @@ class AdjointProbe:
             LoopError: the sampling loop cannot be differentiated from end to end.
             BitPolicyError: its gradient is not finite.
         """
-        self._trajectories.find_end(sample)
+        self._trajectories.end(sample)  # a run without gradients, if it takes one, is none of the calls below
         calls = CheckpointedCalls(self._trajectories, self._at_step)
         with only_these_require_grad(self._trajectories, self._layers), calls.installed(self._recompute_inside):
             latent = self._trajectories.differentiable_latent(sample)

@@ -75,9 +75,10 @@ def fingerprint(value: Any) -> Any:
         return value
     if isinstance(value, Image.Image):
         about, content = f"{value.mode}{value.size}", value.tobytes()
-    elif isinstance(value, torch.Tensor | np.ndarray):
-        array = torch.as_tensor(value)
-        about, content = f"{array.dtype}{tuple(array.shape)}", bytes(tensor_bytes(array))
+    elif isinstance(value, torch.Tensor):
+        about, content = f"{value.dtype}{tuple(value.shape)}", bytes(tensor_bytes(value))
+    elif isinstance(value, np.ndarray):
+        about, content = f"{value.dtype}{value.shape}", np.ascontiguousarray(value).tobytes()
     else:
         about, content = "", repr(value).encode()
     return f"{type(value).__name__}:{hashlib.sha256(about.encode() + content).hexdigest()[:16]}"

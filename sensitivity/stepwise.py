@@ -28,7 +28,7 @@ from bitpolicy.sensitivity.checkpointed_calls import replaced_forward
 from bitpolicy.sensitivity.directions import stream
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.sketch import Sketch, SketchRecorder, only_these_require_grad
-from bitpolicy.sensitivity.trajectory import Trajectories
+from bitpolicy.sensitivity.trajectory import LoopError, Trajectories
 from bitpolicy.sensitivity.weight_changes import WeightChanges
 
 
@@ -58,9 +58,8 @@ class StepwiseProbe:
 
     def sketches(self, sample: Sample, vectors: Sequence[int]) -> Iterator[LocalSketch]:
         """One local sketch for each random stream, one trajectory each."""
-        if not self._trajectories.whole_steps or sample.arguments:
-            next(self._trajectories.latents([sample]))  # how many steps there are
-        rows = self._trajectories.whole_steps + 1  # some loops end on a call after the last step
+        steps = self._trajectories.end(sample).steps
+        rows = steps + 1  # some loops end on a call after the last step
         device = next(self._trajectories.denoiser.parameters()).device
         for index in vectors:
             power = torch.zeros(rows, device=device)
@@ -76,7 +75,7 @@ class StepwiseProbe:
             where = self._recorder.not_finite()
             if where is not None:
                 raise BitPolicyError(f"step {where[0] + 1}: the gradient of {where[1]} is NaN or Inf; try float32")
-            used = max(self._trajectories.whole_steps, max(self._recorder.reached, default=0) + 1)
+            used = max(steps, max(self._recorder.reached, default=0) + 1)
             sketch = self._recorder.sketch()
             yield LocalSketch(Sketch(sketch.weight[:used], sketch.bias[:used]), power[:used].cpu())
 
@@ -92,7 +91,10 @@ class StepwiseProbe:
                     given, kept = pytree.tree_map(_usable, (args, kwargs))
                     output = original(*given, **kept)
                     leaves, spec = pytree.tree_flatten(output)
-                    first = next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad)
+                    graphs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+                    if not graphs:
+                        raise LoopError("a denoiser's output has no gradient; use --probe ablation")
+                    first = graphs[0]
                     v = torch.randn(first.shape, generator=next(streams)).to(first.device)
                     torch.autograd.backward(first, v.to(first.dtype))
                 power[step] += first.detach().float().square().sum().to(power.device)

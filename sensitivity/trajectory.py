@@ -14,6 +14,7 @@ import itertools
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,24 @@ class _NotFinite(Exception):
     """A scheduler step gave NaN or Inf."""
 
 
+@dataclass(frozen=True)
+class _End:
+    """How a loop ended.
+
+    Attributes:
+        arguments: of the sample; they may set the number of steps.
+        steps: scheduler steps of the whole loop.
+        leave_after: the same where the pipeline returns no latents, 0 where it does.
+    """
+
+    arguments: Mapping[str, Any]
+    steps: int
+    leave_after: int
+
+    def holds_for(self, sample: Sample) -> bool:
+        return self.arguments is sample.arguments or not (self.arguments or sample.arguments)
+
+
 class Trajectories:
     """The sampling loop of one pipeline with fixed call arguments.
 
@@ -52,7 +71,6 @@ class Trajectories:
         denoiser: the module under study; an `nn.ModuleDict` where there are several.
         call: arguments of every pipeline call, e.g. {"num_inference_steps": 20}.
         steps: number of scheduler steps of the last run, those of the current run so far.
-        whole_steps: the same of the last run without gradients that came to its end; 0 before there is one.
         batch: how many samples share one call where no gradient is wanted.
     """
 
@@ -61,9 +79,9 @@ class Trajectories:
         self.denoiser: nn.Module = denoiser_of(pipe, component)
         self._accepted = inspect.signature(type(pipe).__call__).parameters
         self.require(self.call)
-        self.steps = self.whole_steps = 0
+        self.steps = 0
         self._last = torch.empty(0)
-        self._leave_after: int | None = None  # steps of the loop where the pipeline returns no latents, 0 where it does
+        self._end: _End | None = None  # of the last run that came to it
         self.batch = _SMALL_BATCH if self._may_share_calls() else 1
         pipe.set_progress_bar_config(disable=True)
 
@@ -108,8 +126,9 @@ class Trajectories:
         has it."""
         for part in self.parts(samples):
             output = self._run(part, "latent")
-            self._leave_after = 0 if isinstance(output, torch.Tensor) else self.steps
-            yield from (_rows(self._last, len(part)) if self._leave_after else output).float().cpu()
+            returned = isinstance(output, torch.Tensor)
+            self._end = _End(part[0].arguments, self.steps, 0 if returned else self.steps)
+            yield from (output if returned else _rows(self._last, len(part))).float().cpu()
 
     def differentiable_latent(self, sample: Sample) -> torch.Tensor:
         """The final latent with its graph, shape (1, C, h, w) or as the pipeline has it, in the compute dtype.
@@ -117,9 +136,9 @@ class Trajectories:
         Raises:
             LoopError: the pipeline's loop cannot be differentiated.
         """
-        self.find_end(sample)
+        leave_after = self.end(sample).leave_after
         undecorated: Callable[..., Any] = inspect.unwrap(type(self.pipe).__call__)
-        with self._observed(sample.seed, self._leave_after or 0), torch.enable_grad():
+        with self._observed(sample.seed, leave_after), torch.enable_grad():
             try:
                 latent = _first(undecorated(self.pipe, **self._arguments([sample]), output_type="latent"))
             except _Finished:
@@ -133,10 +152,12 @@ class Trajectories:
             raise LoopError(f"the sampling loop of {self._class} detaches its result")
         return latent
 
-    def find_end(self, sample: Sample) -> None:
-        """Learn, from a run without gradients if need be, whether the loop returns latents and where it ends if not."""
-        if self._leave_after is None or (self._leave_after and sample.arguments):  # those may set the number of steps
+    def end(self, sample: Sample) -> _End:
+        """How the loop ends for `sample`; takes a run without gradients where that is not known yet."""
+        if self._end is None or not self._end.holds_for(sample):
             next(self.latents([sample]))
+        assert self._end is not None
+        return self._end
 
     @property
     def _class(self) -> str:
@@ -152,9 +173,7 @@ class Trajectories:
         """The pipeline's images, frames or latents for `part`, without a graph."""
         try:
             with self._observed(part[0].seed), torch.no_grad():
-                output = _first(self.pipe(**self._arguments(part), output_type=output_type))
-            self.whole_steps = self.steps
-            return output
+                return _first(self.pipe(**self._arguments(part), output_type=output_type))
         except _NotFinite:
             raise self._located(part, output_type) from None
         except BitPolicyError:

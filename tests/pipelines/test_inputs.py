@@ -23,6 +23,7 @@ from bitpolicy.kernels.formats import parse_formats
 from bitpolicy.loading import source_of
 from bitpolicy.policies.denoiser import denoiser_names
 from bitpolicy.prompting import default_requests, load_requests
+from bitpolicy.sensitivity.ablation import References
 from bitpolicy.sensitivity.inventory import inventory
 from bitpolicy.sensitivity.probe import ProbeRun, ProbeSettings
 from bitpolicy.sensitivity.progress import Stages
@@ -195,6 +196,8 @@ def two_unlike() -> dict[str, tuple[Any, Any]]:
         "the shape of an array": (array, array.reshape(6, 4)),
         "the size of a picture": (wide, high),
         "the mode of a picture": (Image.new("L", (6, 2)), Image.new("RGB", (2, 2))),
+        "the way an array is read": (array[:, ::2], np.arange(12, dtype=np.float32).reshape(4, 3)[::-1]),
+        "an array of texts": (np.array(["a", "b"]), np.array(["a", "c"])),
         "an item of a list": ([wide, wide], [wide, high]),
         "a number": (0.5, 0.25),
     }
@@ -327,25 +330,41 @@ def test_a_value_that_the_pipeline_refuses_is_told_in_its_words() -> None:
         bitpolicy.probe(TOYS[name].new(), call={**TOYS[name].call, "height": 17}, samples=1, quiet=True)
 
 
-def test_a_request_may_have_a_length_of_its_own() -> None:
+@pytest.mark.parametrize("name", ["DiTPipeline", "StableDiffusionPipeline"])
+def test_a_request_may_have_a_length_of_its_own(name: str) -> None:
     """Where the loop is left by a count of its steps, that count has to be the sample's own."""
-    for name in ("DiTPipeline", "StableDiffusionPipeline"):
-        trajectories = new_trajectories(name)
-        short, long = (Sample("3", 1, {"num_inference_steps": steps}) for steps in (2, 4))
-        for sample in (short, long, short):
-            with_graph = trajectories.differentiable_latent(sample).detach()[0]
-            torch.testing.assert_close(with_graph, next(trajectories.latents([sample])), rtol=1e-3, atol=1e-4)
+    trajectories = new_trajectories(name)
+    short, long = (Sample("3", 1, {"num_inference_steps": steps}) for steps in (1, 4))
+    plain = Sample("3", 1)
+    for sample in (short, long, plain, short, plain):
+        with_graph = trajectories.differentiable_latent(sample).detach()[0]
+        torch.testing.assert_close(with_graph, next(trajectories.latents([sample])), rtol=1e-3, atol=1e-4)
+    for sample in (long, plain, short, plain):  # the run before was another's
+        next(trajectories.latents([short if sample is plain else long]))
+        with_graph = trajectories.differentiable_latent(sample).detach()[0]
+        torch.testing.assert_close(with_graph, next(trajectories.latents([sample])), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("probe", ["adjoint", "stepwise"])
-def test_requests_of_several_lengths_are_probed_together(probe: str) -> None:
-    requests = [{"prompt": "a cat", "num_inference_steps": steps} for steps in (3, 1, 2)]
-    name = "StableDiffusionPipeline"
-    call = {**TOYS[name].call, "num_inference_steps": 1}
+@pytest.mark.parametrize("name", ["DiTPipeline", "StableDiffusionPipeline"])
+def test_requests_of_several_lengths_are_probed_together(
+    name: str, probe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    requests = [{"prompt": "3", "num_inference_steps": 1}, {"prompt": "7"}]
+    call = {**TOYS[name].call, "num_inference_steps": 4}
     arguments = {"samples": 3, "vectors": 1, "formats": "int8", "probe": probe, "quiet": True}
     table = bitpolicy.probe(TOYS[name].new(), call=call, prompts=requests, **arguments)
+    assert table.probe == probe
     assert torch.isfinite(table.error).all()
     assert table.error.sum() > 0
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_measured_has_to_be_of_one_size() -> None:
+    trajectories = new_trajectories("StableDiffusionPipeline")
+    samples = [Sample("a cat", 1, {"height": height}) for height in (16, 32)]
+    with pytest.raises(BitPolicyError, match=r"one size; the requests give \(4, 8, 8\), \(4, 16, 8\)"):
+        References.of(trajectories, samples, images=True)
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionPipeline", "FluxPipeline", "WanPipeline"])
