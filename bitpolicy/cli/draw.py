@@ -19,7 +19,7 @@ Budget = Annotated[
     typer.Option(help="What the lists of layers to spare are for: 3GB, 45%, 4.5bit. Default: the policy's, or 45%."),
 ]
 Output = Annotated[Path | None, typer.Option(help="The page. Default: report.html in the folder.")]
-Pictures = Annotated[Path | None, typer.Option(help="A folder that gets the pictures as PNG files, too.")]
+Pictures = Annotated[Path | None, typer.Option(help="A folder that gets the pictures as PNG files, and layers.csv.")]
 
 
 def report(

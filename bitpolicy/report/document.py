@@ -33,7 +33,7 @@ class Report:
     lists: Lists | None
 
     def save(self, page: Path, pictures: Path | None = None) -> None:
-        """Write the page, and its pictures into a folder of their own if one is given.
+        """Write the page, and its pictures into a folder of their own if one is given, with layers.csv for the lists.
 
         Raises:
             BitPolicyError: as `require_free`.
@@ -43,6 +43,8 @@ class Report:
             for picture in self.pictures:
                 with written_aside(pictures / f"{picture.name}.png") as aside:
                     aside.write_bytes(picture.png)
+            if self.lists is not None:
+                write_text(pictures / "layers.csv", self.lists.csv())
         write_text(page, self.html)
 
 

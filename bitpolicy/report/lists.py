@@ -10,6 +10,8 @@ A layer whose cost exceeds 1 dB is never `f` at this budget; one whose own is be
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,6 +99,17 @@ class Lists:
     @property
     def by_hand(self) -> list[Marked]:
         return [m for m in self.layers if m.by_hand]
+
+    def csv(self) -> str:
+        """One row a layer, in the table's order: what the solution chose, the dB of both kinds, and the verdict."""
+        text = io.StringIO()
+        rows = csv.writer(text, lineterminator="\n")
+        small = self.small.name
+        rows.writerow(["layer", "role", "stage", "bytes_fp16", "chosen", f"cost_db_{small}", f"own_db_{small}", small])
+        for m in self.layers:
+            decibels = (f"{m.cost:.4f}", f"{m.own:.4f}")
+            rows.writerow([m.layer.name, m.layer.role, m.layer.stage, m.nbytes, m.chosen.name, *decibels, m.verdict])
+        return text.getvalue()
 
 
 def make_lists(probed: Probed, asked: str | None) -> Lists:

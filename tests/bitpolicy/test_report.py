@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import itertools
 import json
@@ -592,7 +593,10 @@ def test_the_command_writes_pictures_and_prints_json(command: Callable[..., Outc
     assert result["budget_bytes"] == int(0.4 * 66536)
     assert [Image.open(path).format for path in result["pictures"]] == ["PNG"] * 6
     assert (out / "pictures" / "mine.txt").read_text() == "kept"
-    assert len(list((out / "pictures").iterdir())) == 7
+    assert len(list((out / "pictures").iterdir())) == 8
+    rows = list(csv.DictReader((out / "pictures" / "layers.csv").open()))
+    assert [row["layer"] for row in rows if row["int4"] == "free"] == [n for n in NAMES if n in result["free"]]
+    assert {row["layer"] for row in rows if row["int4"] == "never"} == set(result["never"])
     parsed((out / "a.html").read_text(encoding="utf-8"))
 
 
