@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bitpolicy.kernels.format import Format
@@ -31,7 +31,6 @@ from bitpolicy.search.generation import Generations
 from bitpolicy.search.quality import Psnr
 from bitpolicy.search.study import Problem, Study, journal
 from bitpolicy.sensitivity.inventory import Layer
-from bitpolicy.sensitivity.probe import ProbeRun, ProbeSettings
 from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.reference import ReferencePass
 from bitpolicy.sensitivity.table import SensitivityTable
@@ -68,7 +67,7 @@ def main() -> None:
         budget="100%", model=args.model, seed=args.seed, trials=args.trials, held_out_samples=args.images
     )
     plan = make_plan(settings)
-    tables = {name: _probe(plan, name, args.work, stages) for name in ("adjoint", "weight")}
+    tables = {name: _probe(plan, replace(settings, probe=name), args.work, stages) for name in ("adjoint", "weight")}
     generations = Generations(plan.trajectories, tables["adjoint"][0].calibration, plan.source.storage)
     reference = generations.references(stages.track(plan.split.held_out, "reference"))
     rows = []
@@ -92,9 +91,8 @@ def _print(row: Row) -> None:
     print(f"{size}  mean {row.psnr['mean']:6.2f} dB  worst {row.psnr['min']:6.2f} dB", flush=True)
 
 
-def _probe(plan: Plan, probe: str, work: Path, stages: Stages) -> tuple[ReferencePass, SensitivityTable]:
-    settings = ProbeSettings(probe, plan.split.calibration)
-    run = ProbeRun(plan.trajectories, plan.layers, plan.formats, plan.source.storage, settings, work, stages)
+def _probe(plan: Plan, settings: Settings, work: Path, stages: Stages) -> tuple[ReferencePass, SensitivityTable]:
+    run = plan.probe(settings, work, stages)
     reference = run.reference()
     return reference, run.table(reference)
 
