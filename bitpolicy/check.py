@@ -166,7 +166,9 @@ def check(run: ProbeRun, table: SensitivityTable, reference: ReferencePass, acco
         for i, formats in enumerate(drawn)
     }
     found = run.measure(choices, reference, "check: random policies", images=True)
-    policies = tuple(_checked(table, formats, m, account, power) for formats, m in zip(drawn, found, strict=True))
+    halves = table.halves()
+    half = halves[0] if halves else None
+    policies = tuple(_checked(table, half, *row, account, power) for row in zip(drawn, found, strict=True))
     forwards = (len(layers) + len(found)) * len(layers[0].power) * reference.calls
     return Check(
         table.layers,
@@ -191,16 +193,20 @@ def random_policies(layers: int, formats: Sequence[Format], count: int) -> Itera
 
 
 def _checked(
-    table: SensitivityTable, formats: Sequence[Format], measured: Measured, account: ByteAccount, power: float
+    table: SensitivityTable,
+    first_half: SensitivityTable | None,
+    formats: Sequence[Format],
+    measured: Measured,
+    account: ByteAccount,
+    power: float,
 ) -> CheckedPolicy:
-    halves = table.halves()
     half = len(measured.power) // 2
     vector, additive = table.vector_error(formats), table.additive_error(formats)
     return CheckedPolicy(
         nbytes=account.total(dict(zip(table.layers, formats, strict=True))),
         predicted=vector if vector is not None else additive or 0.0,
         additive=additive or 0.0,
-        held_out=halves[0].vector_error(formats) if halves else None,
+        held_out=first_half.vector_error(formats) if first_half else None,
         measured=float(measured.power.mean()) / power,
         measured_held_out=float(measured.power[half:].mean()) / power,
         psnr_db=measured.psnr_db,
