@@ -30,8 +30,9 @@ from bitpolicy.search.budget import Budget, read
 from bitpolicy.search.closeness import beyond_first_order, close_choices
 from bitpolicy.search.finalists import Confirmed, confirm
 from bitpolicy.search.generation import Generations
+from bitpolicy.search.problem import Problem
 from bitpolicy.search.quality import Psnr
-from bitpolicy.search.study import Problem, Study, journal
+from bitpolicy.search.study import Study, journal
 from bitpolicy.sensitivity.inventory import Layer, inventory
 from bitpolicy.sensitivity.probe import ProbeRun, ProbeSettings
 from bitpolicy.sensitivity.progress import Stages

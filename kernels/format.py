@@ -63,6 +63,10 @@ class Format(ABC):
     def dequantize(self, tensors: Mapping[str, torch.Tensor], shape: Shape, dtype: torch.dtype) -> torch.Tensor:
         """The weight that `tensors` stand for, contiguous, computed in float32 and rounded once to `dtype`."""
 
+    def fits(self, shape: Shape) -> bool:
+        """Whether a weight of this shape can be stored so."""
+        return True
+
     def nbytes(self, shape: Shape, storage_dtype: torch.dtype) -> int:
         """Bytes of the stored tensors, scales, zero points and padding included."""
         return sum(spec.nbytes for spec in self.tensors(shape, storage_dtype).values())

@@ -28,8 +28,9 @@ from bitpolicy.policies.policy import Choice
 from bitpolicy.search.budget import Budget
 from bitpolicy.search.finalists import confirm
 from bitpolicy.search.generation import Generations
+from bitpolicy.search.problem import Problem
 from bitpolicy.search.quality import Psnr
-from bitpolicy.search.study import Problem, Study, journal
+from bitpolicy.search.study import Study, journal
 from bitpolicy.sensitivity.inventory import Layer
 from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.reference import ReferencePass

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from bitpolicy.search.knapsack import Solution
-from bitpolicy.search.study import Problem
+from bitpolicy.search.problem import Problem
 from bitpolicy.sensitivity.table import FIRST_ORDER
 
 Place = tuple[int, int]

@@ -12,7 +12,6 @@ import functools
 import random
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,62 +23,13 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.format import Format
-from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.policy import Choice
 from bitpolicy.search.generation import Generations
-from bitpolicy.search.knapsack import Solution, solve
-from bitpolicy.sensitivity.inventory import Layer
+from bitpolicy.search.problem import Problem
 from bitpolicy.sensitivity.samples import Sample
-from bitpolicy.sensitivity.table import SensitivityTable
 
 _OCTAVES = 3.0  # a group's error is bent by at most 2 to this power either way
 Choices = Mapping[str, Choice]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is to be decided: a format for each layer, within bytes.
-
-    Attributes:
-        inventory: the layers, L of them.
-        formats: the candidates, F of them, FP16 among them.
-        table: their sensitivities.
-        account: their bytes.
-        budget: tensor bytes the whole denoiser may have.
-    """
-
-    inventory: Sequence[Layer]
-    formats: Sequence[Format]
-    table: SensitivityTable
-    account: ByteAccount
-    budget: int
-
-    def solve(self, multipliers: Mapping[str, float] | None = None) -> Solution:
-        """The exact solution, each group's errors multiplied first if `multipliers` has the group."""
-        error = self.errors()
-        if multipliers:
-            error *= np.array([multipliers.get(layer.group, 1.0) for layer in self.inventory])[:, None]
-        return solve(error, self.sizes(), self.budget - self.account.fixed)
-
-    def errors(self) -> np.ndarray:
-        """Scores, float64, shape (L, F)."""
-        return np.array([[self.table.score(i, f) for f in self.formats] for i in range(len(self.inventory))])
-
-    def sizes(self) -> np.ndarray:
-        """Bytes, int64, shape (L, F)."""
-        return np.array([[self.account.layer(layer.name, f) for f in self.formats] for layer in self.inventory])
-
-    def choices(self, solution: Solution) -> dict[str, Choice]:
-        """Layer name -> choice."""
-        picked = [self.formats[index] for index in solution.formats]
-        return {
-            layer.name: self.table.choice(i, f) for i, (layer, f) in enumerate(zip(self.inventory, picked, strict=True))
-        }
-
-    @property
-    def groups(self) -> list[str]:
-        return sorted({layer.group for layer in self.inventory})
 
 
 class Study:

@@ -23,7 +23,7 @@ from bitpolicy.kernels.formats import FP16
 from bitpolicy.report.inputs import Probed
 from bitpolicy.search.budget import Budget, BudgetError
 from bitpolicy.search.knapsack import Solution, solve
-from bitpolicy.search.study import Problem
+from bitpolicy.search.problem import Problem
 from bitpolicy.sensitivity.inventory import Layer
 
 NEVER_DB, FREE_DB = 1.0, 0.01

@@ -13,7 +13,7 @@ import torch
 from bitpolicy.kernels.formats import FP16, format_named
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.policy import Choice
-from bitpolicy.search.study import Problem
+from bitpolicy.search.problem import Problem
 from bitpolicy.sensitivity.inventory import Layer
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.table import SensitivityTable

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bitpolicy.search.closeness import beyond_first_order, close_choices
-from bitpolicy.search.study import Problem
+from bitpolicy.search.problem import Problem
 from bitpolicy.sensitivity.table import FIRST_ORDER, SensitivityTable
 
 

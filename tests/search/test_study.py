@@ -14,7 +14,8 @@ from optuna.trial import TrialState
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.policy import Choice
 from bitpolicy.search.budget import BudgetError
-from bitpolicy.search.study import Problem, Study, journal
+from bitpolicy.search.problem import Problem
+from bitpolicy.search.study import Study, journal
 from bitpolicy.sensitivity.samples import Sample
 
 Samples = list[Sample]

@@ -1,0 +1,105 @@
+"""What a search decides: a format for each layer, within bytes.
+
+The solver sees a matrix of errors and one of sizes. What may not be chosen has infinite error: a format that a layer's
+shape does not allow, and every other format of a layer that was pinned. Layers that share a format become one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.format import Format
+from bitpolicy.policies.accounting import ByteAccount
+from bitpolicy.policies.policy import Choice
+from bitpolicy.search.knapsack import Solution, solve
+from bitpolicy.sensitivity.inventory import Layer
+from bitpolicy.sensitivity.table import SensitivityTable
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem.
+
+    Attributes:
+        inventory: the layers, L of them.
+        formats: the candidates, F of them, FP16 among them.
+        table: their sensitivities.
+        account: their bytes.
+        budget: tensor bytes the whole denoiser may have.
+        pinned: layer name -> the one format it may have.
+        tied: groups of layer names that share a format; a layer is in at most one.
+    """
+
+    inventory: Sequence[Layer]
+    formats: Sequence[Format]
+    table: SensitivityTable
+    account: ByteAccount
+    budget: int
+    pinned: Mapping[str, Format] = field(default_factory=dict)
+    tied: Sequence[Sequence[str]] = ()
+
+    def __post_init__(self) -> None:
+        missing = {name: f.name for name, f in self.pinned.items() if f not in self.formats}
+        if missing:
+            name, format = next(iter(missing.items()))
+            raise BitPolicyError(f"{name} is kept at {format}, which is no candidate; add {format} to --formats")
+
+    def solve(self, multipliers: Mapping[str, float] | None = None, budget: int | None = None) -> Solution:
+        """The exact solution.
+
+        Args:
+            multipliers: by which the errors of a group of layers are bent first.
+            budget: tensor bytes of the whole denoiser, if it is another than the problem's.
+
+        Raises:
+            BudgetError: no policy is as small.
+        """
+        error = self.errors()
+        if multipliers:
+            error *= np.array([multipliers.get(layer.group, 1.0) for layer in self.inventory])[:, None]
+        rows = self.rows()
+        merged = [np.stack([matrix[row].sum(0) for row in rows]) for matrix in (error, self.sizes())]
+        limit = self.budget if budget is None else budget
+        return self.spread(solve(*merged, limit - self.account.fixed))
+
+    def rows(self) -> list[list[int]]:
+        """The layers' indices, those that share a format together."""
+        place = {layer.name: i for i, layer in enumerate(self.inventory)}
+        together = {place[group[0]]: [place[name] for name in group] for group in self.tied}
+        later = {i for row in together.values() for i in row[1:]}
+        return [together.get(i, [i]) for i in range(len(self.inventory)) if i not in later]
+
+    def spread(self, solution: Solution) -> Solution:
+        """A solution over `rows` as one over layers."""
+        formats = np.zeros(len(self.inventory), dtype=np.int64)
+        for row, chosen in zip(self.rows(), solution.formats, strict=True):
+            formats[row] = chosen
+        return Solution(formats, solution.error, solution.nbytes, solution.gap)
+
+    def errors(self) -> np.ndarray:
+        """Scores, float64, shape (L, F); infinite where a format may not be chosen."""
+        error = np.array([[self.table.score(i, f) for f in self.formats] for i in range(len(self.inventory))])
+        for i, layer in enumerate(self.inventory):
+            pin = self.pinned.get(layer.name)
+            barred = [not f.fits(layer.shape) or (pin is not None and f != pin) for f in self.formats]
+            error[i, barred] = np.inf
+        return error
+
+    def sizes(self) -> np.ndarray:
+        """Bytes, int64, shape (L, F)."""
+        return np.array([[self.account.layer(layer.name, f) for f in self.formats] for layer in self.inventory])
+
+    def choices(self, solution: Solution) -> dict[str, Choice]:
+        """Layer name -> choice."""
+        picked = [self.formats[index] for index in solution.formats]
+        return {
+            layer.name: self.table.choice(i, f) for i, (layer, f) in enumerate(zip(self.inventory, picked, strict=True))
+        }
+
+    @property
+    def groups(self) -> list[str]:
+        return sorted({layer.group for layer in self.inventory})
