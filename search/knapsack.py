@@ -1,14 +1,22 @@
 """The exact solver: one format a layer, least total error power within the bytes.
 
-    minimize  sum_l e(l, f_l)   subject to   sum_l bytes(l, f_l) <= budget,
+    minimize  sum_l e(l, f_l)   subject to   sum_l b(l, f_l) <= B,
 
-a multiple-choice knapsack (Sinha and Zoltners 1979) solved by HiGHS through `scipy.optimize.milp`. Errors are powers,
-never decibels: powers of independent errors add. HiGHS stops at an absolute gap of 1e-6 that SciPy does not expose, so
-the errors are scaled until the optimum is far above it, and the rounded answer is checked in whole bytes.
+a multiple-choice knapsack (Sinha and Zoltners 1979). Errors are powers, never decibels: powers of independent errors
+add. The Lagrangian relaxation (bitpolicy.search.hull) gives a first choice, a lower bound and reduced costs; a column
+whose reduced cost exceeds the distance of the two is in no better choice and is left out, which of thousands leaves
+some dozens to HiGHS (`scipy.optimize.milp`). HiGHS stops at an absolute gap of 1e-6 that SciPy does not expose, so
+costs are scaled until the optimum is far above it, and its rounded answer is checked in whole bytes.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +24,12 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from bitpolicy.search.budget import BudgetError, readable
+from bitpolicy.search.hull import Hull, exchanged, total
 
 _BYTES = 64  # unit of the size constraint: HiGHS may overshoot it by 1e-6, which has to stay far below a byte
-_OPTIMUM = 1e6  # the scaled objective is at least about this
+_OPTIMUM = 1e6  # the scaled objective is about this
+_ROUNDS = 6  # solves of one problem: each rescales to a better incumbent, or keeps off an overshot limit
+SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -42,85 +53,118 @@ def solve(error: np.ndarray, nbytes: np.ndarray, budget: int, gap: float = 1e-4)
     """The cheapest choice in error that fits.
 
     Args:
-        error: float64, shape (layers, formats), >= 0, finite.
+        error: float64, shape (layers, formats), >= 0; infinite where a layer may not have the format.
         nbytes: int64, shape (layers, formats).
         budget: bytes for all layers together.
         gap: relative optimality gap to stop at.
 
     Raises:
         BudgetError: nothing fits; the message names the smallest size that can be reached.
+        BitPolicyError: a layer may have no format at all, or an error is negative or no number.
     """
-    smallest = int(nbytes.min(axis=1).sum())
+    return solve_hull(Hull.of(error, nbytes), budget, gap)
+
+
+def solve_hull(
+    hull: Hull, budget: int, gap: float = 1e-4, seconds: float = SECONDS, known: np.ndarray | None = None
+) -> Solution:
+    """`solve` for a hull of errors and bytes that is already there; `known` is a choice that fits.
+
+    Raises:
+        BudgetError: nothing fits.
+    """
+    smallest = int(hull.weights[0])
     if smallest > budget:
         raise BudgetError(
             f"{budget:,} bytes for the layers are below the smallest policy, {smallest:,} bytes ({readable(smallest)})"
         )
-    best_alone = np.argmin(error + 1e-15 * error.max() * nbytes / max(nbytes.max(), 1), axis=1)
-    if _total(nbytes, best_alone) <= budget:
-        return Solution(best_alone, _total(error, best_alone), int(_total(nbytes, best_alone)), 0.0)
-    greedy = _relaxed(error, nbytes, budget)
-    if _total(error, greedy) == 0:
-        return Solution(greedy, 0.0, int(_total(nbytes, greedy)), 0.0)
-    return _exact(error, nbytes, budget, gap, greedy)
+    choice, bound = least(hull, budget, gap, seconds, known)
+    error = float(total(hull.cost, choice))
+    return Solution(choice, error, int(total(hull.weight, choice)), relative_gap(error, bound))
 
 
-def _exact(error: np.ndarray, nbytes: np.ndarray, budget: int, gap: float, incumbent: np.ndarray) -> Solution:
-    layers = error.shape[0]
-    useful = _undominated(error, nbytes)
-    scale = _OPTIMUM / max(_total(error, incumbent), np.finfo(float).tiny)
-    costs = (error * scale)[useful]
-    column_layer = np.nonzero(useful)[0]
-    one_each = csr_array((np.ones(len(costs)), (column_layer, np.arange(len(costs)))), shape=(layers, len(costs)))
-    sizes = csr_array(nbytes[useful][None, :] / _BYTES)
-    answer = milp(
-        costs,
-        integrality=np.ones(len(costs)),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(sizes, 0, budget / _BYTES)],
-        options={"mip_rel_gap": gap, "time_limit": 60.0},
-    )
-    chosen = incumbent
-    bound = 0.0
-    if answer.x is not None:
-        found = _formats_of(answer.x, useful)
-        if _total(nbytes, found) <= budget and _total(error, found) < _total(error, incumbent):
-            chosen = found
-        bound = float(answer.mip_dual_bound) / scale
-    total = _total(error, chosen)
-    return Solution(chosen, total, int(_total(nbytes, chosen)), max(0.0, (total - bound) / total) if total > 0 else 0.0)
-
-
-def _formats_of(x: np.ndarray, useful: np.ndarray) -> np.ndarray:
-    """The format index of each layer from the solver's 0/1 columns, rounded."""
-    full = np.full(useful.shape, -1.0)
-    full[useful] = x
-    return full.argmax(axis=1)
-
-
-def _undominated(error: np.ndarray, nbytes: np.ndarray) -> np.ndarray:
-    """Bool, shape (layers, formats): choices that no other choice of the layer beats in both error and bytes."""
-    worse = (nbytes[:, :, None] >= nbytes[:, None, :]) & (error[:, :, None] >= error[:, None, :])
-    strictly = (nbytes[:, :, None] > nbytes[:, None, :]) | (error[:, :, None] > error[:, None, :])
-    index = np.arange(error.shape[1])
-    tie_broken = worse & (strictly | (index[None, :, None] > index[None, None, :]))
-    return ~np.asarray(tie_broken.any(axis=2))
-
-
-def _relaxed(error: np.ndarray, nbytes: np.ndarray, budget: int) -> np.ndarray:
-    """A feasible choice from the Lagrangian relaxation: bisection on the price of a byte."""
-    low, high = 0.0, float(error.max()) + 1.0
-    best = nbytes.argmin(axis=1)
-    for _ in range(200):
-        price = (low * high) ** 0.5 if low > 0 else high * 1e-6
-        choice = np.argmin(error + price * nbytes, axis=1)
-        if _total(nbytes, choice) <= budget:
-            best, high = choice, price
-        else:
-            low = price
-        if low > 0 and high / low < 1 + 1e-9:
+def least(
+    hull: Hull, limit: float, gap: float, seconds: float = SECONDS, known: np.ndarray | None = None
+) -> tuple[np.ndarray, float]:
+    """The choice of least cost within `limit`, which at least one has to be, and a lower bound on the cost of any."""
+    end = time.monotonic() + seconds
+    base, bound, reduced = hull.relaxed(limit)
+    best = exchanged(hull, limit, base, reduced)
+    if known is not None and total(hull.cost, known) < total(hull.cost, best):
+        best = known
+    kept_off = 0.0
+    for _ in range(_ROUNDS):
+        cost, left = float(total(hull.cost, best)), end - time.monotonic()
+        if relative_gap(cost, bound) <= gap or left <= 0:
             break
-    return best
+        useful = bound + reduced <= cost * (1 + 1e-9)
+        found, low = _highs(hull, base, useful, limit - kept_off, cost, 0.9 * gap, left)
+        if kept_off == 0:  # columns were left out only where the cost would be higher than that in hand
+            bound = max(bound, min(low, cost))
+        if (over := float(total(hull.weight, found) - limit)) > 0:
+            kept_off += over
+        elif total(hull.cost, found) < cost:
+            best = found
+        else:
+            break
+    return best, bound
 
 
-def _total(values: np.ndarray, choice: np.ndarray) -> float:
-    return values[np.arange(len(choice)), choice].sum()
+def relative_gap(cost: float, bound: float) -> float:
+    """Share of `cost` by which the optimum may be lower."""
+    return max(0.0, (cost - bound) / cost) if cost > 0 else 0.0
+
+
+def _highs(
+    hull: Hull, base: np.ndarray, useful: np.ndarray, limit: float, cost: float, gap: float, seconds: float
+) -> tuple[np.ndarray, float]:
+    """The best choice that HiGHS finds among the useful columns and its lower bound: changes of `base`, at most one a
+    layer, and one column that is always taken, so that HiGHS' relative gap is that of the whole."""
+    scale, other = _OPTIMUM / cost, np.arange(hull.cost.shape[1]) != base[:, None]
+    layer, format = (useful & other).nonzero()
+    if not len(layer):
+        return base, cost
+    dearer = (hull.cost[layer, format] - hull.cost[layer, base[layer]]) * scale
+    unit = _BYTES if hull.weight.dtype.kind == "i" else limit / _OPTIMUM
+    more = (hull.weight[layer, format] - hull.weight[layer, base[layer]]) / unit
+    columns = len(layer) + 1
+    present, at = np.unique(layer, return_inverse=True)
+    one_each = csr_array((np.ones(len(layer)), (at, np.arange(len(layer)))), shape=(len(present), columns))
+    with _without_stdout():
+        answer = milp(
+            np.append(dearer, total(hull.cost, base) * scale),
+            integrality=np.ones(columns),
+            bounds=Bounds(np.append(np.zeros(len(layer)), 1), 1),
+            constraints=[
+                LinearConstraint(one_each, -np.inf, 1),
+                LinearConstraint(
+                    csr_array(np.append(more, 0)[None]), -np.inf, (limit - total(hull.weight, base)) / unit
+                ),
+            ],
+            options={"mip_rel_gap": gap, "time_limit": seconds},
+        )
+    found = base.copy()
+    if answer.x is not None:
+        taken = answer.x[:-1] > 0.5
+        found[layer[taken]] = format[taken]
+    return found, float(answer.mip_dual_bound or 0.0) / scale
+
+
+@contextmanager
+def _without_stdout() -> Iterator[None]:
+    """HiGHS 1.12 prints a forgotten debug line with C's printf, whatever `disp` says: no good beside JSON."""
+    try:
+        kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # there is no stdout to keep clean
+        yield
+        return
+    sys.stdout.flush()
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        if os.name == "posix":
+            ctypes.CDLL(None).fflush(None)  # what C still holds back goes where stdout is now
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
