@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from bitpolicy.cli.metrics_table import print_metrics
 from bitpolicy.cli.options import (
     RUN,
     Call,
@@ -28,18 +30,40 @@ from bitpolicy.cli.options import (
 )
 from bitpolicy.cli.report import print_json
 from bitpolicy.compare import save_comparison
-from bitpolicy.loading import BUNDLED, Source, load_source
+from bitpolicy.loading import BUNDLED, BUNDLED_FOLDER, Source, load_source
+from bitpolicy.plan import default_call
 from bitpolicy.prompting import default_requests, load_requests
+from bitpolicy.search.features import require_pictures
+from bitpolicy.search.metrics import Comparison, measure, parse_metrics
+from bitpolicy.search.networks import Networks
 from bitpolicy.search.quality import Psnr
 from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.samples import Sample, split_samples
 from bitpolicy.sensitivity.trajectory import Trajectories
-from bitpolicy.workflow import default_call, swapped_denoiser
+from bitpolicy.workflow import swapped_denoiser
+
+QUALITY = "Quality"
 
 Checkpoint = Annotated[Path, typer.Argument(help="The folder that search-policy or export wrote.")]
 Images = Annotated[int, typer.Option("--images", min=1, help="How many to compare.", rich_help_panel=RUN)]
 Picture = Annotated[
     Path | None, typer.Option(help="Write the first images side by side to this PNG.", rich_help_panel=RUN)
+]
+Metrics = Annotated[
+    str | None,
+    typer.Option(
+        help="Some of psnr, ssim, lpips, latent, fid, kid, clip, with commas, or all. Default: psnr, or all where "
+        "--features or --real-images is given.",
+        rich_help_panel=QUALITY,
+    ),
+]
+Features = Annotated[
+    Path | None,
+    typer.Option(help="File or folder with the networks of lpips, fid, kid and clip.", rich_help_panel=QUALITY),
+]
+RealImages = Annotated[
+    Path | None,
+    typer.Option(help="Folder of pictures to measure fid and kid against, too.", rich_help_panel=QUALITY),
 ]
 _SEED = 9_000_000_000  # far from the seeds of every search
 
@@ -51,6 +75,9 @@ def evaluate(
     num_inference_steps: Steps = None,
     guidance_scale: Guidance = None,
     call: Call = None,
+    metrics: Metrics = None,
+    features: Features = None,
+    real_images: RealImages = None,
     images: Images = 16,
     picture: Picture = None,
     seed: Seed = 0,
@@ -62,27 +89,65 @@ def evaluate(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """PSNR of a checkpoint's images against the unquantized model's, same prompts and seeds."""
+    """How close a checkpoint's images are to the unquantized model's, same prompts and seeds."""
+    asked = _asked(metrics, features, real_images)
     source = load_source(model, dtype=dtype, device=device, revision=revision, variant=variant)
     bundled = model in (None, BUNDLED)
     arguments = {**default_call(bundled), **pipeline_call(num_inference_steps, guidance_scale, call)}
     requests = load_requests(prompts) if prompts else default_requests(source.pipe, bundled)
     samples = split_samples(requests, images, _SEED + seed)
     stages = Stages(quiet or as_json)
-    reference = _images(source, arguments, stages.track(samples, "reference"))
-    with swapped_denoiser(source, checkpoint):
-        found = _images(source, arguments, stages.track(samples, "checkpoint"))
-    psnr = Psnr.of(reference, found)
+    comparison = _drawn(source, checkpoint, arguments, samples, real_images, stages)
+    psnr = Psnr.of(comparison.reference, comparison.images)
     if picture is not None:
-        rows = [("reference", reference[:8]), ("checkpoint", found[:8])]
+        rows = [("reference", comparison.reference[:8]), ("checkpoint", comparison.images[:8])]
         save_comparison(picture, [sample.prompt for sample in samples[:8]], rows, psnr.per_image)
+    if not asked:
+        _print_psnr(psnr, as_json)
+        return
+    folder = BUNDLED_FOLDER if bundled else Path(str(model)).expanduser()
+    networks = Networks(features, folder, source.pipe._execution_device)
+    results = measure(asked, comparison, networks)
+    if as_json:
+        print_json({"psnr_db": psnr.as_dict(), "metrics": {name: found.as_dict() for name, found in results.items()}})
+    else:
+        print_metrics(results, images)
+
+
+def _asked(metrics: str | None, features: Path | None, real_images: Path | None) -> tuple[str, ...]:
+    """The metrics that were asked for, none for the default; what is wrong is said before a model is loaded."""
+    asked = parse_metrics(metrics) if metrics is not None else ()
+    Networks(features).require()
+    if real_images is not None:
+        require_pictures(real_images)
+    return asked or (parse_metrics("all") if features or real_images else ())
+
+
+def _drawn(
+    source: Source, checkpoint: Path, call: dict[str, Any], samples: list[Sample], real: Path | None, stages: Stages
+) -> Comparison:
+    """The images of both, with their latents."""
+    reference, before = _images(source, call, stages.track(samples, "reference"))
+    with swapped_denoiser(source, checkpoint):
+        images, after = _images(source, call, stages.track(samples, "checkpoint"))
+    takes_text = "prompt" in inspect.signature(type(source.pipe).__call__).parameters
+    prompts = [sample.prompt for sample in samples] if takes_text else None
+    return Comparison(reference, images, (before, after), prompts, real)
+
+
+def _images(
+    source: Source, call: dict[str, Any], samples: Iterable[Sample]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Images and final latents."""
+    both = list(Trajectories(source.pipe, source.component, call).images(samples))
+    return [image for image, _ in both], [latent for _, latent in both]
+
+
+def _print_psnr(psnr: Psnr, as_json: bool) -> None:
+    count = len(psnr.per_image)
     if as_json:
         print_json({"psnr_db": psnr.as_dict()})
     elif psnr.mean is None:
-        print(f"all {images} images are identical")
+        print(f"all {count} images are identical")
     else:
-        print(f"PSNR mean {psnr.mean:.2f} dB, worst {psnr.min:.2f} dB over {images} images")
-
-
-def _images(source: Source, call: dict[str, Any], samples: Iterable[Sample]) -> list[torch.Tensor]:
-    return [image for image, _ in Trajectories(source.pipe, source.component, call).images(samples)]
+        print(f"PSNR mean {psnr.mean:.2f} dB, worst {psnr.min:.2f} dB over {count} images")

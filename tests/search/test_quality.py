@@ -1,19 +1,33 @@
-"""PSNR from its definition, identical images apart, and numbers that JSON can hold."""
+"""PSNR and SSIM from their definitions, identical images apart, intervals, and numbers that JSON can hold."""
 
 from __future__ import annotations
 
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 
-from bitpolicy.search.quality import Psnr
+from bitpolicy.search.quality import (
+    Paired,
+    Psnr,
+    Unavailable,
+    bootstrap_interval,
+    frames,
+    latent_mse,
+    psnr,
+    ssim,
+)
 
 
-def random_images(count: int, seed: int = 0) -> list[torch.Tensor]:
+def random_images(count: int, seed: int = 0, size: tuple[int, ...] = (3, 5, 7)) -> list[torch.Tensor]:
     draw = torch.Generator().manual_seed(seed)
-    return [torch.rand(3, 5, 7, generator=draw) for _ in range(count)]
+    return [torch.rand(size, generator=draw) for _ in range(count)]
+
+
+# PSNR
 
 
 def test_psnr_is_ten_log_ten_of_one_over_the_mean_squared_error() -> None:
@@ -59,3 +73,104 @@ def test_nothing_but_identical_images_is_strict_json() -> None:
 def test_as_many_images_as_references_are_needed() -> None:
     with pytest.raises(ValueError, match="shorter"):
         Psnr.of(random_images(2), random_images(1))
+
+
+# SSIM
+
+
+def ssim_by_definition(a: np.ndarray, b: np.ndarray) -> float:
+    """Wang et al. 2004, equation 13, on one channel, with SciPy's Gaussian of 11 pixels."""
+
+    def local(x: np.ndarray) -> np.ndarray:
+        return gaussian_filter(x, 1.5, radius=5, mode="mirror")
+
+    c1, c2, m, n = 0.01**2, 0.03**2, local(a), local(b)
+    va, vb, cov = local(a * a) - m * m, local(b * b) - n * n, local(a * b) - m * n
+    return float((((2 * m * n + c1) * (2 * cov + c2)) / ((m * m + n * n + c1) * (va + vb + c2))).mean())
+
+
+def test_ssim_is_its_definition() -> None:
+    reference, images = random_images(2, 0, (3, 24, 30)), random_images(2, 1, (3, 24, 30))
+    images = [0.5 * a + 0.5 * b for a, b in zip(reference, images, strict=True)]
+    found = ssim(reference, images)
+    assert isinstance(found, Paired)
+    for a, b, value in zip(reference, images, found.per_image, strict=True):
+        channels = [ssim_by_definition(*pair) for pair in zip(a.double().numpy(), b.double().numpy(), strict=True)]
+        assert value == pytest.approx(np.mean(channels), abs=1e-6)
+
+
+def test_ssim_of_a_video_is_the_mean_over_its_frames() -> None:
+    reference, images = random_images(4, 0, (3, 16, 16)), random_images(4, 1, (3, 16, 16))
+    frame_by_frame, video = ssim(reference, images), ssim([torch.stack(reference)], [torch.stack(images)])
+    assert isinstance(frame_by_frame, Paired)
+    assert isinstance(video, Paired)
+    assert video.mean == pytest.approx(frame_by_frame.mean, abs=1e-9)
+
+
+def test_ssim_needs_a_window() -> None:
+    small, large = random_images(1, size=(3, 10, 99)), random_images(1, size=(3, 11, 11))
+    assert ssim(small, small) == Unavailable("the images have 10 pixels a side", "SSIM needs 11: draw larger images")
+    found = ssim(large, large)
+    assert isinstance(found, Paired)
+    assert found.per_image == (pytest.approx(1.0),)
+
+
+# What they have in common
+
+
+def test_the_error_of_latents_is_its_mean_square() -> None:
+    found = latent_mse([torch.zeros(4, 2, 2), torch.ones(4, 2, 2)], [torch.full((4, 2, 2), 0.5), torch.ones(4, 2, 2)])
+    assert found.per_image == (0.25, 0.0)
+    assert (found.mean, found.worst) == (0.125, 0.25)
+
+
+@pytest.mark.parametrize(("better", "worst"), [("higher", 1.0), ("lower", 3.0)])
+def test_the_worst_image_depends_on_which_way_is_better(better: str, worst: float) -> None:
+    assert Paired("x", (3.0, None, 1.0, 2.0), better).worst == worst
+
+
+def test_psnr_with_an_interval_agrees_with_psnr() -> None:
+    reference = random_images(6)
+    images = [reference[0], *(image + 0.01 * i for i, image in enumerate(reference[1:], 1))]
+    found = psnr(reference, images)
+    assert found.per_image == Psnr.of(reference, images).per_image
+    assert found.mean == pytest.approx(Psnr.of(reference, images).mean)
+    written = json.loads(json.dumps(found.as_dict(), allow_nan=False))
+    assert (written["n"], written["identical"], written["per_image"][0]) == (6, 1, None)
+    assert written["interval"][0] < written["mean"] < written["interval"][1]
+
+
+def test_metrics_of_identical_images_are_strict_json() -> None:
+    found = Paired("psnr", (None, None), "higher", "dB").as_dict()
+    assert json.loads(json.dumps(found, allow_nan=False)) == {
+        "mean": None,
+        "worst": None,
+        "interval": None,
+        "better": "higher",
+        "unit": "dB",
+        "network": None,
+        "n": 2,
+        "identical": 2,
+        "per_image": [None, None],
+    }
+
+
+def test_the_interval_covers_the_true_mean_as_often_as_it_says() -> None:
+    draws = np.random.default_rng(0).normal(5, 2, (400, 40))
+    intervals = [bootstrap_interval(row.tolist()) for row in draws]
+    covered = [interval is not None and interval[0] <= 5 <= interval[1] for interval in intervals]
+    assert 0.89 < np.mean(covered) < 0.98
+    width = np.mean([interval[1] - interval[0] for interval in intervals if interval])
+    assert width == pytest.approx(2 * 1.96 * 2 / math.sqrt(40), rel=0.1)
+
+
+def test_the_interval_is_the_same_every_time_and_needs_two_values() -> None:
+    assert bootstrap_interval([1.0, 2.0, 4.0]) == bootstrap_interval([1.0, 2.0, 4.0])
+    assert bootstrap_interval([1.0]) is None
+    assert bootstrap_interval([2.0, 2.0]) == (2.0, 2.0)
+
+
+def test_frames_of_images_videos_and_grey() -> None:
+    assert frames(torch.rand(3, 4, 5)).shape == (1, 3, 4, 5)
+    assert frames(torch.rand(7, 3, 4, 5)).shape == (7, 3, 4, 5)
+    assert frames(torch.rand(1, 4, 5)).shape == (1, 3, 4, 5)

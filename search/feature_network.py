@@ -1,0 +1,91 @@
+"""A small convolutional network whose activations stand for what a picture shows, for where Inception is out of reach.
+
+    y_0 = p / 127.5 - 1,    y_l = relu(W_l * y_{l-1} + b_l),    f(p) = mean over positions of y_L
+
+The first convolution keeps the size, each later one halves it. f(p) is what the Frechet and kernel distances look at;
+the y_l of all layers make up a perceptual distance (Zhang et al. 2018, section 3). A folder holds `config.json` (name,
+size, channels) and `model.safetensors`; `scripts/train_features.py` trains one on emoji.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from bitpolicy.kernels.errors import BitPolicyError
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_KIND = "bitpolicy.FeatureNetwork"
+
+
+class FeatureNetwork(nn.Module):
+    """Pictures to features; can be given to clean-fid as `custom_feat_extractor`.
+
+    Attributes:
+        name: goes into the names of the metrics that are made with it: `fid-emoji`.
+        size: side in pixels that pictures are brought to.
+        channels: of each layer; the last is the length of the feature vector.
+    """
+
+    def __init__(self, name: str, size: int, channels: Sequence[int]) -> None:
+        super().__init__()
+        self.name, self.size, self.channels = name, size, tuple(channels)
+        widths = list(enumerate(pairwise((3, *self.channels))))
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, 2 if i else 1, padding=1) for i, (a, b) in widths)
+
+    def maps(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """y_1 ... y_L.
+
+        Args:
+            pixels: shape (B, 3, H, W), float in [0, 255]; resized if H or W is not `size`.
+
+        Returns:
+            shapes (B, channels[l], h, w) with h = w = size / 2^l.
+        """
+        if pixels.shape[-2:] != (self.size, self.size):
+            pixels = nn.functional.interpolate(pixels, (self.size, self.size), mode="bilinear", antialias=True)
+        found = [pixels / 127.5 - 1]
+        for conv in self.convs:
+            found.append(torch.relu(conv(found[-1])))
+        return found[1:]
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """f(p), shape (B, channels[-1]), of `pixels` as in `maps`."""
+        return self.maps(pixels)[-1].mean(dim=(2, 3))
+
+    def config(self) -> dict[str, str | int | list[int]]:
+        """What `load` reads beside the weights."""
+        return {"kind": _KIND, "name": self.name, "size": self.size, "channels": list(self.channels)}
+
+    @classmethod
+    def load(cls, folder: Path) -> FeatureNetwork:
+        """The network of a folder, float32, in eval mode, without gradients.
+
+        Raises:
+            BitPolicyError: the folder holds no such network, or its weights are damaged.
+        """
+        try:
+            config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            network = cls(config["name"], config["size"], config["channels"])
+            network.load_state_dict({name: w.float() for name, w in load_file(folder / WEIGHTS).items()})
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise BitPolicyError(
+                f"{folder} holds no feature network that can be read: {' '.join(str(error).split())[:300]}; "
+                f"give the folder that scripts/train_features.py wrote ({CONFIG}, {WEIGHTS})"
+            ) from error
+        return network.eval().requires_grad_(False)
+
+
+def is_feature_network(folder: Path) -> bool:
+    """Whether a folder says that it holds such a network."""
+    try:
+        return json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("kind") == _KIND
+    except (OSError, ValueError, AttributeError):
+        return False
