@@ -16,11 +16,12 @@ from typing import Any, Final, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.formats import format_named, from_parameters
+from bitpolicy.kernels.quantizers import QUANTIZERS
 from bitpolicy.policies.atomic import write_text
 
 SCHEMA: Final = 1
@@ -37,7 +38,7 @@ class Choice:
     Attributes:
         format: storage format of its weight.
         bias_correction: whether its bias takes up the mean error of the weight.
-        quantizer: who picks codes and scales; "rtn" is round to nearest.
+        quantizer: who picks codes and scales, one of `bitpolicy.kernels.quantizers`; "rtn" is round to nearest.
     """
 
     format: Format
@@ -60,19 +61,52 @@ class ModelReference(_Strict):
 
 
 class BudgetRecord(_Strict):
-    """The budget as it was asked and in bytes."""
+    """The budget as it was asked, and in bytes of its scope.
+
+    Attributes:
+        scope: "weights" is the denoiser; "pipeline" its other models, too; "peak" also what a call holds at once.
+        other_bytes: what of `bytes` the other models take; with the scopes "pipeline" and "peak".
+        activation_bytes: what of `bytes` is kept free for activations; with "peak", as are all that follow.
+        height, width: of the image, in pixels.
+        batch_size: images a call.
+        device, compute_dtype: where and in what the call was observed, e.g. "cuda" and "float16".
+    """
 
     asked: str
     bytes: int
-    scope: Literal["weights"] = "weights"
+    scope: Literal["weights", "pipeline", "peak"] = "weights"
+    other_bytes: int | None = None
+    activation_bytes: int | None = None
+    height: int | None = None
+    width: int | None = None
+    batch_size: int | None = None
+    device: str | None = None
+    compute_dtype: str | None = None
+
+    @model_validator(mode="after")
+    def _says_what_its_scope_needs(self) -> BudgetRecord:
+        about = dict(self)
+        peak = ("activation_bytes", "height", "width", "batch_size", "device", "compute_dtype")
+        wanted = {"weights": (), "pipeline": ("other_bytes",), "peak": ("other_bytes", *peak)}[self.scope]
+        for name in ("other_bytes", *peak):
+            if (about[name] is not None) != (name in wanted):
+                raise ValueError(f"scope {self.scope!r} goes {'with' if name in wanted else 'without'} {name}")
+        return self
 
 
 class LayerSettings(_Strict):
     """Settings of some layers; what is not set comes from a more general entry."""
 
     format: str | None = None
-    quantizer: Literal["rtn"] | None = None
+    quantizer: str | None = None
     bias_correction: bool | None = None
+
+    @field_validator("quantizer")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        if name is not None and name not in QUANTIZERS:
+            raise ValueError(f"unknown quantizer {name!r}; write any of {', '.join(QUANTIZERS)}")
+        return name
 
 
 class Rule(LayerSettings):
@@ -163,7 +197,9 @@ class Policy(_Strict):
         common = max(counts, key=lambda choice: counts[choice])
         return cls(
             formats={f.name: f.parameters() for f in sorted({c.format for c in counts}, key=lambda f: f.name)},
-            defaults=LayerSettings(format=common.format.name, quantizer="rtn", bias_correction=common.bias_correction),
+            defaults=LayerSettings(
+                format=common.format.name, quantizer=common.quantizer, bias_correction=common.bias_correction
+            ),
             layers={name: _difference(choice, common) for name, choice in choices.items() if choice != common},
             **fields,
         )
@@ -196,14 +232,18 @@ class Policy(_Strict):
         for entry in (self.defaults, *matching, self.layers.get(name, LayerSettings())):
             settings |= entry.model_dump(include={"format", "quantizer", "bias_correction"}, exclude_none=True)
         format = format_named(str(settings["format"]))
-        return Choice(format, bool(settings["bias_correction"]) and format.packed, str(settings["quantizer"]))
+        if not format.packed:
+            return Choice(format)
+        return Choice(format, bool(settings["bias_correction"]), str(settings["quantizer"]))
 
 
 def _difference(choice: Choice, common: Choice) -> LayerSettings:
     """What to write of `choice` where `common` is the default; a format that is not packed has no bias to correct."""
     corrects = choice.format.packed and choice.bias_correction != common.bias_correction
+    rounds = choice.format.packed and choice.quantizer != common.quantizer
     return LayerSettings(
         format=choice.format.name if choice.format != common.format else None,
+        quantizer=choice.quantizer if rounds else None,
         bias_correction=choice.bias_correction if corrects else None,
     )
 

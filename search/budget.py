@@ -7,6 +7,9 @@ A budget is written the way people say it and means one exact number of bytes:
 
 Shares and bits are matched first; what is left goes to pydantic's `ByteSize`, which alone would read "45%" as 45 bytes.
 Decimal and binary units differ by 7% at the gigabyte, so both are echoed back.
+
+What a budget covers is its scope. The solver always needs the bytes of the denoiser; so what else the scope counts, the
+pipeline's other models and room for activations, is taken off first.
 """
 
 from __future__ import annotations
@@ -14,12 +17,18 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final, Literal
 
 from pydantic import ByteSize, TypeAdapter
 
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.format import Format
 from bitpolicy.policies.accounting import ByteAccount
+from bitpolicy.policies.policy import BudgetRecord
+from bitpolicy.sensitivity.peak_memory import PeakMemory, Room
 
+ScopeName = Literal["weights", "pipeline", "peak"]
+SCOPES: Final[tuple[ScopeName, ...]] = ("weights", "pipeline", "peak")
 _SHARE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|bits?)", re.IGNORECASE)
 _SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*((?:[kmgt]i?)?)(b)", re.IGNORECASE)
 _LONGEST = 40  # characters
@@ -31,42 +40,147 @@ class BudgetError(BitPolicyError):
 
 
 @dataclass(frozen=True)
-class Budget:
-    """At most `nbytes` tensor bytes for the exported denoiser; `asked` is how it was written."""
+class Scope:
+    """What a budget covers.
 
-    asked: str
-    nbytes: int
+    Attributes:
+        name: "weights", "pipeline" or "peak".
+        account: the denoiser's bytes: in memory for "peak", in the checkpoint for the others.
+        others: bytes of the pipeline's other models.
+        peak: the prediction, with "peak".
+        room: what is kept for activations, with "peak".
+    """
+
+    name: ScopeName
+    account: ByteAccount
+    others: int = 0
+    peak: PeakMemory | None = None
+    room: Room | None = None
 
     @classmethod
-    def parse(cls, text: str, account: ByteAccount) -> Budget:
-        """Read `text` as a size, a share of the FP16 denoiser, or bits a parameter.
+    def of_weights(cls, account: ByteAccount) -> Scope:
+        """The tensor bytes of the exported denoiser."""
+        return cls("weights", account)
+
+    @classmethod
+    def of_pipeline(cls, account: ByteAccount, others: int) -> Scope:
+        """Those, and `others`: the tensor bytes of the pipeline's other models as exported."""
+        return cls("pipeline", account, others)
+
+    @classmethod
+    def of_peak(cls, peak: PeakMemory, candidates: Sequence[Format]) -> Scope:
+        """The most bytes that one pipeline call holds at once, under any policy in these formats."""
+        return cls("peak", peak.account, peak.others, peak, peak.room(candidates))
+
+    @property
+    def activations(self) -> int:
+        """Bytes kept free for activations."""
+        return self.room.activations if self.room else 0
+
+    @property
+    def barred(self) -> frozenset[tuple[str, Format]]:
+        """(layer name, format) that would need more activations than are kept free: no policy may have them."""
+        return self.room.barred if self.room else frozenset()
+
+    @property
+    def reference(self) -> int:
+        """Bytes of the whole scope at FP16: what `%` is relative to."""
+        return self.peak.reference if self.peak else self.account.reference + self.others
+
+    @property
+    def at_fp16(self) -> str:
+        """`reference` in words."""
+        has = {"weights": "the FP16 denoiser has", "pipeline": "the FP16 pipeline has", "peak": f"at FP16 {self} takes"}
+        return f"{has[self.name]} {self.reference:,} bytes"
+
+    def __str__(self) -> str:
+        if self.peak is None:
+            return {"weights": "the denoiser", "pipeline": "the pipeline"}[self.name]
+        size, batch = f"{self.peak.width} x {self.peak.height} pixels", self.peak.batch_size
+        return f"a pipeline call at {size}" + (f", {batch} at once" if batch > 1 else "")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """At most `total` bytes for everything in `scope`; `asked` is how it was written."""
+
+    asked: str
+    total: int
+    scope: Scope
+
+    @classmethod
+    def parse(cls, text: str, scope: Scope | ByteAccount) -> Budget:
+        """Read `text` as a size, a share of the scope at FP16, or bits a parameter.
+
+        Args:
+            scope: an account alone is scope "weights".
 
         Raises:
-            BudgetError: it is none of these, zero, negative, or counts bits (`3Gb`).
+            BudgetError: it is none of these, zero, negative, or counts bits (`3Gb`); or it is bits a parameter, and
+                the scope is more than the denoiser.
         """
+        if isinstance(scope, ByteAccount):
+            scope = Scope.of_weights(scope)
         amount, unit = read(text)
-        unit_of, parts = {"%": (account.reference, 100), "bit": (account.parameters, 8), "B": (1, 1)}[unit]
-        nbytes = int(amount * unit_of / parts)
-        if nbytes == 0:
+        if unit == "bit" and scope.name != "weights":
             raise BudgetError(
-                f"budget {text!r} is zero bytes; the FP16 denoiser has {account.reference:,} bytes: {_FORMS}"
+                f"budget {text!r} is bits a parameter of the denoiser, and scope {scope.name} is more than that; "
+                "write 3GB, 3GiB, 700MB or 45%, or use --scope weights"
             )
-        return cls(text.strip(), nbytes)
+        unit_of, parts = {"%": (scope.reference, 100), "bit": (scope.account.parameters, 8), "B": (1, 1)}[unit]
+        total = int(amount * unit_of / parts)
+        if total == 0:
+            raise BudgetError(f"budget {text!r} is zero bytes; {scope.at_fp16}: {_FORMS}")
+        return cls(text.strip(), total, scope)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes for the denoiser, counted by `scope.account`; negative if the rest alone takes more than `total`."""
+        return self.total - self.scope.others - self.scope.activations
 
     def require(self, smallest: int, formats: Sequence[str]) -> None:
         """Check that a policy exists.
 
         Raises:
-            BudgetError: the budget is below `smallest`, the size of the smallest policy with `formats`.
+            BudgetError: the denoiser's part is below `smallest`, the size of the smallest policy with `formats`.
         """
-        if self.nbytes < smallest:
+        if self.nbytes >= smallest:
+            return
+        policy = f"below the smallest policy with {', '.join(formats)}: {smallest:,} bytes"
+        if self.scope.name == "weights":
             raise BudgetError(
-                f"budget {self.asked!r} is {self.nbytes:,} bytes, below the smallest policy with {', '.join(formats)}: "
-                f"{smallest:,} bytes ({readable(smallest)}); raise --budget or add a smaller format to --formats"
+                f"budget {self.asked!r} is {self.total:,} bytes, {policy} ({readable(smallest)}); "
+                "raise --budget or add a smaller format to --formats"
             )
+        least = self.total - self.nbytes + smallest
+        smaller = "give a smaller --height, --width or --batch-size" if self.scope.peak else "use --scope weights"
+        raise BudgetError(
+            f"budget {self.asked!r} is {self.total:,} bytes for {self.scope}; {self._parts}, {policy}; "
+            f"raise --budget to {least:,} bytes ({readable(least)}), add a smaller format to --formats, or {smaller}"
+        )
+
+    @property
+    def _parts(self) -> str:
+        """What of the budget is left for the denoiser, and why."""
+        taken = f"the other models take {self.scope.others:,}"
+        taken += f" and activations {self.scope.activations:,}" if self.scope.peak else ""
+        return f"{taken}, which leaves {max(self.nbytes, 0):,} for the denoiser"
+
+    @property
+    def record(self) -> BudgetRecord:
+        """What the policy file says of it."""
+        about: dict[str, object] = {"asked": self.asked, "bytes": self.total, "scope": self.scope.name}
+        if self.scope.name != "weights":
+            about["other_bytes"] = self.scope.others
+        if (peak := self.scope.peak) is not None:
+            about |= {name: getattr(peak, name) for name in ("height", "width", "batch_size", "device")}
+            about["activation_bytes"] = self.scope.activations
+            about["compute_dtype"] = str(peak.account.storage_dtype).removeprefix("torch.")
+        return BudgetRecord.model_validate(about)
 
     def __str__(self) -> str:
-        return f"{self.nbytes:,} bytes ({readable(self.nbytes)})"
+        whole = f"{self.total:,} bytes ({readable(self.total)})"
+        return whole if self.scope.name == "weights" else f"{whole} for {self.scope}; {self._parts}"
 
 
 def read(text: str) -> tuple[float, str]:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.formats import FP16, format_named
 from bitpolicy.policies.accounting import ByteAccount
-from bitpolicy.search.budget import Budget, BudgetError, readable
+from bitpolicy.policies.policy import BudgetRecord, ModelReference, Policy
+from bitpolicy.search.budget import Budget, BudgetError, Scope, readable
+from bitpolicy.sensitivity.peak_memory import LayerCall, PeakMemory
 
 ACCOUNT = ByteAccount(torch.float16, {}, fixed=1_700_000_000, parameters=860_000_000)
 """A denoiser of 1.7 GB at FP16."""
@@ -146,3 +152,141 @@ def test_no_size_is_written_with_an_exponent() -> None:
 
 def test_a_budget_error_is_of_the_family_that_the_command_line_catches() -> None:
     assert issubclass(BudgetError, BitPolicyError)
+
+
+# Scopes
+
+INT4 = format_named("int4")
+PIPELINE = Scope.of_pipeline(ACCOUNT, others=300_000_000)
+
+
+def peak_scope(batch_size: int = 1) -> Scope:
+    """Two layers of 1000 x 1000 in float16 beside 50,000 bytes; other models of 1,000,000; 400,000 for activations.
+
+    INT4 takes 15,000,000 bytes to unpack, more than the 2,000,000 of a layer in FP16 that it saves.
+    """
+    shape = (1000, 1000)
+    account = ByteAccount(torch.float16, {"large": shape, "other": shape}, fixed=50_000, parameters=2_000_000)
+    calls = {name: LayerCall(0, 0) for name in account.shapes}
+    unpacking = {(INT4, shape): 15_000_000}
+    return Scope.of_peak(
+        PeakMemory(account, 1_000_000, 400_000, calls, unpacking, 512, 640, batch_size, "cuda"), [INT4, FP16]
+    )
+
+
+def test_an_account_alone_is_the_denoiser() -> None:
+    assert Budget.parse("45%", ACCOUNT) == Budget.parse("45%", Scope.of_weights(ACCOUNT))
+    assert Budget.parse("45%", ACCOUNT).nbytes == Budget.parse("45%", ACCOUNT).total
+
+
+@pytest.mark.parametrize(
+    ("text", "total"), [("1.5GB", 1_500_000_000), ("50%", 1_000_000_000), ("100%", 2_000_000_000), ("1B", 1)]
+)
+def test_with_the_pipeline_the_denoiser_gets_what_its_other_models_leave(text: str, total: int) -> None:
+    budget = Budget.parse(text, PIPELINE)
+    assert budget.total == total
+    assert budget.nbytes == total - 300_000_000
+
+
+@pytest.mark.parametrize(("text", "total"), [("5MB", 5_000_000), ("100%", 5_450_000), ("50%", 2_725_000)])
+def test_with_the_peak_it_gets_what_other_models_and_activations_leave(text: str, total: int) -> None:
+    budget = Budget.parse(text, peak_scope())
+    assert budget.total == total
+    assert budget.nbytes == total - 1_400_000
+    assert budget.scope.barred == {("large", INT4), ("other", INT4)}
+
+
+def test_no_other_scope_bars_anything() -> None:
+    assert PIPELINE.barred == Scope.of_weights(ACCOUNT).barred == frozenset()
+
+
+@pytest.mark.parametrize("scope", [PIPELINE, peak_scope()])
+def test_bits_a_parameter_are_of_the_denoiser_alone(scope: Scope) -> None:
+    with pytest.raises(BudgetError, match=f"'4.5bit' is bits a parameter .* scope {scope.name} .* --scope weights"):
+        Budget.parse("4.5bit", scope)
+
+
+@pytest.mark.parametrize(
+    ("scope", "reference"),
+    [
+        (PIPELINE, "the FP16 pipeline has 2,000,000,000 bytes"),
+        (peak_scope(), "at FP16 a pipeline call at 640 x 512 pixels takes 5,450,000 bytes"),
+        (peak_scope(3), "at FP16 a pipeline call at 640 x 512 pixels, 3 at once takes 5,450,000 bytes"),
+    ],
+)
+def test_nothing_is_refused_with_what_the_scope_has_at_fp16(scope: Scope, reference: str) -> None:
+    with pytest.raises(BudgetError, match=f"budget '0%' is zero bytes; {reference}"):
+        Budget.parse("0%", scope)
+
+
+def test_a_pipeline_that_cannot_be_as_small_says_what_its_parts_take_and_the_least_there_is() -> None:
+    budget = Budget.parse("700MB", PIPELINE)
+    budget.require(400_000_000, ["int4"])
+    with pytest.raises(BudgetError) as caught:
+        budget.require(400_000_001, ["int4", "fp16"])
+    assert str(caught.value) == (
+        "budget '700MB' is 700,000,000 bytes for the pipeline; the other models take 300,000,000, which leaves "
+        "400,000,000 for the denoiser, below the smallest policy with int4, fp16: 400,000,001 bytes; raise --budget to "
+        "700,000,001 bytes (700 MB, 668 MiB), add a smaller format to --formats, or use --scope weights"
+    )
+
+
+def test_a_peak_that_cannot_be_as_low_says_so_too() -> None:
+    with pytest.raises(BudgetError) as caught:
+        Budget.parse("1MB", peak_scope(2)).require(4_050_000, ["int4", "fp16"])
+    assert str(caught.value) == (
+        "budget '1MB' is 1,000,000 bytes for a pipeline call at 640 x 512 pixels, 2 at once; the other models take "
+        "1,000,000 and activations 400,000, which leaves 0 for the denoiser, below the smallest policy with int4, "
+        "fp16: 4,050,000 bytes; raise --budget to 5,450,000 bytes (5.45 MB, 5.2 MiB), add a smaller format to "
+        "--formats, or give a smaller --height, --width or --batch-size"
+    )
+
+
+def test_what_is_echoed_names_the_parts() -> None:
+    assert str(Budget.parse("1.5GB", PIPELINE)) == (
+        "1,500,000,000 bytes (1.5 GB, 1.4 GiB) for the pipeline; the other models take 300,000,000, which leaves "
+        "1,200,000,000 for the denoiser"
+    )
+
+
+# What the policy file records
+
+PEAK_RECORD: dict[str, Any] = {
+    "asked": "5MB",
+    "bytes": 5_000_000,
+    "scope": "peak",
+    "other_bytes": 1_000_000,
+    "activation_bytes": 400_000,
+    "height": 512,
+    "width": 640,
+    "batch_size": 1,
+    "device": "cuda",
+    "compute_dtype": "float16",
+}
+
+
+@pytest.mark.parametrize(
+    ("scope", "record"),
+    [
+        (Scope.of_weights(ACCOUNT), {"asked": "5MB", "bytes": 5_000_000, "scope": "weights"}),
+        (PIPELINE, {"asked": "5MB", "bytes": 5_000_000, "scope": "pipeline", "other_bytes": 300_000_000}),
+        (peak_scope(), PEAK_RECORD),
+    ],
+)
+def test_the_record_has_what_its_scope_needs_and_survives_the_file(
+    scope: Scope, record: dict[str, Any], tmp_path: Path
+) -> None:
+    made = Budget.parse(" 5MB", scope).record
+    assert made.model_dump(exclude_none=True) == record
+    model = ModelReference(id="toy", component="unet", class_name="toy", sha256="")
+    Policy(model=model, budget=made).save(tmp_path / "policy.yaml")
+    assert Policy.load(tmp_path / "policy.yaml").budget == made
+
+
+@pytest.mark.parametrize("name", PEAK_RECORD.keys() - {"asked", "bytes", "scope"})
+def test_a_record_without_what_its_scope_needs_is_refused(name: str) -> None:
+    BudgetRecord.model_validate(PEAK_RECORD)
+    with pytest.raises(ValidationError, match=f"scope 'peak' goes with {name}"):
+        BudgetRecord.model_validate({**PEAK_RECORD, name: None})
+    with pytest.raises(ValidationError, match=f"scope 'weights' goes without {name}"):
+        BudgetRecord.model_validate({"asked": "5MB", "bytes": 5_000_000, name: PEAK_RECORD[name]})

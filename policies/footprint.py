@@ -1,0 +1,179 @@
+"""What a pipeline takes: bytes of its models in the file and in memory, and the most that torch allocates in a run.
+
+Allocations are counted by torch: on CUDA by its allocator's counters, on the CPU by its profiler, which records every
+allocation and release. So what an operator hides inside counts, too.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.policies.accounting import stored_spec
+
+_MARK = "bitpolicy:"
+
+
+def stored_others(pipe: DiffusionPipeline, component: str, storage: torch.dtype) -> dict[str, int]:
+    """Tensor bytes of each model but the denoiser, as `export_pipeline` stores it.
+
+    Args:
+        component: name of the denoiser, or several, separated by commas.
+        storage: dtype that floats are stored in.
+
+    Returns:
+        Component name -> bytes: text encoders, VAE, ControlNet and whatever else has weights.
+    """
+    denoisers = component.split(",")
+    return {name: _stored(model, storage) for name, model in _models(pipe).items() if name not in denoisers}
+
+
+def resident_bytes(pipe: DiffusionPipeline) -> int:
+    """Bytes of all weights and buffers as they lie in memory now; what is shared counts once."""
+    tensors = (tensor for model in _models(pipe).values() for tensor in (*model.parameters(), *model.buffers()))
+    return sum(tensor.nbytes for tensor in _once(tensors))
+
+
+def measured_peak(pipe: DiffusionPipeline, run: Callable[[], object]) -> int:
+    """The most bytes at once while `run` calls the pipeline: its models, and what torch allocates beyond them.
+
+    Raises:
+        BitPolicyError: the pipeline is neither on the CPU nor on CUDA.
+    """
+    resident = resident_bytes(pipe)
+    with metered(pipe.device) as meter:
+        run()
+    return resident + max(span.most for span in meter.spans)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of a run.
+
+    Attributes:
+        label: of the mark that it begins with; empty for the first.
+        before: bytes at its beginning, beyond those allocated when the run began.
+        most: the most bytes at once during it, beyond the same.
+    """
+
+    label: str
+    before: int
+    most: int
+
+
+class Meter(Protocol):
+    """Counts what torch allocates, span by span; `spans` are complete once the run is over."""
+
+    spans: list[Span]
+
+    def mark(self, label: str) -> None:
+        """End the span under way and begin the next."""
+
+
+@contextmanager
+def metered(device: torch.device) -> Iterator[Meter]:
+    """Count what is allocated on `device` while the block runs.
+
+    Raises:
+        BitPolicyError: it is neither the CPU nor CUDA.
+    """
+    if device.type not in ("cpu", "cuda"):
+        raise BitPolicyError(f"peak memory can be measured on the CPU and on CUDA, not on {device.type}")
+    gc.collect()  # cycles that an earlier run left would be released in this one
+    with _on_cuda(device) if device.type == "cuda" else _on_cpu() as meter:
+        yield meter
+
+
+@dataclass
+class _CudaMeter:
+    device: torch.device
+    spans: list[Span] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._base, self._label, self._before = torch.cuda.memory_allocated(self.device), "", 0
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def mark(self, label: str) -> None:
+        most = torch.cuda.max_memory_allocated(self.device) - self._base
+        self.spans.append(Span(self._label, self._before, most))
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self._label, self._before = label, torch.cuda.memory_allocated(self.device) - self._base
+
+
+@contextmanager
+def _on_cuda(device: torch.device) -> Iterator[_CudaMeter]:
+    torch.cuda.synchronize(device)
+    torch._C._cuda_clearCublasWorkspaces()  # a run begun by itself allocates them
+    meter = _CudaMeter(device)
+    yield meter
+    meter.mark("")
+
+
+@dataclass
+class _CpuMeter:
+    spans: list[Span] = field(default_factory=list)
+
+    def mark(self, label: str) -> None:
+        with record_function(f"{_MARK}{label}"):
+            pass
+
+
+@contextmanager
+def _on_cpu() -> Iterator[_CpuMeter]:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler greets and takes leave on stderr
+    meter = _CpuMeter()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        yield meter
+    results: Any = record.profiler
+    meter.spans += _spans(_in_order(results.kineto_results.experimental_event_tree()))
+
+
+def _in_order(tree: Iterable[Any]) -> list[Any]:
+    """The profiler's events by time; of those at the same time, the outer one first."""
+    events, waiting = [], list(tree)[::-1]
+    while waiting:
+        events.append(waiting.pop())
+        waiting += events[-1].children[::-1]
+    return sorted(events, key=lambda event: event.start_time_ns)
+
+
+def _spans(events: Iterable[Any]) -> Iterator[Span]:
+    """Add up allocations and releases between marks; what is released but was there before does not count."""
+    held: dict[int, int] = {}
+    label, before, most, total = "", 0, 0, 0
+    for event in events:
+        kind, details = event.typed
+        if kind.name == "Allocation" and details.device.type == "cpu":
+            total -= held.pop(details.ptr, 0)
+            if details.alloc_size > 0:
+                held[details.ptr] = details.alloc_size
+                total += details.alloc_size
+            most = max(most, total)
+        elif event.name.startswith(_MARK):
+            yield Span(label, before, most)
+            label, before, most = event.name.removeprefix(_MARK), total, total
+    yield Span(label, before, most)
+
+
+def _models(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def _stored(model: nn.Module, storage: torch.dtype) -> int:
+    """Bytes of a model's file; tied weights, such as a text encoder's, are written once."""
+    return sum(stored_spec(tensor, storage).nbytes for tensor in _once(model.state_dict().values()))
+
+
+def _once(tensors: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
+    """Those that do not lie in the same place as an earlier one."""
+    return {(tensor.data_ptr(), tensor.shape, tensor.stride()): tensor for tensor in tensors}.values()
