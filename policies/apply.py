@@ -14,8 +14,10 @@ from torch import nn
 
 from bitpolicy.kernels.bias_correction import bias_shift
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.grid import GridFormat
 from bitpolicy.kernels.layers import Quantizable, pack_layer, quantizable_layers, replace_layer
-from bitpolicy.policies.calibration import Calibration
+from bitpolicy.kernels.quantizers import HESSIANS, quantize_data_free
+from bitpolicy.policies.calibration import Calibration, rounded_key
 from bitpolicy.policies.policy import Choice
 
 
@@ -36,10 +38,7 @@ def quantize_layer(
         BitPolicyError: the weight is not finite, or the correction lacks its calibration.
     """
     weight = layer.weight.detach().to(storage)
-    try:
-        tensors = choice.format.quantize(weight)
-    except BitPolicyError as error:
-        raise type(error)(f"layer {name}: {error}") from error
+    tensors = stored_weight(name, weight, choice, calibration)
     bias = None if layer.bias is None else layer.bias.detach()
     if bias is not None and choice.bias_correction:
         if name not in calibration:
@@ -49,6 +48,33 @@ def quantize_layer(
         delta = choice.format.dequantize(tensors, weight.shape, torch.float32) - weight.float()
         bias = bias.float() + bias_shift(layer, delta, calibration[name])
     return QuantizedLayer(tensors, None if bias is None else bias.to(storage))
+
+
+def stored_weight(name: str, weight: torch.Tensor, choice: Choice, calibration: Calibration) -> dict[str, torch.Tensor]:
+    """The tensors of one layer's weight, as the choice's quantizer makes or made them.
+
+    Raises:
+        BitPolicyError: the weight is not finite, or what the quantizer made is missing or of another shape.
+    """
+    format = choice.format
+    specs = format.tensors(weight.shape, weight.dtype)
+    kept = {suffix: calibration.get(rounded_key(name, choice, suffix)) for suffix in specs}
+    if all(tensor is not None for tensor in kept.values()):
+        found = {suffix: tensor.to(weight.device) for suffix, tensor in kept.items() if tensor is not None}
+        if any((t.dtype, tuple(t.shape)) != (specs[s].dtype, specs[s].shape) for s, t in found.items()):
+            raise BitPolicyError(f"layer {name}: its calibration is of another shape; use the file of this very policy")
+        return found
+    if choice.quantizer in HESSIANS:
+        raise BitPolicyError(
+            f"layer {name} was rounded by {choice.quantizer}, and the calibration does not have it; keep "
+            "calibration.safetensors beside policy.yaml, or set quantizer: rtn"
+        )
+    try:
+        if isinstance(format, GridFormat):
+            return quantize_data_free(choice.quantizer, format, weight)
+        return format.quantize(weight)
+    except BitPolicyError as error:
+        raise type(error)(f"layer {name}: {error}") from error
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""What exporting needs beyond the policy: the mean input of every layer, measured on the reference.
+"""What exporting needs beyond the policy and the model, measured on the reference.
 
-`calibration.safetensors` holds E[x] per layer (see `bitpolicy.kernels.bias_correction`), float32, by layer name. Its
-hash is recorded in the policy, so what is exported is what was searched.
+`calibration.safetensors` holds E[x] per layer (see `bitpolicy.kernels.bias_correction`), float32, by layer name; and,
+for layers that were not rounded to nearest, the packed tensors that their quantizer made, by `rounded_key`. Its hash is
+recorded in the policy, so what is exported is what was searched.
 """
 
 from __future__ import annotations
@@ -17,9 +18,26 @@ from safetensors.torch import load_file, save_file
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.accounting import tensor_bytes
 from bitpolicy.policies.atomic import written_aside
+from bitpolicy.policies.policy import Choice
 
 Calibration = Mapping[str, torch.Tensor]
-"""Layer name -> E[x], float32, shape (in) or (in, *kernel)."""
+"""Layer name -> E[x], float32, shape (in) or (in, *kernel); `rounded_key` -> a packed tensor."""
+
+
+def rounded_key(layer: str, choice: Choice, suffix: str) -> str:
+    """Where a tensor that a quantizer made is kept; no layer's name has a slash."""
+    return f"{layer}/{choice.format.name}/{choice.quantizer}/{suffix}"
+
+
+def is_rounded(calibration: Calibration) -> bool:
+    """Whether it holds packed tensors, which make it as large as the checkpoint."""
+    return any("/" in key for key in calibration)
+
+
+def needed_for(choices: Mapping[str, Choice], calibration: Calibration) -> dict[str, torch.Tensor]:
+    """The entries that putting `choices` on the model takes: every E[x], and what was rounded for them."""
+    wanted = {f"{name}/{choice.format.name}/{choice.quantizer}" for name, choice in choices.items()}
+    return {key: value for key, value in calibration.items() if "/" not in key or key.rpartition("/")[0] in wanted}
 
 
 def save_calibration(calibration: Calibration, path: Path) -> None:
@@ -39,8 +57,8 @@ def load_calibration(path: Path, expected_hash: str | None = None) -> dict[str, 
         calibration = load_file(path)
     except (OSError, SafetensorError) as error:
         raise BitPolicyError(
-            f"cannot read {path}: {error}; the policy corrects biases and needs the calibration.safetensors that was "
-            "written beside it: keep the two together, or set bias_correction: false"
+            f"cannot read {path}: {error}; the policy needs the calibration.safetensors that was written beside it: "
+            "keep the two together, or set bias_correction: false and quantizer: rtn"
         ) from error
     found = calibration_hash(calibration)
     if expected_hash is not None and found != expected_hash:

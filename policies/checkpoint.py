@@ -19,7 +19,7 @@ from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.accounting import ByteAccount, stored_spec
 from bitpolicy.policies.apply import quantize_layer
 from bitpolicy.policies.atomic import write_text, written_aside
-from bitpolicy.policies.calibration import Calibration, save_calibration
+from bitpolicy.policies.calibration import Calibration, is_rounded, save_calibration
 from bitpolicy.policies.denoiser import denoiser_of, of_component
 from bitpolicy.policies.diffusers_quantizer import BitPolicyConfig
 from bitpolicy.policies.model_card import model_card
@@ -75,8 +75,8 @@ def export_pipeline(
         for name in components:
             own, means = of_component(choices, name, components), of_component(calibration, name, components)
             nbytes += export_denoiser(getattr(pipe, name), own, means, storage, aside / name, max_shard_size)
-        if any(choice.bias_correction for choice in choices.values()):
-            save_calibration(calibration, aside / "calibration.safetensors")
+        if not is_rounded(calibration) and any(choice.bias_correction for choice in choices.values()):
+            save_calibration(calibration, aside / "calibration.safetensors")  # rounded, it would hold the weights again
         describe_checkpoint(aside, policy, denoiser)
     return nbytes
 

@@ -17,9 +17,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.calibration import Calibration
+from bitpolicy.sensitivity.candidates import Candidate
 from bitpolicy.sensitivity.checkpointed_calls import CheckpointedCalls
 from bitpolicy.sensitivity.directions import Direction, signal_of
 from bitpolicy.sensitivity.samples import Sample
@@ -35,7 +35,7 @@ class AdjointProbe:
 
     Args:
         trajectories: the pipeline with its call arguments.
-        formats: packed formats to score.
+        candidates: packed formats to score, each with its quantizer.
         calibration: E[x] per layer, for the corrected bias.
         storage: dtype of the stored weights; errors are taken against the weight in this dtype.
         recompute_inside: also checkpoint inside the denoiser, block by block: less memory, one more forward.
@@ -44,15 +44,15 @@ class AdjointProbe:
     def __init__(
         self,
         trajectories: Trajectories,
-        formats: Sequence[Format],
+        candidates: Sequence[Candidate],
         calibration: Calibration,
         storage: torch.dtype,
         recompute_inside: bool = False,
     ) -> None:
         self._trajectories, self._recompute_inside = trajectories, recompute_inside
         self._layers = dict(quantizable_layers(trajectories.denoiser))
-        changes = WeightChanges(self._layers, formats, calibration, storage)
-        self._recorder = SketchRecorder(self._layers, changes, len(formats))
+        changes = WeightChanges(self._layers, candidates, calibration, storage)
+        self._recorder = SketchRecorder(self._layers, changes, len(candidates))
 
     def sketches(self, sample: Sample, directions: Sequence[Direction]) -> Iterator[Sketch]:
         """One sketch for each direction, all from one forward trajectory.

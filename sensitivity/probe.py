@@ -7,7 +7,7 @@ reduced result is the same to the bit.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,21 @@ import torch
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import Format
+from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.kernels.quantizers import HESSIANS, RTN
 from bitpolicy.policies.policy import Choice
 from bitpolicy.sensitivity.ablation import Measured, References, ablate
 from bitpolicy.sensitivity.adjoint import AdjointProbe
+from bitpolicy.sensitivity.candidates import Candidate, candidates
 from bitpolicy.sensitivity.cost import Cost, adjoint_forwards, stepwise_forwards
 from bitpolicy.sensitivity.directions import Direction, Random, Shared, Signal
 from bitpolicy.sensitivity.error_split import ErrorSplit
+from bitpolicy.sensitivity.hessians import Moments, measure_moments
 from bitpolicy.sensitivity.inventory import Layer
 from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.records import Piece, Records, settings_key
 from bitpolicy.sensitivity.reference import ReferencePass, reference_part
+from bitpolicy.sensitivity.rounding import needs_hessian, parts, rounded_layers
 from bitpolicy.sensitivity.samples import Sample, fingerprint
 from bitpolicy.sensitivity.sketch import Sketch, equally_long
 from bitpolicy.sensitivity.stepwise import LocalSketch, StepwiseProbe
@@ -36,6 +41,7 @@ from bitpolicy.sensitivity.workers import complete
 
 PROBES = ("adjoint", "stepwise", "ablation", "weight")
 _LARGE = 500_000_000  # parameters; from here on the denoiser is also checkpointed inside, block by block
+_HESSIAN_SAMPLES = 8
 _OUTLIER = 30.0  # times the median sketch: one that sees so much more than the others is worth a word
 
 
@@ -48,16 +54,23 @@ class ProbeSettings:
         samples: calibration trajectories.
         vectors: random directions a sample, for the adjoint and the stepwise probe.
         shared: directions common to all samples, for `ProbeRun.split`.
+        quantizers: who rounds; of several, the best by the score is kept for each layer and format.
     """
 
     probe: str
     samples: tuple[Sample, ...]
     vectors: int = 2
     shared: int = 8
+    quantizers: tuple[str, ...] = (RTN,)
 
     def __post_init__(self) -> None:
         if self.probe not in PROBES:
             raise BitPolicyError(f"unknown probe {self.probe!r}; write any of {', '.join(PROBES)}")
+        if len(self.quantizers) > 1 and self.probe in ("ablation", "weight"):
+            raise BitPolicyError(
+                f"the {self.probe} probe does not choose between quantizers; name one with --quantizer, or take "
+                "--probe adjoint"
+            )
         if not self.samples or self.vectors < 1 or self.shared < 1:
             raise BitPolicyError(
                 f"a probe needs samples and vectors; got {len(self.samples)} samples, {self.vectors} vectors, "
@@ -91,6 +104,7 @@ class ProbeRun:
     ) -> None:
         self._trajectories, self._inventory, self._storage = trajectories, inventory, storage
         self._formats = tuple(format for format in formats if format.packed)
+        self._candidates = candidates(formats, settings.quantizers)
         self._settings, self._stages = settings, stages
         self._large = sum(p.numel() for p in trajectories.denoiser.parameters()) >= _LARGE
         self._held: References | None = None
@@ -107,6 +121,7 @@ class ProbeRun:
             "call": fingerprint(self._trajectories.call),
             "samples": [sample.identity() for sample in self._settings.samples],
             "formats": [f.parameters() for f in self._formats],
+            **({"quantizers": list(self._settings.quantizers)} if self._settings.quantizers != (RTN,) else {}),
         }
 
     def reference(self) -> ReferencePass:
@@ -119,7 +134,44 @@ class ProbeRun:
                 yield name, reference_part(self._trajectories, by_name[name])
 
         with self._stages.timed("reference"):
-            return ReferencePass.merged(list(complete(self._records, list(by_name), make).values()))
+            found = ReferencePass.merged(list(complete(self._records, list(by_name), make).values()))
+        return replace(found, calibration={**found.calibration, **self._rounded()})
+
+    def _rounded(self) -> dict[str, torch.Tensor]:
+        """What every quantizer but round to nearest makes of every layer, by `rounded_key`."""
+        if self._settings.quantizers == (RTN,):
+            return {}
+        denoiser = self._trajectories.denoiser
+        by_name = {f"rounded-{i}": part for i, part in enumerate(parts(denoiser, self._settings.quantizers))}
+
+        def make(names: Sequence[str]) -> Iterator[tuple[str, Piece]]:
+            samples = self._settings.samples[:_HESSIAN_SAMPLES]
+            with self._stages.bar(sum(len(samples) + len(by_name[name]) for name in names), "rounding") as advance:
+                for name in names:
+                    moments = self._moments(by_name[name], samples, advance)
+                    part = (denoiser, by_name[name], self._candidates, self._storage, moments, advance)
+                    yield name, rounded_layers(*part)
+
+        with self._stages.timed("round"):
+            return {k: t for piece in complete(self._records, list(by_name), make).values() for k, t in piece.items()}
+
+    def _moments(
+        self, names: Sequence[str], samples: Sequence[Sample], advance: Callable[[], None]
+    ) -> dict[str, Moments]:
+        """Second moments of the inputs of those layers that quantizers want them of."""
+        layers = dict(quantizable_layers(self._trajectories.denoiser))
+        wanted = [name for name in names if needs_hessian(layers[name], self._settings.quantizers)]
+        seen = any(HESSIANS.get(q) == "trajectory" for q in self._settings.quantizers)
+        found: dict[str, Moments] = {}
+        for sample in samples:
+            try:
+                measure_moments(self._trajectories, found, wanted, sample, seen, self._large)
+            except LoopError as error:
+                self._stages.warn(f"{error}; weights are rounded by what layers are given alone")
+                seen, found = False, {}
+                measure_moments(self._trajectories, found, wanted, sample, seen, self._large)
+            advance()
+        return found
 
     def table(self, reference: ReferencePass) -> SensitivityTable:
         """The scores of every layer in every packed format.
@@ -149,16 +201,21 @@ class ProbeRun:
         names = [layer.name for layer in self._inventory]
         if probe == "adjoint":
             directions = [Random(k) for k in range(self._settings.vectors)]
-            sketches = [s for of_sample in self._sketches(reference, directions) for s in of_sample]
-            return SensitivityTable.from_sketches(names, self._formats, sketches, reference.latent_power)
+            sketches = [s for of_sample in self._sketches(reference, directions, self._candidates) for s in of_sample]
+            return SensitivityTable.from_sketches(names, self._candidates, sketches, reference.latent_power)
         if probe == "stepwise":
-            local = self._local_sketches(reference)
+            local = self._local_sketches(reference, self._candidates)
             power = float(torch.stack([s.power.sum() for s in local]).double().mean())
-            return SensitivityTable.from_sketches(names, self._formats, [s.sketch for s in local], power, "stepwise")
+            return SensitivityTable.from_sketches(names, self._candidates, [s.sketch for s in local], power, "stepwise")
         if probe == "ablation":
             return self._ablated(reference)
-        error = weight_errors(self._trajectories.denoiser, self._formats, self._storage)
-        return SensitivityTable("weight", tuple(names), self._formats, error, torch.ones_like(error, dtype=torch.bool))
+        error = weight_errors(self._trajectories.denoiser, self._candidates, self._storage, reference.calibration)
+        corrected = torch.ones_like(error, dtype=torch.bool)
+        return SensitivityTable("weight", tuple(names), self._formats, error, corrected, **self._one_quantizer())
+
+    def _one_quantizer(self) -> dict[str, Any]:
+        """Of a table whose probe tries one quantizer."""
+        return {"quantizers": self._settings.quantizers}
 
     def _cost(self, probe: str, reference: ReferencePass, measured: int) -> Cost:
         samples, vectors = len(self._settings.samples), self._settings.vectors
@@ -172,10 +229,12 @@ class ProbeRun:
         }[probe]
         return Cost(once, of_probe, measured * once, once * len(self._inventory) * len(self._formats))
 
-    def _sketches(self, reference: ReferencePass, directions: Sequence[Direction]) -> list[list[Sketch]]:
+    def _sketches(
+        self, reference: ReferencePass, directions: Sequence[Direction], wanted: Sequence[Candidate]
+    ) -> list[list[Sketch]]:
         """The sketches of each sample in turn, one for each direction."""
         samples = self._settings.samples
-        probe = AdjointProbe(self._trajectories, self._formats, reference.calibration, self._storage, self._large)
+        probe = AdjointProbe(self._trajectories, wanted, reference.calibration, self._storage, self._large)
         work = {f"sketch-{i}-{d.name}": (i, d) for i, d in itertools.product(range(len(samples)), directions)}
 
         def make(names: Sequence[str]) -> Iterator[tuple[str, Piece]]:
@@ -192,10 +251,10 @@ class ProbeRun:
         found = equally_long([Sketch(piece["weight"], piece["bias"], float(piece["along"])) for piece in pieces])
         return [found[k : k + len(directions)] for k in range(0, len(found), len(directions))]
 
-    def _local_sketches(self, reference: ReferencePass) -> list[LocalSketch]:
+    def _local_sketches(self, reference: ReferencePass, wanted: Sequence[Candidate]) -> list[LocalSketch]:
         """Every stepwise sketch, in sample order."""
         samples, vectors = self._settings.samples, range(self._settings.vectors)
-        probe = StepwiseProbe(self._trajectories, self._formats, reference.calibration, self._storage)
+        probe = StepwiseProbe(self._trajectories, wanted, reference.calibration, self._storage)
         work = {f"local-{i}-{k}": (i, k) for i, k in itertools.product(range(len(samples)), vectors)}
 
         def make(names: Sequence[str]) -> Iterator[tuple[str, Piece]]:
@@ -220,9 +279,10 @@ class ProbeRun:
             raise BitPolicyError("a bias is what samples have in common: give --samples 2 or more")
         with self._stages.timed("split"):
             directions: list[Direction] = [Shared(k) for k in range(self._settings.shared)]
-            found = self._sketches(reference, [*directions, Signal()])
+            wanted = candidates(self._formats, self._settings.quantizers[:1])
+            found = self._sketches(reference, [*directions, Signal()], wanted)
             shared, signal = [of_sample[:-1] for of_sample in found], [of_sample[-1] for of_sample in found]
-            return ErrorSplit.of(shared, signal, self._local_sketches(reference), reference.latent_power)
+            return ErrorSplit.of(shared, signal, self._local_sketches(reference, wanted), reference.latent_power)
 
     def measure(
         self, policies: Mapping[str, Mapping[str, Choice]], reference: ReferencePass, label: str, images: bool = False
@@ -263,10 +323,21 @@ class ProbeRun:
         names = tuple(layer.name for layer in self._inventory)
         shape = (len(names), len(self._formats))
         biases = [
-            SensitivityTable("ablation", names, self._formats, torch.zeros(shape), torch.full(shape, corrected))
+            SensitivityTable(
+                "ablation",
+                names,
+                self._formats,
+                torch.zeros(shape),
+                torch.full(shape, corrected),
+                **self._one_quantizer(),
+            )
             for corrected in (False, True)
         ]
-        places = list(itertools.product(range(shape[0]), range(shape[1])))
+        places = [
+            (i, j)
+            for i, j in itertools.product(range(shape[0]), range(shape[1]))
+            if self._formats[j].fits(self._inventory[i].shape)
+        ]
         both = [layer.has_bias and layer.name in reference.calibration for layer in self._inventory]
         work = {
             alone_name(table, *place): {names[place[0]]: _choice(table, *place)}
@@ -279,7 +350,8 @@ class ProbeRun:
             plain = found[alone_name(biases[0], *place)]
             fixed = found.get(alone_name(biases[1], *place), plain)
             power[:, *place] = torch.stack([plain.power.mean(), fixed.power.mean()]) / reference.latent_power
-        return SensitivityTable("ablation", names, self._formats, power.amin(0), power[1] <= power[0])
+        least, corrected = power.amin(0), power[1] <= power[0]
+        return SensitivityTable("ablation", names, self._formats, least, corrected, **self._one_quantizer())
 
     def _references(self, images: bool) -> References:
         if self._held is None or images != (self._held.images is not None):
@@ -307,4 +379,6 @@ def _choice(table: SensitivityTable, layer: int, column: int) -> Choice:
 def alone_name(table: SensitivityTable, layer: int, column: int) -> str:
     """What the record of one quantized layer is called."""
     choice = _choice(table, layer, column)
-    return f"ablation-{table.layers[layer]}-{choice.format.name}-{'corrected' if choice.bias_correction else 'plain'}"
+    bias = "corrected" if choice.bias_correction else "plain"
+    rounded = "" if choice.quantizer == RTN else f"-{choice.quantizer}"
+    return f"ablation-{table.layers[layer]}-{choice.format.name}-{bias}{rounded}"

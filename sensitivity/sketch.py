@@ -21,7 +21,7 @@ class Sketch:
     """One backward pass: how a direction sees every layer's error.
 
     Attributes:
-        weight: <G_W, dW>, float32, shape (steps, layers, formats), by scheduler step.
+        weight: <G_W, dW>, float32, shape (steps, layers, candidates), by scheduler step.
         bias: <G_b, db> of the corrected bias, same shape; zero for a layer without a bias.
         along: <v, x_0> / |x_0|, how much of the direction is the signal's.
     """
@@ -31,7 +31,7 @@ class Sketch:
     along: float = 0.0
 
     def stacked(self) -> torch.Tensor:
-        """(2, steps, layers, formats): with the bias as it was, and corrected."""
+        """(2, steps, layers, candidates): with the bias as it was, and corrected."""
         return torch.stack([self.weight, self.weight + self.bias])
 
 
@@ -53,8 +53,8 @@ class SketchRecorder:
         reached: steps at which a gradient arrived.
     """
 
-    def __init__(self, layers: Mapping[str, Quantizable], changes: WeightChanges, formats: int) -> None:
-        self._layers, self._changes, self._formats = layers, changes, formats
+    def __init__(self, layers: Mapping[str, Quantizable], changes: WeightChanges, candidates: int) -> None:
+        self._layers, self._changes, self._candidates = layers, changes, candidates
         self.step = 0
         self.reached: set[int] = set()
         self._weight = self._bias = torch.empty(0)
@@ -62,7 +62,7 @@ class SketchRecorder:
     @contextmanager
     def recording(self, steps: int, device: torch.device) -> Iterator[None]:
         """While the block runs, gradients that are complete go into a new sketch."""
-        self._weight = torch.zeros(steps, len(self._layers), self._formats, device=device)
+        self._weight = torch.zeros(steps, len(self._layers), self._candidates, device=device)
         self._bias = torch.zeros_like(self._weight)
         self.reached = set()
         handles = list(self._hooks())

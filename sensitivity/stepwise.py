@@ -21,9 +21,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.calibration import Calibration
+from bitpolicy.sensitivity.candidates import Candidate
 from bitpolicy.sensitivity.checkpointed_calls import replaced_forward
 from bitpolicy.sensitivity.directions import stream
 from bitpolicy.sensitivity.samples import Sample
@@ -49,12 +49,16 @@ class StepwiseProbe:
     """Local sketches of one pipeline. Arguments as of `AdjointProbe`."""
 
     def __init__(
-        self, trajectories: Trajectories, formats: Sequence[Format], calibration: Calibration, storage: torch.dtype
+        self,
+        trajectories: Trajectories,
+        candidates: Sequence[Candidate],
+        calibration: Calibration,
+        storage: torch.dtype,
     ) -> None:
         self._trajectories = trajectories
         self._layers = dict(quantizable_layers(trajectories.denoiser))
-        changes = WeightChanges(self._layers, formats, calibration, storage)
-        self._recorder = SketchRecorder(self._layers, changes, len(formats))
+        changes = WeightChanges(self._layers, candidates, calibration, storage)
+        self._recorder = SketchRecorder(self._layers, changes, len(candidates))
 
     def sketches(self, sample: Sample, vectors: Sequence[int]) -> Iterator[LocalSketch]:
         """One local sketch for each random stream, one trajectory each."""

@@ -20,16 +20,18 @@ from safetensors.torch import save_file
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.quantizers import RTN
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.atomic import write_text, written_aside
 from bitpolicy.policies.policy import Choice
+from bitpolicy.sensitivity.candidates import Candidate
 from bitpolicy.sensitivity.cost import Cost
 from bitpolicy.sensitivity.inventory import Layer
 from bitpolicy.sensitivity.sketch import Sketch
 
 NO_IMAGE_ERROR = ("stepwise", "weight")  # probes whose numbers rank layers, and are no error of the image
 FIRST_ORDER = 1e-3  # relative error of the final latent up to which a prediction is trusted
-_TENSORS = ("error", "corrected", "sketches", "by_step", "measured")
+_TENSORS = ("error", "corrected", "sketches", "by_step", "measured", "quantizer")
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ class SensitivityTable:
             None like sketches. Steps may add up or cancel, so their sum is not `error`.
         measured: where `error` was re-measured by ablation, bool, shape (L, F); None where nothing was.
         cost: what all this cost; None where it was not counted.
+        quantizers: who rounded; the first wherever `quantizer` does not say.
+        quantizer: index of the one that gave `error`, uint8, shape (L, F); None where there was one.
     """
 
     probe: str
@@ -110,31 +114,40 @@ class SensitivityTable:
     by_step: torch.Tensor | None = None
     measured: torch.Tensor | None = None
     cost: Cost | None = None
+    quantizers: tuple[str, ...] = (RTN,)
+    quantizer: torch.Tensor | None = None
 
     @classmethod
     def from_sketches(
         cls,
         layers: Sequence[str],
-        formats: Sequence[Format],
+        candidates: Sequence[Candidate],
         sketches: Sequence[Sketch],
         latent_power: float,
         probe: str = "adjoint",
     ) -> SensitivityTable:
-        """Reduce sketches of the adjoint probe; `latent_power` is E|x_0|^2. Of the stepwise probe likewise, with the
-        power of the denoiser's outputs."""
+        """Reduce sketches of the adjoint probe, whose candidates come format by format; `latent_power` is E|x_0|^2. Of
+        the stepwise probe likewise, with the power of the denoiser's outputs."""
         plain = torch.stack([s.weight for s in sketches]) / latent_power**0.5
         fixed = plain + torch.stack([s.bias for s in sketches]) / latent_power**0.5
         power = [part.sum(1).double().square().mean(0) for part in (plain, fixed)]
         corrected = power[1] <= power[0]  # equal where there is no bias: nothing to do either way
-        by_step = torch.where(corrected, fixed, plain)
+        of_candidate = torch.where(corrected, power[1], power[0])
+        formats = list(dict.fromkeys(candidate.format for candidate in candidates))
+        quantizers = list(dict.fromkeys(candidate.quantizer for candidate in candidates))
+        best = of_candidate.unflatten(1, (len(formats), len(quantizers))).argmin(2)  # the first of equals
+        column = best + torch.arange(len(formats)) * len(quantizers)
+        by_step = torch.where(corrected, fixed, plain).gather(3, column.expand(*plain.shape[:2], *column.shape))
         return cls(
             probe,
             tuple(layers),
             tuple(formats),
-            torch.where(corrected, power[1], power[0]),
-            corrected,
+            of_candidate.gather(1, column),
+            corrected.gather(1, column),
             by_step.sum(1),
             by_step.square().mean(0),
+            quantizers=tuple(quantizers),
+            quantizer=best.to(torch.uint8) if len(quantizers) > 1 else None,
         )
 
     def remeasured(self, errors: Mapping[tuple[int, int], float]) -> SensitivityTable:
@@ -175,7 +188,9 @@ class SensitivityTable:
         """The format together with the bias that scored better with it."""
         if not format.packed:
             return Choice(format)
-        return Choice(format, bool(self.corrected[layer, self.formats.index(format)]))
+        column = self.formats.index(format)
+        index = 0 if self.quantizer is None else int(self.quantizer[layer, column])
+        return Choice(format, bool(self.corrected[layer, column]), self.quantizers[index])
 
     def score(self, layer: int, format: Format) -> float:
         """The error of one layer in `format`; zero for FP16."""
@@ -210,6 +225,7 @@ class SensitivityTable:
             "layers": self.layers,
             "formats": [f.name for f in self.formats],
             "cost": None if self.cost is None else asdict(self.cost),
+            "quantizers": self.quantizers,
             "model": ModelContext(inventory, account, model).as_json(),
         }
         with written_aside(folder / "sensitivity.safetensors") as aside:
@@ -230,7 +246,8 @@ class SensitivityTable:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             formats = tuple(format_named(name) for name in about["formats"])
             cost = Cost(**about["cost"]) if about.get("cost") else None
-            return cls(about["probe"], tuple(about["layers"]), formats, **tensors, cost=cost)
+            quantizers = tuple(about.get("quantizers", (RTN,)))
+            return cls(about["probe"], tuple(about["layers"]), formats, **tensors, cost=cost, quantizers=quantizers)
         except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise BitPolicyError(
                 f"cannot read sensitivity table {path}: {error}; run `bitpolicy probe` again"
@@ -239,9 +256,7 @@ class SensitivityTable:
     def _csv(self, inventory: Sequence[Layer], account: ByteAccount) -> str:
         text = io.StringIO()
         rows = csv.writer(text, lineterminator="\n")
-        rows.writerow(
-            ["layer", "role", "stage", "kind", "shape", "format", "bytes", "error", "bias_corrected", "source"]
-        )
+        rows.writerow("layer role stage kind shape format bytes error bias_corrected quantizer source".split())
         for i, layer in enumerate(inventory):
             for j, format in enumerate(self.formats):
                 shape = "x".join(map(str, layer.shape))
@@ -250,6 +265,7 @@ class SensitivityTable:
                     account.layer(layer.name, format),
                     f"{float(self.error[i, j]):.6e}",
                     bool(self.corrected[i, j]),
+                    self.choice(i, format).quantizer,
                     self.source(i, j),
                 ]
                 rows.writerow(row)

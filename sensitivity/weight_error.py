@@ -7,16 +7,28 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.policies.apply import stored_weight
+from bitpolicy.policies.calibration import Calibration
+from bitpolicy.policies.policy import Choice
+from bitpolicy.sensitivity.candidates import Candidate
 
 
-def weight_errors(denoiser: nn.Module, formats: Sequence[Format], storage: torch.dtype) -> torch.Tensor:
-    """Relative weight error, float64, shape (layers, formats)."""
-    rows = []
-    for _, layer in quantizable_layers(denoiser):
+def weight_errors(
+    denoiser: nn.Module, candidates: Sequence[Candidate], storage: torch.dtype, calibration: Calibration
+) -> torch.Tensor:
+    """Relative weight error, float64, shape (layers, candidates); zero where a format does not fit.
+
+    Args:
+        calibration: what was rounded for the candidates.
+    """
+    found = torch.zeros(sum(1 for _ in quantizable_layers(denoiser)), len(candidates), dtype=torch.float64)
+    for i, (name, layer) in enumerate(quantizable_layers(denoiser)):
         weight = layer.weight.detach().to(storage)
         power = weight.double().square().sum().clamp(min=torch.finfo(torch.float64).tiny)
-        stored = [f.dequantize(f.quantize(weight), weight.shape, torch.float32) for f in formats]
-        rows.append(torch.stack([(w.double() - weight.double()).square().sum() / power for w in stored]))
-    return torch.stack(rows).cpu()
+        for j, candidate in enumerate(candidates):
+            if candidate.format.fits(weight.shape):
+                stored = stored_weight(name, weight, Choice(candidate.format, False, candidate.quantizer), calibration)
+                back = candidate.format.dequantize(stored, weight.shape, torch.float32)
+                found[i, j] = (back.double() - weight.double()).square().sum() / power
+    return found
