@@ -12,7 +12,9 @@ from diffusers import DiffusionPipeline
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import DEFAULT, parse_formats
+from bitpolicy.kernels.quantizers import HESSIANS
 from bitpolicy.loading import open_pipeline, source_of, stored_dtype
+from bitpolicy.plan import make_plan
 from bitpolicy.policies.calibration import load_calibration
 from bitpolicy.policies.checkpoint import export_pipeline
 from bitpolicy.policies.policy import Policy
@@ -21,7 +23,7 @@ from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.samples import Request
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.settings import Settings
-from bitpolicy.workflow import SearchRun, make_plan
+from bitpolicy.workflow import SearchRun
 
 
 def probe(
@@ -115,7 +117,9 @@ def search(
         folder = Path(output_dir or temporary)
         folder.mkdir(parents=True, exist_ok=True)
         run = SearchRun(settings, plan, folder, Stages(quiet))
-        return run.decide().with_calibration(run.calibration)
+        policy = run.decide()
+        assert policy is not None  # only a run without a budget and a target has none
+        return policy.with_calibration(run.calibration)
 
 
 def export(
@@ -155,7 +159,7 @@ def export(
             if not isinstance(policy, Policy)
             else Path("calibration.safetensors")
         )
-        calibration = load_calibration(beside, recorded) if _corrects(given, source.denoiser) else {}
+        calibration = load_calibration(beside, recorded) if _needs_calibration(given, source.denoiser) else {}
     return export_pipeline(
         pipe, source.component, given, calibration, Path(output_dir), component_dtype=component_dtype
     )
@@ -177,7 +181,6 @@ def load_pipeline(
     return pipe.to(device) if device is not None else pipe
 
 
-def _corrects(policy: Policy, denoiser: torch.nn.Module) -> bool:
-    return any(
-        choice.bias_correction for choice in policy.resolve(layer.name for layer in inventory(denoiser)).values()
-    )
+def _needs_calibration(policy: Policy, denoiser: torch.nn.Module) -> bool:
+    choices = policy.resolve(layer.name for layer in inventory(denoiser)).values()
+    return any(choice.bias_correction or choice.quantizer in HESSIANS for choice in choices)

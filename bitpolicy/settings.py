@@ -19,6 +19,7 @@ _OURS: tuple[str, ...] = (
     "calibration.safetensors",
     "sensitivity.safetensors",
     "sensitivity.csv",
+    "frontier",
 )
 _COUNTS = ("calibration_samples", "vectors", "shared", "search_samples", "confirm_samples", "held_out_samples")
 _OURS += ("study.journal", "compare.png", "checkpoint", "work", "report.html")
@@ -29,7 +30,7 @@ class Settings:
     """One search. Two runs with equal settings give the same policy.
 
     Attributes:
-        budget: as written, e.g. "5MB".
+        budget: as written, e.g. "5MB"; None where a quality is asked for, or the whole curve.
         model: hub id or folder; None is the bundled pipeline.
         component: the denoiser; None finds it.
         formats: names of the candidate formats.
@@ -44,10 +45,20 @@ class Settings:
         storage: Optuna storage URL; None is a journal file in the output folder.
         remeasure: how many estimates too large for first order are at most measured by ablation.
         remeasure_close: the same for estimates that close choices hang on.
+        quantizer: who rounds weights, or "auto"; see `bitpolicy.kernels.quantizers`.
+        target_psnr, target_lpips: a quality to reach with as few bytes as possible, instead of a budget.
+        frontier: policies of the curve of bytes against error to write; 0 is none.
+        keep: GLOB=FORMAT, formats that layers keep.
+        share_qkv: whether query, key and value projections of an attention share a format.
+        scope: what the budget covers: "weights", "pipeline" or "peak".
+        height, width, batch_size: of the call whose peak is meant.
+        sampler, space: of the study; see `bitpolicy.search.samplers`.
+        timeout: seconds after which no trial is begun.
+        features: file or folder of the networks that measure quality.
         calibration_samples, vectors, shared, search_samples, confirm_samples, held_out_samples: sizes of the parts.
     """
 
-    budget: str
+    budget: str | None
     model: str | None = None
     component: str | None = None
     formats: tuple[str, ...] = ("int4", "int8", "fp16")
@@ -67,11 +78,32 @@ class Settings:
     shared: int = 8
     remeasure: int = 8
     remeasure_close: int = 0
+    quantizer: str = "rtn"
+    target_psnr: float | None = None
+    target_lpips: float | None = None
+    frontier: int = 0
+    keep: tuple[str, ...] = ()
+    share_qkv: bool = False
+    scope: str = "weights"
+    height: int | None = None
+    width: int | None = None
+    batch_size: int = 1
+    sampler: str = "tpe"
+    space: str = "group"
+    timeout: float | None = None
+    features: str | None = None
     search_samples: int = 16
     confirm_samples: int = 16
     held_out_samples: int = 16
 
     def __post_init__(self) -> None:
+        aims = [name for name in ("budget", "target_psnr", "target_lpips") if getattr(self, name) is not None]
+        if len(aims) > 1 or not (aims or self.frontier):
+            found = " and ".join(f"--{name.replace('_', '-')}" for name in aims) or "nothing"
+            raise BitPolicyError(
+                f"asked for {found}; give one of --budget SIZE, --target-psnr DB, --target-lpips DISTANCE, "
+                "or --frontier"
+            )
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise BitPolicyError(f"{name} is {getattr(self, name)}; it has to be at least 1")

@@ -16,18 +16,37 @@ class Confirmed:
 
     Attributes:
         choices: layer name -> choice.
-        error: mean squared image error of each finalist, in the order given.
+        error: mean squared image error of each finalist on the fresh seeds, in the order given: as the study ranks
+            them.
+        won: place of `choices` among the finalists.
     """
 
     choices: Mapping[str, Choice]
     error: tuple[float, ...]
+    won: int = 0
+
+    @property
+    def held(self) -> bool:
+        """Whether the study's best is the best on fresh seeds, too."""
+        return self.won == 0
+
+    @property
+    def leader_rank(self) -> int:
+        """Place of the study's best on fresh seeds, from 1."""
+        return 1 + sum(error < self.error[0] for error in self.error)
 
 
 def confirm(
     finalists: Iterable[Mapping[str, Choice]], generations: Generations, samples: Sequence[Sample]
 ) -> Confirmed:
-    """Score every finalist on `samples` and keep the best; the earlier one where two are equal."""
+    """Score every finalist on `samples` and keep the best; the earlier one where two are equal.
+
+    Args:
+        finalists: the study's best first.
+        generations: what scores them.
+        samples: fresh ones.
+    """
     listed = list(finalists)
     scores = [sum(generations.errors(choices, samples)) / len(samples) for choices in listed]
     won = min(range(len(listed)), key=lambda i: scores[i])
-    return Confirmed(listed[won], tuple(scores))
+    return Confirmed(listed[won], tuple(scores), won)

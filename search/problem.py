@@ -15,6 +15,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import Format
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.policy import Choice
+from bitpolicy.search.frontier import frontier, smallest
 from bitpolicy.search.knapsack import Solution, solve
 from bitpolicy.sensitivity.inventory import Layer
 from bitpolicy.sensitivity.table import SensitivityTable
@@ -32,6 +33,7 @@ class Problem:
         budget: tensor bytes the whole denoiser may have.
         pinned: layer name -> the one format it may have.
         tied: groups of layer names that share a format; a layer is in at most one.
+        barred: (layer name, format) that may not be chosen.
     """
 
     inventory: Sequence[Layer]
@@ -41,6 +43,7 @@ class Problem:
     budget: int
     pinned: Mapping[str, Format] = field(default_factory=dict)
     tied: Sequence[Sequence[str]] = ()
+    barred: frozenset[tuple[str, Format]] = frozenset()
 
     def __post_init__(self) -> None:
         missing = {name: f.name for name, f in self.pinned.items() if f not in self.formats}
@@ -61,10 +64,36 @@ class Problem:
         error = self.errors()
         if multipliers:
             error *= np.array([multipliers.get(layer.group, 1.0) for layer in self.inventory])[:, None]
-        rows = self.rows()
-        merged = [np.stack([matrix[row].sum(0) for row in rows]) for matrix in (error, self.sizes())]
+        errors, sizes = self.merged(error), self.merged(self.sizes())
         limit = self.budget if budget is None else budget
-        return self.spread(solve(*merged, limit - self.account.fixed))
+        return self.spread(solve(errors, sizes, limit - self.account.fixed))
+
+    def frontier(self, budgets: Sequence[int]) -> list[Solution]:
+        """The exact solution for each number of tensor bytes of the whole denoiser.
+
+        Raises:
+            BudgetError: one is below the smallest policy.
+        """
+        limits = [budget - self.account.fixed for budget in budgets]
+        return [self.spread(found) for found in frontier(self.merged(self.errors()), self.merged(self.sizes()), limits)]
+
+    def smallest_within(self, error: float) -> Solution:
+        """The fewest bytes whose predicted error is at most `error`.
+
+        Raises:
+            BudgetError: no policy is as accurate.
+        """
+        return self.spread(smallest(self.merged(self.errors()), self.merged(self.sizes()), error))
+
+    @property
+    def smallest(self) -> int:
+        """Tensor bytes of the smallest policy that is allowed."""
+        sizes = self.merged(np.where(self.allowed(), self.sizes(), np.inf))
+        return self.account.fixed + int(sizes.min(axis=1).sum())
+
+    def merged(self, values: np.ndarray) -> np.ndarray:
+        """Sums over the layers that share a format: (L, F) -> (rows, F)."""
+        return np.stack([values[row].sum(0) for row in self.rows()])
 
     def rows(self) -> list[list[int]]:
         """The layers' indices, those that share a format together."""
@@ -83,11 +112,15 @@ class Problem:
     def errors(self) -> np.ndarray:
         """Scores, float64, shape (L, F); infinite where a format may not be chosen."""
         error = np.array([[self.table.score(i, f) for f in self.formats] for i in range(len(self.inventory))])
-        for i, layer in enumerate(self.inventory):
-            pin = self.pinned.get(layer.name)
-            barred = [not f.fits(layer.shape) or (pin is not None and f != pin) for f in self.formats]
-            error[i, barred] = np.inf
-        return error
+        return np.where(self.allowed(), error, np.inf)
+
+    def allowed(self) -> np.ndarray:
+        """Whether a layer may have a format, bool, shape (L, F)."""
+        return np.array([[self._allows(layer, format) for format in self.formats] for layer in self.inventory])
+
+    def _allows(self, layer: Layer, format: Format) -> bool:
+        pin = self.pinned.get(layer.name, format)
+        return format == pin and format.fits(layer.shape) and (layer.name, format) not in self.barred
 
     def sizes(self) -> np.ndarray:
         """Bytes, int64, shape (L, F)."""

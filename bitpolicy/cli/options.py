@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats import DEFAULT
+from bitpolicy.kernels.formats import DEFAULT, WRITE
 
 MODEL = "Model"
 CALL = "Pipeline call"
@@ -45,7 +45,15 @@ Offload = Annotated[
         "--offload", help="Keep weights in main memory, for a model larger than the GPU.", rich_help_panel=MODEL
     ),
 ]
-Formats = Annotated[str, typer.Option(help="Candidates: int4, int4-g32, int4-g128, int8, fp16.", rich_help_panel=RUN)]
+Formats = Annotated[str, typer.Option(help=f"Candidates: {WRITE}.", rich_help_panel=RUN)]
+Quantizer = Annotated[
+    str,
+    typer.Option(
+        help="Who rounds: rtn (to nearest), mse, hqq, gptq, gptq-trajectory, or auto: all are tried, and each layer "
+        "keeps the one that harms the finished image least.",
+        rich_help_panel=RUN,
+    ),
+]
 Prompts = Annotated[
     Path | None, typer.Option(help="Text file, one prompt a line. Default: a built-in list.", rich_help_panel=CALL)
 ]

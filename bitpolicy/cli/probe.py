@@ -27,6 +27,7 @@ from bitpolicy.cli.options import (
     Offload,
     Probe,
     Prompts,
+    Quantizer,
     Quiet,
     Remeasure,
     Revision,
@@ -36,10 +37,10 @@ from bitpolicy.cli.options import (
 )
 from bitpolicy.cli.settings import settings_of
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.plan import make_plan
 from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.workers import is_main, launched
-from bitpolicy.workflow import make_plan
 
 OutputDir = Annotated[
     Path,
@@ -78,6 +79,7 @@ def probe(
     check_policies: CheckPolicies = 100,
     seed: Seed = 0,
     probe: Probe = "adjoint",
+    quantizer: Quantizer = "rtn",
     dtype: Dtype = "auto",
     device: Device = "auto",
     offload: Offload = False,

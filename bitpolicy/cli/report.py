@@ -22,10 +22,15 @@ def print_json(result: Mapping[str, Any]) -> None:
 def print_result(result: Mapping[str, Any]) -> None:
     """The closing tables of a search."""
     console = Console()
+    folder = result["output_dir"]
+    if result.get("frontier"):
+        console.print(_curve(result["frontier"], result["reference_bytes"]))
+        console.print(f"{folder}/frontier has the policies, frontier.csv and frontier.png", soft_wrap=True)
+    if "policy_bytes" not in result:
+        return
     console.print(_bytes_and_quality(result))
     if result.get("roles"):
         console.print(_layers(result["roles"], list(result["layers"])))
-    folder = result["output_dir"]
     console.print(
         f"{folder}/compare.png shows both, {folder}/policy.yaml has every choice, {folder}/checkpoint loads with",
         soft_wrap=True,
@@ -33,6 +38,14 @@ def print_result(result: Mapping[str, Any]) -> None:
     console.print(
         f'  import bitpolicy; pipe = bitpolicy.load_pipeline("{folder}/checkpoint")', soft_wrap=True, highlight=False
     )
+
+
+def _curve(points: list[list[Any]], reference: int) -> Table:
+    table = Table("bytes", "of FP16", "predicted error", "PSNR", title="frontier", title_justify="left")
+    for nbytes, error, psnr in points:
+        predicted = "" if error is None else f"{error:.3g}"
+        table.add_row(f"{nbytes:,}", f"{nbytes / reference:.1%}", predicted, "" if psnr is None else f"{psnr:.2f} dB")
+    return table
 
 
 def _bytes_and_quality(result: Mapping[str, Any]) -> Table:
@@ -50,11 +63,19 @@ def _bytes_and_quality(result: Mapping[str, Any]) -> Table:
         ("layers", ", ".join(f"{count} {name}" for name, count in result["layers"].items())),
         ("predicted latent error", "not predicted" if error is None else f"{error:.3g} (relative power)"),
         ("held-out PSNR", f"{quality} over {psnr['n']} images{same_images}"),
+        *((name, _one_line(found)) for name, found in result.get("quality", {}).items()),
         ("seconds", ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in result["seconds"].items())),
     ]
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _one_line(found: Mapping[str, Any]) -> str:
+    """One measure of quality."""
+    if "to_reference" in found:
+        return f"{found['to_reference']:.4g} to the reference's images"
+    return f"mean {found['mean']:.4g}, worst {found['worst']:.4g}"
 
 
 def _layers(roles: Mapping[str, Mapping[str, int]], formats: list[str]) -> Table:

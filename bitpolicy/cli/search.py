@@ -23,6 +23,7 @@ from bitpolicy.cli.options import (
     Offload,
     Probe,
     Prompts,
+    Quantizer,
     Quiet,
     Remeasure,
     Revision,
@@ -32,31 +33,102 @@ from bitpolicy.cli.options import (
 )
 from bitpolicy.cli.report import print_json, print_result
 from bitpolicy.cli.settings import settings_of
+from bitpolicy.plan import Plan, make_plan
 from bitpolicy.search.budget import readable
+from bitpolicy.search.samplers import require_sampler
 from bitpolicy.search.study import open_storage
 from bitpolicy.sensitivity.progress import Stages
-from bitpolicy.settings import OutputFolder
-from bitpolicy.workflow import Plan, make_plan, run_search
+from bitpolicy.settings import OutputFolder, Settings
+from bitpolicy.workflow import run_search
+
+AIM = "What to ask for"
+STUDY = "Study"
 
 Budget = Annotated[
+    str | None,
+    typer.Option(
+        help="Bytes for the denoiser: 3GB, 3GiB, 700MB, 45% of FP16, 4.5bit a parameter.", rich_help_panel=AIM
+    ),
+]
+TargetPsnr = Annotated[
+    float | None,
+    typer.Option(help="Instead of a budget: as few bytes as this PSNR against FP16 takes, in dB.", rich_help_panel=AIM),
+]
+TargetLpips = Annotated[
+    float | None,
+    typer.Option(
+        help="Instead of a budget: as few bytes as this LPIPS distance takes (for the bundled pipeline that of its own "
+        "small network, lpips-emoji).",
+        rich_help_panel=AIM,
+    ),
+]
+Frontier = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        max=200,
+        metavar="N",
+        help="Write the whole curve, too: N policies from the smallest to FP16, a table and a plot, in frontier/.",
+        rich_help_panel=AIM,
+    ),
+]
+Scope = Annotated[
     str,
     typer.Option(
-        help="Bytes for the denoiser: 3GB, 3GiB, 700MB, 45% of FP16, 4.5bit a parameter.", rich_help_panel=RUN
+        help="What the budget covers: weights (of the denoiser), pipeline (text encoders and VAE, too), peak (all that "
+        "one pipeline call holds at once, activations included).",
+        rich_help_panel=AIM,
     ),
+]
+Height = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Of the image, in pixels, with --scope peak.", rich_help_panel=AIM
+    ),
+]
+Width = Annotated[int | None, typer.Option(min=1, help="The same.", rich_help_panel=AIM)]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images a call, with --scope peak.", rich_help_panel=AIM)]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="GLOB=FORMAT",
+        help="Layers that keep a format, e.g. --keep '*time_embedding*=fp16'. May be repeated; later ones win.",
+        rich_help_panel=AIM,
+    ),
+]
+ShareQkv = Annotated[
+    bool,
+    typer.Option("--share-qkv", help="Query, key and value of an attention share a format.", rich_help_panel=AIM),
 ]
 OutputDir = Annotated[
     Path,
     typer.Option(help="Gets policy.yaml, checkpoint/, compare.png, sensitivity table, study.", rich_help_panel=RUN),
 ]
 Trials = Annotated[
-    int, typer.Option(min=0, help="Optuna trials on real generations; 0 keeps the exact solution.", rich_help_panel=RUN)
+    int,
+    typer.Option(min=0, help="Optuna trials on real generations; 0 keeps the exact solution.", rich_help_panel=STUDY),
+]
+Sampler = Annotated[
+    str, typer.Option(help="tpe, gp, cmaes (pip install 'bitpolicy[cmaes]'), nsga2 or random.", rich_help_panel=STUDY)
+]
+Space = Annotated[
+    str,
+    typer.Option(
+        help="What a trial bends: group (of a role and stage) or layer.", rich_help_panel=STUDY
+    ),
+]
+Timeout = Annotated[
+    float | None, typer.Option(min=0, help="Seconds after which no trial is begun.", rich_help_panel=STUDY)
+]
+Features = Annotated[
+    Path | None, typer.Option(help="File or folder of the networks that measure quality.", rich_help_panel=RUN)
 ]
 RemeasureClose = Annotated[
     int, typer.Option(min=0, help="The same for scores that close choices hang on.", rich_help_panel=RUN)
 ]
 Storage = Annotated[
     str | None,
-    typer.Option(help="Optuna storage URL. Default: a journal file in the output folder.", rich_help_panel=RUN),
+    typer.Option(help="Optuna storage URL, for several workers. Default: a journal file.", rich_help_panel=STUDY),
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace what the output folder holds.", rich_help_panel=RUN)
@@ -70,7 +142,16 @@ DryRun = Annotated[
 
 
 def search(
-    budget: Budget,
+    budget: Budget = None,
+    target_psnr: TargetPsnr = None,
+    target_lpips: TargetLpips = None,
+    frontier: Frontier = 0,
+    scope: Scope = "weights",
+    height: Height = None,
+    width: Width = None,
+    batch_size: BatchSize = 1,
+    keep: Keep = None,
+    share_qkv: ShareQkv = False,
     model: Model = None,
     component: Component = None,
     output_dir: OutputDir = Path("bitpolicy-out"),
@@ -81,7 +162,11 @@ def search(
     call: Call = None,
     seed: Seed = 0,
     trials: Trials = 24,
+    sampler: Sampler = "tpe",
+    space: Space = "group",
+    timeout: Timeout = None,
     probe: Probe = "adjoint",
+    quantizer: Quantizer = "rtn",
     remeasure: Remeasure = 8,
     remeasure_close: RemeasureClose = 0,
     dtype: Dtype = "auto",
@@ -90,6 +175,7 @@ def search(
     revision: Revision = None,
     variant: Variant = None,
     storage: Storage = None,
+    features: Features = None,
     overwrite: Overwrite = False,
     resume: Resume = True,
     dry_run: DryRun = False,
@@ -102,9 +188,16 @@ def search(
     Scores every layer by what quantizing it does to the finished image, gives each INT4, INT8 or FP16 so that the whole
     fits --budget, checks the choice on real generations, and writes policy.yaml and a checkpoint that diffusers loads.
 
-    Example: search-policy --budget 5MB --output-dir out
+    Examples:
+
+    search-policy --budget 5MB --output-dir out
+
+    search-policy --target-psnr 45 --formats all --quantizer auto --output-dir small
+
+    search-policy --frontier 20 --trials 0 --output-dir curve
     """
     settings = settings_of(locals())
+    require_sampler(sampler)
     stages = Stages(quiet or as_json)
     if dry_run:
         _print_plan(make_plan(settings))
@@ -116,7 +209,7 @@ def search(
         if storage is not None:
             open_storage(storage)  # a storage that cannot be opened is said before the folder is claimed
         output = OutputFolder(output_dir, settings, overwrite=overwrite, resume=resume)
-        _say_notices(plan)
+        _say_notices(settings, plan)
         run_search(settings, plan, output, stages)
         held = output.finished()
     elif not quiet:
@@ -127,12 +220,11 @@ def search(
     (print_json if as_json else print_result)(held)
 
 
-def _say_notices(plan: Plan) -> None:
+def _say_notices(settings: Settings, plan: Plan) -> None:
     """What the user should know before the work begins, on stderr."""
-    if plan.fits_unquantized:
-        needed = plan.account.reference
+    if plan.fits_unquantized and settings.budget is not None:
         print(
-            f"the unquantized denoiser has {needed:,} bytes and fits {plan.budget}: every layer stays FP16",
+            f"{plan.budget.scope.at_fp16}, which fits {plan.budget}: every layer stays FP16",
             file=sys.stderr,
         )
     if not plan.split.by_prompt:

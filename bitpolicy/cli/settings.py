@@ -12,6 +12,11 @@ from bitpolicy.prompting import load_requests
 from bitpolicy.settings import Settings
 
 
+def _names(formats: str) -> tuple[str, ...]:
+    """Of the formats, "all" as it is: which of all are probed is decided when the model is known."""
+    return ("all",) if formats.strip().lower() == "all" else tuple(f.name for f in parse_formats(formats))
+
+
 def settings_of(options: Mapping[str, Any], **more: Any) -> Settings:
     """The settings that a command's options ask for.
 
@@ -24,8 +29,10 @@ def settings_of(options: Mapping[str, Any], **more: Any) -> Settings:
     call = pipeline_call(options["num_inference_steps"], options["guidance_scale"], options["call"])
     prompts = options["prompts"]
     read = {
-        "formats": tuple(format.name for format in parse_formats(options["formats"])),
+        "formats": _names(options["formats"]),
         "prompts": tuple(load_requests(prompts)) if prompts else None,
         "call": tuple(call.items()),
+        "keep": tuple(options.get("keep") or ()),
+        "features": str(options["features"]) if options.get("features") else None,
     }
     return Settings(**{name: value for name, value in {**options, **read, **more}.items() if name in known})

@@ -1,0 +1,162 @@
+"""From scores to one policy: within a budget by the exact solver and a study, or as small as a quality allows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.loading import BUNDLED_FOLDER
+from bitpolicy.plan import Plan
+from bitpolicy.policies.policy import Choice
+from bitpolicy.search.finalists import Confirmed, confirm
+from bitpolicy.search.generation import Generations
+from bitpolicy.search.knapsack import Solution
+from bitpolicy.search.metrics import perceptual_distance
+from bitpolicy.search.networks import Networks
+from bitpolicy.search.problem import Problem
+from bitpolicy.search.quality import Unavailable
+from bitpolicy.search.starts import repaired
+from bitpolicy.search.study import Study, journal
+from bitpolicy.search.target import Reached, reach
+from bitpolicy.sensitivity.progress import Stages
+from bitpolicy.sensitivity.records import settings_key
+from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.settings import Settings
+
+_FINALISTS = 3
+_TIGHTER = 3  # how often a target is raised because fresh seeds fell short of it
+_SMALLEST_ERROR = 1e-9  # of the smallest policy's: how accurate a policy is looked for
+_IDENTICAL = 1e-20  # squared error that stands for none
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A policy and how it came about.
+
+    Attributes:
+        choices: layer name -> choice.
+        about: for the policy file.
+    """
+
+    choices: Mapping[str, Choice]
+    about: dict[str, Any]
+
+
+def within_budget(
+    settings: Settings, plan: Plan, problem: Problem, generations: Generations, folder: Path, stages: Stages
+) -> Decision:
+    """The exact solution, or what a study finds that holds on fresh seeds."""
+    exact = problem.solve()
+    about: dict[str, Any] = {"exact_gap": float(f"{exact.gap:.2g}")}
+    if settings.trials == 0:
+        return Decision(problem.choices(exact), {**about, "won": "the exact solution"})
+    start = repaired(problem, exact, settings.vectors)
+    study = Study(
+        problem,
+        generations,
+        plan.split.search,
+        settings.storage or journal(str(folder / "study.journal")),
+        settings_key({**settings.identity(), "weights": plan.source.sha256}),
+        settings.seed,
+        sampler=settings.sampler,
+        space=settings.space,
+        timeout=settings.timeout,
+        starts=() if start is None else (start,),
+    )
+    with stages.bar(settings.trials, "search trials") as advance:
+        for _ in study.finished:
+            advance()
+        study.run(settings.trials, after_each=advance)
+    finalists = stages.track(study.best(_FINALISTS), "confirming on fresh seeds")
+    found = confirm(finalists, generations, plan.split.confirm)
+    return Decision(found.choices, {**about, **_told(study, found, repaired=start is not None)})
+
+
+def _told(study: Study, found: Confirmed, repaired: bool) -> dict[str, Any]:
+    origin = study.origin(found.choices)
+    return {
+        "trials": len(study.finished),
+        "finalists_mse": [float(f"{error:.5g}") for error in found.error],
+        "won": "the repaired solution" if repaired and origin == "start 1" else origin,
+        "best_of_study_held": found.held,
+    }
+
+
+def reaching_target(
+    settings: Settings, plan: Plan, problem: Problem, generations: Generations, stages: Stages
+) -> Decision:
+    """The smallest policy whose images reach the quality asked for, on the search samples and on fresh seeds.
+
+    Raises:
+        BitPolicyError: no policy does, or the quality cannot be measured here.
+    """
+    measure, asked, unit = _quality(settings, plan, generations)
+    most = problem.solve(budget=problem.smallest).error
+    target = asked
+    for _ in range(_TIGHTER):
+        found = reach(
+            target,
+            problem.smallest_within,
+            lambda solution: measure(problem.choices(solution), plan.split.search),
+            most,
+            most * _SMALLEST_ERROR,
+        )
+        solution = _require_reached(found, problem, asked, unit)
+        fresh = measure(problem.choices(solution), plan.split.confirm)
+        if fresh >= asked:
+            break
+        stages.warn(f"on fresh seeds {unit(fresh)} where {unit(asked)} was asked; looking for a larger policy")
+        target += 1.2 * (asked - fresh)
+    about = {"target": unit(asked), "measured": found.measured, "fresh_seeds": unit(fresh), "held": fresh >= asked}
+    return Decision(problem.choices(solution), about)
+
+
+def _require_reached(found: Reached, problem: Problem, asked: float, unit: Callable[[float], str]) -> Solution:
+    if found.solution is None:
+        best = ", ".join(format.name for format in problem.formats)
+        raise BitPolicyError(
+            f"no policy reaches {unit(asked)}: the most accurate with {best} has {unit(found.quality)}; ask for less"
+        )
+    return found.solution
+
+
+Measure = Callable[[Mapping[str, Choice], tuple[Sample, ...]], float]
+
+
+def _quality(settings: Settings, plan: Plan, generations: Generations) -> tuple[Measure, float, Callable[[float], str]]:
+    """How to measure, the target, and how to write such a number; larger is better."""
+    if settings.target_psnr is not None:
+        return (
+            lambda choices, samples: mean_db(generations, choices, samples),
+            settings.target_psnr,
+            lambda db: f"{db:.2f} dB",
+        )
+    networks = networks_of(settings, plan)
+    if settings.target_lpips is None or settings.target_lpips <= 0:
+        raise BitPolicyError(f"--target-lpips {settings.target_lpips} is no distance; give one above 0, e.g. 0.01")
+
+    def measure(choices: Mapping[str, Choice], samples: tuple[Sample, ...]) -> float:
+        references = generations.references(samples)
+        found = perceptual_distance(references, generations.images(choices, samples), networks)
+        if isinstance(found, Unavailable):
+            raise BitPolicyError(f"--target-lpips cannot be measured: {found.reason}; {found.remedy}")
+        return -10 * math.log10(max(sum(found.finite) / len(found.per_image), _IDENTICAL))
+
+    return measure, -10 * math.log10(settings.target_lpips), lambda value: f"LPIPS {10 ** (-value / 10):.4g}"
+
+
+def networks_of(settings: Settings, plan: Plan) -> Networks:
+    """The networks that measure quality for this pipeline."""
+    folder = BUNDLED_FOLDER if plan.bundled else Path(str(settings.model)).expanduser()
+    features = None if settings.features is None else Path(settings.features)
+    return Networks(features, folder, plan.source.pipe._execution_device)
+
+
+def mean_db(generations: Generations, choices: Mapping[str, Choice], samples: Sequence[Sample]) -> float:
+    """Mean of per-image PSNR of a policy."""
+    errors = list(generations.errors(choices, samples))
+    return sum(-10 * math.log10(max(error, _IDENTICAL)) for error in errors) / len(errors)

@@ -1,0 +1,189 @@
+"""What a run is going to do: the loaded pipeline, its layers, bytes and samples, checked before work begins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.format import Format
+from bitpolicy.kernels.formats import parse_formats
+from bitpolicy.kernels.quantizers import parse_quantizer
+from bitpolicy.loading import BUNDLED, Source, load_source
+from bitpolicy.policies.accounting import ByteAccount
+from bitpolicy.policies.denoiser import denoisers_in
+from bitpolicy.policies.footprint import stored_others
+from bitpolicy.prompting import Split, default_requests, split
+from bitpolicy.search.budget import SCOPES, Budget, Scope, read
+from bitpolicy.search.constraints import pinned, shared_qkv
+from bitpolicy.search.problem import Problem
+from bitpolicy.sensitivity.candidates import useful_formats
+from bitpolicy.sensitivity.inventory import Layer, inventory
+from bitpolicy.sensitivity.peak_memory import observe
+from bitpolicy.sensitivity.probe import ProbeRun, ProbeSettings
+from bitpolicy.sensitivity.progress import Stages
+from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.table import SensitivityTable
+from bitpolicy.sensitivity.trajectory import Trajectories
+from bitpolicy.settings import Settings
+
+BUNDLED_CALL = {"num_inference_steps": 20, "guidance_scale": 3.0}
+DEFAULT_STEPS = 20  # where the pipeline is not the bundled one and no number is given
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is going to do, known before any image is made.
+
+    Attributes:
+        source: the loaded pipeline.
+        layers: of its denoiser.
+        formats: the candidates.
+        account: exact bytes of the exported denoiser.
+        budget: in bytes; all there is where none was asked for.
+        split: the samples of each part.
+        trajectories: the pipeline with its call arguments.
+        pinned: layer name -> the one format it may have.
+        tied: groups of layers that share a format.
+        asked: names of the formats that every layer may have; the others are only for layers that are pinned to them.
+        bundled: whether it is the pipeline that comes with the package.
+    """
+
+    source: Source
+    layers: list[Layer]
+    formats: tuple[Format, ...]
+    account: ByteAccount
+    budget: Budget
+    split: Split
+    trajectories: Trajectories
+    pinned: Mapping[str, Format] = field(default_factory=dict)
+    tied: Sequence[Sequence[str]] = ()
+    asked: frozenset[str] = frozenset()
+    bundled: bool = False
+
+    @property
+    def model(self) -> str:
+        """A name for people."""
+        return f"{class_name(self.source.denoiser)} of {self.source.id}"
+
+    def probe(self, settings: Settings, folder: Path, stages: Stages) -> ProbeRun:
+        """A probe over the calibration samples; `folder` keeps its records."""
+        quantizers = parse_quantizer(settings.quantizer)
+        wanted = ProbeSettings(settings.probe, self.split.calibration, settings.vectors, settings.shared, quantizers)
+        weights, storage = self.source.everything_sha256, self.source.storage
+        return ProbeRun(self.trajectories, self.layers, self.formats, storage, weights, wanted, folder, stages)
+
+    def problem(self, table: SensitivityTable) -> Problem:
+        """What the search decides, given the scores."""
+        scope = self.budget.scope
+        extra = {f for f in self.pinned.values() if f.name not in self.asked and f.packed}
+        kept_alone = {(x.name, f) for x in self.layers for f in extra if self.pinned.get(x.name) != f}
+        return Problem(
+            self.layers,
+            self.formats,
+            table,
+            scope.account,
+            self.budget.nbytes,
+            pinned=self.pinned,
+            tied=self.tied,
+            barred=scope.barred | kept_alone,
+        )
+
+    @property
+    def smallest(self) -> int:
+        """Bytes of the smallest policy that is allowed, as the budget's scope counts the denoiser."""
+        packed = [format for format in self.formats if format.packed]
+        zeros = torch.zeros(len(self.layers), len(packed))
+        names = tuple(layer.name for layer in self.layers)
+        return self.problem(SensitivityTable("weight", names, tuple(packed), zeros, zeros.bool())).smallest
+
+    @property
+    def fits_unquantized(self) -> bool:
+        return self.budget.total >= self.budget.scope.reference and not self.pinned
+
+
+def make_plan(settings: Settings, source: Source | None = None) -> Plan:
+    """Load the pipeline and check everything that can be checked before work begins.
+
+    Raises:
+        BitPolicyError: any part of `settings` is wrong, or the budget is below the smallest policy.
+    """
+    asked = _require_sound(settings)
+    bundled = source is None and settings.model in (None, BUNDLED)
+    if source is None:
+        source = load_source(
+            settings.model,
+            settings.component,
+            dtype=settings.dtype,
+            device=settings.device,
+            revision=settings.revision,
+            variant=settings.variant,
+            offload=settings.offload,
+        )
+    layers = inventory(source.denoiser)
+    useful = useful_formats(source.denoiser, parse_formats(settings.formats), source.storage)
+    kept = pinned(settings.keep, layers)
+    formats = (*dict.fromkeys(f for f in kept.values() if f not in useful), *useful)
+    trajectories = Trajectories(source.pipe, source.component, {**default_call(bundled), **dict(settings.call)})
+    requests = list(settings.prompts) if settings.prompts else default_requests(source.pipe, bundled)
+    sizes = (settings.calibration_samples, settings.search_samples, settings.confirm_samples, settings.held_out_samples)
+    parts = split(requests, settings.seed, *sizes)
+    for request in requests:
+        trajectories.require(Sample.of(request, 0).arguments)
+    account = ByteAccount.of(source.denoiser, source.storage)
+    scope = _scope(settings, source, account, trajectories, parts.calibration[0], formats)
+    tied = shared_qkv(layers) if settings.share_qkv else []
+    budget = Budget.parse(asked, scope)
+    asked_for = frozenset(format.name for format in useful)
+    plan = Plan(source, layers, formats, account, budget, parts, trajectories, kept, tied, asked_for, bundled)
+    budget.require(plan.smallest, [f.name for f in formats])
+    return plan
+
+
+def _require_sound(settings: Settings) -> str:
+    """Tell mistakes before a model is loaded; returns the budget, all there is where none was asked for."""
+    parse_formats(settings.formats)
+    asked = "100%" if settings.budget is None else settings.budget
+    read(asked)
+    ProbeSettings(settings.probe, (Sample("", 0),), quantizers=parse_quantizer(settings.quantizer))
+    if settings.scope not in SCOPES:
+        raise BitPolicyError(f"unknown scope {settings.scope!r}; write any of {', '.join(SCOPES)}")
+    if settings.scope == "peak" and settings.offload:
+        raise BitPolicyError("--scope peak is of a model that lies on its device as a whole; leave --offload out")
+    if settings.scope != "peak" and (settings.height or settings.width or settings.batch_size != 1):
+        raise BitPolicyError("--height, --width and --batch-size say what a peak is of; add --scope peak")
+    return asked
+
+
+def _scope(
+    settings: Settings,
+    source: Source,
+    account: ByteAccount,
+    trajectories: Trajectories,
+    sample: Sample,
+    formats: Sequence[Format],
+) -> Scope:
+    """What the budget covers; a peak takes one observed call."""
+    if settings.scope == "weights":
+        return Scope.of_weights(account)
+    if settings.scope == "pipeline":
+        return Scope.of_pipeline(account, sum(stored_others(source.pipe, source.component, source.storage).values()))
+    size = {name: value for name in ("height", "width") if (value := getattr(settings, name)) is not None}
+    call = {**trajectories.call, **size}
+    peak = observe(source.pipe, source.component, call, sample, formats, settings.batch_size)
+    return Scope.of_peak(peak, formats)
+
+
+def class_name(denoiser: nn.Module) -> str:
+    """Of the denoiser, or of each of several."""
+    return ",".join(dict.fromkeys(type(part).__name__ for part in denoisers_in(denoiser)))
+
+
+def default_call(bundled: bool) -> dict[str, Any]:
+    """Arguments of the pipeline call where none are given."""
+    return dict(BUNDLED_CALL) if bundled else {"num_inference_steps": DEFAULT_STEPS}

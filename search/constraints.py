@@ -1,0 +1,56 @@
+"""What a user fixes beforehand: formats of some layers (`--keep`), and layers that share one (`--share-qkv`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.format import Format
+from bitpolicy.kernels.formats import format_named
+from bitpolicy.sensitivity.inventory import Layer
+
+_PROJECTIONS = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"), ("q_proj", "k_proj", "v_proj"))
+
+
+def pinned(rules: Iterable[str], layers: Sequence[Layer]) -> dict[str, Format]:
+    """Layer name -> the format it keeps.
+
+    Args:
+        rules: written GLOB=FORMAT, e.g. "*time_embedding*=fp16"; later ones win.
+
+    Raises:
+        BitPolicyError: a rule is not written so, matches no layer, or names a format that a layer's shape does not
+            allow.
+        FormatError: there is no such format.
+    """
+    found: dict[str, Format] = {}
+    for rule in rules:
+        glob, equals, name = rule.rpartition("=")
+        if not equals or not glob:
+            raise BitPolicyError(
+                f"--keep {rule!r} is not GLOB=FORMAT; write for example --keep '*time_embedding*=fp16'"
+            )
+        format = format_named(name)
+        matching = [layer for layer in layers if fnmatchcase(layer.name, glob)]
+        if not matching:
+            raise BitPolicyError(
+                f"--keep {rule!r} matches none of the {len(layers)} layers; `bitpolicy inspect` lists them"
+            )
+        for layer in matching:
+            if not format.fits(layer.shape):
+                raise BitPolicyError(f"--keep {rule!r}: {layer.name} of shape {layer.shape} cannot be {format.name}")
+            found[layer.name] = format
+    return found
+
+
+def shared_qkv(layers: Sequence[Layer]) -> list[list[str]]:
+    """Groups of the query, key and value projections of one attention each, of two layers or more."""
+    names = {layer.name for layer in layers}
+    parents = dict.fromkeys(name.rpartition(".")[0] for name in names)
+    found = [
+        [f"{parent}.{leaf}" for leaf in leaves if f"{parent}.{leaf}" in names]
+        for parent in sorted(parents)
+        for leaves in _PROJECTIONS
+    ]
+    return [group for group in found if len(group) > 1]
