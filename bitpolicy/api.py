@@ -72,28 +72,33 @@ def probe(
 
 def search(
     pipe: DiffusionPipeline,
-    budget: str,
+    budget: str | None = None,
     *,
+    target_psnr: float | None = None,
     call: Mapping[str, Any] | None = None,
     prompts: Sequence[Request] | None = None,
     formats: str | Sequence[str] = DEFAULT,
     probe: str = "adjoint",
+    quantizer: str = "rtn",
     trials: int = 24,
     seed: int = 0,
     component: str | None = None,
     output_dir: str | Path | None = None,
     quiet: bool = False,
-    **sizes: int,
+    **options: Any,
 ) -> Policy:
-    """Find the policy that harms the finished image least within `budget`.
+    """Find the policy that harms the finished image least within `budget`, or the smallest that reaches a quality.
 
     Args:
         pipe: an unquantized diffusers pipeline. Its denoiser is rounded, in place, to the storage dtype.
         budget: "3GB", "3GiB", "700MB", "45%" or "4.5bit".
+        target_psnr: dB against the unquantized pipeline, instead of a budget.
+        quantizer: "rtn", "mse", "hqq", "gptq", "gptq-trajectory" or "auto".
         trials: Optuna trials; 0 keeps the exact solution of the knapsack.
         output_dir: keep policy.yaml, calibration, sensitivity table and journal here, and resume from them; None keeps
             none.
-        sizes: other fields of `bitpolicy.settings.Settings`, e.g. calibration_samples=8.
+        options: other fields of `bitpolicy.settings.Settings`, e.g. calibration_samples=8, keep=("conv_in=fp16",),
+            target_lpips=0.01, share_qkv=True.
 
     Returns:
         The policy, holding its calibration, ready for `export`.
@@ -103,6 +108,8 @@ def search(
     """
     settings = Settings(
         budget=budget,
+        target_psnr=target_psnr,
+        quantizer=quantizer,
         component=component,
         formats=tuple(f.name for f in parse_formats(formats)),
         prompts=tuple(prompts) if prompts else None,
@@ -110,7 +117,7 @@ def search(
         seed=seed,
         trials=trials,
         probe=probe,
-        **sizes,  # type: ignore[arg-type]
+        **options,
     )
     plan = make_plan(settings, source_of(pipe, component))
     with tempfile.TemporaryDirectory() as temporary:

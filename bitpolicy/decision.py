@@ -14,14 +14,13 @@ from bitpolicy.plan import Plan
 from bitpolicy.policies.policy import Choice
 from bitpolicy.search.finalists import Confirmed, confirm
 from bitpolicy.search.generation import Generations
-from bitpolicy.search.knapsack import Solution
 from bitpolicy.search.metrics import perceptual_distance
 from bitpolicy.search.networks import Networks
 from bitpolicy.search.problem import Problem
 from bitpolicy.search.quality import Unavailable
 from bitpolicy.search.starts import repaired
 from bitpolicy.search.study import Study, journal
-from bitpolicy.search.target import Reached, reach
+from bitpolicy.search.target import Measured, Reach
 from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.records import settings_key
 from bitpolicy.sensitivity.samples import Sample
@@ -60,7 +59,7 @@ def within_budget(
         generations,
         plan.split.search,
         settings.storage or journal(str(folder / "study.journal")),
-        settings_key({**settings.identity(), "weights": plan.source.sha256}),
+        study_name(settings, plan),
         settings.seed,
         sampler=settings.sampler,
         space=settings.space,
@@ -74,6 +73,12 @@ def within_budget(
     finalists = stages.track(study.best(_FINALISTS), "confirming on fresh seeds")
     found = confirm(finalists, generations, plan.split.confirm)
     return Decision(found.choices, {**about, **_told(study, found, repaired=start is not None)})
+
+
+def study_name(settings: Settings, plan: Plan) -> str:
+    """The same for all that is the same study: more trials, another time limit or another storage go on with it."""
+    asked = {name: value for name, value in settings.identity().items() if name not in ("trials", "timeout", "storage")}
+    return settings_key({**asked, "weights": plan.source.sha256})
 
 
 def _told(study: Study, found: Confirmed, repaired: bool) -> dict[str, Any]:
@@ -96,32 +101,35 @@ def reaching_target(
     """
     measure, asked, unit = _quality(settings, plan, generations)
     most = problem.solve(budget=problem.smallest).error
+    search = Reach(
+        problem.smallest_within,
+        lambda solution: measure(problem.choices(solution), plan.split.search),
+        most,
+        most * _SMALLEST_ERROR,
+    )
     target = asked
     for _ in range(_TIGHTER):
-        found = reach(
-            target,
-            problem.smallest_within,
-            lambda solution: measure(problem.choices(solution), plan.split.search),
-            most,
-            most * _SMALLEST_ERROR,
-        )
-        solution = _require_reached(found, problem, asked, unit)
-        fresh = measure(problem.choices(solution), plan.split.confirm)
+        found = _reached(search, target, problem, unit)
+        fresh = measure(problem.choices(found.solution), plan.split.confirm)
         if fresh >= asked:
             break
-        stages.warn(f"on fresh seeds {unit(fresh)} where {unit(asked)} was asked; looking for a larger policy")
-        target += 1.2 * (asked - fresh)
-    about = {"target": unit(asked), "measured": found.measured, "fresh_seeds": unit(fresh), "held": fresh >= asked}
-    return Decision(problem.choices(solution), about)
+        target = max(target, found.quality) + 1.1 * (asked - fresh)
+    if fresh < asked:
+        stages.warn(f"on fresh seeds the policy has {unit(fresh)} where {unit(asked)} was asked")
+    about: dict[str, Any] = {"target": unit(asked), "policies_measured": len(search.measured)}
+    about |= {"search_samples": unit(found.quality), "fresh_seeds": unit(fresh), "held": fresh >= asked}
+    return Decision(problem.choices(found.solution), about)
 
 
-def _require_reached(found: Reached, problem: Problem, asked: float, unit: Callable[[float], str]) -> Solution:
-    if found.solution is None:
-        best = ", ".join(format.name for format in problem.formats)
+def _reached(search: Reach, target: float, problem: Problem, unit: Callable[[float], str]) -> Measured:
+    found = search.smallest(target)
+    if found is None:
+        names = ", ".join(format.name for format in problem.formats)
+        best = max(m.quality for m in search.measured)
         raise BitPolicyError(
-            f"no policy reaches {unit(asked)}: the most accurate with {best} has {unit(found.quality)}; ask for less"
+            f"no policy reaches {unit(target)}: the most accurate with {names} has {unit(best)}; ask less"
         )
-    return found.solution
+    return found
 
 
 Measure = Callable[[Mapping[str, Choice], tuple[Sample, ...]], float]

@@ -82,9 +82,7 @@ Scope = Annotated[
 ]
 Height = Annotated[
     int | None,
-    typer.Option(
-        min=1, help="Of the image, in pixels, with --scope peak.", rich_help_panel=AIM
-    ),
+    typer.Option(min=1, help="Of the image, in pixels, with --scope peak.", rich_help_panel=AIM),
 ]
 Width = Annotated[int | None, typer.Option(min=1, help="The same.", rich_help_panel=AIM)]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images a call, with --scope peak.", rich_help_panel=AIM)]
@@ -113,9 +111,7 @@ Sampler = Annotated[
 ]
 Space = Annotated[
     str,
-    typer.Option(
-        help="What a trial bends: group (of a role and stage) or layer.", rich_help_panel=STUDY
-    ),
+    typer.Option(help="What a trial bends: group (of a role and stage) or layer.", rich_help_panel=STUDY),
 ]
 Timeout = Annotated[
     float | None, typer.Option(min=0, help="Seconds after which no trial is begun.", rich_help_panel=STUDY)

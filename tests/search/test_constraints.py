@@ -1,0 +1,66 @@
+"""What a user fixes beforehand."""
+
+from __future__ import annotations
+
+import pytest
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.search.constraints import pinned, shared_qkv
+from bitpolicy.sensitivity.inventory import Layer
+
+
+def layer(name: str, shape: tuple[int, ...] = (64, 64)) -> Layer:
+    return Layer(name, "Linear", shape, True, "other", "ends")
+
+
+LAYERS = [
+    layer(name)
+    for name in (
+        "conv_in",
+        "time_embedding.linear_1",
+        "block.0.attn.to_q",
+        "block.0.attn.to_k",
+        "block.0.attn.to_v",
+        "block.0.attn.to_out.0",
+        "block.1.attn.to_q",
+        "block.1.attn.add_k_proj",
+        "block.1.attn.add_v_proj",
+    )
+]
+
+
+def test_a_glob_keeps_every_layer_it_matches_and_later_ones_win() -> None:
+    found = pinned(["*attn*=int8", "block.0.attn.to_q=fp16", "conv_in=int4-g32"], LAYERS)
+    assert found["conv_in"] == format_named("int4-g32")
+    assert found["block.0.attn.to_q"] == FP16
+    assert {name for name, f in found.items() if f == format_named("int8")} == {
+        x.name for x in LAYERS if "attn" in x.name and x.name != "block.0.attn.to_q"
+    }
+    assert "time_embedding.linear_1" not in found
+
+
+@pytest.mark.parametrize(
+    ("rule", "told"),
+    [
+        ("conv_in", "is not GLOB=FORMAT"),
+        ("=fp16", "is not GLOB=FORMAT"),
+        ("conv_inn=fp16", "matches none of the 9 layers"),
+        ("conv_in=int9", "unknown format 'int9'"),
+    ],
+)
+def test_a_rule_that_means_nothing_is_told_why(rule: str, told: str) -> None:
+    with pytest.raises(BitPolicyError, match=told):
+        pinned([rule], LAYERS)
+
+
+def test_a_format_that_a_shape_does_not_allow_is_refused_by_name() -> None:
+    with pytest.raises(BitPolicyError, match=r"narrow of shape \(8, 3\) cannot be int4-rot"):
+        pinned(["narrow=int4-rot"], [layer("narrow", (8, 3))])
+
+
+def test_query_key_and_value_of_one_attention_are_together() -> None:
+    assert shared_qkv(LAYERS) == [
+        ["block.0.attn.to_q", "block.0.attn.to_k", "block.0.attn.to_v"],
+        ["block.1.attn.add_k_proj", "block.1.attn.add_v_proj"],
+    ]
