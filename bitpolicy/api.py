@@ -33,6 +33,7 @@ def probe(
     prompts: Sequence[Request] | None = None,
     formats: str | Sequence[str] = DEFAULT,
     probe: str = "adjoint",
+    quantizer: str = "rtn",
     samples: int = 16,
     vectors: int = 2,
     seed: int = 0,
@@ -48,6 +49,7 @@ def probe(
             picture}, of which a part is calibrated on; None is a built-in list.
         formats: candidates, as names.
         probe: "adjoint", "stepwise", "ablation" or "weight".
+        quantizer: "rtn", "mse", "hqq", "gptq", "gptq-trajectory" or "auto".
         samples: calibration trajectories.
         vectors: random directions a sample (adjoint, stepwise).
 
@@ -60,6 +62,7 @@ def probe(
         call=tuple((call or {}).items()),
         formats=tuple(format.name for format in parse_formats(formats)),
         probe=probe,
+        quantizer=quantizer,
         calibration_samples=samples,
         vectors=vectors,
         seed=seed,

@@ -52,7 +52,8 @@ def within_budget(
     exact = problem.solve()
     about: dict[str, Any] = {"exact_gap": float(f"{exact.gap:.2g}")}
     if settings.trials == 0:
-        return Decision(problem.choices(exact), {**about, "won": "the exact solution"})
+        alone = {"trials": 0, "finalists_mse": [], "won": "the exact solution"}
+        return Decision(problem.choices(exact), {**about, **alone})
     start = repaired(problem, exact, settings.vectors)
     study = Study(
         problem,

@@ -80,7 +80,7 @@ class Affine(GridFormat):
         else:
             scale = (high - low) / self._top
         stored = scale.half()
-        if torch.isinf(stored).any():
+        if not torch.isfinite(stored).all():
             raise FormatError("the weight spans more than a float16 scale can express; keep this layer at fp16 or int8")
         wide = unless_flat(stored).float()
         return Grid(wide, None if self.symmetric else (-low / wide).round().clamp(0, self._top))

@@ -2,7 +2,7 @@
 
     rtn              round to nearest; every format's own
     mse              the same on grids of least squared weight error
-    hqq              the same with zero points that leave few large errors
+    hqq              the same on grids that leave few large errors
     gptq             weights take up each other's errors, as the layer's inputs say
     gptq-trajectory  as the inputs weighed by what the finished image sees of the output
 

@@ -2,9 +2,9 @@
 
 Of the grids that span [a low, b high], a and b in (0, 1], each group takes the one of least weighted error
 
-    sum_k d_k (w_k - q_k)^2,
+    sum_k d_k |w_k - q_k|^p,
 
-where d is 1, or the diagonal of a Hessian (as in GPTQ's act-order, and AWQ's salience). Data-free without d.
+where p is 2 and d is 1, or the diagonal of a Hessian (as in GPTQ's act-order, and AWQ's salience). Data-free without d.
 """
 
 from __future__ import annotations
@@ -16,24 +16,27 @@ from bitpolicy.kernels.grid import Grid, GridFormat
 _SHRINK = [1 - 0.05 * i for i in range(9)]  # 1.0 to 0.6 of an extreme
 
 
-def searched_grid(format: GridFormat, rows: torch.Tensor, weight: torch.Tensor | None = None) -> Grid:
+def searched_grid(
+    format: GridFormat, rows: torch.Tensor, weight: torch.Tensor | None = None, power: float = 2.0
+) -> Grid:
     """The best grid of every group among those tried.
 
     Args:
         rows: from `format.rows`, float32, shape (out, K).
         weight: d, float32, shape (K), >= 0; None is 1.
+        power: p, > 0.
     """
     low, high = format.extremes(rows)
     groups = format.grouped(rows)
     share = None if weight is None else format.grouped(weight[None])
     best = format.grid(low, high)
-    least = _errors(format, groups, best, share)
+    least = _errors(format, groups, best, share, power)
     for a in _SHRINK:
         for b in _SHRINK:
             if not _worth_trying(format, a, b):
                 continue
             tried = format.grid(low * a, high * b)
-            error = _errors(format, groups, tried, share)
+            error = _errors(format, groups, tried, share, power)
             better = error < least
             least = torch.where(better, error, least)
             zero = None if best.zero is None or tried.zero is None else torch.where(better, tried.zero, best.zero)
@@ -55,7 +58,10 @@ def _worth_trying(format: GridFormat, a: float, b: float) -> bool:
     return abs(a - b) < 0.16 and (a, b) != (1, 1)
 
 
-def _errors(format: GridFormat, groups: torch.Tensor, grid: Grid, weight: torch.Tensor | None) -> torch.Tensor:
+def _errors(
+    format: GridFormat, groups: torch.Tensor, grid: Grid, weight: torch.Tensor | None, power: float
+) -> torch.Tensor:
     """Of every group, float32, shape (out, groups)."""
-    error = format.decode(format.encode(groups, grid.wide), grid.wide).sub_(groups).square_()
+    error = format.decode(format.encode(groups, grid.wide), grid.wide).sub_(groups)
+    error = error.square_() if power == 2 else error.abs_().pow_(power)
     return (error if weight is None else error.mul_(weight)).sum(-1)

@@ -57,6 +57,10 @@ def stored_weight(name: str, weight: torch.Tensor, choice: Choice, calibration: 
         BitPolicyError: the weight is not finite, or what the quantizer made is missing or of another shape.
     """
     format = choice.format
+    if not format.fits(weight.shape):
+        raise BitPolicyError(
+            f"layer {name}: {format.name} does not fit its shape {tuple(weight.shape)}; give it another format"
+        )
     specs = format.tensors(weight.shape, weight.dtype)
     kept = {suffix: calibration.get(rounded_key(name, choice, suffix)) for suffix in specs}
     if all(tensor is not None for tensor in kept.values()):

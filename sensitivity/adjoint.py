@@ -65,7 +65,7 @@ class AdjointProbe:
         calls = CheckpointedCalls(self._trajectories, self._at_step)
         with only_these_require_grad(self._trajectories, self._layers), calls.installed(self._recompute_inside):
             latent = self._trajectories.differentiable_latent(sample)
-            _require_uncut(calls.cut)
+            require_uncut(calls.cut)
             for i, direction in enumerate(directions):
                 v = direction.vector(latent, sample)
                 yield self._backward(latent, v, calls.steps, keep=i + 1 < len(directions))
@@ -85,7 +85,7 @@ class AdjointProbe:
                     raise
                 except RuntimeError as error:  # a tensor of the graph was changed in place
                     raise LoopError(f"the sampling loop cannot be differentiated: {error}") from error
-            _require_uncut(called - self._recorder.reached)
+            require_uncut(called - self._recorder.reached)
             where = self._recorder.not_finite()
             if where is None:
                 return self._recorder.sketch(scale, along=float((v * signal_of(latent)).sum()))
@@ -96,6 +96,9 @@ class AdjointProbe:
         )
 
 
-def _require_uncut(cut: set[int]) -> None:
+def require_uncut(cut: set[int]) -> None:
+    """Raises:
+    LoopError: there is a step that no gradient gets back to.
+    """
     if cut:
         raise LoopError(f"the sampling loop passes no gradient back to step {max(cut) + 1}")

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from bitpolicy.kernels.layers import Quantizable, quantizable_layers
+from bitpolicy.sensitivity.adjoint import require_uncut
 from bitpolicy.sensitivity.checkpointed_calls import CheckpointedCalls
 from bitpolicy.sensitivity.directions import Random, stream
 from bitpolicy.sensitivity.samples import Sample
@@ -177,11 +178,14 @@ def _backward(
 ) -> None:
     """One backward pass of a random direction through the sampling loop; no gradient of a parameter is kept."""
     trajectories.end(sample)
-    calls = CheckpointedCalls(trajectories, lambda step: None)
+    reached = _Reached()
+    calls = CheckpointedCalls(trajectories, reached.at)
     with only_these_require_grad(trajectories, layers), calls.installed(recompute_inside):
-        freed = [p.register_post_accumulate_grad_hook(_forget) for layer in layers.values() for p in layer.parameters()]
+        parameters = [parameter for layer in layers.values() for parameter in layer.parameters()]
+        handles = [parameter.register_post_accumulate_grad_hook(reached.forget) for parameter in parameters]
         try:
             latent = trajectories.differentiable_latent(sample)
+            require_uncut(calls.cut)
             v = Random(_DIRECTION).vector(latent, sample)
             torch.autograd.backward(latent, v.to(latent.dtype))
         except torch.OutOfMemoryError:
@@ -189,9 +193,21 @@ def _backward(
         except RuntimeError as error:  # a tensor of the graph was changed in place
             raise LoopError(f"the sampling loop cannot be differentiated: {error}") from error
         finally:
-            for handle in freed:
+            for handle in handles:
                 handle.remove()
+    require_uncut(calls.steps - reached.steps)
 
 
-def _forget(parameter: torch.Tensor) -> None:
-    parameter.grad = None
+class _Reached:
+    """Scheduler steps at which a gradient arrived; it is freed at once."""
+
+    def __init__(self) -> None:
+        self.steps: set[int] = set()
+        self._now = 0
+
+    def at(self, step: int) -> None:
+        self._now = step
+
+    def forget(self, parameter: torch.Tensor) -> None:
+        self.steps.add(self._now)
+        parameter.grad = None

@@ -163,14 +163,15 @@ class ProbeRun:
         wanted = [name for name in names if needs_hessian(layers[name], self._settings.quantizers)]
         seen = any(HESSIANS.get(q) == "trajectory" for q in self._settings.quantizers)
         found: dict[str, Moments] = {}
-        for sample in samples:
-            try:
+        try:
+            for sample in samples:
                 measure_moments(self._trajectories, found, wanted, sample, seen, self._large)
-            except LoopError as error:
-                self._stages.warn(f"{error}; weights are rounded by what layers are given alone")
-                seen, found = False, {}
-                measure_moments(self._trajectories, found, wanted, sample, seen, self._large)
-            advance()
+                advance()
+        except LoopError as error:
+            self._stages.warn(f"{error}; weights are rounded by what layers are given alone")
+            found = {}
+            for sample in samples:
+                measure_moments(self._trajectories, found, wanted, sample, False, self._large)
         return found
 
     def table(self, reference: ReferencePass) -> SensitivityTable:

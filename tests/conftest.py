@@ -6,8 +6,8 @@ written from the specification alone.
 
 from __future__ import annotations
 
-import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,6 +17,8 @@ os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1", 
 
 import numpy as np
 import pytest
+import scipy.linalg
+from toy_formats import NF4_LEVELS
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -134,32 +136,76 @@ def toy_pipeline(new_toy_pipeline: Callable[[], Any]) -> Any:
 # A second reader of the wire format, weight by weight, which shares no code with ours.
 
 WireReader = Callable[[str, Mapping[str, np.ndarray], tuple[int, ...]], np.ndarray]
+Levels = Callable[[int, int, int], np.float32]
+"""The level that a code, a row and a place along it name."""
 
 
 @pytest.fixture(scope="session")
 def read_wire() -> WireReader:
-    """`read_wire("int4-g32", tensors, shape)`: the float32 weight that the stored tensors stand for."""
+    """`read_wire("int4-g32", tensors, shape)`: the float32 weight that the stored tensors stand for.
+
+    Tensors are numpy arrays, float8 ones by their bytes. Exact but for rotated weights, which are rotated in float64.
+    """
 
     def read(name: str, tensors: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-        if name.startswith("int4"):
-            return _read_int4(tensors, shape, group=int(name.partition("-g")[2] or 64))
-        if name == "int8":
-            rows = zip(tensors["weight_packed"], tensors["weight_scale"], strict=True)
-            return np.stack([codes.astype(np.float32) * scale for codes, scale in rows])
-        return tensors["weight"].astype(np.float32)
+        if name in ("int8", "fp8"):
+            values = tensors["weight_packed"]
+            values = values.astype(np.float32) if name == "int8" else np.vectorize(_e4m3, otypes=[np.float32])(values)
+            return np.stack([row * scale for row, scale in zip(values, tensors["weight_scale"], strict=True)])
+        if name == "fp16":
+            return tensors["weight"].astype(np.float32)
+        if name == "nf4":
+            return _from_stream(tensors, shape, 4, _nf4_levels(tensors))
+        return _read_affine(name, tensors, shape)
 
     return read
 
 
-def _read_int4(tensors: Mapping[str, np.ndarray], shape: tuple[int, ...], group: int) -> np.ndarray:
-    """The channel runs fastest, then the kernel's last axis; the even k lies in the low nibble."""
+def _e4m3(byte: int) -> float:
+    """One sign bit, four of the exponent with bias 7, three of the mantissa; no infinities."""
+    sign, exponent, mantissa = byte >> 7, byte >> 3 & 0xF, byte & 0b111
+    if (exponent, mantissa) == (15, 7):
+        return float("nan")
+    size = mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (int(exponent) - 7)
+    return -size if sign else size
+
+
+def _nf4_levels(tensors: Mapping[str, np.ndarray]) -> Levels:
+    levels, scale = np.array(NF4_LEVELS, np.float32), tensors["weight_scale"]
+    return lambda code, row, k: levels[code] * np.float32(scale[row, k // 64])
+
+
+def _read_affine(name: str, tensors: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """int<bits>[-g<group> | -channel][-sym | -asym][-rot]: what is left out is g64-asym, for int8 channel-sym."""
+    width, *options = name.split("-")
+    bits = int(width.removeprefix("int"))
+    symmetric = "sym" in options or (bits == 8 and "asym" not in options)
+    groups = [option for option in options if option == "channel" or option[1:].isdigit()] or ["g64"]
+    if groups == ["g64"] and bits == 8 and "g64" not in options:
+        groups = ["channel"]
+    group = math.prod(shape[1:]) if groups == ["channel"] else int(groups[0][1:])
+
+    def level(code: int, row: int, k: int) -> np.float32:
+        zero = 2 ** (bits - 1) if symmetric else int(tensors["weight_zero"][row, k // group])
+        return (code - zero) * np.float32(tensors["weight_scale"][row, k // group])
+
+    assert ("weight_zero" in tensors) == (not symmetric)
+    return _from_stream(tensors, shape, bits, level, group if "rot" in options else 1)
+
+
+def _from_stream(
+    tensors: Mapping[str, np.ndarray], shape: tuple[int, ...], bits: int, level: Levels, rotated: int = 1
+) -> np.ndarray:
+    """The channel runs fastest, then the kernel's last axis; a row is one number, its lowest bits the first code."""
     out, channels, *kernel = shape
-    weight = np.zeros(shape, np.float32)
+    length = math.prod(shape[1:])
+    rows = np.zeros((out, length), np.float32)
     for row in range(out):
-        places = itertools.product(*map(range, kernel), range(channels))
-        for k, (*tap, channel) in enumerate(places):
-            byte = int(tensors["weight_packed"][row, k // 2])
-            code = byte >> 4 if k % 2 else byte & 0xF
-            zero = int(tensors["weight_zero"][row, k // group])
-            weight[(row, channel, *tap)] = (code - zero) * np.float32(tensors["weight_scale"][row, k // group])
-    return weight
+        stream = int.from_bytes(tensors["weight_packed"][row].tobytes(), "little")
+        assert stream >> (length * bits) == 0, "the padding is not zero"
+        for k in range(length):
+            rows[row, k] = level(stream >> (k * bits) & (2**bits - 1), row, k)
+    if rotated > 1:
+        rotation = scipy.linalg.hadamard(rotated).astype(np.float64) / math.sqrt(rotated)
+        rows = (rows.reshape(out, -1, rotated).astype(np.float64) @ rotation).reshape(out, length).astype(np.float32)
+    return np.ascontiguousarray(np.moveaxis(rows.reshape(out, *kernel, channels), -1, 1))

@@ -201,7 +201,7 @@ def test_bfloat16_is_stored_as_bfloat16(half_pipeline: NewPipeline, tmp_path: Pa
     [
         ({"budget": "three"}, "not a size"),
         ({"budget": "1%"}, "below the smallest policy"),
-        ({"formats": "int5"}, "unknown format 'int5'"),
+        ({"formats": "int9"}, "unknown format 'int9'"),
         ({"probe": "magic"}, "unknown probe 'magic'"),
         ({"component": "decoder"}, "no component 'decoder'"),
         ({"call": {"steps": 2}}, "does not take steps"),

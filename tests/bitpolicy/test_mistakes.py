@@ -136,7 +136,7 @@ def test_a_model_without_weights_is_one_line_in_a_process_too(process: Any, toy:
 @pytest.mark.parametrize(
     ("option", "value", "needles"),
     [
-        ("--formats", "int5", ("'int5'", "int4, int4-g32, int4-g128, int8, fp16")),
+        ("--formats", "int9", ("'int9'", "int2 to int8", "nf4, fp8, fp16; or all")),
         ("--formats", "int4,,int9", ("'int9'",)),
         ("--formats", "", ("--formats int4,int8,fp16",)),
         ("--component", "decoder", ("'decoder'", "vae, text_encoder, unet")),

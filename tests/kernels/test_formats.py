@@ -1,11 +1,24 @@
-"""Names of formats: how they are read, and what a wrong one is told."""
+"""Names of formats: how they are read, which is the shortest, and what a wrong one is told."""
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import pytest
+import torch
 
 from bitpolicy.kernels.errors import BitPolicyError, FormatError
-from bitpolicy.kernels.formats import DEFAULT, FP16, format_named, from_parameters, parse_formats
+from bitpolicy.kernels.formats import (
+    DEFAULT,
+    FP16,
+    INT8,
+    affine,
+    all_formats,
+    format_named,
+    from_parameters,
+    parse_formats,
+)
 
 
 @pytest.mark.parametrize(
@@ -17,7 +30,9 @@ from bitpolicy.kernels.formats import DEFAULT, FP16, format_named, from_paramete
         (" INT4 , int8 ,", ["int4", "int8", "fp16"]),
         ("int4 int4-g32", ["int4", "int4-g32", "fp16"]),
         ("int4,int4,int8,int4", ["int4", "int8", "fp16"]),
+        ("int4-g64-asym,int4,int4-g64,int4-asym", ["int4", "fp16"]),
         (["int8", "int4"], ["int8", "int4", "fp16"]),
+        ("nf4,fp8,int3-channel-sym,int6-rot", ["nf4", "fp8", "int3-channel-sym", "int6-rot", "fp16"]),
         (DEFAULT, ["int4", "int8", "fp16"]),
         ("fp16", ["fp16"]),
     ],
@@ -26,15 +41,132 @@ def test_a_list_of_names_is_read_in_order_with_fp16_at_the_end(text: str | list[
     assert [format.name for format in parse_formats(text)] == names
 
 
+@pytest.mark.parametrize("text", ["all", " ALL ", "int4,all", ["int8", "all"]])
+def test_all_is_every_format_there_is(text: str | list[str]) -> None:
+    assert parse_formats(text) == all_formats()
+
+
 @pytest.mark.parametrize("text", ["", " ", ",", []])
 def test_no_format_at_all_is_told_what_to_write(text: str | list[str]) -> None:
     with pytest.raises(FormatError, match="--formats int4,int8,fp16"):
         parse_formats(text)
 
 
-@pytest.mark.parametrize("name", ["int3", "int4_g32", "int4-g7", "4", "int4;int8"])
+@pytest.mark.parametrize("format", all_formats(), ids=lambda f: f.name)
+def test_every_format_is_found_by_its_own_name_and_its_parameters(format: Any) -> None:
+    assert format_named(format.name) == format
+    assert format_named(format.name.upper()).name == format.name
+    assert from_parameters(format.name, format.parameters()) == format
+
+
+def test_there_is_every_width_group_and_symmetry_once_and_rotated_where_a_run_can_be() -> None:
+    formats = all_formats()
+    assert formats[-1] is FP16
+    assert len({format.name for format in formats}) == len(formats)
+    parameters = [tuple(sorted(format.parameters().items())) for format in formats]
+    assert len(set(parameters)) == len(formats)
+    found = {
+        (p["bits"], p["group"], p["symmetric"], "rotation" in p) for p in map(dict, parameters) if p["kind"] == "affine"
+    }
+    groups = (32, 64, 128, "channel")
+    every = set(itertools.product(range(2, 9), groups, (True, False), (False, True)))
+    assert found == {(b, g, s, r) for b, g, s, r in every if not (r and g == "channel")}
+    assert {format.name for format in formats if format.parameters()["kind"] != "affine"} == {"nf4", "fp8", "fp16"}
+
+
+@pytest.mark.parametrize("format", all_formats(), ids=lambda f: f.name)
+def test_a_name_says_no_more_than_it_has_to(format: Any) -> None:
+    """Whatever part is left out of a name, what is left means something else or nothing."""
+    first, *options = format.name.split("-")
+    for left_out in range(len(options)):
+        shorter = "-".join([first, *options[:left_out], *options[left_out + 1 :]])
+        assert _meaning(shorter) != format
+
+
+def _meaning(name: str) -> Any:
+    try:
+        return format_named(name)
+    except FormatError:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("int4-g64-asym", "int4"),
+        ("int4-g64", "int4"),
+        ("int4-asym", "int4"),
+        ("int4-g64-sym", "int4-sym"),
+        ("int2-g32-asym", "int2-g32"),
+        ("int3-channel-asym", "int3-channel"),
+        ("int5-g64-sym-rot", "int5-sym-rot"),
+        ("int5-g64-asym-rot", "int5-rot"),
+        ("int8-channel-sym", "int8"),
+        ("int8-channel", "int8"),
+        ("int8-sym", "int8"),
+        ("int8-channel-asym", "int8-asym"),
+        ("int8-g64-sym", "int8-g64"),
+        ("int8-g64-sym-rot", "int8-g64-rot"),
+        (" Int8-G128-Asym ", "int8-g128-asym"),
+    ],
+)
+def test_what_goes_without_saying_may_be_said(written: str, name: str) -> None:
+    assert format_named(written).name == name
+    assert format_named(written) == format_named(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("int4", {"kind": "affine", "bits": 4, "group": 64, "symmetric": False}),
+        ("int8", {"kind": "affine", "bits": 8, "group": "channel", "symmetric": True}),
+        ("int8-g32-asym", {"kind": "affine", "bits": 8, "group": 32, "symmetric": False}),
+        ("int3-g128-sym", {"kind": "affine", "bits": 3, "group": 128, "symmetric": True}),
+        ("int2-channel", {"kind": "affine", "bits": 2, "group": "channel", "symmetric": False}),
+        ("int6-rot", {"kind": "affine", "bits": 6, "group": 64, "symmetric": False, "rotation": "hadamard"}),
+        ("nf4", {"kind": "codebook", "bits": 4, "codebook": "nf4", "group": 64}),
+        ("fp8", {"kind": "float", "bits": 8, "variant": "e4m3", "group": "channel"}),
+        ("fp16", {"kind": "float", "bits": 16}),
+    ],
+)
+def test_a_policy_records_what_a_name_means(name: str, parameters: dict[str, object]) -> None:
+    assert format_named(name).parameters() == parameters
+
+
+def test_parameters_make_the_format_under_its_shortest_name() -> None:
+    assert affine(8, None, True) is INT8
+    assert affine(8, None, False).name == "int8-asym"
+    assert affine(4, 64, False) == format_named("int4")
+    assert affine(4, 64, True, rotated=True).name == "int4-sym-rot"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("int1", "int9", "int", "int4_g32", "int4-g7", "int4-g", "int4-g256", "4", "int4;int8", "int16", "fp4", "nf3"),
+        *(
+            "int4-sym-g32",
+            "int4-rot-sym",
+            "int4-sym-asym",
+            "int4-sym-sym",
+            "int4-g32-g64",
+            "int4-",
+            "nf4-g32",
+            "fp8-rot",
+        ),
+        *("int44", "uint4", "int4-asymm", "int4-g032"),
+    ],
+)
 def test_an_unknown_name_is_told_which_there_are(name: str) -> None:
-    with pytest.raises(FormatError, match=rf"unknown format '{name}'; write any of int4, int4-g32, .*int8, fp16"):
+    with pytest.raises(
+        FormatError, match=rf"unknown format '{name}'; write int2 to int8.* -rot; nf4, fp8, fp16; or all"
+    ):
+        format_named(name)
+
+
+@pytest.mark.parametrize("name", ["int4-channel-rot", "int8-rot", "int8-sym-rot", "int2-channel-sym-rot"])
+def test_a_whole_row_cannot_be_rotated_and_that_is_said_with_the_remedy(name: str) -> None:
+    with pytest.raises(FormatError, match=f"unknown format '{name}': .*32, 64 or 128 weights; add -g64"):
         format_named(name)
 
 
@@ -52,9 +184,23 @@ def test_names_are_read_in_any_case() -> None:
         ("int4", {"kind": "affine", "bits": 4, "group": 32, "symmetric": False}),
         ("int4", {"kind": "affine", "bits": 4, "group": 64}),
         ("int8", {"kind": "affine", "bits": 8, "group": "channel", "symmetric": True, "rotation": "hadamard"}),
+        ("int4-rot", {"kind": "affine", "bits": 4, "group": 64, "symmetric": False}),
+        ("nf4", {"kind": "codebook", "bits": 4, "codebook": "fp4", "group": 64}),
         ("fp16", {}),
     ],
 )
 def test_a_name_that_meant_something_else_is_refused(name: str, parameters: dict[str, object]) -> None:
     with pytest.raises(FormatError, match="use the bitpolicy that wrote it"):
         from_parameters(name, parameters)
+
+
+def test_bytes_grow_with_the_width_and_shrink_with_the_group() -> None:
+    shape, half = (64, 48, 3, 3), torch.float16  # K = 432: seven runs of 64
+    sizes = [affine(bits, 64, False).nbytes(shape, half) for bits in range(2, 9)]
+    assert sizes == [64 * (432 * bits // 8 + 7 * 3) for bits in range(2, 9)]
+    assert affine(3, 32, True).nbytes(shape, half) == 64 * (162 + 14 * 2)
+    assert affine(3, 128, True).nbytes(shape, half) == 64 * (162 + 4 * 2)
+    assert affine(3, None, True).nbytes(shape, half) == 64 * (162 + 2)
+    assert format_named("nf4").nbytes(shape, half) == 64 * (216 + 7 * 2)
+    assert format_named("fp8").nbytes(shape, half) == format_named("int8").nbytes(shape, half) == 64 * (432 + 4)
+    assert FP16.nbytes(shape, half) == 64 * 432 * 2

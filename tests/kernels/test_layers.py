@@ -10,17 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from toy_formats import FEW
 
 from bitpolicy.kernels.errors import FormatError
 from bitpolicy.kernels.format import Format
-from bitpolicy.kernels.formats import _REGISTERED, format_named
+from bitpolicy.kernels.formats import format_named
 from bitpolicy.kernels.layers import PackedLayer, pack_layer, quantizable_layers, replace_layer, unpack_layer
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(67, 5), (2, 3, 67)),
+    "linear on rows of 64": (lambda: nn.Linear(128, 5), (3, 128)),
     "linear without bias": (lambda: nn.Linear(64, 6, bias=False), (4, 64)),
     "conv1d": (lambda: nn.Conv1d(6, 4, 3, padding=1), (2, 6, 9)),
     "conv2d": (lambda: nn.Conv2d(5, 4, 3, stride=2, padding=1), (2, 5, 8, 8)),
+    "conv2d of 64 channels": (lambda: nn.Conv2d(64, 3, 3, padding=1), (1, 64, 4, 4)),
     "conv2d of one tap": (lambda: nn.Conv2d(9, 4, 1, bias=False), (2, 9, 4, 4)),
     "depthwise conv2d": (lambda: nn.Conv2d(6, 6, 3, groups=6), (2, 6, 6, 6)),
     "grouped conv2d": (lambda: nn.Conv2d(6, 4, 3, groups=2, dilation=2), (2, 6, 9, 9)),
@@ -29,10 +32,20 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv3d": (lambda: nn.Conv3d(3, 4, (1, 3, 3), padding=(0, 1, 1)), (1, 3, 2, 5, 5)),
 }
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
-PACKED = [format for format in _REGISTERED.values() if format.packed]
+
+PACKED = [format for format in FEW if format.packed]
 
 every_layer = pytest.mark.parametrize(("make", "size"), LAYERS.values(), ids=LAYERS)
 every_packed_format = pytest.mark.parametrize("format", PACKED, ids=lambda format: format.name)
+every_packed_layer = pytest.mark.parametrize(
+    ("make", "size", "format"),
+    [
+        pytest.param(make, size, format, id=f"{about}-{format.name}")
+        for about, (make, size) in LAYERS.items()
+        for format in PACKED
+        if format.fits(make().weight.shape)
+    ],
+)
 
 
 def packed(layer: nn.Module, format: Format) -> PackedLayer:
@@ -59,8 +72,7 @@ def announced(layer: PackedLayer) -> dict[str, torch.dtype]:
     return {suffix: spec.dtype for suffix, spec in specs.items()}
 
 
-@every_layer
-@every_packed_format
+@every_packed_layer
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_it_gives_the_bits_of_the_ordinary_layer(
     make: Callable[[], nn.Module], size: tuple[int, ...], format: Format, dtype: torch.dtype
@@ -82,8 +94,7 @@ def test_it_passes_the_gradient_to_its_input(make: Callable[[], nn.Module], size
     assert torch.equal(given.grad, expected.grad)
 
 
-@every_layer
-@every_packed_format
+@every_packed_layer
 def test_it_is_read_like_the_ordinary_layer(
     make: Callable[[], nn.Module], size: tuple[int, ...], format: Format
 ) -> None:
@@ -96,8 +107,7 @@ def test_it_is_read_like_the_ordinary_layer(
     assert repr(plain)[:-1] in repr(layer)  # its geometry too
 
 
-@every_layer
-@every_packed_format
+@every_packed_layer
 def test_only_the_packed_tensors_and_the_bias_are_in_memory(
     make: Callable[[], nn.Module], size: tuple[int, ...], format: Format
 ) -> None:
@@ -136,14 +146,14 @@ def test_only_the_packed_tensors_and_the_bias_are_in_memory(
 def test_packed_tensors_never_change(
     move: Callable[[nn.Module], nn.Module], compute: torch.dtype, format: Format
 ) -> None:
-    layer, _ = twins(lambda: nn.Conv2d(6, 4, 3), format)
+    layer, _ = twins(lambda: nn.Conv2d(64, 4, 3), format)
     before = {suffix: tensor.clone() for suffix, tensor in layer.packed_tensors().items()}
     moved = move(nn.Sequential(layer))[0]
     assert isinstance(moved, PackedLayer)
     assert dtypes(moved) == announced(moved)
     assert all(torch.equal(tensor, before[suffix]) for suffix, tensor in moved.packed_tensors().items())
     assert moved.bias.dtype == moved.weight.dtype == moved.compute_dtype == compute
-    moved(torch.randn(1, 6, 4, 4, dtype=compute))
+    moved(torch.randn(1, 64, 4, 4, dtype=compute))
 
 
 def test_a_copy_shares_nothing() -> None:
@@ -156,10 +166,10 @@ def test_a_copy_shares_nothing() -> None:
 
 @every_packed_format
 def test_its_state_goes_through_a_file_of_plain_tensors(format: Format, tmp_path: Path) -> None:
-    layer, _ = twins(lambda: nn.Conv2d(6, 4, 3), format)
+    layer, _ = twins(lambda: nn.Conv2d(64, 4, 3), format)
     save_file(layer.state_dict(), tmp_path / "layer.safetensors")
     torch.manual_seed(1)
-    other = packed(nn.Conv2d(6, 4, 3), format)
+    other = packed(nn.Conv2d(64, 4, 3), format)
     assert not torch.equal(other.weight, layer.weight)
     other.load_state_dict(load_file(tmp_path / "layer.safetensors"))
     assert dtypes(other) == announced(other)
@@ -170,8 +180,8 @@ def test_its_state_goes_through_a_file_of_plain_tensors(format: Format, tmp_path
 @every_packed_format
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_setting_the_data_of_its_weight_quantizes_anew(format: Format, dtype: torch.dtype) -> None:
-    layer, _ = twins(lambda: nn.Conv2d(6, 4, 3), format, dtype)
-    wanted = torch.randn(4, 6, 3, 3).to(dtype)
+    layer, _ = twins(lambda: nn.Conv2d(64, 4, 3), format, dtype)
+    wanted = torch.randn(4, 64, 3, 3).to(dtype)
     layer.weight.data = wanted
     expected = format.quantize(wanted)
     assert all(torch.equal(tensor, expected[suffix]) for suffix, tensor in layer.packed_tensors().items())
@@ -224,8 +234,7 @@ def test_calling_its_class_makes_an_ordinary_layer(make: Callable[[], nn.Module]
     assert made.bias is None
 
 
-@every_layer
-@every_packed_format
+@every_packed_layer
 def test_unpacking_gives_an_ordinary_layer_that_computes_the_same(
     make: Callable[[], nn.Module], size: tuple[int, ...], format: Format
 ) -> None:

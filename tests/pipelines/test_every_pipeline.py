@@ -19,6 +19,7 @@ from bitpolicy.policies.policy import Choice, Policy
 from bitpolicy.prompting import split
 from bitpolicy.sensitivity.ablation import References, ablate
 from bitpolicy.sensitivity.adjoint import AdjointProbe
+from bitpolicy.sensitivity.candidates import candidates
 from bitpolicy.sensitivity.directions import Random
 from bitpolicy.sensitivity.inventory import inventory
 from bitpolicy.sensitivity.reference import ReferencePass
@@ -65,7 +66,7 @@ def sketched(request: Any, new_subject: Any, made_up_means: Any) -> Sketched:
     subject = new_subject(request.param, torch.float64, num_inference_steps=steps)
     means = made_up_means(subject)
     with subject.unrounded():
-        probe = AdjointProbe(subject.trajectories, FORMATS, means, torch.float16)
+        probe = AdjointProbe(subject.trajectories, candidates(FORMATS), means, torch.float16)
         (sketch,) = probe.sketches(subject.samples[0], [Random(VECTOR)])
     return Sketched(subject, means, sketch)
 

@@ -12,6 +12,7 @@ from toy_pipelines import FLOW_SCHEDULERS, SCHEDULERS
 
 from bitpolicy.kernels.formats import format_named
 from bitpolicy.sensitivity.adjoint import AdjointProbe
+from bitpolicy.sensitivity.candidates import candidates
 from bitpolicy.sensitivity.directions import Random
 from bitpolicy.sensitivity.sketch import Sketch
 from bitpolicy.sensitivity.stepwise import StepwiseProbe
@@ -58,7 +59,7 @@ def scheduler(request: pytest.FixtureRequest) -> str:
 def sketched(request: Any, scheduler: str, new_subject: Any, made_up_means: Any) -> Sketched:
     subject = subject_with(new_subject, scheduler, torch.float64, GUIDED[request.param])
     with subject.unrounded():
-        probe = AdjointProbe(subject.trajectories, [INT4], made_up_means(subject), torch.float16)
+        probe = AdjointProbe(subject.trajectories, candidates([INT4]), made_up_means(subject), torch.float16)
         (sketch,) = probe.sketches(subject.samples[0], [Random(VECTOR)])
     return Sketched(subject, sketch)
 
@@ -102,8 +103,8 @@ def test_the_scheduler_keeps_no_graph_and_is_as_it_was(new_subject: Any, made_up
     expected = subject.final_latent(sample)  # leaves a history behind, as a user's own call does
     used = dict(state)
     assert len(list(tensors_in(used))) >= len(list(tensors_in(before)))
-    adjoint = AdjointProbe(subject.trajectories, [INT4], made_up_means(subject), torch.float16)
-    stepwise = StepwiseProbe(subject.trajectories, [INT4], made_up_means(subject), torch.float16)
+    adjoint = AdjointProbe(subject.trajectories, candidates([INT4]), made_up_means(subject), torch.float16)
+    stepwise = StepwiseProbe(subject.trajectories, candidates([INT4]), made_up_means(subject), torch.float16)
     for passes in (adjoint.sketches(sample, [Random(0), Random(1)]), stepwise.sketches(sample, [0])):
         for _ in passes:
             pass

@@ -21,6 +21,7 @@ from bitpolicy.cli.options import pipeline_call
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import parse_formats
 from bitpolicy.loading import source_of
+from bitpolicy.plan import make_plan
 from bitpolicy.policies.denoiser import denoiser_names
 from bitpolicy.prompting import default_requests, load_requests
 from bitpolicy.sensitivity.ablation import References
@@ -30,7 +31,6 @@ from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.samples import Sample, fingerprint
 from bitpolicy.sensitivity.trajectory import Trajectories
 from bitpolicy.settings import Settings
-from bitpolicy.workflow import make_plan
 
 NEED_A_PICTURE = [name for name, toy in TOYS.items() if toy.extra]
 

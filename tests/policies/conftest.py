@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from toy_formats import FEW
 
 from bitpolicy.kernels.bias_correction import mean_patch
-from bitpolicy.kernels.formats import _REGISTERED
+from bitpolicy.kernels.formats import format_named
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.accounting import weights_hash
 from bitpolicy.policies.apply import to_storage
@@ -34,12 +35,16 @@ class Exported:
 
 @pytest.fixture(scope="session")
 def every_format_in_turn() -> Callable[[torch.nn.Module], dict[str, Choice]]:
-    """Choices for all layers of a model; every second packed layer has its bias corrected."""
+    """Choices for all layers of a model; every second packed layer has its bias corrected. A layer that a format does
+    not fit gets INT4."""
 
     def choices(model: torch.nn.Module) -> dict[str, Choice]:
-        formats = cycle(_REGISTERED.values())
-        turns = enumerate(zip(quantizable_layers(model), formats, strict=False))
-        return {name: Choice(format, format.packed and i % 2 == 0) for i, ((name, _), format) in turns}
+        turns = enumerate(zip(quantizable_layers(model), cycle(FEW), strict=False))
+        found = {}
+        for i, ((name, layer), format) in turns:
+            fitting = format if format.fits(layer.weight.shape) else format_named("int4")
+            found[name] = Choice(fitting, fitting.packed and i % 2 == 0)
+        return found
 
     return choices
 

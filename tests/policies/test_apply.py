@@ -11,8 +11,11 @@ from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError, FormatError
 from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.kernels.hqq import hqq
 from bitpolicy.kernels.layers import PackedLayer, quantizable_layers
+from bitpolicy.kernels.range_search import mse
 from bitpolicy.policies.apply import pack, quantize_layer, quantized, to_storage
+from bitpolicy.policies.calibration import rounded_key
 from bitpolicy.policies.policy import Choice
 
 INT4, INT8 = format_named("int4"), format_named("int8")
@@ -127,6 +130,95 @@ def test_a_layer_without_a_bias_has_nothing_to_correct() -> None:
 def test_a_correction_without_its_mean_input_names_the_layer() -> None:
     with pytest.raises(BitPolicyError, match=r"layer mid\.conv: bias correction needs its mean input.*measure it anew"):
         quantize_layer("mid.conv", nn.Conv2d(4, 4, 3), Choice(INT4, True), {}, torch.float16)
+
+
+# Quantizers
+
+
+@pytest.fixture
+def heavy() -> nn.Linear:
+    """A layer whose grids are worth a search."""
+    layer = nn.Linear(64, 4)
+    layer.weight.data = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).pow(3).half().float()
+    return layer
+
+
+@pytest.mark.parametrize(("name", "by_itself"), [("mse", mse), ("hqq", hqq)])
+def test_a_quantizer_that_needs_only_the_weight_needs_no_calibration(
+    heavy: nn.Linear, name: str, by_itself: Callable[..., dict[str, torch.Tensor]]
+) -> None:
+    stored = quantize_layer("layer", heavy, Choice(INT4, quantizer=name), {}, torch.float16)
+    assert_same(stored.tensors, by_itself(INT4, heavy.weight.detach()))
+
+
+@pytest.mark.parametrize("quantizer", ["mse", "hqq", "gptq", "gptq-trajectory"])
+@pytest.mark.parametrize("format", [format_named(n) for n in ("int4", "int3-rot", "nf4", "fp8", "int8")], ids=str)
+def test_what_was_rounded_is_stored_bit_for_bit(heavy: nn.Linear, quantizer: str, format: Any) -> None:
+    choice = Choice(format, True, quantizer)
+    made = format.quantize(torch.randn(4, 64))  # of another weight, so that it cannot be made again
+    calibration = {"layer": torch.ones(64), **{rounded_key("layer", choice, s): t for s, t in made.items()}}
+    stored = quantize_layer("layer", heavy, choice, calibration, torch.float16)
+    assert stored.tensors.keys() == made.keys()
+    assert all(torch.equal(stored.tensors[s].view(torch.uint8), made[s].view(torch.uint8)) for s in made)
+    delta = format.dequantize(made, (4, 64), torch.float32) - heavy.weight.detach()
+    expected = heavy.bias.detach().double() - delta.double().sum(1)
+    torch.testing.assert_close(stored.bias.double(), expected, rtol=2**-10, atol=2**-10)
+
+
+def test_what_was_rounded_for_another_choice_is_not_taken(heavy: nn.Linear) -> None:
+    made = INT4.quantize(torch.randn(4, 64))
+    others = [("layer", Choice(INT4, quantizer="gptq")), ("layer.2", Choice(INT4, quantizer="mse"))]
+    calibration = {rounded_key(name, choice, s): t for name, choice in others for s, t in made.items()}
+    for quantizer, expected in (("mse", mse(INT4, heavy.weight.detach())), ("rtn", INT4.quantize(heavy.weight))):
+        stored = quantize_layer("layer", heavy, Choice(INT4, quantizer=quantizer), calibration, torch.float16)
+        assert_same(stored.tensors, expected)
+
+
+@pytest.mark.parametrize("quantizer", ["gptq", "gptq-trajectory"])
+@pytest.mark.parametrize("missing", ["weight_packed", "weight_zero", "everything"])
+def test_what_was_rounded_with_a_hessian_and_is_missing_is_told_with_the_remedy(
+    heavy: nn.Linear, quantizer: str, missing: str
+) -> None:
+    choice = Choice(INT4, quantizer=quantizer)
+    made = INT4.quantize(heavy.weight.detach())
+    kept = {rounded_key("mid.to_q", choice, s): t for s, t in made.items() if missing not in (s, "everything")}
+    with pytest.raises(BitPolicyError, match=rf"layer mid\.to_q was rounded by {quantizer}, .*or set quantizer: rtn"):
+        quantize_layer("mid.to_q", heavy, choice, kept, torch.float16)
+
+
+@pytest.mark.parametrize("quantizer", ["mse", "gptq"])
+@pytest.mark.parametrize(
+    ("suffix", "tensor"),
+    [
+        ("weight_packed", torch.zeros(4, 33, dtype=torch.uint8)),
+        ("weight_packed", torch.zeros(4, 32, dtype=torch.int8)),
+        ("weight_scale", torch.ones(4, 1)),
+        ("weight_zero", torch.zeros(5, 1, dtype=torch.uint8)),
+    ],
+    ids=["longer rows", "signed", "float32", "more rows"],
+)
+def test_what_was_rounded_for_another_layer_is_refused(
+    heavy: nn.Linear, quantizer: str, suffix: str, tensor: torch.Tensor
+) -> None:
+    choice = Choice(INT4, quantizer=quantizer)
+    made = {**INT4.quantize(heavy.weight.detach()), suffix: tensor}
+    calibration = {rounded_key("layer", choice, s): t for s, t in made.items()}
+    with pytest.raises(BitPolicyError, match="layer layer: its calibration is of another shape; use the file of this"):
+        quantize_layer("layer", heavy, choice, calibration, torch.float16)
+
+
+def test_a_weight_that_is_not_finite_names_its_layer_whoever_rounds() -> None:
+    layer = nn.Linear(64, 4)
+    layer.weight.data[0] = float("nan")
+    for quantizer in ("rtn", "mse", "hqq"):
+        with pytest.raises(FormatError, match=r"layer mid\.to_q: .*keep this layer at fp16"):
+            quantize_layer("mid.to_q", layer, Choice(INT4, quantizer=quantizer), {}, torch.float16)
+
+
+@pytest.mark.xfail(raises=RuntimeError, reason="torch's own error of unflatten gets out")
+def test_a_rotation_that_does_not_fit_names_its_layer() -> None:
+    with pytest.raises(BitPolicyError, match="layer conv_in: "):
+        quantize_layer("conv_in", nn.Conv2d(4, 8, 3), Choice(format_named("int4-rot")), {}, torch.float16)
 
 
 @pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16], ids=str)

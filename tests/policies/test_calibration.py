@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.policies.calibration import calibration_hash, load_calibration, save_calibration
+from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.policies.calibration import (
+    calibration_hash,
+    is_rounded,
+    load_calibration,
+    needed_for,
+    rounded_key,
+    save_calibration,
+)
+from bitpolicy.policies.policy import Choice
 
 MEANS = {"conv_in": torch.randn(4, 3, 3), "attn.to_q": torch.randn(16)}
 
@@ -57,6 +66,65 @@ def test_a_file_that_cannot_be_read_is_told_what_to_do(tmp_path: Path, content: 
         path.write_bytes(content)
     with pytest.raises(BitPolicyError, match="keep the two together, or set bias_correction: false"):
         load_calibration(path)
+
+
+INT4, INT8, FP8 = (format_named(name) for name in ("int4", "int8", "fp8"))
+
+
+def rounded(*choices: tuple[str, Choice]) -> dict[str, torch.Tensor]:
+    """Tensors as quantizers make them, of 2 x 64 weights."""
+    weight = torch.randn(2, 64, generator=torch.Generator().manual_seed(1))
+    return {
+        rounded_key(layer, choice, suffix): tensor
+        for layer, choice in choices
+        for suffix, tensor in choice.format.quantize(weight).items()
+    }
+
+
+def test_every_mean_is_needed_and_of_what_was_rounded_just_what_was_chosen() -> None:
+    made = rounded(
+        ("conv_in", Choice(INT4, quantizer="gptq")),
+        ("conv_in", Choice(INT4, quantizer="mse")),
+        ("conv_in", Choice(INT8, quantizer="gptq")),
+        ("conv_in_2", Choice(INT4, quantizer="gptq")),
+        ("attn.to_q", Choice(INT4, quantizer="gptq")),
+        ("attn.to_k", Choice(INT4, quantizer="gptq-trajectory")),
+    )
+    chosen = {
+        "conv_in": Choice(INT4, True, "gptq"),
+        "conv_in_2": Choice(FP16),
+        "attn.to_q": Choice(INT4),  # rounded to nearest
+        "attn.to_k": Choice(INT4, False, "gptq-trajectory"),
+    }
+    kept = needed_for(chosen, {**MEANS, **made})
+    suffixes = ("weight_packed", "weight_scale", "weight_zero")
+    assert set(kept) == {
+        *MEANS,
+        *(f"conv_in/int4/gptq/{suffix}" for suffix in suffixes),
+        *(f"attn.to_k/int4/gptq-trajectory/{suffix}" for suffix in suffixes),
+    }
+    assert all(torch.equal(kept[key], made[key]) for key in kept if key not in MEANS)
+
+
+def test_a_calibration_is_rounded_when_it_holds_packed_tensors() -> None:
+    assert not is_rounded(MEANS)
+    assert not is_rounded({})
+    assert is_rounded({**MEANS, **rounded(("conv_in", Choice(INT4, quantizer="mse")))})
+
+
+def test_packed_tensors_of_every_dtype_are_saved_and_read_back(tmp_path: Path) -> None:
+    made = {**MEANS, **rounded(*((f.name, Choice(f, quantizer="gptq")) for f in (INT4, INT8, FP8)))}
+    save_calibration(made, tmp_path / "calibration.safetensors")
+    found = load_calibration(tmp_path / "calibration.safetensors", calibration_hash(made))
+    assert {key: tensor.dtype for key, tensor in found.items()} == {key: tensor.dtype for key, tensor in made.items()}
+    assert all(torch.equal(found[key].view(torch.uint8), made[key].view(torch.uint8)) for key in made)
+
+
+def test_another_code_is_another_calibration() -> None:
+    made = rounded(("conv_in", Choice(INT4, quantizer="gptq")))
+    other = {key: tensor.clone() for key, tensor in made.items()}
+    other["conv_in/int4/gptq/weight_packed"][0, 0] ^= 1
+    assert calibration_hash(other) != calibration_hash(made)
 
 
 def test_the_order_of_the_layers_does_not_change_the_hash() -> None:

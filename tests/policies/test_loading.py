@@ -243,7 +243,7 @@ def test_a_tensor_of_another_shape_is_named(exported: Any, broken: Callable[...,
             lambda config: config["layers"].update({"conv_middle": "int8"}),
             "the checkpoint packs layer 'conv_middle', which UNet2DConditionModel does not have",
         ),
-        (lambda config: config["layers"].update(conv_in="int7"), "unknown format 'int7'; write any of int4"),
+        (lambda config: config["layers"].update(conv_in="int9"), "unknown format 'int9'; write int2 to int8"),
         (
             lambda config: config["formats"]["int4"].update(group=16),
             "'int4' was written as .*'group': 16.*; use the bitpolicy that wrote it",

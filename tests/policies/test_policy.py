@@ -130,6 +130,37 @@ def test_a_policy_made_from_choices_gives_each_layer_its_own(tmp_path: Path) -> 
     assert set(policy.formats) == {"int4", "int8", "fp16"}
 
 
+def test_each_layer_keeps_the_quantizer_it_was_scored_with(tmp_path: Path) -> None:
+    choices = {
+        "a": Choice(INT4, True, "gptq"),
+        "b": Choice(INT4, True, "gptq"),
+        "c": Choice(INT4, True, "rtn"),
+        "d": Choice(INT8, False, "gptq-trajectory"),
+        "e": Choice(format_named("int3-g32-sym-rot"), True, "mse"),
+        "f": Choice(format_named("nf4"), True, "hqq"),
+        "g": Choice(FP16),
+    }
+    policy = Policy.of(choices, model=read(tmp_path, TEXT).model)
+    policy.save(tmp_path / "again.yaml")
+    assert Policy.load(tmp_path / "again.yaml").resolve(choices) == policy.resolve(choices) == choices
+    assert policy.defaults == LayerSettings(format="int4", quantizer="gptq", bias_correction=True)
+    assert policy.layers["c"] == LayerSettings(quantizer="rtn")
+    assert policy.layers["g"] == LayerSettings(format="fp16"), "what is not packed is not rounded"
+    assert policy.formats["int3-g32-sym-rot"]["rotation"] == "hadamard"
+
+
+def test_a_rule_may_name_a_quantizer(tmp_path: Path) -> None:
+    text = changed(rules=[{"match": "conv_*", "format": "int4", "quantizer": "mse"}], layers={})
+    found = read(tmp_path, text).resolve(NAMES)
+    assert {choice.quantizer for name, choice in found.items() if name.startswith("conv_")} == {"mse"}
+    assert {choice.quantizer for name, choice in found.items() if not name.startswith("conv_")} == {"rtn"}
+
+
+def test_a_policy_from_before_there_were_quantizers_rounds_to_nearest(tmp_path: Path) -> None:
+    text = changed(defaults={"format": "int8"}, rules=[], layers={})
+    assert {choice.quantizer for choice in read(tmp_path, text).resolve(NAMES).values()} == {"rtn"}
+
+
 def test_the_calibration_is_held_beside_the_policy_and_never_in_the_file(tmp_path: Path) -> None:
     policy = read(tmp_path, TEXT)
     holding = policy.with_calibration({"conv_in": torch.ones(3)})
@@ -148,7 +179,10 @@ def test_the_calibration_is_held_beside_the_policy_and_never_in_the_file(tmp_pat
         ({"model": None}, "model: Field required"),
         ({"storage_dtype": "float32"}, "storage_dtype: Input should be 'float16' or 'bfloat16'"),
         ({"defaults": {"formt": "int8"}}, "defaults.formt: "),
-        ({"defaults": {"quantizer": "magic"}}, "defaults.quantizer: Input should be 'rtn'"),
+        (
+            {"defaults": {"quantizer": "magic"}},
+            "defaults.quantizer: Value error, unknown quantizer 'magic'; write any of rtn, mse, hqq",
+        ),
         ({"defaults": "int8"}, "defaults: "),
         ({"rules": [{"format": "int4"}]}, "rules.0.match: Field required"),
         ({"rules": [{"match": "*"}, {"match": "*", "bits": 4}]}, "rules.1.bits: "),
@@ -218,15 +252,15 @@ def test_an_unknown_layer_is_told_the_nearest_name(tmp_path: Path, name: str, hi
 @pytest.mark.parametrize(
     "fields",
     [
-        {"defaults": {"format": "int5"}},
-        {"rules": [{"match": "*", "format": "int5"}]},
-        {"layers": {"conv_in": {"format": "int5"}}},
-        {"formats": {"int5": {"bits": 5}}},
+        {"defaults": {"format": "int9"}},
+        {"rules": [{"match": "*", "format": "int9"}]},
+        {"layers": {"conv_in": {"format": "int9"}}},
+        {"formats": {"int9": {"bits": 9}}},
     ],
     ids=str,
 )
 def test_an_unknown_format_is_told_which_there_are(tmp_path: Path, fields: dict[str, Any]) -> None:
-    with pytest.raises(BitPolicyError, match="unknown format 'int5'; write any of int4"):
+    with pytest.raises(BitPolicyError, match="unknown format 'int9'; write int2 to int8"):
         read(tmp_path, changed(**fields)).resolve(NAMES)
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Mapping, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -57,8 +60,7 @@ def factor(sample: Sample) -> float:
     return 1 + 0.5 * (sample.seed * 0.6180339887 % 1)
 
 
-@pytest.fixture
-def problem() -> Problem:
+def new_problem() -> Problem:
     """A third of FP16; three layers of each role and stage, sizes over an order of magnitude."""
     draw = torch.Generator().manual_seed(0)
     layers = [
@@ -76,19 +78,69 @@ def problem() -> Problem:
     return Problem(layers, FORMATS, table, account, account.reference // 3)
 
 
+def scripted_generations(problem: Problem, **settings: Any) -> ScriptedGenerations:
+    """Generations whose truth is not the table's: the table is wrong by a factor of its own for every group."""
+    draw = torch.Generator().manual_seed(1)
+    wrong = dict(zip(problem.groups, torch.rand(len(problem.groups), generator=draw).tolist(), strict=True))
+    factors = torch.tensor([16 ** (2 * wrong[layer.group] - 1) for layer in problem.inventory], dtype=torch.float64)
+    return ScriptedGenerations(problem.table.error * factors[:, None], **settings)
+
+
+@pytest.fixture
+def problem() -> Problem:
+    return new_problem()
+
+
 @pytest.fixture
 def new_generations(problem: Problem) -> Callable[..., ScriptedGenerations]:
-    """Generations whose truth is not the table's: the table is wrong by a factor of its own for every group."""
-
-    def new(**settings: Any) -> ScriptedGenerations:
-        draw = torch.Generator().manual_seed(1)
-        wrong = dict(zip(problem.groups, torch.rand(len(problem.groups), generator=draw).tolist(), strict=True))
-        factors = torch.tensor([16 ** (2 * wrong[layer.group] - 1) for layer in problem.inventory], dtype=torch.float64)
-        return ScriptedGenerations(problem.table.error * factors[:, None], **settings)
-
-    return new
+    return partial(scripted_generations, problem)
 
 
 @pytest.fixture
 def samples() -> list[Sample]:
     return [Sample("cat", seed) for seed in range(8)]
+
+
+# A process that takes part in study "s": conftest.py, storage, trials, seconds a sample. It prints the best policy
+# and the number of finished trials.
+WORKER = """
+import importlib.util, sys, time
+from bitpolicy.search.study import Study
+from bitpolicy.sensitivity.samples import Sample
+
+path, storage, trials, seconds = sys.argv[1:]
+spec = importlib.util.spec_from_file_location("scripted", path)
+scripted = sys.modules["scripted"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(scripted)
+problem = scripted.new_problem()
+generations = scripted.scripted_generations(problem)
+errors = generations.errors
+
+def slow(*args):
+    for error in errors(*args):
+        time.sleep(float(seconds))
+        yield error
+
+generations.errors = slow
+study = Study(problem, generations, [Sample("cat", seed) for seed in range(8)], storage, "s", 0)
+study.run(int(trials))
+print("-".join(choice.format.name for choice in study.best(1)[0].values()), len(study.finished))
+"""
+
+
+@pytest.fixture
+def new_workers() -> Iterator[Callable[..., list[subprocess.Popen[str]]]]:
+    """`new_workers(url, count, trials)`: processes that run trials of study "s" in one storage."""
+    started: list[subprocess.Popen[str]] = []
+
+    def new(url: str, count: int = 1, trials: int = 1, seconds: float = 0.05) -> list[subprocess.Popen[str]]:
+        line = [sys.executable, "-c", WORKER, __file__, url, str(trials), str(seconds)]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        workers = [subprocess.Popen(line, **pipes) for _ in range(count)]
+        started.extend(workers)
+        return workers
+
+    yield new
+    for worker in started:
+        worker.kill()
+        worker.communicate()

@@ -50,6 +50,21 @@ def test_a_single_finalist_wins() -> None:
     assert (found.choices, found.error) == (FINALISTS[0], (1.5,))
 
 
+def test_a_leader_that_is_best_on_fresh_samples_held() -> None:
+    found = confirmed(Scripted([1.0, 1.0], [1.0, 2.0]))
+    assert (found.won, found.held, found.leader_rank) == (0, True, 1)
+
+
+def test_a_leader_that_is_not_best_on_fresh_samples_did_not_hold_and_the_best_there_is_taken() -> None:
+    found = confirmed(Scripted([2.0, 2.0], [3.0, 3.0], [1.0, 1.0], [1.5, 1.5]))
+    assert (found.won, found.held, found.leader_rank) == (2, False, 3)
+    assert found.choices == FINALISTS[2]
+
+
+def test_a_leader_that_is_as_good_as_another_on_fresh_samples_held() -> None:
+    assert confirmed(Scripted([2.0, 2.0], [1.0, 3.0])).held
+
+
 def test_every_finalist_is_scored_on_all_samples() -> None:
     generations = Scripted([1.0, 1.0], [0.0, 5.0])
     confirmed(generations)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +16,10 @@ from optuna.trial import TrialState
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.policy import Choice
 from bitpolicy.search.budget import BudgetError
+from bitpolicy.search.knapsack import Solution
 from bitpolicy.search.problem import Problem
-from bitpolicy.search.study import Study, journal
+from bitpolicy.search.samplers import policy_key
+from bitpolicy.search.study import Study, journal, open_storage
 from bitpolicy.sensitivity.samples import Sample
 
 Samples = list[Sample]
@@ -135,7 +139,76 @@ def test_a_loser_is_stopped_early(problem: Problem, new_generations: NewGenerati
     assert 4 <= min(scored) < 16
 
 
+def test_a_trial_of_a_policy_that_was_scored_is_finished_at_once_with_what_is_known(
+    problem: Problem,
+    new_generations: NewGenerations,
+    samples: Samples,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also by another worker, and without the pruner, which is slow where all differences are zero."""
+    new_study(problem, new_generations(), samples, tmp_path / "journal").run(1)
+    optuna.load_study(study_name="s", storage=journal(str(tmp_path / "journal"))).enqueue_trial(
+        dict.fromkeys(problem.groups, 0.0)
+    )
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("the pruner was asked")
+
+    monkeypatch.setattr(optuna.pruners.WilcoxonPruner, "prune", never)
+    generations = new_generations()
+    study = new_study(problem, generations, samples, tmp_path / "journal")
+    study.run(2)
+    first, second = study.finished
+    assert generations.asked == []
+    assert second.value == first.value
+    assert second.intermediate_values == first.intermediate_values
+    assert second.user_attrs["repeats"] == first.number
+    assert second.user_attrs["samples"] == len(samples)
+
+
+def test_a_trial_says_what_its_policy_is(
+    problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path
+) -> None:
+    """For optuna-dashboard."""
+    generations = new_generations()
+    study = new_study(problem, generations, samples, tmp_path / "journal")
+    study.run(6)
+    taken = {tuple(c.format.name for c in choices.values()): choices for choices, _ in generations.asked}
+    for trial in study.finished:
+        names = tuple(problem.formats[int(letter)].name for letter in trial.user_attrs["policy"])
+        choices = taken[names]
+        assert trial.user_attrs["policy_bytes"] == nbytes(problem, choices)
+        for format in problem.formats:
+            assert trial.user_attrs[f"layers_{format.name}"] == names.count(format.name)
+        predicted = sum(problem.table.score(i, choice.format) for i, choice in enumerate(choices.values()))
+        assert trial.user_attrs["predicted_error"] == pytest.approx(predicted)
+        errors = trial.intermediate_values.values()
+        assert len(errors) == trial.user_attrs["samples"]
+        assert trial.user_attrs["psnr_db"] == pytest.approx(sum(-10 * math.log10(e) for e in errors) / len(errors))
+    shown = optuna.load_study(study_name="s", storage=journal(str(tmp_path / "journal")))
+    assert shown.metric_names == ["mean squared image error"]
+    assert shown.user_attrs["budget_bytes"] == problem.budget
+
+
 # What it keeps
+
+
+def test_a_policy_has_an_origin(
+    problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path
+) -> None:
+    given = problem.solve({"conv/middle": 1000.0})
+    study = Study(problem, new_generations(), samples, journal(str(tmp_path / "j")), "s", 0, starts=[given])
+    study.run(12)
+    assert study.origin(exact(problem)) == "the exact solution"
+    assert study.origin(problem.choices(given)) == "start 1"
+    others = [choices for choices in study.best(12) if choices not in (exact(problem), problem.choices(given))]
+    keys = {trial.number: trial.user_attrs["policy"] for trial in study.finished}
+    for choices in others:
+        name, number = study.origin(choices).split()
+        assert name == "trial"
+        key = "".join(str(problem.formats.index(choice.format)) for choice in choices.values())
+        assert int(number) == min(n for n, other in keys.items() if other == key)
 
 
 def test_the_best_are_different_policies_scored_on_every_sample_best_first(
@@ -164,7 +237,8 @@ def test_a_policy_that_was_not_scored_on_every_sample_is_not_among_the_best(
     study = new_study(problem, new_generations(), samples, tmp_path / "journal")
     study.run(1)
     octaves = {group: 3.0 if group.startswith("conv") else -3.0 for group in problem.groups}
-    lucky = problem.choices(problem.solve({group: 2.0**value for group, value in octaves.items()}))
+    formats = problem.solve({group: 2.0**value for group, value in octaves.items()}).formats
+    lucky = problem.choices(Solution(formats, 0.0, 0, 0.0))
     assert lucky != exact(problem)
     raw = optuna.load_study(study_name="s", storage=journal(str(tmp_path / "journal")))
     for seen in (len(samples) - 1, len(samples)):
@@ -173,7 +247,7 @@ def test_a_policy_that_was_not_scored_on_every_sample_is_not_among_the_best(
                 params=octaves,
                 distributions=dict.fromkeys(octaves, optuna.distributions.FloatDistribution(-3.0, 3.0)),
                 value=0.0,
-                user_attrs={"samples": seen},
+                user_attrs={"samples": seen, "policy": policy_key(formats)},
             )
         )
         assert (lucky in study.best(3)) == (seen == len(samples))
@@ -296,6 +370,30 @@ def test_a_storage_that_optuna_does_not_know_is_refused_with_one_that_it_knows(
 ) -> None:
     with pytest.raises(BitPolicyError, match=r"cannot use storage 'nowhere'.* e\.g\. sqlite:///study\.db"):
         Study(problem, new_generations(), samples, "nowhere", "s", 0)
+
+
+def test_a_storage_behind_a_proxy_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(BitPolicyError, match=r"pip install 'bitpolicy\[grpc\]'"):
+        open_storage("grpc://localhost:13000")
+
+
+def test_tables_that_another_worker_makes_meanwhile_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls = iter([RuntimeError("table studies already exists"), RuntimeError("type x already exists")])
+    get_storage = optuna.storages.get_storage
+
+    def collide(url: str) -> Any:
+        for error in calls:
+            raise error
+        return get_storage(url)
+
+    monkeypatch.setattr(optuna.storages, "get_storage", collide)
+    assert open_storage(f"sqlite:///{tmp_path}/study.db").get_all_studies() == []
+    monkeypatch.setattr(optuna.storages, "get_storage", lambda _: next(iter([])))
+    with pytest.raises(BitPolicyError):
+        open_storage("sqlite:///nowhere")
 
 
 def test_any_storage_that_optuna_knows_will_do(

@@ -18,6 +18,7 @@ from bitpolicy.kernels.formats import FP16, format_named, parse_formats
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.policy import Choice
 from bitpolicy.sensitivity.ablation import References, ablate
+from bitpolicy.sensitivity.candidates import candidates
 from bitpolicy.sensitivity.inventory import Layer, inventory
 from bitpolicy.sensitivity.probe import ProbeRun, ProbeSettings
 from bitpolicy.sensitivity.progress import Stages
@@ -126,7 +127,7 @@ def test_the_predicted_error_of_a_policy_is_near_the_measured_one(
 
 
 def test_weight_errors_are_what_the_formula_says(toy_unet: Any) -> None:
-    found = weight_errors(toy_unet, [INT4, INT8], torch.float16)
+    found = weight_errors(toy_unet, candidates([INT4, INT8]), torch.float16, {})
     for row, (_, layer) in enumerate(quantizable_layers(toy_unet)):
         weight = layer.weight.detach().half()
         for column, format in enumerate((INT4, INT8)):
@@ -137,7 +138,7 @@ def test_weight_errors_are_what_the_formula_says(toy_unet: Any) -> None:
 
 def test_a_weight_of_zeros_has_no_weight_error(toy_unet: Any) -> None:
     toy_unet.conv_in.weight.data.zero_()
-    assert weight_errors(toy_unet, [INT4, INT8], torch.float16)[0].tolist() == [0.0, 0.0]
+    assert weight_errors(toy_unet, candidates([INT4, INT8]), torch.float16, {})[0].tolist() == [0.0, 0.0]
 
 
 # The ablation probe

@@ -13,6 +13,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import FP16, format_named
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.policy import Choice
+from bitpolicy.sensitivity.candidates import candidates
 from bitpolicy.sensitivity.inventory import inventory
 from bitpolicy.sensitivity.sketch import Sketch
 from bitpolicy.sensitivity.table import SensitivityTable
@@ -41,7 +42,7 @@ def sketches() -> list[Sketch]:
 
 @pytest.fixture
 def table(sketches: list[Sketch]) -> SensitivityTable:
-    return SensitivityTable.from_sketches(["a", "b", "c", "d"], [INT4, INT8], sketches, POWER)
+    return SensitivityTable.from_sketches(["a", "b", "c", "d"], candidates([INT4, INT8]), sketches, POWER)
 
 
 def test_the_error_is_the_mean_square_of_the_sketches_with_the_better_bias(
@@ -100,9 +101,87 @@ def test_halves_are_the_tables_of_half_the_sketches(table: SensitivityTable, ske
         torch.testing.assert_close(half.error[3], plain, rtol=1e-5, atol=0)
 
 
+QUANTIZERS = ("rtn", "mse", "gptq")
+
+
+def sketches_of_quantizers(count: int = 5) -> list[Sketch]:
+    """Two formats by three quantizers, format by format; sizes differ, so that each of them is somewhere the best."""
+    draw = torch.Generator().manual_seed(3)
+    size = torch.rand(4, 6, generator=draw) + 0.1
+    return [
+        Sketch(size * torch.randn(3, 4, 6, generator=draw), 0.5 * size * torch.randn(3, 4, 6, generator=draw))
+        for _ in range(count)
+    ]
+
+
+def test_each_layer_and_format_has_the_quantizer_and_the_bias_of_least_mean_square() -> None:
+    sketches = sketches_of_quantizers()
+    tried = candidates([INT4, INT8], QUANTIZERS)
+    table = SensitivityTable.from_sketches(["a", "b", "c", "d"], tried, sketches, POWER)
+    seen = set()
+    for layer in range(4):
+        for column, format in enumerate((INT4, INT8)):
+            scores = {}
+            for place, quantizer in enumerate(QUANTIZERS, start=3 * column):
+                for corrected in (False, True):
+                    steps = [s.weight + s.bias if corrected else s.weight for s in sketches]
+                    values = torch.stack([s[:, layer, place].sum() for s in steps])
+                    scores[quantizer, corrected] = float(values.double().square().mean()) / POWER
+            best = min(scores, key=lambda key: scores[key])
+            assert float(table.error[layer, column]) == pytest.approx(scores[best], rel=1e-5)
+            assert table.choice(layer, format) == Choice(format, best[1], best[0])
+            seen.add(best)
+            quantizer, corrected = QUANTIZERS.index(best[0]) + 3 * column, best[1]
+            steps = torch.stack([s.weight + s.bias if corrected else s.weight for s in sketches])[
+                :, :, layer, quantizer
+            ]
+            assert table.sketches is not None
+            assert table.by_step is not None
+            torch.testing.assert_close(table.sketches[:, layer, column], steps.sum(1) / POWER**0.5)
+            torch.testing.assert_close(table.by_step[:, layer, column], steps.square().mean(0) / POWER)
+    assert {quantizer for quantizer, _ in seen} == set(QUANTIZERS)
+    assert {corrected for _, corrected in seen} == {True, False}
+
+
+def test_of_equal_quantizers_the_first_is_taken() -> None:
+    """Round to nearest needs no file beside the policy."""
+    sketch = Sketch(torch.ones(2, 1, 6), torch.zeros(2, 1, 6))
+    table = SensitivityTable.from_sketches(["a"], candidates([INT4, INT8], QUANTIZERS), [sketch], POWER)
+    assert [table.choice(0, format).quantizer for format in (INT4, INT8)] == ["rtn", "rtn"]
+
+
+def test_one_quantizer_is_everyones() -> None:
+    sketch = Sketch(torch.ones(2, 1, 2), torch.zeros(2, 1, 2))
+    table = SensitivityTable.from_sketches(["a"], candidates([INT4, INT8], ("gptq",)), [sketch], POWER)
+    assert table.quantizer is None
+    assert table.choice(0, INT8).quantizer == "gptq"
+    assert table.choice(0, FP16) == Choice(FP16)
+
+
+def test_a_saved_table_keeps_its_quantizers(toy_unet: Any, tmp_path: Path) -> None:
+    layers = inventory(toy_unet)
+    draw = torch.Generator().manual_seed(4)
+    shape = (2, len(layers), 6)
+    sketches = [Sketch(torch.randn(shape, generator=draw), torch.randn(shape, generator=draw)) for _ in range(3)]
+    names = [layer.name for layer in layers]
+    table = SensitivityTable.from_sketches(names, candidates([INT4, INT8], QUANTIZERS), sketches, POWER)
+    table.save(tmp_path, layers, ByteAccount.of(toy_unet, torch.float16))
+    found = SensitivityTable.load(tmp_path / "sensitivity.safetensors")
+    assert found.quantizers == QUANTIZERS
+    assert found.quantizer is not None
+    assert table.quantizer is not None
+    assert torch.equal(found.quantizer, table.quantizer)
+    for layer in range(len(layers)):
+        assert [found.choice(layer, f) for f in (INT4, INT8)] == [table.choice(layer, f) for f in (INT4, INT8)]
+    rows = list(csv.DictReader((tmp_path / "sensitivity.csv").open()))
+    expected = [table.choice(i, f).quantizer for i in range(len(layers)) for f in (INT4, INT8)]
+    assert [row["quantizer"] for row in rows] == expected
+    assert len(set(expected)) == 3
+
+
 def test_layers_that_no_sketch_saw_score_zero() -> None:
     nothing = [Sketch(torch.zeros(3, 2, 1), torch.zeros(3, 2, 1))]
-    table = SensitivityTable.from_sketches(["a", "b"], [INT4], nothing, POWER)
+    table = SensitivityTable.from_sketches(["a", "b"], candidates([INT4]), nothing, POWER)
     assert table.error.tolist() == [[0.0], [0.0]]
     assert table.by_step is not None
     assert torch.equal(table.by_step, torch.zeros(3, 2, 1))
@@ -164,7 +243,7 @@ def random_scores(count: int, layers: int) -> list[Sketch]:
 def saved(toy_unet: Any, tmp_path: Path) -> tuple[SensitivityTable, Path]:
     layers = inventory(toy_unet)
     names = [layer.name for layer in layers]
-    table = SensitivityTable.from_sketches(names, [INT4, INT8], random_scores(5, len(names)), POWER)
+    table = SensitivityTable.from_sketches(names, candidates([INT4, INT8]), random_scores(5, len(names)), POWER)
     table.save(tmp_path, layers, ByteAccount.of(toy_unet, torch.float16))
     return table, tmp_path
 
@@ -199,6 +278,7 @@ def test_the_csv_has_a_row_for_every_layer_and_format(saved: tuple[SensitivityTa
     described = {name: first[name] for name in ("role", "stage", "kind", "shape")}
     assert described == {"role": "input_stem", "stage": "ends", "kind": "Conv2d", "shape": "16x4x3x3"}
     assert int(first["bytes"]) == 16 * (36 // 2 + 2 + 1)  # nibbles, one scale and one zero point a row
+    assert (first["quantizer"], first["source"]) == ("rtn", "adjoint")
     assert float(first["error"]) == pytest.approx(table.score(table.layers.index("conv_in"), INT4), rel=1e-6)
 
 

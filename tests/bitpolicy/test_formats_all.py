@@ -1,0 +1,256 @@
+"""Every format and every quantizer through the whole road: searched, kept, exported and read back, bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import bitpolicy
+from bitpolicy import BitPolicyError, Policy
+from bitpolicy.kernels.formats import FP16
+from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.kernels.quantizers import HESSIANS, QUANTIZERS
+from bitpolicy.policies.apply import quantized
+from bitpolicy.policies.calibration import load_calibration
+from bitpolicy.policies.policy import Choice
+from bitpolicy.sensitivity.records import Records
+from bitpolicy.sensitivity.samples import split_samples
+from bitpolicy.sensitivity.table import SensitivityTable
+from bitpolicy.sensitivity.trajectory import Trajectories
+
+CALL = {"num_inference_steps": 1, "guidance_scale": 1.0}
+PROMPTS = "cat dog pizza heart star moon tree ball".split()
+SIZES = {"calibration_samples": 2, "vectors": 2, "search_samples": 2, "confirm_samples": 1, "held_out_samples": 1}
+SAMPLES = split_samples(["a red heart", "pizza"], 2, seed=77)
+UNET = Path("unet/diffusion_pytorch_model.safetensors")
+NewPipeline = Callable[[], Any]
+
+
+def search(pipe: Any, budget: str = "28%", **more: Any) -> Policy:
+    given = {"call": CALL, "prompts": PROMPTS, "trials": 0, "quiet": True, **SIZES}
+    chosen = {"formats": "int3,int4-rot,int8", "quantizer": "auto"}
+    return bitpolicy.search(pipe, budget, **{**given, **chosen, **more})
+
+
+def draw(pipe: Any) -> torch.Tensor:
+    return torch.stack([image for image, _ in Trajectories(pipe, "unet", CALL).images(SAMPLES)])
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A search that is done: its policy, the layers' choices, and its folder with the checkpoint in it."""
+
+    policy: Policy
+    choices: dict[str, Choice]
+    folder: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def auto(half_pipeline: NewPipeline, layer_names: list[str], tmp_path_factory: pytest.TempPathFactory) -> Searched:
+    """Three formats, every quantizer."""
+    folder = tmp_path_factory.mktemp("auto")
+    policy = search(half_pipeline(), output_dir=folder)
+    bitpolicy.export(half_pipeline(), policy, folder / "checkpoint")
+    return Searched(policy, policy.resolve(layer_names), folder)
+
+
+@pytest.fixture(scope="module")
+def every(half_pipeline: NewPipeline, layer_names: list[str], tmp_path_factory: pytest.TempPathFactory) -> Searched:
+    """All formats, rounded to nearest."""
+    folder = tmp_path_factory.mktemp("every")
+    policy = search(half_pipeline(), formats="all", quantizer="rtn", output_dir=folder)
+    bitpolicy.export(half_pipeline(), policy, folder / "checkpoint")
+    return Searched(policy, policy.resolve(layer_names), folder)
+
+
+@pytest.fixture(params=["auto", "every"])
+def searched(request: pytest.FixtureRequest) -> Searched:
+    return request.getfixturevalue(request.param)
+
+
+def test_reloaded_images_are_those_that_were_searched(half_pipeline: NewPipeline, searched: Searched) -> None:
+    pipe = half_pipeline()
+    reference = draw(pipe)
+    assert searched.policy.calibration is not None
+    with quantized(pipe.unet, searched.choices, searched.policy.calibration, torch.float16):
+        expected = draw(pipe)
+    found = draw(bitpolicy.load_pipeline(searched.checkpoint, torch.float32))
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, reference)
+
+
+def test_the_bytes_are_those_that_were_asked(searched: Searched) -> None:
+    assert searched.policy.result is not None
+    assert searched.policy.budget is not None
+    on_disk = sum(tensor.nbytes for tensor in load_file(searched.checkpoint / UNET).values())
+    assert 0.9 * searched.policy.budget.bytes < on_disk <= searched.policy.budget.bytes
+    assert on_disk == searched.policy.result.policy_bytes
+
+
+def test_no_layer_has_a_format_that_does_not_fit(half_pipeline: NewPipeline, searched: Searched) -> None:
+    layers = dict(quantizable_layers(half_pipeline().unet))
+    assert all(choice.format.fits(layers[name].weight.shape) for name, choice in searched.choices.items())
+
+
+def test_a_policy_and_the_file_beside_it_export_the_same(
+    half_pipeline: NewPipeline, searched: Searched, tmp_path: Path
+) -> None:
+    bitpolicy.export(half_pipeline(), searched.folder / "policy.yaml", tmp_path / "again")
+    assert digests(tmp_path / "again") == digests(searched.checkpoint)
+
+
+def test_a_search_that_is_done_is_found_and_not_done_again(
+    half_pipeline: NewPipeline, auto: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(auto.folder / "work", tmp_path / "work")
+    monkeypatch.setattr(Trajectories, "differentiable_latent", lambda *_: pytest.fail("something was probed again"))
+    again = search(half_pipeline(), output_dir=tmp_path)
+    assert again.to_yaml() == auto.policy.to_yaml()
+    for name in ("policy.yaml", "calibration.safetensors", "sensitivity.safetensors", "sensitivity.csv"):
+        assert (tmp_path / name).read_bytes() == (auto.folder / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("at", ["rounded-0", "sketch-1-0"])
+def test_a_search_that_was_stopped_ends_as_if_it_never_was(
+    half_pipeline: NewPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    wanted = {"budget": "40%", "formats": "int4,int8", "quantizer": "gptq-trajectory"}
+    whole = search(half_pipeline(), output_dir=tmp_path / "whole", **wanted)
+    put = Records.put
+
+    def stopped(records: Records, name: str, tensors: Any) -> None:
+        if name == at:
+            raise KeyboardInterrupt
+        put(records, name, tensors)
+
+    monkeypatch.setattr(Records, "put", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        search(half_pipeline(), output_dir=tmp_path / "parts", **wanted)
+    monkeypatch.setattr(Records, "put", put)
+    resumed = search(half_pipeline(), output_dir=tmp_path / "parts", **wanted)
+    assert resumed.to_yaml() == whole.to_yaml()
+    for name in ("calibration.safetensors", "sensitivity.safetensors"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+# Quantizers
+
+
+def test_layers_have_the_quantizers_that_scored_best(auto: Searched, layer_names: list[str]) -> None:
+    table = SensitivityTable.load(auto.folder / "sensitivity.safetensors")
+    assert table.quantizers == QUANTIZERS
+    for i, name in enumerate(layer_names):
+        assert auto.choices[name] == table.choice(i, auto.choices[name].format)
+    used = {choice.quantizer for choice in auto.choices.values() if choice.format.packed}
+    assert used >= {"gptq", "gptq-trajectory"}
+    written = yaml.safe_load((auto.folder / "policy.yaml").read_text())
+    assert written["provenance"]["probe"]["quantizer"] == "auto"
+
+
+def test_the_calibration_keeps_what_the_policy_needs_and_no_more(auto: Searched, layer_names: list[str]) -> None:
+    kept = load_calibration(auto.folder / "calibration.safetensors", auto.policy.provenance["calibration"])
+    needed = {
+        f"{name}/{choice.format.name}/{choice.quantizer}/{suffix}"
+        for name, choice in auto.choices.items()
+        if choice.quantizer != "rtn"
+        for suffix in choice.format.tensors((4, 64), torch.float16)
+    }
+    assert set(kept) == {*layer_names, *needed}
+
+
+def test_what_was_rounded_lies_in_the_checkpoint_as_it_was(auto: Searched) -> None:
+    kept = load_calibration(auto.folder / "calibration.safetensors")
+    stored = load_file(auto.checkpoint / UNET)
+    rounded = [key for key in kept if "/" in key]
+    for key in rounded:
+        layer, _, _, suffix = key.split("/")
+        assert torch.equal(stored[f"{layer}.{suffix}"].view(torch.uint8), kept[key].view(torch.uint8)), key
+    assert len(rounded) > 50
+
+
+def test_without_its_calibration_a_policy_is_refused_with_the_remedy(
+    half_pipeline: NewPipeline, auto: Searched, tmp_path: Path
+) -> None:
+    shutil.copy(auto.folder / "policy.yaml", tmp_path)
+    with pytest.raises(BitPolicyError, match="keep the two together, or set bias_correction: false and quantizer: rtn"):
+        bitpolicy.export(half_pipeline(), tmp_path / "policy.yaml", tmp_path / "out")
+    layer = next(name for name, choice in auto.choices.items() if choice.quantizer in HESSIANS)
+    assert auto.policy.calibration is not None
+    lacking = {key: t for key, t in auto.policy.calibration.items() if not key.startswith(f"{layer}/")}
+    with pytest.raises(BitPolicyError, match=f"layer {layer} was rounded by gptq.*keep calibration.safetensors beside"):
+        bitpolicy.export(half_pipeline(), auto.policy.with_calibration(lacking), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_quantizer_is_predicted_to_harm_less_than_rounding_to_nearest(
+    half_pipeline: NewPipeline, auto: Searched
+) -> None:
+    nearest = search(half_pipeline(), quantizer="rtn").result
+    assert auto.policy.result is not None
+    assert nearest is not None
+    assert auto.policy.result.predicted_error < 0.8 * nearest.predicted_error
+
+
+def test_an_unknown_quantizer_is_refused_before_anything_is_drawn(
+    half_pipeline: NewPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trajectories, "latents", lambda *_: pytest.fail("something was drawn"))
+    with pytest.raises(BitPolicyError, match="unknown quantizer 'magic'; write any of rtn, mse, hqq, gptq"):
+        search(half_pipeline(), quantizer="magic")
+
+
+def test_the_command_takes_a_quantizer(command: Any, toy: Path, prompts: Path, tmp_path: Path) -> None:
+    call = ("--num-inference-steps", "1", "--guidance-scale", "1", "--trials", "0", "--formats", "int4-sym,int8")
+    where = ("--model", toy, "--prompts", prompts, "--output-dir", tmp_path / "out")
+    outcome = command("--budget", "40%", *where, *call, "--quantizer", "gptq", "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.result["policy_bytes"] == outcome.result["checkpoint_bytes"]
+    assert yaml.safe_load((tmp_path / "out" / "policy.yaml").read_text())["defaults"]["quantizer"] == "gptq"
+
+
+# Formats
+
+
+def test_of_all_formats_a_few_are_probed_and_several_used(every: Searched) -> None:
+    table = SensitivityTable.load(every.folder / "sensitivity.safetensors")
+    assert 7 <= len(table.formats) <= 14
+    used = {choice.format for choice in every.choices.values()}
+    assert len(used) > 3
+    assert used <= {*table.formats, FP16}
+
+
+def test_more_formats_are_predicted_to_harm_less(half_pipeline: NewPipeline, every: Searched) -> None:
+    usual = search(half_pipeline(), budget="32%", formats="int4,int8", quantizer="rtn").result
+    many = search(half_pipeline(), budget="32%", formats="all", quantizer="rtn").result
+    assert usual is not None
+    assert many is not None
+    assert many.predicted_error < usual.predicted_error
+
+
+def test_a_budget_that_only_formats_that_do_not_fit_would_meet_is_refused_before_anything_is_drawn(
+    half_pipeline: NewPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str] = []
+    latents = Trajectories.latents
+    monkeypatch.setattr(Trajectories, "latents", lambda *a: drawn.append("something") or latents(*a))
+    with pytest.raises(BitPolicyError, match="below the smallest policy"):
+        search(half_pipeline(), budget="20%", formats="int2-rot", quantizer="rtn")
+    assert drawn == []

@@ -1,0 +1,388 @@
+"""Who rounds: each against an inequality it owes, and `gptq` against the textbook's update with an explicit inverse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from toy_formats import KINDS
+
+from bitpolicy.kernels.errors import BitPolicyError, FormatError
+from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.gptq import Curvature, gptq
+from bitpolicy.kernels.grid import Grid, GridFormat
+from bitpolicy.kernels.hqq import hqq
+from bitpolicy.kernels.quantizers import AUTO, HESSIANS, QUANTIZERS, parse_quantizer, quantize_data_free
+from bitpolicy.kernels.range_search import mse, searched_grid
+
+GRIDS = [format for format in KINDS if isinstance(format, GridFormat)]
+SMALL = [format_named(name) for name in "int2 int3-channel-sym int4 int4-g32 int5-g32-rot nf4 fp8 int8".split()]
+WITH_ZEROS = [format for format in GRIDS if format.parameters().get("symmetric") is False]
+SHAPES = [(6, 128), (5, 101), (3, 7), (2, 1), (4, 6, 3), (4, 16, 3, 3), (3, 128, 1, 3)]
+DAMPING = 0.1
+
+every_grid = pytest.mark.parametrize("format", GRIDS, ids=lambda f: f.name)
+every_small = pytest.mark.parametrize("format", SMALL, ids=lambda f: f.name)
+Stored = Mapping[str, torch.Tensor]
+
+
+def on_shapes(formats: list[GridFormat], shapes: list[tuple[int, ...]] = SHAPES) -> pytest.MarkDecorator:
+    fitting = [(format, shape) for format in formats for shape in shapes if format.fits(shape)]
+    return pytest.mark.parametrize(("format", "shape"), fitting, ids=lambda v: getattr(v, "name", str(v)))
+
+
+def heavy_tailed(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    """Where clipping pays: many small weights and a few large ones, not symmetric."""
+    draw = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=draw).pow(3) + 0.3 * torch.rand(shape, generator=draw)).half()
+
+
+def inputs_hessian(length: int, seed: int = 0, rows: int = 512) -> torch.Tensor:
+    """X^T X / n of correlated inputs of unequal size, float32."""
+    draw = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(length, length, generator=draw, dtype=torch.float64) / length**0.5
+    size = torch.logspace(-1, 1, length, dtype=torch.float64)[torch.randperm(length, generator=draw)]
+    x = torch.randn(rows, length, generator=draw, dtype=torch.float64) @ (mixing + torch.eye(length)) * size
+    return (x.T @ x / rows).float()
+
+
+def wire_rows(weight: torch.Tensor) -> torch.Tensor:
+    """(out, K), channels fastest, float64."""
+    return weight.double().movedim(1, -1).flatten(1)
+
+
+def error_rows(format: GridFormat, stored: Stored, weight: torch.Tensor) -> torch.Tensor:
+    """Q(W) - W in wire order, float64, shape (out, K)."""
+    return wire_rows(format.dequantize(stored, weight.shape, torch.float32)) - wire_rows(weight)
+
+
+def group_sums(format: GridFormat, values: torch.Tensor) -> torch.Tensor:
+    """Over the weights that share a scale, shape (out, groups)."""
+    group = format.parameters()["group"]
+    run = values.shape[1] if group == "channel" else group
+    return torch.stack([part.sum(1) for part in values.split(run, dim=1)], dim=1)
+
+
+def weighted(error: torch.Tensor, hessian: torch.Tensor) -> float:
+    """sum_rows dw^T H dw."""
+    return float((error @ hessian.double() * error).sum())
+
+
+def codes_of(format: GridFormat, stored: Stored, shape: tuple[int, ...]) -> torch.Tensor:
+    return format.load(stored, shape)[0]
+
+
+@on_shapes(GRIDS, [(6, 128), (3, 7), (2, 1), (3, 128, 1, 3)])
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_every_quantizer_makes_what_the_format_announces(
+    quantizer: str, format: GridFormat, shape: tuple[int, ...]
+) -> None:
+    weight = heavy_tailed(shape)
+    stored = quantized(quantizer, format, weight, inputs_hessian(weight[0].numel()))
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in stored.items()} == {
+        name: (spec.dtype, spec.shape) for name, spec in format.tensors(shape, torch.float16).items()
+    }
+    assert list(stored) == list(format.tensors(shape, torch.float16))
+    assert all(tensor.is_contiguous() for tensor in stored.values())
+    assert torch.isfinite(format.dequantize(stored, shape, torch.float32)).all()
+
+
+@on_shapes(GRIDS, [(3, 128), (3, 7), (2, 1)])
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_a_weight_of_zeros_stays_one(quantizer: str, format: GridFormat, shape: tuple[int, ...]) -> None:
+    weight = torch.zeros(shape)
+    stored = quantized(quantizer, format, weight, inputs_hessian(weight[0].numel()))
+    assert (stored["weight_scale"] == 1).all()
+    assert not format.dequantize(stored, shape, torch.float32).any()
+
+
+@every_small
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_a_quantizer_gives_the_same_twice_and_leaves_the_weight_alone(quantizer: str, format: GridFormat) -> None:
+    weight, hessian = heavy_tailed((6, 128)), inputs_hessian(128)
+    before = weight.clone(), hessian.clone()
+    first, second = (quantized(quantizer, format, weight, hessian) for _ in range(2))
+    assert all(torch.equal(first[name].view(torch.uint8), second[name].view(torch.uint8)) for name in first)
+    assert torch.equal(weight, before[0])
+    assert torch.equal(hessian, before[1])
+
+
+@every_small
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_a_weight_that_is_not_finite_is_refused(quantizer: str, format: GridFormat) -> None:
+    weight = heavy_tailed((6, 128))
+    weight[3, 5] = float("nan")
+    with pytest.raises(FormatError, match="keep this layer at fp16"):
+        quantized(quantizer, format, weight, inputs_hessian(128))
+
+
+def quantized(quantizer: str, format: GridFormat, weight: torch.Tensor, hessian: torch.Tensor) -> Stored:
+    if quantizer in HESSIANS:
+        return gptq(format, weight, Curvature.of(format.rotated_hessian(hessian)))
+    return quantize_data_free(quantizer, format, weight)
+
+
+# mse
+
+
+@on_shapes(GRIDS)
+@pytest.mark.parametrize("seed", range(2))
+def test_mse_errs_in_no_group_more_than_rounding_to_nearest(
+    format: GridFormat, shape: tuple[int, ...], seed: int
+) -> None:
+    weight = heavy_tailed(shape, seed)
+    found, nearest = (
+        group_sums(format, error_rows(format, stored, weight).square())
+        for stored in (mse(format, weight), format.quantize(weight))
+    )
+    assert (found <= nearest * (1 + 1e-4) + 1e-12).all()
+
+
+@pytest.mark.parametrize("name", ["int2", "int3", "int4", "int4-sym", "int4-rot", "nf4", "int3-channel"])
+def test_mse_is_worth_its_time_where_bits_are_few(name: str) -> None:
+    format, weight = format_named(name), heavy_tailed((32, 256))
+    found, nearest = (
+        error_rows(format, s, weight).square().sum() for s in (mse(format, weight), format.quantize(weight))
+    )
+    assert found < 0.97 * nearest
+
+
+@every_small
+def test_a_search_with_weights_errs_no_more_where_the_weights_are(format: GridFormat) -> None:
+    weight, diagonal = heavy_tailed((16, 128)), torch.logspace(-3, 3, 128)
+    rows = format.rows(weight)
+    found, nearest = (
+        group_sums(format, (decoded(format, rows, grid) - rows).double().square() * diagonal)
+        for grid in (searched_grid(format, rows, diagonal), format.grid(*format.extremes(rows)))
+    )
+    assert (found <= nearest * (1 + 1e-4)).all()
+
+
+def decoded(format: GridFormat, rows: torch.Tensor, grid: Grid) -> torch.Tensor:
+    return levels_of(format, format.nearest(rows, grid), grid)
+
+
+def levels_of(format: GridFormat, codes: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """What codes (out, K) name."""
+    return format.decode(format.grouped(codes), grid.wide).flatten(1)[:, : codes.shape[1]]
+
+
+# hqq
+
+
+@on_shapes(GRIDS)
+@pytest.mark.parametrize("seed", range(2))
+def test_hqq_has_in_no_group_a_larger_lp_loss_than_rounding_to_nearest(
+    format: GridFormat, shape: tuple[int, ...], seed: int
+) -> None:
+    weight = heavy_tailed(shape, seed)
+    rows = format.rows(weight).double()
+    found, nearest = (
+        group_sums(format, (format.rows(format.dequantize(s, shape, torch.float32)).double() - rows).abs().pow(0.7))
+        for s in (hqq(format, weight), format.quantize(weight))
+    )
+    noise = 1e-3 if "rotation" in format.parameters() else 1e-5  # |1e-7|^0.7 is 1e-5, and rotating back costs that much
+    assert (found <= nearest * (1 + noise) + noise).all()
+
+
+@pytest.mark.xfail(reason="a zero point that is a whole code leaves the lattice as it is: hqq never changes anything")
+def test_hqq_finds_better_zero_points_than_rounding_to_nearest() -> None:
+    format, weight = format_named("int3"), heavy_tailed((64, 256))
+    found, nearest = (
+        error_rows(format, s, weight).abs().pow(0.7).sum() for s in (hqq(format, weight), format.quantize(weight))
+    )
+    assert found < 0.99 * nearest
+
+
+@pytest.mark.parametrize("format", [f for f in GRIDS if f not in WITH_ZEROS], ids=lambda f: f.name)
+def test_hqq_rounds_to_nearest_where_there_is_no_zero_point(format: GridFormat) -> None:
+    weight = heavy_tailed((6, 128))
+    found, nearest = hqq(format, weight), format.quantize(weight)
+    assert all(torch.equal(found[name].view(torch.uint8), nearest[name].view(torch.uint8)) for name in nearest)
+
+
+# gptq
+
+
+def by_the_textbook(format: GridFormat, stored: Stored, weight: torch.Tensor, hessian: torch.Tensor) -> np.ndarray:
+    """Levels of optimal brain quantization on the grids of `stored`, in float64 with the inverse itself.
+
+    Columns go by falling diagonal. After each, what is left moves by the closed solution of least dw^T H dw, and the
+    inverse loses the column by elimination (Frantar and Alistarh 2022, "Optimal Brain Compression", equation 3).
+    """
+    scaled = hessian.double().numpy() / hessian.double().diagonal().mean().item()
+    damped = scaled + DAMPING * np.eye(len(scaled))
+    inverse = np.linalg.inv(damped)
+    levels = grid_levels(format, stored, weight.shape)
+    left, found = format.rows(weight).double().numpy().copy(), np.zeros((len(weight), len(scaled)))
+    waiting = np.ones(len(scaled), bool)
+    for j in np.argsort(-np.diag(damped), kind="stable"):
+        for row in range(len(left)):
+            found[row, j] = levels[row, j, np.argmin(np.abs(levels[row, j] - left[row, j]))]
+        waiting[j] = False
+        error = (left[:, j] - found[:, j]) / inverse[j, j]
+        left[:, waiting] -= error[:, None] * inverse[j, waiting]
+        inverse -= np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+    return found
+
+
+def grid_levels(format: GridFormat, stored: Stored, shape: tuple[int, ...]) -> np.ndarray:
+    """Every level of each weight's group, float64, shape (out, K, levels)."""
+    length = int(np.prod(shape[1:]))
+    _, grid = format.load(stored, shape)
+    bits, name = format.parameters()["bits"], format.name
+    codes = torch.arange(-127.0, 128.0) if name == "int8" else torch.arange(float(2**bits))
+    if name == "fp8":
+        codes = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
+        codes = codes[codes.isfinite()]
+    each = [levels_of(format, code.expand(shape[0], length), grid) for code in codes]
+    return torch.stack(each, -1).double().numpy()
+
+
+@pytest.mark.parametrize("format", [f for f in SMALL if f.name != "int5-g32-rot"], ids=lambda f: f.name)
+@pytest.mark.parametrize("length", [5, 64, 70, 130], ids="K = {}".format)
+@pytest.mark.parametrize("seed", range(2))
+def test_gptq_takes_the_levels_of_the_textbook(format: GridFormat, length: int, seed: int) -> None:
+    weight, hessian = heavy_tailed((4, length), seed), inputs_hessian(length, seed)
+    stored = gptq(format, weight, Curvature.of(hessian))
+    expected = by_the_textbook(format, stored, weight, hessian)
+    back = format.dequantize(stored, weight.shape, torch.float32).double().numpy()
+    np.testing.assert_allclose(back, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_gptq_of_a_convolution_takes_the_hessian_in_wire_order() -> None:
+    weight = heavy_tailed((4, 5, 3, 2))
+    hessian = inputs_hessian(30)
+    format = format_named("int3-g32")
+    flat = weight.permute(0, 2, 3, 1).reshape(4, 30).contiguous()
+    of_rows, of_weight = (gptq(format, w, Curvature.of(hessian)) for w in (flat, weight))
+    assert all(torch.equal(of_rows[name], of_weight[name]) for name in of_rows)
+
+
+def test_a_rotated_weight_is_rounded_as_the_weight_that_was_rotated_by_hand() -> None:
+    weight, hessian = heavy_tailed((4, 128)).float(), inputs_hessian(128)
+    rotation = rotation_of(64, 128).float()
+    by_itself = gptq(format_named("int3-rot"), weight, Curvature.of(format_named("int3-rot").rotated_hessian(hessian)))
+    by_hand = gptq(format_named("int3"), weight @ rotation, Curvature.of(rotation.T @ hessian @ rotation))
+    same = [float((by_itself[name] == by_hand[name]).float().mean()) for name in by_hand]
+    assert min(same) > 0.98  # two ways of rounding in float32 may part at a tie
+
+
+def rotation_of(run: int, length: int) -> torch.Tensor:
+    """Block diagonal, orthogonal, float64, shape (K, K)."""
+    block = scipy.linalg.hadamard(run) / run**0.5
+    return torch.from_numpy(scipy.linalg.block_diag(*[block] * (length // run)))
+
+
+@pytest.mark.parametrize("name", ["int4-g32-rot", "int4-rot", "int4-g128-sym-rot"])
+def test_a_rotated_hessian_sees_a_rotated_change_as_before(name: str) -> None:
+    format, hessian = format_named(name), inputs_hessian(128)
+    change = torch.randn(5, 128, generator=torch.Generator().manual_seed(3))
+    rotated = rotation_of(format.rotation, 128)
+    expected = weighted(change.double(), hessian)
+    assert weighted(change.double() @ rotated, format.rotated_hessian(hessian)) == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(
+        format.rotated_hessian(hessian).double(), rotated.T @ hessian.double() @ rotated, rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("format", [f for f in GRIDS if "rotation" not in f.parameters()], ids=lambda f: f.name)
+def test_what_is_not_rotated_takes_the_hessian_as_it_is(format: GridFormat) -> None:
+    hessian = inputs_hessian(8)
+    assert format.rotation == 0
+    assert torch.equal(format.rotated_hessian(hessian), hessian)
+
+
+@every_small
+def test_gptq_is_seen_less_than_rounding_to_nearest_on_the_same_grids(format: GridFormat) -> None:
+    ratios = []
+    for seed in range(12):
+        weight, hessian = heavy_tailed((8, 128), seed), inputs_hessian(128, seed)
+        curvature = Curvature.of(format.rotated_hessian(hessian))
+        rows = format.rows(weight)
+        grid = searched_grid(format, rows, curvature.diagonal)
+        nearest = format.store(format.nearest(rows, grid), grid, weight.shape)
+        found = gptq(format, weight, curvature)
+        ratios.append(
+            weighted(error_rows(format, found, weight), hessian)
+            / weighted(error_rows(format, nearest, weight), hessian)
+        )
+    assert np.mean(ratios) < 0.9
+    assert max(ratios) < 1.0
+
+
+@every_small
+def test_gptq_rounds_to_nearest_where_no_input_goes_with_another(format: GridFormat) -> None:
+    """A diagonal H has nothing to make up with; rotated, it has to be diagonal in the rotated basis."""
+    weight, diagonal = heavy_tailed((8, 128)), torch.logspace(-2, 2, 128)
+    stored = gptq(format, weight, Curvature.of(torch.diag(diagonal)))
+    rows = format.rows(weight)
+    _, grid = format.load(stored, weight.shape)
+    assert torch.equal(codes_of(format, stored, weight.shape).float(), format.nearest(rows, grid))
+
+
+@every_small
+def test_the_size_of_a_hessian_does_not_count(format: GridFormat) -> None:
+    weight, hessian = heavy_tailed((4, 128)), inputs_hessian(128)
+    found = [gptq(format, weight, Curvature.of(hessian * factor)) for factor in (1.0, 2.0**40, 2.0**-40)]
+    for other in found[1:]:
+        assert all(torch.equal(other[name].view(torch.uint8), found[0][name].view(torch.uint8)) for name in other)
+
+
+@every_grid
+def test_without_any_input_gptq_is_mse(format: GridFormat) -> None:
+    weight = heavy_tailed((6, 128))
+    found, expected = gptq(format, weight, Curvature.of(torch.zeros(128, 128))), mse(format, weight)
+    back, wanted = (format.dequantize(s, weight.shape, torch.float32) for s in (found, expected))
+    torch.testing.assert_close(back, wanted, rtol=1e-6, atol=0)
+
+
+@on_shapes(GRIDS)
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_hessian_of_few_inputs_is_enough(rank: int, format: GridFormat, shape: tuple[int, ...]) -> None:
+    weight = heavy_tailed(shape)
+    length = weight[0].numel()
+    x = torch.randn(rank, length, generator=torch.Generator().manual_seed(5)) * 100
+    hessian = x.T @ x
+    stored = gptq(format, weight, Curvature.of(format.rotated_hessian(hessian)))
+    error = error_rows(format, stored, weight)
+    assert torch.isfinite(error).all()
+    assert error.norm() < 2 * wire_rows(weight).norm()
+
+
+def test_an_input_that_is_always_zero_does_no_harm() -> None:
+    """Dead channels: their rows and columns of H are zero."""
+    hessian = inputs_hessian(64)
+    hessian[10:20] = 0
+    hessian[:, 10:20] = 0
+    weight, format = heavy_tailed((4, 64)), format_named("int4")
+    assert torch.isfinite(format.dequantize(gptq(format, weight, Curvature.of(hessian)), (4, 64), torch.float32)).all()
+
+
+def test_a_curvature_is_that_of_the_damped_hessian_in_falling_order() -> None:
+    hessian = inputs_hessian(40).double()
+    damped = hessian / hessian.diagonal().mean() + DAMPING * torch.eye(40)
+    found = Curvature.of(hessian.float())
+    assert found.order.tolist() == damped.diagonal().argsort(descending=True).tolist()
+    torch.testing.assert_close(found.diagonal.double(), damped.diagonal(), rtol=1e-5, atol=0)
+    ordered = damped[found.order][:, found.order]
+    factor = found.factor.double()
+    torch.testing.assert_close(factor.T @ factor @ ordered, torch.eye(40).double(), rtol=0, atol=1e-3)
+    assert torch.equal(factor, factor.triu())
+
+
+# names
+
+
+def test_auto_is_all_of_them_and_a_name_is_itself() -> None:
+    assert parse_quantizer(AUTO) == QUANTIZERS == ("rtn", "mse", "hqq", "gptq", "gptq-trajectory")
+    assert parse_quantizer(" GPTQ ") == ("gptq",)
+    assert HESSIANS == {"gptq": "inputs", "gptq-trajectory": "trajectory"}
+
+
+def test_an_unknown_quantizer_is_told_which_there_are() -> None:
+    with pytest.raises(BitPolicyError, match=r"'awq'; write any of rtn, mse, hqq, gptq, gptq-trajectory, auto"):
+        parse_quantizer("awq")

@@ -1,0 +1,309 @@
+"""Second moments of what layers are given: every one a sum that can be written down, and gradients of a plain loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from torch import nn
+
+from bitpolicy.kernels.layers import Quantizable, quantizable_layers
+from bitpolicy.sensitivity import hessians
+from bitpolicy.sensitivity.directions import Random
+from bitpolicy.sensitivity.hessians import Moments, drawn_inputs, has_hessian, measure_moments
+from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.sketch import only_these_require_grad
+from bitpolicy.sensitivity.trajectory import Trajectories
+
+NewTrajectories = Callable[..., Trajectories]
+SAMPLE, OTHER = Sample("a red heart", 3), Sample("pizza", 4)
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(7, 5), (8, 7)),
+    "linear without a batch": (lambda: nn.Linear(7, 5), (7,)),
+    "linear on tokens": (lambda: nn.Linear(6, 5), (2, 7, 6)),
+    "linear on a grid": (lambda: nn.Linear(6, 5, bias=False), (2, 3, 4, 6)),
+    "conv1d": (lambda: nn.Conv1d(6, 4, 3, padding=1), (2, 6, 9)),
+    "conv1d with stride and dilation": (lambda: nn.Conv1d(3, 4, 2, stride=3, dilation=2), (2, 3, 17)),
+    "conv2d": (lambda: nn.Conv2d(5, 4, 3), (2, 5, 8, 8)),
+    "conv2d of one tap": (lambda: nn.Conv2d(5, 4, 1, bias=False), (2, 5, 4, 6)),
+    "zero padding": (lambda: nn.Conv2d(5, 4, 3, padding=1), (2, 5, 8, 8)),
+    "uneven zero padding": (lambda: nn.Conv2d(5, 4, (2, 3), padding=(0, 2)), (2, 5, 7, 8)),
+    "same size": (lambda: nn.Conv2d(5, 4, (3, 4), padding="same"), (2, 5, 7, 8)),
+    "no padding by name": (lambda: nn.Conv2d(5, 4, 3, padding="valid"), (2, 5, 7, 8)),
+    "stride": (lambda: nn.Conv2d(5, 4, 3, stride=2, padding=1), (2, 5, 8, 9)),
+    "stride that skips the rim": (lambda: nn.Conv2d(5, 4, 2, stride=(3, 2)), (2, 5, 9, 9)),
+    "dilation": (lambda: nn.Conv2d(5, 4, 3, dilation=(2, 1), padding=2), (2, 5, 9, 9)),
+    "stride and dilation": (lambda: nn.Conv2d(5, 4, 3, stride=2, dilation=2, padding=1), (2, 5, 10, 9)),
+    "reflected": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), (2, 3, 6, 6)),
+    "replicated": (lambda: nn.Conv2d(3, 4, 3, padding=(2, 1), padding_mode="replicate"), (2, 3, 6, 6)),
+    "circular": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), (2, 3, 6, 6)),
+    "conv3d": (lambda: nn.Conv3d(3, 4, (1, 3, 2), stride=(1, 2, 1), padding=(0, 1, 1)), (2, 3, 4, 6, 5)),
+}
+every_layer = pytest.mark.parametrize(("make", "size"), LAYERS.values(), ids=LAYERS)
+
+
+def of_whole_numbers(make: Callable[[], nn.Module], size: tuple[int, ...]) -> tuple[Any, torch.Tensor]:
+    """A layer and its input, float64, of whole numbers: sums are exact in any order."""
+    draw = torch.Generator().manual_seed(1)
+    layer = make().double()
+    for parameter in layer.parameters():
+        parameter.data = torch.randint(-9, 10, parameter.shape, generator=draw).double()
+    return layer, torch.randint(-9, 10, size, generator=draw).double()
+
+
+def wire_rows(weight: torch.Tensor) -> torch.Tensor:
+    return weight.movedim(1, -1).flatten(1)
+
+
+@every_layer
+@pytest.mark.parametrize("count", [1, 5, 10_000])
+def test_what_is_drawn_times_the_weight_is_the_layers_own_output(
+    make: Callable[[], nn.Module], size: tuple[int, ...], count: int
+) -> None:
+    layer, x = of_whole_numbers(make, size)
+    output = layer(x)
+    rows, taken = drawn_inputs(layer, x, output, count, torch.Generator().manual_seed(2))
+    positions = output.numel() // len(layer.weight)
+    assert rows.shape == (min(count, positions), layer.weight[0].numel())
+    expected = rows @ wire_rows(layer.weight).T + (0 if layer.bias is None else layer.bias)
+    assert torch.equal(taken(output), expected)
+
+
+@every_layer
+def test_no_position_is_drawn_twice_and_every_one_can_be(make: Callable[[], nn.Module], size: tuple[int, ...]) -> None:
+    layer, x = of_whole_numbers(make, size)
+    output = layer(x)
+    positions = output.numel() // len(layer.weight)
+    linear = isinstance(layer, nn.Linear)
+    numbers = torch.arange(positions).reshape(output.shape[:-1] if linear else (len(x), 1, *output.shape[2:]))
+    numbered = (numbers.unsqueeze(-1) if linear else numbers).expand(output.shape)
+    drawn = set()
+    for seed in range(30):
+        _, taken = drawn_inputs(layer, x, output, (positions + 1) // 2, torch.Generator().manual_seed(seed))
+        found = taken(numbered)[:, 0].tolist()
+        assert len(set(found)) == len(found)
+        drawn |= set(found)
+    assert drawn == set(range(positions))
+
+
+def test_a_grouped_convolution_has_no_hessian() -> None:
+    assert not has_hessian(nn.Conv2d(6, 4, 3, groups=2))
+    assert has_hessian(nn.Conv2d(6, 4, 3))
+    assert has_hessian(nn.Linear(6, 4))
+
+
+def test_moments_are_sums_of_outer_products() -> None:
+    x, power = torch.randn(10, 4), torch.rand(10)
+    moments = Moments.zeros(4, torch.device("cpu"))
+    for part in (slice(0, 3), slice(3, 10)):
+        moments.add(x[part], power[part])
+    outer = [torch.outer(row, row) for row in x]
+    torch.testing.assert_close(moments.inputs, sum(outer))
+    torch.testing.assert_close(moments.seen, sum(p * o for p, o in zip(power, outer, strict=True)))
+
+
+def test_a_hessian_has_equal_parts_of_what_is_given_and_of_what_is_seen() -> None:
+    x = torch.randn(50, 4)
+    moments = Moments(x.T @ x, x.T @ (x * torch.logspace(-8, 0, 50)[:, None]))
+    parts = [m / m.diagonal().mean() for m in (moments.inputs, moments.seen)]
+    torch.testing.assert_close(moments.hessian("inputs"), parts[0])
+    torch.testing.assert_close(moments.hessian("trajectory"), parts[0] + parts[1])
+
+
+@pytest.mark.parametrize("seen", [0.0, float("nan"), float("inf")], ids=str)
+def test_where_nothing_can_be_seen_the_inputs_alone_decide(seen: float) -> None:
+    x = torch.randn(50, 4)
+    moments = Moments(x.T @ x, torch.full((4, 4), seen))
+    assert torch.equal(moments.hessian("trajectory"), moments.hessian("inputs"))
+
+
+def test_a_layer_that_was_only_given_zeros_has_a_hessian_of_zeros() -> None:
+    moments = Moments.zeros(4, torch.device("cpu"))
+    moments.add(torch.zeros(5, 4), torch.ones(5))
+    assert not moments.hessian("trajectory").any()
+
+
+# Over a pipeline: 128 positions a call at most, so that all of them are drawn
+
+
+def patches(layer: Quantizable, x: torch.Tensor) -> torch.Tensor:
+    """What the layer multiplies at each position, in wire order, by torch's own im2col; float64, shape (P, K)."""
+    if isinstance(layer, nn.Linear):
+        return x.reshape(-1, x.shape[-1]).double()
+    columns = nn.functional.unfold(x.double(), layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+    taps = columns.unflatten(1, (x.shape[1], -1))  # (B, in, taps, positions)
+    return taps.permute(0, 3, 2, 1).flatten(2).flatten(0, 1)
+
+
+def by_position(layer: Quantizable, gradient: torch.Tensor) -> torch.Tensor:
+    """(P, out), positions in the order of `patches`."""
+    if isinstance(layer, nn.Linear):
+        return gradient.reshape(-1, gradient.shape[-1])
+    return gradient.flatten(2).movedim(1, 2).flatten(0, 1)
+
+
+def by_hand(trajectories: Trajectories, sample: Sample) -> dict[str, Moments]:
+    """The same sums from one graph of the whole loop, which nothing checkpoints."""
+    layers = dict(quantizable_layers(trajectories.denoiser))
+    calls: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+    trajectories.end(sample)
+    handles = [
+        layer.register_forward_hook(
+            lambda _, args, kwargs, output, name=name: calls.append(
+                (name, (args[0] if args else kwargs["input"]).detach(), output)
+            ),
+            with_kwargs=True,
+        )
+        for name, layer in layers.items()
+    ]
+    with only_these_require_grad(trajectories, layers):
+        latent = trajectories.differentiable_latent(sample)
+        v = Random(hessians._DIRECTION).vector(latent, sample)
+        gradients = torch.autograd.grad((latent * v).sum(), [output for _, _, output in calls])
+    for handle in handles:
+        handle.remove()
+    found: dict[str, Moments] = {}
+    for (name, x, _), gradient in zip(calls, gradients, strict=True):
+        rows = patches(layers[name], x)
+        power = by_position(layers[name], gradient.double()).square().sum(1)
+        zeros = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+        moments = found.setdefault(name, Moments(zeros, zeros.clone()))
+        moments.inputs += rows.T @ rows
+        moments.seen += (rows * power[:, None]).T @ rows
+    return found
+
+
+def measured(
+    trajectories: Trajectories, *samples: Sample, seen: bool, inside: bool = False, names: list[str] | None = None
+) -> dict[str, Moments]:
+    found: dict[str, Moments] = {}
+    for sample in samples:
+        every = [name for name, _ in quantizable_layers(trajectories.denoiser)]
+        measure_moments(trajectories, found, names or every, sample, seen, inside)
+    return found
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor, about: str) -> None:
+    distance = float((found.double() - expected.double()).norm() / expected.double().norm())
+    assert distance < 1e-4, (about, distance)
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler])
+@pytest.mark.parametrize("inside", [False, True], ids=["calls", "blocks"])
+def test_moments_are_those_of_the_plain_loop(new_trajectories: NewTrajectories, scheduler: Any, inside: bool) -> None:
+    trajectories = new_trajectories(scheduler, num_inference_steps=2)
+    expected = by_hand(trajectories, SAMPLE)
+    found = measured(trajectories, SAMPLE, seen=True, inside=inside)
+    assert found.keys() == expected.keys()
+    assert len(found) == 83
+    for name in expected:
+        assert_near(found[name].inputs, expected[name].inputs, f"inputs of {name}")
+        assert_near(found[name].seen, expected[name].seen, f"seen of {name}")
+
+
+def test_without_gradients_every_input_counts_the_same(new_trajectories: NewTrajectories) -> None:
+    trajectories = new_trajectories(num_inference_steps=2)
+    expected = by_hand(trajectories, SAMPLE)
+    for name, moments in measured(trajectories, SAMPLE, seen=False).items():
+        assert_near(moments.inputs, expected[name].inputs, name)
+        assert torch.equal(moments.seen, moments.inputs)
+
+
+def test_samples_add_up(new_trajectories: NewTrajectories) -> None:
+    trajectories = new_trajectories(num_inference_steps=2)
+    one, other = (measured(trajectories, sample, seen=True) for sample in (SAMPLE, OTHER))
+    for name, moments in measured(trajectories, SAMPLE, OTHER, seen=True).items():
+        assert_near(moments.inputs, one[name].inputs + other[name].inputs, name)
+        assert_near(moments.seen, one[name].seen + other[name].seen, name)
+
+
+def test_only_the_layers_asked_for_are_measured(new_trajectories: NewTrajectories) -> None:
+    trajectories = new_trajectories(num_inference_steps=1)
+    assert measured(trajectories, SAMPLE, seen=True, names=["conv_in", "conv_out"]).keys() == {"conv_in", "conv_out"}
+    untouched: dict[str, Moments] = {}
+    measure_moments(trajectories, untouched, [], SAMPLE, True, False)
+    assert untouched == {}
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_layer_that_is_never_called_has_none(new_trajectories: NewTrajectories, seen: bool) -> None:
+    trajectories = new_trajectories(num_inference_steps=1)
+    trajectories.denoiser.idle = nn.Linear(3, 3)
+    found = measured(trajectories, SAMPLE, seen=seen)
+    assert "idle" not in found
+    assert len(found) == 83
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_layer_may_be_given_its_input_by_name(new_trajectories: NewTrajectories, seen: bool) -> None:
+    trajectories = new_trajectories(num_inference_steps=2)
+    names = ["conv_in", "time_embedding.linear_1"]
+    expected = measured(trajectories, SAMPLE, seen=seen, names=names)
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        owner = trajectories.denoiser.get_submodule(parent)
+        setattr(owner, leaf, ByName(owner.get_submodule(leaf)))
+    found = measured(trajectories, SAMPLE, seen=seen, names=[f"{name}.layer" for name in names])
+    for name in names:
+        assert torch.equal(found[f"{name}.layer"].inputs, expected[name].inputs)
+        assert torch.equal(found[f"{name}.layer"].seen, expected[name].seen)
+
+
+class ByName(nn.Module):
+    """Gives its layer what it is given, by name."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(input=x)
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_measuring_leaves_no_trace(new_trajectories: NewTrajectories, seen: bool) -> None:
+    trajectories = new_trajectories(num_inference_steps=2)
+    model = trajectories.denoiser
+    expected = next(trajectories.latents([SAMPLE]))
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    first = measured(trajectories, SAMPLE, seen=seen)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+    assert list(leftovers(model)) == []
+    assert torch.equal(next(trajectories.latents([SAMPLE])), expected)
+    second = measured(trajectories, SAMPLE, seen=seen)
+    assert all(
+        torch.equal(first[n].seen, second[n].seen) and torch.equal(first[n].inputs, second[n].inputs) for n in first
+    )
+
+
+def leftovers(model: nn.Module) -> Iterator[str]:
+    for name, module in model.named_modules():
+        if module._forward_hooks or "forward" in vars(module):
+            yield name
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None or parameter._post_accumulate_grad_hooks:
+            yield name
+
+
+def test_of_many_positions_a_part_is_drawn_that_stands_for_all(
+    new_trajectories: NewTrajectories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trajectories = new_trajectories(num_inference_steps=3)
+    every = measured(trajectories, SAMPLE, seen=True, names=["conv_in"])["conv_in"]
+    monkeypatch.setattr(hessians, "POSITIONS", 32)  # of 128
+    part = measured(trajectories, SAMPLE, seen=True, names=["conv_in"])["conv_in"]
+    assert float(part.inputs.trace() / every.inputs.trace()) == pytest.approx(1 / 4, rel=0.25)
+    again = measured(trajectories, SAMPLE, seen=True, names=["conv_in"])["conv_in"]
+    assert torch.equal(part.seen, again.seen)
+    assert not torch.equal(part.inputs, measured(trajectories, OTHER, seen=True, names=["conv_in"])["conv_in"].inputs)
+
+
+def test_moments_of_half_precision_are_float32(new_trajectories: NewTrajectories) -> None:
+    """Half precision: moments are summed in float32 all the same."""
+    trajectories = new_trajectories(dtype=torch.bfloat16, num_inference_steps=1)
+    found = measured(trajectories, SAMPLE, seen=True)
+    assert {m.inputs.dtype for m in found.values()} == {m.seen.dtype for m in found.values()} == {torch.float32}
+    assert all(torch.isfinite(m.seen).all() and m.inputs.diagonal().sum() > 0 for m in found.values())
