@@ -1,8 +1,8 @@
 """`hqq`: grids that leave few large errors and many of none: least sum |w - q|^0.7 of every group.
 
 It is the loss of Badri and Shaji 2023, "HQQ", who move a real zero point by half-quadratic splitting. Here zero points
-are whole codes, as they are stored, so that moving one only shifts which weights are clipped; what is searched instead is
-the range, as in `range_search`. Data-free.
+are whole codes, as they are stored, so that moving one only shifts which weights are clipped; what is searched instead
+is the range, as in `range_search`. Data-free.
 """
 
 from __future__ import annotations

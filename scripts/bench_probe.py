@@ -34,6 +34,7 @@ from torch import nn
 from bitpolicy.kernels.formats import format_named
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.sensitivity.adjoint import AdjointProbe
+from bitpolicy.sensitivity.candidates import candidates
 from bitpolicy.sensitivity.cost import adjoint_forwards
 from bitpolicy.sensitivity.directions import Random
 from bitpolicy.sensitivity.samples import Sample
@@ -84,7 +85,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     def probe() -> None:
         formats = [format_named("int4"), format_named("int8")]
-        made = AdjointProbe(trajectories, formats, {}, torch.float16, recompute_inside=True)
+        made = AdjointProbe(trajectories, candidates(formats), {}, torch.float16, recompute_inside=True)
         list(made.sketches(sample, [Random(k) for k in range(args.vectors)]))
 
     adjoint = _timed(probe, device)

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.plan import Plan, make_plan
 from bitpolicy.policies.policy import Choice
 from bitpolicy.search.budget import Budget
 from bitpolicy.search.finalists import confirm
@@ -36,7 +37,6 @@ from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.reference import ReferencePass
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.settings import Settings
-from bitpolicy.workflow import Plan, make_plan
 
 INT4, INT8 = format_named("int4"), format_named("int8")
 KEPT = ("time_embedding.linear_1", "time_embedding.linear_2", "conv_in", "conv_out")

@@ -30,6 +30,7 @@ from bitpolicy.kernels.bias_correction import bias_shift
 from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.formats import format_named
 from bitpolicy.kernels.layers import Quantizable, quantizable_layers
+from bitpolicy.plan import BUNDLED_CALL, Plan, make_plan
 from bitpolicy.policies.apply import quantized
 from bitpolicy.policies.policy import Choice
 from bitpolicy.sensitivity.progress import Stages
@@ -37,7 +38,6 @@ from bitpolicy.sensitivity.reference import ReferencePass
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.trajectory import Trajectories
 from bitpolicy.settings import Settings
-from bitpolicy.workflow import BUNDLED_CALL, Plan, make_plan
 
 FORMATS = (format_named("int4"), format_named("int8"))
 STEPS = (5, 10, 20, 40)

@@ -69,9 +69,7 @@ def test_a_target_is_reached_by_the_exported_checkpoint_and_not_by_a_tenth_less(
 
 
 def test_a_target_that_nothing_reaches_is_told_what_the_best_is(toy_pipeline: Any) -> None:
-    with pytest.raises(
-        BitPolicyError, match=r"no policy reaches 900\.00 dB: the most accurate with int4, int8"
-    ):
+    with pytest.raises(BitPolicyError, match=r"no policy reaches 900\.00 dB: the most accurate with int4, int8"):
         searched(toy_pipeline, target_psnr=900.0)
 
 

@@ -25,6 +25,7 @@ SCHEMA = {
     "layers": dict,
     "predicted_error": float,
     "psnr_db": dict,
+    "quality": dict,
     "seconds": dict,
     "output_dir": str,
 }

@@ -54,9 +54,23 @@ def test_every_setting_counts() -> None:
         search_samples=1,
         confirm_samples=1,
         held_out_samples=1,
+        quantizer="mse",
+        frontier=3,
+        keep=("a=fp16",),
+        share_qkv=True,
+        scope="peak",
+        height=8,
+        width=8,
+        batch_size=2,
+        sampler="random",
+        space="layer",
+        timeout=1.0,
+        features="f",
     )
     ours, theirs = SETTINGS.identity(), other.identity()
-    assert [name for name in ours if ours[name] == theirs[name]] == []
+    assert [name for name in ours if ours[name] == theirs[name]] == ["target_psnr", "target_lpips"]
+    for aim in ("target_psnr", "target_lpips"):
+        assert Settings(None, **{aim: 30.0}).identity()[aim] == 30.0
 
 
 def test_looking_writes_nothing(tmp_path: Path) -> None:

@@ -215,7 +215,6 @@ def test_a_weight_that_is_not_finite_names_its_layer_whoever_rounds() -> None:
             quantize_layer("mid.to_q", layer, Choice(INT4, quantizer=quantizer), {}, torch.float16)
 
 
-@pytest.mark.xfail(raises=RuntimeError, reason="torch's own error of unflatten gets out")
 def test_a_rotation_that_does_not_fit_names_its_layer() -> None:
     with pytest.raises(BitPolicyError, match="layer conv_in: "):
         quantize_layer("conv_in", nn.Conv2d(4, 8, 3), Choice(format_named("int4-rot")), {}, torch.float16)

@@ -1,0 +1,138 @@
+"""bitpolicy against other tools and other ways to choose: the same denoiser, the same bytes, the same held-out samples.
+
+    python scripts/bench_peers.py prepare                  the samples, and calibration data for tools that want it
+    python scripts/bench_peers.py tools [--only sdnq]      run each tool's script by the Python of its own environment
+    python scripts/bench_peers.py assignments              other ways to choose, under our own three formats
+    python scripts/bench_peers.py add NAME --share 0.33 --checkpoint out/checkpoint    what search-policy exported
+    python scripts/bench_peers.py select                   each rival's best setting that fits, on the search samples
+    python scripts/bench_peers.py score [--only 'sdnq*'] [--images 256]      images on the held-out samples; resumable
+    python scripts/bench_peers.py table [--output docs/peers]                Markdown, JSON and a plot
+
+A tool's environment is `<work>/venv-<tool>`; `tools` says how to make those that are missing. All rivals get the FP16
+values of the denoiser and are scored by what their weights give in float32 on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import subprocess
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+from peers.assignments import Rivals, all_entries
+from peers.entry import MODEL, SHARES, WORK, Entry, read_entries
+from peers.ours import add_checkpoint
+from peers.samples import HELD_OUT, bundled_plan, write_samples
+from peers.scoring import REFERENCE, Scores, decibels
+from peers.selection import read_selection, select, write_selection
+
+from bitpolicy.sensitivity.progress import Stages
+from bitpolicy.settings import Settings
+
+TOOLS = {
+    "sdnq": "sdnq==0.2.8 diffusers transformers accelerate",
+    "modelopt": "nvidia-modelopt==0.47.0 diffusers transformers accelerate",
+    "quanto": "optimum-quanto==0.2.7 diffusers transformers accelerate",
+    "gguf": "gguf==0.19.0 torch diffusers transformers accelerate",
+}
+_CHECKED = 2  # images of every entry compared with those of the tool's own model
+
+
+def prepare(args: argparse.Namespace) -> None:
+    write_samples(bundled_plan(), args.work)
+
+
+def tools(args: argparse.Namespace) -> None:
+    for name, packages in TOOLS.items():
+        python = args.work / f"venv-{name}" / "bin" / "python"
+        if not fnmatch(name, args.only):
+            continue
+        if not python.is_file():
+            print(f"{name}: python -m venv {python.parents[1]} && {python} -m pip install {packages}")
+            continue
+        script = Path(__file__).parent / "peers" / f"with_{name}.py"
+        command = [python, script, "--model", MODEL, "--work", args.work, "--check", str(_CHECKED)]
+        subprocess.run([str(part) for part in command], check=True)
+
+
+def assignments(args: argparse.Namespace) -> None:
+    plan = bundled_plan()
+    run = plan.probe(Settings(budget="100%"), args.work / "probes" / "adjoint-16", Stages())
+    reference = run.reference()
+    rivals = Rivals(plan, args.work, reference.calibration, run.table(reference))
+    for entry in all_entries(rivals, args.only):
+        print(f"{entry.name:40} {entry.nbytes / plan.account.reference:6.2%}  {dict(entry.settings)}", flush=True)
+
+
+def add(args: argparse.Namespace) -> None:
+    entry = add_checkpoint(args.work, args.name, args.checkpoint, args.share, args.family, args.kind)
+    print(f"{entry.name}: {entry.nbytes:,} bytes")
+
+
+def choose(args: argparse.Namespace) -> None:
+    plan = bundled_plan()
+    path = args.work / "selected.json"
+    found = [entry for entry in read_entries(args.work / "candidates") if fnmatch(entry.family, args.only)]
+    chosen = select(found, Scores(plan, args.work), plan.account.reference, lambda line: print(line, flush=True))
+    write_selection(path, {**read_selection(path), **chosen})
+
+
+def score(args: argparse.Namespace) -> None:
+    plan = bundled_plan()
+    scores = Scores(plan, args.work)
+    scores.errors(REFERENCE, "held_out", args.images)
+    rounds = [count for count in (16, 64) if count < args.images] + [args.images]
+    for images, entry in itertools.product(
+        rounds, wanted(args)
+    ):  # a rough picture of all comes before a fine one of any
+        values = decibels(scores.errors(entry.name, "held_out", images))
+        mean = sum(values) / len(values)
+        print(
+            f"{entry.name:48} {entry.nbytes / plan.account.reference:6.2%}  {mean:6.2f} dB ({len(values)})", flush=True
+        )
+
+
+def wanted(args: argparse.Namespace) -> list[Entry]:
+    """The entries to score: those that `--only` names, else the selected ones, our own first."""
+    entries = {entry.name: entry for entry in read_entries(args.work / "candidates")}
+    if args.only != "*":
+        return [entry for name, entry in entries.items() if fnmatch(name, args.only)]
+    chosen = read_selection(args.work / "selected.json")
+    names = dict.fromkeys(own[f"{share:.2f}"] for share in SHARES for own in chosen.values() if f"{share:.2f}" in own)
+    return [entries[name] for name in names if name in entries]
+
+
+def table(args: argparse.Namespace) -> None:
+    from peers.table import write_table
+
+    plan = bundled_plan()
+    write_table(
+        Scores(plan, args.work), args.work, plan.account.reference, args.images, args.output or args.work / "table"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    steps = {"prepare": prepare, "tools": tools, "assignments": assignments, "add": add}
+    steps |= {"select": choose, "score": score, "table": table}
+    parser.add_argument("step", choices=steps)
+    parser.add_argument("name", nargs="?", help="add: of the new entry")
+    parser.add_argument("--work", type=Path, default=WORK)
+    parser.add_argument("--only", default="*", help="glob of tools, families (assignments, select) or entries (score)")
+    parser.add_argument("--images", type=int, default=HELD_OUT)
+    parser.add_argument("--checkpoint", type=Path, help="add: a folder that search-policy or export wrote")
+    parser.add_argument("--share", type=float, help="add: the budget as a share of FP16")
+    parser.add_argument("--family", default="bitpolicy", help="add: the row of the table")
+    parser.add_argument("--kind", default="ours", choices=("ours", "assignment", "tool"))
+    parser.add_argument("--output", type=Path, help="table: where to write, without an ending")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    steps[args.step](args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""What a rival hands over: the weights its quantized denoiser computes with, their bytes, and how both came about.
+
+An entry is a folder `<name>/` of `entry.json` and `effective.safetensors`: a float32 state dict of the plain denoiser
+that, in an ordinary model, gives what the tool's own layers give. Every tool's script imports this, run by the Python
+of its own environment, so it needs no more than torch and safetensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / "bitpolicy" / "models" / "emoji"
+WORK = Path("build") / "peers"
+SHARES = (0.30, 0.33, 0.38, 0.45)  # of FP16, the sizes that are compared
+OWN_FILE, ACCOUNTED = "own file", "accounted"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One quantized denoiser.
+
+    Attributes:
+        name: of its folder; unique.
+        family: the rival it is a setting of; of each family the best setting that fits is compared.
+        kind: "tool" (another program's weights), "assignment" (another way to choose, our three formats) or "ours".
+        nbytes: tensor bytes.
+        counted: where they come from, `OWN_FILE` or `ACCOUNTED`.
+        assignment: who chose each layer's format.
+        share: the budget it was made for as a share of FP16; None if it was made for none.
+        settings: of the tool, for the table's reader.
+    """
+
+    name: str
+    family: str
+    kind: str
+    nbytes: int
+    counted: str
+    assignment: str
+    share: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_entry(folder: Path, entry: Entry, weights: Mapping[str, torch.Tensor]) -> None:
+    """Write `folder/<name>/`; `weights` has the plain denoiser's names and shapes, any float dtype."""
+    place = folder / entry.name
+    place.mkdir(parents=True, exist_ok=True)
+    # safetensors are given copies of their own: tied or strided tensors are refused
+    plain = {name: tensor.detach().to(torch.float32).clone().contiguous() for name, tensor in weights.items()}
+    save_file(plain, place / "effective.safetensors", metadata={"format": "pt"})
+    (place / "entry.json").write_text(json.dumps(asdict(entry), indent=2) + "\n")
+
+
+def read_entries(folder: Path) -> Iterator[Entry]:
+    """Every finished entry below `folder`, by name."""
+    for path in sorted(folder.glob("*/entry.json")):
+        yield Entry(**json.loads(path.read_text()))
+
+
+def read_weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / name / "effective.safetensors")
+
+
+def tensor_bytes(folder: Path) -> int:
+    """Bytes of all tensors in the safetensors files of `folder`; headers do not count."""
+    total = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            tensors = (file.get_tensor(key) for key in file.keys())  # noqa: SIM118 - not a dict
+            total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return total
+
+
+def weights_key(weights: Mapping[str, torch.Tensor]) -> str:
+    """A short hash of names and values, the identity of what an entry computes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:24]
+
+
+def tool_arguments(about: str | None) -> argparse.Namespace:
+    """What every tool's script is told."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL, help="folder of the pipeline")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder that `bench_peers.py prepare` wrote to")
+    parser.add_argument("--check", type=int, default=0, metavar="N", help="images to compare with the tool's own model")
+    parser.add_argument("--only", default="*", help="glob of entry names to make; the others are left as they are")
+    return parser.parse_args()

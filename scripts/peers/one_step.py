@@ -1,0 +1,75 @@
+"""What quantizing one layer does to one call of the denoiser: MixDQ's way of ranking layers.
+
+The reference's own latents at a few timesteps go through the denoiser with one layer quantized; the score is the power
+of the output's change over that of the output (1 / SQNR), averaged over calls. What the sampler makes of the change is
+not looked at. Zhao et al. 2024, "MixDQ", section 3.2; they first part layers for content from layers for quality by
+SSIM, which a score that is not of finished images cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from bitpolicy.plan import Plan
+from bitpolicy.policies.apply import quantized
+from bitpolicy.policies.calibration import Calibration
+from bitpolicy.policies.policy import Choice
+from bitpolicy.sensitivity.table import SensitivityTable
+
+TIMESTEPS = (1, 7, 13, 19)  # of the pipeline's 20
+SAMPLES = 4
+
+
+def one_step_table(plan: Plan, work: Path, calibration: Calibration) -> SensitivityTable:
+    """Scores of every layer in every packed format, with the better of its two biases.
+
+    Args:
+        work: holds `calls.safetensors`; the finished table is kept beside it.
+    """
+    if (work / "one-step" / "sensitivity.safetensors").is_file():
+        return SensitivityTable.load(work / "one-step" / "sensitivity.safetensors")
+    packed = [format for format in plan.formats if format.packed]
+    calls = _some_calls(work, plan.trajectories.call["num_inference_steps"])
+    exact = _outputs(plan.source.denoiser, calls)
+    power = float(exact.square().mean())
+    error = torch.zeros(2, len(plan.layers), len(packed), dtype=torch.float64)
+    for i, layer in enumerate(plan.layers):
+        for j, format in enumerate(packed):
+            for corrected in range(1 + layer.has_bias):
+                choice = {layer.name: Choice(format, bool(corrected))}
+                with quantized(plan.source.denoiser, choice, calibration, plan.source.storage):
+                    changed = _outputs(plan.source.denoiser, calls)
+                error[corrected, i, j] = float((changed - exact).double().square().mean()) / power
+            if not layer.has_bias:
+                error[1, i, j] = error[0, i, j]
+    names = tuple(layer.name for layer in plan.layers)
+    table = SensitivityTable("stepwise", names, tuple(packed), error.amin(0), error[1] <= error[0])
+    (work / "one-step").mkdir(exist_ok=True)
+    table.save(work / "one-step", plan.layers, plan.account, "one step")
+    return table
+
+
+def _some_calls(work: Path, steps: int) -> dict[str, torch.Tensor]:
+    """Calls of the first samples at `TIMESTEPS`, conditional and unconditional."""
+    calls = load_file(work / "calls.safetensors")
+    order = calls["timestep"].unique().flip(0)  # the first step has the largest
+    assert len(order) == steps
+    rows = [torch.where(calls["timestep"] == order[step])[0] for step in TIMESTEPS]
+    return {key: value[torch.cat([_spread(r) for r in rows])] for key, value in calls.items()}
+
+
+def _spread(rows: torch.Tensor) -> torch.Tensor:
+    """`2 SAMPLES` of the rows of one step, from its start and its end."""
+    return rows[torch.linspace(0, len(rows) - 1, 2 * SAMPLES).long()]
+
+
+def _outputs(denoiser: Any, calls: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return denoiser(calls["latents"], calls["timestep"], encoder_hidden_states=calls["states"], return_dict=False)[
+            0
+        ]

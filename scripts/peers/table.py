@@ -1,0 +1,170 @@
+"""The table and the plot: bytes against PSNR, SSIM and whatever else is there, with paired bootstrap intervals.
+
+All rivals are resampled by the same draws, so that the interval of a difference is that of the paired differences
+(Efron & Tibshirani 1993, chapter 13). What is drawn are prompts, each with all its images: on the bundled pipeline two
+seeds of one prompt score within tenths of a decibel of each other, and are no two witnesses.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peers.entry import MODEL, SHARES, Entry, read_entries
+from peers.metrics import measured
+from peers.scoring import REFERENCE, Scores, decibels
+from peers.selection import read_selection
+
+_DRAWS = 10_000
+MARKS = {"tool": "s--", "assignment": "^:", "ours": "o-"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rival at one size.
+
+    Attributes:
+        values: metric -> value of each image.
+        totals: metric -> one value for all images.
+        missing: metric -> why it has none.
+        prompts: of the images.
+    """
+
+    share: float
+    entry: Entry
+    values: dict[str, list[float]]
+    totals: dict[str, float]
+    missing: dict[str, str]
+    prompts: Sequence[str]
+
+    @property
+    def images(self) -> int:
+        return len(self.values["psnr"])
+
+    def with_interval(self, metric: str) -> tuple[float, float, float]:
+        """The mean and the ends of its interval."""
+        return float(np.mean(self.values[metric])), *interval(self.values[metric], self.prompts)
+
+    def behind(self, best: Row) -> tuple[float, float, float]:
+        """The paired difference in PSNR to another row, over the images both have."""
+        pairs = zip(self.values["psnr"], best.values["psnr"], strict=False)
+        differences = [own - other for own, other in pairs]
+        return float(np.mean(differences)), *interval(differences, self.prompts)
+
+
+def interval(values: Sequence[float], prompts: Sequence[str]) -> tuple[float, float]:
+    """95% bootstrap interval of the mean over images, drawn by prompt; the draws depend on the prompts alone.
+
+    Args:
+        values: of each image.
+        prompts: of the samples, as many as values or more.
+    """
+    names = list(dict.fromkeys(prompts[: len(values)]))
+    which = np.array([names.index(prompt) for prompt in prompts[: len(values)]])
+    counts, sums = np.bincount(which), np.bincount(which, np.asarray(values, dtype=np.float64))
+    rows = np.random.default_rng(0).integers(0, len(names), (_DRAWS, len(names)))
+    low, high = np.percentile(sums[rows].sum(1) / counts[rows].sum(1), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def write_table(scores: Scores, work: Path, reference: int, images: int, output: Path) -> None:
+    """Write `output`.md, .json and .png from what has been scored so far."""
+    rows = measured_rows(scores, work, images)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    missing = {name: reason for row in rows for name, reason in row.missing.items()}
+    parts = [part for share in SHARES for part in _section(share, rows, reference)]
+    text = "\n".join([*parts, *(f"{name}: {reason}." for name, reason in missing.items())])
+    output.with_suffix(".md").write_text(text + "\n")
+    output.with_suffix(".json").write_text(json.dumps([_as_json(row, reference) for row in rows], indent=1) + "\n")
+    plot(rows, reference, output.with_suffix(".png"))
+    print(text)
+
+
+def measured_rows(scores: Scores, work: Path, images: int) -> list[Row]:
+    """Every selected entry that has images, at every size it was selected for."""
+    entries = {entry.name: entry for entry in read_entries(work / "candidates")}
+    chosen, rows = read_selection(work / "selected.json"), []
+    for share in SHARES:
+        for names in chosen.values():
+            entry = entries.get(names.get(f"{share:.2f}", ""))
+            errors = scores.errors(entry.name, "held_out", images, make=False) if entry else []
+            if entry and errors:
+                rows.append(_row(scores, work, share, entry, errors))
+    return rows
+
+
+def _row(scores: Scores, work: Path, share: float, entry: Entry, errors: list[float]) -> Row:
+    exact, pictures = (scores.images(name, "held_out", len(errors)) for name in (REFERENCE, entry.name))
+    found = measured(exact, pictures, MODEL, work / "metrics" / f"{scores.key(entry.name)}-{len(errors)}.json")
+    values = {"psnr": decibels(errors), **found.per_image}
+    return Row(share, entry, values, found.per_set, found.missing, scores.prompts("held_out"))
+
+
+def _section(share: float, rows: list[Row], reference: int) -> list[str]:
+    """One size's part of the Markdown, best first."""
+    here = sorted((row for row in rows if row.share == share), key=lambda row: -np.mean(row.values["psnr"]))
+    if not here:
+        return []
+    metrics, totals = list(here[0].values), list(here[0].totals)
+    heads = ["rival", "bytes", "of FP16", "counted", "assignment", *metrics, *totals, "psnr - best", "setting", "n"]
+    title = f"### {share:.0%} of FP16, {int(share * reference):,} bytes"
+    lines = [title, "", _line(heads), _line(["---"] * len(heads))]
+    for row in here:
+        size = [f"{row.entry.nbytes:,}", f"{row.entry.nbytes / reference:.1%}", row.entry.counted, row.entry.assignment]
+        cells = [_shown(row.with_interval(name)) for name in metrics]
+        cells += [f"{row.totals[name]:.3g}" for name in totals]
+        lines.append(
+            _line([row.entry.family, *size, *cells, _shown(row.behind(here[0])), row.entry.name, str(row.images)])
+        )
+    return [*lines, ""]
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _shown(value: tuple[float, float, float]) -> str:
+    mean, low, high = value
+    return f"{mean:.4g} [{low:.4g}, {high:.4g}]"
+
+
+def _as_json(row: Row, reference: int) -> dict[str, object]:
+    means = {name: row.with_interval(name) for name in row.values}
+    size = {"share": row.share, "of_fp16": row.entry.nbytes / reference, "images": row.images}
+    per_image = [round(value, 4) for value in row.values["psnr"]]
+    return {**vars(row.entry), **size, "mean_low_high": means, **row.totals, "psnr_per_image": per_image}
+
+
+def plot(rows: list[Row], reference: int, path: Path) -> None:
+    """Bytes against each per-image metric, one line a family, with the intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    metrics = list(rows[0].values) if rows else ["psnr"]
+    size = (6.4 * len(metrics), 5.2)
+    figure, axes = pyplot.subplots(1, len(metrics), figsize=size, dpi=150, squeeze=False)
+    for axis, metric in zip(axes[0], metrics, strict=True):
+        for family in dict.fromkeys(row.entry.family for row in rows):
+            _line_of(
+                axis, sorted((r for r in rows if r.entry.family == family), key=lambda r: r.share), metric, reference
+            )
+        axis.set(xlabel="denoiser's bytes, % of FP16", ylabel=metric)
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def _line_of(axis: Any, rows: list[Row], metric: str, reference: int) -> None:
+    """One family's points; a setting that is the best at several sizes is one point."""
+    rows = list({row.entry.name: row for row in rows}.values())
+    bytes_ = [row.entry.nbytes / reference * 100 for row in rows]
+    mean, low, high = np.array([row.with_interval(metric) for row in rows]).T
+    style = {"fmt": MARKS[rows[0].entry.kind], "ms": 4, "lw": 1, "capsize": 2}
+    axis.errorbar(bytes_, mean, (mean - low, high - mean), label=rows[0].entry.family, **style)
