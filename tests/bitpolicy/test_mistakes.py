@@ -186,7 +186,7 @@ def test_options_of_no_sense(refused: Any, arguments: tuple[str, ...], needles: 
 
 
 def test_no_budget(command: Any, here: Path) -> None:
-    command("--seed", "0").assert_refused("search-policy", "Missing option", "--budget")
+    command("--seed", "0").assert_refused("search-policy", "asked for nothing", "--budget", "--target-psnr")
 
 
 def test_an_unknown_command(command: Any, here: Path) -> None:
