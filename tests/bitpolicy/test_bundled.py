@@ -19,7 +19,7 @@ from bitpolicy.prompting import default_requests
 from bitpolicy.sensitivity.inventory import inventory
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.trajectory import Trajectories
-from bitpolicy.workflow import default_call
+from bitpolicy.plan import default_call
 
 pytestmark = pytest.mark.skipif(
     not (BUNDLED_FOLDER / "model_index.json").is_file(), reason="the bundled pipeline is not in this tree"

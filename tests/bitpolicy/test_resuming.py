@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from bitpolicy import workflow
+from bitpolicy import decision, workflow
 from bitpolicy.policies import checkpoint
 from bitpolicy.search.generation import Generations
 from bitpolicy.sensitivity.records import Records
@@ -125,7 +125,7 @@ def _finalists(folder: Path) -> list[float]:
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (workflow, "confirm"),
+        (decision, "confirm"),
         (checkpoint, "export_denoiser"),
         (workflow, "save_comparison"),
         (OutputFolder, "finish"),
