@@ -140,31 +140,37 @@ def _as_json(row: Row, reference: int) -> dict[str, object]:
 
 
 def plot(rows: list[Row], reference: int, path: Path) -> None:
-    """Bytes against each per-image metric, one line a family, with the intervals."""
+    """Bytes against each per-image metric, one line a family, with the intervals; what goes to zero on a log axis."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     metrics = list(rows[0].values) if rows else ["psnr"]
-    size = (6.4 * len(metrics), 5.2)
-    figure, axes = pyplot.subplots(1, len(metrics), figsize=size, dpi=150, squeeze=False)
+    families = dict.fromkeys(row.entry.family for row in rows)
+    colors = dict(zip(families, [*pyplot.get_cmap("tab20").colors], strict=False))
+    figure, axes = pyplot.subplots(1, len(metrics), figsize=(5.2 * len(metrics), 5.6), dpi=110, squeeze=False)
     for axis, metric in zip(axes[0], metrics, strict=True):
-        for family in dict.fromkeys(row.entry.family for row in rows):
-            _line_of(
-                axis, sorted((r for r in rows if r.entry.family == family), key=lambda r: r.share), metric, reference
-            )
-        axis.set(xlabel="denoiser's bytes, % of FP16", ylabel=metric)
+        for family in families:
+            of_family = sorted((r for r in rows if r.entry.family == family), key=lambda r: r.share)
+            _line_of(axis, of_family, metric, reference, colors[family])
+        axis.set(xlabel="denoiser's bytes, % of FP16", title="1 - ssim" if metric == "ssim" else metric)
+        if metric != "psnr":
+            axis.set_yscale("log")
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=6)
-    figure.tight_layout()
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=5, loc="lower center", fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
     figure.savefig(path)
 
 
-def _line_of(axis: Any, rows: list[Row], metric: str, reference: int) -> None:
+def _line_of(axis: Any, rows: list[Row], metric: str, reference: int, color: Any) -> None:
     """One family's points; a setting that is the best at several sizes is one point."""
     rows = list({row.entry.name: row for row in rows}.values())
     bytes_ = [row.entry.nbytes / reference * 100 for row in rows]
     mean, low, high = np.array([row.with_interval(metric) for row in rows]).T
-    style = {"fmt": MARKS[rows[0].entry.kind], "ms": 4, "lw": 1, "capsize": 2}
+    if metric == "ssim":
+        mean, low, high = 1 - mean, 1 - high, 1 - low
+    ours = rows[0].entry.family.startswith("bitpolicy")
+    style = {"fmt": MARKS[rows[0].entry.kind], "ms": 4, "lw": 2.4 if ours else 1, "capsize": 2, "color": color}
     axis.errorbar(bytes_, mean, (mean - low, high - mean), label=rows[0].entry.family, **style)

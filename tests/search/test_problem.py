@@ -58,7 +58,9 @@ CONSTRAINTS = [
 ]
 
 
-@pytest.mark.parametrize("constraints", CONSTRAINTS, ids=str)
+@pytest.mark.parametrize(
+    "constraints", CONSTRAINTS, ids=["free", "pinned", "tied", "tied and pinned", "barred and tied"]
+)
 def test_the_solution_is_the_best_of_all_that_is_allowed(problem: Problem, constraints: dict) -> None:
     problem = replace(problem, **constraints)
     allowed = list(every_policy(problem))
@@ -70,7 +72,9 @@ def test_the_solution_is_the_best_of_all_that_is_allowed(problem: Problem, const
     assert problem.account.total(formats) == solution.nbytes + problem.account.fixed <= problem.budget
 
 
-@pytest.mark.parametrize("constraints", CONSTRAINTS, ids=str)
+@pytest.mark.parametrize(
+    "constraints", CONSTRAINTS, ids=["free", "pinned", "tied", "tied and pinned", "barred and tied"]
+)
 def test_the_smallest_policy_is_known(problem: Problem, constraints: dict) -> None:
     problem = replace(problem, **constraints)
     smallest = min(nbytes for _, nbytes, _ in every_policy(problem))
@@ -80,7 +84,9 @@ def test_the_smallest_policy_is_known(problem: Problem, constraints: dict) -> No
         problem.solve(budget=smallest - 1)
 
 
-@pytest.mark.parametrize("constraints", CONSTRAINTS, ids=str)
+@pytest.mark.parametrize(
+    "constraints", CONSTRAINTS, ids=["free", "pinned", "tied", "tied and pinned", "barred and tied"]
+)
 def test_the_fewest_bytes_of_an_error_are_found(problem: Problem, constraints: dict) -> None:
     problem = replace(problem, **constraints)
     allowed = sorted(every_policy(problem), key=lambda policy: policy[0])
