@@ -75,7 +75,7 @@ def _one_line(found: Mapping[str, Any]) -> str:
     """One measure of quality."""
     if "to_reference" in found:
         return f"{found['to_reference']:.4g} to the reference's images"
-    return f"mean {found['mean']:.4g}, worst {found['worst']:.4g}"
+    return f"mean {found['mean']:.6g}, worst {found['worst']:.6g}"
 
 
 def _layers(roles: Mapping[str, Mapping[str, int]], formats: list[str]) -> Table:
