@@ -12,7 +12,6 @@ from diffusers import DiffusionPipeline
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import DEFAULT, parse_formats
-from bitpolicy.kernels.quantizers import HESSIANS
 from bitpolicy.loading import open_pipeline, source_of, stored_dtype
 from bitpolicy.plan import make_plan
 from bitpolicy.policies.calibration import load_calibration
@@ -193,4 +192,4 @@ def load_pipeline(
 
 def _needs_calibration(policy: Policy, denoiser: torch.nn.Module) -> bool:
     choices = policy.resolve(layer.name for layer in inventory(denoiser)).values()
-    return any(choice.bias_correction or choice.quantizer in HESSIANS for choice in choices)
+    return any(choice.needs_calibration for choice in choices)

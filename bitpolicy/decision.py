@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.loading import BUNDLED_FOLDER
+from bitpolicy.loading import BUNDLED_FOLDER, Source
 from bitpolicy.plan import Plan
 from bitpolicy.policies.policy import Choice
 from bitpolicy.search.finalists import Confirmed, confirm
@@ -159,10 +159,15 @@ def _quality(settings: Settings, plan: Plan, generations: Generations) -> tuple[
 
 
 def networks_of(settings: Settings, plan: Plan) -> Networks:
-    """The networks that measure quality for this pipeline."""
-    folder = BUNDLED_FOLDER if plan.bundled else Path(str(settings.model)).expanduser()
+    """The networks that measure quality for this run's pipeline."""
     features = None if settings.features is None else Path(settings.features)
-    return Networks(features, folder, plan.source.pipe._execution_device)
+    return networks_for(settings.model, plan.bundled, features, plan.source)
+
+
+def networks_for(model: str | None, bundled: bool, features: Path | None, source: Source) -> Networks:
+    """The networks that `features` has, or the folder that the pipeline came from."""
+    folder = BUNDLED_FOLDER if bundled else Path(str(model)).expanduser()
+    return Networks(features, folder, source.pipe._execution_device)
 
 
 def mean_db(generations: Generations, choices: Mapping[str, Choice], samples: Sequence[Sample]) -> float:

@@ -19,7 +19,6 @@ from bitpolicy.compare import save_comparison
 from bitpolicy.curve import Point, file_name, points, save_picture, save_table
 from bitpolicy.decision import mean_db, networks_of, reaching_target, within_budget
 from bitpolicy.kernels.formats import FP16
-from bitpolicy.kernels.quantizers import HESSIANS
 from bitpolicy.loading import Source, open_pipeline
 from bitpolicy.plan import Plan, class_name
 from bitpolicy.policies.calibration import Calibration, calibration_hash, needed_for, save_calibration
@@ -144,7 +143,7 @@ class SearchRun:
         plan, source = self._plan, self._plan.source
         nbytes = plan.account.total({name: choice.format for name, choice in choices.items()})
         versions = {name: version(name) for name in ("bitpolicy", "torch", "diffusers", "optuna")}
-        calibrated = any(choice.bias_correction or choice.quantizer in HESSIANS for choice in choices.values())
+        calibrated = any(choice.needs_calibration for choice in choices.values())
         return Policy.of(
             choices,
             model=ModelReference.model_validate(

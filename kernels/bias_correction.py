@@ -11,6 +11,8 @@ input of each kernel tap over samples and output positions, zero padding include
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -32,12 +34,20 @@ def mean_patch(layer: Quantizable, x: torch.Tensor) -> torch.Tensor:
         return x.reshape(-1, x.shape[-1]).mean(0)
     dims = len(layer.kernel_size)
     mean = x.mean(0) if x.ndim == dims + 2 else x
-    padding = layer._reversed_padding_repeated_twice
+    return patches(layer, mean[None])[0].mean(tuple(range(1, 1 + dims)))
+
+
+def patches(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """What a convolution multiplies at each output position: a view (B, in, *spatial, *kernel) of its padded input.
+
+    Args:
+        x: (B, in, *spatial).
+    """
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    mean = nn.functional.pad(mean[None], padding, mode=mode)[0]
+    view = nn.functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
     for dim, (kernel, stride, dilation) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
-        mean = mean.unfold(1 + dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
-    return mean.mean(tuple(range(1, 1 + dims)))
+        view = view.unfold(2 + dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+    return view
 
 
 def bias_shift(layer: Quantizable, delta: torch.Tensor, patch: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.formats import format_named, from_parameters
-from bitpolicy.kernels.quantizers import QUANTIZERS
+from bitpolicy.kernels.quantizers import HESSIANS, QUANTIZERS
 from bitpolicy.policies.atomic import write_text
 
 SCHEMA: Final = 1
@@ -44,6 +44,11 @@ class Choice:
     format: Format
     bias_correction: bool = False
     quantizer: str = "rtn"
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it cannot be made from the weight alone."""
+        return self.bias_correction or self.quantizer in HESSIANS
 
 
 class _Strict(BaseModel):

@@ -91,9 +91,9 @@ class Problem:
         sizes = self.merged(np.where(self.allowed(), self.sizes(), np.inf))
         return self.account.fixed + int(sizes.min(axis=1).sum())
 
-    def merged(self, values: np.ndarray) -> np.ndarray:
-        """Sums over the layers that share a format: (L, F) -> (rows, F)."""
-        return np.stack([values[row].sum(0) for row in self.rows()])
+    def merged(self, values: np.ndarray, rows: Sequence[Sequence[int]] | None = None) -> np.ndarray:
+        """Sums over the layers that share a format: (L, F) -> (rows, F), of all `rows` or of those given."""
+        return np.stack([values[row].sum(0) for row in (self.rows() if rows is None else rows)])
 
     def rows(self) -> list[list[int]]:
         """The layers' indices, those that share a format together."""

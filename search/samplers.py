@@ -123,7 +123,7 @@ class Space:
         if not octaves.any() or not free:
             return formats
         bent = self._errors * 2.0 ** octaves[self._octave][:, None]
-        error, nbytes = (np.stack([matrix[row].sum(0) for row in free]) for matrix in (bent, self._sizes))
+        error, nbytes = (self._problem.merged(matrix, free) for matrix in (bent, self._sizes))
         moving = np.concatenate(free)
         kept = self.predicted(formats).nbytes - int(self._sizes[moving, formats[moving]].sum())
         found = solve(error, nbytes, self._problem.budget - self._problem.account.fixed - kept)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bitpolicy.kernels.bias_correction import patches
 from bitpolicy.kernels.layers import Quantizable, quantizable_layers
 from bitpolicy.sensitivity.adjoint import require_uncut
 from bitpolicy.sensitivity.checkpointed_calls import CheckpointedCalls
@@ -111,19 +112,11 @@ def drawn_inputs(
         rows = x.reshape(-1, x.shape[-1])
         chosen = _draw(len(rows), count, generator).to(x.device)
         return rows[chosen], lambda like: like.reshape(-1, like.shape[-1])[chosen]
-    patches, spatial = _patches(layer, x), output.shape[2:]
+    spatial = output.shape[2:]
     chosen = _draw(x.shape[0] * prod(spatial), count, generator).to(x.device)
     where = torch.unravel_index(chosen, (x.shape[0], *spatial))
-    return patches[where].flatten(1), lambda like: like.movedim(1, -1)[where]
-
-
-def _patches(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """A view of the input with a patch for each output position: (B, *spatial, *kernel, in)."""
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    view = nn.functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-    for dim, (kernel, stride, dilation) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
-        view = view.unfold(2 + dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
-    return view.movedim(1, -1)
+    in_wire_order = patches(layer, x).movedim(1, -1)
+    return in_wire_order[where].flatten(1), lambda like: like.movedim(1, -1)[where]
 
 
 def _draw(total: int, count: int, generator: torch.Generator) -> torch.Tensor:

@@ -30,7 +30,8 @@ from bitpolicy.cli.options import (
 )
 from bitpolicy.cli.report import print_json
 from bitpolicy.compare import save_comparison
-from bitpolicy.loading import BUNDLED, BUNDLED_FOLDER, Source, load_source
+from bitpolicy.decision import networks_for
+from bitpolicy.loading import BUNDLED, Source, load_source
 from bitpolicy.plan import default_call
 from bitpolicy.prompting import default_requests, load_requests
 from bitpolicy.search.features import require_pictures
@@ -105,9 +106,7 @@ def evaluate(
     if not asked:
         _print_psnr(psnr, as_json)
         return
-    folder = BUNDLED_FOLDER if bundled else Path(str(model)).expanduser()
-    networks = Networks(features, folder, source.pipe._execution_device)
-    results = measure(asked, comparison, networks)
+    results = measure(asked, comparison, networks_for(model, bundled, features, source))
     if as_json:
         print_json({"psnr_db": psnr.as_dict(), "metrics": {name: found.as_dict() for name, found in results.items()}})
     else:

@@ -122,8 +122,8 @@ def make_lists(probed: Probed, asked: str | None) -> Lists:
     recorded = policy.budget.asked if policy is not None and policy.budget is not None else None
     budget = Budget.parse(asked or recorded or DEFAULT_BUDGET, probed.account)
     formats = (*probed.table.formats, FP16)
-    budget.require(min_bytes(probed, formats), [f.name for f in formats])
     problem = Problem(probed.layers, formats, probed.table, probed.account, budget.nbytes)
+    budget.require(problem.smallest, [f.name for f in formats])
     solution = problem.solve()
     layers = tuple(_marked(probed, solution, formats, place) for place in range(len(probed.layers)))
     counts = {f.name: sum(m.chosen == f for m in layers) for f in formats}
@@ -132,11 +132,6 @@ def make_lists(probed: Probed, asked: str | None) -> Lists:
     return Lists(
         budget, asked is None, probed.formats[0], nbytes, solution.error, counts, layers, _db(pinned, solution.error)
     )
-
-
-def min_bytes(probed: Probed, formats: Sequence[Format]) -> int:
-    """Of the smallest policy."""
-    return probed.account.fixed + sum(min(probed.layer_bytes(i, f) for f in formats) for i in range(len(probed.layers)))
 
 
 def _marked(probed: Probed, solution: Solution, formats: Sequence[Format], place: int) -> Marked:
