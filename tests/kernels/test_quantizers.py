@@ -295,7 +295,7 @@ def test_gptq_is_seen_less_than_rounding_to_nearest_on_the_same_grids(format: Gr
         weight, hessian = heavy_tailed((8, 128), seed), inputs_hessian(128, seed)
         curvature = Curvature.of(format.rotated_hessian(hessian))
         rows = format.rows(weight)
-        grid = searched_grid(format, rows, curvature.diagonal)
+        grid = searched_grid(format, rows, curvature.of_rows(*rows.shape))
         nearest = format.store(format.nearest(rows, grid), grid, weight.shape)
         found = gptq(format, weight, curvature)
         ratios.append(
@@ -358,10 +358,10 @@ def test_a_curvature_is_that_of_the_damped_hessian_in_falling_order() -> None:
     hessian = inputs_hessian(40).double()
     damped = hessian / hessian.diagonal().mean() + DAMPING * torch.eye(40)
     found = Curvature.of(hessian.float())
-    assert found.order.tolist() == damped.diagonal().argsort(descending=True).tolist()
-    torch.testing.assert_close(found.diagonal.double(), damped.diagonal(), rtol=1e-5, atol=0)
-    ordered = damped[found.order][:, found.order]
-    factor = found.factor.double()
+    (order,), (factor,) = found.order.flatten(0, 1), found.factor.double().flatten(0, 1)
+    assert order.tolist() == damped.diagonal().argsort(descending=True).tolist()
+    torch.testing.assert_close(found.diagonal.double(), damped.diagonal()[None, None], rtol=1e-5, atol=0)
+    ordered = damped[order][:, order]
     torch.testing.assert_close(factor.T @ factor @ ordered, torch.eye(40).double(), rtol=0, atol=1e-3)
     assert torch.equal(factor, factor.triu())
 
