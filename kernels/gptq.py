@@ -55,7 +55,7 @@ class Curvature:
         return cls(diagonal, order, torch.linalg.cholesky(inverse, upper=True))
 
     def of_rows(self, out: int, length: int) -> torch.Tensor:
-        """The diagonal that each of `out` rows of `length` has, float32, shape (out, K), or (1, K) where all have one."""
+        """The diagonal of each of `out` rows of `length`, float32, shape (out, K), or (1, K) where all have one."""
         of_group = self.diagonal.flatten(1)[:, :length]
         return of_group if len(of_group) == 1 else of_group.repeat_interleave(out // len(of_group), 0)
 

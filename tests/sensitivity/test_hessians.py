@@ -13,7 +13,7 @@ from torch import nn
 from bitpolicy.kernels.layers import Quantizable, quantizable_layers
 from bitpolicy.sensitivity import hessians
 from bitpolicy.sensitivity.directions import Random
-from bitpolicy.sensitivity.hessians import Moments, drawn_inputs, has_hessian, measure_moments
+from bitpolicy.sensitivity.hessians import Moments, drawn_inputs, hessian_shape, measure_moments
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.sketch import only_these_require_grad
 from bitpolicy.sensitivity.trajectory import Trajectories
@@ -40,6 +40,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "reflected": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), (2, 3, 6, 6)),
     "replicated": (lambda: nn.Conv2d(3, 4, 3, padding=(2, 1), padding_mode="replicate"), (2, 3, 6, 6)),
     "circular": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), (2, 3, 6, 6)),
+    "groups": (lambda: nn.Conv2d(6, 4, 3, padding=1, groups=2), (2, 6, 5, 4)),
+    "a group for each channel": (lambda: nn.Conv2d(3, 6, (3, 2), groups=3, bias=False), (2, 3, 5, 4)),
+    "conv1d in groups": (lambda: nn.Conv1d(8, 4, 3, stride=2, groups=4), (2, 8, 9)),
     "conv3d": (lambda: nn.Conv3d(3, 4, (1, 3, 2), stride=(1, 2, 1), padding=(0, 1, 1)), (2, 3, 4, 6, 5)),
 }
 every_layer = pytest.mark.parametrize(("make", "size"), LAYERS.values(), ids=LAYERS)
@@ -66,9 +69,10 @@ def test_what_is_drawn_times_the_weight_is_the_layers_own_output(
     layer, x = of_whole_numbers(make, size)
     output = layer(x)
     rows, taken = drawn_inputs(layer, x, output, count, torch.Generator().manual_seed(2))
-    positions = output.numel() // len(layer.weight)
-    assert rows.shape == (min(count, positions), layer.weight[0].numel())
-    expected = rows @ wire_rows(layer.weight).T + (0 if layer.bias is None else layer.bias)
+    positions, groups = output.numel() // len(layer.weight), getattr(layer, "groups", 1)
+    assert rows.shape == (min(count, positions), groups, layer.weight[0].numel())
+    of_group = wire_rows(layer.weight).unflatten(0, (groups, -1))
+    expected = torch.einsum("pgk,gok->pgo", rows, of_group).flatten(1) + (0 if layer.bias is None else layer.bias)
     assert torch.equal(taken(output), expected)
 
 
@@ -89,40 +93,62 @@ def test_no_position_is_drawn_twice_and_every_one_can_be(make: Callable[[], nn.M
     assert drawn == set(range(positions))
 
 
-def test_a_grouped_convolution_has_no_hessian() -> None:
-    assert not has_hessian(nn.Conv2d(6, 4, 3, groups=2))
-    assert has_hessian(nn.Conv2d(6, 4, 3))
-    assert has_hessian(nn.Linear(6, 4))
-
-
-def test_moments_are_sums_of_outer_products() -> None:
-    x, power = torch.randn(10, 4), torch.rand(10)
-    moments = Moments.zeros(4, torch.device("cpu"))
+@pytest.mark.parametrize("groups", [1, 3])
+def test_moments_are_sums_of_outer_products_of_each_groups_inputs(groups: int) -> None:
+    x, power = torch.randn(10, groups, 4), torch.rand(10, groups)
+    moments = Moments.zeros((groups, 1, 4), torch.device("cpu"))
     for part in (slice(0, 3), slice(3, 10)):
         moments.add(x[part], power[part])
-    outer = [torch.outer(row, row) for row in x]
-    torch.testing.assert_close(moments.inputs, sum(outer))
-    torch.testing.assert_close(moments.seen, sum(p * o for p, o in zip(power, outer, strict=True)))
+    for group in range(groups):
+        outer = [torch.outer(row, row) for row in x[:, group]]
+        torch.testing.assert_close(moments.inputs[group, 0], sum(outer))
+        seen = sum(p * o for p, o in zip(power[:, group], outer, strict=True))
+        torch.testing.assert_close(moments.seen[group, 0], seen)
+
+
+@pytest.mark.parametrize("length", [256, 300, 500, 1024])
+def test_of_long_rows_the_moments_are_the_blocks_on_the_diagonal(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    monkeypatch.setattr(hessians, "WIDEST", 200)
+    groups, blocks, k = shape = hessian_shape(nn.Linear(length, 1))
+    assert (groups, k % 128) == (1, 0)
+    assert (blocks - 1) * k < length <= blocks * k
+    moments, x, power = Moments.zeros(shape, torch.device("cpu")), torch.randn(20, 1, length), torch.rand(20, 1)
+    moments.add(x, power)
+    whole = torch.zeros(blocks * k, blocks * k)
+    whole[:length, :length] = x[:, 0].T @ (x[:, 0] * power)
+    for i in range(blocks):
+        here = slice(i * k, (i + 1) * k)
+        torch.testing.assert_close(moments.seen[0, i], whole[here, here])
+
+
+def test_a_hessian_is_as_wide_as_a_row_of_a_group_up_to_the_widest() -> None:
+    assert hessian_shape(nn.Linear(7, 3)) == (1, 1, 7)
+    assert hessian_shape(nn.Conv2d(6, 4, (3, 2), groups=2)) == (2, 1, 18)
+    assert hessian_shape(nn.Linear(12_288, 1)) == (1, 1, 12_288)
+    assert hessian_shape(nn.Linear(15_360, 1)) == (1, 2, 7_680)
+    assert hessian_shape(nn.Linear(12_289, 1)) == (1, 2, 6_272)
 
 
 def test_a_hessian_has_equal_parts_of_what_is_given_and_of_what_is_seen() -> None:
-    x = torch.randn(50, 4)
-    moments = Moments(x.T @ x, x.T @ (x * torch.logspace(-8, 0, 50)[:, None]))
-    parts = [m / m.diagonal().mean() for m in (moments.inputs, moments.seen)]
-    torch.testing.assert_close(moments.hessian("inputs"), parts[0])
-    torch.testing.assert_close(moments.hessian("trajectory"), parts[0] + parts[1])
+    x = torch.randn(2, 50, 4)
+    moments = Moments((x.mT @ x)[:, None], (x.mT @ (x * torch.logspace(-8, 0, 50)[:, None]))[:, None])
+    for group in range(2):
+        inputs, seen = moments.inputs[group, 0], moments.seen[group, 0]
+        parts = [m / m.diagonal().mean() for m in (inputs, seen)]
+        torch.testing.assert_close(moments.hessian("inputs")[group, 0], parts[0])
+        torch.testing.assert_close(moments.hessian("trajectory")[group, 0], parts[0] + parts[1])
 
 
 @pytest.mark.parametrize("seen", [0.0, float("nan"), float("inf")], ids=str)
 def test_where_nothing_can_be_seen_the_inputs_alone_decide(seen: float) -> None:
     x = torch.randn(50, 4)
-    moments = Moments(x.T @ x, torch.full((4, 4), seen))
+    moments = Moments((x.T @ x)[None, None], torch.full((1, 1, 4, 4), seen))
     assert torch.equal(moments.hessian("trajectory"), moments.hessian("inputs"))
 
 
 def test_a_layer_that_was_only_given_zeros_has_a_hessian_of_zeros() -> None:
-    moments = Moments.zeros(4, torch.device("cpu"))
-    moments.add(torch.zeros(5, 4), torch.ones(5))
+    moments = Moments.zeros((1, 1, 4), torch.device("cpu"))
+    moments.add(torch.zeros(5, 1, 4), torch.ones(5, 1))
     assert not moments.hessian("trajectory").any()
 
 
@@ -169,7 +195,7 @@ def by_hand(trajectories: Trajectories, sample: Sample) -> dict[str, Moments]:
     for (name, x, _), gradient in zip(calls, gradients, strict=True):
         rows = patches(layers[name], x)
         power = by_position(layers[name], gradient.double()).square().sum(1)
-        zeros = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+        zeros = torch.zeros(1, 1, rows.shape[1], rows.shape[1], dtype=torch.float64)
         moments = found.setdefault(name, Moments(zeros, zeros.clone()))
         moments.inputs += rows.T @ rows
         moments.seen += (rows * power[:, None]).T @ rows
