@@ -222,14 +222,12 @@ def test_every_layer_has_every_candidate_that_fits(finished: Any) -> None:
     assert table.quantizers == QUANTIZERS
 
 
-def test_the_best_quantizer_is_never_worse_than_rounding_to_nearest(finished: Any, tmp_path: Path) -> None:
+def test_quantizers_are_predicted_to_harm_less_than_rounding_to_nearest(finished: Any, tmp_path: Path) -> None:
     trajectories, _, table = finished
     alone = ProbeSettings("adjoint", SAMPLES, vectors=2)
     run = new_run(trajectories, tmp_path, alone)
     nearest = run.table(run.reference())
-    assert (table.error <= nearest.error * (1 + 1e-4) + 1e-15).all()  # some layers' gradients are noise alone
-    assert table.error.sum() < 0.9 * nearest.error.sum()
-    assert len(table.quantizer.unique()) > 2
+    assert (table.error.sum(0) < 0.9 * nearest.error.sum(0)).all()
 
 
 def test_scores_are_measured_with_the_quantizer_they_name(finished: Any, tmp_path: Path) -> None:
