@@ -128,7 +128,7 @@ def search(
         run = SearchRun(settings, plan, folder, Stages(quiet))
         policy = run.decide()
         assert policy is not None  # only a run without a budget and a target has none
-        return policy.with_calibration(run.calibration)
+        return policy.with_calibration({key: tensor.clone() for key, tensor in run.calibration.items()})
 
 
 def export(

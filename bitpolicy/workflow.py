@@ -48,7 +48,7 @@ class SearchRun:
 
     def __init__(self, settings: Settings, plan: Plan, folder: Path, stages: Stages) -> None:
         self._settings, self._plan, self._folder, self._stages = settings, plan, folder, stages
-        self._rounded: dict[str, torch.Tensor] = {}  # of every candidate
+        self._rounded: Calibration = {}  # of every candidate
         self.calibration: dict[str, torch.Tensor] = {}
         self.points: list[Point] = []
 

@@ -32,11 +32,6 @@ class Grid:
     scale: torch.Tensor
     zero: torch.Tensor | None = None
 
-    def at(self, group: int) -> Grid:
-        """Of one group of every row, shape (out, 1)."""
-        column = slice(group, group + 1)
-        return Grid(self.scale[:, column], None if self.zero is None else self.zero[:, column])
-
     @property
     def wide(self) -> Grid:
         """With a dimension for the weights of a group, shape (out, groups, 1)."""
@@ -93,7 +88,7 @@ class GridFormat(Format):
         return 0
 
     def rotated_hessian(self, hessian: torch.Tensor) -> torch.Tensor:
-        """A quadratic form of weights, shape (K, K) in wire order, as one of `rows`."""
+        """A quadratic form of weights, shape (..., K, K) in wire order, as one of `rows`."""
         return hessian
 
     def extremes(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -37,7 +37,7 @@ def is_rounded(calibration: Calibration) -> bool:
 def needed_for(choices: Mapping[str, Choice], calibration: Calibration) -> dict[str, torch.Tensor]:
     """The entries that putting `choices` on the model takes: every E[x], and what was rounded for them."""
     wanted = {f"{name}/{choice.format.name}/{choice.quantizer}" for name, choice in choices.items()}
-    return {key: value for key, value in calibration.items() if "/" not in key or key.rpartition("/")[0] in wanted}
+    return {key: calibration[key] for key in calibration if "/" not in key or key.rpartition("/")[0] in wanted}
 
 
 def save_calibration(calibration: Calibration, path: Path) -> None:

@@ -23,11 +23,10 @@ from bitpolicy.sensitivity.candidates import Candidate
 from bitpolicy.sensitivity.checkpointed_calls import CheckpointedCalls
 from bitpolicy.sensitivity.directions import Direction, signal_of
 from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.scaled_backward import backward, scales_for
 from bitpolicy.sensitivity.sketch import Sketch, SketchRecorder, only_these_require_grad
 from bitpolicy.sensitivity.trajectory import LoopError, Trajectories
 from bitpolicy.sensitivity.weight_changes import WeightChanges
-
-_HALF_SCALES = [2.0**power for power in (8, 4, 0, -4, -8, -12)]  # of v under float16, largest that stays finite wins
 
 
 class AdjointProbe:
@@ -75,16 +74,11 @@ class AdjointProbe:
 
     def _backward(self, latent: torch.Tensor, v: torch.Tensor, called: set[int], keep: bool) -> Sketch:
         where = None
-        scales = _HALF_SCALES if latent.dtype == torch.float16 else [1.0]
+        scales = scales_for(latent)
         for scale in scales:
             last = scale == scales[-1]
             with self._recorder.recording(max(self._trajectories.steps, max(called) + 1), latent.device):
-                try:
-                    torch.autograd.backward(latent, (v * scale).to(latent.dtype), retain_graph=keep or not last)
-                except torch.OutOfMemoryError:
-                    raise
-                except RuntimeError as error:  # a tensor of the graph was changed in place
-                    raise LoopError(f"the sampling loop cannot be differentiated: {error}") from error
+                backward(latent, v, scale, keep=keep or not last)
             require_uncut(called - self._recorder.reached)
             where = self._recorder.not_finite()
             if where is None:

@@ -10,6 +10,7 @@ import torch
 
 from bitpolicy.kernels.bias_correction import mean_patch
 from bitpolicy.kernels.layers import Quantizable, quantizable_layers
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.trajectory import Trajectories
 
@@ -20,12 +21,12 @@ class ReferencePass:
 
     Attributes:
         calibration: layer name -> E[x] over samples, steps and positions, float32 on the CPU, shape (in) or
-            (in, *kernel). A layer that was never called has none.
+            (in, *kernel). A layer that was never called has none. A probe adds what quantizers made, by `rounded_key`.
         latent_power: E|x_0|^2, the mean squared norm of the final latent.
         calls: denoiser calls of one trajectory.
     """
 
-    calibration: dict[str, torch.Tensor]
+    calibration: Calibration
     latent_power: float
     calls: int
 
