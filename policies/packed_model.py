@@ -17,6 +17,8 @@ from bitpolicy.kernels.format import TensorSpec
 from bitpolicy.kernels.layers import PackedLayer, pack_layer, quantizable_layers, replace_layer, unpack_layer
 from bitpolicy.policies.packed_config import BitPolicyConfig
 
+_FUSED = ("to_qkv", "to_kv", "to_added_qkv")
+
 
 def make_shells(model: nn.Module, config: BitPolicyConfig) -> None:
     """Replace the layers that the config packs by shells, in place.
@@ -97,21 +99,28 @@ def unpack_model(model: nn.Module) -> None:
 def to_save(state: Mapping[str, torch.Tensor], packed: set[str], storage: torch.dtype) -> dict[str, torch.Tensor]:
     """The tensors to write: an unpacked float goes in the storage dtype if that holds it exactly, in float32 if not.
 
-    So a model is saved as it was stored, whatever dtype it was loaded in. Tensors that are one stay one.
+    So a model is saved as it was stored, whatever dtype it was loaded in and whether or not its projections were
+    fused. Tensors that are one stay one.
 
     Raises:
         BitPolicyError: an adapter is on the model.
     """
     if any(".base_layer." in name for name in state):
         raise BitPolicyError("the model has an adapter on it; unload it (or fuse and unload it) before saving")
-    written = dict(state)
+    written = {name: tensor for name, tensor in state.items() if not _is_fused(name, state)}
     cast: dict[Any, torch.Tensor] = {}
-    for name in state.keys() - packed:
+    for name in written.keys() - packed:
         tensor = state[name]
         if tensor.is_floating_point() and tensor.dtype != storage:
             place = (tensor.data_ptr(), tensor.shape, tensor.stride())
             written[name] = cast[place] = cast[place] if place in cast else _exactly(tensor, storage)
     return written
+
+
+def _is_fused(name: str, state: Mapping[str, torch.Tensor]) -> bool:
+    """Whether diffusers' `fuse_qkv_projections` made this tensor of others that are here, too, and left it behind."""
+    attention, _, leaf = name.rpartition(".")[0].rpartition(".")
+    return leaf in _FUSED and any(other.startswith(f"{attention}.to_k.") for other in state)
 
 
 def _exactly(tensor: torch.Tensor, storage: torch.dtype) -> torch.Tensor:

@@ -228,21 +228,6 @@ def group_offload(model: Any, inputs: Inputs) -> None:
         require_same(packed(one), held)
 
 
-def group_offload_to_disk(model: Any, inputs: Inputs) -> None:
-    """The same through files."""
-    expected, held = output(model, inputs), packed(model)
-    with tempfile.TemporaryDirectory() as folder:
-        model.enable_group_offload(
-            onload_device=_CPU,
-            offload_device=_CPU,
-            offload_type="block_level",
-            num_blocks_per_group=1,
-            offload_to_disk_path=folder,
-        )
-        assert torch.equal(output(model, inputs), expected)
-        require_same({n: t for n, t in packed(model).items() if t.numel()}, held)
-
-
 def layerwise_casting(model: Any, inputs: Inputs) -> None:
     """Biases and unpacked layers are kept in float8 between calls, packed weights as they are."""
     small, held, expected = torch.float8_e4m3fn, packed(model), copy.deepcopy(model)
@@ -265,13 +250,14 @@ def fuse_qkv(model: Any, inputs: Inputs) -> None:
     model.unfuse_qkv_projections()
     assert torch.equal(output(model, inputs), expected)
     require_same(packed(model), held)
+    save_and_load(model, inputs)
 
 
 def compiled(model: Any, inputs: Inputs) -> None:
-    """`torch.compile` takes the whole model as one graph; backend aot_eager, inductor would take minutes."""
+    """`torch.compile` takes the whole model as one graph; backend eager, inductor would take minutes."""
     expected = output(model, inputs)
     torch._dynamo.reset()
-    compiled_model = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled_model = torch.compile(model, fullgraph=True, backend="eager")
     assert torch.allclose(output(compiled_model, inputs), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -299,10 +285,51 @@ OPERATIONS: dict[str, Operation] = {
         lora_training,
         input_gradient,
         group_offload,
-        group_offload_to_disk,
         layerwise_casting,
         fuse_qkv,
         compiled,
         exported,
     )
+}
+
+
+# Of a pipeline: `draw` gives its latents for fixed arguments.
+
+Draw = Callable[[Any], torch.Tensor]
+
+
+def from_pipe(pipe: Any, draw: Draw) -> None:
+    """A pipeline made from another shares its packed model, and draws the same."""
+    expected = draw(pipe)
+    other = type(pipe).from_pipe(pipe)
+    name = next(n for n, part in pipe.components.items() if isinstance(part, nn.Module) and any(packed(part)))
+    assert getattr(other, name) is getattr(pipe, name)
+    assert torch.equal(draw(other), expected)
+
+
+def pipeline_to(pipe: Any, draw: Draw) -> None:
+    """A pipeline that went to bfloat16 and back draws what it drew: what is packed was never cast."""
+    expected = draw(pipe)
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    held = [packed(part) for part in parts]
+    pipe.to(torch.bfloat16)
+    for part, before in zip(parts, held, strict=True):
+        if before:
+            require_same(packed(part), before)
+    pipe.to(torch.float32)
+    assert draw(pipe).shape == expected.shape
+
+
+def pipeline_saved(pipe: Any, draw: Draw) -> None:
+    """A pipeline is saved and loaded as it was."""
+    expected = draw(pipe)
+    with tempfile.TemporaryDirectory() as folder:
+        pipe.save_pretrained(folder)
+        again = type(pipe).from_pretrained(folder, dtype=torch.float32)
+        again.set_progress_bar_config(disable=True)
+        assert torch.equal(draw(again), expected)
+
+
+PIPELINE_OPERATIONS: dict[str, Callable[[Any, Draw], None]] = {
+    operation.__name__: operation for operation in (from_pipe, pipeline_to, pipeline_saved)
 }

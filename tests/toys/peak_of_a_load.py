@@ -1,11 +1,13 @@
-"""Load one model in a process of its own and print how much memory that took: FOLDER [DTYPE [POLICY]].
+"""Load models in a process of its own and print how much memory each took.
 
-Prints JSON: `peak`, the most resident bytes beyond those before, mapped files included; `private`, the most that no file
-backs, sampled every millisecond; `stored`, bytes of the model in the end.
+Its argument is a JSON list of [folder, dtype or null, path of a policy or null]. It prints a JSON list: `peak`, the
+most resident bytes beyond those before, mapped files included; `private`, the most that no file backs, sampled every
+millisecond; `stored`, bytes of the model in the end.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import threading
@@ -42,17 +44,18 @@ class Sampler(threading.Thread):
         return self.most
 
 
-def main(folder: str, dtype: str = "", policy: str = "") -> None:
+def measure(folder: str, dtype: str | None, policy: str | None) -> dict[str, int]:
     options = {"quantization_config": BitPolicyConfig(policy=policy)} if policy else {}
-    torch.set_num_threads(1)
-    DiTTransformer2DModel(num_layers=1, attention_head_dim=8, num_attention_heads=2, norm_num_groups=1)
+    gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins here
     before, private, sampler = status("VmRSS"), status("RssAnon"), Sampler()
     sampler.start()
     model = DiTTransformer2DModel.from_pretrained(folder, dtype=getattr(torch, dtype) if dtype else None, **options)
     found = {"peak": status("VmHWM") - before, "private": sampler.stop() - private}
-    print(json.dumps(found | {"stored": sum(tensor.nbytes for tensor in model.state_dict().values())}))
+    return found | {"stored": sum(tensor.nbytes for tensor in model.state_dict().values())}
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    torch.set_num_threads(1)
+    DiTTransformer2DModel(num_layers=1, attention_head_dim=8, num_attention_heads=2, norm_num_groups=1)
+    print(json.dumps([measure(*job) for job in json.loads(sys.argv[1])]))
