@@ -66,7 +66,7 @@ class BitPolicyConfig(QuantizationConfigMixin, TransformersConfigMixin):
         _require_version(format_version, written_by)
         if quant_method != METHOD:
             raise BitPolicyError(f"quant_method is {quant_method!r}, bitpolicy reads {METHOD!r}; load it with its own")
-        if storage_dtype not in _STORAGE:
+        if _text("storage_dtype", storage_dtype) not in _STORAGE:
             raise BitPolicyError(f"storage_dtype is {storage_dtype!r}, needed one of {', '.join(_STORAGE)}; {_AGAIN}")
         self.quant_method = _Method.BITPOLICY
         self.policy = policy
@@ -102,9 +102,7 @@ class BitPolicyConfig(QuantizationConfigMixin, TransformersConfigMixin):
         _require_version(config_dict.get("format_version", FORMAT_VERSION), config_dict.get("written_by"))
         unknown = sorted(map(str, config_dict.keys() - cls().__dict__.keys()))
         if unknown:
-            raise BitPolicyError(
-                f"quantization_config has an entry {unknown[0]!r}, which format_version 1 has not; {_AGAIN}"
-            )
+            raise BitPolicyError(f"quantization_config has an entry {unknown[0]!r}, which is not known here; {_AGAIN}")
         return super().from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def opened_policy(self) -> tuple[Policy, Path | None]:
@@ -168,12 +166,12 @@ class BitPolicyConfig(QuantizationConfigMixin, TransformersConfigMixin):
 
 
 def _require_version(found: object, written_by: object) -> None:
-    if found == FORMAT_VERSION:
+    if type(found) is int and found == FORMAT_VERSION:
         return
-    writer = f"{METHOD} {written_by}" if isinstance(written_by, str) else f"a {METHOD} that reads it"
+    own = _own_version()
+    newer = f"{METHOD} {written_by}" if isinstance(written_by, str) and written_by != own else f"a newer {METHOD}"
     raise BitPolicyError(
-        f"the checkpoint has format_version {found}, this {METHOD} {_own_version()} reads {FORMAT_VERSION}; "
-        f"install {writer} or newer"
+        f"the checkpoint has format_version {found}, this {METHOD} {own} reads {FORMAT_VERSION}; install {newer}"
     )
 
 
