@@ -23,6 +23,7 @@ from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.formats import format_named, from_parameters
 from bitpolicy.kernels.quantizers import HESSIANS, QUANTIZERS
 from bitpolicy.policies.atomic import write_text
+from bitpolicy.policies.plain_yaml import YamlError, read_yaml
 
 SCHEMA: Final = 1
 
@@ -164,13 +165,13 @@ class Policy(_Strict):
             PolicyError: it is missing, not YAML, or has unknown or malformed entries.
         """
         try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            data = read_yaml(Path(path))
         except OSError as error:
             raise PolicyError(
                 f"cannot read policy {path}: {error.strerror}; give the policy.yaml that search-policy wrote"
             ) from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise PolicyError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        except YamlError as error:
+            raise PolicyError(str(error)) from error
         if not isinstance(data, dict):
             raise PolicyError(
                 f"{path} is not a policy: found {type(data).__name__}, needed a mapping with 'bitpolicy: {SCHEMA}'"
@@ -254,7 +255,10 @@ def _difference(choice: Choice, common: Choice) -> LayerSettings:
 
 
 class _Readable(yaml.SafeDumper):
-    """Short mappings of plain values on one line, as people write them."""
+    """Short mappings of plain values on one line, as people write them; nothing by reference."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
 
 
 def _mapping(dumper: yaml.SafeDumper, data: dict[str, Any]) -> yaml.MappingNode:
