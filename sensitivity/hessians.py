@@ -153,7 +153,7 @@ def measure_moments(
         if seen:
             _backward(trajectories, layers, sample, recompute_inside)
         else:
-            next(trajectories.latents([sample]))
+            next(trajectories.signals([sample]))
 
 
 @contextmanager
@@ -177,10 +177,10 @@ def _backward(
         parameters = [parameter for layer in layers.values() for parameter in layer.parameters()]
         handles = [parameter.register_post_accumulate_grad_hook(reached.forget) for parameter in parameters]
         try:
-            latent = trajectories.differentiable_latent(sample)
+            signal = trajectories.differentiable_signal(sample)
             require_uncut(calls.cut)
-            v = Random(_DIRECTION).vector(latent, sample)
-            torch.autograd.backward(latent, v.to(latent.dtype))
+            v = Random(_DIRECTION).vector(signal, sample)
+            torch.autograd.backward(signal, v.to(signal.dtype))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # a tensor of the graph was changed in place
@@ -188,7 +188,7 @@ def _backward(
         finally:
             for handle in handles:
                 handle.remove()
-    require_uncut(calls.steps - reached.steps)
+    require_uncut(calls.not_redone | (calls.steps - reached.steps))
 
 
 class _Reached:
