@@ -71,6 +71,8 @@ class CheckpointedCalls:
         def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 step = self._trajectories.steps
+                if not (studied or _any_requires_grad((args, kwargs))):
+                    return original(*args, **kwargs)  # nothing studied comes before this call
                 if not torch.is_grad_enabled():
                     self.cut.add(step)
                 elif self._all_steps - {step} and not _any_requires_grad((args, kwargs)):

@@ -109,7 +109,7 @@ def test_the_study_goes_on_after_the_trials_that_are_done(
         tried.append(len(samples))
         return errors(this, choices, samples)
 
-    monkeypatch.setattr(Trajectories, "differentiable_latent", no_probe)
+    monkeypatch.setattr(Trajectories, "differentiable_signal", no_probe)
     monkeypatch.setattr(Generations, "errors", counted)
     outcome = command(*arguments_for(finished, here / "out"))
     assert probed == []
