@@ -14,7 +14,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import DEFAULT, parse_formats
 from bitpolicy.loading import open_pipeline, source_of, stored_dtype
 from bitpolicy.plan import make_plan
-from bitpolicy.policies.calibration import load_calibration
+from bitpolicy.policies.calibration import calibration_of
 from bitpolicy.policies.checkpoint import export_pipeline
 from bitpolicy.policies.policy import Policy
 from bitpolicy.sensitivity.inventory import inventory
@@ -160,15 +160,9 @@ def export(
             f"sha256 {given.model.sha256[:12]}...), this {given.model.component} has sha256 {found[:12]}...; "
             "give that model, or run search-policy on this one"
         )
-    calibration = given.calibration
-    if calibration is None:
-        recorded = given.provenance.get("calibration")
-        beside = (
-            Path(policy).parent / "calibration.safetensors"
-            if not isinstance(policy, Policy)
-            else Path("calibration.safetensors")
-        )
-        calibration = load_calibration(beside, recorded) if _needs_calibration(given, source.denoiser) else {}
+    path = None if isinstance(policy, Policy) else Path(policy)
+    choices = given.resolve(layer.name for layer in inventory(source.denoiser))
+    calibration = calibration_of(given, path, choices.values())
     return export_pipeline(
         pipe, source.component, given, calibration, Path(output_dir), component_dtype=component_dtype
     )
@@ -188,8 +182,3 @@ def load_pipeline(
     """
     pipe = open_pipeline(Path(folder), dtype or stored_dtype(Path(folder)))
     return pipe.to(device) if device is not None else pipe
-
-
-def _needs_calibration(policy: Policy, denoiser: torch.nn.Module) -> bool:
-    choices = policy.resolve(layer.name for layer in inventory(denoiser)).values()
-    return any(choice.needs_calibration for choice in choices)

@@ -7,7 +7,8 @@ all that no format touches (biases, norms, embeddings, buffers) in the storage d
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -78,8 +79,15 @@ def stored_spec(tensor: torch.Tensor, storage_dtype: torch.dtype) -> TensorSpec:
 
 def weights_hash(model: nn.Module, storage_dtype: torch.dtype) -> str:
     """SHA-256 over names, shapes and values of all tensors in the storage dtype: the identity of a denoiser."""
+    state = model.state_dict()
+    return tensors_hash(state, state.__getitem__, storage_dtype)
+
+
+def tensors_hash(names: Iterable[str], read: Callable[[str], torch.Tensor], storage_dtype: torch.dtype) -> str:
+    """`weights_hash` of the model whose tensors have these names, read one at a time."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name in sorted(names):
+        tensor = read(name)
         spec = stored_spec(tensor, storage_dtype)
         digest.update(f"{name}{spec.dtype}{spec.shape}".encode())
         digest.update(tensor_bytes(tensor.to(spec.dtype)))
@@ -89,3 +97,8 @@ def weights_hash(model: nn.Module, storage_dtype: torch.dtype) -> str:
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The raw little-endian bytes of a tensor."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def checksum(data: memoryview) -> str:
+    """CRC-32 of a tensor's raw bytes, 8 hex digits."""
+    return f"{zlib.crc32(data):08x}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from bitpolicy.policies.apply import quantize_layer
 from bitpolicy.policies.atomic import write_text, written_aside
 from bitpolicy.policies.calibration import Calibration, is_rounded, save_calibration
 from bitpolicy.policies.denoiser import denoiser_of, of_component
-from bitpolicy.policies.diffusers_quantizer import BitPolicyConfig
 from bitpolicy.policies.model_card import model_card
+from bitpolicy.policies.packed_config import BitPolicyConfig
 from bitpolicy.policies.policy import Choice, Policy
 from bitpolicy.policies.safetensors_writer import SafetensorsWriter
 
@@ -113,21 +113,44 @@ def export_denoiser(
 ) -> int:
     """Write the config and the packed weights of one denoiser; returns its tensor bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write_config(denoiser, choices, storage, folder)
-    specs = _specs(denoiser, choices, storage)
-    shards = _shards(specs, max_shard_size)
+    checksums = write_packed(denoiser, choices, calibration, storage, folder, WEIGHTS, max_shard_size)
+    _write_config(denoiser, choices, storage, folder, checksums)
+    return checkpoint_bytes(folder)
+
+
+def write_packed(
+    model: nn.Module,
+    choices: Mapping[str, Choice],
+    calibration: Calibration,
+    storage: torch.dtype,
+    folder: Path,
+    stem: str,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    left_out: Collection[str] = (),
+) -> str:
+    """Write the tensors of a model to `folder`, in `stem`.safetensors or in shards with an index.
+
+    Args:
+        left_out: names of tensors that are another under a second name.
+
+    Returns:
+        Checksums of the tensors, as a `BitPolicyConfig` takes them.
+    """
+    specs = {name: spec for name, spec in _specs(model, choices, storage).items() if name not in left_out}
+    shards = _shards(specs, max_shard_size, stem)
     with ExitStack() as files:
         place: dict[str, SafetensorsWriter] = {}
         for file, names in shards.items():
             writer = files.enter_context(SafetensorsWriter(folder / file, {name: specs[name] for name in names}))
             place |= dict.fromkeys(names, writer)
-        for name, tensor in _tensors(denoiser, choices, calibration, storage):
-            place[name].write(name, tensor)
-    total = sum(spec.nbytes for spec in specs.values())
+        for name, tensor in _tensors(model, choices, calibration, storage):
+            if name not in left_out:
+                place[name].write(name, tensor)
     if len(shards) > 1:
+        total = sum(spec.nbytes for spec in specs.values())
         index = {"metadata": {"total_size": total}, "weight_map": {n: f for f, names in shards.items() for n in names}}
-        (folder / f"{WEIGHTS}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    return total
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return "".join(place[name].checksums[name] for name in sorted(specs))
 
 
 def _packed_name(name: str, choices: Mapping[str, Choice]) -> str | None:
@@ -167,7 +190,7 @@ def _tensors(
             yield name, tensor.to(stored_spec(tensor, storage).dtype)
 
 
-def _shards(specs: Mapping[str, TensorSpec], most: int) -> dict[str, list[str]]:
+def _shards(specs: Mapping[str, TensorSpec], most: int, stem: str) -> dict[str, list[str]]:
     """File name -> tensor names, filled in name order, none over `most` bytes unless one tensor is."""
     groups: list[list[str]] = [[]]
     size = 0
@@ -178,15 +201,21 @@ def _shards(specs: Mapping[str, TensorSpec], most: int) -> dict[str, list[str]]:
         groups[-1].append(name)
         size += spec.nbytes
     if len(groups) == 1:
-        return {f"{WEIGHTS}.safetensors": groups[0]}
-    return {f"{WEIGHTS}-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+        return {f"{stem}.safetensors": groups[0]}
+    return {f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
-def _write_config(denoiser: Any, choices: Mapping[str, Choice], storage: torch.dtype, folder: Path) -> None:
+def _write_config(
+    denoiser: Any,
+    choices: Mapping[str, Choice],
+    storage: torch.dtype,
+    folder: Path,
+    checksums: str = "",
+) -> None:
     denoiser.save_config(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    config["quantization_config"] = BitPolicyConfig.of(choices, storage).to_dict()
+    config["quantization_config"] = BitPolicyConfig.of(choices, storage, checksums).to_dict()
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

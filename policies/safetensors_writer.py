@@ -17,9 +17,9 @@ from types import TracebackType
 import torch
 
 from bitpolicy.kernels.format import TensorSpec
-from bitpolicy.policies.accounting import tensor_bytes
+from bitpolicy.policies.accounting import checksum, tensor_bytes
 
-_NAMES = {
+DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -37,6 +37,9 @@ _NAMES = {
 class SafetensorsWriter:
     """A file of the tensors in `specs`, each written once by `write`, in any order.
 
+    Attributes:
+        checksums: name -> CRC-32 of what was written, 8 hex digits.
+
     Raises:
         ValueError: on closing, if a tensor was not written; on writing, if it is not as its spec says.
     """
@@ -50,7 +53,7 @@ class SafetensorsWriter:
             self._starts[name] = end
             end += spec.nbytes
             header[name] = {
-                "dtype": _NAMES[spec.dtype],
+                "dtype": DTYPE_NAMES[spec.dtype],
                 "shape": list(spec.shape),
                 "data_offsets": [self._starts[name], end],
             }
@@ -60,13 +63,16 @@ class SafetensorsWriter:
         self._file.write(len(text).to_bytes(8, "little") + text)
         self._data = self._file.tell()
         self._missing = set(self._specs)
+        self.checksums: dict[str, str] = {}
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         spec = self._specs[name]
         if (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
             raise ValueError(f"{name}: got {tensor.dtype} {tuple(tensor.shape)}, announced {spec.dtype} {spec.shape}")
         self._file.seek(self._data + self._starts[name])
-        self._file.write(tensor_bytes(tensor))
+        data = tensor_bytes(tensor)
+        self._file.write(data)
+        self.checksums[name] = checksum(data)
         self._missing.discard(name)
 
     def __enter__(self) -> SafetensorsWriter:
