@@ -1,4 +1,4 @@
-"""Export: a diffusers folder whose denoiser is packed as the policy says."""
+"""Export: a diffusers folder whose studied components are packed as the policy says."""
 
 from __future__ import annotations
 
@@ -40,21 +40,23 @@ def export_pipeline(
     component_dtype: torch.dtype | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> int:
-    """Write `pipe` as a diffusers folder with a packed denoiser, aside and renamed.
+    """Write `pipe` as a diffusers folder with packed components, aside and renamed.
 
     Args:
-        component: name of the denoiser in the pipeline, e.g. "unet", or several, separated by commas; then the policy's
-            layer names begin with theirs. They must be unquantized.
+        component: name of what is packed in the pipeline, e.g. "unet", or several, separated by commas; then the
+            policy's layer names begin with theirs. They must be unquantized.
         folder: where to; a folder that is there is replaced once the new one is complete.
         component_dtype: dtype the other components are stored in; None is the policy's storage dtype.
-        max_shard_size: bytes; a larger denoiser is split as diffusers splits it.
+        max_shard_size: bytes; a larger component is split as its library splits it.
 
     Returns:
-        Tensor bytes of the denoiser's file or files.
+        Tensor bytes of the packed components' files.
 
     Raises:
         BitPolicyError: the policy does not fit the model, the calibration is missing, or the disk is full.
     """
+    from bitpolicy.policies.component import export_component  # which writes by what this module has
+
     denoiser, components = denoiser_of(pipe, component), component.split(",")
     storage = getattr(torch, policy.storage_dtype)
     choices = policy.resolve(name for name, _ in quantizable_layers(denoiser))
@@ -74,7 +76,7 @@ def export_pipeline(
         nbytes = 0
         for name in components:
             own, means = of_component(choices, name, components), of_component(calibration, name, components)
-            nbytes += export_denoiser(getattr(pipe, name), own, means, storage, aside / name, max_shard_size)
+            nbytes += export_component(getattr(pipe, name), own, means, storage, aside / name, max_shard_size)
         if not is_rounded(calibration) and any(choice.bias_correction for choice in choices.values()):
             save_calibration(calibration, aside / "calibration.safetensors")  # rounded, it would hold the weights again
         describe_checkpoint(aside, policy, denoiser)

@@ -73,7 +73,9 @@ def _require_component(pipe: DiffusionPipeline, name: str) -> None:
     if not isinstance(model, nn.Module):
         raise _lacks(pipe, f"component {name!r}")
     if name in _NO_SAY:
-        raise BitPolicyError(f"the {name} of {type(pipe).__name__} has no say in the image; leave it out of --component")
+        raise BitPolicyError(
+            f"the {name} of {type(pipe).__name__} has no say in the image; leave it out of --component"
+        )
     if not isinstance(model, ModelMixin | PreTrainedModel):
         raise BitPolicyError(
             f"the {name} of {type(pipe).__name__} is a {type(model).__name__}, which neither diffusers nor "
@@ -124,6 +126,14 @@ def loop_denoisers(pipe: DiffusionPipeline, components: str) -> list[nn.Module]:
 def outside_loop(pipe: DiffusionPipeline, components: str) -> dict[str, nn.Module]:
     """The studied components that are called before the loop or after it, by name."""
     return {name: getattr(pipe, name) for name in components.split(",") if not is_denoiser(getattr(pipe, name))}
+
+
+def studied(pipe: DiffusionPipeline, components: str) -> str:
+    """What is studied, in words: "denoiser", or "unet, text_encoder and vae"."""
+    if not outside_loop(pipe, components):
+        return "denoiser"
+    *others, last = components.split(",")
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def of_component(by_layer: Mapping[str, T], component: str, components: Sequence[str]) -> dict[str, T]:

@@ -79,7 +79,9 @@ class AdjointProbe:
         for scale in scales:
             last = scale == scales[-1]
             calls.new_backward()
-            with self._recorder.recording(max(self._trajectories.steps, max(calls.steps, default=0) + 1), signal.device):
+            with self._recorder.recording(
+                max(self._trajectories.steps, max(calls.steps, default=0) + 1), signal.device
+            ):
                 try:
                     torch.autograd.backward(signal, (v * scale).to(signal.dtype), retain_graph=keep or not last)
                 except torch.OutOfMemoryError:
@@ -94,10 +96,8 @@ class AdjointProbe:
         assert where is not None
         place = f"step {where[0] + 1}" if where[0] >= 0 else "outside the loop"
         raise BitPolicyError(
-            f"{place}: the gradient of {where[1]} is NaN or Inf; "
-            "try --dtype bfloat16 or float32, or --probe ablation"
+            f"{place}: the gradient of {where[1]} is NaN or Inf; try --dtype bfloat16 or float32, or --probe ablation"
         )
-
 
     def _in_half(self, signal: torch.Tensor) -> bool:
         """Whether gradients are float16 anywhere: a decoder may be held in float32 beside a denoiser that is not."""

@@ -24,9 +24,7 @@ class Decoded(BaseException):
 
 
 @contextmanager
-def replaced_method(
-    module: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
-) -> Iterator[None]:
+def replaced_method(module: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
     """While the block runs, the method `name` of `module` is `wrap(method)`."""
     original, own = getattr(module, name), vars(module).get(name)
     setattr(module, name, wrap(original))

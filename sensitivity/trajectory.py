@@ -144,9 +144,7 @@ class Trajectories:
         for image, latent, _ in self._drawn(samples):
             yield image, latent
 
-    def images_and_signals(
-        self, samples: Iterable[Sample]
-    ) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
+    def images_and_signals(self, samples: Iterable[Sample]) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
         """(decoded image, signal) of each sample; as `images` and `signals`."""
         for image, latent, decoded in self._drawn(samples):
             yield image, latent if decoded is None else decoded

@@ -92,7 +92,9 @@ def evaluate(
 ) -> None:
     """How close a checkpoint's images are to the unquantized model's, same prompts and seeds."""
     asked = _asked(metrics, features, real_images)
-    source = load_source(model, dtype=dtype, device=device, revision=revision, variant=variant)
+    source = load_source(
+        model, packed_components(checkpoint), dtype=dtype, device=device, revision=revision, variant=variant
+    )
     bundled = model in (None, BUNDLED)
     arguments = {**default_call(bundled), **pipeline_call(num_inference_steps, guidance_scale, call)}
     requests = load_requests(prompts) if prompts else default_requests(source.pipe, bundled)
