@@ -168,8 +168,8 @@ def open_pipeline(folder: Path, dtype: torch.dtype | None = None, variant: str |
 
 
 def storage_dtype(folder: Path, component: str | None = None, variant: str | None = None) -> torch.dtype:
-    """The dtype of most values in the safetensors files of the denoiser, or of those named; float16 for float32 files, and where there are
-    none."""
+    """The dtype of most values in the safetensors files of the denoiser, or of the components named; float16 for
+    float32 files, and where there are none."""
     ending = f".{variant}.safetensors" if variant else ".safetensors"
     counts: Counter[str] = Counter()
     for name in component.split(",") if component not in (None, ALL) else DENOISERS:

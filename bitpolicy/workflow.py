@@ -243,7 +243,7 @@ class SearchRun:
 
 @contextmanager
 def swapped_denoiser(source: Source, checkpoint: Path) -> Iterator[None]:
-    """While the block runs, the source pipeline computes with the packed components of the checkpoint, read from disk."""
+    """While the block runs, the source pipeline computes with the checkpoint's packed components, read from disk."""
     dtype = next(source.denoiser.parameters()).dtype
     reloaded = open_pipeline(checkpoint, dtype)
     originals = {name: getattr(source.pipe, name) for name in source.component.split(",")}

@@ -1,7 +1,7 @@
 """Exact bytes: what a policy's checkpoint weighs, known before anything is written.
 
-The total counts every tensor of the exported components: packed codes, scales, zero points and padding of each layer, and
-all that no format touches (biases, norms, embeddings, buffers) in the storage dtype.
+The total counts every tensor of the exported components: packed codes, scales, zero points and padding of each layer,
+and all that no format touches (biases, norms, embeddings, buffers) in the storage dtype.
 """
 
 from __future__ import annotations

@@ -85,8 +85,9 @@ def _require_component(pipe: DiffusionPipeline, name: str) -> None:
 
 def _quantizable(pipe: DiffusionPipeline, name: str) -> bool:
     model = getattr(pipe, name, None)
-    known = isinstance(model, ModelMixin | PreTrainedModel) and name not in _NO_SAY
-    return known and (_has_packed(model) or any(True for _ in quantizable_layers(model)))
+    if not isinstance(model, ModelMixin | PreTrainedModel) or name in _NO_SAY:
+        return False
+    return _has_packed(model) or any(True for _ in quantizable_layers(model))
 
 
 def _has_packed(model: nn.Module) -> bool:

@@ -56,7 +56,10 @@ class _Strict(BaseModel):
 
 
 class ModelReference(_Strict):
-    """What a policy was made for: a denoiser, or several components, their names with commas. `sha256` is of its tensors in the storage dtype."""
+    """What a policy was made for: a denoiser, or several components, their names with commas.
+
+    `sha256` is of its tensors in the storage dtype.
+    """
 
     id: str
     revision: str | None = None
@@ -69,7 +72,8 @@ class BudgetRecord(_Strict):
     """The budget as it was asked, and in bytes of its scope.
 
     Attributes:
-        scope: "weights" is what the policy is for; "pipeline" the other models, too; "peak" also what a call holds at once.
+        scope: "weights" is what the policy is for; "pipeline" the other models, too; "peak" also what a call holds at
+            once.
         other_bytes: what of `bytes` the other models take; with the scopes "pipeline" and "peak".
         activation_bytes: what of `bytes` is kept free for activations; with "peak", as are all that follow.
         height, width: of the image, in pixels.

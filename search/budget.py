@@ -8,8 +8,8 @@ A budget is written the way people say it and means one exact number of bytes:
 Shares and bits are matched first; what is left goes to pydantic's `ByteSize`, which alone would read "45%" as 45 bytes.
 Decimal and binary units differ by 7% at the gigabyte, so both are echoed back.
 
-What a budget covers is its scope. The solver always needs the bytes of what is studied, the denoiser or more; so what else the scope counts, the
-pipeline's other models and room for activations, is taken off first.
+What a budget covers is its scope. The solver always needs the bytes of what is studied, the denoiser or more; so what
+else the scope counts, the pipeline's other models and room for activations, is taken off first.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ class Budget:
         amount, unit = read(text)
         if unit == "bit" and scope.name != "weights":
             raise BudgetError(
-                f"budget {text!r} is bits a parameter of the {scope.studied}, and scope {scope.name} is more than that; "
-                "write 3GB, 3GiB, 700MB or 45%, or use --scope weights"
+                f"budget {text!r} is bits a parameter of the {scope.studied}, and scope {scope.name} is more than "
+                "that; write 3GB, 3GiB, 700MB or 45%, or use --scope weights"
             )
         unit_of, parts = {"%": (scope.reference, 100), "bit": (scope.account.parameters, 8), "B": (1, 1)}[unit]
         total = int(amount * unit_of / parts)
@@ -146,7 +146,7 @@ class Budget:
         """Check that a policy exists.
 
         Raises:
-            BudgetError: the part of what is studied is below `smallest`, the size of the smallest policy with `formats`.
+            BudgetError: what is studied has less than `smallest`, the size of the smallest policy with `formats`.
         """
         if self.nbytes >= smallest:
             return

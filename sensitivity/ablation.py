@@ -2,8 +2,9 @@
 
     error(l, f) = E|x_0(Q_f(W_l)) - x_0|^2 / E|x_0|^2
 
-over the calibration samples, same seeds; x_0 is the image where an autoencoder is studied. It costs a trajectory a sample for each layer, format and bias; other probes
-are checked against it, and it takes their place where first order breaks.
+over the calibration samples, same seeds; x_0 is the image where an autoencoder is studied. It costs a trajectory a
+sample for each layer, format and bias; other probes are checked against it, and it takes their place where first order
+breaks.
 """
 
 from __future__ import annotations

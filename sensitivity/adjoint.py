@@ -1,7 +1,8 @@
 """The adjoint probe: what every layer's quantization error does to the final latent, from a few backward passes.
 
 To first order, a change dW of layer l's weight moves the final latent x_0 by J_l dW. Where an autoencoder is studied,
-x_0 stands for the image instead. Draw v ~ N(0, I) of its shape. One backward pass of <v, x_0> through the whole sampling loop gives G_l = J_l^T v for every layer at once, and
+x_0 stands for the image instead. Draw v ~ N(0, I) of its shape. One backward pass of <v, x_0> through the whole
+sampling loop gives G_l = J_l^T v for every layer at once, and
 
     s(l, f) = <G_l, Q_f(W_l) - W_l> = <v, J_l dW>,      E_v[s(l, f)^2]          = |dx_0(l, f)|^2,
                                                         E_v[s(l, f) s(l', f')]  = <dx_0(l, f), dx_0(l', f')>.

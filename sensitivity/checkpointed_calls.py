@@ -96,8 +96,8 @@ class CheckpointedCalls:
         def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
                 self.called.add(name)
-                given = pytree.tree_map(lambda leaf: _as_float32(leaf, model), (args, kwargs))
-                return _checkpointed(original, *given, lambda: None)
+                given, named = pytree.tree_map(lambda leaf: _as_float32(leaf, model), (args, kwargs))
+                return _checkpointed(original, given, named, lambda: None)
 
             return call
 

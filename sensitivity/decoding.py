@@ -1,8 +1,8 @@
 """What an autoencoder makes of the final latent, caught while a pipeline runs.
 
 The layers of an autoencoder have no say in the final latent. Where one is studied, all errors are therefore errors of
-the image: of what `decode` gives, taken from [-1, 1] to [0, 1] and clamped, as every pipeline of diffusers does it next.
-The clamp belongs to it: a pixel that is white already shows no error that makes it whiter, and the mean squared error
+the image: of what `decode` gives, taken from [-1, 1] to [0, 1] and clamped, as pipelines of diffusers do next. The
+clamp belongs to it: a pixel that is white already shows no error that makes it whiter, and the mean squared error
 of such images is the one that PSNR and the study's trials see. What pipelines do after that (watermarks, safety
 checkers, PIL) is not differentiable, and the loop is left before it.
 """

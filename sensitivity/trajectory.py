@@ -168,13 +168,12 @@ class Trajectories:
             if not torch.isfinite(pixels).all():
                 raise self._overflow(part)
             latents = _rows(self._last, len(part)).float().cpu()
-            decoded = self._decoded(part)
-            yield from zip(pixels.float().cpu(), latents, decoded or [None] * len(part), strict=True)
+            yield from zip(pixels.float().cpu(), latents, self._decoded(part), strict=True)
 
-    def _decoded(self, part: Sequence[Sample]) -> list[torch.Tensor] | None:
-        """What was decoded in the last run, for each sample of it; None where that is not watched."""
+    def _decoded(self, part: Sequence[Sample]) -> Sequence[torch.Tensor | None]:
+        """What was decoded in the last run, for each sample of it; None of each where that is not watched."""
         if self._decoding is None:
-            return None
+            return [None] * len(part)
         self._end = _End(part[0].arguments, self.steps, 0, self._decoding.calls)
         images = _rows(self._decoding.images(), len(part))
         if not torch.isfinite(images).all():

@@ -31,7 +31,7 @@ from bitpolicy.cli.options import (
 from bitpolicy.cli.report import print_json
 from bitpolicy.compare import save_comparison
 from bitpolicy.decision import networks_for
-from bitpolicy.loading import BUNDLED, Source, load_source
+from bitpolicy.loading import BUNDLED, Source, load_source, packed_components
 from bitpolicy.plan import default_call
 from bitpolicy.prompting import default_requests, load_requests
 from bitpolicy.search.features import require_pictures

@@ -119,9 +119,7 @@ def probe(
         return
     _print(table, checked, stages, output_dir, "image" if plan.trajectories.draws else "final latent")
     if never := plan.never_called(table, reference.calibration):
-        print(
-            f"never called while these samples were drawn, so a score of 0 says nothing: {len(never)} layers, e.g. {never[0]}"
-        )
+        print(f"{len(never)} layers were never called, e.g. {never[0]}: their scores of 0 say nothing")
 
 
 def _print_json(table: SensitivityTable, checked: Check | None, stages: Stages, folder: Path) -> None:

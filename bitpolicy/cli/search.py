@@ -76,8 +76,8 @@ Frontier = Annotated[
 Scope = Annotated[
     str,
     typer.Option(
-        help="What the budget covers: weights (of the denoiser or of --component), pipeline (all models), peak (all that "
-        "one pipeline call holds at once, activations included).",
+        help="What the budget covers: weights (of the denoiser or of --component), pipeline (all models), peak (all "
+        "that one pipeline call holds at once, activations included).",
         rich_help_panel=AIM,
     ),
 ]

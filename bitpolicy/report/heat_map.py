@@ -56,9 +56,10 @@ def heat_map(probed: Probed) -> Picture:
         role_axes.tick_params(axis="y", length=0, pad=3)
         first = left + _ROLE * len(roles) + _GAP
         axes = [place(first + i * (_MAP + _GAP), _MAP) for i in range(len(maps))]
-        _draw_maps(figure, axes, maps, [f.name for f in probed.formats], layers, (width, _TOP + height + _BOTTOM))
+        titles = [f.name for f in probed.formats]
+        _draw_maps(figure, axes, maps, titles, layers, (width, _TOP + height + _BOTTOM), probed.lead)
 
-    steps = maps[0].shape[1]
+    steps = maps[0].shape[1] - probed.lead
     alt = (
         f"Heat map of {len(layers)} layers by {steps} sampling steps, one panel for each of "
         f"{', '.join(f.name for f in probed.formats)}; darker means that more error enters there."
@@ -127,6 +128,7 @@ def _draw_maps(
     names: Sequence[str],
     layers: Sequence[Layer],
     size: tuple[float, float],
+    lead: int,
 ) -> None:
     positive = np.concatenate([values[values > 0] for values in maps])
     high = float(positive.max()) if len(positive) else 1.0
@@ -136,10 +138,10 @@ def _draw_maps(
     for one, values, name in zip(axes, maps, names, strict=True):
         one.set_facecolor("white")
         shown = np.ma.masked_less_equal(values, 0)
-        extent = (0.5, values.shape[1] + 0.5, len(layers) - 0.5, -0.5)
+        extent = (0.5 - lead, values.shape[1] - lead + 0.5, len(layers) - 0.5, -0.5)
         image = one.imshow(shown, aspect="auto", cmap="magma_r", norm=norm, interpolation="nearest", extent=extent)
         one.set_title(name, pad=22, fontweight="bold")
-        one.set_xticks(step_ticks(values.shape[1]))
+        one.set_xticks([*([0] if lead else []), *step_ticks(values.shape[1] - lead)])
         one.tick_params(axis="x", top=True, labeltop=True, labelsize=7.5, length=2)
         one.set_xlabel("sampling step", fontsize=8)
         _rule_off(one, layers)
