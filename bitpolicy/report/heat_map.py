@@ -19,11 +19,12 @@ from bitpolicy.sensitivity.inventory import Layer
 _TALLEST, _ROW = 24.0, 0.125  # inches: of all rows, and of one row where there is room
 _NAMED = 0.11  # a row of this height holds the layer's own name; lower ones share the name of their block
 _TOP, _BOTTOM, _GAP = 1.45, 0.95, 0.12
-_STAGES, _BAND, _ROLE, _MAP = 0.75, 0.1, 0.14, 2.3
+_STAGES, _BAND, _ROLE, _MAP = 0.95, 0.1, 0.14, 2.3
 _LETTER = 0.0505  # inches of one letter of a name
 _LONGEST = 64  # letters
 _LINE = 0.115  # inches that a block's name takes
 _BANDS = {"encoder": "#77AADD", "early": "#77AADD", "middle": "#EEDD88", "decoder": "#EE8866", "late": "#EE8866"}
+_BANDS |= {"conditioning": "#44BB99", "autoencoder": "#FFAABB"}
 _SPAN = 1e-8  # the faintest colour is that much of the strongest, or the first percentile
 
 
