@@ -47,9 +47,7 @@ def export_component(
     if isinstance(model, ModelMixin):
         return export_denoiser(model, choices, calibration, storage, folder, max_shard_size)
     if not isinstance(model, PreTrainedModel):
-        raise BitPolicyError(
-            f"{type(model).__name__} is no model of diffusers or transformers; only those are exported"
-        )
+        raise BitPolicyError(f"{type(model).__name__} is of neither diffusers nor transformers; only their models are")
     tied = model.all_tied_weights_keys
     for name in {*tied, *tied.values()}:
         choice = choices.get(name.removesuffix(".weight"))

@@ -95,24 +95,25 @@ def unpack_model(model: nn.Module) -> None:
 
 
 def to_save(state: Mapping[str, torch.Tensor], packed: set[str], storage: torch.dtype) -> dict[str, torch.Tensor]:
-    """The tensors to write: as they are if all unpacked floats are float32, else those in the storage dtype.
+    """The tensors to write: an unpacked float goes in the storage dtype if that holds it exactly, in float32 if not.
 
-    Some classes keep modules in float32 in a half-precision model; saved, they take the storage dtype as they did
-    before. Tensors that are one stay one.
+    So a model is saved as it was stored, whatever dtype it was loaded in. Tensors that are one stay one.
 
     Raises:
-        BitPolicyError: an adapter is on the model, or the storage dtype cannot hold a value.
+        BitPolicyError: an adapter is on the model.
     """
     if any(".base_layer." in name for name in state):
         raise BitPolicyError("the model has an adapter on it; unload it (or fuse and unload it) before saving")
-    floats = {name for name, tensor in state.items() if tensor.is_floating_point() and name not in packed}
-    if all(state[name].dtype == torch.float32 for name in floats):
-        return dict(state)
+    written = dict(state)
     cast: dict[Any, torch.Tensor] = {}
-    for name in floats:
+    for name in state.keys() - packed:
         tensor = state[name]
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        cast[name] = cast.setdefault(place, tensor.to(storage))
-        if not torch.isfinite(cast[name]).all():
-            raise BitPolicyError(f"{name} has values that {storage} cannot hold; load it in float32 and save that")
-    return {name: cast.get(name, tensor) for name, tensor in state.items()}
+        if tensor.is_floating_point() and tensor.dtype != storage:
+            place = (tensor.data_ptr(), tensor.shape, tensor.stride())
+            written[name] = cast[place] = cast[place] if place in cast else _exactly(tensor, storage)
+    return written
+
+
+def _exactly(tensor: torch.Tensor, storage: torch.dtype) -> torch.Tensor:
+    stored = tensor.to(storage)
+    return stored if torch.equal(stored.to(tensor.dtype), tensor) else tensor.float()

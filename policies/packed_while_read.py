@@ -81,11 +81,12 @@ class PackedWhileRead:
             raise BitPolicyError(
                 f"{name} has shape {tuple(tensor.shape)}, the model's {tuple(self._shapes[name])}; download it again"
             )
+        rounded = self._rounded(name, tensor)
         layer, _, leaf = name.rpartition(".")
         if layer not in self._choices or leaf not in ("weight", "bias"):
-            return {name: self._rounded(name, tensor)}
+            return {name: rounded}
         got = self._waiting.setdefault(layer, {})
-        got[leaf] = tensor
+        got[leaf] = rounded
         if self._layers[layer].bias is not None and len(got) < 2:
             return {}
         return self._pack(layer, **self._waiting.pop(layer))

@@ -2,8 +2,8 @@
 
 `safetensors.torch.save_file` wants every tensor at once. Here the header is made from the specs, which are known before
 anything is quantized, and each tensor goes to its place when it is ready, so memory does not grow with the model.
-Tensors are ordered by falling item size (which keeps them aligned), then by name, with one metadata key: same input,
-same bytes.
+Tensors are ordered as safetensors orders them, by dtype, then by name, with one metadata key: the same tensors give the
+same bytes, whoever writes them.
 Format: an 8-byte little-endian header length, a JSON header padded with spaces to 8 bytes, the data.
 """
 
@@ -19,19 +19,20 @@ import torch
 from bitpolicy.kernels.format import TensorSpec
 from bitpolicy.policies.accounting import checksum, tensor_bytes
 
-DTYPE_NAMES = {
+DTYPE_NAMES = {  # in the order in which safetensors' own writer places them, which keeps each aligned
+    torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
     torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
     torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
     torch.int8: "I8",
     torch.uint8: "U8",
-    torch.float8_e4m3fn: "F8_E4M3",
     torch.bool: "BOOL",
 }
+_PLACES = {dtype: place for place, dtype in enumerate(DTYPE_NAMES)}
 
 
 class SafetensorsWriter:
@@ -45,7 +46,7 @@ class SafetensorsWriter:
     """
 
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
-        self._specs = dict(sorted(specs.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+        self._specs = dict(sorted(specs.items(), key=lambda item: (_PLACES[item[1].dtype], item[0])))
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         end = 0
         self._starts = {}
@@ -57,7 +58,7 @@ class SafetensorsWriter:
                 "shape": list(spec.shape),
                 "data_offsets": [self._starts[name], end],
             }
-        text = json.dumps(header, separators=(",", ":")).encode()
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         self._file = path.open("wb")
         self._file.write(len(text).to_bytes(8, "little") + text)
