@@ -22,7 +22,8 @@ from bitpolicy.kernels.formats import FP16
 from bitpolicy.loading import Source, open_pipeline
 from bitpolicy.plan import Plan, class_name
 from bitpolicy.policies.calibration import Calibration, calibration_hash, needed_for, save_calibration
-from bitpolicy.policies.checkpoint import checkpoint_bytes, describe_checkpoint, export_pipeline
+from bitpolicy.policies.checkpoint import checkpoint_bytes
+from bitpolicy.policies.export import describe_checkpoint, export_pipeline
 from bitpolicy.policies.policy import BudgetRecord, Choice, ModelReference, Policy, Result
 from bitpolicy.search.closeness import beyond_first_order, close_choices
 from bitpolicy.search.generation import Generations

@@ -318,7 +318,7 @@ def test_an_interrupted_export_leaves_what_was_there(
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bitpolicy.policies.checkpoint.describe_checkpoint", stop)
+    monkeypatch.setattr("bitpolicy.policies.export.describe_checkpoint", stop)
     with pytest.raises(KeyboardInterrupt):
         bitpolicy.export(half_pipeline(), policy, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
