@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from bitpolicy import decision, workflow
-from bitpolicy.policies import checkpoint
+from bitpolicy.policies import export
 from bitpolicy.search.generation import Generations
 from bitpolicy.sensitivity.records import Records
 from bitpolicy.sensitivity.trajectory import Trajectories
@@ -126,7 +126,7 @@ def _finalists(folder: Path) -> list[float]:
     ("owner", "name"),
     [
         (decision, "confirm"),
-        (checkpoint, "export_denoiser"),
+        (export, "export_component"),
         (workflow, "save_comparison"),
         (OutputFolder, "finish"),
     ],
