@@ -15,7 +15,7 @@ from bitpolicy.kernels.formats import DEFAULT, parse_formats
 from bitpolicy.loading import open_pipeline, source_of, stored_dtype
 from bitpolicy.plan import make_plan
 from bitpolicy.policies.calibration import calibration_of
-from bitpolicy.policies.checkpoint import export_pipeline
+from bitpolicy.policies.export import export_pipeline
 from bitpolicy.policies.policy import Policy
 from bitpolicy.sensitivity.inventory import inventory
 from bitpolicy.sensitivity.progress import Stages

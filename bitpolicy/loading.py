@@ -30,7 +30,7 @@ from bitpolicy.kernels.layers import PackedLayer
 from bitpolicy.offload import stream_weights
 from bitpolicy.policies.accounting import weights_hash
 from bitpolicy.policies.apply import to_storage
-from bitpolicy.policies.denoiser import DENOISERS, denoiser_names, denoiser_of, denoisers_in
+from bitpolicy.policies.denoiser import ALL, DENOISERS, denoiser_names, denoiser_of, denoisers_in, studied
 from bitpolicy.sensitivity.workers import device_of_this_process
 
 BUNDLED = "bitpolicy/emoji"
@@ -48,8 +48,8 @@ class Source:
     """A loaded, unquantized pipeline.
 
     Attributes:
-        pipe: on its device, in the compute dtype; the denoiser's values are those of the storage dtype.
-        component: name of the denoiser.
+        pipe: on its device, in the compute dtype; the values of what is studied are those of the storage dtype.
+        component: name of what is studied; several names are separated by commas.
         storage: dtype of the checkpoint that will be exported.
         id: hub id or folder, for the policy file.
         revision: of a hub model.
@@ -65,9 +65,14 @@ class Source:
     def denoiser(self) -> nn.Module:
         return denoiser_of(self.pipe, self.component)
 
+    @property
+    def studied(self) -> str:
+        """What is studied, in words."""
+        return studied(self.pipe, self.component)
+
     @cached_property
     def sha256(self) -> str:
-        """Identity of the denoiser: a hash of its weights in the storage dtype."""
+        """Identity of what is studied: a hash of its weights in the storage dtype."""
         return weights_hash(self.denoiser, self.storage)
 
     @cached_property
@@ -94,7 +99,7 @@ def load_source(
 
     Args:
         model: hub id or folder; None is the bundled emoji pipeline.
-        component: the denoiser; None finds it.
+        component: what is studied, names separated by commas or "all"; None finds the denoiser.
         dtype: compute dtype; "auto" is float32 on the CPU and the storage dtype on CUDA.
         device: "auto" is CUDA where there is one.
         offload: keep the weights in main memory and stream them to the device.
@@ -114,6 +119,7 @@ def load_source(
         raise BitPolicyError(
             f"{model}: its {name} is quantized already; give the full-precision pipeline it was made from"
         )
+    to_storage(denoiser_of(pipe, name), storage)  # transformers keeps some weights in float32, whatever it is asked
     pipe.to(compute) if offload else pipe.to(target, compute)
     if offload:
         stream_weights(pipe, name, target)
@@ -121,7 +127,7 @@ def load_source(
 
 
 def source_of(pipe: DiffusionPipeline, component: str | None = None, storage: torch.dtype | None = None) -> Source:
-    """A pipeline that is in memory already. Its denoiser is rounded, in place, to the storage dtype.
+    """A pipeline that is in memory already. What is studied of it is rounded, in place, to the storage dtype.
 
     Args:
         storage: None is bfloat16 for a bfloat16 denoiser and float16 for any other.
@@ -162,11 +168,11 @@ def open_pipeline(folder: Path, dtype: torch.dtype | None = None, variant: str |
 
 
 def storage_dtype(folder: Path, component: str | None = None, variant: str | None = None) -> torch.dtype:
-    """The dtype of most values in the denoiser's safetensors files; float16 for float32 files, and where there are
-    none."""
+    """The dtype of most values in the safetensors files of the denoiser, or of the components named; float16 for
+    float32 files, and where there are none."""
     ending = f".{variant}.safetensors" if variant else ".safetensors"
     counts: Counter[str] = Counter()
-    for name in component.split(",") if component else DENOISERS:
+    for name in component.split(",") if component not in (None, ALL) else DENOISERS:
         for path in sorted((folder / name).glob(f"*{ending}")):
             counts += _values_by_dtype(path)
     common = counts.most_common(1)
@@ -196,6 +202,17 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
             recorded = json.loads(path.read_text()).get("quantization_config", {}).get("storage_dtype")
             return getattr(torch, recorded) if recorded else None
     return None
+
+
+def packed_components(folder: Path) -> str | None:
+    """The components of an exported pipeline that hold packed layers, separated by commas; None if there are none."""
+    found = [path.parent.name for path in sorted(folder.glob("*/config.json")) if _packs_layers(path)]
+    return ",".join(found) or None
+
+
+def _packs_layers(config: Path) -> bool:
+    recorded = json.loads(config.read_text()).get("quantization_config") or {}
+    return bool(recorded.get("layers"))
 
 
 def _device(name: str) -> torch.device:

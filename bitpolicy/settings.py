@@ -32,7 +32,7 @@ class Settings:
     Attributes:
         budget: as written, e.g. "5MB"; None where a quality is asked for, or the whole curve.
         model: hub id or folder; None is the bundled pipeline.
-        component: the denoiser; None finds it.
+        component: what is quantized, names separated by commas or "all"; None finds the denoiser.
         formats: names of the candidate formats.
         prompts: prompts, class labels or mappings of call arguments; None is a built-in list.
         call: arguments of every pipeline call.

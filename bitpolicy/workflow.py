@@ -22,7 +22,8 @@ from bitpolicy.kernels.formats import FP16
 from bitpolicy.loading import Source, open_pipeline
 from bitpolicy.plan import Plan, class_name
 from bitpolicy.policies.calibration import Calibration, calibration_hash, needed_for, save_calibration
-from bitpolicy.policies.checkpoint import checkpoint_bytes, describe_checkpoint, export_pipeline
+from bitpolicy.policies.checkpoint import checkpoint_bytes
+from bitpolicy.policies.export import describe_checkpoint, export_pipeline
 from bitpolicy.policies.policy import BudgetRecord, Choice, ModelReference, Policy, Result
 from bitpolicy.search.closeness import beyond_first_order, close_choices
 from bitpolicy.search.generation import Generations
@@ -31,6 +32,7 @@ from bitpolicy.search.problem import Problem
 from bitpolicy.search.quality import Psnr, Unavailable
 from bitpolicy.sensitivity.inventory import Layer
 from bitpolicy.sensitivity.progress import Stages
+from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.trajectory import Trajectories
 from bitpolicy.settings import OutputFolder, Settings
 
@@ -49,6 +51,7 @@ class SearchRun:
     def __init__(self, settings: Settings, plan: Plan, folder: Path, stages: Stages) -> None:
         self._settings, self._plan, self._folder, self._stages = settings, plan, folder, stages
         self._rounded: Calibration = {}  # of every candidate
+        self._never_called = 0  # layers that stay FP16 for it
         self.calibration: dict[str, torch.Tensor] = {}
         self.points: list[Point] = []
 
@@ -61,7 +64,7 @@ class SearchRun:
         settings, plan = self._settings, self._plan
         if settings.budget is not None and plan.fits_unquantized and not settings.frontier:
             choices = {layer.name: Choice(FP16) for layer in plan.layers}
-            about: dict[str, Any] = {"search": "the budget holds the unquantized denoiser"}
+            about: dict[str, Any] = {"search": "the budget holds all of it unquantized"}
             return self._saved(self._policy(choices, 0.0, about, {}))
         problem = self._probed()
         generations = Generations(plan.trajectories, self._rounded, plan.source.storage)
@@ -93,6 +96,7 @@ class SearchRun:
             "vectors": self._settings.vectors,
             "quantizer": self._settings.quantizer,
             "measured": 0 if table.measured is None else int(table.measured.sum()),
+            **({"never_called": self._never_called} if self._never_called else {}),
         }
 
     def _probed(self) -> Problem:
@@ -101,7 +105,7 @@ class SearchRun:
         run = plan.probe(self._settings, self._folder / "work", self._stages)
         reference = run.reference()
         self._rounded = reference.calibration
-        problem = plan.problem(run.table(reference))
+        problem = self._posed(run.table(reference))
         if problem.table.probe == "adjoint" and self._settings.budget is not None:
             for find, most in (
                 (beyond_first_order, self._settings.remeasure),
@@ -112,6 +116,24 @@ class SearchRun:
                     problem = replace(problem, table=run.remeasured(problem.table, reference, places))
                     left -= len(places)
         problem.table.save(self._folder, plan.layers, plan.account, plan.model)
+        return problem
+
+    def _posed(self, table: SensitivityTable) -> Problem:
+        """The problem, in which layers that no sample calls stay FP16.
+
+        Raises:
+            BudgetError: they leave no policy that fits.
+        """
+        plan = self._plan
+        never = [name for name in plan.never_called(table, self._rounded) if name not in plan.pinned]
+        if never:
+            self._stages.warn(
+                f"no calibration sample calls {len(never)} layers, e.g. {never[0]}: what quantizing them does is not "
+                "known, and they stay FP16; --keep 'GLOB=FORMAT' gives them another format"
+            )
+        self._never_called = len(never)
+        problem = plan.problem(table, never)
+        plan.budget.require(problem.smallest, [format.name for format in plan.formats])
         return problem
 
     def _write_curve(self, problem: Problem, generations: Generations) -> None:
@@ -179,7 +201,7 @@ class SearchRun:
         return self._plan.budget.record
 
     def export(self, policy: Policy) -> int:
-        """Write checkpoint/; returns the denoiser's tensor bytes as found on disk."""
+        """Write checkpoint/; returns the tensor bytes of what is packed, as found on disk."""
         source = self._plan.source
         with self._stages.timed("export"):
             folder = self._folder / "checkpoint"
@@ -222,7 +244,7 @@ class SearchRun:
 
 @contextmanager
 def swapped_denoiser(source: Source, checkpoint: Path) -> Iterator[None]:
-    """While the block runs, the source pipeline computes with the denoiser of the checkpoint, read from disk."""
+    """While the block runs, the source pipeline computes with the checkpoint's packed components, read from disk."""
     dtype = next(source.denoiser.parameters()).dtype
     reloaded = open_pipeline(checkpoint, dtype)
     originals = {name: getattr(source.pipe, name) for name in source.component.split(",")}
@@ -257,6 +279,7 @@ def run_search(settings: Settings, plan: Plan, output: OutputFolder, stages: Sta
         "reference_bytes": plan.account.reference,
         "layers": {format.name: counts[format.name] for format in plan.formats},
         "predicted_error": policy.result.predicted_error,
+        "error_of": "image" if plan.trajectories.draws else "latent",
         "psnr_db": psnr.as_dict(),
         "quality": quality,
         **curve,

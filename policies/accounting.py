@@ -1,7 +1,7 @@
 """Exact bytes: what a policy's checkpoint weighs, known before anything is written.
 
-The total counts every tensor of the exported denoiser: packed codes, scales, zero points and padding of each layer, and
-all that no format touches (biases, norms, embeddings, buffers) in the storage dtype.
+The total counts every tensor of the exported components: packed codes, scales, zero points and padding of each layer,
+and all that no format touches (biases, norms, embeddings, buffers) in the storage dtype.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from bitpolicy.kernels.format import Format, TensorSpec
 from bitpolicy.kernels.formats import FP16
@@ -21,7 +22,7 @@ from bitpolicy.kernels.layers import quantizable_layers
 
 @dataclass(frozen=True)
 class ByteAccount:
-    """The sizes of one denoiser.
+    """The sizes of one component, or of several as one.
 
     Attributes:
         storage_dtype: dtype of everything that is not packed.
@@ -40,7 +41,7 @@ class ByteAccount:
         shapes = {name: tuple(layer.weight.shape) for name, layer in quantizable_layers(model)}
         others = {
             n: t
-            for n, t in model.state_dict().items()
+            for n, t in stored_tensors(model).items()
             if n.removesuffix(".weight") not in shapes or not n.endswith(".weight")
         }
         fixed = sum(stored_spec(tensor, storage_dtype).nbytes for tensor in others.values())
@@ -58,6 +59,17 @@ class ByteAccount:
     def reference(self) -> int:
         """Tensor bytes with every layer at FP16: what `%` is relative to."""
         return self.total(dict.fromkeys(self.shapes, FP16))
+
+
+def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict as it is written: without the second names of tied weights in models of transformers, whose own
+    `save_pretrained` leaves them out, and whose `from_pretrained` ties them again."""
+    if isinstance(model, nn.ModuleDict):
+        return {f"{name}.{key}": t for name, part in model.items() for key, t in stored_tensors(part).items()}
+    state = model.state_dict()
+    if not isinstance(model, PreTrainedModel):
+        return state
+    return {name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}
 
 
 def stored_spec(tensor: torch.Tensor, storage_dtype: torch.dtype) -> TensorSpec:

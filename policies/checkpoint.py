@@ -1,91 +1,27 @@
-"""Export: a diffusers folder whose denoiser is packed as the policy says."""
+"""The files of one packed model: its tensors, in one file or in shards, and its config."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
-from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import TensorSpec
 from bitpolicy.kernels.layers import quantizable_layers
-from bitpolicy.policies.accounting import ByteAccount, stored_spec
+from bitpolicy.policies.accounting import stored_spec
 from bitpolicy.policies.apply import quantize_layer
-from bitpolicy.policies.atomic import write_text, written_aside
-from bitpolicy.policies.calibration import Calibration, is_rounded, save_calibration
-from bitpolicy.policies.denoiser import denoiser_of, of_component
-from bitpolicy.policies.model_card import model_card
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.packed_config import BitPolicyConfig
-from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.policies.policy import Choice
 from bitpolicy.policies.safetensors_writer import SafetensorsWriter
 
 WEIGHTS = "diffusion_pytorch_model"
 MAX_SHARD_SIZE = 10 * 10**9  # bytes; diffusers' default
-
-
-def export_pipeline(
-    pipe: DiffusionPipeline,
-    component: str,
-    policy: Policy,
-    calibration: Calibration,
-    folder: Path,
-    *,
-    component_dtype: torch.dtype | None = None,
-    max_shard_size: int = MAX_SHARD_SIZE,
-) -> int:
-    """Write `pipe` as a diffusers folder with a packed denoiser, aside and renamed.
-
-    Args:
-        component: name of the denoiser in the pipeline, e.g. "unet", or several, separated by commas; then the policy's
-            layer names begin with theirs. They must be unquantized.
-        folder: where to; a folder that is there is replaced once the new one is complete.
-        component_dtype: dtype the other components are stored in; None is the policy's storage dtype.
-        max_shard_size: bytes; a larger denoiser is split as diffusers splits it.
-
-    Returns:
-        Tensor bytes of the denoiser's file or files.
-
-    Raises:
-        BitPolicyError: the policy does not fit the model, the calibration is missing, or the disk is full.
-    """
-    denoiser, components = denoiser_of(pipe, component), component.split(",")
-    storage = getattr(torch, policy.storage_dtype)
-    choices = policy.resolve(name for name, _ in quantizable_layers(denoiser))
-    _require_space(folder, ByteAccount.of(denoiser, storage).total({n: c.format for n, c in choices.items()}))
-    if folder.exists() and not (folder / "model_index.json").is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise BitPolicyError(f"{folder} holds something that is no pipeline; export to a new or an empty folder")
-    with written_aside(folder) as aside:
-        aside.mkdir()
-        pipe.save_config(aside)
-        for name, other in pipe.components.items():
-            if name not in components and hasattr(other, "save_pretrained"):
-                _forget_last_call(other)
-                with _stored_as(other, component_dtype or storage):
-                    other.save_pretrained(aside / name)
-                if isinstance(other, ModelMixin):  # so that it, too, keeps its dtype when it is loaded without one
-                    _write_config(other, {}, component_dtype or storage, aside / name)
-        nbytes = 0
-        for name in components:
-            own, means = of_component(choices, name, components), of_component(calibration, name, components)
-            nbytes += export_denoiser(getattr(pipe, name), own, means, storage, aside / name, max_shard_size)
-        if not is_rounded(calibration) and any(choice.bias_correction for choice in choices.values()):
-            save_calibration(calibration, aside / "calibration.safetensors")  # rounded, it would hold the weights again
-        describe_checkpoint(aside, policy, denoiser)
-    return nbytes
-
-
-def describe_checkpoint(folder: Path, policy: Policy, denoiser: nn.Module) -> None:
-    """Write policy.yaml and the model card of an exported folder anew, after its quality was measured."""
-    policy.save(folder / "policy.yaml")
-    choices = policy.resolve(name for name, _ in quantizable_layers(denoiser))
-    write_text(folder / "README.md", model_card(policy, denoiser, choices))
 
 
 def checkpoint_bytes(folder: Path) -> int:
@@ -114,7 +50,7 @@ def export_denoiser(
     """Write the config and the packed weights of one denoiser; returns its tensor bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     checksums = write_packed(denoiser, choices, calibration, storage, folder, WEIGHTS, max_shard_size)
-    _write_config(denoiser, choices, storage, folder, checksums)
+    write_config(denoiser, choices, storage, folder, checksums)
     return checkpoint_bytes(folder)
 
 
@@ -205,7 +141,7 @@ def _shards(specs: Mapping[str, TensorSpec], most: int, stem: str) -> dict[str, 
     return {f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
-def _write_config(
+def write_config(
     denoiser: Any,
     choices: Mapping[str, Choice],
     storage: torch.dtype,
@@ -217,40 +153,3 @@ def _write_config(
     config = json.loads(path.read_text())
     config["quantization_config"] = BitPolicyConfig.of(choices, storage, checksums).to_dict()
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _forget_last_call(component: Any) -> None:
-    """Take off a fast tokenizer the padding and truncation of its last call, which would be saved with it."""
-    backend = getattr(component, "backend_tokenizer", None)
-    if backend is not None:
-        backend.no_padding()
-        backend.no_truncation()
-
-
-@contextmanager
-def _stored_as(component: Any, dtype: torch.dtype) -> Iterator[None]:
-    """Hold a component in the dtype it is stored in while the block runs."""
-    if not isinstance(component, nn.Module):
-        yield
-        return
-    parameters = [(parameter, parameter.data) for parameter in component.parameters()]
-    buffers = [(module, name, buffer) for module in component.modules() for name, buffer in module._buffers.items()]
-    nn.Module.to(component, dtype)  # diffusers' own warns of modules kept in float32, even of none
-    try:
-        yield
-    finally:
-        for parameter, data in parameters:
-            parameter.data = data
-        for module, name, buffer in buffers:
-            module._buffers[name] = buffer
-
-
-def _require_space(folder: Path, nbytes: int) -> None:
-    parent = folder.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(parent).free
-    if free < nbytes:
-        raise BitPolicyError(
-            f"{parent} has {free:,} bytes free, the checkpoint needs at least {nbytes:,}; "
-            "free some space or choose another --output-dir"
-        )

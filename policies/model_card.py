@@ -10,19 +10,20 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
 from bitpolicy.policies.accounting import ByteAccount
+from bitpolicy.policies.denoiser import denoisers_in, is_autoencoder
 from bitpolicy.policies.policy import Choice, Policy
 
 _TEXT = """
 # {title}, quantized by bitpolicy
 
-The `{component}` of this pipeline holds its layers in mixed precision: {counts}. Which layer got which format was
+{component} of this pipeline in mixed precision: {counts}. Which layer got which format was
 chosen by what quantizing it does to the finished image; `policy.yaml` has the whole choice and how it was made.
 
 | | |
 |---|---|
-| tensor bytes of the {component} | {nbytes:,} |
+| tensor bytes of {names} | {nbytes:,} |
 | PSNR against the unquantized pipeline, held-out prompts and seeds | {psnr} |
-| predicted relative error of the final latents | {error} |
+| predicted relative error of {signal} | {error} |
 
 ```python
 import bitpolicy  # registers the format with diffusers
@@ -44,13 +45,26 @@ def model_card(policy: Policy, denoiser: nn.Module, choices: Mapping[str, Choice
     data = ModelCardData(library_name="diffusers", tags=["bitpolicy", "quantized"], base_model=_hub_id(policy.model.id))
     body = _TEXT.format(
         title=policy.model.id,
-        component=policy.model.component,
+        component=_whose_layers(policy.model.component.split(",")),
+        names=", ".join(policy.model.component.split(",")),
+        signal="the images" if _has_autoencoder(denoiser) else "the final latents",
         counts=", ".join(f"{n} {name}" for name, n in sorted(counts.items())),
         nbytes=result.policy_bytes if result else nbytes,
         psnr=psnr,
         error=error,
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{body}"))
+
+
+def _whose_layers(components: list[str]) -> str:
+    names = [f"`{name}`" for name in components]
+    *others, last = names
+    return f"{', '.join(others)} and {last} hold the layers" if others else f"{last} holds the layers"
+
+
+def _has_autoencoder(model: nn.Module) -> bool:
+    """Whether errors were measured on images."""
+    return any(is_autoencoder(part) for part in denoisers_in(model))
 
 
 def _hub_id(model: str) -> str | None:

@@ -57,7 +57,10 @@ class _Strict(BaseModel):
 
 
 class ModelReference(_Strict):
-    """The denoiser a policy was made for. `sha256` is of its tensors in the storage dtype."""
+    """What a policy was made for: a denoiser, or several components, their names with commas.
+
+    `sha256` is of its tensors in the storage dtype.
+    """
 
     id: str
     revision: str | None = None
@@ -70,7 +73,8 @@ class BudgetRecord(_Strict):
     """The budget as it was asked, and in bytes of its scope.
 
     Attributes:
-        scope: "weights" is the denoiser; "pipeline" its other models, too; "peak" also what a call holds at once.
+        scope: "weights" is what the policy is for; "pipeline" the other models, too; "peak" also what a call holds at
+            once.
         other_bytes: what of `bytes` the other models take; with the scopes "pipeline" and "peak".
         activation_bytes: what of `bytes` is kept free for activations; with "peak", as are all that follow.
         height, width: of the image, in pixels.
@@ -122,7 +126,8 @@ class Rule(LayerSettings):
 
 
 class Result(_Strict):
-    """What the search predicted and measured. `predicted_error` is E|dx_0|^2 / E|x_0|^2 of the final latents."""
+    """What the search predicted and measured. `predicted_error` is E|dx_0|^2 / E|x_0|^2 of the final latents; of the
+    images where the policy holds an autoencoder."""
 
     policy_bytes: int
     predicted_error: float | None = None

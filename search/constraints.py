@@ -10,7 +10,13 @@ from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.formats import format_named
 from bitpolicy.sensitivity.inventory import Layer
 
-_PROJECTIONS = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"), ("q_proj", "k_proj", "v_proj"))
+_PROJECTIONS = (
+    ("to_q", "to_k", "to_v"),
+    ("add_q_proj", "add_k_proj", "add_v_proj"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("q", "k", "v"),  # T5
+    ("query", "key", "value"),  # BERT, older autoencoders
+)
 
 
 def pinned(rules: Iterable[str], layers: Sequence[Layer]) -> dict[str, Format]:

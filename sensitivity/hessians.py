@@ -194,7 +194,7 @@ def measure_moments(
         if seen:
             _backward(trajectories, watch, sample, recompute_inside, {} if scales is None else scales)
         else:
-            next(trajectories.latents([sample]))
+            next(trajectories.signals([sample]))
 
 
 @contextmanager
@@ -216,25 +216,28 @@ def _backward(
     reached = _Reached()
     calls = CheckpointedCalls(trajectories, reached.at)
     with only_these_require_grad(trajectories, layers), calls.installed(recompute_inside), reached.freeing(layers):
-        latent = trajectories.differentiable_latent(sample)
+        signal = trajectories.differentiable_signal(sample)
         require_uncut(calls.cut)
-        v = Random(_DIRECTION).vector(latent, sample)
+        v = Random(_DIRECTION).vector(signal, sample)
         if sample not in scales:
             watch.active = False
-            scales[sample] = _scale(latent, v, layers)
+            scales[sample] = _scale(signal, v, trajectories, layers)
         watch.scale, watch.active = scales[sample], True
-        backward(latent, v, watch.scale, keep=False)
-    require_uncut(calls.steps - reached.steps)
+        calls.new_backward()
+        backward(signal, v, watch.scale, keep=False)
+    require_uncut(calls.not_redone | (calls.steps - reached.steps))
 
 
-def _scale(latent: torch.Tensor, v: torch.Tensor, layers: Mapping[str, Quantizable]) -> float:
+def _scale(
+    signal: torch.Tensor, v: torch.Tensor, trajectories: Trajectories, layers: Mapping[str, Quantizable]
+) -> float:
     """The first scale with which the gradients at all outputs are finite, tried by backward passes of their own where
     there is a choice; the last if there is none."""
-    tried = scales_for(latent)
+    tried = scales_for(signal, trajectories.denoisers)
     for scale in tried[: len(tried) - 1]:
         finite: list[torch.Tensor] = []
         with _hooked(partial(_finite_hook, finite), layers):
-            backward(latent, v, scale, keep=True)
+            backward(signal, v, scale, keep=True)
         if torch.stack(finite).all():
             return scale
     return tried[-1]

@@ -39,7 +39,7 @@ from bitpolicy.sensitivity.weight_error import weight_errors
 from bitpolicy.sensitivity.workers import complete
 
 PROBES = ("adjoint", "stepwise", "ablation", "weight")
-_LARGE = 500_000_000  # parameters; from here on the denoiser is also checkpointed inside, block by block
+_LARGE = 500_000_000  # parameters; from here on models are also checkpointed inside, block by block
 _HESSIAN_SAMPLES = 8
 _ROUNDING = 2  # grows when quantizers make other codes than they did: what was kept before is not mixed with it
 _OUTLIER = 30.0  # times the median sketch: one that sees so much more than the others is worth a word
@@ -83,7 +83,7 @@ class ProbeRun:
 
     Args:
         trajectories: the pipeline with its call arguments.
-        inventory: the denoiser's layers.
+        inventory: the layers under study.
         formats: candidate formats; only the packed ones are scored.
         storage: dtype of the stored weights.
         weights: a hash of everything in the pipeline that the numbers depend on.
@@ -106,7 +106,8 @@ class ProbeRun:
         self._formats = tuple(format for format in formats if format.packed)
         self._candidates = candidates(formats, settings.quantizers)
         self._settings, self._stages = settings, stages
-        self._large = sum(p.numel() for p in trajectories.denoiser.parameters()) >= _LARGE
+        models = [*trajectories.denoisers, *trajectories.outside.values()]
+        self._large = sum(p.numel() for model in models for p in model.parameters()) >= _LARGE
         self._held: References | None = None
         self._folder = folder / settings_key(self._identity(weights))
         self._records = Records(self._folder)
@@ -127,7 +128,7 @@ class ProbeRun:
         }
 
     def reference(self) -> ReferencePass:
-        """The mean inputs and latents' power over the calibration samples."""
+        """The mean inputs and the signal's power over the calibration samples."""
         parts = list(self._trajectories.parts(self._settings.samples))
         by_name = {f"reference-{i}": part for i, part in enumerate(parts)}
 
@@ -158,6 +159,8 @@ class ProbeRun:
             try:
                 table = self._scores(self._settings.probe, reference)
             except LoopError as error:
+                if outside := ", ".join(self._trajectories.outside):
+                    raise BitPolicyError(f"{error}; leave {outside} out, or take --probe ablation") from error
                 self._stages.warn(
                     f"{error}; each step is probed alone instead, which knows nothing of what the sampler makes of it"
                 )

@@ -1,4 +1,4 @@
-"""The reference pass over the calibration samples: the mean input of every layer, the size of the latents."""
+"""The reference pass over the calibration samples: the mean input of every layer, the size of the signal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class ReferencePass:
     Attributes:
         calibration: layer name -> E[x] over samples, steps and positions, float32 on the CPU, shape (in) or
             (in, *kernel). A layer that was never called has none. A probe adds what quantizers made, by `rounded_key`.
-        latent_power: E|x_0|^2, the mean squared norm of the final latent.
+        latent_power: E|x_0|^2, the mean squared norm of the signal: of the final latent, or of the image where an
+            autoencoder is studied.
         calls: denoiser calls of one trajectory.
     """
 
@@ -62,8 +63,8 @@ def reference_part(trajectories: Trajectories, samples: Sequence[Sample]) -> dic
     try:
         for part in trajectories.parts(samples):
             sums.samples_now = len(part)
-            for latent in trajectories.latents(part):
-                sums.add("power", latent.double().square().sum())
+            for signal in trajectories.signals(part):
+                sums.add("power", signal.double().square().sum())
                 sums.add("samples", torch.ones((), dtype=torch.float64))
     finally:
         for handle in handles:

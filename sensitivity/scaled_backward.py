@@ -6,20 +6,28 @@ the loss scaling of Micikevicius et al. 2018, "Mixed Precision Training", sectio
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+from torch import nn
 
 from bitpolicy.sensitivity.trajectory import LoopError
 
 _HALF_SCALES = [2.0**power for power in (8, 4, 0, -4, -8, -12)]  # of v under float16, largest that stays finite wins
 
 
-def scales_for(latent: torch.Tensor) -> list[float]:
-    """What v may be multiplied by, in the order to try."""
-    return _HALF_SCALES if latent.dtype == torch.float16 else [1.0]
+def scales_for(signal: torch.Tensor, denoisers: Iterable[nn.Module]) -> list[float]:
+    """What v may be multiplied by, in the order to try.
+
+    Args:
+        signal: the latent, or the image of a decoder that is held in float32 beside denoisers in float16.
+    """
+    dtypes = {signal.dtype, *(next(denoiser.parameters()).dtype for denoiser in denoisers)}
+    return _HALF_SCALES if torch.float16 in dtypes else [1.0]
 
 
-def backward(latent: torch.Tensor, v: torch.Tensor, scale: float, keep: bool) -> None:
-    """Gradients of scale * <v, latent>, for hooks to take.
+def backward(signal: torch.Tensor, v: torch.Tensor, scale: float, keep: bool) -> None:
+    """Gradients of scale * <v, signal>, for hooks to take.
 
     Args:
         keep: the graph, for another backward pass.
@@ -28,7 +36,7 @@ def backward(latent: torch.Tensor, v: torch.Tensor, scale: float, keep: bool) ->
         LoopError: the sampling loop cannot be differentiated.
     """
     try:
-        torch.autograd.backward(latent, (v * scale).to(latent.dtype), retain_graph=keep)
+        torch.autograd.backward(signal, (v * scale).to(signal.dtype), retain_graph=keep)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # a tensor of the graph was changed in place

@@ -26,7 +26,9 @@ Model = Annotated[
 Component = Annotated[
     str | None,
     typer.Option(
-        help="The denoiser, if it is not 'unet' or 'transformer'; several with commas.", rich_help_panel=MODEL
+        help="What to quantize, names with commas: unet,text_encoder,vae; or all. Default: the denoiser. With the VAE "
+        "among them errors are those of the image, else of the final latent.",
+        rich_help_panel=MODEL,
     ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.", rich_help_panel=MODEL)]

@@ -47,7 +47,8 @@ STUDY = "Study"
 Budget = Annotated[
     str | None,
     typer.Option(
-        help="Bytes for the denoiser: 3GB, 3GiB, 700MB, 45% of FP16, 4.5bit a parameter.", rich_help_panel=AIM
+        help="Bytes for the denoiser, or for all of --component: 3GB, 3GiB, 700MB, 45% of FP16, 4.5bit a parameter.",
+        rich_help_panel=AIM,
     ),
 ]
 TargetPsnr = Annotated[
@@ -75,8 +76,8 @@ Frontier = Annotated[
 Scope = Annotated[
     str,
     typer.Option(
-        help="What the budget covers: weights (of the denoiser), pipeline (text encoders and VAE, too), peak (all that "
-        "one pipeline call holds at once, activations included).",
+        help="What the budget covers: weights (of the denoiser or of --component), pipeline (all models), peak (all "
+        "that one pipeline call holds at once, activations included).",
         rich_help_panel=AIM,
     ),
 ]
@@ -189,6 +190,8 @@ def search(
     search-policy --budget 5MB --output-dir out
 
     search-policy --target-psnr 45 --formats all --quantizer auto --output-dir small
+
+    search-policy --component unet,text_encoder,vae --budget 40% --output-dir whole
 
     search-policy --frontier 20 --trials 0 --output-dir curve
     """

@@ -124,7 +124,7 @@ def test_a_search_that_is_done_is_found_and_not_done_again(
     half_pipeline: NewPipeline, auto: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(auto.folder / "work", tmp_path / "work")
-    monkeypatch.setattr(Trajectories, "differentiable_latent", lambda *_: pytest.fail("something was probed again"))
+    monkeypatch.setattr(Trajectories, "differentiable_signal", lambda *_: pytest.fail("something was probed again"))
     again = search(half_pipeline(), output_dir=tmp_path)
     assert again.to_yaml() == auto.policy.to_yaml()
     for name in ("policy.yaml", "calibration.safetensors", "sensitivity.safetensors", "sensitivity.csv"):

@@ -339,11 +339,11 @@ def test_a_request_may_have_a_length_of_its_own(name: str) -> None:
     short, long = (Sample("3", 1, {"num_inference_steps": steps}) for steps in (1, 4))
     plain = Sample("3", 1)
     for sample in (short, long, plain, short, plain):
-        with_graph = trajectories.differentiable_latent(sample).detach()[0]
+        with_graph = trajectories.differentiable_signal(sample).detach()[0]
         torch.testing.assert_close(with_graph, next(trajectories.latents([sample])), rtol=1e-3, atol=1e-4)
     for sample in (long, plain, short, plain):  # the run before was another's
         next(trajectories.latents([short if sample is plain else long]))
-        with_graph = trajectories.differentiable_latent(sample).detach()[0]
+        with_graph = trajectories.differentiable_signal(sample).detach()[0]
         torch.testing.assert_close(with_graph, next(trajectories.latents([sample])), rtol=1e-3, atol=1e-4)
 
 

@@ -22,7 +22,8 @@ from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.calibration import load_calibration
-from bitpolicy.policies.checkpoint import checkpoint_bytes, export_denoiser, export_pipeline
+from bitpolicy.policies.checkpoint import checkpoint_bytes, export_denoiser
+from bitpolicy.policies.export import export_pipeline
 from bitpolicy.policies.policy import Choice, Policy
 
 WireReader = Callable[[str, Mapping[str, np.ndarray], tuple[int, ...]], np.ndarray]

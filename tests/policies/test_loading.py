@@ -20,7 +20,8 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import format_named
 from bitpolicy.kernels.layers import PackedLayer, quantizable_layers
 from bitpolicy.policies.apply import quantized
-from bitpolicy.policies.checkpoint import export_denoiser, export_pipeline
+from bitpolicy.policies.checkpoint import export_denoiser
+from bitpolicy.policies.export import export_pipeline
 from bitpolicy.policies.packed_config import BitPolicyConfig
 from bitpolicy.policies.policy import Choice
 

@@ -186,7 +186,7 @@ def by_hand(trajectories: Trajectories, sample: Sample) -> dict[str, Moments]:
         for name, layer in layers.items()
     ]
     with only_these_require_grad(trajectories, layers):
-        latent = trajectories.differentiable_latent(sample)
+        latent = trajectories.differentiable_signal(sample)
         v = Random(hessians._DIRECTION).vector(latent, sample)
         gradients = torch.autograd.grad((latent * v).sum(), [output for _, _, output in calls])
     for handle in handles:
