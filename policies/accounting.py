@@ -7,7 +7,7 @@ all that no format touches (biases, norms, embeddings, buffers) in the storage d
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -66,8 +66,13 @@ def stored_spec(tensor: torch.Tensor, storage_dtype: torch.dtype) -> TensorSpec:
 
 def weights_hash(model: nn.Module, storage_dtype: torch.dtype) -> str:
     """SHA-256 over names, shapes and values of all tensors in the storage dtype: the identity of a denoiser."""
+    return tensors_hash(sorted(model.state_dict().items()), storage_dtype)
+
+
+def tensors_hash(tensors: Iterable[tuple[str, torch.Tensor]], storage_dtype: torch.dtype) -> str:
+    """The same of (name, tensor) pairs, sorted by name; one is held at a time."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in tensors:
         spec = stored_spec(tensor, storage_dtype)
         digest.update(f"{name}{spec.dtype}{spec.shape}".encode())
         digest.update(tensor_bytes(tensor.to(spec.dtype)))

@@ -170,6 +170,7 @@ def as_stored(name: str, tensor: torch.Tensor, storage: torch.dtype) -> torch.Te
     if not tensor.is_floating_point() or tensor.dtype == storage:
         return tensor
     found = tensor.to(storage)
-    if not torch.isfinite(found).all():
+    suspect = not torch.isfinite(found.sum(dtype=torch.float32))  # one cheap pass tells almost always
+    if suspect and not torch.isfinite(found[torch.isfinite(tensor)]).all():
         raise BitPolicyError(f"{name} has values that {storage} cannot hold; load the model in bfloat16")
     return found

@@ -19,7 +19,7 @@ import torch
 from bitpolicy.kernels.format import TensorSpec
 from bitpolicy.policies.accounting import tensor_bytes
 
-_NAMES = {
+DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -30,6 +30,7 @@ _NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.bool: "BOOL",
 }
 
@@ -50,7 +51,7 @@ class SafetensorsWriter:
             self._starts[name] = end
             end += spec.nbytes
             header[name] = {
-                "dtype": _NAMES[spec.dtype],
+                "dtype": DTYPE_NAMES[spec.dtype],
                 "shape": list(spec.shape),
                 "data_offsets": [self._starts[name], end],
             }
