@@ -18,7 +18,7 @@ from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.grid import GridFormat
 from bitpolicy.kernels.layers import Quantizable, pack_layer, quantizable_layers, replace_layer
 from bitpolicy.kernels.quantizers import HESSIANS, quantize_data_free
-from bitpolicy.kernels.row_chunks import row_chunks
+from bitpolicy.kernels.row_chunks import each_chunk
 from bitpolicy.policies.calibration import Calibration, rounded_key
 from bitpolicy.policies.policy import Choice
 
@@ -77,10 +77,13 @@ def _mean_error(
     if groups > 1:
         return bias_shift(layer, format.dequantize(tensors, weight.shape, torch.float32) - weight.float(), patch)
     shift = torch.empty(weight.shape[0], device=weight.device)
-    for rows in row_chunks(weight.shape):
+
+    def work(rows: slice) -> None:
         part = {suffix: tensor[rows] for suffix, tensor in tensors.items()}
         delta = format.dequantize(part, weight[rows].shape, torch.float32) - weight[rows].float()
         shift[rows] = bias_shift(layer, delta, patch)
+
+    each_chunk(work, weight.shape, weight.device)
     return shift
 
 
