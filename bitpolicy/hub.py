@@ -128,6 +128,9 @@ def _why(model: str, revision: str | None, errors: list[BaseException]) -> str:
         return f"{found}; check the name; if it is private, {_LOG_IN}"
     if is_a(OfflineModeIsEnabled):
         return f"{model} is not in the cache, and HF_HUB_OFFLINE is set; unset it, or give a local folder"
+    answers = [error for error in errors if isinstance(error, HfHubHTTPError)]
+    if answers:
+        return f"cannot download {model}: {_words(answers[0])}; try again later, or give a local folder"
     if is_a(LocalEntryNotFoundError) or any(map(_no_answer, errors)):
         return (
             f"{model} is not in the cache, and the hub cannot be reached ({_words(errors[-1])}); "

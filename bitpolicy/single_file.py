@@ -8,6 +8,7 @@ time; text encoders and VAE are loaded by diffusers, which maps the file into me
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ from bitpolicy.policies.pipeline_files import PipelineFiles
 from bitpolicy.policies.source import FileSource, TensorSource
 from bitpolicy.policies.source_converted import Converter
 
-_VAE = ("first_stage_model.", "vae.")  # how the names of an autoencoder's tensors begin in original checkpoints
+_STARTS = {  # how the names of a component's tensors begin in original checkpoints
+    "vae": ("first_stage_model.", "vae."),
+    "text": ("cond_stage_model.", "conditioner.embedders.", "text_encoder", "text_model."),
+}
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,13 @@ class SingleFile:
         """
         config = self.configs.config(self.component)
         model = skeleton(config["_class_name"], self.configs.folder / self.component)
-        return model, fitted(FileSource([self.path]), model, self.path, _converter(model, config))
+        try:
+            return model, fitted(FileSource([self.path]), model, self.path, _converter(model, config))
+        except (RuntimeError, KeyError, IndexError, TypeError, AttributeError) as error:  # of diffusers' converter
+            raise BitPolicyError(
+                f"diffusers cannot convert {self.path} to a {type(model).__name__}: "
+                f"{' '.join(str(error).split())[:300]}; give the --config that belongs to it"
+            ) from error
 
     def open(self, dtype: torch.dtype, **components: Any) -> Any:
         """The pipeline.
@@ -89,8 +99,7 @@ class SingleFile:
         kind = getattr(diffusers, name, None)
         if not hasattr(kind, "from_single_file"):
             raise BitPolicyError(f"{name} cannot be read from a single file; convert it to a folder with diffusers")
-        if "vae" in self.configs.components and not any(key.startswith(_VAE) for key in FileSource([self.path]).specs):
-            components["vae"] = self._from_folder("vae", dtype)
+        components |= {name: self._from_folder(name, dtype) for name in self._lacking() if name not in components}
         arguments = {"config": str(self.configs.folder), "torch_dtype": dtype, "local_files_only": True}
         try:
             return kind.from_single_file(str(self.path), **arguments, **components)  # type: ignore[union-attr]
@@ -105,6 +114,12 @@ class SingleFile:
                 f"give with --config a {name} folder that has its weights"
             ) from error
 
+    def _lacking(self) -> list[str]:
+        """Models of the pipeline that the file does not have."""
+        names = FileSource([self.path]).specs
+        starts = {name: _STARTS.get(name.partition("_")[0], ()) for name in self.configs.components}
+        return [n for n, start in starts.items() if start and not any(name.startswith(start) for name in names)]
+
     def _from_folder(self, name: str, dtype: torch.dtype) -> Any:
         """A component of the folder's own."""
         if not self.configs.weights(name):
@@ -112,7 +127,8 @@ class SingleFile:
                 f"{self.path} has no {name}, and {self.configs.folder} has no weights of one; "
                 "give with --config a folder that has them"
             )
-        kind = getattr(diffusers, self.configs.config(name)["_class_name"])
+        library, kind_name = self.configs.index[name]
+        kind = getattr(import_module(library), kind_name)
         return kind.from_pretrained(self.configs.folder / name, torch_dtype=dtype, local_files_only=True)
 
     def parts(self, dtype: torch.dtype) -> MemoryParts:

@@ -25,8 +25,8 @@ def skeleton(class_name: str, config: Path | Mapping[str, Any]) -> Any:
     Raises:
         BitPolicyError: there is no such class, or it is no model.
     """
-    kind = getattr(diffusers, class_name, None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
+    kind: Any = getattr(diffusers, class_name, None)
+    if kind is None or diffusers.ModelMixin not in kind.__mro__:
         raise BitPolicyError(
             f"diffusers {diffusers.__version__} has no model {class_name}; load the pipeline and export it "
             "from memory: bitpolicy.export(pipe, policy, folder)"

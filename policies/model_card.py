@@ -62,11 +62,13 @@ PLAIN = Card()
 def model_card(policy: Policy, denoiser: nn.Module, choices: Mapping[str, Choice], card: Card = PLAIN) -> str:
     """The card's text, front matter included. `denoiser` may lie on `meta`."""
     counts = Counter(choice.format.name for choice in choices.values())
-    result, budget = policy.result, policy.budget
-    psnr = "not measured" if result is None or result.psnr_db is None else f"{result.psnr_db:.1f} dB"
-    error = "not predicted" if result is None or result.predicted_error is None else f"{result.predicted_error:.3g}"
     account = ByteAccount.of(denoiser, getattr(torch, policy.storage_dtype))
     nbytes = account.total({name: choice.format for name, choice in choices.items()})
+    result, budget = policy.result, policy.budget
+    if result is not None and result.policy_bytes != nbytes:
+        result = None  # it is of the policy as it was before someone edited it
+    psnr = "not measured" if result is None or result.psnr_db is None else f"{result.psnr_db:.1f} dB"
+    error = "not predicted" if result is None or result.predicted_error is None else f"{result.predicted_error:.3g}"
     data = ModelCardData(library_name="diffusers", tags=["bitpolicy", "quantized"], base_model=_hub_id(policy.model.id))
     body = _TEXT.format(
         title=policy.model.id,

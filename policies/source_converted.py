@@ -32,7 +32,7 @@ def converted(base: TensorSource, convert: Converter) -> TensorSource:
     """
     try:
         return _Replayed(base, convert)
-    except (RuntimeError, NotImplementedError, TypeError):  # `meta` tensors have no values to look at
+    except (RuntimeError, TypeError):  # `meta` tensors have no values to look at
         return _Converted({name: base.read(name) for name in base.specs}, convert)
 
 
