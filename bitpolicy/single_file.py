@@ -26,6 +26,7 @@ from bitpolicy.policies.pipeline_files import PipelineFiles
 from bitpolicy.policies.source import FileSource, TensorSource
 from bitpolicy.policies.source_converted import Converter
 
+_GIVE = "give a pipeline folder, a .safetensors file or a hub id"
 _STARTS = {  # how the names of a component's tensors begin in original checkpoints
     "vae": ("first_stage_model.", "vae."),
     "text": ("cond_stage_model.", "conditioner.embedders.", "text_encoder", "text_model."),
@@ -58,9 +59,9 @@ class SingleFile:
             BitPolicyError: it is a pickle or damaged, or there are no configs.
         """
         if path.suffix != ".safetensors":
-            raise BitPolicyError(
-                f"{path} is no safetensors file; a pickle can run code when it is read: convert it where you trust it"
-            )
+            pickled = path.suffix in (".ckpt", ".bin", ".pt", ".pth")
+            remedy = "a pickle can run code when it is read: convert it where you trust it" if pickled else _GIVE
+            raise BitPolicyError(f"{path} is no safetensors file; {remedy}")
         configs = PipelineFiles(_configs(path, config))
         there = [name for name in ([component] if component else DENOISERS) if name in configs.components]
         if not there:

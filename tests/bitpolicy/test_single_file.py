@@ -165,9 +165,7 @@ def other_width(toy: Path, folder: Path) -> Path:
 
 def test_configs_that_lack_what_the_file_lacks_are_told(single: Path, toy: Path, tmp_path: Path) -> None:
     config = str(without_weights(toy, tmp_path / "configs"))
-    with pytest.raises(
-        BitPolicyError, match=r"has no (text_encoder|vae), and .*configs has no weights of one; give"
-    ):
+    with pytest.raises(BitPolicyError, match=r"has no (text_encoder|vae), and .*configs has no weights of one; give"):
         load_source(str(single), config=config, device="cpu")
 
 
