@@ -10,13 +10,17 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from bitpolicy.hub import push, require_login
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import DEFAULT, parse_formats
-from bitpolicy.loading import open_pipeline, source_of, stored_dtype
+from bitpolicy.loading import open_parts, open_pipeline, source_of, stored_dtype
 from bitpolicy.plan import make_plan
 from bitpolicy.policies.calibration import calibration_of
-from bitpolicy.policies.export import export_pipeline
+from bitpolicy.policies.checkpoint import MAX_SHARD_SIZE
+from bitpolicy.policies.export import export_parts
+from bitpolicy.policies.model_card import Card
 from bitpolicy.policies.policy import Policy
+from bitpolicy.policies.source import source_hash
 from bitpolicy.sensitivity.inventory import inventory
 from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.samples import Request
@@ -132,40 +136,69 @@ def search(
 
 
 def export(
-    pipe: DiffusionPipeline,
+    pipe: DiffusionPipeline | str | Path,
     policy: Policy | str | Path,
     output_dir: str | Path,
     *,
     component_dtype: torch.dtype | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    revision: str | None = None,
+    variant: str | None = None,
+    config: str | None = None,
+    push_to_hub: str | None = None,
 ) -> int:
-    """Write `pipe` as a diffusers folder whose denoiser is packed as `policy` says.
+    """Write a pipeline as a diffusers folder whose denoiser is packed as `policy` says.
 
     Args:
-        pipe: the unquantized pipeline that the policy was made for.
+        pipe: the unquantized pipeline that the policy was made for: in memory, or a hub id, a folder or a single
+            .safetensors file, which is then not loaded but read layer by layer. Both ways write the same bytes.
         policy: a policy, or the path of a policy.yaml with calibration.safetensors beside it.
         component_dtype: dtype the other components are stored in; None is the policy's storage dtype.
+        max_shard_size: bytes; a larger denoiser is split into files of at most so many.
+        revision, variant: of what is on the hub or in a folder.
+        config: folder or hub id with the configs of a single file.
+        push_to_hub: OWNER/NAME of a model repository that the folder is uploaded to.
 
     Returns:
         Tensor bytes of the packed denoiser.
 
     Raises:
-        BitPolicyError: the policy is for another model, or its calibration is missing.
+        BitPolicyError: the policy is for another model, its calibration is missing, or the hub refuses.
     """
     given = policy if isinstance(policy, Policy) else Policy.load(policy)
-    source = source_of(pipe, given.model.component, getattr(torch, given.storage_dtype))
-    found = source.sha256
-    if found != given.model.sha256:
+    if push_to_hub is not None:
+        require_login(push_to_hub)
+    storage = getattr(torch, given.storage_dtype)
+    if isinstance(pipe, str | Path):
+        parts = open_parts(str(pipe), given.model.component, storage, revision, variant, config)
+    else:
+        parts = source_of(pipe, given.model.component, storage).parts
+    _require_model(given, source_hash(parts.sources, storage))
+    layers = inventory(parts.denoiser)
+    path = None if isinstance(policy, Policy) else Path(policy)
+    calibration = calibration_of(given, path, given.resolve(layer.name for layer in layers).values())
+    nbytes = export_parts(
+        parts,
+        given,
+        calibration,
+        Path(output_dir),
+        component_dtype=component_dtype,
+        max_shard_size=max_shard_size,
+        card=Card(push_to_hub or "this/folder", {layer.name: layer.role for layer in layers}),
+    )
+    if push_to_hub is not None:
+        push(Path(output_dir), push_to_hub)
+    return nbytes
+
+
+def _require_model(policy: Policy, found: str) -> None:
+    model = policy.model
+    if found != model.sha256:
         raise BitPolicyError(
-            f"the policy was made for {given.model.id} ({given.model.class_name}, "
-            f"sha256 {given.model.sha256[:12]}...), this {given.model.component} has sha256 {found[:12]}...; "
+            f"the policy was made for {model.id} ({model.class_name}, "
+            f"sha256 {model.sha256[:12]}...), this {model.component} has sha256 {found[:12]}...; "
             "give that model, or run search-policy on this one"
         )
-    path = None if isinstance(policy, Policy) else Path(policy)
-    choices = given.resolve(layer.name for layer in inventory(source.denoiser))
-    calibration = calibration_of(given, path, choices.values())
-    return export_pipeline(
-        pipe, source.component, given, calibration, Path(output_dir), component_dtype=component_dtype
-    )
 
 
 def load_pipeline(

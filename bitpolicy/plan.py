@@ -18,7 +18,7 @@ from bitpolicy.loading import BUNDLED, Source, load_source
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.denoiser import denoisers_in, of_component
-from bitpolicy.policies.footprint import stored_others
+from bitpolicy.policies.model_card import Card
 from bitpolicy.prompting import Split, default_requests, split
 from bitpolicy.search.budget import SCOPES, Budget, Scope, read
 from bitpolicy.search.constraints import pinned, shared_qkv
@@ -71,6 +71,11 @@ class Plan:
     def model(self) -> str:
         """A name for people."""
         return f"{class_name(self.source.denoiser).replace(',', ', ')} of {self.source.id}"
+
+    @property
+    def card(self) -> Card:
+        """What the model card of an export says of the layers."""
+        return Card(roles={layer.name: layer.role for layer in self.layers})
 
     def probe(self, settings: Settings, folder: Path, stages: Stages) -> ProbeRun:
         """A probe over the calibration samples; `folder` keeps its records."""
@@ -148,6 +153,7 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
             device=settings.device,
             revision=settings.revision,
             variant=settings.variant,
+            config=settings.config,
             offload=settings.offload,
         )
     layers = inventory(source.denoiser)
@@ -202,8 +208,7 @@ def _scope(
     if settings.scope == "weights":
         return Scope.of_weights(account, source.studied)
     if settings.scope == "pipeline":
-        others = sum(stored_others(source.pipe, source.component, source.storage).values())
-        return Scope.of_pipeline(account, others, source.studied)
+        return Scope.of_pipeline(account, sum(source.parts.others(source.storage).values()), source.studied)
     size = {name: value for name in ("height", "width") if (value := getattr(settings, name)) is not None}
     call = {**trajectories.call, **size}
     peak = observe(source.pipe, source.component, call, sample, formats, settings.batch_size)

@@ -31,7 +31,7 @@ class Settings:
 
     Attributes:
         budget: as written, e.g. "5MB"; None where a quality is asked for, or the whole curve.
-        model: hub id or folder; None is the bundled pipeline.
+        model: hub id, folder or .safetensors file; None is the bundled pipeline.
         component: what is quantized, names separated by commas or "all"; None finds the denoiser.
         formats: names of the candidate formats.
         prompts: prompts, class labels or mappings of call arguments; None is a built-in list.
@@ -41,6 +41,7 @@ class Settings:
         probe: "adjoint", "stepwise", "ablation" or "weight".
         dtype, device: of the computation; see `load_source`.
         revision, variant: of a hub model.
+        config: folder or hub id with the configs of a model that is a single file.
         offload: stream the weights to the device, for models larger than it.
         storage: Optuna storage URL; None is a journal file in the output folder.
         remeasure: how many estimates too large for first order are at most measured by ablation.
@@ -71,6 +72,7 @@ class Settings:
     device: str = "auto"
     revision: str | None = None
     variant: str | None = None
+    config: str | None = None
     storage: str | None = None
     offload: bool = False
     calibration_samples: int = 16

@@ -23,7 +23,7 @@ from bitpolicy.loading import Source, open_pipeline
 from bitpolicy.plan import Plan, class_name
 from bitpolicy.policies.calibration import Calibration, calibration_hash, needed_for, save_calibration
 from bitpolicy.policies.checkpoint import checkpoint_bytes
-from bitpolicy.policies.export import describe_checkpoint, export_pipeline
+from bitpolicy.policies.export import describe_checkpoint, export_parts
 from bitpolicy.policies.policy import BudgetRecord, Choice, ModelReference, Policy, Result
 from bitpolicy.search.closeness import beyond_first_order, close_choices
 from bitpolicy.search.generation import Generations
@@ -205,7 +205,7 @@ class SearchRun:
         source = self._plan.source
         with self._stages.timed("export"):
             folder = self._folder / "checkpoint"
-            export_pipeline(source.pipe, source.component, policy, self.calibration, folder)
+            export_parts(source.parts, policy, self.calibration, folder, card=self._plan.card)
             return sum(checkpoint_bytes(folder / name) for name in source.component.split(","))
 
     def evaluate(self, policy: Policy) -> tuple[Policy, Psnr, dict[str, Any]]:
@@ -238,7 +238,7 @@ class SearchRun:
         result = policy.result.model_copy(update={"psnr_db": None if psnr.mean is None else round(psnr.mean, 2)})
         policy = policy.model_copy(update={"result": result})
         policy.save(self._folder / "policy.yaml")
-        describe_checkpoint(self._folder / "checkpoint", policy, self._plan.source.denoiser)
+        describe_checkpoint(self._folder / "checkpoint", policy, self._plan.source.denoiser, self._plan.card)
         return policy
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -79,15 +79,13 @@ def stored_spec(tensor: torch.Tensor, storage_dtype: torch.dtype) -> TensorSpec:
 
 def weights_hash(model: nn.Module, storage_dtype: torch.dtype) -> str:
     """SHA-256 over names, shapes and values of all tensors in the storage dtype: the identity of a denoiser."""
-    state = model.state_dict()
-    return tensors_hash(state, state.__getitem__, storage_dtype)
+    return tensors_hash(sorted(model.state_dict().items()), storage_dtype)
 
 
-def tensors_hash(names: Iterable[str], read: Callable[[str], torch.Tensor], storage_dtype: torch.dtype) -> str:
-    """`weights_hash` of the model whose tensors have these names, read one at a time."""
+def tensors_hash(tensors: Iterable[tuple[str, torch.Tensor]], storage_dtype: torch.dtype) -> str:
+    """The same of (name, tensor) pairs, sorted by name; one is held at a time."""
     digest = hashlib.sha256()
-    for name in sorted(names):
-        tensor = read(name)
+    for name, tensor in tensors:
         spec = stored_spec(tensor, storage_dtype)
         digest.update(f"{name}{spec.dtype}{spec.shape}".encode())
         digest.update(tensor_bytes(tensor.to(spec.dtype)))

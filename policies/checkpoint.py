@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,31 +13,22 @@ import torch
 from torch import nn
 
 from bitpolicy.kernels.format import TensorSpec
-from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.kernels.layers import Quantizable, quantizable_layers
 from bitpolicy.policies.accounting import stored_spec
-from bitpolicy.policies.apply import quantize_layer
+from bitpolicy.policies.apply import as_stored, quantize_tensors
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.packed_config import BitPolicyConfig
+from bitpolicy.policies.pipeline_files import DIFFUSERS, shard_names, weights_index
 from bitpolicy.policies.policy import Choice
 from bitpolicy.policies.safetensors_writer import SafetensorsWriter
+from bitpolicy.policies.source import ModuleSource, TensorSource, header
 
-WEIGHTS = "diffusion_pytorch_model"
 MAX_SHARD_SIZE = 10 * 10**9  # bytes; diffusers' default
 
 
 def checkpoint_bytes(folder: Path) -> int:
     """Tensor bytes of the safetensors files in a denoiser's folder, as their headers tell."""
-    total = 0
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        total += sum(
-            end - start
-            for name, entry in header.items()
-            if name != "__metadata__"
-            for start, end in [entry["data_offsets"]]
-        )
-    return total
+    return sum(spec.nbytes for path in sorted(folder.glob("*.safetensors")) for spec in header(path).values())
 
 
 def export_denoiser(
@@ -46,16 +38,27 @@ def export_denoiser(
     storage: torch.dtype,
     folder: Path,
     max_shard_size: int = MAX_SHARD_SIZE,
+    source: TensorSource | None = None,
 ) -> int:
-    """Write the config and the packed weights of one denoiser; returns its tensor bytes."""
+    """Write the config and the packed weights of one model of diffusers.
+
+    Args:
+        source: of its tensors; None is the model itself, which else may lie on `meta`.
+
+    Returns:
+        Its tensor bytes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    checksums = write_packed(denoiser, choices, calibration, storage, folder, WEIGHTS, max_shard_size)
+    checksums = write_packed(
+        denoiser, source or ModuleSource(denoiser), choices, calibration, storage, folder, DIFFUSERS, max_shard_size
+    )
     write_config(denoiser, choices, storage, folder, checksums)
     return checkpoint_bytes(folder)
 
 
 def write_packed(
     model: nn.Module,
+    source: TensorSource,
     choices: Mapping[str, Choice],
     calibration: Calibration,
     storage: torch.dtype,
@@ -66,7 +69,11 @@ def write_packed(
 ) -> str:
     """Write the tensors of a model to `folder`, in `stem`.safetensors or in shards with an index.
 
+    A layer is read and quantized while the one before it is written; no third is in memory.
+
     Args:
+        model: whose layers and shapes count; it may lie on `meta`.
+        source: of its tensors.
         left_out: names of tensors that are another under a second name.
 
     Returns:
@@ -79,14 +86,28 @@ def write_packed(
         for file, names in shards.items():
             writer = files.enter_context(SafetensorsWriter(folder / file, {name: specs[name] for name in names}))
             place |= dict.fromkeys(names, writer)
-        for name, tensor in _tensors(model, choices, calibration, storage):
-            if name not in left_out:
-                place[name].write(name, tensor)
+        _write_behind(place, _tensors(model, source, choices, calibration, storage, left_out))
     if len(shards) > 1:
-        total = sum(spec.nbytes for spec in specs.values())
-        index = {"metadata": {"total_size": total}, "weight_map": {n: f for f, names in shards.items() for n in names}}
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        index = weights_index({file: {name: specs[name] for name in names} for file, names in shards.items()})
+        (folder / f"{stem}.safetensors.index.json").write_text(index, encoding="utf-8")
     return "".join(place[name].checksums[name] for name in sorted(specs))
+
+
+def _write_behind(place: Mapping[str, SafetensorsWriter], layers: Iterator[dict[str, torch.Tensor]]) -> None:
+    """Write the tensors of each layer while the next ones are made."""
+
+    def write(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            place[name].write(name, tensor)
+
+    with ThreadPoolExecutor(1) as thread:
+        writing: Future[None] | None = None
+        for tensors in layers:
+            if writing is not None:
+                writing.result()
+            writing = thread.submit(write, tensors)
+        if writing is not None:
+            writing.result()
 
 
 def _packed_name(name: str, choices: Mapping[str, Choice]) -> str | None:
@@ -108,22 +129,39 @@ def _specs(denoiser: nn.Module, choices: Mapping[str, Choice], storage: torch.dt
 
 
 def _tensors(
-    denoiser: nn.Module, choices: Mapping[str, Choice], calibration: Calibration, storage: torch.dtype
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every stored tensor, one layer in memory at a time."""
-    done = set()
+    denoiser: nn.Module,
+    source: TensorSource,
+    choices: Mapping[str, Choice],
+    calibration: Calibration,
+    storage: torch.dtype,
+    left_out: Collection[str],
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Every stored tensor, those of one layer at a time."""
+    done = set(left_out)
     for name, layer in quantizable_layers(denoiser):
         if name in choices and choices[name].format.packed:
-            stored = quantize_layer(name, layer, choices[name], calibration, storage)
-            done.add(f"{name}.weight")
-            for suffix, tensor in stored.tensors.items():
-                yield f"{name}.{suffix}", tensor
-            if stored.bias is not None:
-                done.add(f"{name}.bias")
-                yield f"{name}.bias", stored.bias
-    for name, tensor in denoiser.state_dict().items():
+            stored = _quantized(name, layer, source, choices[name], calibration, storage)
+            done |= {f"{name}.weight", *stored}
+            yield stored
+    for name in denoiser.state_dict():
         if name not in done:
-            yield name, tensor.to(stored_spec(tensor, storage).dtype)
+            yield {name: as_stored(name, source.read(name), storage)}
+
+
+def _quantized(
+    name: str,
+    layer: Quantizable,
+    source: TensorSource,
+    choice: Choice,
+    calibration: Calibration,
+    storage: torch.dtype,
+) -> dict[str, torch.Tensor]:
+    """The stored tensors of one layer, by their names in the file."""
+    weight = as_stored(f"{name}.weight", source.read(f"{name}.weight"), storage)
+    bias = None if layer.bias is None else source.read(f"{name}.bias")
+    stored = quantize_tensors(name, layer, weight, bias, choice, calibration)
+    tensors = {f"{name}.{suffix}": tensor for suffix, tensor in stored.tensors.items()}
+    return tensors if stored.bias is None else {**tensors, f"{name}.bias": stored.bias}
 
 
 def _shards(specs: Mapping[str, TensorSpec], most: int, stem: str) -> dict[str, list[str]]:
@@ -136,20 +174,22 @@ def _shards(specs: Mapping[str, TensorSpec], most: int, stem: str) -> dict[str, 
             size = 0
         groups[-1].append(name)
         size += spec.nbytes
-    if len(groups) == 1:
-        return {f"{stem}.safetensors": groups[0]}
-    return {f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+    return dict(zip(shard_names(stem, len(groups)), groups, strict=True))
 
 
 def write_config(
-    denoiser: Any,
-    choices: Mapping[str, Choice],
-    storage: torch.dtype,
-    folder: Path,
-    checksums: str = "",
+    model: Any, choices: Mapping[str, Choice], storage: torch.dtype, folder: Path, checksums: str = ""
 ) -> None:
-    denoiser.save_config(folder)
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config["quantization_config"] = BitPolicyConfig.of(choices, storage, checksums).to_dict()
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    """The config of a model of diffusers. One without packed layers is told its method, too: so it keeps its dtype when
+    it is loaded without one."""
+    model.save_config(folder)
+    config = BitPolicyConfig.of(choices, storage, checksums).to_dict()
+    rewrite_json(folder / "config.json", quantization_config=config)
+
+
+def rewrite_json(path: Path, leave_out: Sequence[str] = (), **entries: Any) -> None:
+    """Set entries of a JSON file, and forget the folder that a model was loaded from: same model, same bytes."""
+    data = json.loads(path.read_text(encoding="utf-8")) | entries
+    for name in ("_name_or_path", *leave_out):
+        data.pop(name, None)
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")

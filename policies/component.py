@@ -15,9 +15,9 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoint import MAX_SHARD_SIZE, checkpoint_bytes, export_denoiser, write_packed
 from bitpolicy.policies.packed_config import BitPolicyConfig
+from bitpolicy.policies.pipeline_files import TRANSFORMERS
 from bitpolicy.policies.policy import Choice
-
-_STEM = "model"  # of transformers' files
+from bitpolicy.policies.source import ModuleSource, TensorSource
 
 
 def export_component(
@@ -27,6 +27,7 @@ def export_component(
     storage: torch.dtype,
     folder: Path,
     max_shard_size: int = MAX_SHARD_SIZE,
+    source: TensorSource | None = None,
 ) -> int:
     """Write the config and the packed weights of one unquantized model, as its own library reads them.
 
@@ -37,6 +38,7 @@ def export_component(
         storage: dtype of what is not packed.
         folder: where to; made if it is not there.
         max_shard_size: bytes; a larger model is split as its library splits it.
+        source: of its tensors; None is the model itself, which else may lie on `meta`.
 
     Returns:
         Tensor bytes of the files.
@@ -45,7 +47,7 @@ def export_component(
         BitPolicyError: the model is of neither library, a layer to pack shares its weight, or a calibration is missing.
     """
     if isinstance(model, ModelMixin):
-        return export_denoiser(model, choices, calibration, storage, folder, max_shard_size)
+        return export_denoiser(model, choices, calibration, storage, folder, max_shard_size, source)
     if not isinstance(model, PreTrainedModel):
         raise BitPolicyError(f"{type(model).__name__} is of neither diffusers nor transformers; only their models are")
     tied = model.all_tied_weights_keys
@@ -54,7 +56,10 @@ def export_component(
         if choice is not None and choice.format.packed:
             raise BitPolicyError(f"{name} is the weight of another layer, too, and cannot be packed; give it fp16")
     folder.mkdir(parents=True, exist_ok=True)
-    checksums = write_packed(model, choices, calibration, storage, folder, _STEM, max_shard_size, frozenset(tied))
+    tensors = source or ModuleSource(model)
+    checksums = write_packed(
+        model, tensors, choices, calibration, storage, folder, TRANSFORMERS, max_shard_size, frozenset(tied)
+    )
     config = copy.deepcopy(model.config)
     config.dtype = str(storage).removeprefix("torch.")
     config.architectures = [type(model).__name__]

@@ -60,7 +60,8 @@ class PackedWhileRead:
         Raises:
             BitPolicyError: the weights are not those that the policy was made for.
         """
-        wanted, found = self._policy.model.sha256, tensors_hash(self._model.state_dict(), read, self._storage)
+        tensors = ((name, read(name)) for name in sorted(self._model.state_dict()))
+        wanted, found = self._policy.model.sha256, tensors_hash(tensors, self._storage)
         if found != wanted:
             raise BitPolicyError(
                 f"the policy was made for {self._policy.model.id} ({self._policy.model.class_name}, sha256 "

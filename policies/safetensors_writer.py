@@ -28,10 +28,12 @@ DTYPE_NAMES = {  # in the order in which safetensors' own writer places them, wh
     torch.float16: "F16",
     torch.int16: "I16",
     torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+NAMED_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _PLACES = {dtype: place for place, dtype in enumerate(DTYPE_NAMES)}
 
 

@@ -18,11 +18,10 @@ from safetensors import SafetensorError, safe_open
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import TensorSpec
 from bitpolicy.policies.accounting import checksum, tensor_bytes
-from bitpolicy.policies.safetensors_writer import DTYPE_NAMES
+from bitpolicy.policies.safetensors_writer import NAMED_DTYPES
 
 _AGAIN = "download or export it again"
 _DIGITS = 8  # of a checksum
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def _in_file(path: Path) -> Iterator[StoredTensor]:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 part = file.get_slice(name)
-                yield StoredTensor(path, name, TensorSpec(_DTYPES[part.get_dtype()], tuple(part.get_shape())))
+                yield StoredTensor(path, name, TensorSpec(NAMED_DTYPES[part.get_dtype()], tuple(part.get_shape())))
     except (OSError, SafetensorError) as error:
         raise BitPolicyError(f"cannot read {path}: {error}; {_AGAIN}") from error
     except KeyError as error:

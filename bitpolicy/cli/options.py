@@ -21,7 +21,18 @@ DEFAULT_FORMATS = ",".join(DEFAULT)
 
 Model = Annotated[
     str | None,
-    typer.Option(help="Hub id or diffusers folder. Default: the bundled emoji pipeline.", rich_help_panel=MODEL),
+    typer.Option(
+        help="Hub id, diffusers folder or single .safetensors file. Default: the bundled emoji pipeline.",
+        rich_help_panel=MODEL,
+    ),
+]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        help="Where the configs of a single file are: a diffusers folder or hub id of the same kind of model. Default: "
+        "the repository that diffusers takes the file for.",
+        rich_help_panel=MODEL,
+    ),
 ]
 Component = Annotated[
     str | None,

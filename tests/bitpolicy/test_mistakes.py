@@ -62,11 +62,15 @@ def test_a_folder_that_is_not_there(refused: Any) -> None:
 
 
 def test_a_hub_id_without_a_network(refused: Any) -> None:
-    refused(("cannot download no-one/nothing", "local folder"), "--model", "no-one/nothing")
+    refused(("no-one/nothing is not in the cache", "HF_HUB_OFFLINE", "local folder"), "--model", "no-one/nothing")
 
 
 def test_a_file(refused: Any, prompts: Path) -> None:
-    refused("no such folder", "--model", str(prompts))
+    refused(("prompts.txt is no safetensors file", "pipeline folder"), "--model", str(prompts))
+
+
+def test_a_path_that_is_not_there(refused: Any) -> None:
+    refused(("./nowhere", "no such folder or file", "hub id"), "--model", "./nowhere")
 
 
 def test_a_folder_that_is_no_pipeline(refused: Any, toy: Path, here: Path) -> None:
