@@ -23,8 +23,9 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import FP16, format_named
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies import folder_parts, linking
-from bitpolicy.policies.checkpoint import checkpoint_bytes, export_denoiser, export_parts, export_pipeline
+from bitpolicy.policies.checkpoint import checkpoint_bytes, export_denoiser
 from bitpolicy.policies.denoiser_files import skeleton
+from bitpolicy.policies.export import export_parts, export_pipeline
 from bitpolicy.policies.folder_parts import FolderParts, is_streamable
 from bitpolicy.policies.parts import MemoryParts
 from bitpolicy.policies.policy import Choice

@@ -16,7 +16,7 @@ from toy_pipelines import TOYS, Toy
 
 from bitpolicy.kernels.layers import PackedLayer, PackedLinear
 from bitpolicy.policies.apply import to_storage
-from bitpolicy.policies.checkpoint import export_pipeline
+from bitpolicy.policies.export import export_pipeline
 from bitpolicy.policies.policy import Choice, Policy
 
 COMPONENTS = {"StableDiffusionPipeline": "unet", "FluxPipeline": "transformer"}
