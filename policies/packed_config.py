@@ -112,7 +112,10 @@ class BitPolicyConfig(QuantizationConfigMixin, TransformersConfigMixin):
             PolicyError: there is no such file, or it is no policy.
         """
         assert self.policy is not None
-        return (self.policy, None) if isinstance(self.policy, Policy) else (Policy.load(self.policy), Path(self.policy))
+        if isinstance(self.policy, Policy):
+            return self.policy, None
+        path = Path(self.policy)
+        return Policy.load(path), path
 
     def require_use(self, pre_quantized: bool) -> None:
         """Refuse a policy in a checkpoint's own config, and a config without one for a model that is not packed.

@@ -26,13 +26,14 @@ class _PlainLoader(yaml.SafeLoader):
     _depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
+        event: Any = self.peek_event()
+        line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent):
-            raise yaml.YAMLError(f"line {event.start_mark.line + 1} repeats &{event.anchor}; write the values out")
+            raise yaml.YAMLError(f"line {line} repeats &{event.anchor}; write the values out")
         if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_LENGTH:
-            raise yaml.YAMLError(f"line {event.start_mark.line + 1} has a value of {len(event.value):,} characters")
+            raise yaml.YAMLError(f"line {line} has a value of {len(event.value):,} characters")
         if self._depth == MAX_DEPTH:
-            raise yaml.YAMLError(f"line {event.start_mark.line + 1} is nested {MAX_DEPTH} deep; write it flatter")
+            raise yaml.YAMLError(f"line {line} is nested {MAX_DEPTH} deep; write it flatter")
         self._depth += 1
         try:
             return super().compose_node(parent, index)

@@ -71,7 +71,7 @@ class BitPolicyTransformersQuantizer(HfQuantizer):
         require_checksums(stored, config.checksums)
         config.checksums = ""  # they are of this file, not of what is made of the model
         for _, layer in packed_layers(model):
-            layer._is_hf_initialized = True  # or transformers would draw a weight for it
+            vars(layer)["_is_hf_initialized"] = True  # or transformers would draw a weight for it
 
     def _expect_full(self, model: Any, stored: Mapping[str, StoredTensor]) -> None:
         self._reading = PackedWhileRead(*self.quantization_config.opened_policy(), model)
@@ -146,7 +146,7 @@ class _Pack(ConversionOps):
         self._quantizer = quantizer
 
     @torch.no_grad()
-    def convert(  # type: ignore[override] # transformers passes everything by keyword
+    def convert(
         self, input_dict: dict[str, Any], missing_keys: set[str] | None = None, **kwargs: Any
     ) -> dict[str, torch.Tensor]:
         kept: dict[str, torch.Tensor] = {}
