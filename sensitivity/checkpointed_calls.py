@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from bitpolicy.policies.denoiser import denoisers_in, is_autoencoder
+from bitpolicy.policies.denoiser import is_autoencoder
 from bitpolicy.sensitivity.decoding import replaced_method
 from bitpolicy.sensitivity.trajectory import Trajectories
 
@@ -47,7 +47,7 @@ class CheckpointedCalls:
         recompute_inside: also checkpoint inside denoisers and autoencoders, block by block, where they can.
         """
         self.steps, self.cut, self.called, self._all_steps, self._redone = set(), set(), set(), set(), set()
-        studied = denoisers_in(self._trajectories.denoiser)
+        studied = self._trajectories.studied_denoisers
         with ExitStack() as stack:
             for denoiser in self._trajectories.denoisers:
                 if recompute_inside:

@@ -74,7 +74,7 @@ class StepwiseProbe:
                 ExitStack() as stack,
             ):
                 streams = (stream(0x57E9, sample.seed, index, call) for call in itertools.count())
-                for denoiser in self._trajectories.denoisers:
+                for denoiser in self._trajectories.studied_denoisers:
                     stack.enter_context(replaced_method(denoiser, "forward", self._differentiated(streams, power)))
                 next(self._trajectories.latents([sample]))
             where = self._recorder.not_finite()

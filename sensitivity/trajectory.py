@@ -24,7 +24,7 @@ from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.layers import quantizable_layers
-from bitpolicy.policies.denoiser import denoiser_of, is_autoencoder, loop_denoisers, outside_loop
+from bitpolicy.policies.denoiser import denoiser_of, denoisers_in, is_autoencoder, loop_denoisers, outside_loop
 from bitpolicy.sensitivity.decoding import Decoded, Decoding, replaced_method
 from bitpolicy.sensitivity.samples import Sample
 
@@ -103,6 +103,12 @@ class Trajectories:
     @property
     def draws(self) -> bool:
         return self._decoding is not None
+
+    @property
+    def studied_denoisers(self) -> list[nn.Module]:
+        """Those of `denoisers` that are under study."""
+        parts = denoisers_in(self.denoiser)
+        return [model for model in self.denoisers if any(model is part for part in parts)]
 
     @property
     def outside_layers(self) -> dict[str, str]:
