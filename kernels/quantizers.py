@@ -22,6 +22,7 @@ from bitpolicy.kernels.range_search import mse
 
 RTN = "rtn"
 AUTO = "auto"
+DEFAULT = "gptq"  # docs/decisions.md says why
 _DATA_FREE: dict[str, Callable[[GridFormat, torch.Tensor], dict[str, torch.Tensor]]] = {
     RTN: lambda format, weight: format.quantize(weight),
     "mse": mse,
