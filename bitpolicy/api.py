@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from bitpolicy.hub import push, require_login
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import DEFAULT, parse_formats
+from bitpolicy.kernels.quantizers import DEFAULT as DEFAULT_QUANTIZER
 from bitpolicy.loading import open_parts, open_pipeline, source_of, stored_dtype
 from bitpolicy.plan import make_plan
 from bitpolicy.policies.calibration import calibration_of
@@ -36,7 +37,7 @@ def probe(
     prompts: Sequence[Request] | None = None,
     formats: str | Sequence[str] = DEFAULT,
     probe: str = "adjoint",
-    quantizer: str = "rtn",
+    quantizer: str = DEFAULT_QUANTIZER,
     samples: int = 16,
     vectors: int = 2,
     seed: int = 0,
@@ -52,7 +53,7 @@ def probe(
             picture}, of which a part is calibrated on; None is a built-in list.
         formats: candidates, as names.
         probe: "adjoint", "stepwise", "ablation" or "weight".
-        quantizer: "rtn", "mse", "hqq", "gptq", "gptq-trajectory" or "auto".
+        quantizer: who rounds weights: "gptq", "rtn", "mse", "hqq", "gptq-trajectory" or "auto".
         samples: calibration trajectories.
         vectors: random directions a sample (adjoint, stepwise).
 
@@ -85,7 +86,7 @@ def search(
     prompts: Sequence[Request] | None = None,
     formats: str | Sequence[str] = DEFAULT,
     probe: str = "adjoint",
-    quantizer: str = "rtn",
+    quantizer: str = DEFAULT_QUANTIZER,
     trials: int = 24,
     seed: int = 0,
     component: str | None = None,
@@ -99,7 +100,7 @@ def search(
         pipe: an unquantized diffusers pipeline. Its denoiser is rounded, in place, to the storage dtype.
         budget: "3GB", "3GiB", "700MB", "45%" or "4.5bit".
         target_psnr: dB against the unquantized pipeline, instead of a budget.
-        quantizer: "rtn", "mse", "hqq", "gptq", "gptq-trajectory" or "auto".
+        quantizer: who rounds weights: "gptq", "rtn", "mse", "hqq", "gptq-trajectory" or "auto".
         trials: Optuna trials; 0 keeps the exact solution of the knapsack.
         output_dir: keep policy.yaml, calibration, sensitivity table and journal here, and resume from them; None keeps
             none.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.quantizers import DEFAULT
 from bitpolicy.policies.atomic import write_text
 from bitpolicy.sensitivity.samples import Request, fingerprint
 
@@ -80,7 +81,7 @@ class Settings:
     shared: int = 8
     remeasure: int = 8
     remeasure_close: int = 0
-    quantizer: str = "rtn"
+    quantizer: str = DEFAULT
     target_psnr: float | None = None
     target_lpips: float | None = None
     frontier: int = 0

@@ -24,6 +24,7 @@ from bitpolicy.kernels.row_chunks import quantize_in_chunks
 
 RTN = "rtn"
 AUTO = "auto"
+DEFAULT = "gptq"  # docs/decisions.md says why
 _DATA_FREE: dict[str, Callable[[GridFormat, torch.Tensor], dict[str, torch.Tensor]]] = {
     RTN: lambda format, weight: format.quantize(weight),
     "mse": mse,

@@ -60,7 +60,7 @@ def tools(args: argparse.Namespace) -> None:
 
 def assignments(args: argparse.Namespace) -> None:
     plan = bundled_plan()
-    run = plan.probe(Settings(budget="100%"), args.work / "probes" / "adjoint-16", Stages())
+    run = plan.probe(Settings(budget="100%", quantizer="rtn"), args.work / "probes" / "adjoint-16", Stages())
     reference = run.reference()
     rivals = Rivals(plan, args.work, reference.calibration, run.table(reference))
     for entry in all_entries(rivals, args.only):

@@ -61,30 +61,32 @@ class Moments:
 
     Attributes:
         inputs: sum of x x^T, float32, shape (groups, blocks, k, k).
-        seen: sum of |g|^2 x x^T, float32, same shape.
+        seen: sum of |g|^2 x x^T, float32, same shape; None where gradients were not looked at.
     """
 
     inputs: torch.Tensor
-    seen: torch.Tensor
+    seen: torch.Tensor | None = None
 
     @classmethod
-    def zeros(cls, shape: tuple[int, int, int], device: torch.device) -> Moments:
+    def zeros(cls, shape: tuple[int, int, int], device: torch.device, seen: bool) -> Moments:
         """Of a Hessian of `hessian_shape`."""
         groups, blocks, k = shape
-        return cls(*(torch.zeros(groups, blocks, k, k, device=device) for _ in range(2)))
+        inputs = torch.zeros(groups, blocks, k, k, device=device)
+        return cls(inputs, torch.zeros_like(inputs) if seen else None)
 
-    def add(self, x: torch.Tensor, power: torch.Tensor) -> None:
+    def add(self, x: torch.Tensor, power: torch.Tensor | None = None) -> None:
         """Inputs x, shape (P, groups, K), of which the image sees `power`, shape (P, groups)."""
         _, blocks, k, _ = self.inputs.shape
         cut = pad(x, (0, blocks * k - x.shape[2])).unflatten(2, (blocks, k)).permute(1, 2, 3, 0).flatten(0, 1)
-        weighed = cut * power.T.repeat_interleave(blocks, 0)[:, None]
-        for total, columns in ((self.inputs, cut), (self.seen, weighed)):
-            total.flatten(0, 1).baddbmm_(columns, cut.mT)
+        self.inputs.flatten(0, 1).baddbmm_(cut, cut.mT)
+        if self.seen is not None and power is not None:
+            weighed = cut * power.T.repeat_interleave(blocks, 0)[:, None]
+            self.seen.flatten(0, 1).baddbmm_(weighed, cut.mT)
 
     def hessian(self, kind: str) -> torch.Tensor:
         """ "inputs" or "trajectory", float32, shape (groups, blocks, k, k), of mean diagonal 1 or 2 in every group."""
         steady = _scaled(self.inputs)
-        return steady if kind == "inputs" else steady + _scaled(self.seen)
+        return steady if kind == "inputs" or self.seen is None else steady + _scaled(self.seen)
 
 
 def _scaled(moments: torch.Tensor) -> torch.Tensor:
@@ -121,7 +123,7 @@ class _Watch:
             if self.seen:
                 output.register_hook(lambda gradient: self._add(name, shape, x, self._power(taken(gradient), shape[0])))
             else:
-                self._add(name, shape, x, x.new_ones(x.shape[:2]))
+                self._add(name, shape, x, None)
 
         return layer.register_forward_hook(on_forward, with_kwargs=True)
 
@@ -129,10 +131,10 @@ class _Watch:
         """|g|^2 of each position and group, float32, shape (P, groups)."""
         return (gradient.float() / self.scale).unflatten(1, (groups, -1)).square().sum(2)
 
-    def _add(self, name: str, shape: tuple[int, int, int], x: torch.Tensor, power: torch.Tensor) -> None:
+    def _add(self, name: str, shape: tuple[int, int, int], x: torch.Tensor, power: torch.Tensor | None) -> None:
         if name not in self.moments:
-            self.moments[name] = Moments.zeros(shape, x.device)
-        self.moments[name].add(x.float(), power.float())
+            self.moments[name] = Moments.zeros(shape, x.device, self.seen)
+        self.moments[name].add(x.float(), power)
 
 
 def _wants_gradient(output: torch.Tensor) -> bool:

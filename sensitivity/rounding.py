@@ -23,7 +23,7 @@ from bitpolicy.policies.policy import Choice
 from bitpolicy.sensitivity.candidates import Candidate
 from bitpolicy.sensitivity.hessians import Moments, hessian_shape
 
-_MEMORY = 2**30  # bytes of second moments held at a time
+_MEMORY = 2**30  # bytes of second moments held at a time; of larger models as much as their weights take
 _INSTEAD = "mse"  # of a layer that is never called
 
 
@@ -35,11 +35,12 @@ class _GridCandidate(Candidate):
 def parts(layers: Mapping[str, Quantizable], quantizers: Sequence[str]) -> list[list[str]]:
     """The layers, in order, in parts that are rounded together."""
     found: list[list[str]] = []
-    used = 0
+    used, room = 0, max(_MEMORY, sum(layer.weight.nbytes for layer in layers.values()))
+    of_each = 8 if needs_gradients(quantizers) else 4
     for name, layer in layers.items():
         groups, blocks, k = hessian_shape(layer)
-        nbytes = 8 * groups * blocks * k**2 if needs_hessian(quantizers) else layer.weight.numel()
-        if not found or used + nbytes > _MEMORY:
+        nbytes = of_each * groups * blocks * k**2 if needs_hessian(quantizers) else 0
+        if not found or used + nbytes > room:
             found.append([])
             used = 0
         found[-1].append(name)
@@ -50,6 +51,11 @@ def parts(layers: Mapping[str, Quantizable], quantizers: Sequence[str]) -> list[
 def needs_hessian(quantizers: Sequence[str]) -> bool:
     """Whether one of the quantizers wants it."""
     return any(q in HESSIANS for q in quantizers)
+
+
+def needs_gradients(quantizers: Sequence[str]) -> bool:
+    """Whether one of them wants to know what the finished image sees."""
+    return any(HESSIANS.get(q) == "trajectory" for q in quantizers)
 
 
 def announced(name: str, shape: Shape, wanted: Sequence[Candidate], storage: torch.dtype) -> dict[str, TensorSpec]:

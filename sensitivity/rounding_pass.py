@@ -15,12 +15,11 @@ import torch
 
 from bitpolicy.kernels.format import TensorSpec
 from bitpolicy.kernels.layers import Quantizable, quantizable_layers
-from bitpolicy.kernels.quantizers import HESSIANS
 from bitpolicy.sensitivity.candidates import Candidate
 from bitpolicy.sensitivity.hessians import Moments, measure_moments
 from bitpolicy.sensitivity.kept_calibration import is_whole, write_rounded
 from bitpolicy.sensitivity.progress import Stages
-from bitpolicy.sensitivity.rounding import announced, needs_hessian, parts, rounded
+from bitpolicy.sensitivity.rounding import announced, needs_gradients, needs_hessian, parts, rounded
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.trajectory import LoopError, Trajectories
 from bitpolicy.sensitivity.workers import complete_files
@@ -85,9 +84,8 @@ class RoundingPass:
         """Second moments of the inputs of those layers, if a quantizer wants them."""
         if not needs_hessian(self._quantizers):
             return {}
-        seen = any(HESSIANS.get(quantizer) == "trajectory" for quantizer in self._quantizers)
         try:
-            found = self._measured(names, seen, advance)
+            found = self._measured(names, needs_gradients(self._quantizers), advance)
         except LoopError as error:
             self.stages.warn(f"{error}; weights are rounded by what layers are given alone")
             return self._measured(names, False, lambda: None)
@@ -102,7 +100,8 @@ class RoundingPass:
         return found
 
     def _warn_of_what_is_not_finite(self, found: dict[str, Moments]) -> None:
-        bad = [name for name, moments in found.items() if not torch.isfinite(moments.seen).all()]
+        seen = {name: moments.seen for name, moments in found.items() if moments.seen is not None}
+        bad = [name for name in self._layers if name in seen and not torch.isfinite(seen[name]).all()]
         if bad:
             others = f" and {len(bad) - 1} other layers" if bad[1:] else ""
             self.stages.warn(

@@ -62,8 +62,8 @@ Formats = Annotated[str, typer.Option(help=f"Candidates: {WRITE}.", rich_help_pa
 Quantizer = Annotated[
     str,
     typer.Option(
-        help="Who rounds: rtn (to nearest), mse, hqq, gptq, gptq-trajectory, or auto: all are tried, and each layer "
-        "keeps the one that harms the finished image least.",
+        help="Who rounds: gptq (errors make up for each other), rtn (to nearest), mse, hqq, gptq-trajectory, or "
+        "auto: all are tried, and the one that harms the finished image least is kept.",
         rich_help_panel=RUN,
     ),
 ]

@@ -38,6 +38,7 @@ from bitpolicy.cli.options import (
 )
 from bitpolicy.cli.settings import settings_of
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.quantizers import DEFAULT as DEFAULT_QUANTIZER
 from bitpolicy.plan import make_plan
 from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.table import SensitivityTable
@@ -80,7 +81,7 @@ def probe(
     check_policies: CheckPolicies = 100,
     seed: Seed = 0,
     probe: Probe = "adjoint",
-    quantizer: Quantizer = "rtn",
+    quantizer: Quantizer = DEFAULT_QUANTIZER,
     dtype: Dtype = "auto",
     device: Device = "auto",
     offload: Offload = False,

@@ -34,6 +34,7 @@ from bitpolicy.cli.options import (
 )
 from bitpolicy.cli.report import print_json, print_result
 from bitpolicy.cli.settings import settings_of
+from bitpolicy.kernels.quantizers import DEFAULT as DEFAULT_QUANTIZER
 from bitpolicy.plan import Plan, make_plan
 from bitpolicy.search.budget import readable
 from bitpolicy.search.samplers import require_sampler
@@ -164,7 +165,7 @@ def search(
     space: Space = "group",
     timeout: Timeout = None,
     probe: Probe = "adjoint",
-    quantizer: Quantizer = "rtn",
+    quantizer: Quantizer = DEFAULT_QUANTIZER,
     remeasure: Remeasure = 8,
     remeasure_close: RemeasureClose = 0,
     dtype: Dtype = "auto",

@@ -77,7 +77,7 @@ class Rivals:
         return entry
 
     def probed(self, probe: str, samples: int = 16) -> SensitivityTable:
-        settings = Settings(budget="100%", probe=probe, calibration_samples=samples)
+        settings = Settings(budget="100%", quantizer="rtn", probe=probe, calibration_samples=samples)
         run = self.plan.probe(settings, self.work / "probes" / f"{probe}-{samples}", Stages())
         return run.table(run.reference())
 

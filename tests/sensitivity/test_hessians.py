@@ -96,7 +96,7 @@ def test_no_position_is_drawn_twice_and_every_one_can_be(make: Callable[[], nn.M
 @pytest.mark.parametrize("groups", [1, 3])
 def test_moments_are_sums_of_outer_products_of_each_groups_inputs(groups: int) -> None:
     x, power = torch.randn(10, groups, 4), torch.rand(10, groups)
-    moments = Moments.zeros((groups, 1, 4), torch.device("cpu"))
+    moments = Moments.zeros((groups, 1, 4), torch.device("cpu"), seen=True)
     for part in (slice(0, 3), slice(3, 10)):
         moments.add(x[part], power[part])
     for group in range(groups):
@@ -112,7 +112,11 @@ def test_of_long_rows_the_moments_are_the_blocks_on_the_diagonal(monkeypatch: py
     groups, blocks, k = shape = hessian_shape(nn.Linear(length, 1))
     assert (groups, k % 128) == (1, 0)
     assert (blocks - 1) * k < length <= blocks * k
-    moments, x, power = Moments.zeros(shape, torch.device("cpu")), torch.randn(20, 1, length), torch.rand(20, 1)
+    moments, x, power = (
+        Moments.zeros(shape, torch.device("cpu"), seen=True),
+        torch.randn(20, 1, length),
+        torch.rand(20, 1),
+    )
     moments.add(x, power)
     whole = torch.zeros(blocks * k, blocks * k)
     whole[:length, :length] = x[:, 0].T @ (x[:, 0] * power)
@@ -147,7 +151,7 @@ def test_where_nothing_can_be_seen_the_inputs_alone_decide(seen: float) -> None:
 
 
 def test_a_layer_that_was_only_given_zeros_has_a_hessian_of_zeros() -> None:
-    moments = Moments.zeros((1, 1, 4), torch.device("cpu"))
+    moments = Moments.zeros((1, 1, 4), torch.device("cpu"), seen=True)
     moments.add(torch.zeros(5, 1, 4), torch.ones(5, 1))
     assert not moments.hessian("trajectory").any()
 
@@ -235,7 +239,8 @@ def test_without_gradients_every_input_counts_the_same(new_trajectories: NewTraj
     expected = by_hand(trajectories, SAMPLE)
     for name, moments in measured(trajectories, SAMPLE, seen=False).items():
         assert_near(moments.inputs, expected[name].inputs, name)
-        assert torch.equal(moments.seen, moments.inputs)
+        assert moments.seen is None
+        assert torch.equal(moments.hessian("trajectory"), moments.hessian("inputs"))
 
 
 def test_samples_add_up(new_trajectories: NewTrajectories) -> None:
@@ -275,7 +280,8 @@ def test_a_layer_may_be_given_its_input_by_name(new_trajectories: NewTrajectorie
     found = measured(trajectories, SAMPLE, seen=seen, names=[f"{name}.layer" for name in names])
     for name in names:
         assert torch.equal(found[f"{name}.layer"].inputs, expected[name].inputs)
-        assert torch.equal(found[f"{name}.layer"].seen, expected[name].seen)
+        kinds = ("inputs", "trajectory")
+        assert all(torch.equal(found[f"{name}.layer"].hessian(kind), expected[name].hessian(kind)) for kind in kinds)
 
 
 class ByName(nn.Module):
@@ -301,7 +307,7 @@ def test_measuring_leaves_no_trace(new_trajectories: NewTrajectories, seen: bool
     assert torch.equal(next(trajectories.latents([SAMPLE])), expected)
     second = measured(trajectories, SAMPLE, seen=seen)
     assert all(
-        torch.equal(first[n].seen, second[n].seen) and torch.equal(first[n].inputs, second[n].inputs) for n in first
+        torch.equal(first[n].hessian(kind), second[n].hessian(kind)) for n in first for kind in ("inputs", "trajectory")
     )
 
 

@@ -20,7 +20,7 @@ from bitpolicy.kernels.range_search import mse
 from bitpolicy.policies.apply import quantize_layer, quantized, stored_weight
 from bitpolicy.policies.calibration import rounded_key
 from bitpolicy.policies.policy import Choice
-from bitpolicy.sensitivity import hessians, probe, rounding, rounding_pass
+from bitpolicy.sensitivity import hessians, probe, rounding, rounding_pass, scaled_backward
 from bitpolicy.sensitivity.candidates import Candidate, candidates
 from bitpolicy.sensitivity.hessians import Moments, measure_moments
 from bitpolicy.sensitivity.inventory import inventory
@@ -69,11 +69,13 @@ def test_parts_hold_every_layer_once_in_order_and_no_more_than_the_memory(
     toy_unet: Any, monkeypatch: pytest.MonkeyPatch, memory: int, quantizers: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(rounding, "_MEMORY", memory)
+    monkeypatch.setattr(torch.Tensor, "nbytes", property(lambda _: 0))  # as of a small model
     layers = dict(quantizable_layers(toy_unet))
     found = parts(layers, quantizers)
     assert [name for part in found for name in part] == list(layers)
     if {"gptq", "gptq-trajectory"} & set(quantizers):
-        held = [sum(2 * 4 * layers[name].weight[0].numel() ** 2 for name in part) for part in found]
+        sums = 2 if "gptq-trajectory" in quantizers else 1
+        held = [sum(sums * 4 * layers[name].weight[0].numel() ** 2 for name in part) for part in found]
         assert all(nbytes <= memory or len(part) == 1 for nbytes, part in zip(held, found, strict=True))
     assert len(found) == 1 if memory == 2**30 else len(found) >= 1
     assert all(found)
@@ -269,6 +271,31 @@ def test_rounding_in_many_parts_with_an_interruption_ends_as_in_one_go(
     resumed = new_run(new_trajectories(**call), tmp_path / "parts", settings, "int4").reference().calibration
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items()), "made anew"
     assert same(dict(resumed), dict(whole))
+
+
+def test_of_large_models_the_moments_may_take_what_the_weights_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounding, "_MEMORY", 1)
+    layers = {str(i): nn.Linear(64, 64) for i in range(4)}  # as many weights as moments
+    assert parts(layers, ("gptq",)) == [list("0123")]
+    assert parts(layers, ("gptq-trajectory",)) == [list("01"), list("23")]
+
+
+def test_gradients_that_are_not_finite_under_any_scale_are_told_with_the_layer(
+    new_trajectories: NewTrajectories,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(scaled_backward, "_HALF_SCALES", [2.0**30, 2.0**24])
+    trajectories = new_trajectories(num_inference_steps=1, guidance_scale=1.0, dtype=F16)
+    made = {}
+    for quantizer in ("gptq", "gptq-trajectory"):
+        settings = ProbeSettings("weight", SAMPLES[:1], quantizers=(quantizer,))
+        kept = new_run(trajectories, tmp_path, settings, "int4").reference().calibration
+        made[quantizer] = of(dict(kept), "conv_in", Candidate(INT4, quantizer))
+        told = capsys.readouterr().err
+        assert ("warning: the gradient at conv_in and 82 other layers is NaN or Inf" in told) == (quantizer != "gptq")
+    assert same(made["gptq-trajectory"], made["gptq"])
 
 
 def killed() -> Iterator[Any]:
