@@ -12,10 +12,11 @@ from diffusers import DiffusionPipeline
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import DEFAULT, parse_formats
-from bitpolicy.loading import open_pipeline, source_of, stored_dtype
+from bitpolicy.loading import Source, open_pipeline, source_of, stored_dtype
 from bitpolicy.plan import make_plan
-from bitpolicy.policies.calibration import load_calibration
+from bitpolicy.policies.calibration import Calibration, load_calibration
 from bitpolicy.policies.checkpoint import export_pipeline
+from bitpolicy.policies.exporters.export import Exported, export_to
 from bitpolicy.policies.policy import Policy
 from bitpolicy.sensitivity.inventory import inventory
 from bitpolicy.sensitivity.progress import Stages
@@ -151,6 +152,55 @@ def export(
     Raises:
         BitPolicyError: the policy is for another model, or its calibration is missing.
     """
+    given, source, calibration = _checked(pipe, policy)
+    return export_pipeline(
+        pipe, source.component, given, calibration, Path(output_dir), component_dtype=component_dtype
+    )
+
+
+def export_for(
+    pipe: DiffusionPipeline,
+    policy: Policy | str | Path,
+    output_dir: str | Path,
+    target: str,
+    *,
+    requantize: bool = False,
+) -> Exported:
+    """Write the denoiser of `pipe`, packed as `policy` says, in the files of another program.
+
+    Args:
+        pipe, policy: as for `export`.
+        target: "comfy", "comfy-int8", "sdnq", "torchao" or "modelopt"; see docs/exporters.md.
+        requantize: round layers anew whose format the target does not have, instead of refusing.
+
+    Returns:
+        Bytes, layers that were rounded anew, and what of the policy the target does not carry.
+
+    Raises:
+        BitPolicyError: as `export`; or the target does not hold the policy, or does not know this class of model.
+    """
+    given, source, calibration = _checked(pipe, policy)
+    return export_to(target, pipe, source.component, given, calibration, Path(output_dir), requantize=requantize)
+
+
+def load_pipeline(
+    folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+) -> DiffusionPipeline:
+    """Load an exported pipeline; its layers stay packed in memory.
+
+    Args:
+        folder: what `export` or search-policy's checkpoint/ wrote.
+        dtype: compute dtype; None keeps the storage dtype.
+
+    Raises:
+        BitPolicyError: it is no such folder.
+    """
+    pipe = open_pipeline(Path(folder), dtype or stored_dtype(Path(folder)))
+    return pipe.to(device) if device is not None else pipe
+
+
+def _checked(pipe: DiffusionPipeline, policy: Policy | str | Path) -> tuple[Policy, Source, Calibration]:
+    """The policy, the model it was made for, and its calibration."""
     given = policy if isinstance(policy, Policy) else Policy.load(policy)
     source = source_of(pipe, given.model.component, getattr(torch, given.storage_dtype))
     found = source.sha256
@@ -169,25 +219,7 @@ def export(
             else Path("calibration.safetensors")
         )
         calibration = load_calibration(beside, recorded) if _needs_calibration(given, source.denoiser) else {}
-    return export_pipeline(
-        pipe, source.component, given, calibration, Path(output_dir), component_dtype=component_dtype
-    )
-
-
-def load_pipeline(
-    folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None
-) -> DiffusionPipeline:
-    """Load an exported pipeline; its layers stay packed in memory.
-
-    Args:
-        folder: what `export` or search-policy's checkpoint/ wrote.
-        dtype: compute dtype; None keeps the storage dtype.
-
-    Raises:
-        BitPolicyError: it is no such folder.
-    """
-    pipe = open_pipeline(Path(folder), dtype or stored_dtype(Path(folder)))
-    return pipe.to(device) if device is not None else pipe
+    return given, source, calibration
 
 
 def _needs_calibration(policy: Policy, denoiser: torch.nn.Module) -> bool:

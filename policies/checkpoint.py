@@ -114,14 +114,14 @@ def export_denoiser(
     """Write the config and the packed weights of one denoiser; returns its tensor bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_config(denoiser, choices, storage, folder)
-    specs = _specs(denoiser, choices, storage)
+    specs = packed_specs(denoiser, choices, storage)
     shards = _shards(specs, max_shard_size)
     with ExitStack() as files:
         place: dict[str, SafetensorsWriter] = {}
         for file, names in shards.items():
             writer = files.enter_context(SafetensorsWriter(folder / file, {name: specs[name] for name in names}))
             place |= dict.fromkeys(names, writer)
-        for name, tensor in _tensors(denoiser, choices, calibration, storage):
+        for name, tensor in packed_tensors(denoiser, choices, calibration, storage):
             place[name].write(name, tensor)
     total = sum(spec.nbytes for spec in specs.values())
     if len(shards) > 1:
@@ -136,7 +136,8 @@ def _packed_name(name: str, choices: Mapping[str, Choice]) -> str | None:
     return layer if leaf == "weight" and layer in choices and choices[layer].format.packed else None
 
 
-def _specs(denoiser: nn.Module, choices: Mapping[str, Choice], storage: torch.dtype) -> dict[str, TensorSpec]:
+def packed_specs(denoiser: nn.Module, choices: Mapping[str, Choice], storage: torch.dtype) -> dict[str, TensorSpec]:
+    """Every stored tensor, by name, before anything is quantized."""
     specs: dict[str, TensorSpec] = {}
     for name, tensor in denoiser.state_dict().items():
         layer = _packed_name(name, choices)
@@ -148,7 +149,7 @@ def _specs(denoiser: nn.Module, choices: Mapping[str, Choice], storage: torch.dt
     return specs
 
 
-def _tensors(
+def packed_tensors(
     denoiser: nn.Module, choices: Mapping[str, Choice], calibration: Calibration, storage: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every stored tensor, one layer in memory at a time."""
