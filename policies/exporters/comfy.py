@@ -111,17 +111,21 @@ def _is_row_scaled(layer: Layer) -> bool:
 
 
 def _awq(layer: Layer, tensors: Mapping[str, torch.Tensor], storage: torch.dtype) -> dict[str, torch.Tensor]:
-    """scale (code - zero) = (code - 8) scale + (8 - zero) scale."""
+    """scale (code - zero) = (code - 8) scale + (8 - zero) scale.
+
+    Codes of 2 and 3 bits are moved until their zero is 8: nothing is left to add, and nothing is rounded.
+    """
     format = layer.format
     assert isinstance(format, Affine)
-    codes = unpack_bits(tensors["weight_packed"], format.bits, layer.shape[1])
-    scale = tensors["weight_scale"].float()
-    middle = 2 ** (format.bits - 1)
-    zero = tensors["weight_zero"].float() if not format.symmetric else torch.full_like(scale, middle)
+    codes, grid = format.load(tensors, layer.shape)
+    zero = torch.full_like(grid.scale, 2 ** (format.bits - 1)) if grid.zero is None else grid.zero
+    if format.bits < 4:
+        codes = (codes.unflatten(1, (-1, layer.run)) + (8 - zero)[..., None]).flatten(1)
+        zero = torch.full_like(zero, 8)
     return {
-        "weight": pack_bits(codes, 4).view(torch.int8),
-        "weight_scale": scale.to(storage).mT.contiguous(),
-        "weight_zeros": ((8 - zero) * scale).to(storage).mT.contiguous(),
+        "weight": pack_bits(codes.to(torch.uint8), 4).view(torch.int8),
+        "weight_scale": grid.scale.to(storage).mT.contiguous(),
+        "weight_zeros": ((8 - zero) * grid.scale).to(storage).mT.contiguous(),
     }
 
 

@@ -28,7 +28,7 @@ from bitpolicy.kernels.formats import FP16
 from bitpolicy.kernels.int8 import Int8
 from bitpolicy.kernels.packing import from_rows, row_length, unpack_bits
 from bitpolicy.policies.exporters.exporter import Layer, Source, without_rotation
-from bitpolicy.policies.exporters.sdnq_packing import codes_per_block, pack_blocks
+from bitpolicy.policies.exporters.sdnq_packing import codes_per_block, pack_blocks, packed_shape
 from bitpolicy.policies.exporters.translation import write_translated
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -91,7 +91,7 @@ class Sdnq:
         grouped = TensorSpec(torch.float32, self._scale_shape(layer))
         plain = {8: torch.uint8 if _dtype(layer).startswith("u") else torch.int8}
         dtype = torch.float8_e4m3fn if isinstance(layer.format, Float8) else plain.get(bits, torch.uint8)
-        shape = codes if bits == 8 else (prod(codes) * bits // 8,)
+        shape = codes if bits == 8 else packed_shape(prod(codes), bits)
         specs = {"weight": TensorSpec(dtype, shape), "scale": grouped}
         return {**specs, "zero_point": grouped} if _is_unsigned(layer) else specs
 

@@ -32,11 +32,17 @@ def codes_per_block(bits: int) -> int:
     return _BLOCK[bits][0] if bits in _BLOCK else 1
 
 
+def packed_shape(codes: int, bits: int) -> tuple[int, ...]:
+    """Of so many codes of 2 to 7 bits: (blocks, bytes of a block), or (blocks,) where that is one."""
+    count, length = _BLOCK[bits]
+    return (codes // count, length)[: 2 if length > 1 else 1]
+
+
 def pack_blocks(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes in [0, 2^bits - 1], u8, of any shape whose size whole blocks make up -> u8 (bytes,)."""
+    """Codes in [0, 2^bits - 1], u8, of any shape whose size whole blocks make up -> u8, of `packed_shape`."""
     count, length = _BLOCK[bits]
     blocks = codes.reshape(-1, count).int()
     packed = blocks[:, :length].clone()
     for byte, code, low, width, place in _SPREAD[bits]:
         packed[:, byte] |= ((blocks[:, code] >> low) & (2**width - 1)) << place
-    return packed.to(torch.uint8).flatten()
+    return packed.to(torch.uint8).reshape(packed_shape(codes.numel(), bits))
