@@ -1,9 +1,9 @@
 """What an exporter to another program is: what it can hold, and the files it writes.
 
 An exporter *holds* a layer in a format if the other program, reading the file, multiplies with the very weight that
-bitpolicy does, up to the rounding of that program's compute dtype, and the layer takes fewer bytes than at FP16. A
-target whose file is a recipe (`rounds_itself`) holds the formats that it has itself; it takes the scales and codes of
-the original weight anew, and no bias correction and no other quantizer reaches it.
+bitpolicy does, up to the rounding of that program's compute dtype. The bytes may be other than ours. A target whose
+file is a recipe (`rounds_itself`) holds the formats that it has itself; it takes the scales and codes of the original
+weight anew, and no bias correction and no other quantizer reaches it.
 """
 
 from __future__ import annotations

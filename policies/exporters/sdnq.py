@@ -24,7 +24,6 @@ import torch
 from bitpolicy.kernels.affine import Affine
 from bitpolicy.kernels.float_codes import Float8
 from bitpolicy.kernels.format import TensorSpec
-from bitpolicy.kernels.formats import FP16
 from bitpolicy.kernels.int8 import Int8
 from bitpolicy.kernels.packing import from_rows, row_length, unpack_bits
 from bitpolicy.policies.exporters.exporter import Layer, Source, without_rotation
@@ -49,10 +48,7 @@ class Sdnq:
             return True
         known = isinstance(format, Int8 | Float8) or without_rotation(format)
         whole = prod(layer.shape) % codes_per_block(_bits(layer)) == 0
-        return known and whole and self.nbytes(layer) < FP16.nbytes(layer.shape, torch.float16)
-
-    def nbytes(self, layer: Layer) -> int:
-        return sum(spec.nbytes for spec in self.specs(layer, torch.float16).values())
+        return known and whole
 
     def write(self, source: Source, folder: Path) -> int:
         place = folder / source.component
