@@ -13,6 +13,7 @@ that out: ComfyUI quantizes the inputs of int8 and rotated layers to 8 bits, too
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,11 @@ from bitpolicy.policies.exporters.exporter import Layer, Source, without_rotatio
 from bitpolicy.policies.exporters.translation import write_translated
 
 MARKER = "comfy_quant"
+_MEASURED = re.compile(
+    r"(?:^|\.)(?:(?:add|class)_embedding\.linear_1|img_in"
+    r"|down_blocks\.\d+\.attentions\.0\.transformer_blocks\.0\.attn2\.to_k)$"
+)
+"""Layers by whose stored width ComfyUI tells models apart (comfy/model_detection.py); two codes a byte halve it."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,10 @@ class Comfy:
     suggested = ("int4-convrot", "int4", "int8-convrot", "int8", "fp16")
 
     def holds(self, layer: Layer) -> bool:
-        format = layer.format
-        return not format.packed or (layer.kind == "Linear" and (_is_awq(layer) or _is_row_scaled(layer)))
+        if not layer.format.packed:
+            return True
+        known = layer.kind == "Linear" and (_is_awq(layer) or _is_row_scaled(layer))
+        return known and not (_is_halved(layer) and _MEASURED.search(layer.name))
 
     def write(self, source: Source, folder: Path) -> int:
         rename = comfy_namer(source)
@@ -80,7 +88,7 @@ class Comfy:
             groups = TensorSpec(storage, (columns // layer.run, out))
             nibbles = TensorSpec(torch.int8, (out, columns // 2))
             return {"weight": nibbles, "weight_scale": groups, "weight_zeros": groups, **marker}
-        halved = isinstance(layer.format, ConvRot) and layer.format.bits == 4
+        halved = _is_halved(layer)
         codes = TensorSpec(torch.int8, (out, columns // 2 if halved else columns))
         scale = (out,) if halved else (out, 1)
         return {"weight": codes, "weight_scale": TensorSpec(torch.float32, scale), **marker}
@@ -100,6 +108,11 @@ def _is_awq(layer: Layer) -> bool:
     columns, format = layer.shape[1], layer.format
     narrow = isinstance(format, Affine) and format.bits <= 4 and without_rotation(format)
     return narrow and columns % 2 == 0 and columns % layer.run == 0
+
+
+def _is_halved(layer: Layer) -> bool:
+    """Whether two codes share a byte."""
+    return _is_awq(layer) or (isinstance(layer.format, ConvRot) and layer.format.bits == 4)
 
 
 def _is_row_scaled(layer: Layer) -> bool:

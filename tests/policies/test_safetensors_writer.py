@@ -94,3 +94,14 @@ def test_an_error_inside_is_not_covered_by_what_is_missing(tmp_path: Path) -> No
     writer = SafetensorsWriter(tmp_path / "file", specs(TENSORS))
     with pytest.raises(KeyboardInterrupt), writer:
         raise KeyboardInterrupt
+
+
+def test_more_metadata_is_sorted_so_that_the_bytes_stay_the_same(tmp_path: Path) -> None:
+    first, second = {"zeta": "1", "_layers": '{"a": 2}'}, {"_layers": '{"a": 2}', "zeta": "1"}
+    for name, metadata in (("a", first), ("b", second)):
+        with SafetensorsWriter(tmp_path / name, specs(TENSORS), metadata) as writer:
+            for tensor in TENSORS:
+                writer.write(tensor, TENSORS[tensor])
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    with safe_open(tmp_path / "a", "pt") as file:
+        assert file.metadata() == {"format": "pt", **first}

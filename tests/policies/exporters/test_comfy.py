@@ -148,6 +148,27 @@ def test_it_holds_what_its_kernels_can_say(name: str, shape: tuple[int, ...], he
     assert Comfy().holds(Layer("a", kind, shape, format_named(name))) == held
 
 
+@pytest.mark.parametrize(
+    ("name", "halved"),
+    [
+        ("down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k", False),
+        ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k", False),
+        ("add_embedding.linear_1", False),
+        ("img_in", False),
+        ("down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_k", True),
+        ("down_blocks.1.attentions.1.transformer_blocks.0.attn2.to_k", True),
+        ("up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k", True),
+        ("transformer_blocks.0.attn.to_k", True),
+        ("add_embedding.linear_2", True),
+    ],
+)
+def test_layers_whose_width_tells_the_model_keep_it(name: str, halved: bool) -> None:
+    held = {
+        f: Comfy().holds(Layer(name, "Linear", (8, 256), format_named(f))) for f in ("int8", "int4", "int4-convrot")
+    }
+    assert held == {"int8": True, "int4": halved, "int4-convrot": halved}
+
+
 @pytest.mark.parametrize("name", MARKERS)
 @pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16], ids=str)
 def test_its_own_multiplication_gives_what_ours_does_within_its_rounding(name: str, storage: torch.dtype) -> None:

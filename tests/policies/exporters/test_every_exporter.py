@@ -19,6 +19,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import FP16, format_named
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import quantized, stored_weight
+from bitpolicy.policies.calibration import rounded_key
 from bitpolicy.policies.exporters.export import Exported, export_to
 from bitpolicy.policies.exporters.exporter import Exporter, Layer
 from bitpolicy.policies.exporters.requantize import TargetError
@@ -203,6 +204,36 @@ def test_with_requantize_each_becomes_the_nearest_that_it_holds(
     exact = READERS[written.exporter.name].exact
     if exact is not None:
         assert max((apart(found.weights[name], weight) for name, weight in expected.items()), default=0.0) <= exact
+
+
+def test_a_bfloat16_policy_is_read_within_its_rounding(
+    written: Written, policy_of: Any, even_unet: Callable[[], Any], tmp_path: Path
+) -> None:
+    policy = policy_of(written.unet, written.choices, torch.bfloat16)
+    written.again(tmp_path / "out", policy=policy)
+    found = READERS[written.exporter.name].read(tmp_path / "out", even_unet())
+    for name, choice in written.choices.items():
+        if choice.format.packed and not written.exporter.rounds_itself:
+            weight = written.unet.get_submodule(name).weight.detach().bfloat16()
+            expected = choice.format.dequantize(choice.format.quantize(weight), weight.shape, torch.float32)
+            assert apart(found.weights[name], expected) <= (READERS[written.exporter.name].exact and 0.005)
+
+
+def test_codes_that_the_calibration_keeps_are_the_codes_that_are_written(
+    written: Written, policy_of: Any, even_unet: Callable[[], Any], tmp_path: Path
+) -> None:
+    """A layer that gptq rounded cannot be rounded again; here all its codes are 1."""
+    if written.exporter.rounds_itself:
+        pytest.skip("it rounds itself")
+    name, choice = "time_embedding.linear_1", Choice(format_named("int8"), quantizer="gptq")
+    shape = written.unet.get_submodule(name).weight.shape
+    kept = {"weight_packed": torch.ones(shape, dtype=torch.int8), "weight_scale": torch.arange(1.0, shape[0] + 1)}
+    calibration = {rounded_key(name, choice, suffix): tensor for suffix, tensor in kept.items()}
+    policy = policy_of(written.unet, {**dict.fromkeys(written.choices, Choice(FP16)), name: choice})
+    written.again(tmp_path / "out", policy=policy, calibration=calibration)
+    found = READERS[written.exporter.name].read(tmp_path / "out", even_unet()).weights
+    assert set(found) == {name}
+    assert torch.equal(found[name], torch.arange(1.0, shape[0] + 1)[:, None].expand(shape))
 
 
 def test_a_policy_of_fp16_alone_is_held(written: Written, policy_of: Any, tmp_path: Path) -> None:
