@@ -60,8 +60,9 @@ def refuse(exporter: Exporter, unheld: Mapping[str, Layer]) -> None:
     first = ", ".join(list(unheld)[:_SHOWN]) + (", ..." if len(unheld) > _SHOWN else "")
     raise TargetError(
         f"{exporter.title} cannot hold {len(unheld)} layers as this policy has them ({'; '.join(parts)}): {first}. "
-        f"Round these anew to the nearest format it has with --requantize, or search again with "
-        f"--formats {','.join(exporter.suggested)}; `bitpolicy formats --target {exporter.name}` says what it holds"
+        "Round these anew to the nearest format it has with --requantize, or search again with "
+        f"--target {exporter.name} --formats {','.join(exporter.suggested)}; "
+        f"`bitpolicy formats --target {exporter.name}` says what it holds"
     )
 
 
