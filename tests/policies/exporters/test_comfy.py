@@ -67,6 +67,28 @@ def test_names_of_u_nets_are_those_of_the_original_code(config: dict[str, Any]) 
     assert named(unet, list(names.values())) == names
 
 
+@pytest.mark.parametrize(
+    ("model", "name", "expected"),
+    [
+        ("stable diffusion 1", "up_blocks.0.upsamplers.0.conv.weight", "output_blocks.2.1.conv.weight"),
+        ("stable diffusion 1", "up_blocks.1.upsamplers.0.conv.weight", "output_blocks.5.2.conv.weight"),
+        ("stable diffusion 1", "up_blocks.2.upsamplers.0.conv.weight", "output_blocks.8.2.conv.weight"),
+        ("stable diffusion 1", "down_blocks.0.downsamplers.0.conv.weight", "input_blocks.3.0.op.weight"),
+        ("stable diffusion xl", "up_blocks.0.upsamplers.0.conv.weight", "output_blocks.2.2.conv.weight"),
+        ("stable diffusion xl", "up_blocks.1.upsamplers.0.conv.weight", "output_blocks.5.2.conv.weight"),
+        ("stable diffusion xl", "mid_block.resnets.1.conv1.weight", "middle_block.2.in_layers.2.weight"),
+        ("stable diffusion xl", "add_embedding.linear_1.weight", "label_emb.0.0.weight"),
+    ],
+)
+def test_names_that_published_checkpoints_have(model: str, name: str, expected: str) -> None:
+    """diffusers reads either place of an upsampler, the published files have one."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SMALL, **SHAPES[model])
+    assert comfy_namer(source_of(unet))(name) == expected
+
+
 def test_a_name_that_comfy_has_no_place_for_is_an_error(toy_unet: Any) -> None:
     with pytest.raises(BitPolicyError, match=r"no place for encoder_hid_proj\.weight"):
         comfy_namer(source_of(toy_unet))("encoder_hid_proj.weight")
