@@ -40,10 +40,12 @@ class Reader:
     Attributes:
         read: of the folder that was written and a fresh denoiser of the original weights.
         exact: how far a weight may be from ours, as a share of the largest; None where the program rounds itself.
+        same_grid: formats that such a program has on the very grid of ours.
     """
 
     read: Callable[[Path, Any], Reading]
     exact: float | None
+    same_grid: tuple[str, ...] = ()
 
 
 def named(unet: Any, names: Mapping[str, torch.Tensor] | Any) -> dict[str, str]:
@@ -142,6 +144,6 @@ READERS = {
     "comfy": Reader(read_comfy, exact=1e-3),
     "comfy-int8": Reader(read_comfy, exact=1e-3),
     "sdnq": Reader(read_sdnq, exact=0.0),
-    "torchao": Reader(read_torchao, exact=None),
-    "modelopt": Reader(read_modelopt, exact=None),
+    "torchao": Reader(read_torchao, None, ("int2-g128", "int3", "int4", "int4-g32", "int5", "int6", "fp8")),
+    "modelopt": Reader(read_modelopt, None, ("int8", "fp8")),
 }

@@ -129,6 +129,20 @@ def test_a_recipe_rounds_as_well_as_the_policy(written: Written, reading: Readin
         assert 0.5 * error < theirs < 1.25 * error, (name, written.choices[name].format.name, error, theirs)
 
 
+def test_a_recipe_gives_our_weights_where_the_grids_are_the_same(written: Written, reading: Reading) -> None:
+    """But for the few that lie between two levels."""
+    shared = READERS[written.exporter.name].same_grid
+    assert bool(shared) == written.exporter.rounds_itself
+    tried = set()
+    for name, weight in ours(written).items():
+        format = written.choices[name].format.name
+        if format in shared:
+            moved = (reading.weights[name] - weight).abs() > 1e-3 * weight.abs().max()
+            assert float(moved.float().mean()) < 0.01, (name, format)
+            tried.add(format)
+    assert len(tried) >= min(2, len(shared))
+
+
 def test_the_other_program_predicts_the_same(written: Written, reading: Reading, predict_even: Any) -> None:
     plain = predict_even(written.unet)
     with quantized(written.unet, written.choices, written.means, F16):
