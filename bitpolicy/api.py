@@ -16,13 +16,14 @@ from bitpolicy.kernels.formats import DEFAULT, parse_formats
 from bitpolicy.kernels.quantizers import DEFAULT as DEFAULT_QUANTIZER
 from bitpolicy.loading import open_parts, open_pipeline, source_of, stored_dtype
 from bitpolicy.plan import make_plan
-from bitpolicy.policies.calibration import calibration_of
+from bitpolicy.policies.calibration import Calibration, calibration_of
 from bitpolicy.policies.checkpoint import MAX_SHARD_SIZE
 from bitpolicy.policies.export import export_parts
+from bitpolicy.policies.exporters.export import Exported, export_to
 from bitpolicy.policies.model_card import Card
 from bitpolicy.policies.policy import Policy
 from bitpolicy.policies.source import source_hash
-from bitpolicy.sensitivity.inventory import inventory
+from bitpolicy.sensitivity.inventory import Layer, inventory
 from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.samples import Request
 from bitpolicy.sensitivity.table import SensitivityTable
@@ -176,12 +177,10 @@ def export(
         parts = source_of(pipe, given.model.component, storage).parts
     _require_model(given, source_hash(parts.sources, storage))
     layers = inventory(parts.denoiser)
-    path = None if isinstance(policy, Policy) else Path(policy)
-    calibration = calibration_of(given, path, given.resolve(layer.name for layer in layers).values())
     nbytes = export_parts(
         parts,
         given,
-        calibration,
+        _calibration(given, policy, layers),
         Path(output_dir),
         component_dtype=component_dtype,
         max_shard_size=max_shard_size,
@@ -192,14 +191,32 @@ def export(
     return nbytes
 
 
-def _require_model(policy: Policy, found: str) -> None:
-    model = policy.model
-    if found != model.sha256:
-        raise BitPolicyError(
-            f"the policy was made for {model.id} ({model.class_name}, "
-            f"sha256 {model.sha256[:12]}...), this {model.component} has sha256 {found[:12]}...; "
-            "give that model, or run search-policy on this one"
-        )
+def export_for(
+    pipe: DiffusionPipeline,
+    policy: Policy | str | Path,
+    output_dir: str | Path,
+    target: str,
+    *,
+    requantize: bool = False,
+) -> Exported:
+    """Write the denoiser of `pipe`, packed as `policy` says, in the files of another program.
+
+    Args:
+        pipe, policy: as for `export`.
+        target: "comfy", "comfy-int8", "sdnq", "torchao" or "modelopt"; see docs/exporters.md.
+        requantize: round layers anew whose format the target does not have, instead of refusing.
+
+    Returns:
+        Bytes, layers that were rounded anew, and what of the policy the target does not carry.
+
+    Raises:
+        BitPolicyError: as `export`; or the target does not hold the policy, or does not know this class of model.
+    """
+    given = policy if isinstance(policy, Policy) else Policy.load(policy)
+    source = source_of(pipe, given.model.component, getattr(torch, given.storage_dtype))
+    _require_model(given, source.sha256)
+    calibration = _calibration(given, policy, inventory(source.denoiser))
+    return export_to(target, pipe, source.component, given, calibration, Path(output_dir), requantize=requantize)
 
 
 def load_pipeline(
@@ -216,3 +233,19 @@ def load_pipeline(
     """
     pipe = open_pipeline(Path(folder), dtype or stored_dtype(Path(folder)))
     return pipe.to(device) if device is not None else pipe
+
+
+def _require_model(policy: Policy, found: str) -> None:
+    model = policy.model
+    if found != model.sha256:
+        raise BitPolicyError(
+            f"the policy was made for {model.id} ({model.class_name}, "
+            f"sha256 {model.sha256[:12]}...), this {model.component} has sha256 {found[:12]}...; "
+            "give that model, or run search-policy on this one"
+        )
+
+
+def _calibration(policy: Policy, given: Policy | str | Path, layers: Sequence[Layer]) -> Calibration:
+    """Of a policy that was given in memory or as a file."""
+    path = None if isinstance(given, Policy) else Path(given)
+    return calibration_of(policy, path, policy.resolve(layer.name for layer in layers).values())

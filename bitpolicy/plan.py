@@ -18,10 +18,11 @@ from bitpolicy.loading import BUNDLED, Source, load_source
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.denoiser import denoisers_in, of_component
+from bitpolicy.policies.exporters.targets import exporter_named
 from bitpolicy.policies.model_card import Card
 from bitpolicy.prompting import Split, default_requests, split
 from bitpolicy.search.budget import SCOPES, Budget, Scope, read
-from bitpolicy.search.constraints import pinned, shared_qkv
+from bitpolicy.search.constraints import not_held, pinned, shared_qkv
 from bitpolicy.search.problem import Problem
 from bitpolicy.sensitivity.candidates import useful_formats
 from bitpolicy.sensitivity.inventory import Layer, inventory
@@ -52,6 +53,7 @@ class Plan:
         pinned: layer name -> the one format it may have.
         tied: groups of layers that share a format.
         asked: names of the formats that every layer may have; the others are only for layers that are pinned to them.
+        barred: (layer name, format) that the program it is exported to cannot hold.
         bundled: whether it is the pipeline that comes with the package.
     """
 
@@ -65,6 +67,7 @@ class Plan:
     pinned: Mapping[str, Format] = field(default_factory=dict)
     tied: Sequence[Sequence[str]] = ()
     asked: frozenset[str] = frozenset()
+    barred: frozenset[tuple[str, Format]] = frozenset()
     bundled: bool = False
 
     @property
@@ -121,7 +124,7 @@ class Plan:
             self.budget.nbytes,
             pinned=self.pinned,
             tied=self.tied,
-            barred=scope.barred | kept_alone | unknown,
+            barred=scope.barred | kept_alone | unknown | self.barred,
         )
 
     @property
@@ -175,8 +178,9 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
     scope = _scope(settings, source, account, trajectories, parts.calibration[0], formats)
     tied = shared_qkv(layers) if settings.share_qkv else []
     budget = Budget.parse(asked, scope)
+    barred = not_held(settings.target, layers, formats, kept) if settings.target else frozenset()
     asked_for = frozenset(format.name for format in useful)
-    plan = Plan(source, layers, formats, account, budget, parts, trajectories, kept, tied, asked_for, bundled)
+    plan = Plan(source, layers, formats, account, budget, parts, trajectories, kept, tied, asked_for, barred, bundled)
     budget.require(plan.smallest, [f.name for f in formats])
     return plan
 
@@ -184,6 +188,8 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
 def _require_sound(settings: Settings) -> str:
     """Tell mistakes before a model is loaded; returns the budget, all there is where none was asked for."""
     parse_formats(settings.formats)
+    if settings.target is not None:
+        exporter_named(settings.target)
     asked = "100%" if settings.budget is None else settings.budget
     read(asked)
     ProbeSettings(settings.probe, (Sample("", 0),), quantizers=parse_quantizer(settings.quantizer))

@@ -52,6 +52,7 @@ class Settings:
         frontier: policies of the curve of bytes against error to write; 0 is none.
         keep: GLOB=FORMAT, formats that layers keep.
         share_qkv: whether query, key and value projections of an attention share a format.
+        target: a program that has to hold the policy, e.g. "comfy"; see `bitpolicy.policies.exporters.targets`.
         scope: what the budget covers: "weights", "pipeline" or "peak".
         height, width, batch_size: of the call whose peak is meant.
         sampler, space: of the study; see `bitpolicy.search.samplers`.
@@ -87,6 +88,7 @@ class Settings:
     frontier: int = 0
     keep: tuple[str, ...] = ()
     share_qkv: bool = False
+    target: str | None = None
     scope: str = "weights"
     height: int | None = None
     width: int | None = None

@@ -79,14 +79,14 @@ def write_packed(
     Returns:
         Checksums of the tensors, as a `BitPolicyConfig` takes them.
     """
-    specs = {name: spec for name, spec in _specs(model, choices, storage).items() if name not in left_out}
+    specs = {name: spec for name, spec in packed_specs(model, choices, storage).items() if name not in left_out}
     shards = _shards(specs, max_shard_size, stem)
     with ExitStack() as files:
         place: dict[str, SafetensorsWriter] = {}
         for file, names in shards.items():
             writer = files.enter_context(SafetensorsWriter(folder / file, {name: specs[name] for name in names}))
             place |= dict.fromkeys(names, writer)
-        _write_behind(place, _tensors(model, source, choices, calibration, storage, left_out))
+        _write_behind(place, packed_tensors(model, source, choices, calibration, storage, left_out))
     if len(shards) > 1:
         index = weights_index({file: {name: specs[name] for name in names} for file, names in shards.items()})
         (folder / f"{stem}.safetensors.index.json").write_text(index, encoding="utf-8")
@@ -116,7 +116,8 @@ def _packed_name(name: str, choices: Mapping[str, Choice]) -> str | None:
     return layer if leaf == "weight" and layer in choices and choices[layer].format.packed else None
 
 
-def _specs(denoiser: nn.Module, choices: Mapping[str, Choice], storage: torch.dtype) -> dict[str, TensorSpec]:
+def packed_specs(denoiser: nn.Module, choices: Mapping[str, Choice], storage: torch.dtype) -> dict[str, TensorSpec]:
+    """Every stored tensor, by name, before anything is quantized."""
     specs: dict[str, TensorSpec] = {}
     for name, tensor in denoiser.state_dict().items():
         layer = _packed_name(name, choices)
@@ -128,13 +129,13 @@ def _specs(denoiser: nn.Module, choices: Mapping[str, Choice], storage: torch.dt
     return specs
 
 
-def _tensors(
+def packed_tensors(
     denoiser: nn.Module,
     source: TensorSource,
     choices: Mapping[str, Choice],
     calibration: Calibration,
     storage: torch.dtype,
-    left_out: Collection[str],
+    left_out: Collection[str] = (),
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Every stored tensor, those of one layer at a time."""
     done = set(left_out)

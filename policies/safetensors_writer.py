@@ -2,8 +2,8 @@
 
 `safetensors.torch.save_file` wants every tensor at once. Here the header is made from the specs, which are known before
 anything is quantized, and each tensor goes to its place when it is ready, so memory does not grow with the model.
-Tensors are ordered as safetensors orders them, by dtype, then by name, with one metadata key: the same tensors give the
-same bytes, whoever writes them.
+Tensors are ordered as safetensors orders them, by dtype, then by name, metadata sorted: the same tensors give the same
+bytes, whoever writes them.
 Format: an 8-byte little-endian header length, a JSON header padded with spaces to 8 bytes, the data.
 """
 
@@ -40,6 +40,9 @@ _PLACES = {dtype: place for place, dtype in enumerate(DTYPE_NAMES)}
 class SafetensorsWriter:
     """A file of the tensors in `specs`, each written once by `write`, in any order.
 
+    Args:
+        metadata: of the header, beside `format: pt`; its keys are sorted.
+
     Attributes:
         checksums: name -> CRC-32 of what was written, 8 hex digits.
 
@@ -47,9 +50,9 @@ class SafetensorsWriter:
         ValueError: on closing, if a tensor was not written; on writing, if it is not as its spec says.
     """
 
-    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
         self._specs = dict(sorted(specs.items(), key=lambda item: (_PLACES[item[1].dtype], item[0])))
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, object] = {"__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))}
         end = 0
         self._starts = {}
         for name, spec in self._specs.items():

@@ -8,9 +8,12 @@ from typing import Annotated
 import typer
 
 from bitpolicy.api import export as export_policy
+from bitpolicy.api import export_for
 from bitpolicy.cli.options import RUN, Config, Debug, Model, Revision, Variant
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.loading import BUNDLED
+from bitpolicy.loading import BUNDLED, load_source
+from bitpolicy.policies.exporters.export import Exported
+from bitpolicy.policies.exporters.targets import NAMES, exporter_named
 from bitpolicy.policies.policy import Policy
 from bitpolicy.search.budget import read, readable
 
@@ -34,6 +37,14 @@ PushToHub = Annotated[
         rich_help_panel=RUN,
     ),
 ]
+Target = Annotated[
+    str | None,
+    typer.Option(help=f"Write another program's files: {', '.join(NAMES)}. Default: a pipeline.", rich_help_panel=RUN),
+]
+Requantize = Annotated[
+    bool,
+    typer.Option("--requantize", help="Round layers anew whose format the target does not have.", rich_help_panel=RUN),
+]
 
 
 def export(
@@ -45,6 +56,8 @@ def export(
     config: Config = None,
     max_shard_size: ShardSize = "10GB",
     push_to_hub: PushToHub = None,
+    target: Target = None,
+    requantize: Requantize = False,
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
@@ -55,8 +68,20 @@ def export(
     """
     loaded = Policy.load(policy)
     shard = _shard_bytes(max_shard_size)
+    if requantize and target is None:
+        raise BitPolicyError("--requantize is for another program's formats; add --target, or leave it out")
+    if target is not None:
+        exporter_named(target)
+    if target is not None and push_to_hub is not None:
+        raise BitPolicyError("--push-to-hub is for a whole pipeline; leave out --target, or upload the folder yourself")
     if output_dir.exists() and not overwrite and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise BitPolicyError(f"{output_dir} is there already; choose another --output-dir, or --overwrite it")
+    if target is not None:
+        source = load_source(
+            model, loaded.model.component, device="cpu", revision=revision, variant=variant, config=config
+        )
+        _describe(export_for(source.pipe, policy, output_dir, target, requantize=requantize), output_dir, target)
+        return
     nbytes = export_policy(
         model or BUNDLED,
         policy,
@@ -80,3 +105,16 @@ def _shard_bytes(text: str) -> int:
     if unit != "B" or amount < 1:
         raise BitPolicyError(f"--max-shard-size {text}: write a size in bytes, such as 10GB")
     return int(amount)
+
+
+def _describe(exported: Exported, output_dir: Path, target: str) -> None:
+    """Say what was written, what was rounded anew, and what was left behind."""
+    size = f"{exported.nbytes:,} bytes of weights ({readable(exported.nbytes)})" if exported.nbytes else "a recipe"
+    print(f"{output_dir}: {size} for {exporter_named(target).title}")
+    if exported.requantized:
+        print(f"{len(exported.requantized)} layers were rounded anew; weight error before and after, added:")
+    for one in exported.requantized:
+        errors = f"{one.error_before:7.3%} {one.error_after:7.3%} {one.error_after - one.error_before:+8.3%}"
+        print(f"  {errors}  {one.name}: {one.before.format.name} -> {one.after.format.name}")
+    for note in exported.notes:
+        print(note)

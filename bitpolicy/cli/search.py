@@ -36,6 +36,7 @@ from bitpolicy.cli.report import print_json, print_result
 from bitpolicy.cli.settings import settings_of
 from bitpolicy.kernels.quantizers import DEFAULT as DEFAULT_QUANTIZER
 from bitpolicy.plan import Plan, make_plan
+from bitpolicy.policies.exporters.targets import NAMES
 from bitpolicy.search.budget import readable
 from bitpolicy.search.samplers import require_sampler
 from bitpolicy.search.study import open_storage
@@ -101,6 +102,12 @@ ShareQkv = Annotated[
     bool,
     typer.Option("--share-qkv", help="Query, key and value of an attention share a format.", rich_help_panel=AIM),
 ]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Choose, layer by layer, only what another program can hold: {', '.join(NAMES)}.", rich_help_panel=AIM
+    ),
+]
 OutputDir = Annotated[
     Path,
     typer.Option(help="Gets policy.yaml, checkpoint/, compare.png, sensitivity table, study.", rich_help_panel=RUN),
@@ -151,6 +158,7 @@ def search(
     batch_size: BatchSize = 1,
     keep: Keep = None,
     share_qkv: ShareQkv = False,
+    target: Target = None,
     model: Model = None,
     component: Component = None,
     output_dir: OutputDir = Path("bitpolicy-out"),

@@ -101,3 +101,14 @@ def test_the_bytes_are_those_that_safetensors_writes(tmp_path: Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in (TENSORS | every).items()}
     save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
     assert write(tmp_path / "ours", tensors).read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_more_metadata_is_sorted_so_that_the_bytes_stay_the_same(tmp_path: Path) -> None:
+    first, second = {"zeta": "1", "_layers": '{"a": 2}'}, {"_layers": '{"a": 2}', "zeta": "1"}
+    for name, metadata in (("a", first), ("b", second)):
+        with SafetensorsWriter(tmp_path / name, specs(TENSORS), metadata) as writer:
+            for tensor in TENSORS:
+                writer.write(tensor, TENSORS[tensor])
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    with safe_open(tmp_path / "a", "pt") as file:
+        assert file.metadata() == {"format": "pt", **first}
