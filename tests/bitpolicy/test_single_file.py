@@ -89,7 +89,8 @@ def test_it_is_exported_as_its_folder_is(finished: Any, single: Path, toy: Path,
     differing = {
         str(n) for n in names if (tmp_path / "folder" / n).read_bytes() != (tmp_path / "single" / n).read_bytes()
     }
-    assert differing <= {"tokenizer/tokenizer_config.json"}  # transformers notes that it was loaded from a folder
+    # loaded and saved again, a tokenizer notes that it was loaded, and forgets the padding of its last call
+    assert differing <= {"tokenizer/tokenizer_config.json", "tokenizer/tokenizer.json"}
 
 
 def test_its_denoiser_is_never_loaded(single: Path, toy: Path) -> None:

@@ -55,6 +55,8 @@ def saved(new_toy_pipeline: Callable[[], Any], tmp_path_factory: pytest.TempPath
         pipe = new_toy_pipeline()
         for model in (pipe.unet, pipe.vae, pipe.text_encoder):
             torch.nn.Module.to(model, F16).to(dtype)
+        pipe.tokenizer.backend_tokenizer.no_padding()  # of the last call of whatever test came before
+        pipe.tokenizer.backend_tokenizer.no_truncation()
         pipe.save_pretrained(folder, **arguments)
         return folder
 
