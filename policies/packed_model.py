@@ -70,8 +70,8 @@ def finish(model: nn.Module, compute_dtype: Callable[[str], torch.dtype]) -> Non
     lost = [name for name, tensor in model.state_dict().items() if tensor.device.type == "meta"]
     if lost:
         raise BitPolicyError(
-            f"{len(lost)} tensors of {type(model).__name__} were not read, e.g. {lost[0]}; packed tensors cannot be "
-            "offloaded to disk: load without, or download or export the checkpoint again"
+            f"the checkpoint lacks {len(lost)} tensors, e.g. {lost[0]}; download or export it again (packed tensors "
+            "cannot be offloaded to disk)"
         )
     for name, layer in packed_layers(model):
         specs = layer.format.tensors(layer.weight_shape, torch.float16)

@@ -377,10 +377,10 @@ def test_a_killed_export_leaves_the_old_folder_or_nothing(
 
 
 def test_streaming_is_refused_for_a_folder_without_an_index(tmp_path: Path) -> None:
-    assert not is_streamable(tmp_path)
+    assert not is_streamable(tmp_path, "unet")
     (tmp_path / "model_index.json").write_text("{")
-    assert not is_streamable(tmp_path)
+    assert not is_streamable(tmp_path, "unet")
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "DDPMPipeline"}))
-    assert is_streamable(tmp_path)
+    assert is_streamable(tmp_path, "unet")
     with pytest.raises(BitPolicyError, match="no component 'unet' or 'transformer'; it has none"):
         folder_parts.FolderParts(tmp_path)
