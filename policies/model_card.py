@@ -21,7 +21,7 @@ chosen by what quantizing it does to the finished image; `policy.yaml` has the w
 
 | | |
 |---|---|
-| tensor bytes of {names} | {nbytes:,} |
+| tensor bytes of the {names} | {nbytes:,} |
 | PSNR against the unquantized pipeline, held-out prompts and seeds | {psnr} |
 | predicted relative error of {signal} | {error} |
 
