@@ -25,6 +25,7 @@ from bitpolicy.policies.calibration import Calibration, calibration_hash, needed
 from bitpolicy.policies.checkpoint import checkpoint_bytes
 from bitpolicy.policies.export import describe_checkpoint, export_parts
 from bitpolicy.policies.policy import BudgetRecord, Choice, ModelReference, Policy, Result
+from bitpolicy.search.budget import BudgetError
 from bitpolicy.search.closeness import beyond_first_order, close_choices
 from bitpolicy.search.generation import Generations
 from bitpolicy.search.metrics import Comparison, measure
@@ -126,14 +127,19 @@ class SearchRun:
         """
         plan = self._plan
         never = [name for name in plan.never_called(table, self._rounded) if name not in plan.pinned]
-        if never:
-            self._stages.warn(
-                f"no calibration sample calls {len(never)} layers, e.g. {never[0]}: what quantizing them does is not "
-                "known, and they stay FP16; --keep 'GLOB=FORMAT' gives them another format"
-            )
         self._never_called = len(never)
         problem = plan.problem(table, never)
-        plan.budget.require(problem.smallest, [format.name for format in plan.formats])
+        if not never:
+            return problem
+        said = (
+            f"no calibration sample calls {len(never)} layers, e.g. {never[0]}: what quantizing them does is not "
+            "known, and they stay FP16; --keep 'GLOB=FORMAT' gives them another format"
+        )
+        try:
+            plan.budget.require(problem.smallest, [format.name for format in plan.formats])
+        except BudgetError as error:
+            raise BudgetError(f"{error}; {said}") from error
+        self._stages.warn(said)
         return problem
 
     def _write_curve(self, problem: Problem, generations: Generations) -> None:

@@ -30,7 +30,7 @@ pipe = DiffusionPipeline.from_pretrained("{location}")
 | | |
 |---|---|
 | base model | {base} |
-| tensor bytes of {names} | {nbytes:,} |
+| tensor bytes of the {names} | {nbytes:,} |
 | the same unquantized | {reference:,} ({storage}) |
 | budget asked for | {budget} |
 | rounding | {rounding} |

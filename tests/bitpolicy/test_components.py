@@ -97,6 +97,15 @@ def test_what_no_sample_calls_stays_fp16_and_is_named(whole: Any) -> None:
     assert Policy.load(folder / "policy.yaml").provenance["probe"]["never_called"] == len(silent)
 
 
+def test_a_budget_without_room_for_what_no_sample_calls_says_so(
+    command: Any, small: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Which is known only once a sample was drawn."""
+    outcome = command("search", *small, "--component", "vae", "--budget", "40%", "--output-dir", tmp_path / "out")
+    needles = ("below the smallest policy", "no calibration sample calls 17 layers", "--keep 'GLOB=FORMAT'")
+    outcome.assert_refused("bitpolicy", *needles)
+
+
 def test_a_pin_goes_before_what_no_sample_calls(half_pipeline: Any) -> None:
     policy = bitpolicy.search(
         half_pipeline(),

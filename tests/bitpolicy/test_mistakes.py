@@ -166,11 +166,6 @@ def test_a_probe_that_does_not_see_a_component(refused: Any) -> None:
     refused(("text_encoder, vae", "--probe adjoint"), "--component", "unet,text_encoder,vae", "--probe", "stepwise")
 
 
-def test_a_budget_without_room_for_layers_that_are_never_called(refused: Any) -> None:
-    """The encoder of the VAE stays FP16, which is known only once a sample was drawn."""
-    refused(("below the smallest policy", "raise --budget"), "--component", "vae", "--budget", "40%")
-
-
 def test_a_storage_that_optuna_does_not_know(refused: Any) -> None:
     refused(("'nowhere'", "sqlite:///"), "--storage", "nowhere", "--probe", "weight")
 

@@ -35,7 +35,7 @@ def test_it_counts_the_formats_and_quotes_the_result() -> None:
     assert "1 fp16, 2 int8" in text
     for row in (
         "base model | someone/model, revision main",
-        f"tensor bytes of unet | {BYTES} |",
+        f"tensor bytes of the unet | {BYTES} |",
         "the same unquantized | 36 (float16) |",
         "budget asked for | 40% (scope weights) |",
         "rounding | rtn |",
@@ -81,7 +81,7 @@ def test_it_tells_the_bytes_of_a_policy_that_a_person_wrote() -> None:
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(3)))
     formats = {"0": format_named("int8"), "1": format_named("int8"), "2": FP16}
     nbytes = ByteAccount.of(model, torch.float16).total(formats)
-    assert f"tensor bytes of unet | {nbytes} |" in card()[1]
+    assert f"tensor bytes of the unet | {nbytes} |" in card()[1]
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,8 @@ def test_a_weight_that_two_layers_share_is_not_packed(tmp_path: Path) -> None:
     small = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, tie_word_embeddings=True)
     model = T5ForConditionalGeneration(small)
     choices = {name: Choice(format_named("int4")) for name, _ in quantizable_layers(model)}
+    assert "lm_head" not in choices
+    choices["lm_head"] = Choice(format_named("int4"))
     with pytest.raises(BitPolicyError, match="is the weight of another layer, too, and cannot be packed; give it fp16"):
         export_component(model, choices, {}, torch.float16, tmp_path)
 
