@@ -499,6 +499,7 @@ def test_stepwise_scores_are_the_share_of_the_denoisers_output_that_changes(new_
         prompts=[samples[0].prompt],
         formats="int8",
         probe="stepwise",
+        quantizer="rtn",
         samples=2,
         vectors=count,
         quiet=True,
