@@ -119,7 +119,7 @@ def _unpacked_with_its_hook(layer: PackedLayer) -> nn.Module:
     remove_hook_from_module(layer)
     if isinstance(hook, AlignDevicesHook):
         hook.weights_map = None  # it names the packed tensors
-    return add_hook_to_module(unpack_layer(layer), hook)  # type: ignore[no-any-return]
+    return add_hook_to_module(unpack_layer(layer), hook)
 
 
 def to_save(state: Mapping[str, torch.Tensor], packed: set[str], storage: torch.dtype) -> dict[str, torch.Tensor]:

@@ -28,7 +28,7 @@ is expected of each cell in [operations.yaml](../tests/policies/operations.yaml)
 
 | | |
 |---|---|
-| pass | the test passes: outputs are those of an ordinary model with the same weights, bit for bit unless said otherwise |
+| pass | the test passes: outputs are those of an ordinary model with the same weights, bit for bit |
 | fail | the test fails, and is expected to; why is told below |
 | n/a | the class does not have the method; the test checks that |
 | not run | not tested for this class, as it takes long |

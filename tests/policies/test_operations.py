@@ -112,8 +112,12 @@ def model(case: Case) -> Any:
     return copy.deepcopy(case.loaded)
 
 
-def cells(rows: str, operations: str) -> Iterator[Any]:
+def cells(rows: str, operations: str) -> list[Any]:
     """A parameter set of each cell that is run: row, operation."""
+    return list(_cells(rows, operations))
+
+
+def _cells(rows: str, operations: str) -> Iterator[Any]:
     for row, about in TABLE[rows].items():
         for operation in TABLE[operations]:
             if operation not in about.get("not_run", ()):
@@ -122,7 +126,7 @@ def cells(rows: str, operations: str) -> Iterator[Any]:
                 yield pytest.param(row, operation, marks=marks, id=f"{row}-{operation}")
 
 
-@pytest.mark.parametrize(("case", "operation"), list(cells("models", "operations")), indirect=["case"])
+@pytest.mark.parametrize(("case", "operation"), cells("models", "operations"), indirect=["case"])
 def test_a_packed_model_goes_along(case: Case, model: Any, operation: str, request: pytest.FixtureRequest) -> None:
     row = TABLE["models"][request.node.callspec.params["case"]]
     if operation in row.get("not_applicable", ()):
@@ -178,9 +182,7 @@ def pipeline(
     return PipelineCase(toy, folder)
 
 
-@pytest.mark.parametrize(
-    ("pipeline", "operation"), list(cells("pipelines", "pipeline_operations")), indirect=["pipeline"]
-)
+@pytest.mark.parametrize(("pipeline", "operation"), cells("pipelines", "pipeline_operations"), indirect=["pipeline"])
 def test_a_pipeline_with_a_packed_model_goes_along(pipeline: PipelineCase, operation: str) -> None:
     pipe = DiffusionPipeline.from_pretrained(pipeline.folder, dtype=torch.float32)
     PIPELINE_OPERATIONS[operation](pipe, pipeline.draw)

@@ -128,7 +128,7 @@ def dequantize(model: Any, inputs: Inputs) -> None:
         ordinary.save_pretrained(folder)
         again = type(ordinary).from_pretrained(folder, dtype=torch.float32)
         assert not any(isinstance(module, PackedLayer) for module in again.modules())
-        # Copied to memory that is aligned as usual: from a mapped file, torch adds in another order, in plain models too.
+        # Copied to memory that is aligned as usual: in a mapped file torch adds in another order, in any model.
         assert torch.equal(output(copy.deepcopy(again), inputs), expected)
 
 
