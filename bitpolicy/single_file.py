@@ -21,9 +21,10 @@ from bitpolicy.hub import download_configs
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.denoiser import DENOISERS
 from bitpolicy.policies.denoiser_files import fitted, skeleton
+from bitpolicy.policies.file_source import FileSource
 from bitpolicy.policies.parts import MemoryParts
 from bitpolicy.policies.pipeline_files import PipelineFiles
-from bitpolicy.policies.source import FileSource, TensorSource
+from bitpolicy.policies.source import TensorSource
 from bitpolicy.policies.source_converted import Converter
 
 _GIVE = "give a pipeline folder, a .safetensors file or a hub id"

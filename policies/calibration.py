@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.accounting import tensor_bytes
 from bitpolicy.policies.atomic import written_aside
+from bitpolicy.policies.file_source import FileTensors
 from bitpolicy.policies.policy import Choice, Policy
 
 Calibration = Mapping[str, torch.Tensor]
@@ -47,17 +47,17 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
         )
 
 
-def load_calibration(path: Path, expected_hash: str | None = None) -> dict[str, torch.Tensor]:
-    """Read the file and check it against the hash that a policy recorded.
+def load_calibration(path: Path, expected_hash: str | None = None) -> Calibration:
+    """Check the file against the hash that a policy recorded; its tensors are read when they are asked for.
 
     Raises:
         BitPolicyError: it is missing, damaged, or another calibration than the policy's.
     """
     try:
-        calibration = load_file(path)
-    except (OSError, SafetensorError) as error:
+        calibration = FileTensors(path)
+    except BitPolicyError as error:
         raise BitPolicyError(
-            f"cannot read {path}: {error}; the policy needs the calibration.safetensors that was written beside it: "
+            f"{error}; the policy needs the calibration.safetensors that was written beside it: "
             "keep the two together, or set bias_correction: false and quantizer: rtn"
         ) from error
     found = calibration_hash(calibration)
@@ -90,7 +90,8 @@ def calibration_of(policy: Policy, path: Path | None, choices: Iterable[Choice])
 def calibration_hash(calibration: Calibration) -> str:
     """ "sha256:..." over names, shapes and values."""
     digest = hashlib.sha256()
-    for name, patch in sorted(calibration.items()):
+    for name in sorted(calibration):
+        patch = calibration[name]
         digest.update(f"{name}{tuple(patch.shape)}".encode())
         digest.update(tensor_bytes(patch))
     return f"sha256:{digest.hexdigest()}"

@@ -17,11 +17,12 @@ from bitpolicy.kernels.layers import Quantizable, quantizable_layers
 from bitpolicy.policies.accounting import stored_spec
 from bitpolicy.policies.apply import as_stored, quantize_tensors
 from bitpolicy.policies.calibration import Calibration
+from bitpolicy.policies.file_source import header
 from bitpolicy.policies.packed_config import BitPolicyConfig
 from bitpolicy.policies.pipeline_files import DIFFUSERS, shard_names, weights_index
 from bitpolicy.policies.policy import Choice
 from bitpolicy.policies.safetensors_writer import SafetensorsWriter
-from bitpolicy.policies.source import ModuleSource, TensorSource, header
+from bitpolicy.policies.source import ModuleSource, TensorSource
 
 MAX_SHARD_SIZE = 10 * 10**9  # bytes; diffusers' default
 

@@ -7,7 +7,7 @@ the image of the final latent. A *conditioner*, a text or image encoder, is call
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from diffusers import DiffusionPipeline, ModelMixin
@@ -137,12 +137,24 @@ def studied(pipe: DiffusionPipeline, components: str) -> str:
     return f"{', '.join(others)} and {last}" if others else last
 
 
-def of_component(by_layer: Mapping[str, T], component: str, components: Sequence[str]) -> dict[str, T]:
-    """The entries of one component's layers, by their names within it."""
-    if len(components) == 1:
-        return dict(by_layer)
-    start = f"{component}."
-    return {name.removeprefix(start): value for name, value in by_layer.items() if name.startswith(start)}
+def of_component(by_layer: Mapping[str, T], component: str, components: Sequence[str]) -> Mapping[str, T]:
+    """The entries of one component's layers, by their names within it, looked up when they are asked for."""
+    return by_layer if len(components) == 1 else _OfComponent(by_layer, f"{component}.")
+
+
+class _OfComponent(Mapping[str, T]):
+    def __init__(self, by_layer: Mapping[str, T], start: str) -> None:
+        self._by_layer = by_layer
+        self._names = {name.removeprefix(start): name for name in by_layer if name.startswith(start)}
+
+    def __getitem__(self, name: str) -> T:
+        return self._by_layer[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def denoisers_in(denoiser: nn.Module) -> list[nn.Module]:

@@ -21,10 +21,11 @@ from bitpolicy.policies.apply import as_stored
 from bitpolicy.policies.checkpoint import rewrite_json, write_config
 from bitpolicy.policies.denoiser import DENOISERS, SECOND_DENOISERS
 from bitpolicy.policies.denoiser_files import fitted, skeleton
+from bitpolicy.policies.file_source import FileSource
 from bitpolicy.policies.linking import can_link, link_or_copy
 from bitpolicy.policies.pipeline_files import DIFFUSERS, TRANSFORMERS, PipelineFiles, weights_index
 from bitpolicy.policies.safetensors_writer import SafetensorsWriter
-from bitpolicy.policies.source import FileSource, TensorSource
+from bitpolicy.policies.source import TensorSource
 
 
 class FolderParts:

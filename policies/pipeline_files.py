@@ -14,7 +14,7 @@ from typing import Any
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import TensorSpec
-from bitpolicy.policies.source import header
+from bitpolicy.policies.file_source import header
 
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")

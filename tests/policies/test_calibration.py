@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,19 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
     found = load_calibration(tmp_path / "calibration.safetensors", calibration_hash(MEANS))
     assert set(found) == set(MEANS)
     assert all(torch.equal(found[name], MEANS[name]) for name in MEANS)
+
+
+def test_what_is_read_is_held_by_nobody(tmp_path: Path) -> None:
+    """With rounded weights in it the file is as large as the checkpoint."""
+    save_calibration(MEANS, tmp_path / "calibration.safetensors")
+    found = load_calibration(tmp_path / "calibration.safetensors")
+    assert list(found) == sorted(MEANS)
+    assert "attn.to_k" not in found
+    with pytest.raises(KeyError):
+        found["attn.to_k"]
+    held = weakref.ref(found["conv_in"])
+    gc.collect()
+    assert held() is None
 
 
 def test_two_files_of_the_same_means_are_the_same_bytes(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.policies import source as module
+from bitpolicy.policies import file_source as module
 from bitpolicy.policies.accounting import weights_hash
-from bitpolicy.policies.source import FileSource, JoinedSource, ModuleSource, source_hash
+from bitpolicy.policies.file_source import FileSource
+from bitpolicy.policies.source import JoinedSource, ModuleSource, source_hash
 from bitpolicy.policies.source_converted import converted
 
 TENSORS = {"b.x": torch.arange(6.0).reshape(2, 3), "a": torch.tensor(3), "c": torch.randn(4, 2).bfloat16()}
