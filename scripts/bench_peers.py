@@ -22,15 +22,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
-from peers.assignments import Rivals, all_entries
+from peers.assignments import all_entries
 from peers.entry import MODEL, SHARES, WORK, Entry, read_entries
 from peers.ours import add_checkpoint
+from peers.rivals import Rivals
 from peers.samples import HELD_OUT, bundled_plan, write_samples
 from peers.scoring import REFERENCE, Scores, decibels
 from peers.selection import read_selection, select, write_selection
-
-from bitpolicy.sensitivity.progress import Stages
-from bitpolicy.settings import Settings
 
 TOOLS = {
     "sdnq": "sdnq==0.2.8 diffusers transformers accelerate",
@@ -60,10 +58,7 @@ def tools(args: argparse.Namespace) -> None:
 
 def assignments(args: argparse.Namespace) -> None:
     plan = bundled_plan()
-    run = plan.probe(Settings(budget="100%"), args.work / "probes" / "adjoint-16", Stages())
-    reference = run.reference()
-    rivals = Rivals(plan, args.work, reference.calibration, run.table(reference))
-    for entry in all_entries(rivals, args.only):
+    for entry in all_entries(Rivals.of(plan, args.work), args.only):
         print(f"{entry.name:40} {entry.nbytes / plan.account.reference:6.2%}  {dict(entry.settings)}", flush=True)
 
 

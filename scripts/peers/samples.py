@@ -42,7 +42,9 @@ def bundled_plan(formats: tuple[str, ...] = ("int4", "int8", "fp16"), **parts: A
 def held_out(plan: Plan, prompts: Path = _PROMPTS) -> tuple[Sample, ...]:
     """The prompts in turn, each time with another seed, so that the first few images show many prompts."""
     names = prompts.read_text(encoding="utf-8").splitlines()
-    seen = {sample.prompt for part in (plan.split.calibration, plan.split.search, plan.split.confirm) for sample in part}
+    seen = {
+        sample.prompt for part in (plan.split.calibration, plan.split.search, plan.split.confirm) for sample in part
+    }
     if known := sorted(seen & {*names}):
         raise ValueError(f"{prompts.name} has {', '.join(known)}, which calibration or search see; take it out")
     return tuple(split_samples(names, HELD_OUT, _FIRST_SEED))
