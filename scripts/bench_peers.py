@@ -3,6 +3,7 @@
     python scripts/bench_peers.py prepare                  the samples, and calibration data for tools that want it
     python scripts/bench_peers.py tools [--only sdnq]      run each tool's script by the Python of its own environment
     python scripts/bench_peers.py assignments              other ways to choose, under our own three formats
+    python scripts/bench_peers.py reround --only 'one-step*'     the same assignments, rounded the way ours are
     python scripts/bench_peers.py add NAME --share 0.33 --checkpoint out/checkpoint    what search-policy exported
     python scripts/bench_peers.py select                   each rival's best setting that fits, on the search samples
     python scripts/bench_peers.py score [--only 'sdnq*'] [--images 256]      images on the held-out samples; resumable
@@ -36,6 +37,7 @@ TOOLS = {
     "quanto": "optimum-quanto==0.2.7 diffusers transformers accelerate",
     "gguf": "gguf==0.19.0 torch diffusers transformers accelerate",
 }
+REROUNDED = ", our rounding"  # ends the family of an assignment that `reround` made anew
 _CHECKED = 2  # images of every entry compared with those of the tool's own model
 
 
@@ -60,6 +62,17 @@ def assignments(args: argparse.Namespace) -> None:
     plan = bundled_plan()
     for entry in all_entries(Rivals.of(plan, args.work), args.only):
         print(f"{entry.name:40} {entry.nbytes / plan.account.reference:6.2%}  {dict(entry.settings)}", flush=True)
+
+
+def reround(args: argparse.Namespace) -> None:
+    """Assignments as further entries, their weights rounded by whatever our own probe finds best for each layer."""
+    rivals = Rivals.of(bundled_plan(), args.work, args.quantizer)
+    for entry in [*read_entries(args.work / "candidates")]:
+        formats = rivals.assigned(entry.name) if fnmatch(entry.name, args.only) else None
+        if formats is not None and not entry.family.endswith(REROUNDED):
+            setting = entry.name.partition("@")[0]
+            made = rivals.write(f"{entry.family}{REROUNDED} #{setting}", formats, entry.share, entry.kind)
+            print(f"{made.name:60} {made.nbytes / rivals.plan.account.reference:6.2%}", flush=True)
 
 
 def add(args: argparse.Namespace) -> None:
@@ -111,17 +124,20 @@ def table(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    steps = {"prepare": prepare, "tools": tools, "assignments": assignments, "add": add}
+    steps = {"prepare": prepare, "tools": tools, "assignments": assignments, "reround": reround, "add": add}
     steps |= {"select": choose, "score": score, "table": table}
     parser.add_argument("step", choices=steps)
     parser.add_argument("name", nargs="?", help="add: of the new entry")
     parser.add_argument("--work", type=Path, default=WORK)
-    parser.add_argument("--only", default="*", help="glob of tools, families (assignments, select) or entries (score)")
+    parser.add_argument(
+        "--only", default="*", help="glob of tools, families (assignments, select), entries (reround, score)"
+    )
     parser.add_argument("--images", type=int, default=HELD_OUT)
     parser.add_argument("--checkpoint", type=Path, help="add: a folder that search-policy or export wrote")
     parser.add_argument("--share", type=float, help="add: the budget as a share of FP16")
     parser.add_argument("--family", default="bitpolicy", help="add: the row of the table")
     parser.add_argument("--kind", default="ours", choices=("ours", "assignment", "tool"))
+    parser.add_argument("--quantizer", default="auto", help="reround: who rounds")
     parser.add_argument("--output", type=Path, help="table: where to write, without an ending")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
