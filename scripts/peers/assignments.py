@@ -36,7 +36,7 @@ from bitpolicy.plan import Plan
 from bitpolicy.search.problem import Problem
 from bitpolicy.sensitivity.table import SensitivityTable
 
-RANDOM = 8  # feasible policies at each size
+RANDOM = 4  # feasible policies at each size
 
 
 def all_entries(rivals: Rivals, only: str = "*") -> Iterator[Entry]:

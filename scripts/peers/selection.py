@@ -9,7 +9,7 @@ from pathlib import Path
 from peers.entry import SHARES, Entry
 from peers.scoring import Scores, decibels
 
-GLANCE, LOOK, FINALISTS = 4, 16, 6  # images for all settings, images for those that did best, and how many those are
+GLANCE, LOOK, FINALISTS = 4, 16, 3  # images for all settings, images for those that did best, and how many those are
 
 
 def fitting(entries: Iterable[Entry], share: float, reference: int) -> list[Entry]:
