@@ -5,8 +5,8 @@ that output). A denoiser has no loss of its own at inference, and the gradient o
 loss is a random projection: the sum of the predicted noise times a standard normal vector, drawn anew for each batch.
 Its unbiased square is the change of the whole prediction. Formats are 4, 6 and 8 bits or 4 and 8 bits beside FP16, with
 a scale for each output channel or for each block of input channels; each format's `effective_bits` counts its scales.
-`effective_bits` of the search is corrected until the bytes fit closely, for modelopt writes no file of mixed convolutions: bytes
-are accounted, codes packed without padding and scales at FP16. The bits that were reached are recorded. The 4/8
+`effective_bits` of the search is corrected until the bytes fit closely, for modelopt writes no file of mixed
+convolutions: bytes are accounted, codes packed without padding and scales at FP16. The bits that were reached are recorded. The 4/8
 assignment is written once more, fitted to the bytes of our formats, for a comparison of assignments alone.
 Needs nvidia-modelopt==0.47.0.
 
