@@ -25,7 +25,7 @@ from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.settings import Settings
 
-ABLATED = 4  # samples that each layer is quantized on
+ABLATED = 2  # samples that each layer is quantized on: 532 trajectories, ours has 16 and 32 back
 
 
 @dataclass(frozen=True)

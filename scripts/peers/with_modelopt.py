@@ -6,8 +6,8 @@ loss is a random projection: the sum of the predicted noise times a standard nor
 Its unbiased square is the change of the whole prediction. Formats are 4, 6 and 8 bits or 4 and 8 bits beside FP16, with
 a scale for each output channel or for each block of input channels; each format's `effective_bits` counts its scales.
 `effective_bits` of the search is corrected until the bytes fit closely, for modelopt writes no file of mixed
-convolutions: bytes are accounted, codes packed without padding and scales at FP16. The bits that were reached are recorded. The 4/8
-assignment is written once more, fitted to the bytes of our formats, for a comparison of assignments alone.
+convolutions: bytes are accounted, codes packed without padding and scales at FP16. The bits that were reached are
+recorded. The 4/8 assignment is written once more, fitted to the bytes of our formats, for a comparison of assignments alone.
 Needs nvidia-modelopt==0.47.0.
 
     build/peers/venv-modelopt/bin/python scripts/peers/with_modelopt.py --check 2
@@ -198,6 +198,8 @@ def make(args: argparse.Namespace, setting: Setting, share: float, reference: in
 
 def hand_over(args: argparse.Namespace, setting: Setting, share: float, reference: int) -> None:
     """Write the assignment alone, as wide as our formats' bytes allow."""
+    if not fnmatch(f"assignment-{setting.name}@{share:.2f}", args.only):
+        return
     best = fitted(args, setting, share * reference, our_bytes)
     if best is not None:
         place = args.work / "modelopt" / f"assignment@{share:.2f}-{setting.name}.json"
