@@ -7,7 +7,7 @@ Its unbiased square is the change of the whole prediction. Formats are 4, 6 and 
 a scale for each output channel or for each block of input channels; each format's `effective_bits` counts its scales.
 `effective_bits` of the search is corrected until the bytes fit closely, for modelopt writes no file of mixed
 convolutions: bytes are accounted, codes packed without padding and scales at FP16. The bits that were reached are
-recorded. The 4/8 assignment is written once more, fitted to the bytes of our formats, for a comparison of assignments alone.
+recorded. The 4/8 assignment is written once more, fitted to our formats' bytes, to compare assignments alone.
 Needs nvidia-modelopt==0.47.0.
 
     build/peers/venv-modelopt/bin/python scripts/peers/with_modelopt.py --check 2
