@@ -1,16 +1,18 @@
 """bitpolicy against other tools and other ways to choose: the same denoiser, the same bytes, the same held-out samples.
 
     python scripts/bench_peers.py prepare                  the samples, and calibration data for tools that want it
-    python scripts/bench_peers.py tools [--only sdnq]      run each tool's script by the Python of its own environment
+    python scripts/bench_peers.py tools [--only sdnq]      each tool's own quantized denoisers
     python scripts/bench_peers.py assignments              other ways to choose, under our own three formats
     python scripts/bench_peers.py reround --only 'one-step*'     the same assignments, rounded the way ours are
     python scripts/bench_peers.py add NAME --share 0.33 --checkpoint out/checkpoint    what search-policy exported
     python scripts/bench_peers.py select                   each rival's best setting that fits, on the search samples
     python scripts/bench_peers.py score [--only 'sdnq*'] [--images 256]      images on the held-out samples; resumable
     python scripts/bench_peers.py table [--output docs/peers]                Markdown, JSON and a plot
+    python scripts/bench_peers.py explain                  what was predicted of each assignment, what was measured
 
-A tool's environment is `<work>/venv-<tool>`; `tools` says how to make those that are missing. All rivals get the FP16
-values of the denoiser and are scored by what their weights give in float32 on the CPU.
+The tools come with `pip install 'bitpolicy[bench]'`; one that is wanted apart goes into `<work>/venv-<tool>`, which is
+taken first. All rivals get the FP16 values of the denoiser and are scored by what their weights give in float32 on the
+CPU.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import itertools
 import subprocess
 import sys
 from fnmatch import fnmatch
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
@@ -32,10 +35,10 @@ from peers.scoring import REFERENCE, Scores, decibels
 from peers.selection import read_selection, select, write_selection
 
 TOOLS = {
-    "sdnq": "sdnq==0.2.8 diffusers transformers accelerate",
-    "modelopt": "nvidia-modelopt==0.47.0 diffusers transformers accelerate",
-    "quanto": "optimum-quanto==0.2.7 diffusers transformers accelerate",
-    "gguf": "gguf==0.19.0 torch diffusers transformers accelerate",
+    "sdnq": "sdnq==0.2.8",
+    "modelopt": "nvidia-modelopt==0.47.0",
+    "quanto": "optimum-quanto==0.2.7",
+    "gguf": "gguf==0.19.0",
 }
 REROUNDED = ", our rounding"  # ends the family of an assignment that `reround` made anew
 _CHECKED = 2  # images of every entry compared with those of the tool's own model
@@ -46,16 +49,26 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def tools(args: argparse.Namespace) -> None:
-    for name, packages in TOOLS.items():
-        python = args.work / f"venv-{name}" / "bin" / "python"
+    for name, package in TOOLS.items():
         if not fnmatch(name, args.only):
             continue
-        if not python.is_file():
-            print(f"{name}: python -m venv {python.parents[1]} && {python} -m pip install {packages}")
+        python = tool_python(args.work / f"venv-{name}", package)
+        if python is None:
+            print(f"{name}: pip install {package}, here or in {args.work}/venv-{name} with diffusers and transformers")
             continue
         script = Path(__file__).parent / "peers" / f"with_{name}.py"
         command = [python, script, "--model", MODEL, "--work", args.work, "--check", str(_CHECKED)]
         subprocess.run([str(part) for part in command], check=True)
+
+
+def tool_python(own: Path, package: str) -> Path | None:
+    """The Python that runs a tool: of its own environment where there is one, else this one if it has the package in
+    the very version."""
+    if (own / "bin" / "python").is_file():
+        return own / "bin" / "python"
+    name, _, version = package.partition("==")
+    found = next((d.version for d in distributions(name=name)), None)
+    return Path(sys.executable) if found == version else None
 
 
 def assignments(args: argparse.Namespace) -> None:
@@ -122,10 +135,17 @@ def table(args: argparse.Namespace) -> None:
     )
 
 
+def why(args: argparse.Namespace) -> None:
+    from peers.explain import explain
+
+    rivals = Rivals.of(bundled_plan(), args.work)
+    explain(rivals, Scores(rivals.plan, args.work), args.images, args.output or args.work / "explained.md")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     steps = {"prepare": prepare, "tools": tools, "assignments": assignments, "reround": reround, "add": add}
-    steps |= {"select": choose, "score": score, "table": table}
+    steps |= {"select": choose, "score": score, "table": table, "explain": why}
     parser.add_argument("step", choices=steps)
     parser.add_argument("name", nargs="?", help="add: of the new entry")
     parser.add_argument("--work", type=Path, default=WORK)
