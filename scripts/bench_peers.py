@@ -31,7 +31,7 @@ from peers.entry import MODEL, SHARES, WORK, Entry, read_entries
 from peers.ours import add_checkpoint
 from peers.rivals import Rivals
 from peers.samples import HELD_OUT, bundled_plan, write_samples
-from peers.scoring import REFERENCE, Scores, decibels
+from peers.scoring import Scores, decibels
 from peers.selection import read_selection, select, write_selection
 
 TOOLS = {
@@ -41,6 +41,7 @@ TOOLS = {
     "gguf": "gguf==0.19.0",
 }
 REROUNDED = ", our rounding"  # ends the family of an assignment that `reround` made anew
+_PROMPTS = 32  # held out; so many images show each of them once
 _CHECKED = 2  # images of every entry compared with those of the tool's own model
 
 
@@ -104,11 +105,8 @@ def choose(args: argparse.Namespace) -> None:
 def score(args: argparse.Namespace) -> None:
     plan = bundled_plan()
     scores = Scores(plan, args.work)
-    scores.errors(REFERENCE, "held_out", args.images)
-    rounds = [count for count in (16, 64) if count < args.images] + [args.images]
-    for images, entry in itertools.product(
-        rounds, wanted(args)
-    ):  # a rough picture of all comes before a fine one of any
+    rounds = [count for count in (_PROMPTS, 2 * _PROMPTS) if count < args.images] + [args.images]
+    for images, entry in itertools.product(rounds, wanted(args)):  # all roughly before any finely
         values = decibels(scores.errors(entry.name, "held_out", images))
         mean = sum(values) / len(values)
         print(
