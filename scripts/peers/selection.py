@@ -13,7 +13,7 @@ from pathlib import Path
 from peers.entry import SHARES, Entry
 from peers.scoring import Scores, decibels
 
-LOOK, FINALISTS = 8, 2  # images, one of each search prompt, for how many of the settings whose calls did best
+LOOK, FINALISTS = 4, 2  # images, of as many search prompts, for how many of the settings whose calls did best
 
 
 def fitting(entries: Iterable[Entry], share: float, reference: int) -> list[Entry]:
