@@ -1,6 +1,6 @@
 """bitpolicy: mixed-precision quantization of diffusion models, chosen by what it does to the finished image.
 
-Importing it teaches diffusers to load packed checkpoints.
+Importing it teaches diffusers and transformers to load packed checkpoints.
 """
 
 from pathlib import Path as _Path
@@ -9,12 +9,15 @@ _root = _Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").exists() and (_root / "kernels").is_dir():
     __path__.append(str(_root))  # in a source tree the subpackages lie beside this folder, not in it
 
-from bitpolicy.api import export, load_pipeline, probe, search
+from bitpolicy.api import export, export_for, load_pipeline, probe, search
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.policies.diffusers_quantizer import BitPolicyConfig, register
+from bitpolicy.policies import diffusers_quantizer as _diffusers
+from bitpolicy.policies import transformers_quantizer as _transformers
+from bitpolicy.policies.packed_config import BitPolicyConfig
 from bitpolicy.policies.policy import Policy
 
-register()
+_diffusers.register()
+_transformers.register()
 
 __version__ = "0.1.0"
-__all__ = ["BitPolicyConfig", "BitPolicyError", "Policy", "export", "load_pipeline", "probe", "search"]
+__all__ = ["BitPolicyConfig", "BitPolicyError", "Policy", "export", "export_for", "load_pipeline", "probe", "search"]

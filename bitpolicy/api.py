@@ -10,14 +10,20 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from bitpolicy.hub import push, require_login
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import DEFAULT, parse_formats
-from bitpolicy.loading import open_pipeline, source_of, stored_dtype
+from bitpolicy.kernels.quantizers import DEFAULT as DEFAULT_QUANTIZER
+from bitpolicy.loading import open_parts, open_pipeline, source_of, stored_dtype
 from bitpolicy.plan import make_plan
-from bitpolicy.policies.calibration import load_calibration
-from bitpolicy.policies.checkpoint import export_pipeline
+from bitpolicy.policies.calibration import Calibration, calibration_of
+from bitpolicy.policies.checkpoint import MAX_SHARD_SIZE
+from bitpolicy.policies.export import export_parts
+from bitpolicy.policies.exporters.export import Exported, export_to
+from bitpolicy.policies.model_card import Card
 from bitpolicy.policies.policy import Policy
-from bitpolicy.sensitivity.inventory import inventory
+from bitpolicy.policies.source import source_hash
+from bitpolicy.sensitivity.inventory import Layer, inventory
 from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.samples import Request
 from bitpolicy.sensitivity.table import SensitivityTable
@@ -32,7 +38,7 @@ def probe(
     prompts: Sequence[Request] | None = None,
     formats: str | Sequence[str] = DEFAULT,
     probe: str = "adjoint",
-    quantizer: str = "rtn",
+    quantizer: str = DEFAULT_QUANTIZER,
     samples: int = 16,
     vectors: int = 2,
     seed: int = 0,
@@ -48,7 +54,7 @@ def probe(
             picture}, of which a part is calibrated on; None is a built-in list.
         formats: candidates, as names.
         probe: "adjoint", "stepwise", "ablation" or "weight".
-        quantizer: "rtn", "mse", "hqq", "gptq", "gptq-trajectory" or "auto".
+        quantizer: who rounds weights: "gptq", "rtn", "mse", "hqq", "gptq-trajectory" or "auto".
         samples: calibration trajectories.
         vectors: random directions a sample (adjoint, stepwise).
 
@@ -81,7 +87,7 @@ def search(
     prompts: Sequence[Request] | None = None,
     formats: str | Sequence[str] = DEFAULT,
     probe: str = "adjoint",
-    quantizer: str = "rtn",
+    quantizer: str = DEFAULT_QUANTIZER,
     trials: int = 24,
     seed: int = 0,
     component: str | None = None,
@@ -95,7 +101,7 @@ def search(
         pipe: an unquantized diffusers pipeline. Its denoiser is rounded, in place, to the storage dtype.
         budget: "3GB", "3GiB", "700MB", "45%" or "4.5bit".
         target_psnr: dB against the unquantized pipeline, instead of a budget.
-        quantizer: "rtn", "mse", "hqq", "gptq", "gptq-trajectory" or "auto".
+        quantizer: who rounds weights: "gptq", "rtn", "mse", "hqq", "gptq-trajectory" or "auto".
         trials: Optuna trials; 0 keeps the exact solution of the knapsack.
         output_dir: keep policy.yaml, calibration, sensitivity table and journal here, and resume from them; None keeps
             none.
@@ -128,50 +134,89 @@ def search(
         run = SearchRun(settings, plan, folder, Stages(quiet))
         policy = run.decide()
         assert policy is not None  # only a run without a budget and a target has none
-        return policy.with_calibration(run.calibration)
+        return policy.with_calibration({key: tensor.clone() for key, tensor in run.calibration.items()})
 
 
 def export(
-    pipe: DiffusionPipeline,
+    pipe: DiffusionPipeline | str | Path,
     policy: Policy | str | Path,
     output_dir: str | Path,
     *,
     component_dtype: torch.dtype | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    revision: str | None = None,
+    variant: str | None = None,
+    config: str | None = None,
+    push_to_hub: str | None = None,
 ) -> int:
-    """Write `pipe` as a diffusers folder whose denoiser is packed as `policy` says.
+    """Write a pipeline as a diffusers folder whose denoiser is packed as `policy` says.
 
     Args:
-        pipe: the unquantized pipeline that the policy was made for.
+        pipe: the unquantized pipeline that the policy was made for: in memory, or a hub id, a folder or a single
+            .safetensors file, which is then not loaded but read layer by layer. Both ways write the same bytes.
         policy: a policy, or the path of a policy.yaml with calibration.safetensors beside it.
         component_dtype: dtype the other components are stored in; None is the policy's storage dtype.
+        max_shard_size: bytes; a larger denoiser is split into files of at most so many.
+        revision, variant: of what is on the hub or in a folder.
+        config: folder or hub id with the configs of a single file.
+        push_to_hub: OWNER/NAME of a model repository that the folder is uploaded to.
 
     Returns:
         Tensor bytes of the packed denoiser.
 
     Raises:
-        BitPolicyError: the policy is for another model, or its calibration is missing.
+        BitPolicyError: the policy is for another model, its calibration is missing, or the hub refuses.
+    """
+    given = policy if isinstance(policy, Policy) else Policy.load(policy)
+    if push_to_hub is not None:
+        require_login(push_to_hub)
+    storage = getattr(torch, given.storage_dtype)
+    if isinstance(pipe, str | Path):
+        parts = open_parts(str(pipe), given.model.component, storage, revision, variant, config)
+    else:
+        parts = source_of(pipe, given.model.component, storage).parts
+    _require_model(given, source_hash(parts.sources, storage))
+    layers = inventory(parts.denoiser)
+    nbytes = export_parts(
+        parts,
+        given,
+        _calibration(given, policy, layers),
+        Path(output_dir),
+        component_dtype=component_dtype,
+        max_shard_size=max_shard_size,
+        card=Card(push_to_hub or "this/folder", {layer.name: layer.role for layer in layers}),
+    )
+    if push_to_hub is not None:
+        push(Path(output_dir), push_to_hub)
+    return nbytes
+
+
+def export_for(
+    pipe: DiffusionPipeline,
+    policy: Policy | str | Path,
+    output_dir: str | Path,
+    target: str,
+    *,
+    requantize: bool = False,
+) -> Exported:
+    """Write the denoiser of `pipe`, packed as `policy` says, in the files of another program.
+
+    Args:
+        pipe, policy: as for `export`.
+        target: "comfy", "comfy-int8", "sdnq", "torchao" or "modelopt"; see docs/exporters.md.
+        requantize: round layers anew whose format the target does not have, instead of refusing.
+
+    Returns:
+        Bytes, layers that were rounded anew, and what of the policy the target does not carry.
+
+    Raises:
+        BitPolicyError: as `export`; or the target does not hold the policy, or does not know this class of model.
     """
     given = policy if isinstance(policy, Policy) else Policy.load(policy)
     source = source_of(pipe, given.model.component, getattr(torch, given.storage_dtype))
-    found = source.sha256
-    if found != given.model.sha256:
-        raise BitPolicyError(
-            f"the policy was made for {given.model.id} ({given.model.class_name}, "
-            f"sha256 {given.model.sha256[:12]}...), this {given.model.component} has sha256 {found[:12]}...; "
-            "give that model, or run search-policy on this one"
-        )
-    calibration = given.calibration
-    if calibration is None:
-        recorded = given.provenance.get("calibration")
-        beside = (
-            Path(policy).parent / "calibration.safetensors"
-            if not isinstance(policy, Policy)
-            else Path("calibration.safetensors")
-        )
-        calibration = load_calibration(beside, recorded) if _needs_calibration(given, source.denoiser) else {}
-    return export_pipeline(
-        pipe, source.component, given, calibration, Path(output_dir), component_dtype=component_dtype
-    )
+    _require_model(given, source.sha256)
+    calibration = _calibration(given, policy, inventory(source.denoiser))
+    return export_to(target, pipe, source.component, given, calibration, Path(output_dir), requantize=requantize)
 
 
 def load_pipeline(
@@ -190,6 +235,17 @@ def load_pipeline(
     return pipe.to(device) if device is not None else pipe
 
 
-def _needs_calibration(policy: Policy, denoiser: torch.nn.Module) -> bool:
-    choices = policy.resolve(layer.name for layer in inventory(denoiser)).values()
-    return any(choice.needs_calibration for choice in choices)
+def _require_model(policy: Policy, found: str) -> None:
+    model = policy.model
+    if found != model.sha256:
+        raise BitPolicyError(
+            f"the policy was made for {model.id} ({model.class_name}, "
+            f"sha256 {model.sha256[:12]}...), this {model.component} has sha256 {found[:12]}...; "
+            "give that model, or run search-policy on this one"
+        )
+
+
+def _calibration(policy: Policy, given: Policy | str | Path, layers: Sequence[Layer]) -> Calibration:
+    """Of a policy that was given in memory or as a file."""
+    path = None if isinstance(given, Policy) else Path(given)
+    return calibration_of(policy, path, policy.resolve(layer.name for layer in layers).values())

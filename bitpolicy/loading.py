@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -15,28 +15,26 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
+from bitpolicy.hub import download
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.format import TensorSpec
 from bitpolicy.kernels.layers import PackedLayer
 from bitpolicy.offload import stream_weights
 from bitpolicy.policies.accounting import weights_hash
 from bitpolicy.policies.apply import to_storage
-from bitpolicy.policies.denoiser import DENOISERS, denoiser_names, denoiser_of, denoisers_in
+from bitpolicy.policies.denoiser import ALL, DENOISERS, denoiser_names, denoiser_of, denoisers_in, studied
+from bitpolicy.policies.folder_parts import FolderParts, are_of_diffusers, is_streamable
+from bitpolicy.policies.parts import MemoryParts, Parts
+from bitpolicy.policies.pipeline_files import PipelineFiles
 from bitpolicy.sensitivity.workers import device_of_this_process
+from bitpolicy.single_file import SingleFile
 
 BUNDLED = "bitpolicy/emoji"
 BUNDLED_FOLDER = Path(__file__).parent / "models" / "emoji"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_STORAGE = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def _floats(module: nn.Module) -> Iterator[torch.dtype]:
@@ -48,11 +46,12 @@ class Source:
     """A loaded, unquantized pipeline.
 
     Attributes:
-        pipe: on its device, in the compute dtype; the denoiser's values are those of the storage dtype.
-        component: name of the denoiser.
+        pipe: on its device, in the compute dtype; the values of what is studied are those of the storage dtype.
+        component: name of what is studied; several names are separated by commas.
         storage: dtype of the checkpoint that will be exported.
         id: hub id or folder, for the policy file.
         revision: of a hub model.
+        files: the folder it was loaded from, if it was.
     """
 
     pipe: DiffusionPipeline
@@ -60,14 +59,27 @@ class Source:
     storage: torch.dtype
     id: str
     revision: str | None = None
+    files: PipelineFiles | None = None
 
     @property
     def denoiser(self) -> nn.Module:
         return denoiser_of(self.pipe, self.component)
 
+    @property
+    def studied(self) -> str:
+        """What is studied, in words."""
+        return studied(self.pipe, self.component)
+
+    @cached_property
+    def parts(self) -> Parts:
+        """What is exported: the files that it was loaded from, where they can be streamed, else what is in memory."""
+        if self.files is not None and is_streamable(self.files.folder, self.component):
+            return FolderParts(self.files.folder, self.component, self.files.variant)
+        return MemoryParts(self.pipe, self.component)
+
     @cached_property
     def sha256(self) -> str:
-        """Identity of the denoiser: a hash of its weights in the storage dtype."""
+        """Identity of what is studied: a hash of its weights in the storage dtype."""
         return weights_hash(self.denoiser, self.storage)
 
     @cached_property
@@ -88,13 +100,15 @@ def load_source(
     device: str = "auto",
     revision: str | None = None,
     variant: str | None = None,
+    config: str | None = None,
     offload: bool = False,
 ) -> Source:
     """Load a diffusers pipeline for probing and search.
 
     Args:
-        model: hub id or folder; None is the bundled emoji pipeline.
-        component: the denoiser; None finds it.
+        model: hub id, folder or .safetensors file; None is the bundled emoji pipeline.
+        component: what is studied, names separated by commas or "all"; None finds the denoiser.
+        config: folder or hub id with the configs of a file.
         dtype: compute dtype; "auto" is float32 on the CPU and the storage dtype on CUDA.
         device: "auto" is CUDA where there is one.
         offload: keep the weights in main memory and stream them to the device.
@@ -103,25 +117,58 @@ def load_source(
         BitPolicyError: there is no such folder, repository, component, dtype or device, or it is no diffusers pipeline.
     """
     target = _device(device)
-    folder = _folder(model, revision, variant)
-    storage = storage_dtype(folder, component, variant)
     if dtype not in ("auto", *DTYPES):
         raise BitPolicyError(f"unknown dtype {dtype!r}; write auto, {', '.join(DTYPES)}")
+    path = locate(model, revision, variant, config)
+    if path.is_file():
+        single = SingleFile.of(path, config, component)
+        storage, component, files = dtype_of_file(single), single.component, None
+        pipe = single.open(storage)
+    else:
+        files = PipelineFiles(path, variant)
+        storage = storage_dtype(path, component, variant)
+        pipe = open_pipeline(path, storage, variant)
     compute = DTYPES.get(dtype) or (torch.float32 if target.type == "cpu" else storage)
-    pipe = open_pipeline(folder, storage, variant)
     name = denoiser_names(pipe, component)
     if any(getattr(denoiser, "hf_quantizer", None) is not None for denoiser in denoisers_in(denoiser_of(pipe, name))):
         raise BitPolicyError(
             f"{model}: its {name} is quantized already; give the full-precision pipeline it was made from"
         )
+    to_storage(denoiser_of(pipe, name), storage)  # transformers keeps some weights in float32, whatever it is asked
     pipe.to(compute) if offload else pipe.to(target, compute)
     if offload:
         stream_weights(pipe, name, target)
-    return Source(pipe, name, storage, model or BUNDLED, revision)
+    return Source(pipe, name, storage, model or BUNDLED, revision, files)
+
+
+def open_parts(
+    model: str | None,
+    component: str | None,
+    storage: torch.dtype,
+    revision: str | None = None,
+    variant: str | None = None,
+    config: str | None = None,
+) -> Parts:
+    """What is exported of a model, without loading it.
+
+    Args:
+        storage: dtype that the components of a single file are loaded in.
+
+    Raises:
+        BitPolicyError: as `load_source`; or its weights are pickles.
+    """
+    path = locate(model, revision, variant, config)
+    if path.is_file():
+        return SingleFile.of(path, config, component).parts(storage)
+    _require_pipeline(path)
+    if component is not None and not are_of_diffusers(path, component):
+        pipe = open_pipeline(path, torch.float32, variant)
+        return source_of(pipe, component, storage).parts
+    return FolderParts(path, component, variant)
 
 
 def source_of(pipe: DiffusionPipeline, component: str | None = None, storage: torch.dtype | None = None) -> Source:
-    """A pipeline that is in memory already. Its denoiser is rounded, in place, to the storage dtype.
+    """A pipeline that is in memory already. What is studied of it is rounded, in place, to the storage dtype.
 
     Args:
         storage: None is bfloat16 for a bfloat16 denoiser and float16 for any other.
@@ -138,16 +185,7 @@ def source_of(pipe: DiffusionPipeline, component: str | None = None, storage: to
 
 def open_pipeline(folder: Path, dtype: torch.dtype | None = None, variant: str | None = None) -> DiffusionPipeline:
     """`DiffusionPipeline.from_pretrained` on a local folder, with errors a person can use."""
-    if not (folder / "model_index.json").is_file():
-        found = (
-            "it is empty or missing"
-            if not folder.is_dir() or not any(folder.iterdir())
-            else "it has no model_index.json"
-        )
-        raise BitPolicyError(
-            f"{folder} is not a diffusers pipeline folder: {found}; "
-            "give a folder that save_pretrained wrote, or a hub id"
-        )
+    _require_pipeline(folder)
     names = inspect.signature(DiffusionPipeline.from_pretrained).parameters
     keyword = "dtype" if "dtype" in names else "torch_dtype"
     arguments: dict[str, Any] = {"variant": variant, "local_files_only": True}
@@ -161,31 +199,38 @@ def open_pipeline(folder: Path, dtype: torch.dtype | None = None, variant: str |
         raise BitPolicyError(f"cannot load the pipeline in {folder}: {' '.join(str(error).split())}") from error
 
 
+def _require_pipeline(folder: Path) -> None:
+    if (folder / "model_index.json").is_file():
+        return
+    empty = not folder.is_dir() or not any(folder.iterdir())
+    found = "it is empty or missing" if empty else "it has no model_index.json"
+    raise BitPolicyError(
+        f"{folder} is not a diffusers pipeline folder: {found}; give a folder that save_pretrained wrote, or a hub id"
+    )
+
+
 def storage_dtype(folder: Path, component: str | None = None, variant: str | None = None) -> torch.dtype:
-    """The dtype of most values in the denoiser's safetensors files; float16 for float32 files, and where there are
-    none."""
-    ending = f".{variant}.safetensors" if variant else ".safetensors"
-    counts: Counter[str] = Counter()
-    for name in component.split(",") if component else DENOISERS:
-        for path in sorted((folder / name).glob(f"*{ending}")):
-            counts += _values_by_dtype(path)
+    """The dtype of most values in the safetensors files of the denoiser, or of the components named; float16 for
+    float32 files, and where there are none."""
+    files = PipelineFiles(folder, variant)
+    specs: list[TensorSpec] = []
+    for name in component.split(",") if component not in (None, ALL) else DENOISERS:
+        if files.has_weights(name):
+            specs += [spec for file in files.specs(name).values() for spec in file.values()]
+    return _commonest(specs)
+
+
+def dtype_of_file(single: SingleFile) -> torch.dtype:
+    """The same of a single file."""
+    return _commonest(single.denoiser()[1].specs.values())
+
+
+def _commonest(specs: Iterable[TensorSpec]) -> torch.dtype:
+    counts: Counter[torch.dtype] = Counter()
+    for spec in specs:
+        counts[spec.dtype] += prod(spec.shape)
     common = counts.most_common(1)
-    return _STORAGE.get(common[0][0], torch.float16) if common else torch.float16
-
-
-def _values_by_dtype(path: Path) -> Counter[str]:
-    """How many values a safetensors file has of each dtype."""
-    counts: Counter[str] = Counter()
-    try:
-        with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118 - not a dict
-                part = file.get_slice(key)
-                counts[part.get_dtype()] += prod(part.get_shape())
-    except (OSError, SafetensorError) as error:
-        raise BitPolicyError(
-            f"cannot read {path}: {error}; download it again (a git-lfs pointer is no weights)"
-        ) from error
-    return counts
+    return torch.bfloat16 if common and common[0][0] == torch.bfloat16 else torch.float16
 
 
 def stored_dtype(folder: Path) -> torch.dtype | None:
@@ -196,6 +241,17 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
             recorded = json.loads(path.read_text()).get("quantization_config", {}).get("storage_dtype")
             return getattr(torch, recorded) if recorded else None
     return None
+
+
+def packed_components(folder: Path) -> str | None:
+    """The components of an exported pipeline that hold packed layers, separated by commas; None if there are none."""
+    found = [path.parent.name for path in sorted(folder.glob("*/config.json")) if _packs_layers(path)]
+    return ",".join(found) or None
+
+
+def _packs_layers(config: Path) -> bool:
+    recorded = json.loads(config.read_text()).get("quantization_config") or {}
+    return bool(recorded.get("layers"))
 
 
 def _device(name: str) -> torch.device:
@@ -209,29 +265,22 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _folder(model: str | None, revision: str | None, variant: str | None) -> Path:
-    """The local folder of a model, downloaded if it is a hub id."""
+def locate(model: str | None, revision: str | None, variant: str | None, config: str | None = None) -> Path:
+    """The local folder or file of a model, downloaded if it is a hub id.
+
+    Raises:
+        BitPolicyError: there is none, or the hub does not give it.
+    """
     if model is None or model == BUNDLED:
         return BUNDLED_FOLDER
     path = Path(model).expanduser()
+    if config is not None and not path.is_file():
+        raise BitPolicyError(f"--config goes with a single file, and --model {model} is none; leave it out")
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
-        if not path.is_dir():
+        if not path.exists():
             raise BitPolicyError(
-                f"--model {model}: there is no such folder; give a pipeline folder or a hub id like owner/name"
+                f"--model {model}: there is no such folder or file; give a pipeline folder, a .safetensors file or a "
+                "hub id like owner/name"
             )
         return path
-    try:
-        return Path(DiffusionPipeline.download(model, revision=revision, variant=variant))
-    except GatedRepoError as error:
-        raise BitPolicyError(
-            f"{model} is gated: accept its terms on the hub, then log in with `hf auth login`"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise BitPolicyError(
-            f"{model} is neither a folder here nor a public model on the hub; "
-            "check the name, or log in if it is private"
-        ) from error
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        raise BitPolicyError(
-            f"cannot download {model}: {' '.join(str(error).split())[:600]}; give a local folder if there is no network"
-        ) from error
+    return download(model, revision, variant)

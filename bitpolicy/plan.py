@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ from bitpolicy.kernels.formats import parse_formats
 from bitpolicy.kernels.quantizers import parse_quantizer
 from bitpolicy.loading import BUNDLED, Source, load_source
 from bitpolicy.policies.accounting import ByteAccount
-from bitpolicy.policies.denoiser import denoisers_in
-from bitpolicy.policies.footprint import stored_others
+from bitpolicy.policies.calibration import Calibration
+from bitpolicy.policies.denoiser import denoisers_in, of_component
+from bitpolicy.policies.exporters.targets import exporter_named
+from bitpolicy.policies.model_card import Card
 from bitpolicy.prompting import Split, default_requests, split
 from bitpolicy.search.budget import SCOPES, Budget, Scope, read
-from bitpolicy.search.constraints import pinned, shared_qkv
+from bitpolicy.search.constraints import not_held, pinned, shared_qkv
 from bitpolicy.search.problem import Problem
 from bitpolicy.sensitivity.candidates import useful_formats
 from bitpolicy.sensitivity.inventory import Layer, inventory
@@ -42,15 +44,16 @@ class Plan:
 
     Attributes:
         source: the loaded pipeline.
-        layers: of its denoiser.
+        layers: of what is studied, its denoiser or several components.
         formats: the candidates.
-        account: exact bytes of the exported denoiser.
+        account: exact bytes of what is studied, as exported.
         budget: in bytes; all there is where none was asked for.
         split: the samples of each part.
         trajectories: the pipeline with its call arguments.
         pinned: layer name -> the one format it may have.
         tied: groups of layers that share a format.
         asked: names of the formats that every layer may have; the others are only for layers that are pinned to them.
+        barred: (layer name, format) that the program it is exported to cannot hold.
         bundled: whether it is the pipeline that comes with the package.
     """
 
@@ -64,12 +67,18 @@ class Plan:
     pinned: Mapping[str, Format] = field(default_factory=dict)
     tied: Sequence[Sequence[str]] = ()
     asked: frozenset[str] = frozenset()
+    barred: frozenset[tuple[str, Format]] = frozenset()
     bundled: bool = False
 
     @property
     def model(self) -> str:
         """A name for people."""
-        return f"{class_name(self.source.denoiser)} of {self.source.id}"
+        return f"{class_name(self.source.denoiser).replace(',', ', ')} of {self.source.id}"
+
+    @property
+    def card(self) -> Card:
+        """What the model card of an export says of the layers."""
+        return Card(roles={layer.name: layer.role for layer in self.layers})
 
     def probe(self, settings: Settings, folder: Path, stages: Stages) -> ProbeRun:
         """A probe over the calibration samples; `folder` keeps its records."""
@@ -78,11 +87,35 @@ class Plan:
         weights, storage = self.source.everything_sha256, self.source.storage
         return ProbeRun(self.trajectories, self.layers, self.formats, storage, weights, wanted, folder, stages)
 
-    def problem(self, table: SensitivityTable) -> Problem:
-        """What the search decides, given the scores."""
+    def never_called(self, table: SensitivityTable, calibration: Calibration) -> list[str]:
+        """Layers outside the loop, and all of a component, that no calibration sample calls: the encoder of an
+        autoencoder that only decodes. Their scores say nothing."""
+        outside = self.trajectories.outside_layers
+        silent = {
+            name
+            for name, errors in zip(table.layers, table.error, strict=True)
+            if name not in calibration and (table.probe == "weight" or not errors.any())
+        }
+        names = self.source.component.split(",")
+        parts = [of_component(dict.fromkeys(table.layers), name, names) for name in names]
+        whole = [
+            f"{name}.{layer}" if len(names) > 1 else layer
+            for name, part in zip(names, parts, strict=True)
+            for layer in part
+            if all((f"{name}.{other}" if len(names) > 1 else other) in silent for other in part)
+        ]
+        return [name for name in table.layers if name in silent and (name in outside or name in whole)]
+
+    def problem(self, table: SensitivityTable, never_called: Iterable[str] = ()) -> Problem:
+        """What the search decides, given the scores.
+
+        Args:
+            never_called: layers that stay FP16 if they are not pinned to another format.
+        """
         scope = self.budget.scope
         extra = {f for f in self.pinned.values() if f.name not in self.asked and f.packed}
         kept_alone = {(x.name, f) for x in self.layers for f in extra if self.pinned.get(x.name) != f}
+        unknown = {(name, f) for name in never_called if name not in self.pinned for f in self.formats if f.packed}
         return Problem(
             self.layers,
             self.formats,
@@ -91,12 +124,12 @@ class Plan:
             self.budget.nbytes,
             pinned=self.pinned,
             tied=self.tied,
-            barred=scope.barred | kept_alone,
+            barred=scope.barred | kept_alone | unknown | self.barred,
         )
 
     @property
     def smallest(self) -> int:
-        """Bytes of the smallest policy that is allowed, as the budget's scope counts the denoiser."""
+        """Bytes of the smallest policy that is allowed, as the budget's scope counts what is studied."""
         packed = [format for format in self.formats if format.packed]
         zeros = torch.zeros(len(self.layers), len(packed))
         names = tuple(layer.name for layer in self.layers)
@@ -123,6 +156,7 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
             device=settings.device,
             revision=settings.revision,
             variant=settings.variant,
+            config=settings.config,
             offload=settings.offload,
         )
     layers = inventory(source.denoiser)
@@ -130,6 +164,11 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
     kept = pinned(settings.keep, layers)
     formats = (*dict.fromkeys(f for f in kept.values() if f not in useful), *useful)
     trajectories = Trajectories(source.pipe, source.component, {**default_call(bundled), **dict(settings.call)})
+    if trajectories.outside and settings.probe == "stepwise":
+        raise BitPolicyError(
+            f"the stepwise probe differentiates denoisers alone; for {', '.join(trajectories.outside)} take "
+            "--probe adjoint or --probe ablation"
+        )
     requests = list(settings.prompts) if settings.prompts else default_requests(source.pipe, bundled)
     sizes = (settings.calibration_samples, settings.search_samples, settings.confirm_samples, settings.held_out_samples)
     parts = split(requests, settings.seed, *sizes)
@@ -139,8 +178,9 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
     scope = _scope(settings, source, account, trajectories, parts.calibration[0], formats)
     tied = shared_qkv(layers) if settings.share_qkv else []
     budget = Budget.parse(asked, scope)
+    barred = not_held(settings.target, layers, formats, kept) if settings.target else frozenset()
     asked_for = frozenset(format.name for format in useful)
-    plan = Plan(source, layers, formats, account, budget, parts, trajectories, kept, tied, asked_for, bundled)
+    plan = Plan(source, layers, formats, account, budget, parts, trajectories, kept, tied, asked_for, barred, bundled)
     budget.require(plan.smallest, [f.name for f in formats])
     return plan
 
@@ -148,6 +188,8 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
 def _require_sound(settings: Settings) -> str:
     """Tell mistakes before a model is loaded; returns the budget, all there is where none was asked for."""
     parse_formats(settings.formats)
+    if settings.target is not None:
+        exporter_named(settings.target)
     asked = "100%" if settings.budget is None else settings.budget
     read(asked)
     ProbeSettings(settings.probe, (Sample("", 0),), quantizers=parse_quantizer(settings.quantizer))
@@ -170,17 +212,17 @@ def _scope(
 ) -> Scope:
     """What the budget covers; a peak takes one observed call."""
     if settings.scope == "weights":
-        return Scope.of_weights(account)
+        return Scope.of_weights(account, source.studied)
     if settings.scope == "pipeline":
-        return Scope.of_pipeline(account, sum(stored_others(source.pipe, source.component, source.storage).values()))
+        return Scope.of_pipeline(account, sum(source.parts.others(source.storage).values()), source.studied)
     size = {name: value for name in ("height", "width") if (value := getattr(settings, name)) is not None}
     call = {**trajectories.call, **size}
     peak = observe(source.pipe, source.component, call, sample, formats, settings.batch_size)
-    return Scope.of_peak(peak, formats)
+    return Scope.of_peak(peak, formats, source.studied)
 
 
 def class_name(denoiser: nn.Module) -> str:
-    """Of the denoiser, or of each of several."""
+    """Of what is studied, or of each of several components."""
     return ",".join(dict.fromkeys(type(part).__name__ for part in denoisers_in(denoiser)))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.quantizers import DEFAULT
 from bitpolicy.policies.atomic import write_text
 from bitpolicy.sensitivity.samples import Request, fingerprint
 
@@ -31,8 +32,8 @@ class Settings:
 
     Attributes:
         budget: as written, e.g. "5MB"; None where a quality is asked for, or the whole curve.
-        model: hub id or folder; None is the bundled pipeline.
-        component: the denoiser; None finds it.
+        model: hub id, folder or .safetensors file; None is the bundled pipeline.
+        component: what is quantized, names separated by commas or "all"; None finds the denoiser.
         formats: names of the candidate formats.
         prompts: prompts, class labels or mappings of call arguments; None is a built-in list.
         call: arguments of every pipeline call.
@@ -41,6 +42,7 @@ class Settings:
         probe: "adjoint", "stepwise", "ablation" or "weight".
         dtype, device: of the computation; see `load_source`.
         revision, variant: of a hub model.
+        config: folder or hub id with the configs of a model that is a single file.
         offload: stream the weights to the device, for models larger than it.
         storage: Optuna storage URL; None is a journal file in the output folder.
         remeasure: how many estimates too large for first order are at most measured by ablation.
@@ -50,6 +52,7 @@ class Settings:
         frontier: policies of the curve of bytes against error to write; 0 is none.
         keep: GLOB=FORMAT, formats that layers keep.
         share_qkv: whether query, key and value projections of an attention share a format.
+        target: a program that has to hold the policy, e.g. "comfy"; see `bitpolicy.policies.exporters.targets`.
         scope: what the budget covers: "weights", "pipeline" or "peak".
         height, width, batch_size: of the call whose peak is meant.
         sampler, space: of the study; see `bitpolicy.search.samplers`.
@@ -71,6 +74,7 @@ class Settings:
     device: str = "auto"
     revision: str | None = None
     variant: str | None = None
+    config: str | None = None
     storage: str | None = None
     offload: bool = False
     calibration_samples: int = 16
@@ -78,12 +82,13 @@ class Settings:
     shared: int = 8
     remeasure: int = 8
     remeasure_close: int = 0
-    quantizer: str = "rtn"
+    quantizer: str = DEFAULT
     target_psnr: float | None = None
     target_lpips: float | None = None
     frontier: int = 0
     keep: tuple[str, ...] = ()
     share_qkv: bool = False
+    target: str | None = None
     scope: str = "weights"
     height: int | None = None
     width: int | None = None

@@ -22,8 +22,10 @@ from bitpolicy.kernels.formats import FP16
 from bitpolicy.loading import Source, open_pipeline
 from bitpolicy.plan import Plan, class_name
 from bitpolicy.policies.calibration import Calibration, calibration_hash, needed_for, save_calibration
-from bitpolicy.policies.checkpoint import checkpoint_bytes, describe_checkpoint, export_pipeline
+from bitpolicy.policies.checkpoint import checkpoint_bytes
+from bitpolicy.policies.export import describe_checkpoint, export_parts
 from bitpolicy.policies.policy import BudgetRecord, Choice, ModelReference, Policy, Result
+from bitpolicy.search.budget import BudgetError
 from bitpolicy.search.closeness import beyond_first_order, close_choices
 from bitpolicy.search.generation import Generations
 from bitpolicy.search.metrics import Comparison, measure
@@ -31,6 +33,7 @@ from bitpolicy.search.problem import Problem
 from bitpolicy.search.quality import Psnr, Unavailable
 from bitpolicy.sensitivity.inventory import Layer
 from bitpolicy.sensitivity.progress import Stages
+from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.trajectory import Trajectories
 from bitpolicy.settings import OutputFolder, Settings
 
@@ -48,7 +51,8 @@ class SearchRun:
 
     def __init__(self, settings: Settings, plan: Plan, folder: Path, stages: Stages) -> None:
         self._settings, self._plan, self._folder, self._stages = settings, plan, folder, stages
-        self._rounded: dict[str, torch.Tensor] = {}  # of every candidate
+        self._rounded: Calibration = {}  # of every candidate
+        self._never_called = 0  # layers that stay FP16 for it
         self.calibration: dict[str, torch.Tensor] = {}
         self.points: list[Point] = []
 
@@ -61,7 +65,7 @@ class SearchRun:
         settings, plan = self._settings, self._plan
         if settings.budget is not None and plan.fits_unquantized and not settings.frontier:
             choices = {layer.name: Choice(FP16) for layer in plan.layers}
-            about: dict[str, Any] = {"search": "the budget holds the unquantized denoiser"}
+            about: dict[str, Any] = {"search": "the budget holds all of it unquantized"}
             return self._saved(self._policy(choices, 0.0, about, {}))
         problem = self._probed()
         generations = Generations(plan.trajectories, self._rounded, plan.source.storage)
@@ -93,6 +97,7 @@ class SearchRun:
             "vectors": self._settings.vectors,
             "quantizer": self._settings.quantizer,
             "measured": 0 if table.measured is None else int(table.measured.sum()),
+            **({"never_called": self._never_called} if self._never_called else {}),
         }
 
     def _probed(self) -> Problem:
@@ -101,7 +106,7 @@ class SearchRun:
         run = plan.probe(self._settings, self._folder / "work", self._stages)
         reference = run.reference()
         self._rounded = reference.calibration
-        problem = plan.problem(run.table(reference))
+        problem = self._posed(run.table(reference))
         if problem.table.probe == "adjoint" and self._settings.budget is not None:
             for find, most in (
                 (beyond_first_order, self._settings.remeasure),
@@ -112,6 +117,29 @@ class SearchRun:
                     problem = replace(problem, table=run.remeasured(problem.table, reference, places))
                     left -= len(places)
         problem.table.save(self._folder, plan.layers, plan.account, plan.model)
+        return problem
+
+    def _posed(self, table: SensitivityTable) -> Problem:
+        """The problem, in which layers that no sample calls stay FP16.
+
+        Raises:
+            BudgetError: they leave no policy that fits.
+        """
+        plan = self._plan
+        never = [name for name in plan.never_called(table, self._rounded) if name not in plan.pinned]
+        self._never_called = len(never)
+        problem = plan.problem(table, never)
+        if not never:
+            return problem
+        said = (
+            f"no calibration sample calls {len(never)} layers, e.g. {never[0]}: what quantizing them does is not "
+            "known, and they stay FP16; --keep 'GLOB=FORMAT' gives them another format"
+        )
+        try:
+            plan.budget.require(problem.smallest, [format.name for format in plan.formats])
+        except BudgetError as error:
+            raise BudgetError(f"{error}; {said}") from error
+        self._stages.warn(said)
         return problem
 
     def _write_curve(self, problem: Problem, generations: Generations) -> None:
@@ -179,11 +207,11 @@ class SearchRun:
         return self._plan.budget.record
 
     def export(self, policy: Policy) -> int:
-        """Write checkpoint/; returns the denoiser's tensor bytes as found on disk."""
+        """Write checkpoint/; returns the tensor bytes of what is packed, as found on disk."""
         source = self._plan.source
         with self._stages.timed("export"):
             folder = self._folder / "checkpoint"
-            export_pipeline(source.pipe, source.component, policy, self.calibration, folder)
+            export_parts(source.parts, policy, self.calibration, folder, card=self._plan.card)
             return sum(checkpoint_bytes(folder / name) for name in source.component.split(","))
 
     def evaluate(self, policy: Policy) -> tuple[Policy, Psnr, dict[str, Any]]:
@@ -216,13 +244,13 @@ class SearchRun:
         result = policy.result.model_copy(update={"psnr_db": None if psnr.mean is None else round(psnr.mean, 2)})
         policy = policy.model_copy(update={"result": result})
         policy.save(self._folder / "policy.yaml")
-        describe_checkpoint(self._folder / "checkpoint", policy, self._plan.source.denoiser)
+        describe_checkpoint(self._folder / "checkpoint", policy, self._plan.source.denoiser, self._plan.card)
         return policy
 
 
 @contextmanager
 def swapped_denoiser(source: Source, checkpoint: Path) -> Iterator[None]:
-    """While the block runs, the source pipeline computes with the denoiser of the checkpoint, read from disk."""
+    """While the block runs, the source pipeline computes with the checkpoint's packed components, read from disk."""
     dtype = next(source.denoiser.parameters()).dtype
     reloaded = open_pipeline(checkpoint, dtype)
     originals = {name: getattr(source.pipe, name) for name in source.component.split(",")}
@@ -257,6 +285,7 @@ def run_search(settings: Settings, plan: Plan, output: OutputFolder, stages: Sta
         "reference_bytes": plan.account.reference,
         "layers": {format.name: counts[format.name] for format in plan.formats},
         "predicted_error": policy.result.predicted_error,
+        "error_of": "image" if plan.trajectories.draws else "latent",
         "psnr_db": psnr.as_dict(),
         "quality": quality,
         **curve,

@@ -72,7 +72,8 @@ class Affine(GridFormat):
     def rotated_hessian(self, hessian: torch.Tensor) -> torch.Tensor:
         if not self.rotated:
             return hessian
-        return hadamard(hadamard(hessian, self.run(len(hessian))).mT, self.run(len(hessian)))
+        run = self.run(hessian.shape[-1])
+        return hadamard(hadamard(hessian, run).mT, run)
 
     def grid(self, low: torch.Tensor, high: torch.Tensor) -> Grid:
         if self.symmetric:

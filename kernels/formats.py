@@ -6,6 +6,7 @@ int2 ... int8   integer codes; int8 has a scale for each output channel and no z
 -sym -asym                  without or with a zero point, where it is not that
 -rot                        each run of weights rotated first, for layers whose row length it divides
 nf4, fp8, fp16
+int4-convrot int8-convrot   as ComfyUI rotates, runs of 256; -convrot64 runs of 64; not among "all"
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 from collections.abc import Sequence
 
 from bitpolicy.kernels.affine import Affine
+from bitpolicy.kernels.convrot import ConvRot
 from bitpolicy.kernels.errors import FormatError
 from bitpolicy.kernels.float_codes import Float8, NormalFloat4
 from bitpolicy.kernels.format import Format
@@ -24,10 +26,17 @@ FP16 = Plain("fp16")
 INT8 = Int8("int8")
 DEFAULT = ("int4", "int8", "fp16")
 _OTHERS: dict[str, Format] = {f.name: f for f in (FP16, INT8, NormalFloat4("nf4"), Float8("fp8"))}
+CONVROT: tuple[Format, ...] = tuple(
+    ConvRot(f"int{bits}-convrot{'' if size == 256 else size}", bits, size) for bits in (4, 8) for size in (256, 64)
+)
+_OTHERS |= {f.name: f for f in CONVROT}
 _AFFINE = re.compile(r"int([2-8])(?:-(g32|g64|g128|channel))?(?:-(a?sym))?(-rot)?")
 _BITS = (2, 3, 4, 5, 6, 7, 8)
 _GROUPS = (32, 64, 128, None)
-WRITE = "int2 to int8, each with -g32, -g64, -g128 or -channel, -sym or -asym, and -rot; nf4, fp8, fp16; or all"
+WRITE = (
+    "int2 to int8, each with -g32, -g64, -g128 or -channel, -sym or -asym, and -rot; nf4, fp8, fp16; or all; "
+    "for ComfyUI int4-convrot, int8-convrot"
+)
 
 
 def format_named(name: str) -> Format:
@@ -64,7 +73,7 @@ def affine(bits: int, group: int | None, symmetric: bool, rotated: bool = False)
 
 
 def all_formats() -> tuple[Format, ...]:
-    """Every format there is, narrow ones first, FP16 last."""
+    """Every format but those of one program (`CONVROT`), narrow ones first, FP16 last."""
     plain = [affine(bits, group, symmetric) for bits in _BITS for group in _GROUPS for symmetric in (True, False)]
     rotated = [affine(bits, group, True, rotated=True) for bits in _BITS for group in _GROUPS if group]
     rotated += [affine(bits, group, False, rotated=True) for bits in _BITS for group in _GROUPS if group]

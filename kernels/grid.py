@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from bitpolicy.kernels.errors import FormatError
 from bitpolicy.kernels.format import Format, Shape
 from bitpolicy.kernels.packing import from_rows, row_length, to_rows
+from bitpolicy.kernels.row_chunks import quantize_in_chunks
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,6 @@ class Grid:
 
     scale: torch.Tensor
     zero: torch.Tensor | None = None
-
-    def at(self, group: int) -> Grid:
-        """Of one group of every row, shape (out, 1)."""
-        column = slice(group, group + 1)
-        return Grid(self.scale[:, column], None if self.zero is None else self.zero[:, column])
 
     @property
     def wide(self) -> Grid:
@@ -77,11 +73,12 @@ class GridFormat(Format):
         Raises:
             FormatError: it has NaN or infinite values.
         """
-        if not torch.isfinite(weight).all():
+        rows = to_rows(weight).float()
+        if not torch.isfinite(rows.sum()) and not torch.isfinite(rows).all():  # one cheap pass tells almost always
             raise FormatError(
                 "the weight has NaN or infinite values, which no integer format can hold; keep this layer at fp16"
             )
-        return to_rows(weight).float()
+        return rows
 
     def weight(self, rows: torch.Tensor, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
         """What `rows` undoes."""
@@ -93,7 +90,7 @@ class GridFormat(Format):
         return 0
 
     def rotated_hessian(self, hessian: torch.Tensor) -> torch.Tensor:
-        """A quadratic form of weights, shape (K, K) in wire order, as one of `rows`."""
+        """A quadratic form of weights, shape (..., K, K) in wire order, as one of `rows`."""
         return hessian
 
     def extremes(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,6 +108,9 @@ class GridFormat(Format):
         return self.encode(self.grouped(rows), grid.wide).flatten(1)[:, : rows.shape[1]]
 
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        return quantize_in_chunks(self, self._to_nearest, weight)
+
+    def _to_nearest(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         rows = self.rows(weight)
         grid = self.grid(*self.extremes(rows))
         return self.store(self.nearest(rows, grid), grid, weight.shape)

@@ -7,6 +7,7 @@ whose weight was replaced by the dequantized one gives the same bits.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -141,10 +142,13 @@ _PLAIN: dict[type[nn.Module], type[nn.Module]] = {packed: plain for plain, packe
 def quantizable_layers(model: nn.Module) -> Iterator[tuple[str, Quantizable]]:
     """(module path, layer) of every layer a format can be given to, in the model's own order.
 
-    Subclasses of the torch layers are passed over: their forward may do more than multiply.
+    Subclasses of the torch layers are passed over: their forward may do more than multiply. So is a layer that shares
+    its weight with another module, as an output head does with an embedding: packed, it would be stored twice.
     """
+    owned = (weight for module in model.modules() for weight in module._parameters.values() if weight is not None)
+    uses = Counter(map(id, owned))
     for name, module in model.named_modules():
-        if type(module) in _PACKED:
+        if type(module) in _PACKED and uses[id(module._parameters.get("weight"))] == 1:
             yield name, module
 
 

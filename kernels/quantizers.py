@@ -12,6 +12,7 @@ The first three need only the weight; the others a Hessian, so what they made is
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -19,9 +20,11 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.grid import GridFormat
 from bitpolicy.kernels.hqq import hqq
 from bitpolicy.kernels.range_search import mse
+from bitpolicy.kernels.row_chunks import quantize_in_chunks
 
 RTN = "rtn"
 AUTO = "auto"
+DEFAULT = "gptq"  # docs/decisions.md says why
 _DATA_FREE: dict[str, Callable[[GridFormat, torch.Tensor], dict[str, torch.Tensor]]] = {
     RTN: lambda format, weight: format.quantize(weight),
     "mse": mse,
@@ -48,4 +51,4 @@ def parse_quantizer(name: str) -> tuple[str, ...]:
 
 def quantize_data_free(quantizer: str, format: GridFormat, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """The stored tensors of `weight` by a quantizer that needs nothing else."""
-    return _DATA_FREE[quantizer](format, weight)
+    return quantize_in_chunks(format, partial(_DATA_FREE[quantizer], format), weight)

@@ -23,12 +23,12 @@ def searched_grid(
 
     Args:
         rows: from `format.rows`, float32, shape (out, K).
-        weight: d, float32, shape (K), >= 0; None is 1.
+        weight: d, float32, shape (K), or (out, K) where rows differ, >= 0; None is 1.
         power: p, > 0.
     """
     low, high = format.extremes(rows)
     groups = format.grouped(rows)
-    share = None if weight is None else format.grouped(weight[None])
+    share = None if weight is None else format.grouped(torch.atleast_2d(weight))
     best = format.grid(low, high)
     least = _errors(format, groups, best, share, power)
     for a in _SHRINK:

@@ -1,17 +1,19 @@
 """Exact bytes: what a policy's checkpoint weighs, known before anything is written.
 
-The total counts every tensor of the exported denoiser: packed codes, scales, zero points and padding of each layer, and
-all that no format touches (biases, norms, embeddings, buffers) in the storage dtype.
+The total counts every tensor of the exported components: packed codes, scales, zero points and padding of each layer,
+and all that no format touches (biases, norms, embeddings, buffers) in the storage dtype.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from bitpolicy.kernels.format import Format, TensorSpec
 from bitpolicy.kernels.formats import FP16
@@ -20,7 +22,7 @@ from bitpolicy.kernels.layers import quantizable_layers
 
 @dataclass(frozen=True)
 class ByteAccount:
-    """The sizes of one denoiser.
+    """The sizes of one component, or of several as one.
 
     Attributes:
         storage_dtype: dtype of everything that is not packed.
@@ -39,7 +41,7 @@ class ByteAccount:
         shapes = {name: tuple(layer.weight.shape) for name, layer in quantizable_layers(model)}
         others = {
             n: t
-            for n, t in model.state_dict().items()
+            for n, t in stored_tensors(model).items()
             if n.removesuffix(".weight") not in shapes or not n.endswith(".weight")
         }
         fixed = sum(stored_spec(tensor, storage_dtype).nbytes for tensor in others.values())
@@ -59,6 +61,17 @@ class ByteAccount:
         return self.total(dict.fromkeys(self.shapes, FP16))
 
 
+def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict as it is written: without the second names of tied weights in models of transformers, whose own
+    `save_pretrained` leaves them out, and whose `from_pretrained` ties them again."""
+    if isinstance(model, nn.ModuleDict):
+        return {f"{name}.{key}": t for name, part in model.items() for key, t in stored_tensors(part).items()}
+    state = model.state_dict()
+    if not isinstance(model, PreTrainedModel):
+        return state
+    return {name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}
+
+
 def stored_spec(tensor: torch.Tensor, storage_dtype: torch.dtype) -> TensorSpec:
     """How a tensor that no format touches is stored: floats in the storage dtype, everything else as it is."""
     return TensorSpec(storage_dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
@@ -66,8 +79,13 @@ def stored_spec(tensor: torch.Tensor, storage_dtype: torch.dtype) -> TensorSpec:
 
 def weights_hash(model: nn.Module, storage_dtype: torch.dtype) -> str:
     """SHA-256 over names, shapes and values of all tensors in the storage dtype: the identity of a denoiser."""
+    return tensors_hash(sorted(model.state_dict().items()), storage_dtype)
+
+
+def tensors_hash(tensors: Iterable[tuple[str, torch.Tensor]], storage_dtype: torch.dtype) -> str:
+    """The same of (name, tensor) pairs, sorted by name; one is held at a time."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in tensors:
         spec = stored_spec(tensor, storage_dtype)
         digest.update(f"{name}{spec.dtype}{spec.shape}".encode())
         digest.update(tensor_bytes(tensor.to(spec.dtype)))
@@ -77,3 +95,8 @@ def weights_hash(model: nn.Module, storage_dtype: torch.dtype) -> str:
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The raw little-endian bytes of a tensor."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def checksum(data: memoryview) -> str:
+    """CRC-32 of a tensor's raw bytes, 8 hex digits."""
+    return f"{zlib.crc32(data):08x}"

@@ -14,9 +14,11 @@ from torch import nn
 
 from bitpolicy.kernels.bias_correction import bias_shift
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.grid import GridFormat
 from bitpolicy.kernels.layers import Quantizable, pack_layer, quantizable_layers, replace_layer
 from bitpolicy.kernels.quantizers import HESSIANS, quantize_data_free
+from bitpolicy.kernels.row_chunks import each_chunk
 from bitpolicy.policies.calibration import Calibration, rounded_key
 from bitpolicy.policies.policy import Choice
 
@@ -38,16 +40,51 @@ def quantize_layer(
         BitPolicyError: the weight is not finite, or the correction lacks its calibration.
     """
     weight = layer.weight.detach().to(storage)
-    tensors = stored_weight(name, weight, choice, calibration)
     bias = None if layer.bias is None else layer.bias.detach()
+    return quantize_tensors(name, layer, weight, bias, choice, calibration)
+
+
+def quantize_tensors(
+    name: str,
+    layer: Quantizable,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    choice: Choice,
+    calibration: Calibration,
+) -> QuantizedLayer:
+    """The same for a layer whose tensors lie elsewhere, such as one on `meta`.
+
+    Args:
+        layer: says what kind of layer it is; its own tensors are not read.
+        weight: in the storage dtype.
+        bias: in any float dtype, if the layer has one.
+    """
+    tensors = stored_weight(name, weight, choice, calibration)
     if bias is not None and choice.bias_correction:
         if name not in calibration:
             raise BitPolicyError(
                 f"layer {name}: bias correction needs its mean input, and the calibration has none; measure it anew"
             )
-        delta = choice.format.dequantize(tensors, weight.shape, torch.float32) - weight.float()
-        bias = bias.float() + bias_shift(layer, delta, calibration[name])
-    return QuantizedLayer(tensors, None if bias is None else bias.to(storage))
+        bias = bias.float() + _mean_error(layer, weight, choice.format, tensors, calibration[name])
+    return QuantizedLayer(tensors, None if bias is None else bias.to(weight.dtype))
+
+
+def _mean_error(
+    layer: Quantizable, weight: torch.Tensor, format: Format, tensors: Mapping[str, torch.Tensor], patch: torch.Tensor
+) -> torch.Tensor:
+    """What the bias takes up, float32, shape (out); a few rows at a time, so that no float64 copy of a layer exists."""
+    groups = 1 if isinstance(layer, nn.Linear) else layer.groups
+    if groups > 1:
+        return bias_shift(layer, format.dequantize(tensors, weight.shape, torch.float32) - weight.float(), patch)
+    shift = torch.empty(weight.shape[0], device=weight.device)
+
+    def work(rows: slice) -> None:
+        part = {suffix: tensor[rows] for suffix, tensor in tensors.items()}
+        delta = format.dequantize(part, weight[rows].shape, torch.float32) - weight[rows].float()
+        shift[rows] = bias_shift(layer, delta, patch)
+
+    each_chunk(work, weight.shape, weight.device)
+    return shift
 
 
 def stored_weight(name: str, weight: torch.Tensor, choice: Choice, calibration: Calibration) -> dict[str, torch.Tensor]:
@@ -124,7 +161,19 @@ def to_storage(model: nn.Module, storage: torch.dtype) -> None:
     """
     for name, tensor in model.state_dict(keep_vars=False).items():
         if tensor.is_floating_point() and tensor.dtype != storage:
-            rounded = tensor.to(storage).to(tensor.dtype)
-            if not torch.isfinite(rounded).all():
-                raise BitPolicyError(f"{name} has values that {storage} cannot hold; load the model in bfloat16")
-            tensor.copy_(rounded)
+            tensor.copy_(as_stored(name, tensor, storage))
+
+
+def as_stored(name: str, tensor: torch.Tensor, storage: torch.dtype) -> torch.Tensor:
+    """A tensor as it is stored: floats in the storage dtype, everything else as it is.
+
+    Raises:
+        BitPolicyError: a value is beyond the storage dtype's range.
+    """
+    if not tensor.is_floating_point() or tensor.dtype == storage:
+        return tensor
+    found = tensor.to(storage)
+    suspect = not torch.isfinite(found.sum(dtype=torch.float32))  # one cheap pass tells almost always
+    if suspect and not torch.isfinite(found[torch.isfinite(tensor)]).all():
+        raise BitPolicyError(f"{name} has values that {storage} cannot hold; load the model in bfloat16")
+    return found

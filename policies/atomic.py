@@ -14,8 +14,11 @@ def written_aside(path: Path) -> Iterator[Path]:
     """A temporary sibling of `path` to write to; renamed to `path` if the block succeeds, removed if it does not."""
     path = path.resolve()  # what a link leads to is replaced, and "." has a name
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
+    aside, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     _remove(aside)
+    if old.exists() and not path.exists():  # a process was killed between the two renames below
+        old.rename(path)
+    _remove(old)
     try:
         yield aside
         _replace(aside, path)
@@ -32,7 +35,6 @@ def write_text(path: Path, text: str) -> None:
 def _replace(aside: Path, path: Path) -> None:
     if path.is_dir():  # a folder cannot be renamed onto a full one: move the old one out of the way first
         old = path.with_name(f".{path.name}.old")
-        _remove(old)
         path.rename(old)
         aside.rename(path)
         _remove(old)

@@ -8,7 +8,7 @@ recorded in the policy, so what is exported is what was searched.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.accounting import tensor_bytes
 from bitpolicy.policies.atomic import written_aside
-from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.policy import Choice, Policy
 
 Calibration = Mapping[str, torch.Tensor]
 """Layer name -> E[x], float32, shape (in) or (in, *kernel); `rounded_key` -> a packed tensor."""
@@ -37,7 +37,7 @@ def is_rounded(calibration: Calibration) -> bool:
 def needed_for(choices: Mapping[str, Choice], calibration: Calibration) -> dict[str, torch.Tensor]:
     """The entries that putting `choices` on the model takes: every E[x], and what was rounded for them."""
     wanted = {f"{name}/{choice.format.name}/{choice.quantizer}" for name, choice in choices.items()}
-    return {key: value for key, value in calibration.items() if "/" not in key or key.rpartition("/")[0] in wanted}
+    return {key: calibration[key] for key in calibration if "/" not in key or key.rpartition("/")[0] in wanted}
 
 
 def save_calibration(calibration: Calibration, path: Path) -> None:
@@ -67,6 +67,24 @@ def load_calibration(path: Path, expected_hash: str | None = None) -> dict[str, 
             "use the file written beside it"
         )
     return calibration
+
+
+def calibration_of(policy: Policy, path: Path | None, choices: Iterable[Choice]) -> Calibration:
+    """What putting `choices` on a model takes: held by the policy, or in the file beside it.
+
+    Args:
+        path: of the policy; None for one in memory.
+        choices: of the policy, resolved.
+
+    Raises:
+        BitPolicyError: they need a calibration, and the file is missing or another than the policy's.
+    """
+    if policy.calibration is not None:
+        return policy.calibration
+    if not any(choice.needs_calibration for choice in choices):
+        return {}
+    beside = Path("calibration.safetensors") if path is None else path.with_name("calibration.safetensors")
+    return load_calibration(beside, policy.provenance.get("calibration"))
 
 
 def calibration_hash(calibration: Calibration) -> str:

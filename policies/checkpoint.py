@@ -1,106 +1,34 @@
-"""Export: a diffusers folder whose denoiser is packed as the policy says."""
+"""The files of one packed model: its tensors, in one file or in shards, and its config."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
-from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import TensorSpec
-from bitpolicy.kernels.layers import quantizable_layers
-from bitpolicy.policies.accounting import ByteAccount, stored_spec
-from bitpolicy.policies.apply import quantize_layer
-from bitpolicy.policies.atomic import write_text, written_aside
-from bitpolicy.policies.calibration import Calibration, is_rounded, save_calibration
-from bitpolicy.policies.denoiser import denoiser_of, of_component
-from bitpolicy.policies.diffusers_quantizer import BitPolicyConfig
-from bitpolicy.policies.model_card import model_card
-from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.kernels.layers import Quantizable, quantizable_layers
+from bitpolicy.policies.accounting import stored_spec
+from bitpolicy.policies.apply import as_stored, quantize_tensors
+from bitpolicy.policies.calibration import Calibration
+from bitpolicy.policies.packed_config import BitPolicyConfig
+from bitpolicy.policies.pipeline_files import DIFFUSERS, shard_names, weights_index
+from bitpolicy.policies.policy import Choice
 from bitpolicy.policies.safetensors_writer import SafetensorsWriter
+from bitpolicy.policies.source import ModuleSource, TensorSource, header
 
-WEIGHTS = "diffusion_pytorch_model"
 MAX_SHARD_SIZE = 10 * 10**9  # bytes; diffusers' default
-
-
-def export_pipeline(
-    pipe: DiffusionPipeline,
-    component: str,
-    policy: Policy,
-    calibration: Calibration,
-    folder: Path,
-    *,
-    component_dtype: torch.dtype | None = None,
-    max_shard_size: int = MAX_SHARD_SIZE,
-) -> int:
-    """Write `pipe` as a diffusers folder with a packed denoiser, aside and renamed.
-
-    Args:
-        component: name of the denoiser in the pipeline, e.g. "unet", or several, separated by commas; then the policy's
-            layer names begin with theirs. They must be unquantized.
-        folder: where to; a folder that is there is replaced once the new one is complete.
-        component_dtype: dtype the other components are stored in; None is the policy's storage dtype.
-        max_shard_size: bytes; a larger denoiser is split as diffusers splits it.
-
-    Returns:
-        Tensor bytes of the denoiser's file or files.
-
-    Raises:
-        BitPolicyError: the policy does not fit the model, the calibration is missing, or the disk is full.
-    """
-    denoiser, components = denoiser_of(pipe, component), component.split(",")
-    storage = getattr(torch, policy.storage_dtype)
-    choices = policy.resolve(name for name, _ in quantizable_layers(denoiser))
-    _require_space(folder, ByteAccount.of(denoiser, storage).total({n: c.format for n, c in choices.items()}))
-    if folder.exists() and not (folder / "model_index.json").is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise BitPolicyError(f"{folder} holds something that is no pipeline; export to a new or an empty folder")
-    with written_aside(folder) as aside:
-        aside.mkdir()
-        pipe.save_config(aside)
-        for name, other in pipe.components.items():
-            if name not in components and hasattr(other, "save_pretrained"):
-                _forget_last_call(other)
-                with _stored_as(other, component_dtype or storage):
-                    other.save_pretrained(aside / name)
-                if isinstance(other, ModelMixin):  # so that it, too, keeps its dtype when it is loaded without one
-                    _write_config(other, {}, component_dtype or storage, aside / name)
-        nbytes = 0
-        for name in components:
-            own, means = of_component(choices, name, components), of_component(calibration, name, components)
-            nbytes += export_denoiser(getattr(pipe, name), own, means, storage, aside / name, max_shard_size)
-        if not is_rounded(calibration) and any(choice.bias_correction for choice in choices.values()):
-            save_calibration(calibration, aside / "calibration.safetensors")  # rounded, it would hold the weights again
-        describe_checkpoint(aside, policy, denoiser)
-    return nbytes
-
-
-def describe_checkpoint(folder: Path, policy: Policy, denoiser: nn.Module) -> None:
-    """Write policy.yaml and the model card of an exported folder anew, after its quality was measured."""
-    policy.save(folder / "policy.yaml")
-    choices = policy.resolve(name for name, _ in quantizable_layers(denoiser))
-    write_text(folder / "README.md", model_card(policy, denoiser, choices))
 
 
 def checkpoint_bytes(folder: Path) -> int:
     """Tensor bytes of the safetensors files in a denoiser's folder, as their headers tell."""
-    total = 0
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        total += sum(
-            end - start
-            for name, entry in header.items()
-            if name != "__metadata__"
-            for start, end in [entry["data_offsets"]]
-        )
-    return total
+    return sum(spec.nbytes for path in sorted(folder.glob("*.safetensors")) for spec in header(path).values())
 
 
 def export_denoiser(
@@ -110,24 +38,76 @@ def export_denoiser(
     storage: torch.dtype,
     folder: Path,
     max_shard_size: int = MAX_SHARD_SIZE,
+    source: TensorSource | None = None,
 ) -> int:
-    """Write the config and the packed weights of one denoiser; returns its tensor bytes."""
+    """Write the config and the packed weights of one model of diffusers.
+
+    Args:
+        source: of its tensors; None is the model itself, which else may lie on `meta`.
+
+    Returns:
+        Its tensor bytes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    _write_config(denoiser, choices, storage, folder)
-    specs = _specs(denoiser, choices, storage)
-    shards = _shards(specs, max_shard_size)
+    checksums = write_packed(
+        denoiser, source or ModuleSource(denoiser), choices, calibration, storage, folder, DIFFUSERS, max_shard_size
+    )
+    write_config(denoiser, choices, storage, folder, checksums)
+    return checkpoint_bytes(folder)
+
+
+def write_packed(
+    model: nn.Module,
+    source: TensorSource,
+    choices: Mapping[str, Choice],
+    calibration: Calibration,
+    storage: torch.dtype,
+    folder: Path,
+    stem: str,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    left_out: Collection[str] = (),
+) -> str:
+    """Write the tensors of a model to `folder`, in `stem`.safetensors or in shards with an index.
+
+    A layer is read and quantized while the one before it is written; no third is in memory.
+
+    Args:
+        model: whose layers and shapes count; it may lie on `meta`.
+        source: of its tensors.
+        left_out: names of tensors that are another under a second name.
+
+    Returns:
+        Checksums of the tensors, as a `BitPolicyConfig` takes them.
+    """
+    specs = {name: spec for name, spec in packed_specs(model, choices, storage).items() if name not in left_out}
+    shards = _shards(specs, max_shard_size, stem)
     with ExitStack() as files:
         place: dict[str, SafetensorsWriter] = {}
         for file, names in shards.items():
             writer = files.enter_context(SafetensorsWriter(folder / file, {name: specs[name] for name in names}))
             place |= dict.fromkeys(names, writer)
-        for name, tensor in _tensors(denoiser, choices, calibration, storage):
-            place[name].write(name, tensor)
-    total = sum(spec.nbytes for spec in specs.values())
+        _write_behind(place, packed_tensors(model, source, choices, calibration, storage, left_out))
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": {n: f for f, names in shards.items() for n in names}}
-        (folder / f"{WEIGHTS}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    return total
+        index = weights_index({file: {name: specs[name] for name in names} for file, names in shards.items()})
+        (folder / f"{stem}.safetensors.index.json").write_text(index, encoding="utf-8")
+    return "".join(place[name].checksums[name] for name in sorted(specs))
+
+
+def _write_behind(place: Mapping[str, SafetensorsWriter], layers: Iterator[dict[str, torch.Tensor]]) -> None:
+    """Write the tensors of each layer while the next ones are made."""
+
+    def write(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            place[name].write(name, tensor)
+
+    with ThreadPoolExecutor(1) as thread:
+        writing: Future[None] | None = None
+        for tensors in layers:
+            if writing is not None:
+                writing.result()
+            writing = thread.submit(write, tensors)
+        if writing is not None:
+            writing.result()
 
 
 def _packed_name(name: str, choices: Mapping[str, Choice]) -> str | None:
@@ -136,7 +116,8 @@ def _packed_name(name: str, choices: Mapping[str, Choice]) -> str | None:
     return layer if leaf == "weight" and layer in choices and choices[layer].format.packed else None
 
 
-def _specs(denoiser: nn.Module, choices: Mapping[str, Choice], storage: torch.dtype) -> dict[str, TensorSpec]:
+def packed_specs(denoiser: nn.Module, choices: Mapping[str, Choice], storage: torch.dtype) -> dict[str, TensorSpec]:
+    """Every stored tensor, by name, before anything is quantized."""
     specs: dict[str, TensorSpec] = {}
     for name, tensor in denoiser.state_dict().items():
         layer = _packed_name(name, choices)
@@ -148,26 +129,43 @@ def _specs(denoiser: nn.Module, choices: Mapping[str, Choice], storage: torch.dt
     return specs
 
 
-def _tensors(
-    denoiser: nn.Module, choices: Mapping[str, Choice], calibration: Calibration, storage: torch.dtype
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every stored tensor, one layer in memory at a time."""
-    done = set()
+def packed_tensors(
+    denoiser: nn.Module,
+    source: TensorSource,
+    choices: Mapping[str, Choice],
+    calibration: Calibration,
+    storage: torch.dtype,
+    left_out: Collection[str] = (),
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Every stored tensor, those of one layer at a time."""
+    done = set(left_out)
     for name, layer in quantizable_layers(denoiser):
         if name in choices and choices[name].format.packed:
-            stored = quantize_layer(name, layer, choices[name], calibration, storage)
-            done.add(f"{name}.weight")
-            for suffix, tensor in stored.tensors.items():
-                yield f"{name}.{suffix}", tensor
-            if stored.bias is not None:
-                done.add(f"{name}.bias")
-                yield f"{name}.bias", stored.bias
-    for name, tensor in denoiser.state_dict().items():
+            stored = _quantized(name, layer, source, choices[name], calibration, storage)
+            done |= {f"{name}.weight", *stored}
+            yield stored
+    for name in denoiser.state_dict():
         if name not in done:
-            yield name, tensor.to(stored_spec(tensor, storage).dtype)
+            yield {name: as_stored(name, source.read(name), storage)}
 
 
-def _shards(specs: Mapping[str, TensorSpec], most: int) -> dict[str, list[str]]:
+def _quantized(
+    name: str,
+    layer: Quantizable,
+    source: TensorSource,
+    choice: Choice,
+    calibration: Calibration,
+    storage: torch.dtype,
+) -> dict[str, torch.Tensor]:
+    """The stored tensors of one layer, by their names in the file."""
+    weight = as_stored(f"{name}.weight", source.read(f"{name}.weight"), storage)
+    bias = None if layer.bias is None else source.read(f"{name}.bias")
+    stored = quantize_tensors(name, layer, weight, bias, choice, calibration)
+    tensors = {f"{name}.{suffix}": tensor for suffix, tensor in stored.tensors.items()}
+    return tensors if stored.bias is None else {**tensors, f"{name}.bias": stored.bias}
+
+
+def _shards(specs: Mapping[str, TensorSpec], most: int, stem: str) -> dict[str, list[str]]:
     """File name -> tensor names, filled in name order, none over `most` bytes unless one tensor is."""
     groups: list[list[str]] = [[]]
     size = 0
@@ -177,51 +175,22 @@ def _shards(specs: Mapping[str, TensorSpec], most: int) -> dict[str, list[str]]:
             size = 0
         groups[-1].append(name)
         size += spec.nbytes
-    if len(groups) == 1:
-        return {f"{WEIGHTS}.safetensors": groups[0]}
-    return {f"{WEIGHTS}-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+    return dict(zip(shard_names(stem, len(groups)), groups, strict=True))
 
 
-def _write_config(denoiser: Any, choices: Mapping[str, Choice], storage: torch.dtype, folder: Path) -> None:
-    denoiser.save_config(folder)
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config["quantization_config"] = BitPolicyConfig.of(choices, storage).to_dict()
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+def write_config(
+    model: Any, choices: Mapping[str, Choice], storage: torch.dtype, folder: Path, checksums: str = ""
+) -> None:
+    """The config of a model of diffusers. One without packed layers is told its method, too: so it keeps its dtype when
+    it is loaded without one."""
+    model.save_config(folder)
+    config = BitPolicyConfig.of(choices, storage, checksums).to_dict()
+    rewrite_json(folder / "config.json", quantization_config=config)
 
 
-def _forget_last_call(component: Any) -> None:
-    """Take off a fast tokenizer the padding and truncation of its last call, which would be saved with it."""
-    backend = getattr(component, "backend_tokenizer", None)
-    if backend is not None:
-        backend.no_padding()
-        backend.no_truncation()
-
-
-@contextmanager
-def _stored_as(component: Any, dtype: torch.dtype) -> Iterator[None]:
-    """Hold a component in the dtype it is stored in while the block runs."""
-    if not isinstance(component, nn.Module):
-        yield
-        return
-    parameters = [(parameter, parameter.data) for parameter in component.parameters()]
-    buffers = [(module, name, buffer) for module in component.modules() for name, buffer in module._buffers.items()]
-    nn.Module.to(component, dtype)  # diffusers' own warns of modules kept in float32, even of none
-    try:
-        yield
-    finally:
-        for parameter, data in parameters:
-            parameter.data = data
-        for module, name, buffer in buffers:
-            module._buffers[name] = buffer
-
-
-def _require_space(folder: Path, nbytes: int) -> None:
-    parent = folder.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(parent).free
-    if free < nbytes:
-        raise BitPolicyError(
-            f"{parent} has {free:,} bytes free, the checkpoint needs at least {nbytes:,}; "
-            "free some space or choose another --output-dir"
-        )
+def rewrite_json(path: Path, leave_out: Sequence[str] = (), **entries: Any) -> None:
+    """Set entries of a JSON file, and forget the folder that a model was loaded from: same model, same bytes."""
+    data = json.loads(path.read_text(encoding="utf-8")) | entries
+    for name in ("_name_or_path", *leave_out):
+        data.pop(name, None)
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")

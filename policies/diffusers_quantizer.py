@@ -2,13 +2,13 @@
 
 The model is built on `meta`, its layers are replaced by packed ones, and the stored tensors are read into them: no
 full-precision copy exists at any time. Without a dtype the storage dtype is kept; with one, packed tensors stay as they
-are stored and everything else is cast.
+are stored and everything else is cast. A full-precision model with a policy is packed while it is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from enum import StrEnum
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,97 +16,67 @@ from accelerate.utils import set_module_tensor_to_device
 from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
-from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.format import Format
-from bitpolicy.kernels.formats import from_parameters
-from bitpolicy.kernels.layers import PackedLayer, pack_layer, quantizable_layers, replace_layer, unpack_layer
-from bitpolicy.policies.policy import Choice
-
-METHOD = "bitpolicy"
-FORMAT_VERSION = 1
-
-
-class _Method(StrEnum):  # diffusers reads `.value` of it
-    BITPOLICY = METHOD
-
-
-class BitPolicyConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a packed checkpoint.
-
-    Attributes:
-        layers: layer name -> format name, for the packed layers only.
-        formats: format name -> its parameters, as the policy file records them.
-        storage_dtype: "float16" or "bfloat16", of everything that is not packed.
-    """
-
-    def __init__(
-        self,
-        layers: Mapping[str, str] | None = None,
-        formats: Mapping[str, Mapping[str, Any]] | None = None,
-        storage_dtype: str = "float16",
-        format_version: int = FORMAT_VERSION,
-        quant_method: str = METHOD,
-    ) -> None:
-        if format_version != FORMAT_VERSION:
-            raise BitPolicyError(
-                f"the checkpoint has format_version {format_version}, this bitpolicy reads {FORMAT_VERSION}; "
-                "install a newer one"
-            )
-        self.quant_method = _Method.BITPOLICY
-        self.layers = dict(layers or {})
-        self.formats = {name: dict(parameters) for name, parameters in (formats or {}).items()}
-        self.storage_dtype = storage_dtype
-        self.format_version = format_version
-
-    @classmethod
-    def of(cls, choices: Mapping[str, Choice], storage: torch.dtype) -> BitPolicyConfig:
-        packed = {name: choice.format for name, choice in choices.items() if choice.format.packed}
-        return cls(
-            layers={name: format.name for name, format in packed.items()},
-            formats={format.name: format.parameters() for format in packed.values()},
-            storage_dtype=str(storage).removeprefix("torch."),
-        )
-
-    def format_of(self, layer: str) -> Format:
-        name = self.layers[layer]
-        return from_parameters(name, self.formats.get(name, {}))
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "quant_method": METHOD,
-            "format_version": self.format_version,
-            "storage_dtype": self.storage_dtype,
-            "formats": self.formats,
-            "layers": self.layers,
-        }
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        return self.to_dict()
+from bitpolicy.policies.packed_config import METHOD, BitPolicyConfig
+from bitpolicy.policies.packed_model import (
+    expected_tensors,
+    finish,
+    make_shells,
+    packed_names,
+    refuse_disk,
+    to_save,
+    unpack_model,
+)
+from bitpolicy.policies.packed_while_read import PackedWhileRead
+from bitpolicy.policies.policy import Policy
+from bitpolicy.policies.stored_tensors import reader, require_checksums, require_stored, stored_tensors
 
 
 class BitPolicyQuantizer(DiffusersQuantizer):
-    """Loads, saves and dequantizes packed models for diffusers."""
+    """Loads, packs, saves and dequantizes models for diffusers."""
 
     use_keep_in_fp32_modules = True
     quantization_config: BitPolicyConfig
+    _given: tuple[Policy, Path | None] | None = None
+    _reading: PackedWhileRead | None = None
+    _files: Sequence[str | Path] | None = None
+    _compute: torch.dtype = torch.float16
+    _kept_in_float32: Sequence[str] = ()
 
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        if not self.pre_quantized:
-            raise BitPolicyError(
-                "this model is not packed; make a checkpoint with search-policy or `bitpolicy export` and load that"
-            )
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        self.quantization_config.require_use(self.pre_quantized)
+        refuse_disk(device_map)
+        if not self.pre_quantized and self._given is None:
+            self._given = self.quantization_config.opened_policy()
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
-        return getattr(torch, self.quantization_config.storage_dtype) if torch_dtype is None else torch_dtype
+        stored = self._given[0].storage_dtype if self._given else self.quantization_config.storage_dtype
+        self._compute = getattr(torch, stored) if torch_dtype is None else torch_dtype
+        return self._compute
 
-    def check_if_quantized_param(
-        self, model: Any, param_value: Any, param_name: str, *args: Any, **kwargs: Any
-    ) -> bool:
-        layer, _, _suffix = param_name.rpartition(".")
-        return layer in self.quantization_config.layers and not param_name.endswith(".bias")
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: Sequence[str | Path]) -> list[str]:
+        self._files = checkpoint_files
+        return loaded_keys
+
+    def _process_model_before_weight_loading(
+        self, model: Any, keep_in_fp32_modules: Sequence[str] = (), **kwargs: Any
+    ) -> None:
+        self._kept_in_float32 = tuple(keep_in_fp32_modules)
+        if self._given is not None:
+            self._expect_full(model, *self._given)
+        else:
+            self._expect_packed(model)
+
+    def _expect_packed(self, model: Any) -> None:
+        config = self.quantization_config
+        make_shells(model, config)
+        if self._files is not None:  # an older diffusers does not tell them: `finish` and the next hook have to do
+            stored = stored_tensors(self._files)
+            require_stored(stored, expected_tensors(model), packed_names(model), config.storage)
+            require_checksums(stored, config.checksums)
+        config.checksums = ""  # they are of this file, not of what is made of the model
 
     def check_quantized_param_shape(self, param_name: str, current: torch.Tensor, loaded: torch.Tensor) -> None:
         raise BitPolicyError(
@@ -114,53 +84,68 @@ class BitPolicyQuantizer(DiffusersQuantizer):
             "the checkpoint is damaged"
         )
 
+    def _expect_full(self, model: Any, policy: Policy, path: Path | None) -> None:
+        if self._files is None:
+            raise BitPolicyError("to pack a model while it is loaded takes diffusers 0.40 or newer; upgrade it")
+        stored = stored_tensors(self._files)
+        self._reading = PackedWhileRead(policy, path, model)
+        places = {name: name for name in stored}
+        model._fix_state_dict_keys_on_load(places)  # new name -> name in the file
+        lost = model.state_dict().keys() - places.keys()
+        if lost:
+            raise BitPolicyError(f"the files of this {type(model).__name__} lack {min(lost)}; download them again")
+        with reader() as read:
+            self._reading.require_same_weights(lambda name: read(stored[places[name]]))
+
+    def check_if_quantized_param(
+        self, model: Any, param_value: Any, param_name: str, *args: Any, **kwargs: Any
+    ) -> bool:
+        return self._reading is not None or self.quantization_config.packs(param_name)
+
     def create_quantized_param(
         self,
         model: Any,
-        param_value: Any,
+        param_value: torch.Tensor,
         param_name: str,
         target_device: Any,
         state_dict: Any,
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        set_module_tensor_to_device(model, param_name, target_device, value=state_dict[param_name])  # not the cast copy
-
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        layers = dict(quantizable_layers(model))
-        storage = getattr(torch, self.quantization_config.storage_dtype)
-        for name in self.quantization_config.layers:
-            if name not in layers:
-                raise BitPolicyError(f"the checkpoint packs layer {name!r}, which {type(model).__name__} does not have")
-            format = self.quantization_config.format_of(name)
-            specs = format.tensors(layers[name].weight.shape, storage)
-            empty = {suffix: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for suffix, spec in specs.items()}
-            replace_layer(model, name, pack_layer(layers[name], format, empty))
-        model.config["quantization_config"] = self.quantization_config
+        tensor = state_dict[param_name]  # not the cast copy
+        if self._reading is None:
+            set_module_tensor_to_device(model, param_name, target_device, value=tensor)
+            return
+        for name, kept in self._reading.take(param_name, tensor.to(target_device)).items():
+            if kept.is_floating_point() and not self._reading.config.packs(name):
+                kept = kept.to(param_value.dtype)
+            set_module_tensor_to_device(model, name, target_device, value=kept)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        lost = [name for name, tensor in model.state_dict().items() if tensor.device.type == "meta"]
-        if lost:
-            raise BitPolicyError(
-                f"the checkpoint lacks {len(lost)} tensors, e.g. {lost[0]}; download or export it again"
-            )
-        for module in model.modules():
-            if isinstance(module, PackedLayer):
-                module.compute_dtype = model.dtype
+        if self._reading is not None:
+            self._reading.require_all_taken()
+            self.quantization_config, self.pre_quantized = self._reading.config, True
+        self._given = self._reading = None
+        self._files = None
+        finish(model, self._compute_dtype)
+        model.config["quantization_config"] = self.quantization_config
         model.is_quantized = False  # packed layers survive .to(dtype): lifts diffusers' refusal of it
         return model
+
+    def _compute_dtype(self, layer: str) -> torch.dtype:
+        kept = any(part in self._kept_in_float32 for part in layer.split("."))
+        return torch.float32 if kept else self._compute
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
     ) -> tuple[dict[str, Any], dict[str, str]]:
-        if any(".base_layer." in name for name in state_dict):
-            raise BitPolicyError("the model has an adapter on it; unload it (or fuse and unload it) before saving")
-        return state_dict, {}
+        if not safe_serialization:
+            raise BitPolicyError("a packed model is saved as safetensors only; leave safe_serialization=False out")
+        config = self.quantization_config
+        return to_save(state_dict, set(filter(config.packs, state_dict)), config.storage), {}
 
     def _dequantize(self, model: Any) -> nn.Module:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, PackedLayer):
-                replace_layer(model, name, unpack_layer(module))
+        unpack_model(model)
         config = {key: value for key, value in model.config.items() if key != "quantization_config"}
         model._internal_dict = FrozenDict(config)  # or it would be saved as packed
         return model

@@ -1,56 +1,120 @@
-"""The README.md of an exported pipeline: what it is, what was done to it, how to load it."""
+"""The README.md of an exported pipeline: what it is, what was done to it, how good it is, how to load it."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
 from bitpolicy.policies.accounting import ByteAccount
+from bitpolicy.policies.denoiser import denoisers_in, is_autoencoder
 from bitpolicy.policies.policy import Choice, Policy
 
 _TEXT = """
 # {title}, quantized by bitpolicy
 
-The `{component}` of this pipeline holds its layers in mixed precision: {counts}. Which layer got which format was
+{component} of this pipeline in mixed precision: {counts}. Which layer got which format was
 chosen by what quantizing it does to the finished image; `policy.yaml` has the whole choice and how it was made.
-
-| | |
-|---|---|
-| tensor bytes of the {component} | {nbytes:,} |
-| PSNR against the unquantized pipeline, held-out prompts and seeds | {psnr} |
-| predicted relative error of the final latents | {error} |
 
 ```python
 import bitpolicy  # registers the format with diffusers
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("this/folder")
+pipe = DiffusionPipeline.from_pretrained("{location}")
 ```
+
+| | |
+|---|---|
+| base model | {base} |
+| tensor bytes of the {names} | {nbytes:,} |
+| the same unquantized | {reference:,} ({storage}) |
+| budget asked for | {budget} |
+| rounding | {rounding} |
+| layers whose bias is corrected | {corrected} |
+| PSNR against the unquantized pipeline, held-out prompts and seeds | {psnr} |
+| predicted relative error of {signal} | {error} |
+
+Layers by role and format:
+
+{table}
 """
 
 
-def model_card(policy: Policy, denoiser: nn.Module, choices: Mapping[str, Choice]) -> str:
-    """The card's text, front matter included."""
+@dataclass(frozen=True)
+class Card:
+    """What a card says beyond the policy.
+
+    Attributes:
+        location: what the snippet loads: a folder, or the repository that the folder will be.
+        roles: layer name -> what it does, e.g. "attention_qkv"; a layer without counts as "other".
+    """
+
+    location: str = "this/folder"
+    roles: Mapping[str, str] = field(default_factory=dict)
+
+
+PLAIN = Card()
+
+
+def model_card(policy: Policy, denoiser: nn.Module, choices: Mapping[str, Choice], card: Card = PLAIN) -> str:
+    """The card's text, front matter included. `denoiser` may lie on `meta`."""
     counts = Counter(choice.format.name for choice in choices.values())
-    result = policy.result
-    psnr = "not measured" if result is None or result.psnr_db is None else f"{result.psnr_db:.1f} dB"
-    error = "not predicted" if result is None or result.predicted_error is None else f"{result.predicted_error:.3g}"
     account = ByteAccount.of(denoiser, getattr(torch, policy.storage_dtype))
     nbytes = account.total({name: choice.format for name, choice in choices.items()})
+    result, budget = policy.result, policy.budget
+    if result is not None and result.policy_bytes != nbytes:
+        result = None  # it is of the policy as it was before someone edited it
+    psnr = "not measured" if result is None or result.psnr_db is None else f"{result.psnr_db:.1f} dB"
+    error = "not predicted" if result is None or result.predicted_error is None else f"{result.predicted_error:.3g}"
     data = ModelCardData(library_name="diffusers", tags=["bitpolicy", "quantized"], base_model=_hub_id(policy.model.id))
     body = _TEXT.format(
         title=policy.model.id,
-        component=policy.model.component,
+        component=_whose_layers(policy.model.component.split(",")),
+        names=", ".join(policy.model.component.split(",")),
+        signal="the images" if _has_autoencoder(denoiser) else "the final latents",
         counts=", ".join(f"{n} {name}" for name, n in sorted(counts.items())),
-        nbytes=result.policy_bytes if result else nbytes,
+        location=card.location,
+        base=policy.model.id + (f", revision {policy.model.revision}" if policy.model.revision else ""),
+        nbytes=nbytes,
+        reference=account.reference,
+        storage=policy.storage_dtype,
+        budget=f"{budget.asked} (scope {budget.scope})" if budget else "none",
+        rounding=", ".join(sorted({c.quantizer for c in choices.values() if c.format.packed})) or "none",
+        corrected=sum(choice.bias_correction for choice in choices.values()),
         psnr=psnr,
         error=error,
+        table=_table(choices, card.roles, account),
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{body}"))
+
+
+def _whose_layers(components: list[str]) -> str:
+    names = [f"`{name}`" for name in components]
+    *others, last = names
+    return f"{', '.join(others)} and {last} hold the layers" if others else f"{last} holds the layers"
+
+
+def _has_autoencoder(model: nn.Module) -> bool:
+    """Whether errors were measured on images."""
+    return any(is_autoencoder(part) for part in denoisers_in(model))
+
+
+def _table(choices: Mapping[str, Choice], roles: Mapping[str, str], account: ByteAccount) -> str:
+    """A row for each role: how many layers have which format, and the bytes of their weights."""
+    formats = sorted({choice.format.name for choice in choices.values()})
+    counts: dict[str, Counter[str]] = {}
+    nbytes: Counter[str] = Counter()
+    for name, choice in choices.items():
+        role = roles.get(name, "other")
+        counts.setdefault(role, Counter())[choice.format.name] += 1
+        nbytes[role] += account.layer(name, choice.format)
+    rows = [["role", *formats, "bytes of weights"], ["---", *["--:"] * (len(formats) + 1)]]
+    rows += [[r, *(str(counts[r][f] or "") for f in formats), f"{nbytes[r]:,}"] for r in sorted(counts)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _hub_id(model: str) -> str | None:

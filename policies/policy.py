@@ -23,6 +23,7 @@ from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.formats import format_named, from_parameters
 from bitpolicy.kernels.quantizers import HESSIANS, QUANTIZERS
 from bitpolicy.policies.atomic import write_text
+from bitpolicy.policies.plain_yaml import YamlError, read_yaml
 
 SCHEMA: Final = 1
 
@@ -56,7 +57,10 @@ class _Strict(BaseModel):
 
 
 class ModelReference(_Strict):
-    """The denoiser a policy was made for. `sha256` is of its tensors in the storage dtype."""
+    """What a policy was made for: a denoiser, or several components, their names with commas.
+
+    `sha256` is of its tensors in the storage dtype.
+    """
 
     id: str
     revision: str | None = None
@@ -69,7 +73,8 @@ class BudgetRecord(_Strict):
     """The budget as it was asked, and in bytes of its scope.
 
     Attributes:
-        scope: "weights" is the denoiser; "pipeline" its other models, too; "peak" also what a call holds at once.
+        scope: "weights" is what the policy is for; "pipeline" the other models, too; "peak" also what a call holds at
+            once.
         other_bytes: what of `bytes` the other models take; with the scopes "pipeline" and "peak".
         activation_bytes: what of `bytes` is kept free for activations; with "peak", as are all that follow.
         height, width: of the image, in pixels.
@@ -121,7 +126,8 @@ class Rule(LayerSettings):
 
 
 class Result(_Strict):
-    """What the search predicted and measured. `predicted_error` is E|dx_0|^2 / E|x_0|^2 of the final latents."""
+    """What the search predicted and measured. `predicted_error` is E|dx_0|^2 / E|x_0|^2 of the final latents; of the
+    images where the policy holds an autoencoder."""
 
     policy_bytes: int
     predicted_error: float | None = None
@@ -164,13 +170,13 @@ class Policy(_Strict):
             PolicyError: it is missing, not YAML, or has unknown or malformed entries.
         """
         try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            data = read_yaml(Path(path))
         except OSError as error:
             raise PolicyError(
                 f"cannot read policy {path}: {error.strerror}; give the policy.yaml that search-policy wrote"
             ) from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise PolicyError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        except YamlError as error:
+            raise PolicyError(str(error)) from error
         if not isinstance(data, dict):
             raise PolicyError(
                 f"{path} is not a policy: found {type(data).__name__}, needed a mapping with 'bitpolicy: {SCHEMA}'"
@@ -254,7 +260,10 @@ def _difference(choice: Choice, common: Choice) -> LayerSettings:
 
 
 class _Readable(yaml.SafeDumper):
-    """Short mappings of plain values on one line, as people write them."""
+    """Short mappings of plain values on one line, as people write them; nothing by reference."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
 
 
 def _mapping(dumper: yaml.SafeDumper, data: dict[str, Any]) -> yaml.MappingNode:

@@ -30,7 +30,7 @@ from bitpolicy.kernels.formats import FP16, format_named
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.loading import BUNDLED_FOLDER, open_pipeline
 from bitpolicy.policies.apply import to_storage
-from bitpolicy.policies.checkpoint import export_pipeline
+from bitpolicy.policies.export import export_pipeline
 from bitpolicy.policies.footprint import measured_peak
 from bitpolicy.policies.policy import Choice, ModelReference, Policy
 from bitpolicy.sensitivity.peak_memory import PeakMemory, observe

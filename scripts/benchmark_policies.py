@@ -65,7 +65,12 @@ def main() -> None:
     args = parser.parse_args()
     stages = Stages()
     settings = Settings(
-        budget="100%", model=args.model, seed=args.seed, trials=args.trials, held_out_samples=args.images
+        quantizer="rtn",
+        budget="100%",
+        model=args.model,
+        seed=args.seed,
+        trials=args.trials,
+        held_out_samples=args.images,
     )
     plan = make_plan(settings)
     tables = {name: _probe(plan, replace(settings, probe=name), args.work, stages) for name in ("adjoint", "weight")}

@@ -55,6 +55,10 @@ A layer that does two things counts by the larger: `proj_out` in Flux's single b
 and is `feed_forward`. A U-Net's stages are encoder, middle and decoder. A transformer's are thirds of its depth, one
 stack of blocks after the other. `ends` is everything outside the blocks. Several denoisers of one pipeline are
 described each on its own.
+
+Text encoders, image encoders and autoencoders, studied with `--component`, have roles of the same names, found mostly
+by name in [outside_roles.py](../sensitivity/outside_roles.py), and one stage each: `conditioning` and `autoencoder`.
+Their embedding tables are not quantized, nor is a layer that shares its weight with one.
 """
 MODELS = """\
 ## The published models

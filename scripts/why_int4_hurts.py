@@ -77,7 +77,7 @@ def _plan(samples: int, steps: int, work: Path, stages: Stages) -> tuple[Plan, R
 
 def _settings(samples: int, steps: int) -> Settings:
     call = tuple({**BUNDLED_CALL, "num_inference_steps": steps}.items())
-    return Settings(budget="100%", calibration_samples=samples, call=call)
+    return Settings(budget="100%", quantizer="rtn", calibration_samples=samples, call=call)
 
 
 def _all(plan: Plan, name: str, corrected: bool) -> dict[str, Choice]:

@@ -8,8 +8,8 @@ A budget is written the way people say it and means one exact number of bytes:
 Shares and bits are matched first; what is left goes to pydantic's `ByteSize`, which alone would read "45%" as 45 bytes.
 Decimal and binary units differ by 7% at the gigabyte, so both are echoed back.
 
-What a budget covers is its scope. The solver always needs the bytes of the denoiser; so what else the scope counts, the
-pipeline's other models and room for activations, is taken off first.
+What a budget covers is its scope. The solver always needs the bytes of what is studied, the denoiser or more; so what
+else the scope counts, the pipeline's other models and room for activations, is taken off first.
 """
 
 from __future__ import annotations
@@ -45,10 +45,11 @@ class Scope:
 
     Attributes:
         name: "weights", "pipeline" or "peak".
-        account: the denoiser's bytes: in memory for "peak", in the checkpoint for the others.
+        account: bytes of what is studied: in memory for "peak", in the checkpoint for the others.
         others: bytes of the pipeline's other models.
         peak: the prediction, with "peak".
         room: what is kept for activations, with "peak".
+        studied: what `account` is of, in words.
     """
 
     name: ScopeName
@@ -56,21 +57,22 @@ class Scope:
     others: int = 0
     peak: PeakMemory | None = None
     room: Room | None = None
+    studied: str = "denoiser"
 
     @classmethod
-    def of_weights(cls, account: ByteAccount) -> Scope:
-        """The tensor bytes of the exported denoiser."""
-        return cls("weights", account)
+    def of_weights(cls, account: ByteAccount, studied: str = "denoiser") -> Scope:
+        """The tensor bytes of what is studied, as exported."""
+        return cls("weights", account, studied=studied)
 
     @classmethod
-    def of_pipeline(cls, account: ByteAccount, others: int) -> Scope:
+    def of_pipeline(cls, account: ByteAccount, others: int, studied: str = "denoiser") -> Scope:
         """Those, and `others`: the tensor bytes of the pipeline's other models as exported."""
-        return cls("pipeline", account, others)
+        return cls("pipeline", account, others, studied=studied)
 
     @classmethod
-    def of_peak(cls, peak: PeakMemory, candidates: Sequence[Format]) -> Scope:
+    def of_peak(cls, peak: PeakMemory, candidates: Sequence[Format], studied: str = "denoiser") -> Scope:
         """The most bytes that one pipeline call holds at once, under any policy in these formats."""
-        return cls("peak", peak.account, peak.others, peak, peak.room(candidates))
+        return cls("peak", peak.account, peak.others, peak, peak.room(candidates), studied)
 
     @property
     def activations(self) -> int:
@@ -90,12 +92,14 @@ class Scope:
     @property
     def at_fp16(self) -> str:
         """`reference` in words."""
-        has = {"weights": "the FP16 denoiser has", "pipeline": "the FP16 pipeline has", "peak": f"at FP16 {self} takes"}
+        verb = "has" if self.studied == "denoiser" else "have"
+        weights = f"the FP16 {self.studied} {verb}"
+        has = {"weights": weights, "pipeline": "the FP16 pipeline has", "peak": f"at FP16 {self} takes"}
         return f"{has[self.name]} {self.reference:,} bytes"
 
     def __str__(self) -> str:
         if self.peak is None:
-            return {"weights": "the denoiser", "pipeline": "the pipeline"}[self.name]
+            return {"weights": f"the {self.studied}", "pipeline": "the pipeline"}[self.name]
         size, batch = f"{self.peak.width} x {self.peak.height} pixels", self.peak.batch_size
         return f"a pipeline call at {size}" + (f", {batch} at once" if batch > 1 else "")
 
@@ -124,8 +128,8 @@ class Budget:
         amount, unit = read(text)
         if unit == "bit" and scope.name != "weights":
             raise BudgetError(
-                f"budget {text!r} is bits a parameter of the denoiser, and scope {scope.name} is more than that; "
-                "write 3GB, 3GiB, 700MB or 45%, or use --scope weights"
+                f"budget {text!r} is bits a parameter of the {scope.studied}, and scope {scope.name} is more than "
+                "that; write 3GB, 3GiB, 700MB or 45%, or use --scope weights"
             )
         unit_of, parts = {"%": (scope.reference, 100), "bit": (scope.account.parameters, 8), "B": (1, 1)}[unit]
         total = int(amount * unit_of / parts)
@@ -135,14 +139,14 @@ class Budget:
 
     @property
     def nbytes(self) -> int:
-        """Bytes for the denoiser, counted by `scope.account`; negative if the rest alone takes more than `total`."""
+        """Bytes for what is studied, counted by `scope.account`; negative if the rest alone takes more than `total`."""
         return self.total - self.scope.others - self.scope.activations
 
     def require(self, smallest: int, formats: Sequence[str]) -> None:
         """Check that a policy exists.
 
         Raises:
-            BudgetError: the denoiser's part is below `smallest`, the size of the smallest policy with `formats`.
+            BudgetError: what is studied has less than `smallest`, the size of the smallest policy with `formats`.
         """
         if self.nbytes >= smallest:
             return
@@ -161,10 +165,10 @@ class Budget:
 
     @property
     def _parts(self) -> str:
-        """What of the budget is left for the denoiser, and why."""
+        """What of the budget is left for what is studied, and why."""
         taken = f"the other models take {self.scope.others:,}"
         taken += f" and activations {self.scope.activations:,}" if self.scope.peak else ""
-        return f"{taken}, which leaves {max(self.nbytes, 0):,} for the denoiser"
+        return f"{taken}, which leaves {max(self.nbytes, 0):,} for the {self.scope.studied}"
 
     @property
     def record(self) -> BudgetRecord:

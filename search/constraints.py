@@ -1,16 +1,25 @@
-"""What a user fixes beforehand: formats of some layers (`--keep`), and layers that share one (`--share-qkv`)."""
+"""What a user fixes beforehand: formats of some layers (`--keep`), layers that share one (`--share-qkv`), and a program
+that has to hold what is chosen (`--target`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.formats import format_named
+from bitpolicy.policies.exporters.exporter import Layer as ExportedLayer
+from bitpolicy.policies.exporters.targets import exporter_named
 from bitpolicy.sensitivity.inventory import Layer
 
-_PROJECTIONS = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"), ("q_proj", "k_proj", "v_proj"))
+_PROJECTIONS = (
+    ("to_q", "to_k", "to_v"),
+    ("add_q_proj", "add_k_proj", "add_v_proj"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("q", "k", "v"),  # T5
+    ("query", "key", "value"),  # BERT, older autoencoders
+)
 
 
 def pinned(rules: Iterable[str], layers: Sequence[Layer]) -> dict[str, Format]:
@@ -54,3 +63,31 @@ def shared_qkv(layers: Sequence[Layer]) -> list[list[str]]:
         for leaves in _PROJECTIONS
     ]
     return [group for group in found if len(group) > 1]
+
+
+def not_held(
+    target: str, layers: Sequence[Layer], formats: Iterable[Format], kept: Mapping[str, Format]
+) -> frozenset[tuple[str, Format]]:
+    """(layer name, format) that another program cannot hold.
+
+    Args:
+        target: its name, one of `bitpolicy.policies.exporters.targets.NAMES`.
+        kept: as `pinned` gives them.
+
+    Raises:
+        BitPolicyError: there is no such program, or a layer is kept at a format that it cannot hold.
+    """
+    exporter = exporter_named(target)
+    found = frozenset(
+        (layer.name, format)
+        for layer in layers
+        for format in formats
+        if not exporter.holds(ExportedLayer(layer.name, layer.kind, layer.shape, format))
+    )
+    for name, format in kept.items():
+        if (name, format) in found:
+            raise BitPolicyError(
+                f"--keep {name}={format.name}: {exporter.title} cannot hold that; "
+                f"`bitpolicy formats --target {exporter.name}` says what it can"
+            )
+    return found

@@ -2,8 +2,9 @@
 
     error(l, f) = E|x_0(Q_f(W_l)) - x_0|^2 / E|x_0|^2
 
-over the calibration samples, same seeds. It costs a trajectory a sample for each layer, format and bias; other probes
-are checked against it, and it takes their place where first order breaks.
+over the calibration samples, same seeds; x_0 is the image where an autoencoder is studied. It costs a trajectory a
+sample for each layer, format and bias; other probes are checked against it, and it takes their place where first order
+breaks.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class References:
     """What errors are taken against: unquantized results of the same samples.
 
     Attributes:
-        latents: shape (N, ...).
+        latents: shape (N, ...); images in [0, 1] where an autoencoder is studied.
         images: shape (N, C, H, W) or (N, frames, C, H, W); None where only latents are measured.
     """
 
@@ -104,9 +105,9 @@ class References:
             BitPolicyError: they give latents of different sizes.
         """
         if not images:
-            return cls(_stacked(trajectories.latents(samples)), None)
-        drawn, latents = zip(*trajectories.images(samples), strict=True)
-        return cls(_stacked(latents), _stacked(drawn))
+            return cls(_stacked(trajectories.signals(samples)), None)
+        drawn, signals = zip(*trajectories.images_and_signals(samples), strict=True)
+        return cls(_stacked(signals), _stacked(drawn))
 
     def measured(self, found: References) -> Measured:
         """How far `found` is from this."""

@@ -1,7 +1,8 @@
 """The adjoint probe: what every layer's quantization error does to the final latent, from a few backward passes.
 
-To first order, a change dW of layer l's weight moves the final latent x_0 by J_l dW. Draw v ~ N(0, I) of the latent's
-shape. One backward pass of <v, x_0> through the whole sampling loop gives G_l = J_l^T v for every layer at once, and
+To first order, a change dW of layer l's weight moves the final latent x_0 by J_l dW. Where an autoencoder is studied,
+x_0 stands for the image instead. Draw v ~ N(0, I) of its shape. One backward pass of <v, x_0> through the whole
+sampling loop gives G_l = J_l^T v for every layer at once, and
 
     s(l, f) = <G_l, Q_f(W_l) - W_l> = <v, J_l dW>,      E_v[s(l, f)^2]          = |dx_0(l, f)|^2,
                                                         E_v[s(l, f) s(l', f')]  = <dx_0(l, f), dx_0(l', f')>.
@@ -23,11 +24,10 @@ from bitpolicy.sensitivity.candidates import Candidate
 from bitpolicy.sensitivity.checkpointed_calls import CheckpointedCalls
 from bitpolicy.sensitivity.directions import Direction, signal_of
 from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.scaled_backward import backward, scales_for
 from bitpolicy.sensitivity.sketch import Sketch, SketchRecorder, only_these_require_grad
 from bitpolicy.sensitivity.trajectory import LoopError, Trajectories
 from bitpolicy.sensitivity.weight_changes import WeightChanges
-
-_HALF_SCALES = [2.0**power for power in (8, 4, 0, -4, -8, -12)]  # of v under float16, largest that stays finite wins
 
 
 class AdjointProbe:
@@ -52,7 +52,7 @@ class AdjointProbe:
         self._trajectories, self._recompute_inside = trajectories, recompute_inside
         self._layers = dict(quantizable_layers(trajectories.denoiser))
         changes = WeightChanges(self._layers, candidates, calibration, storage)
-        self._recorder = SketchRecorder(self._layers, changes, len(candidates))
+        self._recorder = SketchRecorder(self._layers, changes, len(candidates), trajectories.outside_layers)
 
     def sketches(self, sample: Sample, directions: Sequence[Direction]) -> Iterator[Sketch]:
         """One sketch for each direction, all from one forward trajectory.
@@ -64,35 +64,45 @@ class AdjointProbe:
         self._trajectories.end(sample)  # a run without gradients, if it takes one, is none of the calls below
         calls = CheckpointedCalls(self._trajectories, self._at_step)
         with only_these_require_grad(self._trajectories, self._layers), calls.installed(self._recompute_inside):
-            latent = self._trajectories.differentiable_latent(sample)
+            signal = self._trajectories.differentiable_signal(sample)
             require_uncut(calls.cut)
             for i, direction in enumerate(directions):
-                v = direction.vector(latent, sample)
-                yield self._backward(latent, v, calls.steps, keep=i + 1 < len(directions))
+                v = direction.vector(signal, sample)
+                yield self._backward(signal, v, calls, keep=i + 1 < len(directions))
 
     def _at_step(self, step: int) -> None:
         self._recorder.step = step
 
-    def _backward(self, latent: torch.Tensor, v: torch.Tensor, called: set[int], keep: bool) -> Sketch:
+    def _backward(self, signal: torch.Tensor, v: torch.Tensor, calls: CheckpointedCalls, keep: bool) -> Sketch:
         where = None
-        scales = _HALF_SCALES if latent.dtype == torch.float16 else [1.0]
+        scales = scales_for(signal, self._trajectories.denoisers)
         for scale in scales:
             last = scale == scales[-1]
-            with self._recorder.recording(max(self._trajectories.steps, max(called) + 1), latent.device):
-                try:
-                    torch.autograd.backward(latent, (v * scale).to(latent.dtype), retain_graph=keep or not last)
-                except torch.OutOfMemoryError:
-                    raise
-                except RuntimeError as error:  # a tensor of the graph was changed in place
-                    raise LoopError(f"the sampling loop cannot be differentiated: {error}") from error
-            require_uncut(called - self._recorder.reached)
+            calls.new_backward()
+            most = max(self._trajectories.steps, max(calls.steps, default=0) + 1)
+            with self._recorder.recording(most, signal.device):
+                backward(signal, v, scale, keep=keep or not last)
+            require_uncut(calls.not_redone | (calls.steps - self._recorder.reached))
+            require_reached(calls.called - self._recorder.reached_outside)
             where = self._recorder.not_finite()
             if where is None:
-                return self._recorder.sketch(scale, along=float((v * signal_of(latent)).sum()))
+                return self._recorder.sketch(scale, along=float((v * signal_of(signal)).sum()))
         assert where is not None
+        place = f"step {where[0] + 1}" if where[0] >= 0 else "outside the loop"
         raise BitPolicyError(
-            f"step {where[0] + 1}: the gradient of {where[1]} is NaN or Inf; "
-            "try --dtype bfloat16 or float32, or --probe ablation"
+            f"{place}: the gradient of {where[1]} is NaN or Inf; try --dtype bfloat16 or float32, or --probe ablation"
+        )
+
+
+def require_reached(missed: set[str]) -> None:
+    """Raises:
+    BitPolicyError: there is a component that is called and that no gradient gets back to.
+    """
+    if missed:
+        names = ", ".join(sorted(missed))
+        raise BitPolicyError(
+            f"the pipeline calls its {names} where no gradients pass; leave {names} out of --component, or take "
+            "--probe ablation"
         )
 
 

@@ -34,14 +34,15 @@ class ErrorSplit:
     """Shares of each layer's error, float32, shape (2, 1 + T, L, F).
 
     The first axis is the layer's bias: as it was, corrected. The second is the whole trajectory, then each of its T
-    steps with the error that enters there.
+    steps with the error that enters there; if models outside the loop are studied, the first of the T is what they do.
 
     Attributes:
         error: E|dx_0|^2 / E|x_0|^2, >= 0.
         parallel, bias: as above, >= 0. What is left of `error` is noise.
         mean: as above, >= 0.
         local: E|de_t|^2 / E|e_t|^2 of the denoiser's output at each step, shape (2, T, L, F).
-        amplification: |dx_0| / |de_t|, from the denoiser's output at step t to the final latent, shape (2, T, L, F).
+        amplification: |dx_0| / |de_t|, from the denoiser's output at step t to the final latent, shape (2, T, L, F); 0
+            where de_t is: outside the loop there is no such output.
     """
 
     error: torch.Tensor
@@ -78,7 +79,7 @@ class ErrorSplit:
         here = torch.stack([s.sketch.stacked() for s in local]).square().mean(0)
         power = torch.stack([s.power for s in local]).mean(0)[:, None, None]
         tiny = torch.finfo(torch.float32).tiny
-        amplification = (error[:, 1:] * latent_power / here.clamp(min=tiny)).sqrt()
+        amplification = (error[:, 1:] * latent_power / here.clamp(min=tiny)).sqrt().where(here > 0, 0)
         return cls(error, parallel, bias, mean, here / power.clamp(min=tiny), amplification)
 
     @property

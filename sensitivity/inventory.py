@@ -1,6 +1,7 @@
-"""The layers of a denoiser, with what each does (role) and where it sits (stage).
+"""The layers under study, with what each does (role) and where it sits (stage).
 
-Several denoisers that are probed together come in an `nn.ModuleDict`; each is described as if it were alone.
+Several components that are studied together come in an `nn.ModuleDict`; each is described as if it were alone. Outside
+the denoisers a stage is a whole component's: the search scales its layers by role.
 """
 
 from __future__ import annotations
@@ -8,10 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.layers import PackedLayer, quantizable_layers
+from bitpolicy.policies.denoiser import is_autoencoder
+from bitpolicy.sensitivity.outside_roles import autoencoder_role, conditioner_role
 from bitpolicy.sensitivity.roles import is_attention, roles
+
+CONDITIONING, AUTOENCODER = "conditioning", "autoencoder"
+OUTSIDE = (CONDITIONING, AUTOENCODER)  # stages of what is not called in the sampling loop
 
 
 @dataclass(frozen=True)
@@ -19,13 +26,13 @@ class Layer:
     """One quantizable layer.
 
     Attributes:
-        name: its module path in the denoiser.
+        name: its module path in the component, or from the component's name on where several are studied.
         kind: its torch class, e.g. "Conv2d".
         shape: of its weight, (out, in/groups, *kernel).
         has_bias: whether bias correction has something to correct.
         role: what it does, e.g. "attention_qkv".
         stage: "encoder", "middle" or "decoder" in a U-Net; "early", "middle" or "late" by depth in a transformer;
-            "ends" outside the blocks.
+            "ends" outside the blocks; "conditioning" in a text or image encoder, "autoencoder" in a VAE.
     """
 
     name: str
@@ -45,7 +52,7 @@ def inventory(model: nn.Module) -> list[Layer]:
     """Every quantizable layer of `model`, in the model's own order.
 
     Args:
-        model: a denoiser, or an `nn.ModuleDict` of denoisers, whose names then begin the names of the layers.
+        model: a component, or an `nn.ModuleDict` of several, whose names then begin the names of the layers.
 
     Raises:
         BitPolicyError: there is none, or the model is packed.
@@ -54,8 +61,8 @@ def inventory(model: nn.Module) -> list[Layer]:
         raise BitPolicyError(
             f"{type(model).__name__} is packed already; give the full-precision model it was made from"
         )
-    denoisers = {f"{name}.": part for name, part in model.items()} if isinstance(model, nn.ModuleDict) else {"": model}
-    placed = {f"{prefix}{name}": place for prefix, part in denoisers.items() for name, place in _places(part).items()}
+    parts = {f"{name}.": part for name, part in model.items()} if isinstance(model, nn.ModuleDict) else {"": model}
+    placed = {f"{prefix}{name}": place for prefix, part in parts.items() for name, place in _places(part).items()}
     layers = [
         Layer(name, type(layer).__name__, tuple(layer.weight.shape), layer.bias is not None, *placed[name])
         for name, layer in quantizable_layers(model)
@@ -65,8 +72,16 @@ def inventory(model: nn.Module) -> list[Layer]:
     return layers
 
 
-def _places(denoiser: nn.Module) -> dict[str, tuple[str, str]]:
-    """Role and stage of every layer of one denoiser."""
+def _places(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """Role and stage of every layer of one component."""
+    if is_autoencoder(model):
+        return {name: (autoencoder_role(model, name), AUTOENCODER) for name, _ in quantizable_layers(model)}
+    if isinstance(model, PreTrainedModel):
+        return {name: (conditioner_role(model, name), CONDITIONING) for name, _ in quantizable_layers(model)}
+    return _places_in_denoiser(model)
+
+
+def _places_in_denoiser(denoiser: nn.Module) -> dict[str, tuple[str, str]]:
     stages = _stages(denoiser)
     found = roles(denoiser, inside=lambda name: stages[name] != "ends")
     return {name: (role, stages[name]) for name, role in found.items()}

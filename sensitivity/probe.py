@@ -7,7 +7,7 @@ reduced result is the same to the bit.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,7 @@ import torch
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import Format
-from bitpolicy.kernels.layers import quantizable_layers
-from bitpolicy.kernels.quantizers import HESSIANS, RTN
+from bitpolicy.kernels.quantizers import RTN
 from bitpolicy.policies.policy import Choice
 from bitpolicy.sensitivity.ablation import Measured, References, ablate
 from bitpolicy.sensitivity.adjoint import AdjointProbe
@@ -25,12 +24,12 @@ from bitpolicy.sensitivity.candidates import Candidate, candidates
 from bitpolicy.sensitivity.cost import Cost, adjoint_forwards, stepwise_forwards
 from bitpolicy.sensitivity.directions import Direction, Random, Shared, Signal
 from bitpolicy.sensitivity.error_split import ErrorSplit
-from bitpolicy.sensitivity.hessians import Moments, measure_moments
 from bitpolicy.sensitivity.inventory import Layer
+from bitpolicy.sensitivity.kept_calibration import KeptCalibration
 from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.records import Piece, Records, settings_key
 from bitpolicy.sensitivity.reference import ReferencePass, reference_part
-from bitpolicy.sensitivity.rounding import needs_hessian, parts, rounded_layers
+from bitpolicy.sensitivity.rounding_pass import RoundingPass
 from bitpolicy.sensitivity.samples import Sample, fingerprint
 from bitpolicy.sensitivity.sketch import Sketch, equally_long
 from bitpolicy.sensitivity.stepwise import LocalSketch, StepwiseProbe
@@ -40,8 +39,9 @@ from bitpolicy.sensitivity.weight_error import weight_errors
 from bitpolicy.sensitivity.workers import complete
 
 PROBES = ("adjoint", "stepwise", "ablation", "weight")
-_LARGE = 500_000_000  # parameters; from here on the denoiser is also checkpointed inside, block by block
+_LARGE = 500_000_000  # parameters; from here on models are also checkpointed inside, block by block
 _HESSIAN_SAMPLES = 8
+_ROUNDING = 2  # grows when quantizers make other codes than they did: what was kept before is not mixed with it
 _OUTLIER = 30.0  # times the median sketch: one that sees so much more than the others is worth a word
 
 
@@ -83,7 +83,7 @@ class ProbeRun:
 
     Args:
         trajectories: the pipeline with its call arguments.
-        inventory: the denoiser's layers.
+        inventory: the layers under study.
         formats: candidate formats; only the packed ones are scored.
         storage: dtype of the stored weights.
         weights: a hash of everything in the pipeline that the numbers depend on.
@@ -106,13 +106,16 @@ class ProbeRun:
         self._formats = tuple(format for format in formats if format.packed)
         self._candidates = candidates(formats, settings.quantizers)
         self._settings, self._stages = settings, stages
-        self._large = sum(p.numel() for p in trajectories.denoiser.parameters()) >= _LARGE
+        models = [*trajectories.denoisers, *trajectories.outside.values()]
+        self._large = sum(p.numel() for model in models for p in model.parameters()) >= _LARGE
         self._held: References | None = None
-        self._records = Records(folder / settings_key(self._identity(weights)))
+        self._folder = folder / settings_key(self._identity(weights))
+        self._records = Records(self._folder)
 
     def _identity(self, weights: str) -> dict[str, Any]:
         """Everything the numbers depend on."""
         pipe, scheduler = self._trajectories.pipe, self._trajectories.pipe.scheduler
+        quantizers = {"quantizers": list(self._settings.quantizers), "rounding": _ROUNDING}
         return {
             "weights": weights,
             "compute": str(next(self._trajectories.denoiser.parameters()).dtype),
@@ -121,11 +124,11 @@ class ProbeRun:
             "call": fingerprint(self._trajectories.call),
             "samples": [sample.identity() for sample in self._settings.samples],
             "formats": [f.parameters() for f in self._formats],
-            **({"quantizers": list(self._settings.quantizers)} if self._settings.quantizers != (RTN,) else {}),
+            **(quantizers if self._settings.quantizers != (RTN,) else {}),
         }
 
     def reference(self) -> ReferencePass:
-        """The mean inputs and latents' power over the calibration samples."""
+        """The mean inputs and the signal's power over the calibration samples."""
         parts = list(self._trajectories.parts(self._settings.samples))
         by_name = {f"reference-{i}": part for i, part in enumerate(parts)}
 
@@ -135,44 +138,16 @@ class ProbeRun:
 
         with self._stages.timed("reference"):
             found = ReferencePass.merged(list(complete(self._records, list(by_name), make).values()))
-        return replace(found, calibration={**found.calibration, **self._rounded()})
-
-    def _rounded(self) -> dict[str, torch.Tensor]:
-        """What every quantizer but round to nearest makes of every layer, by `rounded_key`."""
         if self._settings.quantizers == (RTN,):
-            return {}
-        denoiser = self._trajectories.denoiser
-        by_name = {f"rounded-{i}": part for i, part in enumerate(parts(denoiser, self._settings.quantizers))}
-
-        def make(names: Sequence[str]) -> Iterator[tuple[str, Piece]]:
-            samples = self._settings.samples[:_HESSIAN_SAMPLES]
-            with self._stages.bar(sum(len(samples) + len(by_name[name]) for name in names), "rounding") as advance:
-                for name in names:
-                    moments = self._moments(by_name[name], samples, advance)
-                    part = (denoiser, by_name[name], self._candidates, self._storage, moments, advance)
-                    yield name, rounded_layers(*part)
-
+            return found
         with self._stages.timed("round"):
-            return {k: t for piece in complete(self._records, list(by_name), make).values() for k, t in piece.items()}
+            return replace(found, calibration=KeptCalibration(found.calibration, self._rounding.files()))
 
-    def _moments(
-        self, names: Sequence[str], samples: Sequence[Sample], advance: Callable[[], None]
-    ) -> dict[str, Moments]:
-        """Second moments of the inputs of those layers that quantizers want them of."""
-        layers = dict(quantizable_layers(self._trajectories.denoiser))
-        wanted = [name for name in names if needs_hessian(layers[name], self._settings.quantizers)]
-        seen = any(HESSIANS.get(q) == "trajectory" for q in self._settings.quantizers)
-        found: dict[str, Moments] = {}
-        try:
-            for sample in samples:
-                measure_moments(self._trajectories, found, wanted, sample, seen, self._large)
-                advance()
-        except LoopError as error:
-            self._stages.warn(f"{error}; weights are rounded by what layers are given alone")
-            found = {}
-            for sample in samples:
-                measure_moments(self._trajectories, found, wanted, sample, False, self._large)
-        return found
+    @property
+    def _rounding(self) -> RoundingPass:
+        samples, folder = self._settings.samples[:_HESSIAN_SAMPLES], self._folder / "rounded"
+        about = (self._candidates, self._storage, samples, self._large, folder, self._stages)
+        return RoundingPass(self._trajectories, *about)
 
     def table(self, reference: ReferencePass) -> SensitivityTable:
         """The scores of every layer in every packed format.
@@ -184,6 +159,8 @@ class ProbeRun:
             try:
                 table = self._scores(self._settings.probe, reference)
             except LoopError as error:
+                if outside := ", ".join(self._trajectories.outside):
+                    raise BitPolicyError(f"{error}; leave {outside} out, or take --probe ablation") from error
                 self._stages.warn(
                     f"{error}; each step is probed alone instead, which knows nothing of what the sampler makes of it"
                 )

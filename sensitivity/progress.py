@@ -36,6 +36,9 @@ class Stages:
     @contextmanager
     def bar(self, total: int, description: str) -> Iterator[Callable[[], None]]:
         """A progress bar; the block calls what it is given once for each finished item."""
+        if self._quiet or not sys.stderr.isatty():
+            yield lambda: None
+            return
         columns = (
             TextColumn("{task.description:<26}"),
             BarColumn(),
@@ -44,8 +47,7 @@ class Stages:
             TextColumn("ETA"),
             TimeRemainingColumn(),
         )
-        hidden = self._quiet or not sys.stderr.isatty()
-        with Progress(*columns, console=Console(stderr=True), disable=hidden) as bars:
+        with Progress(*columns, console=Console(stderr=True)) as bars:
             task = bars.add_task(description, total=total)
             yield lambda: bars.advance(task)
 

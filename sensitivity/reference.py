@@ -1,4 +1,4 @@
-"""The reference pass over the calibration samples: the mean input of every layer, the size of the latents."""
+"""The reference pass over the calibration samples: the mean input of every layer, the size of the signal."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from bitpolicy.kernels.bias_correction import mean_patch
 from bitpolicy.kernels.layers import Quantizable, quantizable_layers
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.trajectory import Trajectories
 
@@ -20,12 +21,13 @@ class ReferencePass:
 
     Attributes:
         calibration: layer name -> E[x] over samples, steps and positions, float32 on the CPU, shape (in) or
-            (in, *kernel). A layer that was never called has none.
-        latent_power: E|x_0|^2, the mean squared norm of the final latent.
+            (in, *kernel). A layer that was never called has none. A probe adds what quantizers made, by `rounded_key`.
+        latent_power: E|x_0|^2, the mean squared norm of the signal: of the final latent, or of the image where an
+            autoencoder is studied.
         calls: denoiser calls of one trajectory.
     """
 
-    calibration: dict[str, torch.Tensor]
+    calibration: Calibration
     latent_power: float
     calls: int
 
@@ -61,8 +63,8 @@ def reference_part(trajectories: Trajectories, samples: Sequence[Sample]) -> dic
     try:
         for part in trajectories.parts(samples):
             sums.samples_now = len(part)
-            for latent in trajectories.latents(part):
-                sums.add("power", latent.double().square().sum())
+            for signal in trajectories.signals(part):
+                sums.add("power", signal.double().square().sum())
                 sums.add("samples", torch.ones((), dtype=torch.float64))
     finally:
         for handle in handles:

@@ -1,37 +1,46 @@
-"""Round every layer to every candidate whose quantizer takes more than a moment, once, and keep what it made.
+"""Round every layer to every candidate whose quantizer takes more than a moment.
 
 Hessians of all layers at once would be many times the model: layers are taken in parts whose Hessians fit in a set
-memory, with the backward passes of `hessians` anew for each part.
+memory, with the backward passes of `hessians` anew for each part. What is made of one layer for one candidate is handed
+on before the next is begun.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 
 import torch
-from torch import nn
 
+from bitpolicy.kernels.format import Shape, TensorSpec
 from bitpolicy.kernels.gptq import Curvature, gptq
 from bitpolicy.kernels.grid import GridFormat
-from bitpolicy.kernels.layers import Quantizable, quantizable_layers
+from bitpolicy.kernels.layers import Quantizable
 from bitpolicy.kernels.quantizers import HESSIANS, RTN, quantize_data_free
 from bitpolicy.policies.calibration import rounded_key
 from bitpolicy.policies.policy import Choice
 from bitpolicy.sensitivity.candidates import Candidate
-from bitpolicy.sensitivity.hessians import Moments, has_hessian
+from bitpolicy.sensitivity.hessians import Moments, hessian_shape
 
-_MEMORY = 2**30  # bytes of second moments held at a time
-_WIDEST = 12_288  # K beyond which a Hessian takes too long to factorize; such a layer is rounded by `mse`
-_INSTEAD = "mse"
+_MEMORY = 2**30  # bytes of second moments held at a time; of larger models as much as their weights take
+_INSTEAD = "mse"  # of a layer that is never called
 
 
-def parts(denoiser: nn.Module, quantizers: Sequence[str]) -> list[list[str]]:
+@dataclass(frozen=True)
+class _GridCandidate(Candidate):
+    format: GridFormat
+
+
+def parts(layers: Mapping[str, Quantizable], quantizers: Sequence[str]) -> list[list[str]]:
     """The layers, in order, in parts that are rounded together."""
-    found: list[list[str]] = [[]]
-    used = 0
-    for name, layer in quantizable_layers(denoiser):
-        nbytes = 8 * layer.weight[0].numel() ** 2 if needs_hessian(layer, quantizers) else layer.weight.numel()
-        if found[-1] and used + nbytes > _MEMORY:
+    found: list[list[str]] = []
+    used, room = 0, max(_MEMORY, sum(layer.weight.nbytes for layer in layers.values()))
+    of_each = 8 if needs_gradients(quantizers) else 4
+    for name, layer in layers.items():
+        groups, blocks, k = hessian_shape(layer)
+        nbytes = of_each * groups * blocks * k**2 if needs_hessian(quantizers) else 0
+        if not found or used + nbytes > room:
             found.append([])
             used = 0
         found[-1].append(name)
@@ -39,71 +48,54 @@ def parts(denoiser: nn.Module, quantizers: Sequence[str]) -> list[list[str]]:
     return found
 
 
-def needs_hessian(layer: Quantizable, quantizers: Sequence[str]) -> bool:
-    """Whether one of the quantizers wants it, and the layer can have it."""
-    return any(q in HESSIANS for q in quantizers) and has_hessian(layer) and layer.weight[0].numel() <= _WIDEST
+def needs_hessian(quantizers: Sequence[str]) -> bool:
+    """Whether one of the quantizers wants it."""
+    return any(q in HESSIANS for q in quantizers)
+
+
+def needs_gradients(quantizers: Sequence[str]) -> bool:
+    """Whether one of them wants to know what the finished image sees."""
+    return any(HESSIANS.get(q) == "trajectory" for q in quantizers)
+
+
+def announced(name: str, shape: Shape, wanted: Sequence[Candidate], storage: torch.dtype) -> dict[str, TensorSpec]:
+    """What `rounded` gives of a weight of `shape`."""
+    return {
+        _key(name, candidate, suffix): spec
+        for candidate in _kept(wanted, shape)
+        for suffix, spec in candidate.format.tensors(shape, storage).items()
+    }
 
 
 def rounded(
     name: str, weight: torch.Tensor, wanted: Sequence[Candidate], moments: Moments | None
-) -> dict[str, torch.Tensor]:
-    """What every candidate but round to nearest makes of one weight, by `rounded_key`, on the CPU.
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What every candidate but round to nearest makes of one weight, by `rounded_key`, on the CPU, one at a time.
 
     Args:
         weight: in the storage dtype.
         moments: of the layer's inputs; without them what wants a Hessian is rounded by `mse`.
     """
-    curvature = _Curvatures(moments)
-    found: dict[str, torch.Tensor] = {}
+    alike = [(HESSIANS.get(c.quantizer, ""), c.format.rotation, c) for c in _kept(wanted, weight.shape)]
+    for (kind, _), group in groupby(sorted(alike, key=lambda entry: entry[:2]), key=lambda entry: entry[:2]):
+        curvature: Curvature | None = None  # of one kind and rotation at a time
+        for _, _, candidate in group:
+            format = candidate.format
+            if kind and moments is not None:
+                curvature = curvature or Curvature.of(format.rotated_hessian(moments.hessian(kind)))
+                tensors = gptq(format, weight, curvature)
+            else:
+                tensors = quantize_data_free(_INSTEAD if kind else candidate.quantizer, format, weight)
+            yield from ((_key(name, candidate, suffix), tensor.cpu()) for suffix, tensor in tensors.items())
+
+
+def _kept(wanted: Sequence[Candidate], shape: Shape) -> Iterator[_GridCandidate]:
+    """Candidates whose rounding is kept: any other can be made again in no time."""
     for candidate in wanted:
         format = candidate.format
-        if candidate.quantizer == RTN or not isinstance(format, GridFormat) or not format.fits(weight.shape):
-            continue
-        kind = HESSIANS.get(candidate.quantizer)
-        if kind is not None and moments is not None:
-            tensors = gptq(format, weight, curvature.of(kind, format))
-        else:
-            tensors = quantize_data_free(_INSTEAD if kind else candidate.quantizer, format, weight)
-        choice = Choice(format, quantizer=candidate.quantizer)
-        found |= {rounded_key(name, choice, suffix): tensor.cpu() for suffix, tensor in tensors.items()}
-    return found
+        if candidate.quantizer != RTN and isinstance(format, GridFormat) and format.fits(shape):
+            yield _GridCandidate(format, candidate.quantizer)
 
 
-class _Curvatures:
-    """Prepared Hessians of one layer, each made once: formats that are rotated alike share one."""
-
-    def __init__(self, moments: Moments | None) -> None:
-        self._moments = moments
-        self._made: dict[tuple[str, int], Curvature] = {}
-
-    def of(self, kind: str, format: GridFormat) -> Curvature:
-        assert self._moments is not None
-        key = kind, format.rotation
-        if key not in self._made:
-            self._made[key] = Curvature.of(format.rotated_hessian(self._moments.hessian(kind)))
-        return self._made[key]
-
-
-def rounded_layers(
-    denoiser: nn.Module,
-    names: Sequence[str],
-    wanted: Sequence[Candidate],
-    storage: torch.dtype,
-    moments: Mapping[str, Moments],
-    after_each: Callable[[], None],
-) -> dict[str, torch.Tensor]:
-    """`rounded` of the layers `names`."""
-    layers = dict(quantizable_layers(denoiser))
-    return dict(_all(((n, layers[n]) for n in names), wanted, storage, moments, after_each))
-
-
-def _all(
-    layers: Iterator[tuple[str, Quantizable]],
-    wanted: Sequence[Candidate],
-    storage: torch.dtype,
-    moments: Mapping[str, Moments],
-    after_each: Callable[[], None],
-) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, layer in layers:
-        yield from rounded(name, layer.weight.detach().to(storage), wanted, moments.get(name)).items()
-        after_each()
+def _key(name: str, candidate: Candidate, suffix: str) -> str:
+    return rounded_key(name, Choice(candidate.format, quantizer=candidate.quantizer), suffix)

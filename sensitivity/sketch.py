@@ -21,7 +21,8 @@ class Sketch:
     """One backward pass: how a direction sees every layer's error.
 
     Attributes:
-        weight: <G_W, dW>, float32, shape (steps, layers, candidates), by scheduler step.
+        weight: <G_W, dW>, float32, shape (rows, layers, candidates), one row a scheduler step; before them one for what
+            is outside the loop, if any such model is studied.
         bias: <G_b, db> of the corrected bias, same shape; zero for a layer without a bias.
         along: <v, x_0> / |x_0|, how much of the direction is the signal's.
     """
@@ -51,20 +52,34 @@ class SketchRecorder:
     Attributes:
         step: the scheduler step that gradients now belong to; whoever runs the backward pass sets it.
         reached: steps at which a gradient arrived.
+        reached_outside: components outside the loop at which one did.
+        lead: rows before the first step's: 1 if any component outside the loop is studied, else 0.
+
+    Args:
+        outside: layer name -> component, of those layers that are outside the loop.
     """
 
-    def __init__(self, layers: Mapping[str, Quantizable], changes: WeightChanges, candidates: int) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, Quantizable],
+        changes: WeightChanges,
+        candidates: int,
+        outside: Mapping[str, str],
+    ) -> None:
         self._layers, self._changes, self._candidates = layers, changes, candidates
         self.step = 0
         self.reached: set[int] = set()
+        self.reached_outside: set[str] = set()
+        self.lead = int(bool(outside))
+        self._outside = outside
         self._weight = self._bias = torch.empty(0)
 
     @contextmanager
     def recording(self, steps: int, device: torch.device) -> Iterator[None]:
-        """While the block runs, gradients that are complete go into a new sketch."""
-        self._weight = torch.zeros(steps, len(self._layers), self._candidates, device=device)
+        """While the block runs, gradients that are complete go into a new sketch of so many steps."""
+        self._weight = torch.zeros(self.lead + steps, len(self._layers), self._candidates, device=device)
         self._bias = torch.zeros_like(self._weight)
-        self.reached = set()
+        self.reached, self.reached_outside = set(), set()
         handles = list(self._hooks())
         try:
             yield
@@ -73,12 +88,12 @@ class SketchRecorder:
                 handle.remove()
 
     def not_finite(self) -> tuple[int, str] | None:
-        """The step and layer where the backward pass first met NaN or Inf, or None."""
+        """The step, -1 outside the loop, and the layer where the backward pass first met NaN or Inf, or None."""
         bad = ~(torch.isfinite(self._weight) & torch.isfinite(self._bias)).all(-1)
         if not bad.any():
             return None
         step, layer = max(bad.nonzero().tolist())  # backwards: last step first, last layer first
-        return int(step), list(self._layers)[int(layer)]
+        return int(step) - self.lead, list(self._layers)[int(layer)]
 
     def sketch(self, scale: float = 1.0, along: float = 0.0) -> Sketch:
         """What was recorded, divided by `scale`, on the CPU."""
@@ -95,11 +110,18 @@ class SketchRecorder:
             gradient = parameter.grad
             assert gradient is not None
             products = self._changes.weight_products if part == "weight" else self._changes.bias_products
-            into[self.step, index] += products(name, gradient).to(into.device)
-            self.reached.add(self.step)
+            into[self._row(name), index] += products(name, gradient).to(into.device)
             parameter.grad = None
 
         return use_and_free
+
+    def _row(self, name: str) -> int:
+        """Where a gradient of the layer belongs that arrives now."""
+        if name in self._outside:
+            self.reached_outside.add(self._outside[name])
+            return 0
+        self.reached.add(self.step)
+        return self.lead + self.step
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.sensitivity.candidates import Candidate
-from bitpolicy.sensitivity.checkpointed_calls import replaced_forward
+from bitpolicy.sensitivity.decoding import replaced_method
 from bitpolicy.sensitivity.directions import stream
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.sketch import Sketch, SketchRecorder, only_these_require_grad
@@ -37,8 +37,8 @@ class LocalSketch:
     """A sketch of one trajectory's calls.
 
     Attributes:
-        sketch: <v_t, de_t>, by scheduler step; a step with two calls adds both.
-        power: |e_t|^2 of the denoiser's output, float32, shape (steps).
+        sketch: <v_t, de_t>, by scheduler step; a step with two calls adds both. Models outside the loop make none.
+        power: |e_t|^2 of the denoiser's output, float32, shape (rows of `sketch`).
     """
 
     sketch: Sketch
@@ -58,7 +58,8 @@ class StepwiseProbe:
         self._trajectories = trajectories
         self._layers = dict(quantizable_layers(trajectories.denoiser))
         changes = WeightChanges(self._layers, candidates, calibration, storage)
-        self._recorder = SketchRecorder(self._layers, changes, len(candidates))
+        self._recorder = SketchRecorder(self._layers, changes, len(candidates), trajectories.outside_layers)
+        self._lead = self._recorder.lead
 
     def sketches(self, sample: Sample, vectors: Sequence[int]) -> Iterator[LocalSketch]:
         """One local sketch for each random stream, one trajectory each."""
@@ -66,20 +67,20 @@ class StepwiseProbe:
         rows = steps + 1  # some loops end on a call after the last step
         device = next(self._trajectories.denoiser.parameters()).device
         for index in vectors:
-            power = torch.zeros(rows, device=device)
+            power = torch.zeros(self._lead + rows, device=device)
             with (
                 only_these_require_grad(self._trajectories, self._layers),
                 self._recorder.recording(rows, device),
                 ExitStack() as stack,
             ):
                 streams = (stream(0x57E9, sample.seed, index, call) for call in itertools.count())
-                for denoiser in self._trajectories.denoisers:
-                    stack.enter_context(replaced_forward(denoiser, self._differentiated(streams, power)))
+                for denoiser in self._trajectories.studied_denoisers:
+                    stack.enter_context(replaced_method(denoiser, "forward", self._differentiated(streams, power)))
                 next(self._trajectories.latents([sample]))
             where = self._recorder.not_finite()
             if where is not None:
                 raise BitPolicyError(f"step {where[0] + 1}: the gradient of {where[1]} is NaN or Inf; try float32")
-            used = max(steps, max(self._recorder.reached, default=0) + 1)
+            used = self._lead + max(steps, max(self._recorder.reached, default=0) + 1)
             sketch = self._recorder.sketch()
             yield LocalSketch(Sketch(sketch.weight[:used], sketch.bias[:used]), power[:used].cpu())
 
@@ -101,7 +102,7 @@ class StepwiseProbe:
                     first = graphs[0]
                     v = torch.randn(first.shape, generator=next(streams)).to(first.device)
                     torch.autograd.backward(first, v.to(first.dtype))
-                power[step] += first.detach().float().square().sum().to(power.device)
+                power[self._lead + step] += first.detach().float().square().sum().to(power.device)
                 detached = [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
                 return pytree.tree_unflatten(detached, spec)
 

@@ -27,6 +27,7 @@ from bitpolicy.policies.policy import Choice
 from bitpolicy.sensitivity.candidates import Candidate
 from bitpolicy.sensitivity.cost import Cost
 from bitpolicy.sensitivity.inventory import Layer
+from bitpolicy.sensitivity.quantizer_choice import chosen
 from bitpolicy.sensitivity.sketch import Sketch
 
 NO_IMAGE_ERROR = ("stepwise", "weight")  # probes whose numbers rank layers, and are no error of the image
@@ -127,22 +128,26 @@ class SensitivityTable:
         probe: str = "adjoint",
     ) -> SensitivityTable:
         """Reduce sketches of the adjoint probe, whose candidates come format by format; `latent_power` is E|x_0|^2. Of
-        the stepwise probe likewise, with the power of the denoiser's outputs."""
+        the stepwise probe likewise, with the power of the denoiser's outputs.
+
+        Each candidate has the bias that scores better with it; `quantizer_choice` takes one quantizer for each format,
+        and another for a layer only where the paired difference is beyond its doubt.
+        """
         plain = torch.stack([s.weight for s in sketches]) / latent_power**0.5
         fixed = plain + torch.stack([s.bias for s in sketches]) / latent_power**0.5
-        power = [part.sum(1).double().square().mean(0) for part in (plain, fixed)]
-        corrected = power[1] <= power[0]  # equal where there is no bias: nothing to do either way
-        of_candidate = torch.where(corrected, power[1], power[0])
+        squares = [part.sum(1).double().square() for part in (plain, fixed)]
+        corrected = squares[1].mean(0) <= squares[0].mean(0)  # equal where there is no bias: nothing to do either way
+        of_candidate = torch.where(corrected, squares[1], squares[0])
         formats = list(dict.fromkeys(candidate.format for candidate in candidates))
         quantizers = list(dict.fromkeys(candidate.quantizer for candidate in candidates))
-        best = of_candidate.unflatten(1, (len(formats), len(quantizers))).argmin(2)  # the first of equals
+        best = chosen(of_candidate.unflatten(2, (len(formats), len(quantizers))))
         column = best + torch.arange(len(formats)) * len(quantizers)
         by_step = torch.where(corrected, fixed, plain).gather(3, column.expand(*plain.shape[:2], *column.shape))
         return cls(
             probe,
             tuple(layers),
             tuple(formats),
-            of_candidate.gather(1, column),
+            of_candidate.mean(0).gather(1, column),
             corrected.gather(1, column),
             by_step.sum(1),
             by_step.square().mean(0),

@@ -1,9 +1,9 @@
 """Run a pipeline's own sampling loop: finished images, final latents, or a differentiable latent.
 
 No sampler code is needed: `type(pipe).__call__` is the loop, with whatever scheduler the pipeline has, and the function
-that diffusers' `torch.no_grad` decorator wraps is differentiable end to end. What is studied is the latents that the
-pipeline returns; where it returns none (DDIM, DDPM and DiT decode at once), the sample that the last scheduler step
-gives, and the loop is left there.
+that diffusers' `torch.no_grad` decorator wraps is differentiable end to end. What is studied is the *signal*: the
+latents that the pipeline returns; where it returns none (DDIM, DDPM and DiT decode at once), the sample that the last
+scheduler step gives, and the loop is left there. Where an autoencoder is studied it is the image instead.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import inspect
 import itertools
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.layers import quantizable_layers
-from bitpolicy.policies.denoiser import denoiser_of, denoisers_in
+from bitpolicy.policies.denoiser import denoiser_of, denoisers_in, is_autoencoder, loop_denoisers, outside_loop
+from bitpolicy.sensitivity.decoding import Decoded, Decoding, replaced_method
 from bitpolicy.sensitivity.samples import Sample
 
 _OURS = re.compile(r"prompt|class_labels|batch_size|generator|output_type|return_dict|latents|num_\w+_per_prompt")
@@ -53,11 +54,13 @@ class _End:
         arguments: of the sample; they may set the number of steps.
         steps: scheduler steps of the whole loop.
         leave_after: the same where the pipeline returns no latents, 0 where it does.
+        decodes: calls of the autoencoder's `decode`, where it is studied.
     """
 
     arguments: Mapping[str, Any]
     steps: int
     leave_after: int
+    decodes: int = 0
 
     def holds_for(self, sample: Sample) -> bool:
         return self.arguments is sample.arguments or not (self.arguments or sample.arguments)
@@ -67,8 +70,11 @@ class Trajectories:
     """The sampling loop of one pipeline with fixed call arguments.
 
     Attributes:
-        pipe: the pipeline; its denoiser may be changed between runs, and the change shows.
+        pipe: the pipeline; its models may be changed between runs, and the change shows.
         denoiser: the module under study; an `nn.ModuleDict` where there are several.
+        denoisers: the models whose calls make up the trajectory, studied or not.
+        outside: what is studied and called before the loop or after it: text encoders, the autoencoder; by name.
+        draws: whether the autoencoder is studied, and so the signal is the image.
         call: arguments of every pipeline call, e.g. {"num_inference_steps": 20}.
         steps: number of scheduler steps of the last run, those of the current run so far.
         batch: how many samples share one call where no gradient is wanted.
@@ -77,6 +83,9 @@ class Trajectories:
     def __init__(self, pipe: DiffusionPipeline, component: str, call: Mapping[str, Any]) -> None:
         self.pipe, self.call = pipe, dict(call)
         self.denoiser: nn.Module = denoiser_of(pipe, component)
+        self.denoisers = loop_denoisers(pipe, component)
+        self.outside = outside_loop(pipe, component)
+        self._decoding = self._watch_autoencoder()
         self._accepted = inspect.signature(type(pipe).__call__).parameters
         self.require(self.call)
         self.steps = 0
@@ -85,9 +94,35 @@ class Trajectories:
         self.batch = _SMALL_BATCH if self._may_share_calls() else 1
         pipe.set_progress_bar_config(disable=True)
 
+    def _watch_autoencoder(self) -> Decoding | None:
+        found = {name: model for name, model in self.outside.items() if is_autoencoder(model)}
+        if len(found) > 1:
+            raise BitPolicyError(f"{' and '.join(found)} each make something of a latent; name one of them only")
+        return next((Decoding(model, lambda: self.steps) for model in found.values()), None)
+
+    @property
+    def draws(self) -> bool:
+        return self._decoding is not None
+
+    @property
+    def studied_denoisers(self) -> list[nn.Module]:
+        """Those of `denoisers` that are under study."""
+        parts = denoisers_in(self.denoiser)
+        return [model for model in self.denoisers if any(model is part for part in parts)]
+
+    @property
+    def outside_layers(self) -> dict[str, str]:
+        """Layer name -> component, of the studied layers outside the loop."""
+        prefixes = {name: "" if model is self.denoiser else f"{name}." for name, model in self.outside.items()}
+        return {
+            f"{prefixes[owner]}{name}": owner
+            for owner, model in self.outside.items()
+            for name, _ in quantizable_layers(model)
+        }
+
     def _may_share_calls(self) -> bool:
         """Small models gain by it; but noise that the loop draws has to come from each sample's own generator."""
-        small = sum(p.numel() for p in self.denoiser.parameters()) < _SMALL
+        small = sum(p.numel() for model in self.denoisers for p in model.parameters()) < _SMALL
         own_noise = hasattr(self.pipe, "prepare_extra_step_kwargs") or "batch_size" in self._accepted
         return small and own_noise and "num_frames" not in self._accepted  # frames are a batch of their own
 
@@ -112,14 +147,50 @@ class Trajectories:
             image float32 on the CPU, shape (C, H, W), for a video (frames, C, H, W), in [0, 1], not rounded to 8 bits;
             latent float32 on the CPU, shape (C, h, w) or as the pipeline has it, scaled as the denoiser sees it.
         """
+        for image, latent, _ in self._drawn(samples):
+            yield image, latent
+
+    def images_and_signals(self, samples: Iterable[Sample]) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
+        """(decoded image, signal) of each sample; as `images` and `signals`."""
+        for image, latent, decoded in self._drawn(samples):
+            yield image, latent if decoded is None else decoded
+
+    def signals(self, samples: Iterable[Sample]) -> Generator[torch.Tensor, None, None]:
+        """What errors are errors of, of each sample, without gradients, float32 on the CPU: the final latent; where an
+        autoencoder is studied, the image in [0, 1]."""
+        if not self.draws:
+            yield from self.latents(samples)
+            return
+        for _, _, decoded in self._drawn(samples):
+            assert decoded is not None
+            yield decoded
+
+    def _drawn(
+        self, samples: Iterable[Sample]
+    ) -> Generator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], None, None]:
+        """Image, latent, and what was decoded where that is watched, of each sample."""
         for part in self.parts(samples):
             pixels = _pixels(self._run(part, "pt"))
             if not torch.isfinite(pixels).all():
-                raise BitPolicyError(
-                    f"the decoded image of {part[0].prompt!r}, seed {part[0].seed}, has NaN or Inf, its latent has "
-                    "none: the decoder overflows; try --dtype bfloat16 or float32"
-                )
-            yield from zip(pixels.float().cpu(), _rows(self._last, len(part)).float().cpu(), strict=True)
+                raise self._overflow(part)
+            latents = _rows(self._last, len(part)).float().cpu()
+            yield from zip(pixels.float().cpu(), latents, self._decoded(part), strict=True)
+
+    def _decoded(self, part: Sequence[Sample]) -> Sequence[torch.Tensor | None]:
+        """What was decoded in the last run, for each sample of it; None of each where that is not watched."""
+        if self._decoding is None:
+            return [None] * len(part)
+        self._end = _End(part[0].arguments, self.steps, 0, self._decoding.calls)
+        images = _rows(self._decoding.images(), len(part))
+        if not torch.isfinite(images).all():
+            raise self._overflow(part)
+        return list(images.float().cpu())
+
+    def _overflow(self, part: Sequence[Sample]) -> BitPolicyError:
+        return BitPolicyError(
+            f"the decoded image of {part[0].prompt!r}, seed {part[0].seed}, has NaN or Inf, its latent has "
+            "none: the decoder overflows; try --dtype bfloat16 or float32"
+        )
 
     def latents(self, samples: Iterable[Sample]) -> Generator[torch.Tensor, None, None]:
         """The final latent of each sample without gradients, float32 on the CPU, shape (C, h, w) or as the pipeline
@@ -127,35 +198,52 @@ class Trajectories:
         for part in self.parts(samples):
             output = self._run(part, "latent")
             returned = isinstance(output, torch.Tensor)
-            self._end = _End(part[0].arguments, self.steps, 0 if returned else self.steps)
+            if not self.draws:
+                self._end = _End(part[0].arguments, self.steps, 0 if returned else self.steps)
             yield from (output if returned else _rows(self._last, len(part))).float().cpu()
 
-    def differentiable_latent(self, sample: Sample) -> torch.Tensor:
-        """The final latent with its graph, shape (1, C, h, w) or as the pipeline has it, in the compute dtype.
+    def differentiable_signal(self, sample: Sample) -> torch.Tensor:
+        """The signal with its graph, shape (1, ...), in the compute dtype.
 
         Raises:
             LoopError: the pipeline's loop cannot be differentiated.
         """
-        leave_after = self.end(sample).leave_after
+        end = self.end(sample)
         undecorated: Callable[..., Any] = inspect.unwrap(type(self.pipe).__call__)
-        with self._observed(sample.seed, leave_after), torch.enable_grad():
+        output_type = "pt" if self.draws else "latent"
+        with self._observed(sample.seed, end.leave_after, end.decodes), self._encoding(), torch.enable_grad():
             try:
-                latent = _first(undecorated(self.pipe, **self._arguments([sample]), output_type="latent"))
+                signal = _first(undecorated(self.pipe, **self._arguments([sample]), output_type=output_type))
             except _Finished:
-                latent = _rows(self._last, 1)
+                signal = _rows(self._last, 1)
+            except Decoded:
+                assert self._decoding is not None
+                signal = _rows(self._decoding.images(), 1)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # torch's word for in-place changes and for numpy() on a graph
                 raise LoopError(f"the sampling loop of {self._class} cannot be differentiated: {error}") from error
         self._last = torch.empty(0)  # it would keep the graph
-        if not latent.requires_grad:
+        if not signal.requires_grad:
             raise LoopError(f"the sampling loop of {self._class} detaches its result")
-        return latent
+        return signal
+
+    @contextmanager
+    def _encoding(self) -> Iterator[None]:
+        """While the block runs, `encode_prompt` passes gradients on: some pipelines decorate it like `__call__`."""
+        decorated = getattr(type(self.pipe), "encode_prompt", None)
+        undecorated = inspect.unwrap(decorated) if decorated else None
+        if not self.outside or undecorated is decorated:
+            yield
+            return
+        assert undecorated is not None
+        with replaced_method(self.pipe, "encode_prompt", lambda _: undecorated.__get__(self.pipe)):
+            yield
 
     def end(self, sample: Sample) -> _End:
         """How the loop ends for `sample`; takes a run without gradients where that is not known yet."""
         if self._end is None or not self._end.holds_for(sample):
-            next(self.latents([sample]))
+            next(self.signals([sample]))
         assert self._end is not None
         return self._end
 
@@ -244,14 +332,16 @@ class Trajectories:
             ) from error
 
     @contextmanager
-    def _observed(self, seed: int, leave_after: int = 0) -> Iterator[None]:
-        """Count the scheduler's steps and remember the sample that the last one made, with its graph if it has one.
+    def _observed(self, seed: int, leave_after: int = 0, decodes: int = 0) -> Iterator[None]:
+        """Count the scheduler's steps and remember the sample that the last one made, with its graph if it has one;
+        watch the autoencoder where it is studied.
 
         The scheduler is afterwards as it was: its history would keep the graph of a whole trajectory alive.
 
         Args:
             seed: of random numbers that the pipeline does not take from its generator.
             leave_after: raise `_Finished` after so many steps; 0 never does.
+            decodes: raise `Decoded` after so many images; 0 never does.
         """
         scheduler: Any = self.pipe.scheduler
         before, original = dict(vars(scheduler)), scheduler.step
@@ -270,17 +360,15 @@ class Trajectories:
 
         scheduler.step = step
         try:
-            with torch.random.fork_rng():
+            with ExitStack() as stack:
+                if self._decoding is not None:
+                    stack.enter_context(self._decoding.watched(decodes))
+                stack.enter_context(torch.random.fork_rng())
                 torch.manual_seed(seed)
                 yield
         finally:
             vars(scheduler).clear()
             vars(scheduler).update(before)
-
-    @property
-    def denoisers(self) -> list[nn.Module]:
-        """The models whose calls make up the trajectory."""
-        return denoisers_in(self.denoiser)
 
 
 def _rows(sample: torch.Tensor, count: int) -> torch.Tensor:

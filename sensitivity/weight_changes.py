@@ -14,6 +14,7 @@ from bitpolicy.policies.policy import Choice
 from bitpolicy.sensitivity.candidates import Candidate
 
 _CACHE_BYTES = 2**27  # for each candidate: of dW in float32 that are kept; the others are computed anew for each use
+_MOST = 2**31  # for all of them: many formats take no more memory than sixteen
 
 
 class WeightChanges:
@@ -35,7 +36,7 @@ class WeightChanges:
         self._layers, self._candidates, self._calibration, self._storage = layers, candidates, calibration, storage
         self._biases: dict[str, torch.Tensor] = {}
         self._kept: dict[str, list[torch.Tensor]] = {}
-        self._room = _CACHE_BYTES * len(candidates)
+        self._room = min(_CACHE_BYTES * len(candidates), _MOST)
 
     def weight_products(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
         """<G_W, dW> for each candidate, float32, shape (candidates)."""

@@ -7,13 +7,15 @@ end with all pieces, in whatever folder each keeps its own. Alone, a process mak
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from bitpolicy.policies.atomic import written_aside
 from bitpolicy.sensitivity.records import Piece, Records
 from bitpolicy.sensitivity.trajectory import LoopError
 
@@ -67,6 +69,28 @@ def complete(records: Records, names: Sequence[str], make: Make) -> dict[str, di
         if name not in made and records.get(name) is None:  # each process may keep a folder of its own
             records.put(name, piece)
     return {name: pieces[name] for name in names}
+
+
+def complete_files(
+    paths: Mapping[str, Path], whole: Callable[[str], bool], make: Callable[[Sequence[str]], None]
+) -> None:
+    """The same for files that are too large to be held: those that are not whole are written by `make`.
+
+    Args:
+        paths: where the file of each name belongs.
+        make: given the names to make, in order, writes their files.
+    """
+    missing = _agreed([name for name in paths if not whole(name)], list(paths))
+    mine = set(_share(missing))
+    make([name for name in missing if name in mine])
+    if not launched():
+        return
+    for name in missing:
+        if any(_everyones([not paths[name].exists()])):  # each process may keep a folder of its own
+            content = _everyones([paths[name].read_bytes()] if name in mine else [])[0]
+            if name not in mine:
+                with written_aside(paths[name]) as aside:
+                    aside.write_bytes(content)
 
 
 def _agreed(missing: list[str], order: Sequence[str]) -> list[str]:

@@ -31,7 +31,7 @@ from bitpolicy.cli.options import (
 from bitpolicy.cli.report import print_json
 from bitpolicy.compare import save_comparison
 from bitpolicy.decision import networks_for
-from bitpolicy.loading import BUNDLED, Source, load_source
+from bitpolicy.loading import BUNDLED, Source, load_source, packed_components
 from bitpolicy.plan import default_call
 from bitpolicy.prompting import default_requests, load_requests
 from bitpolicy.search.features import require_pictures
@@ -92,7 +92,9 @@ def evaluate(
 ) -> None:
     """How close a checkpoint's images are to the unquantized model's, same prompts and seeds."""
     asked = _asked(metrics, features, real_images)
-    source = load_source(model, dtype=dtype, device=device, revision=revision, variant=variant)
+    source = load_source(
+        model, packed_components(checkpoint), dtype=dtype, device=device, revision=revision, variant=variant
+    )
     bundled = model in (None, BUNDLED)
     arguments = {**default_call(bundled), **pipeline_call(num_inference_steps, guidance_scale, call)}
     requests = load_requests(prompts) if prompts else default_requests(source.pipe, bundled)

@@ -8,17 +8,43 @@ from typing import Annotated
 import typer
 
 from bitpolicy.api import export as export_policy
-from bitpolicy.cli.options import RUN, Debug, Device, Model, Revision, Variant
+from bitpolicy.api import export_for
+from bitpolicy.cli.options import RUN, Config, Debug, Model, Revision, Variant
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.loading import load_source
+from bitpolicy.loading import BUNDLED, load_source
+from bitpolicy.policies.exporters.export import Exported
+from bitpolicy.policies.exporters.targets import NAMES, exporter_named
 from bitpolicy.policies.policy import Policy
-from bitpolicy.search.budget import readable
+from bitpolicy.search.budget import read, readable
 
 PolicyFile = Annotated[
     Path, typer.Option(help="The policy.yaml; calibration.safetensors is read from beside it.", rich_help_panel=RUN)
 ]
 OutputDir = Annotated[Path, typer.Option(help="The checkpoint folder to write.", rich_help_panel=RUN)]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the folder.", rich_help_panel=RUN)]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace the folder, once the new one is complete.", rich_help_panel=RUN),
+]
+ShardSize = Annotated[
+    str,
+    typer.Option("--max-shard-size", help="A larger denoiser is split into files of this size.", rich_help_panel=RUN),
+]
+PushToHub = Annotated[
+    str | None,
+    typer.Option(
+        metavar="OWNER/NAME",
+        help="Upload the folder to this model repository; takes a token (`hf auth login`).",
+        rich_help_panel=RUN,
+    ),
+]
+Target = Annotated[
+    str | None,
+    typer.Option(help=f"Write another program's files: {', '.join(NAMES)}. Default: a pipeline.", rich_help_panel=RUN),
+]
+Requantize = Annotated[
+    bool,
+    typer.Option("--requantize", help="Round layers anew whose format the target does not have.", rich_help_panel=RUN),
+]
 
 
 def export(
@@ -27,17 +53,68 @@ def export(
     model: Model = None,
     revision: Revision = None,
     variant: Variant = None,
-    device: Device = "auto",
+    config: Config = None,
+    max_shard_size: ShardSize = "10GB",
+    push_to_hub: PushToHub = None,
+    target: Target = None,
+    requantize: Requantize = False,
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """Write a packed checkpoint, a whole diffusers folder, from a policy file and the model it was made for."""
+    """Write a packed checkpoint, a whole diffusers folder, from a policy file and the model it was made for.
+
+    The model is not loaded: weights are read from its safetensors, quantized and written one layer at a time, so that
+    memory does not grow with the model. Same input, same bytes. A stopped export leaves the folder as it was.
+    """
     loaded = Policy.load(policy)
+    shard = _shard_bytes(max_shard_size)
+    if requantize and target is None:
+        raise BitPolicyError("--requantize is for another program's formats; add --target, or leave it out")
+    if target is not None:
+        exporter_named(target)
+    if target is not None and push_to_hub is not None:
+        raise BitPolicyError("--push-to-hub is for a whole pipeline; leave out --target, or upload the folder yourself")
     if output_dir.exists() and not overwrite and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise BitPolicyError(f"{output_dir} is there already; choose another --output-dir, or --overwrite it")
-    source = load_source(model, loaded.model.component, device=device, revision=revision, variant=variant)
-    nbytes = export_policy(source.pipe, policy, output_dir)
+    if target is not None:
+        source = load_source(
+            model, loaded.model.component, device="cpu", revision=revision, variant=variant, config=config
+        )
+        _describe(export_for(source.pipe, policy, output_dir, target, requantize=requantize), output_dir, target)
+        return
+    nbytes = export_policy(
+        model or BUNDLED,
+        policy,
+        output_dir,
+        max_shard_size=shard,
+        revision=revision,
+        variant=variant,
+        config=config,
+        push_to_hub=push_to_hub,
+    )
     print(
-        f"{output_dir}: {nbytes:,} bytes in {source.component} ({readable(nbytes)}), "
+        f"{output_dir}: {nbytes:,} bytes in {loaded.model.component} ({readable(nbytes)}), "
         f"policy of {len(loaded.layers)} own entries"
     )
+    if push_to_hub:
+        print(f"pushed to https://huggingface.co/{push_to_hub}")
+
+
+def _shard_bytes(text: str) -> int:
+    amount, unit = read(text)
+    if unit != "B" or amount < 1:
+        raise BitPolicyError(f"--max-shard-size {text}: write a size in bytes, such as 10GB")
+    return int(amount)
+
+
+def _describe(exported: Exported, output_dir: Path, target: str) -> None:
+    """Say what was written, what was rounded anew, and what was left behind."""
+    size = f"{exported.nbytes:,} bytes of weights ({readable(exported.nbytes)})" if exported.nbytes else "a recipe"
+    print(f"{output_dir}: {size} for {exporter_named(target).title}")
+    if exported.requantized:
+        print(f"{len(exported.requantized)} layers were rounded anew; weight error before and after, added:")
+    for one in exported.requantized:
+        errors = f"{one.error_before:7.3%} {one.error_after:7.3%} {one.error_after - one.error_before:+8.3%}"
+        print(f"  {errors}  {one.name}: {one.before.format.name} -> {one.after.format.name}")
+    for note in exported.notes:
+        print(note)

@@ -15,8 +15,9 @@ from bitpolicy.cli.options import Component, Debug, Json, Revision, Variant
 from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.formats import FP16
 from bitpolicy.kernels.layers import PackedLayer
-from bitpolicy.loading import load_source, open_pipeline
-from bitpolicy.policies.accounting import ByteAccount
+from bitpolicy.loading import load_source, open_pipeline, packed_components
+from bitpolicy.plan import class_name
+from bitpolicy.policies.accounting import ByteAccount, stored_tensors
 from bitpolicy.policies.denoiser import denoiser_names, denoiser_of, denoisers_in
 from bitpolicy.policies.policy import Policy
 from bitpolicy.sensitivity.inventory import inventory
@@ -66,15 +67,15 @@ def _of_model(
     ]
     return (
         rows,
-        f"{source.id}: {type(source.denoiser).__name__}, {len(rows)} layers, {account.reference:,} bytes at FP16",
+        f"{source.id}: {class_name(source.denoiser)}, {len(rows)} layers, {account.reference:,} bytes at FP16",
     )
 
 
 def _of_checkpoint(folder: Path, component: str | None) -> tuple[list[dict[str, Any]], str]:
     pipe = open_pipeline(folder)
-    denoiser: Any = denoiser_of(pipe, denoiser_names(pipe, component))
+    denoiser: Any = denoiser_of(pipe, denoiser_names(pipe, component or packed_components(folder)))
     formats = {name: module for name, module in denoiser.named_modules() if isinstance(module, PackedLayer)}
-    total = sum(tensor.nbytes for tensor in denoiser.state_dict().values())
+    total = sum(tensor.nbytes for tensor in stored_tensors(denoiser).values())
     packed_bytes = {name: sum(t.nbytes for t in module.packed_tensors().values()) for name, module in formats.items()}
     layers = inventory(_unpacked_view(denoiser, formats))
     rows = []
@@ -82,7 +83,7 @@ def _of_checkpoint(folder: Path, component: str | None) -> tuple[list[dict[str, 
         format = formats[layer.name].format if layer.name in formats else FP16
         nbytes = packed_bytes.get(layer.name) or denoiser.get_submodule(layer.name).weight.nbytes
         rows.append(_row(layer.name, layer.role, layer.stage, layer.shape, format, nbytes))
-    return rows, f"{folder}: {type(denoiser).__name__}, {len(rows)} layers, {total:,} bytes"
+    return rows, f"{folder}: {class_name(denoiser)}, {len(rows)} layers, {total:,} bytes"
 
 
 def _unpacked_view(denoiser: Any, packed: dict[str, PackedLayer]) -> nn.Module:

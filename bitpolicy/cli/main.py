@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from bitpolicy.cli.draw import report
 from bitpolicy.cli.evaluate import evaluate
 from bitpolicy.cli.export import export
+from bitpolicy.cli.formats import formats
 from bitpolicy.cli.inspect import inspect
 from bitpolicy.cli.probe import probe
 from bitpolicy.cli.search import search
@@ -40,6 +41,7 @@ app.command("export")(export)
 app.command("eval")(evaluate)
 app.command("inspect")(inspect)
 app.command("report")(report)
+app.command("formats")(formats)
 search_app = typer.Typer(**_settings)
 search_app.command()(search)
 

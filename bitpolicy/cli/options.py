@@ -21,12 +21,25 @@ DEFAULT_FORMATS = ",".join(DEFAULT)
 
 Model = Annotated[
     str | None,
-    typer.Option(help="Hub id or diffusers folder. Default: the bundled emoji pipeline.", rich_help_panel=MODEL),
+    typer.Option(
+        help="Hub id, diffusers folder or single .safetensors file. Default: the bundled emoji pipeline.",
+        rich_help_panel=MODEL,
+    ),
+]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        help="Where the configs of a single file are: a diffusers folder or hub id of the same kind of model. Default: "
+        "the repository that diffusers takes the file for.",
+        rich_help_panel=MODEL,
+    ),
 ]
 Component = Annotated[
     str | None,
     typer.Option(
-        help="The denoiser, if it is not 'unet' or 'transformer'; several with commas.", rich_help_panel=MODEL
+        help="What to quantize, names with commas: unet,text_encoder,vae; or all. Default: the denoiser. With the VAE "
+        "among them errors are those of the image, else of the final latent.",
+        rich_help_panel=MODEL,
     ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.", rich_help_panel=MODEL)]
@@ -49,8 +62,8 @@ Formats = Annotated[str, typer.Option(help=f"Candidates: {WRITE}.", rich_help_pa
 Quantizer = Annotated[
     str,
     typer.Option(
-        help="Who rounds: rtn (to nearest), mse, hqq, gptq, gptq-trajectory, or auto: all are tried, and each layer "
-        "keeps the one that harms the finished image least.",
+        help="Who rounds: gptq (errors make up for each other), rtn (to nearest), mse, hqq, gptq-trajectory, or "
+        "auto: all are tried, and the one that harms the finished image least is kept.",
         rich_help_panel=RUN,
     ),
 ]

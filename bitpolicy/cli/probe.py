@@ -17,6 +17,7 @@ from bitpolicy.cli.options import (
     RUN,
     Call,
     Component,
+    Config,
     Debug,
     Device,
     Dtype,
@@ -37,6 +38,7 @@ from bitpolicy.cli.options import (
 )
 from bitpolicy.cli.settings import settings_of
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.quantizers import DEFAULT as DEFAULT_QUANTIZER
 from bitpolicy.plan import make_plan
 from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.table import SensitivityTable
@@ -79,12 +81,13 @@ def probe(
     check_policies: CheckPolicies = 100,
     seed: Seed = 0,
     probe: Probe = "adjoint",
-    quantizer: Quantizer = "rtn",
+    quantizer: Quantizer = DEFAULT_QUANTIZER,
     dtype: Dtype = "auto",
     device: Device = "auto",
     offload: Offload = False,
     revision: Revision = None,
     variant: Variant = None,
+    config: Config = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -114,7 +117,12 @@ def probe(
         error_split.save(output_dir / "split.safetensors")
     if checked is not None:
         checked.save(output_dir / "check.json")
-    (_print_json if as_json else _print)(table, checked, stages, output_dir)
+    if as_json:
+        _print_json(table, checked, stages, output_dir)
+        return
+    _print(table, checked, stages, output_dir, "image" if plan.trajectories.draws else "final latent")
+    if never := plan.never_called(table, reference.calibration):
+        print(f"{len(never)} layers were never called, e.g. {never[0]}: their scores of 0 say nothing")
 
 
 def _print_json(table: SensitivityTable, checked: Check | None, stages: Stages, folder: Path) -> None:
@@ -126,10 +134,13 @@ def _print_json(table: SensitivityTable, checked: Check | None, stages: Stages, 
     print(json.dumps({**result, "seconds": stages.seconds, "output_dir": str(folder)}, allow_nan=False))
 
 
-def _print(table: SensitivityTable, checked: Check | None, stages: Stages, folder: Path) -> None:
+def _print(table: SensitivityTable, checked: Check | None, stages: Stages, folder: Path, signal: str) -> None:
+    """Args:
+    signal: what errors are errors of.
+    """
     console = Console()
     worst = table.error.amax(1).argsort(descending=True)[:_SHOWN].tolist()
-    what = "denoiser's outputs" if table.probe == "stepwise" else "final latent"
+    what = "denoiser's outputs" if table.probe == "stepwise" else signal
     shown = Table(
         "layer",
         *(f.name for f in table.formats),

@@ -61,7 +61,10 @@ def _bytes_and_quality(result: Mapping[str, Any]) -> Table:
         ("predicted", f"{result['policy_bytes']:,} bytes, {share:.1%} of FP16's {result['reference_bytes']:,}"),
         ("on disk", f"{result['checkpoint_bytes']:,} bytes ({same})"),
         ("layers", ", ".join(f"{count} {name}" for name, count in result["layers"].items())),
-        ("predicted latent error", "not predicted" if error is None else f"{error:.3g} (relative power)"),
+        (
+            f"predicted {result.get('error_of', 'latent')} error",
+            "not predicted" if error is None else f"{error:.3g} (relative power)",
+        ),
         ("held-out PSNR", f"{quality} over {psnr['n']} images{same_images}"),
         *((name, _one_line(found)) for name, found in result.get("quality", {}).items()),
         ("seconds", ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in result["seconds"].items())),

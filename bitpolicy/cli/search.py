@@ -13,6 +13,7 @@ from bitpolicy.cli.options import (
     RUN,
     Call,
     Component,
+    Config,
     Debug,
     Device,
     Dtype,
@@ -33,7 +34,9 @@ from bitpolicy.cli.options import (
 )
 from bitpolicy.cli.report import print_json, print_result
 from bitpolicy.cli.settings import settings_of
+from bitpolicy.kernels.quantizers import DEFAULT as DEFAULT_QUANTIZER
 from bitpolicy.plan import Plan, make_plan
+from bitpolicy.policies.exporters.targets import NAMES
 from bitpolicy.search.budget import readable
 from bitpolicy.search.samplers import require_sampler
 from bitpolicy.search.study import open_storage
@@ -47,7 +50,8 @@ STUDY = "Study"
 Budget = Annotated[
     str | None,
     typer.Option(
-        help="Bytes for the denoiser: 3GB, 3GiB, 700MB, 45% of FP16, 4.5bit a parameter.", rich_help_panel=AIM
+        help="Bytes for the denoiser, or for all of --component: 3GB, 3GiB, 700MB, 45% of FP16, 4.5bit a parameter.",
+        rich_help_panel=AIM,
     ),
 ]
 TargetPsnr = Annotated[
@@ -75,8 +79,8 @@ Frontier = Annotated[
 Scope = Annotated[
     str,
     typer.Option(
-        help="What the budget covers: weights (of the denoiser), pipeline (text encoders and VAE, too), peak (all that "
-        "one pipeline call holds at once, activations included).",
+        help="What the budget covers: weights (of the denoiser or of --component), pipeline (all models), peak (all "
+        "that one pipeline call holds at once, activations included).",
         rich_help_panel=AIM,
     ),
 ]
@@ -97,6 +101,12 @@ Keep = Annotated[
 ShareQkv = Annotated[
     bool,
     typer.Option("--share-qkv", help="Query, key and value of an attention share a format.", rich_help_panel=AIM),
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Choose, layer by layer, only what another program can hold: {', '.join(NAMES)}.", rich_help_panel=AIM
+    ),
 ]
 OutputDir = Annotated[
     Path,
@@ -148,6 +158,7 @@ def search(
     batch_size: BatchSize = 1,
     keep: Keep = None,
     share_qkv: ShareQkv = False,
+    target: Target = None,
     model: Model = None,
     component: Component = None,
     output_dir: OutputDir = Path("bitpolicy-out"),
@@ -162,7 +173,7 @@ def search(
     space: Space = "group",
     timeout: Timeout = None,
     probe: Probe = "adjoint",
-    quantizer: Quantizer = "rtn",
+    quantizer: Quantizer = DEFAULT_QUANTIZER,
     remeasure: Remeasure = 8,
     remeasure_close: RemeasureClose = 0,
     dtype: Dtype = "auto",
@@ -170,6 +181,7 @@ def search(
     offload: Offload = False,
     revision: Revision = None,
     variant: Variant = None,
+    config: Config = None,
     storage: Storage = None,
     features: Features = None,
     overwrite: Overwrite = False,
@@ -189,6 +201,8 @@ def search(
     search-policy --budget 5MB --output-dir out
 
     search-policy --target-psnr 45 --formats all --quantizer auto --output-dir small
+
+    search-policy --component unet,text_encoder,vae --budget 40% --output-dir whole
 
     search-policy --frontier 20 --trials 0 --output-dir curve
     """

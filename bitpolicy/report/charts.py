@@ -25,6 +25,7 @@ from bitpolicy.report.inputs import Probed
 from bitpolicy.report.shares import AS_IT_WAS, CORRECTED, Shares, shares_by_role
 from bitpolicy.report.steps import amplification, entering, local_error
 from bitpolicy.sensitivity.error_split import ErrorSplit
+from bitpolicy.sensitivity.inventory import OUTSIDE
 
 
 def agreement(probed: Probed, check: Check) -> Picture:
@@ -159,7 +160,7 @@ def _stack(axes: Axes, by_role: Mapping[str, Shares]) -> None:
 
 def through_the_sampler(probed: Probed, split: ErrorSplit | None) -> Picture:
     """Amplification by step and stage (with a split), and the error that enters at each step, by stage."""
-    stages = by_stage(probed)
+    stages = [stage for stage in by_stage(probed) if stage.name not in OUTSIDE]
     small = probed.formats[0]
     column = probed.column(small)
 

@@ -127,4 +127,4 @@ def _worst_row(probed: Probed, place: int) -> list[str]:
         row.append(f"{float(found.error[place, column]):.2e}{mark}")
     row.append(found.source(place, probed.column(probed.formats[0])))
     step = largest_step(probed, place, probed.column(probed.formats[0]))
-    return row if step is None else [*row, str(step)]
+    return row if step is None else [*row, str(step) if step else "outside the loop"]

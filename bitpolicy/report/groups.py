@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from bitpolicy.report.inputs import Probed
-from bitpolicy.sensitivity.inventory import Layer
+from bitpolicy.sensitivity.inventory import OUTSIDE, Layer
 
-STAGES = ("encoder", "early", "middle", "decoder", "late", "ends")
+STAGES = ("conditioning", "encoder", "early", "middle", "decoder", "late", "ends", "autoencoder")
 INTO_SKIPS, INSIDE = "encoder, into a skip", "encoder, inside"
 # What a U-Net's encoder adds to the stream that its skips copy: the last layer of each resnet, its shortcut, the
 # way out of each attention, and the downsamplers.
@@ -46,7 +46,7 @@ def by_role(probed: Probed) -> list[Group]:
 
 
 def by_stage(probed: Probed) -> list[Group]:
-    """In the order the sample passes them, the ends last."""
+    """In the order the sample passes them, the ends of the denoiser after its blocks."""
     return sorted(_grouped(probed, lambda layer: layer.stage), key=lambda g: STAGES.index(g.name))
 
 
@@ -58,7 +58,7 @@ def by_path(probed: Probed) -> list[Group]:
 
 
 def _path(layer: Layer) -> str:
-    if layer.role == "input_stem":
+    if layer.role == "input_stem" and layer.stage not in OUTSIDE:
         return INTO_SKIPS
     if layer.stage != "encoder":
         return layer.stage
@@ -83,9 +83,9 @@ def _group(probed: Probed, name: str, members: Sequence[int]) -> Group:
 
 def running_order(layers: Sequence[Layer]) -> list[int]:
     """Places in the order the sample passes the stages: models name their middle block last, or in between."""
-    inside = [place for place, layer in enumerate(layers) if layer.stage != "ends"]
+    inside = [place for place, layer in enumerate(layers) if layer.stage not in ("ends", *OUTSIDE)]
     first = inside[0] if inside else len(layers)
-    rank = {"encoder": 1, "early": 1, "middle": 2, "decoder": 3, "late": 3}
+    rank = {"conditioning": -1, "encoder": 1, "early": 1, "middle": 2, "decoder": 3, "late": 3, "autoencoder": 5}
 
     def key(place: int) -> int:
         return rank.get(layers[place].stage, 0 if place < first else 4)

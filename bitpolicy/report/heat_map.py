@@ -19,11 +19,12 @@ from bitpolicy.sensitivity.inventory import Layer
 _TALLEST, _ROW = 24.0, 0.125  # inches: of all rows, and of one row where there is room
 _NAMED = 0.11  # a row of this height holds the layer's own name; lower ones share the name of their block
 _TOP, _BOTTOM, _GAP = 1.45, 0.95, 0.12
-_STAGES, _BAND, _ROLE, _MAP = 0.75, 0.1, 0.14, 2.3
+_STAGES, _BAND, _ROLE, _MAP = 0.95, 0.1, 0.14, 2.3
 _LETTER = 0.0505  # inches of one letter of a name
 _LONGEST = 64  # letters
 _LINE = 0.115  # inches that a block's name takes
 _BANDS = {"encoder": "#77AADD", "early": "#77AADD", "middle": "#EEDD88", "decoder": "#EE8866", "late": "#EE8866"}
+_BANDS |= {"conditioning": "#44BB99", "autoencoder": "#FFAABB"}
 _SPAN = 1e-8  # the faintest colour is that much of the strongest, or the first percentile
 
 
@@ -56,9 +57,10 @@ def heat_map(probed: Probed) -> Picture:
         role_axes.tick_params(axis="y", length=0, pad=3)
         first = left + _ROLE * len(roles) + _GAP
         axes = [place(first + i * (_MAP + _GAP), _MAP) for i in range(len(maps))]
-        _draw_maps(figure, axes, maps, [f.name for f in probed.formats], layers, (width, _TOP + height + _BOTTOM))
+        titles = [f.name for f in probed.formats]
+        _draw_maps(figure, axes, maps, titles, layers, (width, _TOP + height + _BOTTOM), probed.lead)
 
-    steps = maps[0].shape[1]
+    steps = maps[0].shape[1] - probed.lead
     alt = (
         f"Heat map of {len(layers)} layers by {steps} sampling steps, one panel for each of "
         f"{', '.join(f.name for f in probed.formats)}; darker means that more error enters there."
@@ -127,6 +129,7 @@ def _draw_maps(
     names: Sequence[str],
     layers: Sequence[Layer],
     size: tuple[float, float],
+    lead: int,
 ) -> None:
     positive = np.concatenate([values[values > 0] for values in maps])
     high = float(positive.max()) if len(positive) else 1.0
@@ -136,10 +139,10 @@ def _draw_maps(
     for one, values, name in zip(axes, maps, names, strict=True):
         one.set_facecolor("white")
         shown = np.ma.masked_less_equal(values, 0)
-        extent = (0.5, values.shape[1] + 0.5, len(layers) - 0.5, -0.5)
+        extent = (0.5 - lead, values.shape[1] - lead + 0.5, len(layers) - 0.5, -0.5)
         image = one.imshow(shown, aspect="auto", cmap="magma_r", norm=norm, interpolation="nearest", extent=extent)
         one.set_title(name, pad=22, fontweight="bold")
-        one.set_xticks(step_ticks(values.shape[1]))
+        one.set_xticks([*([0] if lead else []), *step_ticks(values.shape[1] - lead)])
         one.tick_params(axis="x", top=True, labeltop=True, labelsize=7.5, length=2)
         one.set_xlabel("sampling step", fontsize=8)
         _rule_off(one, layers)

@@ -15,7 +15,7 @@ from bitpolicy.kernels.formats import FP16
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.policy import Policy
 from bitpolicy.sensitivity.error_split import ErrorSplit
-from bitpolicy.sensitivity.inventory import Layer
+from bitpolicy.sensitivity.inventory import AUTOENCODER, OUTSIDE, Layer
 from bitpolicy.sensitivity.table import ModelContext, SensitivityTable
 
 TABLE, SPLIT, CHECK, POLICY = "sensitivity.safetensors", "split.safetensors", "check.json", "policy.yaml"
@@ -26,8 +26,8 @@ class Probed:
     """One probe's results.
 
     Attributes:
-        table: of L layers, F formats and T steps.
-        model: what is known of the denoiser.
+        table: of L layers, F formats and T steps; one more row, `lead`, where something outside the loop is studied.
+        model: what is known of the denoiser, or of the components that were studied.
         split: what the errors are made of; None where the probe ran without --split.
         check: the probe against the truth; None where it ran without --check.
         policy: what a search chose; None in a probe's folder.
@@ -88,6 +88,21 @@ class Probed:
         return {"encoder", "decoder"} <= {layer.stage for layer in self.layers}
 
     @property
+    def lead(self) -> int:
+        """Rows that tables by step have before the first step: 1 for what is outside the loop, if any of it is here."""
+        return int(any(layer.stage in OUTSIDE for layer in self.layers))
+
+    @property
+    def draws(self) -> bool:
+        """Whether errors are errors of the image, as they are where an autoencoder is studied."""
+        return any(layer.stage == AUTOENCODER for layer in self.layers)
+
+    @property
+    def in_loop(self) -> list[int]:
+        """Places of the layers that the sampling loop calls."""
+        return [place for place, layer in enumerate(self.layers) if layer.stage not in OUTSIDE]
+
+    @property
     def denoiser(self) -> str:
         """Its name, or what its stages say."""
         return self.model.name or ("U-Net" if self.unet else "transformer")
@@ -95,10 +110,11 @@ class Probed:
     @property
     def measure(self) -> str:
         """What the table's errors are errors of."""
-        return {"stepwise": "denoiser's output", "weight": "weight"}.get(self.table.probe, "final latent")
+        signal = "image" if self.draws else "final latent"
+        return {"stepwise": "denoiser's output", "weight": "weight"}.get(self.table.probe, signal)
 
     def nbytes(self, format: Format) -> int:
-        """The denoiser with every layer in `format`."""
+        """What is studied, with every layer in `format`."""
         return self.account.total(dict.fromkeys(self.account.shapes, format))
 
     def column(self, format: Format) -> int:

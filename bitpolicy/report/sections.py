@@ -37,15 +37,15 @@ def overview(probed: Probed, folder: Path) -> Section:
     if found.sketches is not None:
         how.append(f"{len(found.sketches)} sketches")
     if found.by_step is not None:
-        how.append(f"{len(found.by_step)} sampling steps")
+        how.append(f"{len(found.by_step) - probed.lead} sampling steps")
     if found.measured is not None:
         how.append(f"{int(found.measured.sum())} of {found.error.numel()} numbers measured again by ablation")
     largest = ", ".join(
         f"{group.name} {group.share[probed.column(probed.formats[0])]:.0%}" for group in by_role(probed)[:3]
     )
     rows = [
-        ("denoiser", probed.denoiser),
-        ("layers", f"{len(probed.layers)}, {account.parameters:,} parameters in the whole denoiser"),
+        ("model", probed.denoiser),
+        ("layers", f"{len(probed.layers)}, {account.parameters:,} parameters in all"),
         ("bytes", "; ".join(f"{name} {nbytes:,} ({readable(nbytes)})" for name, nbytes in sizes)),
         ("probe", ", ".join(how)),
         ("cost", str(found.cost) if found.cost is not None else "not recorded; `bitpolicy probe` counts it"),
@@ -65,7 +65,7 @@ def trust(probed: Probed, folder: Path) -> Section:
     columns = ["predicted against measured", "pairs", "Spearman", "median predicted / measured", "within a factor of 2"]
     drawn = charts.agreement(probed, probed.check)
     caption = (
-        "Error of the final latent, E|dx₀|² / E|x₀|², predicted by the probe (up) and measured by quantizing and "
+        f"Error of the {probed.measure}, E|dx₀|² / E|x₀|², predicted by the probe (up) and measured by quantizing and "
         "running the real trajectory on the same samples and seeds (right). Solid line: equal; dashed: a factor of 2. "
         "A policy's prediction adds the layers' errors up as powers, or the sketches of them as vectors. "
         f"Other images are those whose PSNR is {TRUSTED_DB:g} dB or less: they no longer show the same picture, and a "
@@ -101,6 +101,11 @@ def heat(probed: Probed, folder: Path) -> Section:
         f"say its role. Each column is a sampling step. Colour: the error of the {probed.measure} that enters at that "
         "step alone, with the layer quantized alone and its better bias, on a logarithmic scale; white: none at all. "
         "Steps may add up or cancel, so a row's sum is not the layer's error."
+        + (
+            " Column 0 is what models outside the loop do, before its first step or after its last."
+            if probed.lead
+            else ""
+        )
     )
     return Section("heat", title, figure(drawn, caption), (drawn,))
 
@@ -187,6 +192,8 @@ def sampler(probed: Probed, folder: Path) -> Section:
     if probed.table.by_step is None:
         command = f"bitpolicy probe --probe adjoint --split --output-dir {folder}"
         return Section("sampler", title, missing(f"The {probed.table.probe} probe knows no steps.", command))
+    if not probed.in_loop:
+        return Section("sampler", title, paragraph("Nothing that was studied is called in the sampling loop."))
     split = probed.split
     drawn = charts.through_the_sampler(probed, split)
     caption = (

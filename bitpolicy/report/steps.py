@@ -22,21 +22,20 @@ from bitpolicy.sensitivity.error_split import ErrorSplit
 
 def amplification(probed: Probed, split: ErrorSplit, column: int, group: Group | None = None) -> np.ndarray:
     """|dx_0| / |de_t| by step, median over layers, with each layer's better bias; float64, shape (T)."""
-    values = probed.better_bias(split.amplification)[:, :, column].double()
-    if group is not None:
-        values = values[:, list(group.members)]
+    values = probed.better_bias(split.amplification)[probed.lead :, :, column].double()
+    values = values[:, probed.in_loop if group is None else list(group.members)]
     return values.median(1).values.numpy()
 
 
 def local_error(probed: Probed, split: ErrorSplit, column: int, group: Group) -> np.ndarray:
     """E|de_t|^2 / E|e_t|^2 by step, median over layers; float64, shape (T)."""
-    return probed.better_bias(split.local)[:, list(group.members), column].double().median(1).values.numpy()
+    return probed.better_bias(split.local)[probed.lead :, list(group.members), column].double().median(1).values.numpy()
 
 
 def entering(probed: Probed, column: int, group: Group | None = None) -> np.ndarray:
     """Sum over layers of the error that enters at each step, float64, shape (T)."""
     assert probed.table.by_step is not None
-    values = probed.table.by_step[:, :, column].double()
+    values = probed.table.by_step[probed.lead :, :, column].double()
     return (values if group is None else values[:, list(group.members)]).sum(1).numpy()
 
 
@@ -68,7 +67,8 @@ def coherence(part: torch.Tensor) -> Coherence | None:
 
 
 def largest_step(probed: Probed, layer: int, column: int) -> int | None:
-    """The step, counted from 1, at which most of a layer's error enters; None where the probe does not tell."""
+    """The step, counted from 1, at which most of a layer's error enters, 0 for outside the loop; None where the probe
+    does not tell."""
     if probed.table.by_step is None:
         return None
-    return int(probed.table.by_step[:, layer, column].argmax()) + 1
+    return int(probed.table.by_step[:, layer, column].argmax()) + 1 - probed.lead

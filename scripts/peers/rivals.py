@@ -113,6 +113,6 @@ class Rivals:
         return replace(table, error=torch.tensor(errors, dtype=torch.float64).reshape(table.error.shape))
 
     def _run(self, probe: str, samples: int = 16) -> ProbeRun:
-        settings = Settings(budget="100%", probe=probe, calibration_samples=samples)
+        settings = Settings(budget="100%", quantizer="rtn", probe=probe, calibration_samples=samples)
         plan = replace(self.plan, split=replace(self.plan.split, calibration=self.plan.split.calibration[:samples]))
         return plan.probe(settings, self.work / "probes" / f"{probe}-{samples}", Stages())

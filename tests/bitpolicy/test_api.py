@@ -161,7 +161,7 @@ def test_a_search_in_a_folder_goes_on_there(
     first = search(half_pipeline(), output_dir=tmp_path / "kept")
     names = {path.name for path in (tmp_path / "kept").iterdir()}
     assert {"policy.yaml", "calibration.safetensors", "sensitivity.csv", "study.journal", "work"} <= names
-    monkeypatch.setattr(Trajectories, "differentiable_latent", lambda *_: pytest.fail("a sample was probed again"))
+    monkeypatch.setattr(Trajectories, "differentiable_signal", lambda *_: pytest.fail("a sample was probed again"))
     assert search(half_pipeline(), output_dir=tmp_path / "kept").to_yaml() == first.to_yaml()
 
 
@@ -257,7 +257,7 @@ def test_a_probe_gives_the_table(half_pipeline: NewPipeline, layer_names: list[s
 def test_a_probe_by_weights_draws_only_the_reference(
     half_pipeline: NewPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Trajectories, "differentiable_latent", lambda *_: pytest.fail("a gradient was taken"))
+    monkeypatch.setattr(Trajectories, "differentiable_signal", lambda *_: pytest.fail("a gradient was taken"))
     table = bitpolicy.probe(half_pipeline(), call=CALL, prompts=PROMPTS, samples=1, probe="weight", quiet=True)
     assert table.additive_error([format_named("int8")] * 83) is None
 
@@ -318,7 +318,7 @@ def test_an_interrupted_export_leaves_what_was_there(
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bitpolicy.policies.checkpoint.describe_checkpoint", stop)
+    monkeypatch.setattr("bitpolicy.policies.export.describe_checkpoint", stop)
     with pytest.raises(KeyboardInterrupt):
         bitpolicy.export(half_pipeline(), policy, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -135,3 +135,23 @@ def _stored(*models: torch.nn.Module) -> list[torch.Tensor]:
 def test_what_cannot_be_meant_is_told_so(toy_pipeline: Any, asked: dict[str, Any], told: str) -> None:
     with pytest.raises(BitPolicyError, match=told):
         searched(toy_pipeline, **asked)
+
+
+@pytest.mark.parametrize(
+    ("target", "budget"), [("comfy", "92%"), ("sdnq", "55%"), ("torchao", "55%"), ("modelopt", "55%")]
+)
+def test_what_is_searched_for_a_program_is_what_it_can_hold(
+    toy_pipeline: Any, tmp_path: Path, target: str, budget: str
+) -> None:
+    asked = {"budget": budget, "trials": 0, "probe": "weight"}
+    with pytest.raises(BitPolicyError, match="cannot hold"):
+        bitpolicy.export_for(toy_pipeline, searched(toy_pipeline, formats="nf4", **asked), tmp_path / "free", target)
+    policy = searched(toy_pipeline, formats="nf4,int8", target=target, **asked)
+    assert {"int8", "fp16"} == set(formats(policy, toy_pipeline).values())
+    assert bitpolicy.export_for(toy_pipeline, policy, tmp_path / "out", target).requantized == ()
+    assert (tmp_path / "out" / "policy.yaml").is_file()
+
+
+def test_a_program_that_is_not_there_is_told_which_are(toy_pipeline: Any) -> None:
+    with pytest.raises(BitPolicyError, match="unknown target 'onnx'; write any of comfy, comfy-int8, sdnq"):
+        searched(toy_pipeline, budget="50%", target="onnx")

@@ -62,11 +62,15 @@ def test_a_folder_that_is_not_there(refused: Any) -> None:
 
 
 def test_a_hub_id_without_a_network(refused: Any) -> None:
-    refused(("cannot download no-one/nothing", "local folder"), "--model", "no-one/nothing")
+    refused(("no-one/nothing is not in the cache", "HF_HUB_OFFLINE", "local folder"), "--model", "no-one/nothing")
 
 
 def test_a_file(refused: Any, prompts: Path) -> None:
-    refused("no such folder", "--model", str(prompts))
+    refused(("prompts.txt is no safetensors file", "pipeline folder"), "--model", str(prompts))
+
+
+def test_a_path_that_is_not_there(refused: Any) -> None:
+    refused(("./nowhere", "no such folder or file", "hub id"), "--model", "./nowhere")
 
 
 def test_a_folder_that_is_no_pipeline(refused: Any, toy: Path, here: Path) -> None:
@@ -158,12 +162,8 @@ def test_cuda_where_there_is_none(refused: Any, monkeypatch: pytest.MonkeyPatch)
     refused(("--device cuda", "use --device cpu or auto"), "--device", "cuda")
 
 
-def test_a_component_that_is_no_denoiser(refused: Any) -> None:
-    refused("text_encoder", "--component", "text_encoder", "--budget", "95%", "--probe", "weight")
-
-
-def test_a_component_that_the_loop_does_not_call(refused: Any) -> None:
-    refused("vae", "--component", "vae", "--budget", "95%")
+def test_a_probe_that_does_not_see_a_component(refused: Any) -> None:
+    refused(("text_encoder, vae", "--probe adjoint"), "--component", "unet,text_encoder,vae", "--probe", "stepwise")
 
 
 def test_a_storage_that_optuna_does_not_know(refused: Any) -> None:

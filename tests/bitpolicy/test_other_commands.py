@@ -63,7 +63,7 @@ def test_probe_prints_json_and_nothing_else(probe: Any, here: Path) -> None:
 def test_probe_goes_on_where_it_stopped(probe: Any, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     probe("--output-dir", "out")
     first = (here / "out" / "sensitivity.csv").read_bytes()
-    monkeypatch.setattr(Trajectories, "differentiable_latent", lambda *_: pytest.fail("a sample was probed again"))
+    monkeypatch.setattr(Trajectories, "differentiable_signal", lambda *_: pytest.fail("a sample was probed again"))
     assert probe("--output-dir", "out").code == 0
     assert (here / "out" / "sensitivity.csv").read_bytes() == first
 

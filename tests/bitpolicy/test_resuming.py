@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from bitpolicy import decision, workflow
-from bitpolicy.policies import checkpoint
+from bitpolicy.policies import export
 from bitpolicy.search.generation import Generations
 from bitpolicy.sensitivity.records import Records
 from bitpolicy.sensitivity.trajectory import Trajectories
@@ -109,7 +109,7 @@ def test_the_study_goes_on_after_the_trials_that_are_done(
         tried.append(len(samples))
         return errors(this, choices, samples)
 
-    monkeypatch.setattr(Trajectories, "differentiable_latent", no_probe)
+    monkeypatch.setattr(Trajectories, "differentiable_signal", no_probe)
     monkeypatch.setattr(Generations, "errors", counted)
     outcome = command(*arguments_for(finished, here / "out"))
     assert probed == []
@@ -126,7 +126,7 @@ def _finalists(folder: Path) -> list[float]:
     ("owner", "name"),
     [
         (decision, "confirm"),
-        (checkpoint, "export_denoiser"),
+        (export, "export_component"),
         (workflow, "save_comparison"),
         (OutputFolder, "finish"),
     ],

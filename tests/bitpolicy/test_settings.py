@@ -58,6 +58,7 @@ def test_every_setting_counts() -> None:
         frontier=3,
         keep=("a=fp16",),
         share_qkv=True,
+        target="sdnq",
         scope="peak",
         height=8,
         width=8,

@@ -295,7 +295,7 @@ def test_gptq_is_seen_less_than_rounding_to_nearest_on_the_same_grids(format: Gr
         weight, hessian = heavy_tailed((8, 128), seed), inputs_hessian(128, seed)
         curvature = Curvature.of(format.rotated_hessian(hessian))
         rows = format.rows(weight)
-        grid = searched_grid(format, rows, curvature.diagonal)
+        grid = searched_grid(format, rows, curvature.of_rows(*rows.shape))
         nearest = format.store(format.nearest(rows, grid), grid, weight.shape)
         found = gptq(format, weight, curvature)
         ratios.append(
@@ -358,12 +358,61 @@ def test_a_curvature_is_that_of_the_damped_hessian_in_falling_order() -> None:
     hessian = inputs_hessian(40).double()
     damped = hessian / hessian.diagonal().mean() + DAMPING * torch.eye(40)
     found = Curvature.of(hessian.float())
-    assert found.order.tolist() == damped.diagonal().argsort(descending=True).tolist()
-    torch.testing.assert_close(found.diagonal.double(), damped.diagonal(), rtol=1e-5, atol=0)
-    ordered = damped[found.order][:, found.order]
-    factor = found.factor.double()
+    (order,), (factor,) = found.order.flatten(0, 1), found.factor.double().flatten(0, 1)
+    assert order.tolist() == damped.diagonal().argsort(descending=True).tolist()
+    torch.testing.assert_close(found.diagonal.double(), damped.diagonal()[None, None], rtol=1e-5, atol=0)
+    ordered = damped[order][:, order]
     torch.testing.assert_close(factor.T @ factor @ ordered, torch.eye(40).double(), rtol=0, atol=1e-3)
     assert torch.equal(factor, factor.triu())
+
+
+@pytest.mark.parametrize("format", [f for f in SMALL if f.name != "int5-g32-rot"], ids=lambda f: f.name)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_blocks_of_a_long_row_take_the_levels_of_the_textbook_on_the_block_diagonal(
+    format: GridFormat, seed: int
+) -> None:
+    weight = heavy_tailed((4, 192), seed)
+    blocks = [inputs_hessian(64, seed + i) * 3.0**i for i in range(3)]
+    stored = gptq(format, weight, Curvature.of(torch.stack(blocks)[None]))
+    expected = by_the_textbook(format, stored, weight, torch.block_diag(*blocks))
+    back = format.dequantize(stored, weight.shape, torch.float32).double().numpy()
+    np.testing.assert_allclose(back, expected, rtol=1e-6, atol=1e-9)
+    whole = gptq(format, weight, Curvature.of(torch.block_diag(*blocks)))
+    assert all(torch.equal(stored[name].view(torch.uint8), whole[name].view(torch.uint8)) for name in whole)
+
+
+@on_shapes(GRIDS, [(4, 200), (3, 384), (3, 128, 1, 3)])
+def test_a_last_block_may_be_short(format: GridFormat, shape: tuple[int, ...]) -> None:
+    weight, length = heavy_tailed(shape), int(np.prod(shape[1:]))
+    blocks, k = -(-length // 128), 128
+    hessian = torch.zeros(1, blocks, k, k)
+    whole = inputs_hessian(length)
+    for i in range(blocks):
+        part = whole[i * k : (i + 1) * k, i * k : (i + 1) * k]
+        hessian[0, i, : len(part), : len(part)] = part
+    curvature = Curvature.of(format.rotated_hessian(hessian))
+    stored = gptq(format, weight, curvature)
+    seen = torch.block_diag(*[hessian[0, i] for i in range(blocks)])[:length, :length]
+    assert weighted(error_rows(format, stored, weight), seen) <= weighted(
+        error_rows(format, mse(format, weight), weight), seen
+    )
+
+
+@on_shapes(SMALL, [(6, 128), (6, 5, 3, 3), (8, 1, 3, 3), (6, 64, 2)])
+def test_each_group_of_rows_is_rounded_as_alone_with_its_own_hessian(
+    format: GridFormat, shape: tuple[int, ...]
+) -> None:
+    """Of a convolution in 2 groups; one with a group for each channel has as many as rows."""
+    groups = shape[0] if shape[1] == 1 else 2
+    weight, length = heavy_tailed(shape), int(np.prod(shape[1:]))
+    hessians = [inputs_hessian(length, seed) * 3.0**seed for seed in range(groups)]
+    together = gptq(format, weight, Curvature.of(format.rotated_hessian(torch.stack(hessians)[:, None])))
+    alone = [
+        gptq(format, part, Curvature.of(format.rotated_hessian(hessian)))
+        for part, hessian in zip(weight.chunk(groups), hessians, strict=True)
+    ]
+    for name, tensor in together.items():
+        assert torch.equal(tensor.view(torch.uint8), torch.cat([a[name] for a in alone]).view(torch.uint8)), name
 
 
 # names

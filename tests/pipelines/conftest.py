@@ -56,7 +56,7 @@ def _widened(value: Any) -> Any:
 
 
 @contextmanager
-def _unrounded(denoisers: Sequence[nn.Module]) -> Iterator[None]:
+def _unrounded(denoisers: Sequence[nn.Module], outside: Sequence[nn.Module] = ()) -> Iterator[None]:
     numpy_to_pt = VaeImageProcessor.numpy_to_pt
     with ExitStack() as stack:
         stack.enter_context(
@@ -64,6 +64,9 @@ def _unrounded(denoisers: Sequence[nn.Module]) -> Iterator[None]:
         )
         for denoiser in denoisers:  # a checkpointed call is made again in the backward pass, which suspends the mode
             stack.enter_context(patch.object(denoiser, "forward", _in_float64(denoiser.forward)))
+        for model in outside:
+            method = "decode" if hasattr(model, "decode") else "forward"
+            stack.enter_context(patch.object(model, method, _in_float64(getattr(model, method))))
         stack.enter_context(_Unrounded())
         yield
 
@@ -93,7 +96,7 @@ class Subject:
 
     def unrounded(self) -> AbstractContextManager[None]:
         """While the block runs, a pipeline of float64 weights computes in float64 from the noise to the latent."""
-        return _unrounded(self.trajectories.denoisers)
+        return _unrounded(self.trajectories.denoisers, list(self.trajectories.outside.values()))
 
     @property
     def layers(self) -> dict[str, Quantizable]:
@@ -124,6 +127,14 @@ class Subject:
             return output
         return made[-1][:1]  # of DiT, which carries every sample twice, the half that becomes the image
 
+    def image(self, sample: Sample, watch: Callable[[int], None] = lambda step: None) -> torch.Tensor:
+        """What the pipeline returns for "pt", shape (1, ...); `watch` is called with 0 before it."""
+        watch(0)
+        output = self.own_call(sample, "pt")
+        if isinstance(output, torch.Tensor):
+            return output
+        return torch.from_numpy(output).movedim(-1, -3)
+
     def steps_taken(self, sample: Sample) -> int:
         taken: list[int] = []
         self.final_latent(sample, taken.append)
@@ -146,7 +157,7 @@ class Subject:
             del self.pipe.scheduler.step
 
     def slope(self, moves: Moves, vector: int, step: int | None = None) -> float:
-        """(<v, x_0(W + a dW)> - <v, x_0(W - a dW)>) / 2a for the first sample.
+        """(<v, x_0(W + a dW)> - <v, x_0(W - a dW)>) / 2a for the first sample; x_0 is the image if that is studied.
 
         Args:
             moves: dW of each parameter that moves.
@@ -165,11 +176,11 @@ class Subject:
                 parameter.data = before[parameter] + here * change
 
         try:
-            latent = self.final_latent(self.samples[0], move)
+            signal = (self.image if self.trajectories.draws else self.final_latent)(self.samples[0], move)
         finally:
             for parameter, data in before.items():
                 parameter.data = data
-        return float((Random(vector).vector(latent, self.samples[0]).double() * latent.double()).sum())
+        return float((Random(vector).vector(signal, self.samples[0]).double() * signal.double()).sum())
 
     def weight_change(self, name: str, format: Format) -> torch.Tensor:
         """Q(W) - W, float64."""
@@ -189,15 +200,18 @@ _AMOUNT = 1e-4
 
 @pytest.fixture(scope="session")
 def new_subject() -> Callable[..., Subject]:
-    """`new_subject("FluxPipeline", dtype, scheduler, **call)`: a new toy of weights that float16 can hold."""
+    """`new_subject("FluxPipeline", dtype, scheduler, components, **call)`: a new toy of weights that float16 can
+    hold."""
 
-    def new(name: str, dtype: torch.dtype = torch.float32, scheduler: Any = None, **call: Any) -> Subject:
+    def new(
+        name: str, dtype: torch.dtype = torch.float32, scheduler: Any = None, components: str | None = None, **call: Any
+    ) -> Subject:
         toy = TOYS[name]
         pipe: Any = toy.new()
         if scheduler is not None:
             pipe.scheduler = scheduler
         call = {**toy.call, **call}
-        component = denoiser_names(pipe)
+        component = denoiser_names(pipe, components)
         for part in component.split(","):
             to_storage(getattr(pipe, part), torch.float16)
         if dtype != torch.float32:

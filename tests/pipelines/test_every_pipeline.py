@@ -130,9 +130,9 @@ def test_images_and_latents_are_those_of_the_pipelines_own_call(subject: Any) ->
     assert torch.equal(last, latent[0].transpose(0, 1) if frames_first else latent[0])
 
 
-def test_the_differentiable_latent_is_the_one_without_gradients(subject: Any) -> None:
+def test_the_differentiable_signal_is_the_one_without_gradients(subject: Any) -> None:
     sample = subject.samples[0]
-    latent = subject.trajectories.differentiable_latent(sample)
+    latent = subject.trajectories.differentiable_signal(sample)
     assert latent.requires_grad
     torch.testing.assert_close(latent.detach(), subject.final_latent(sample), rtol=1e-3, atol=1e-4)
 

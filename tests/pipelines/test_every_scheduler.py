@@ -139,7 +139,7 @@ def test_a_sample_is_drawn_from_its_seed_alone(new_subject: Any, scheduler: str)
         torch.manual_seed(state)
         before = torch.random.get_rng_state()
         found.append(next(subject.trajectories.latents([sample])))
-        with_graph = subject.trajectories.differentiable_latent(sample).detach()[0]
+        with_graph = subject.trajectories.differentiable_signal(sample).detach()[0]
         torch.testing.assert_close(with_graph, found[-1], rtol=1e-3, atol=1e-4)
         assert torch.equal(torch.random.get_rng_state(), before)
     assert torch.equal(found[0], found[1])
@@ -166,7 +166,7 @@ def test_noise_that_a_pipeline_takes_from_no_generator_comes_from_the_seed_too(n
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0][None], subject.final_latent(sample))
     torch.testing.assert_close(
-        subject.trajectories.differentiable_latent(sample).detach()[0], found[0], rtol=1e-3, atol=1e-4
+        subject.trajectories.differentiable_signal(sample).detach()[0], found[0], rtol=1e-3, atol=1e-4
     )
     alone = [next(subject.trajectories.latents([sample])) for sample in subject.samples]
     assert torch.equal(torch.stack(list(subject.trajectories.latents(subject.samples))), torch.stack(alone))

@@ -17,7 +17,7 @@ from bitpolicy.kernels.formats import format_named
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.accounting import weights_hash
 from bitpolicy.policies.apply import to_storage
-from bitpolicy.policies.checkpoint import export_pipeline
+from bitpolicy.policies.export import export_pipeline
 from bitpolicy.policies.policy import Choice, ModelReference, Policy
 
 

@@ -84,6 +84,15 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
     assert tree(tmp_path) == {"folder/a": "new", "folder/deep/b": "new"}
 
 
+def test_what_was_moved_out_of_the_way_comes_back(tmp_path: Path) -> None:
+    """A process was killed between moving the old folder away and moving the new one in."""
+    fill(tmp_path / ".folder.old", "old")
+    fill(tmp_path / ".folder.partial", "new")
+    with pytest.raises(RuntimeError):
+        stop_half_way(tmp_path / "folder", lambda aside: fill(aside, "half"))
+    assert tree(tmp_path) == {"folder/a": "old", "folder/deep/b": "old"}
+
+
 def test_a_folder_behind_a_link_is_replaced(tmp_path: Path) -> None:
     fill(tmp_path / "real", "old")
     (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)

@@ -22,7 +22,9 @@ from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.calibration import load_calibration
-from bitpolicy.policies.checkpoint import checkpoint_bytes, export_denoiser, export_pipeline
+from bitpolicy.policies.checkpoint import checkpoint_bytes, export_denoiser
+from bitpolicy.policies.export import export_pipeline
+from bitpolicy.policies.footprint import stored_others
 from bitpolicy.policies.policy import Choice, Policy
 
 WireReader = Callable[[str, Mapping[str, np.ndarray], tuple[int, ...]], np.ndarray]
@@ -202,7 +204,7 @@ def test_an_export_that_fails_leaves_what_was_there(exported: Any, tmp_path: Pat
 def test_a_full_disk_is_told_before_anything_is_written(
     exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needed = exported.nbytes
+    needed = exported.nbytes + sum(stored_others(exported.pipe, "unet", F16).values())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
     with pytest.raises(BitPolicyError, match=f"{needed - 1:,} bytes free, .* at least {needed:,}; free some space or"):
         export_pipeline(exported.pipe, "unet", exported.policy, exported.calibration, tmp_path / "out")

@@ -14,8 +14,9 @@ from toy_pipelines import TOYS
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import format_named
-from bitpolicy.policies.checkpoint import checkpoint_bytes, export_pipeline
+from bitpolicy.policies.checkpoint import checkpoint_bytes
 from bitpolicy.policies.denoiser import denoiser_names
+from bitpolicy.policies.export import export_pipeline
 from bitpolicy.policies.footprint import Span, measured_peak, metered, resident_bytes, stored_others
 from bitpolicy.policies.policy import LayerSettings, ModelReference, Policy
 

@@ -16,6 +16,7 @@ from torch import nn
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.layers import PackedLayer
 
+LORA = "pytorch_lora_weights.safetensors"  # diffusers before 0.41 does not look for it offline
 TARGETS = ["to_q", "to_out.0", "conv1", "conv_in", "proj_in"]
 Predict = Callable[[Any], torch.Tensor]
 
@@ -89,7 +90,7 @@ def test_a_lora_file_is_loaded_and_unloaded(exported: Any, lora: tuple[Path, Any
     folder, plain = lora
     pipe = DiffusionPipeline.from_pretrained(exported.folder, torch_dtype=torch.float32)
     before = predict(pipe.unet)
-    pipe.load_lora_weights(folder)
+    pipe.load_lora_weights(folder, weight_name=LORA)
     assert torch.equal(predict(pipe.unet), predict(plain))
     pipe.unload_lora_weights()
     assert torch.equal(predict(pipe.unet), before)
@@ -101,7 +102,7 @@ def test_fusing_bakes_the_adapter_in_and_unfusing_takes_it_out(
     pipe = DiffusionPipeline.from_pretrained(exported.folder, torch_dtype=torch.float32)
     before = predict(pipe.unet)
     names = {name: layer.format for name, layer in packed_layers(pipe.unet).items()}
-    pipe.load_lora_weights(lora[0])
+    pipe.load_lora_weights(lora[0], weight_name=LORA)
     adapted = predict(pipe.unet)
 
     pipe.fuse_lora()
@@ -122,7 +123,7 @@ def test_a_fused_model_without_its_adapter_is_saved_and_loaded(
     exported: Any, lora: tuple[Path, Any], predict: Predict, tmp_path: Path
 ) -> None:
     pipe = DiffusionPipeline.from_pretrained(exported.folder, torch_dtype=torch.float32)
-    pipe.load_lora_weights(lora[0])
+    pipe.load_lora_weights(lora[0], weight_name=LORA)
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     pipe.unet.save_pretrained(tmp_path / "fused")

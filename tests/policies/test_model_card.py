@@ -11,26 +11,63 @@ from torch import nn
 
 from bitpolicy.kernels.formats import FP16, format_named
 from bitpolicy.policies.accounting import ByteAccount
-from bitpolicy.policies.model_card import model_card
-from bitpolicy.policies.policy import Choice, Policy, Result
+from bitpolicy.policies.model_card import PLAIN, Card, model_card
+from bitpolicy.policies.policy import BudgetRecord, Choice, Policy, Result
+
+BYTES = 2 * (4 + 2 * 4) + 8 + 3 * 2 * 2  # codes and scales of two layers, a plain one, biases
 
 
-def card(model: str = "someone/model", **fields: Any) -> tuple[dict[str, Any], str]:
+CHOICES = {"0": Choice(format_named("int8")), "1": Choice(format_named("int8"), True), "2": Choice(FP16)}
+
+
+def card(model: str = "someone/model", about: Card = PLAIN, **fields: Any) -> tuple[dict[str, Any], str]:
     """Front matter and text."""
-    reference = {"id": model, "component": "unet", "class": "Sequential", "sha256": "0"}
-    choices = {"0": Choice(format_named("int8")), "1": Choice(format_named("int8")), "2": Choice(FP16)}
+    reference = {"id": model, "revision": "main", "component": "unet", "class": "Sequential", "sha256": "0"}
     policy = Policy(model=reference, **fields)
-    text = model_card(policy, nn.Sequential(*(nn.Linear(2, 2) for _ in range(3))), choices)
+    text = model_card(policy, nn.Sequential(*(nn.Linear(2, 2) for _ in range(3))), CHOICES, about)
     _, front, body = text.split("---\n", 2)
     return yaml.safe_load(front), body
 
 
 def test_it_counts_the_formats_and_quotes_the_result() -> None:
-    _, text = card(result=Result(policy_bytes=1234567, predicted_error=0.00314159, psnr_db=34.26))
+    budget = BudgetRecord(asked="40%", bytes=50)
+    _, text = card(result=Result(policy_bytes=BYTES, predicted_error=0.00314159, psnr_db=34.26), budget=budget)
     assert "1 fp16, 2 int8" in text
-    assert "1,234,567" in text
-    assert "34.3 dB" in text
-    assert "0.00314" in text
+    for row in (
+        "base model | someone/model, revision main",
+        f"tensor bytes of the unet | {BYTES} |",
+        "the same unquantized | 36 (float16) |",
+        "budget asked for | 40% (scope weights) |",
+        "rounding | rtn |",
+        "bias is corrected | 1 |",
+        "34.3 dB |",
+        "0.00314 |",
+    ):
+        assert row in text, row
+
+
+def test_what_was_measured_of_another_policy_is_not_quoted() -> None:
+    """A policy that was edited keeps the result of the one before."""
+    _, text = card(result=Result(policy_bytes=BYTES + 1, predicted_error=0.00314159, psnr_db=34.26))
+    assert "34.3" not in text
+    assert "not measured" in text
+    assert "not predicted" in text
+
+
+def test_it_counts_layers_by_role() -> None:
+    _, text = card(about=Card(roles={"0": "conv", "1": "attention_qkv", "2": "conv"}))
+    assert "| role | fp16 | int8 | bytes of weights |" in text
+    assert "| attention_qkv |  | 1 | 12 |" in text
+    assert "| conv | 1 | 1 | 20 |" in text
+
+
+@pytest.mark.parametrize("location", ["this/folder", "me/toy"])
+def test_its_snippet_loads_what_it_stands_beside(location: str) -> None:
+    _, text = card(about=Card(location))
+    lines = text.split("```python\n")[1].split("```")[0].splitlines()
+    assert lines[0].startswith("import bitpolicy")
+    assert lines[-1] == f'pipe = DiffusionPipeline.from_pretrained("{location}")'
+    compile("\n".join(lines), "snippet", "exec")
 
 
 @pytest.mark.parametrize("fields", [{}, {"result": Result(policy_bytes=1)}], ids=["no result", "nothing measured"])

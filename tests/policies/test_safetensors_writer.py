@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from bitpolicy.kernels.format import TensorSpec
-from bitpolicy.policies.safetensors_writer import SafetensorsWriter
+from bitpolicy.policies.safetensors_writer import DTYPE_NAMES, SafetensorsWriter
 
 TENSORS = {
     "z.packed": torch.arange(7, dtype=torch.uint8),
@@ -94,3 +94,21 @@ def test_an_error_inside_is_not_covered_by_what_is_missing(tmp_path: Path) -> No
     writer = SafetensorsWriter(tmp_path / "file", specs(TENSORS))
     with pytest.raises(KeyboardInterrupt), writer:
         raise KeyboardInterrupt
+
+
+def test_the_bytes_are_those_that_safetensors_writes(tmp_path: Path) -> None:
+    every = {f"a.{dtype}".removeprefix("torch."): torch.zeros(3, 2).to(dtype) for dtype in DTYPE_NAMES}
+    tensors = {name: tensor.contiguous() for name, tensor in (TENSORS | every).items()}
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    assert write(tmp_path / "ours", tensors).read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_more_metadata_is_sorted_so_that_the_bytes_stay_the_same(tmp_path: Path) -> None:
+    first, second = {"zeta": "1", "_layers": '{"a": 2}'}, {"_layers": '{"a": 2}', "zeta": "1"}
+    for name, metadata in (("a", first), ("b", second)):
+        with SafetensorsWriter(tmp_path / name, specs(TENSORS), metadata) as writer:
+            for tensor in TENSORS:
+                writer.write(tensor, TENSORS[tensor])
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    with safe_open(tmp_path / "a", "pt") as file:
+        assert file.metadata() == {"format": "pt", **first}

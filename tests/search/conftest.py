@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import optuna
 import pytest
 import torch
+from optuna.trial import TrialState
 
 from bitpolicy.kernels.formats import FP16, format_named
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.policy import Choice
 from bitpolicy.search.problem import Problem
+from bitpolicy.search.study import open_storage
 from bitpolicy.sensitivity.inventory import Layer
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.table import SensitivityTable
@@ -144,3 +149,37 @@ def new_workers() -> Iterator[Callable[..., list[subprocess.Popen[str]]]]:
     for worker in started:
         worker.kill()
         worker.communicate()
+
+
+@pytest.fixture
+def share(new_workers: Callable[..., list[subprocess.Popen[str]]]) -> Callable[[str], None]:
+    """`share(url)`: two processes at one study in an empty storage; every trial is somebody's, none is done twice."""
+
+    def run(url: str) -> None:
+        outputs = []
+        for worker in new_workers(url, count=2, trials=12):
+            out, err = worker.communicate(timeout=200)
+            assert worker.returncode == 0, err[-3000:]
+            outputs.append(out.split())
+        study = optuna.load_study(study_name="s", storage=open_storage(url))
+        finished = study.get_trials(states=(TrialState.COMPLETE,))
+        assert len(study.trials) == len(finished)
+        assert 12 <= len(finished) <= 13  # both may begin the last one
+        assert len(Counter(trial.user_attrs["worker"] for trial in finished)) == 2
+        assert sorted(trial.user_attrs["turn"] for trial in finished) == list(range(len(finished)))
+        assert outputs[0] == outputs[1]
+        assert outputs[0][1] == str(len(finished))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """`free_port()`: a port of this machine that nobody listens at."""
+
+    def find() -> int:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            return int(free.getsockname()[1])
+
+    return find

@@ -6,12 +6,12 @@ import pytest
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import FP16, format_named
-from bitpolicy.search.constraints import pinned, shared_qkv
+from bitpolicy.search.constraints import not_held, pinned, shared_qkv
 from bitpolicy.sensitivity.inventory import Layer
 
 
 def layer(name: str, shape: tuple[int, ...] = (64, 64)) -> Layer:
-    return Layer(name, "Linear", shape, True, "other", "ends")
+    return Layer(name, "Linear" if len(shape) == 2 else "Conv2d", shape, True, "other", "ends")
 
 
 LAYERS = [
@@ -64,3 +64,17 @@ def test_query_key_and_value_of_one_attention_are_together() -> None:
         ["block.0.attn.to_q", "block.0.attn.to_k", "block.0.attn.to_v"],
         ["block.1.attn.add_k_proj", "block.1.attn.add_v_proj"],
     ]
+
+
+def test_what_a_program_cannot_hold_is_barred_layer_by_layer() -> None:
+    layers = [layer("to_q"), layer("conv", (64, 64, 3, 3))]
+    formats = [format_named(name) for name in ("int4", "int8", "nf4", "fp16")]
+    found = {(name, format.name) for name, format in not_held("comfy", layers, formats, {})}
+    assert found == {("to_q", "nf4"), ("conv", "int4"), ("conv", "int8"), ("conv", "nf4")}
+    assert {(name, f.name) for name, f in not_held("sdnq", layers, formats, {})} == {("to_q", "nf4"), ("conv", "nf4")}
+
+
+def test_a_layer_kept_at_what_the_program_cannot_hold_is_told_so() -> None:
+    layers, int8 = [layer("conv", (64, 64, 3, 3))], format_named("int8")
+    with pytest.raises(BitPolicyError, match=r"--keep conv=int8: ComfyUI cannot hold that; `bitpolicy formats --tar"):
+        not_held("comfy", layers, [int8], {"conv": int8})

@@ -26,9 +26,21 @@ def new_trajectories(new_toy_pipeline: Callable[[], Any]) -> Callable[..., Traje
         to_storage(pipe.unet, torch.float16)
         if dtype != torch.float32:
             pipe.to(dtype)
+            pipe.prepare_latents = _in_float32(pipe.prepare_latents)
         return Trajectories(pipe, "unet", {"num_inference_steps": 3, "guidance_scale": 3.0, **call})
 
     return new
+
+
+def _in_float32(prepare_latents: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The same noise for every dtype: torch before 2.15 draws other numbers in float16 than in float32."""
+
+    def prepare(
+        batch: int, channels: int, height: int, width: int, dtype: torch.dtype, *others: Any, **named: Any
+    ) -> torch.Tensor:
+        return prepare_latents(batch, channels, height, width, torch.float32, *others, **named).to(dtype)
+
+    return prepare
 
 
 @dataclass(frozen=True)

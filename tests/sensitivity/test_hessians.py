@@ -11,9 +11,9 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from torch import nn
 
 from bitpolicy.kernels.layers import Quantizable, quantizable_layers
-from bitpolicy.sensitivity import hessians
+from bitpolicy.sensitivity import hessians, scaled_backward
 from bitpolicy.sensitivity.directions import Random
-from bitpolicy.sensitivity.hessians import Moments, drawn_inputs, has_hessian, measure_moments
+from bitpolicy.sensitivity.hessians import Moments, drawn_inputs, hessian_shape, measure_moments
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.sketch import only_these_require_grad
 from bitpolicy.sensitivity.trajectory import Trajectories
@@ -40,6 +40,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "reflected": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), (2, 3, 6, 6)),
     "replicated": (lambda: nn.Conv2d(3, 4, 3, padding=(2, 1), padding_mode="replicate"), (2, 3, 6, 6)),
     "circular": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), (2, 3, 6, 6)),
+    "groups": (lambda: nn.Conv2d(6, 4, 3, padding=1, groups=2), (2, 6, 5, 4)),
+    "a group for each channel": (lambda: nn.Conv2d(3, 6, (3, 2), groups=3, bias=False), (2, 3, 5, 4)),
+    "conv1d in groups": (lambda: nn.Conv1d(8, 4, 3, stride=2, groups=4), (2, 8, 9)),
     "conv3d": (lambda: nn.Conv3d(3, 4, (1, 3, 2), stride=(1, 2, 1), padding=(0, 1, 1)), (2, 3, 4, 6, 5)),
 }
 every_layer = pytest.mark.parametrize(("make", "size"), LAYERS.values(), ids=LAYERS)
@@ -66,9 +69,10 @@ def test_what_is_drawn_times_the_weight_is_the_layers_own_output(
     layer, x = of_whole_numbers(make, size)
     output = layer(x)
     rows, taken = drawn_inputs(layer, x, output, count, torch.Generator().manual_seed(2))
-    positions = output.numel() // len(layer.weight)
-    assert rows.shape == (min(count, positions), layer.weight[0].numel())
-    expected = rows @ wire_rows(layer.weight).T + (0 if layer.bias is None else layer.bias)
+    positions, groups = output.numel() // len(layer.weight), getattr(layer, "groups", 1)
+    assert rows.shape == (min(count, positions), groups, layer.weight[0].numel())
+    of_group = wire_rows(layer.weight).unflatten(0, (groups, -1))
+    expected = torch.einsum("pgk,gok->pgo", rows, of_group).flatten(1) + (0 if layer.bias is None else layer.bias)
     assert torch.equal(taken(output), expected)
 
 
@@ -89,40 +93,66 @@ def test_no_position_is_drawn_twice_and_every_one_can_be(make: Callable[[], nn.M
     assert drawn == set(range(positions))
 
 
-def test_a_grouped_convolution_has_no_hessian() -> None:
-    assert not has_hessian(nn.Conv2d(6, 4, 3, groups=2))
-    assert has_hessian(nn.Conv2d(6, 4, 3))
-    assert has_hessian(nn.Linear(6, 4))
-
-
-def test_moments_are_sums_of_outer_products() -> None:
-    x, power = torch.randn(10, 4), torch.rand(10)
-    moments = Moments.zeros(4, torch.device("cpu"))
+@pytest.mark.parametrize("groups", [1, 3])
+def test_moments_are_sums_of_outer_products_of_each_groups_inputs(groups: int) -> None:
+    x, power = torch.randn(10, groups, 4), torch.rand(10, groups)
+    moments = Moments.zeros((groups, 1, 4), torch.device("cpu"), seen=True)
     for part in (slice(0, 3), slice(3, 10)):
         moments.add(x[part], power[part])
-    outer = [torch.outer(row, row) for row in x]
-    torch.testing.assert_close(moments.inputs, sum(outer))
-    torch.testing.assert_close(moments.seen, sum(p * o for p, o in zip(power, outer, strict=True)))
+    for group in range(groups):
+        outer = [torch.outer(row, row) for row in x[:, group]]
+        torch.testing.assert_close(moments.inputs[group, 0], sum(outer))
+        seen = sum(p * o for p, o in zip(power[:, group], outer, strict=True))
+        torch.testing.assert_close(moments.seen[group, 0], seen)
+
+
+@pytest.mark.parametrize("length", [256, 300, 500, 1024])
+def test_of_long_rows_the_moments_are_the_blocks_on_the_diagonal(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    monkeypatch.setattr(hessians, "WIDEST", 200)
+    groups, blocks, k = shape = hessian_shape(nn.Linear(length, 1))
+    assert (groups, k % 128) == (1, 0)
+    assert (blocks - 1) * k < length <= blocks * k
+    moments, x, power = (
+        Moments.zeros(shape, torch.device("cpu"), seen=True),
+        torch.randn(20, 1, length),
+        torch.rand(20, 1),
+    )
+    moments.add(x, power)
+    whole = torch.zeros(blocks * k, blocks * k)
+    whole[:length, :length] = x[:, 0].T @ (x[:, 0] * power)
+    for i in range(blocks):
+        here = slice(i * k, (i + 1) * k)
+        torch.testing.assert_close(moments.seen[0, i], whole[here, here])
+
+
+def test_a_hessian_is_as_wide_as_a_row_of_a_group_up_to_the_widest() -> None:
+    assert hessian_shape(nn.Linear(7, 3)) == (1, 1, 7)
+    assert hessian_shape(nn.Conv2d(6, 4, (3, 2), groups=2)) == (2, 1, 18)
+    assert hessian_shape(nn.Linear(12_288, 1)) == (1, 1, 12_288)
+    assert hessian_shape(nn.Linear(15_360, 1)) == (1, 2, 7_680)
+    assert hessian_shape(nn.Linear(12_289, 1)) == (1, 2, 6_272)
 
 
 def test_a_hessian_has_equal_parts_of_what_is_given_and_of_what_is_seen() -> None:
-    x = torch.randn(50, 4)
-    moments = Moments(x.T @ x, x.T @ (x * torch.logspace(-8, 0, 50)[:, None]))
-    parts = [m / m.diagonal().mean() for m in (moments.inputs, moments.seen)]
-    torch.testing.assert_close(moments.hessian("inputs"), parts[0])
-    torch.testing.assert_close(moments.hessian("trajectory"), parts[0] + parts[1])
+    x = torch.randn(2, 50, 4)
+    moments = Moments((x.mT @ x)[:, None], (x.mT @ (x * torch.logspace(-8, 0, 50)[:, None]))[:, None])
+    for group in range(2):
+        inputs, seen = moments.inputs[group, 0], moments.seen[group, 0]
+        parts = [m / m.diagonal().mean() for m in (inputs, seen)]
+        torch.testing.assert_close(moments.hessian("inputs")[group, 0], parts[0])
+        torch.testing.assert_close(moments.hessian("trajectory")[group, 0], parts[0] + parts[1])
 
 
 @pytest.mark.parametrize("seen", [0.0, float("nan"), float("inf")], ids=str)
 def test_where_nothing_can_be_seen_the_inputs_alone_decide(seen: float) -> None:
     x = torch.randn(50, 4)
-    moments = Moments(x.T @ x, torch.full((4, 4), seen))
+    moments = Moments((x.T @ x)[None, None], torch.full((1, 1, 4, 4), seen))
     assert torch.equal(moments.hessian("trajectory"), moments.hessian("inputs"))
 
 
 def test_a_layer_that_was_only_given_zeros_has_a_hessian_of_zeros() -> None:
-    moments = Moments.zeros(4, torch.device("cpu"))
-    moments.add(torch.zeros(5, 4), torch.ones(5))
+    moments = Moments.zeros((1, 1, 4), torch.device("cpu"), seen=True)
+    moments.add(torch.zeros(5, 1, 4), torch.ones(5, 1))
     assert not moments.hessian("trajectory").any()
 
 
@@ -160,7 +190,7 @@ def by_hand(trajectories: Trajectories, sample: Sample) -> dict[str, Moments]:
         for name, layer in layers.items()
     ]
     with only_these_require_grad(trajectories, layers):
-        latent = trajectories.differentiable_latent(sample)
+        latent = trajectories.differentiable_signal(sample)
         v = Random(hessians._DIRECTION).vector(latent, sample)
         gradients = torch.autograd.grad((latent * v).sum(), [output for _, _, output in calls])
     for handle in handles:
@@ -169,7 +199,7 @@ def by_hand(trajectories: Trajectories, sample: Sample) -> dict[str, Moments]:
     for (name, x, _), gradient in zip(calls, gradients, strict=True):
         rows = patches(layers[name], x)
         power = by_position(layers[name], gradient.double()).square().sum(1)
-        zeros = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+        zeros = torch.zeros(1, 1, rows.shape[1], rows.shape[1], dtype=torch.float64)
         moments = found.setdefault(name, Moments(zeros, zeros.clone()))
         moments.inputs += rows.T @ rows
         moments.seen += (rows * power[:, None]).T @ rows
@@ -209,7 +239,8 @@ def test_without_gradients_every_input_counts_the_same(new_trajectories: NewTraj
     expected = by_hand(trajectories, SAMPLE)
     for name, moments in measured(trajectories, SAMPLE, seen=False).items():
         assert_near(moments.inputs, expected[name].inputs, name)
-        assert torch.equal(moments.seen, moments.inputs)
+        assert moments.seen is None
+        assert torch.equal(moments.hessian("trajectory"), moments.hessian("inputs"))
 
 
 def test_samples_add_up(new_trajectories: NewTrajectories) -> None:
@@ -249,7 +280,8 @@ def test_a_layer_may_be_given_its_input_by_name(new_trajectories: NewTrajectorie
     found = measured(trajectories, SAMPLE, seen=seen, names=[f"{name}.layer" for name in names])
     for name in names:
         assert torch.equal(found[f"{name}.layer"].inputs, expected[name].inputs)
-        assert torch.equal(found[f"{name}.layer"].seen, expected[name].seen)
+        kinds = ("inputs", "trajectory")
+        assert all(torch.equal(found[f"{name}.layer"].hessian(kind), expected[name].hessian(kind)) for kind in kinds)
 
 
 class ByName(nn.Module):
@@ -275,7 +307,7 @@ def test_measuring_leaves_no_trace(new_trajectories: NewTrajectories, seen: bool
     assert torch.equal(next(trajectories.latents([SAMPLE])), expected)
     second = measured(trajectories, SAMPLE, seen=seen)
     assert all(
-        torch.equal(first[n].seen, second[n].seen) and torch.equal(first[n].inputs, second[n].inputs) for n in first
+        torch.equal(first[n].hessian(kind), second[n].hessian(kind)) for n in first for kind in ("inputs", "trajectory")
     )
 
 
@@ -295,10 +327,55 @@ def test_of_many_positions_a_part_is_drawn_that_stands_for_all(
     every = measured(trajectories, SAMPLE, seen=True, names=["conv_in"])["conv_in"]
     monkeypatch.setattr(hessians, "POSITIONS", 32)  # of 128
     part = measured(trajectories, SAMPLE, seen=True, names=["conv_in"])["conv_in"]
-    assert float(part.inputs.trace() / every.inputs.trace()) == pytest.approx(1 / 4, rel=0.25)
+    assert float(part.inputs[0, 0].trace() / every.inputs[0, 0].trace()) == pytest.approx(1 / 4, rel=0.25)
     again = measured(trajectories, SAMPLE, seen=True, names=["conv_in"])["conv_in"]
     assert torch.equal(part.seen, again.seen)
     assert not torch.equal(part.inputs, measured(trajectories, OTHER, seen=True, names=["conv_in"])["conv_in"].inputs)
+
+
+def test_what_is_drawn_of_a_layer_does_not_depend_on_which_others_are_measured(
+    new_trajectories: NewTrajectories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a layer that was not done when a run was killed is rounded as it would have been."""
+    trajectories = new_trajectories(num_inference_steps=2)
+    monkeypatch.setattr(hessians, "POSITIONS", 16)
+    every, alone = (measured(trajectories, SAMPLE, seen=True, names=names) for names in (None, ["conv_out"]))
+    assert torch.equal(every["conv_out"].seen, alone["conv_out"].seen)
+    assert torch.equal(every["conv_out"].inputs, alone["conv_out"].inputs)
+
+
+@pytest.mark.parametrize("scales", [[256.0, 1.0], [2.0**30, 4.0], [2.0**30, 2.0**20, 0.5]], ids=str)
+def test_under_float16_samples_weigh_what_they_weigh_under_float32(
+    new_trajectories: NewTrajectories, monkeypatch: pytest.MonkeyPatch, scales: list[float]
+) -> None:
+    """Gradients are scaled, by what keeps them finite, and the scale is taken off again."""
+    monkeypatch.setattr(scaled_backward, "_HALF_SCALES", scales)
+    names = ["conv_in", "conv_out", "time_embedding.linear_1", "mid_block.attentions.0.transformer_blocks.0.attn1.to_v"]
+    full = new_trajectories(num_inference_steps=2)
+    half = new_trajectories(num_inference_steps=2, dtype=torch.float16)
+    finite = next(scale for scale in scales if scale <= 256)
+    for sample in (SAMPLE, OTHER):
+        expected, found, known = {}, {}, {}
+        measure_moments(full, expected, names, sample, True, False)
+        measure_moments(half, found, names, sample, True, False, known)
+        assert known == {sample: finite}
+        for name in names:
+            distance = (found[name].seen - expected[name].seen).norm() / expected[name].seen.norm()
+            assert distance < 0.03, (name, float(distance))
+
+
+def test_a_scale_is_looked_for_once_a_sample(
+    new_trajectories: NewTrajectories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = new_trajectories(num_inference_steps=1, dtype=torch.float16)
+    tried: list[float] = []
+    monkeypatch.setattr(hessians, "backward", lambda *a, **k: tried.append(a[2]) or scaled_backward.backward(*a, **k))
+    alone, after, known = {}, {}, {SAMPLE: 256.0}
+    measure_moments(half, after, ["conv_in"], SAMPLE, True, False, known)
+    assert tried == [256.0]
+    measure_moments(half, alone, ["conv_in"], SAMPLE, True, False)
+    assert tried[1:] == [256.0, 256.0], "one to try, one to measure"
+    assert torch.equal(alone["conv_in"].seen, after["conv_in"].seen), "the trial is not measured"
 
 
 def test_moments_of_half_precision_are_float32(new_trajectories: NewTrajectories) -> None:

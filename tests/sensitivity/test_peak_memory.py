@@ -23,8 +23,8 @@ from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.loading import BUNDLED_FOLDER, open_pipeline
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.apply import to_storage
-from bitpolicy.policies.checkpoint import export_pipeline
 from bitpolicy.policies.denoiser import denoiser_names, denoiser_of
+from bitpolicy.policies.export import export_pipeline
 from bitpolicy.policies.footprint import measured_peak, resident_bytes
 from bitpolicy.policies.policy import Choice, ModelReference, Policy
 from bitpolicy.sensitivity.peak_memory import LayerCall, PeakMemory, observe, unpacking_bytes

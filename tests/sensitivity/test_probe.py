@@ -191,7 +191,7 @@ class Calls:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.plain: list[Sample] = []
         self.graph: list[Sample] = []
-        latents, differentiable = Trajectories.latents, Trajectories.differentiable_latent
+        latents, differentiable = Trajectories.latents, Trajectories.differentiable_signal
 
         def counted_latents(this: Trajectories, samples: Any) -> Any:
             samples = list(samples)
@@ -203,7 +203,7 @@ class Calls:
             return differentiable(this, sample)
 
         monkeypatch.setattr(Trajectories, "latents", counted_latents)
-        monkeypatch.setattr(Trajectories, "differentiable_latent", counted_differentiable)
+        monkeypatch.setattr(Trajectories, "differentiable_signal", counted_differentiable)
 
     def new(self) -> tuple[list[Sample], list[Sample]]:
         """(without a graph, with one) since the last time this was asked."""

@@ -60,10 +60,10 @@ def test_alone_in_a_call_a_sample_is_what_one_prompt_and_one_generator_give(traj
         assert torch.equal(latent, trajectories.pipe(sample.prompt, output_type="latent", **seeded).images[0])
 
 
-def test_the_differentiable_latent_is_the_one_without_gradients(trajectories: Trajectories) -> None:
+def test_the_differentiable_signal_is_the_one_without_gradients(trajectories: Trajectories) -> None:
     trajectories.batch = 1
     for sample in SAMPLES:
-        with_graph = trajectories.differentiable_latent(sample)
+        with_graph = trajectories.differentiable_signal(sample)
         assert with_graph.requires_grad
         assert torch.equal(with_graph.detach()[0], next(trajectories.latents([sample])))
 
@@ -99,7 +99,7 @@ def test_one_negative_prompt_goes_with_every_sample(new_trajectories: NewTraject
     without = new_trajectories()
     without.call["negative_prompt"] = ["blurry"] * count
     assert torch.equal(found, own_call(without, SAMPLES[:count], "latent"))
-    assert with_it.differentiable_latent(SAMPLES[0]).shape == found[:1].shape
+    assert with_it.differentiable_signal(SAMPLES[0]).shape == found[:1].shape
 
 
 def test_a_pipeline_without_a_latent_output_gives_the_last_sample() -> None:
@@ -151,7 +151,7 @@ def test_a_loop_without_a_graph_is_told(new_trajectories: NewTrajectories) -> No
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False)
     with pytest.raises(LoopError, match="loop of StableDiffusionPipeline detaches its result"):
-        trajectories.differentiable_latent(SAMPLES[0])
+        trajectories.differentiable_signal(SAMPLES[0])
 
 
 def test_an_argument_the_pipeline_does_not_take_is_refused(toy_pipeline: Any) -> None:

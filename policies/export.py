@@ -1,0 +1,107 @@
+"""Export: a diffusers folder whose studied components are packed as the policy says."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.policies.accounting import ByteAccount
+from bitpolicy.policies.atomic import write_text, written_aside
+from bitpolicy.policies.calibration import Calibration, is_rounded, save_calibration
+from bitpolicy.policies.checkpoint import MAX_SHARD_SIZE
+from bitpolicy.policies.component import export_component
+from bitpolicy.policies.denoiser import denoisers_in, of_component
+from bitpolicy.policies.model_card import PLAIN, Card, model_card
+from bitpolicy.policies.parts import MemoryParts, Parts, layers_of
+from bitpolicy.policies.policy import Policy
+
+
+def export_pipeline(
+    pipe: DiffusionPipeline,
+    component: str,
+    policy: Policy,
+    calibration: Calibration,
+    folder: Path,
+    *,
+    component_dtype: torch.dtype | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    card: Card = PLAIN,
+) -> int:
+    """Write a pipeline in memory as a diffusers folder with packed components; see `export_parts`.
+
+    Args:
+        component: name of what is packed in the pipeline, e.g. "unet", or several, separated by commas; then the
+            policy's layer names begin with theirs. They must be unquantized.
+    """
+    parts = MemoryParts(pipe, component)
+    return export_parts(
+        parts, policy, calibration, folder, component_dtype=component_dtype, max_shard_size=max_shard_size, card=card
+    )
+
+
+def export_parts(
+    parts: Parts,
+    policy: Policy,
+    calibration: Calibration,
+    folder: Path,
+    *,
+    component_dtype: torch.dtype | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    card: Card = PLAIN,
+) -> int:
+    """Write a diffusers folder with packed components, aside and renamed, one layer in memory at a time.
+
+    Args:
+        folder: where to; a folder that is there is replaced once the new one is complete.
+        component_dtype: dtype the other components are stored in; None is the policy's storage dtype.
+        max_shard_size: bytes; a larger component is split as its library splits it.
+        card: what the model card says beyond the policy.
+
+    Returns:
+        Tensor bytes of the packed components' files.
+
+    Raises:
+        BitPolicyError: the policy does not fit the model, the calibration is missing, or the disk is full.
+    """
+    storage = getattr(torch, policy.storage_dtype)
+    others = component_dtype or storage
+    choices = policy.resolve(layers_of(parts))
+    if folder.exists() and not (folder / "model_index.json").is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise BitPolicyError(f"{folder} holds something that is no pipeline; export to a new or an empty folder")
+    with written_aside(folder) as aside:
+        packed = ByteAccount.of(parts.denoiser, storage).total({name: c.format for name, c in choices.items()})
+        _require_space(aside.parent, packed + parts.to_write(others, aside))
+        aside.mkdir()
+        parts.write_others(others, aside)
+        nbytes = 0
+        components = list(parts.sources)
+        for name, model in zip(components, denoisers_in(parts.denoiser), strict=True):
+            own, means = of_component(choices, name, components), of_component(calibration, name, components)
+            source = parts.sources[name]
+            nbytes += export_component(model, own, means, storage, aside / name, max_shard_size, source)
+        if not is_rounded(calibration) and any(choice.bias_correction for choice in choices.values()):
+            save_calibration(calibration, aside / "calibration.safetensors")  # rounded, it would hold the weights again
+        describe_checkpoint(aside, policy, parts.denoiser, card)
+    return nbytes
+
+
+def describe_checkpoint(folder: Path, policy: Policy, denoiser: nn.Module, card: Card = PLAIN) -> None:
+    """Write policy.yaml and the model card of an exported folder anew, after its quality was measured."""
+    policy.save(folder / "policy.yaml")
+    choices = policy.resolve(name for name, _ in quantizable_layers(denoiser))
+    write_text(folder / "README.md", model_card(policy, denoiser, choices, card))
+
+
+def _require_space(parent: Path, nbytes: int) -> None:
+    free = shutil.disk_usage(parent).free
+    if free < nbytes:
+        raise BitPolicyError(
+            f"{parent} has {free:,} bytes free, the checkpoint needs at least {nbytes:,}; "
+            "free some space or choose another --output-dir"
+        )

@@ -1,0 +1,169 @@
+"""Export a policy to another program: check what it can hold, write its files, and the policy beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.policies.atomic import written_aside
+from bitpolicy.policies.calibration import Calibration
+from bitpolicy.policies.checkpoint import packed_specs, packed_tensors
+from bitpolicy.policies.denoiser import denoiser_of, of_component
+from bitpolicy.policies.exporters.exporter import Exporter, Layer, Source
+from bitpolicy.policies.exporters.requantize import Requantized, refuse, requantized
+from bitpolicy.policies.exporters.targets import exporter_named
+from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.policies.source import ModuleSource
+
+POLICY = "policy.yaml"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export to another program wrote.
+
+    Attributes:
+        nbytes: tensor bytes of its weights; 0 where it is a recipe.
+        requantized: layers that were rounded anew.
+        notes: what of the policy the target does not carry, in sentences.
+    """
+
+    nbytes: int
+    requantized: tuple[Requantized, ...]
+    notes: tuple[str, ...]
+
+
+def export_to(
+    target: str,
+    pipe: DiffusionPipeline,
+    component: str,
+    policy: Policy,
+    calibration: Calibration,
+    folder: Path,
+    *,
+    requantize: bool = False,
+) -> Exported:
+    """Write `pipe`'s denoiser as another program reads it, aside and renamed, with the policy of what is in the files.
+
+    Args:
+        target: name of the program, one of `bitpolicy.policies.exporters.targets.NAMES`.
+        component: as for `export_pipeline`; several, separated by commas, get a file or folder each.
+        folder: where to; one that such an export left is replaced once the new one is complete.
+        requantize: round layers anew whose format the target lacks, instead of refusing.
+
+    Raises:
+        BitPolicyError: there is no such target, it does not know this class of model, or the calibration is missing.
+        TargetError: the target cannot hold the policy, and `requantize` is off.
+    """
+    exporter, storage = exporter_named(target), getattr(torch, policy.storage_dtype)
+    denoiser, components = denoiser_of(pipe, component), component.split(",")
+    _keep_others(folder)
+    asked = policy.resolve(name for name, _ in quantizable_layers(denoiser))
+    changed = _requantized(exporter, denoiser, asked, calibration, storage, requantize)
+    choices = asked | {one.name: one.after for one in changed}
+    written = _policy_of(policy, choices, exporter) if changed else policy
+    nbytes = 0
+    with written_aside(folder) as aside:
+        aside.mkdir()
+        for name in components:
+            own, means = of_component(choices, name, components), of_component(calibration, name, components)
+            nbytes += exporter.write(_source(getattr(pipe, name), name, own, means, storage, written), aside)
+        written.save(aside / POLICY)
+    return Exported(nbytes, changed, _notes(exporter, choices))
+
+
+def _requantized(
+    exporter: Exporter,
+    denoiser: nn.Module,
+    choices: Mapping[str, Choice],
+    calibration: Calibration,
+    storage: torch.dtype,
+    allowed: bool,
+) -> tuple[Requantized, ...]:
+    """What becomes of the layers that the exporter does not hold; an error where that is not allowed."""
+    modules = dict(quantizable_layers(denoiser))
+    layers = [Layer.of(name, modules[name], choice.format) for name, choice in choices.items()]
+    unheld = {layer.name: layer for layer in layers if not exporter.holds(layer)}
+    if not allowed:
+        refuse(exporter, unheld)
+    return tuple(
+        requantized(exporter, layer, modules[name], choices[name], calibration, storage)
+        for name, layer in unheld.items()
+    )
+
+
+def _source(
+    model: Any,
+    component: str,
+    choices: Mapping[str, Choice],
+    calibration: Calibration,
+    storage: torch.dtype,
+    policy: Policy,
+) -> Source:
+    modules = dict(quantizable_layers(model))
+    layers = {name: Layer.of(name, modules[name], choice.format) for name, choice in choices.items()}
+    ours = {
+        f"{name}.{suffix}"
+        for name, layer in layers.items()
+        if layer.format.packed
+        for suffix in layer.format.tensors(layer.shape, storage)
+    }
+    others = {name: spec for name, spec in packed_specs(model, choices, storage).items() if name not in ours}
+    return Source(
+        component=component,
+        config=json.loads(model.to_json_string()),
+        storage=storage,
+        layers=layers,
+        others=others,
+        tensors=lambda: itertools.chain.from_iterable(
+            layer.items() for layer in packed_tensors(model, ModuleSource(model), choices, calibration, storage)
+        ),
+        origin=_origin(policy),
+    )
+
+
+def _origin(policy: Policy) -> dict[str, str]:
+    """Where the weights come from, for the header of a file that may lose its folder."""
+    model = policy.model
+    digest = hashlib.sha256(policy.to_yaml().encode()).hexdigest()
+    return {"model": model.id, "class": model.class_name, "model_sha256": model.sha256, "policy_sha256": digest}
+
+
+def _policy_of(policy: Policy, choices: Mapping[str, Choice], exporter: Exporter) -> Policy:
+    """The policy of the requantized layers, without the results that were measured before."""
+    return Policy.of(
+        choices,
+        model=policy.model,
+        budget=policy.budget,
+        storage_dtype=policy.storage_dtype,
+        provenance={**policy.provenance, "requantized_for": exporter.name},
+    )
+
+
+def _notes(exporter: Exporter, choices: Mapping[str, Choice]) -> tuple[str, ...]:
+    if not exporter.rounds_itself:
+        return ()
+    corrected = sum(choice.bias_correction for choice in choices.values())
+    others = sum(choice.quantizer != "rtn" for choice in choices.values())
+    lost = f"{exporter.title} rounds the original weights itself"
+    if corrected or others:
+        lost += (
+            f": {corrected} corrected biases and {others} layers rounded by another quantizer than rtn are not carried"
+        )
+    return (lost,)
+
+
+def _keep_others(folder: Path) -> None:
+    if folder.exists() and not (folder / POLICY).is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise BitPolicyError(f"{folder} holds something that no export wrote; export to a new or an empty folder")

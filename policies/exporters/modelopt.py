@@ -1,0 +1,52 @@
+"""NVIDIA modelopt: a recipe, the `quant_cfg` that `modelopt.torch.quantization.quantize` takes, layer by layer.
+
+It holds no weights: modelopt takes the largest weight of each channel or block itself. Its integers are symmetric,
+W = amax / (2^(b-1) - 1) code; at 8 bits a channel that is the very grid of `int8`, at fewer bits one level less than
+ours. Blocks lie along the input channels, at each position of a kernel its own, which are our groups where these divide
+the channels.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitpolicy.kernels.affine import Affine
+from bitpolicy.kernels.float_codes import Float8
+from bitpolicy.kernels.int8 import Int8
+from bitpolicy.policies.exporters.exporter import Layer, Source, without_rotation
+
+
+@dataclass(frozen=True)
+class ModelOpt:
+    """NVIDIA's model optimizer."""
+
+    name: str = "modelopt"
+    title = "NVIDIA modelopt"
+    rounds_itself = True
+    suggested = ("int4-sym", "int6-sym", "int8", "fp16")
+
+    def holds(self, layer: Layer) -> bool:
+        format = layer.format
+        if not format.packed or isinstance(format, Int8 | Float8):
+            return True
+        if not isinstance(format, Affine) or not without_rotation(format) or not format.symmetric or format.bits < 3:
+            return False
+        return format.group is None or layer.shape[1] % format.group == 0
+
+    def write(self, source: Source, folder: Path) -> int:
+        off = {"quantizer_name": "*", "enable": False}
+        entries = [off, *(self.entry(layer) for _, layer in sorted(source.packed.items()))]
+        recipe = {"quant_cfg": entries, "algorithm": "max"}
+        (folder / f"{source.component}.modelopt.json").write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
+        return 0
+
+    def entry(self, layer: Layer) -> dict[str, Any]:
+        """modelopt's configuration of one layer's weight quantizer."""
+        format = layer.format
+        bits: Any = [4, 3] if isinstance(format, Float8) else int(format.parameters()["bits"])
+        group = format.group if isinstance(format, Affine) else None
+        shared: dict[str, Any] = {"block_sizes": {"1": group, "type": "static"}} if group else {"axis": 0}
+        return {"quantizer_name": f"{layer.name}.weight_quantizer", "cfg": {"num_bits": bits, **shared}}

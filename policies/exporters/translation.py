@@ -1,0 +1,66 @@
+"""Write a safetensors file in another program's layout, one layer in memory at a time.
+
+The loop that exporters of weights share: bitpolicy's own tensors stream by, those of a packed layer are gathered and
+handed to the exporter, and what it makes of them goes to its place in the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from bitpolicy.kernels.format import TensorSpec
+from bitpolicy.policies.exporters.exporter import Layer, Source
+from bitpolicy.policies.safetensors_writer import SafetensorsWriter
+
+
+class Translation(Protocol):
+    """How one program lays out one packed layer."""
+
+    def specs(self, layer: Layer, storage: torch.dtype) -> dict[str, TensorSpec]:
+        """Its tensors by the suffix of their names."""
+
+    def convert(
+        self, layer: Layer, tensors: Mapping[str, torch.Tensor], storage: torch.dtype
+    ) -> dict[str, torch.Tensor]:
+        """The same tensors, made of bitpolicy's own, by suffix."""
+
+
+def as_it_is(name: str) -> str:
+    return name
+
+
+def write_translated(
+    source: Source,
+    path: Path,
+    translation: Translation,
+    rename: Callable[[str], str] = as_it_is,
+    metadata: Mapping[str, str] | None = None,
+) -> int:
+    """Write every tensor of `source`, packed layers translated; returns the tensor bytes.
+
+    Args:
+        rename: a tensor's name in the target, given its name in the source.
+        metadata: of the file's header.
+    """
+    packed, storage = source.packed, source.storage
+    specs = {rename(name): spec for name, spec in source.others.items()}
+    for name, layer in packed.items():
+        specs |= {rename(f"{name}.{suffix}"): spec for suffix, spec in translation.specs(layer, storage).items()}
+    with SafetensorsWriter(path, specs, metadata) as writer:
+        gathered: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in source.tensors():
+            owner, _, suffix = name.rpartition(".")
+            if name in source.others:
+                writer.write(rename(name), tensor)
+                continue
+            parts = gathered.setdefault(owner, {})
+            parts[suffix] = tensor
+            if parts.keys() == packed[owner].format.tensors(packed[owner].shape, storage).keys():
+                made = translation.convert(packed[owner], gathered.pop(owner), storage)
+                for own, value in made.items():
+                    writer.write(rename(f"{owner}.{own}"), value)
+    return sum(spec.nbytes for spec in specs.values())

@@ -1,0 +1,128 @@
+"""What loading a packed model takes, whichever library loads it: shells to read into, checks, and the way back.
+
+A shell is a packed layer whose tensors lie on `meta`. Once the tensors are read, `finish` makes sure that every one is
+there and as its format says, so nothing random and nothing empty is ever computed with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.format import TensorSpec
+from bitpolicy.kernels.layers import PackedLayer, pack_layer, quantizable_layers, replace_layer, unpack_layer
+from bitpolicy.policies.packed_config import BitPolicyConfig
+
+_FUSED = ("to_qkv", "to_kv", "to_added_qkv")
+
+
+def make_shells(model: nn.Module, config: BitPolicyConfig) -> None:
+    """Replace the layers that the config packs by shells, in place.
+
+    Raises:
+        BitPolicyError: the model has no such layer, or its format is unknown or does not fit it.
+    """
+    layers = dict(quantizable_layers(model))
+    for name in config.layers:
+        if name not in layers:
+            raise BitPolicyError(f"the checkpoint packs layer {name!r}, which {type(model).__name__} does not have")
+        format, shape = config.format_of(name), layers[name].weight.shape
+        if not format.packed or not format.fits(shape):
+            raise BitPolicyError(f"layer {name}: {format.name} does not pack its shape {tuple(shape)}; export it again")
+        specs = format.tensors(shape, config.storage)
+        empty = {suffix: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for suffix, spec in specs.items()}
+        replace_layer(model, name, pack_layer(layers[name], format, empty))
+
+
+def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLayer]]:
+    """(module path, layer) of every packed layer."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLayer))
+
+
+def packed_names(model: nn.Module) -> set[str]:
+    """Names of all packed tensors."""
+    return {f"{name}.{suffix}" for name, layer in packed_layers(model) for suffix in layer.packed_tensors()}
+
+
+def expected_tensors(model: nn.Module, tied: Iterable[str] = ()) -> dict[str, TensorSpec]:
+    """What the files of a model have to hold: its state dict, less the names `tied` to another."""
+    left_out = set(tied)
+    return {
+        name: TensorSpec(tensor.dtype, tuple(tensor.shape))
+        for name, tensor in model.state_dict().items()
+        if name not in left_out
+    }
+
+
+def finish(model: nn.Module, compute_dtype: Callable[[str], torch.dtype]) -> None:
+    """Check what was read, and tell each packed layer the dtype that its `weight` is to have.
+
+    Args:
+        compute_dtype: of the layer with this name.
+
+    Raises:
+        BitPolicyError: a tensor was not read, or not kept as it is stored.
+    """
+    lost = [name for name, tensor in model.state_dict().items() if tensor.device.type == "meta"]
+    if lost:
+        raise BitPolicyError(
+            f"the checkpoint lacks {len(lost)} tensors, e.g. {lost[0]}; download or export it again (packed tensors "
+            "cannot be offloaded to disk)"
+        )
+    for name, layer in packed_layers(model):
+        specs = layer.format.tensors(layer.weight_shape, torch.float16)
+        for suffix, tensor in layer.packed_tensors().items():
+            if tensor.dtype != specs[suffix].dtype:
+                raise BitPolicyError(
+                    f"{name}.{suffix} was read as {tensor.dtype}, it is stored in {specs[suffix].dtype}; load without "
+                    "offload_state_dict"
+                )
+        layer.compute_dtype = compute_dtype(name)
+
+
+def refuse_disk(device_map: object) -> None:
+    """Refuse to offload to disk: what is offloaded is cast, and scales would be too."""
+    if isinstance(device_map, Mapping) and "disk" in map(str, device_map.values()):
+        raise BitPolicyError("packed tensors cannot be offloaded to disk; leave it out of device_map")
+
+
+def unpack_model(model: nn.Module) -> None:
+    """Replace every packed layer by an ordinary one with the dequantized weight, in place."""
+    for name, layer in list(packed_layers(model)):
+        replace_layer(model, name, unpack_layer(layer))
+
+
+def to_save(state: Mapping[str, torch.Tensor], packed: set[str], storage: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors to write: an unpacked float goes in the storage dtype if that holds it exactly, in float32 if not.
+
+    So a model is saved as it was stored, whatever dtype it was loaded in and whether or not its projections were
+    fused. Tensors that are one stay one.
+
+    Raises:
+        BitPolicyError: an adapter is on the model.
+    """
+    if any(".base_layer." in name for name in state):
+        raise BitPolicyError("the model has an adapter on it; unload it (or fuse and unload it) before saving")
+    written = {name: tensor for name, tensor in state.items() if not _is_fused(name, state)}
+    cast: dict[Any, torch.Tensor] = {}
+    for name in written.keys() - packed:
+        tensor = state[name]
+        if tensor.is_floating_point() and tensor.dtype != storage:
+            place = (tensor.data_ptr(), tensor.shape, tensor.stride())
+            written[name] = cast[place] = cast[place] if place in cast else _exactly(tensor, storage)
+    return written
+
+
+def _is_fused(name: str, state: Mapping[str, torch.Tensor]) -> bool:
+    """Whether diffusers' `fuse_qkv_projections` made this tensor of others that are here, too, and left it behind."""
+    attention, _, leaf = name.rpartition(".")[0].rpartition(".")
+    return leaf in _FUSED and any(other.startswith(f"{attention}.to_k.") for other in state)
+
+
+def _exactly(tensor: torch.Tensor, storage: torch.dtype) -> torch.Tensor:
+    stored = tensor.to(storage)
+    return stored if torch.equal(stored.to(tensor.dtype), tensor) else tensor.float()

@@ -1,0 +1,220 @@
+"""ComfyUI: names, markers, and what its layers compute."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from toy_readers import named
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.format import TensorSpec
+from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.policies.exporters.comfy import Comfy
+from bitpolicy.policies.exporters.comfy_names import comfy_namer
+from bitpolicy.policies.exporters.export import export_to
+from bitpolicy.policies.exporters.exporter import Layer, Source
+from bitpolicy.policies.policy import Choice
+
+F16 = torch.float16
+SMALL = {"sample_size": 8, "cross_attention_dim": 16, "attention_head_dim": 8, "norm_num_groups": 4}
+SHAPES: dict[str, dict[str, Any]] = {
+    "stable diffusion 1": {
+        "block_out_channels": (8, 8, 16, 16),
+        "layers_per_block": 2,
+        "down_block_types": (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+    },
+    "stable diffusion xl": {
+        "block_out_channels": (8, 16, 16),
+        "layers_per_block": 2,
+        "transformer_layers_per_block": (1, 2, 3),
+        "down_block_types": ("DownBlock2D", *["CrossAttnDownBlock2D"] * 2),
+        "up_block_types": (*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 40,
+    },
+}
+
+
+def source_of(model: Any, **formats: str) -> Source:
+    layers = {
+        name: Layer.of(name, layer, format_named(formats.get(name.replace(".", "_"), "fp16")))
+        for name, layer in quantizable_layers(model)
+    }
+    others = {name: TensorSpec(F16, tuple(t.shape)) for name, t in model.state_dict().items()}
+    return Source("unet", json.loads(model.to_json_string()), F16, layers, others, lambda: iter(()), {})
+
+
+@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
+def test_names_of_u_nets_are_those_of_the_original_code(config: dict[str, Any]) -> None:
+    """diffusers reads the original names back as its own, every one."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SMALL, **config)
+    rename = comfy_namer(source_of(unet))
+    names = {name: rename(name) for name in unet.state_dict()}
+    assert len(set(names.values())) == len(names)
+    assert named(unet, list(names.values())) == names
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "expected"),
+    [
+        ("stable diffusion 1", "up_blocks.0.upsamplers.0.conv.weight", "output_blocks.2.1.conv.weight"),
+        ("stable diffusion 1", "up_blocks.1.upsamplers.0.conv.weight", "output_blocks.5.2.conv.weight"),
+        ("stable diffusion 1", "up_blocks.2.upsamplers.0.conv.weight", "output_blocks.8.2.conv.weight"),
+        ("stable diffusion 1", "down_blocks.0.downsamplers.0.conv.weight", "input_blocks.3.0.op.weight"),
+        ("stable diffusion xl", "up_blocks.0.upsamplers.0.conv.weight", "output_blocks.2.2.conv.weight"),
+        ("stable diffusion xl", "up_blocks.1.upsamplers.0.conv.weight", "output_blocks.5.2.conv.weight"),
+        ("stable diffusion xl", "mid_block.resnets.1.conv1.weight", "middle_block.2.in_layers.2.weight"),
+        ("stable diffusion xl", "add_embedding.linear_1.weight", "label_emb.0.0.weight"),
+    ],
+)
+def test_names_that_published_checkpoints_have(model: str, name: str, expected: str) -> None:
+    """diffusers reads either place of an upsampler, the published files have one."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SMALL, **SHAPES[model])
+    assert comfy_namer(source_of(unet))(name) == expected
+
+
+def test_a_name_that_comfy_has_no_place_for_is_an_error(toy_unet: Any) -> None:
+    with pytest.raises(BitPolicyError, match=r"no place for encoder_hid_proj\.weight"):
+        comfy_namer(source_of(toy_unet))("encoder_hid_proj.weight")
+
+
+def test_a_class_whose_names_are_not_known_is_refused(policy_of: Any, tmp_path: Path) -> None:
+    from diffusers import DiTTransformer2DModel
+
+    model = DiTTransformer2DModel(num_layers=1, num_attention_heads=2, attention_head_dim=8, norm_num_groups=4)
+    policy = policy_of(model, {name: Choice(FP16) for name, _ in quantizable_layers(model)})
+    with pytest.raises(BitPolicyError, match=r"not known here .*UNet2DConditionModel.* --target sdnq"):
+        export_to("comfy", SimpleNamespace(transformer=model), "transformer", policy, {}, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_transformer_with_the_same_names_keeps_them(policy_of: Any, tmp_path: Path) -> None:
+    from diffusers import QwenImageTransformer2DModel
+
+    model = QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=4
+    )
+    choices = {name: Choice(format_named("int8")) for name, _ in quantizable_layers(model)}
+    pipe = SimpleNamespace(transformer=model)
+    export_to("comfy", pipe, "transformer", policy_of(model, choices), {}, tmp_path / "out")
+    with safe_open(tmp_path / "out" / "transformer.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert model.state_dict().keys() < names
+    extra = {f"{name}.{suffix}" for name in choices for suffix in ("weight_scale", "comfy_quant")}
+    assert names - model.state_dict().keys() == extra
+
+
+def test_several_denoisers_get_a_file_each(even_unet: Any, policy_of: Any, tmp_path: Path) -> None:
+    both = torch.nn.ModuleDict({"unet": even_unet(), "other": even_unet()})
+    names = [name for name, _ in quantizable_layers(both)]
+    policy = policy_of(both, {name: Choice(FP16) for name in names})
+    export_to("comfy", SimpleNamespace(**both), "unet,other", policy, {}, tmp_path / "out")
+    found = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert found == ["other.safetensors", "policy.yaml", "unet.safetensors"]
+
+
+MARKERS = {
+    "int8": {"format": "int8_tensorwise"},
+    "int6-channel-sym": {"format": "int8_tensorwise"},
+    "int8-convrot": {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 256},
+    "int4-convrot64": {"format": "convrot_w4a4", "convrot_groupsize": 64, "linear_dtype": "int8"},
+    "int4": {"format": "awq_w4a16", "group_size": 64},
+    "int3-channel": {"format": "awq_w4a16", "group_size": 512},
+}
+
+
+@pytest.mark.parametrize("name", MARKERS)
+def test_a_marker_says_format_and_rotation_and_whether_inputs_stay_whole(name: str) -> None:
+    layer = Layer("a", "Linear", (8, 512), format_named(name))
+    whole = {} if MARKERS[name]["format"] == "awq_w4a16" else {"full_precision_matrix_mult": True}
+    assert Comfy().marker(layer) == {**MARKERS[name], **whole}
+    assert Comfy("comfy-int8", quantize_inputs=True).marker(layer) == MARKERS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "held"),
+    [
+        ("int4", (8, 96), False),
+        ("int4-g32", (8, 96), True),
+        ("int4-channel", (8, 97), False),
+        ("int8", (8, 97), True),
+        ("int8-g64", (8, 128), False),
+        ("int8-asym", (8, 128), False),
+        ("int5", (8, 128), False),
+        ("int4-rot", (8, 128), False),
+        ("fp8", (8, 128), False),
+        ("nf4", (8, 128), False),
+        ("int8", (8, 16, 3, 3), False),
+        ("int8", (8, 16, 1, 1), False),
+        ("fp16", (8, 16, 3, 3), True),
+    ],
+)
+def test_it_holds_what_its_kernels_can_say(name: str, shape: tuple[int, ...], held: bool) -> None:
+    kind = "Linear" if len(shape) == 2 else "Conv2d"
+    assert Comfy().holds(Layer("a", kind, shape, format_named(name))) == held
+
+
+@pytest.mark.parametrize(
+    ("name", "halved"),
+    [
+        ("down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k", False),
+        ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k", False),
+        ("add_embedding.linear_1", False),
+        ("img_in", False),
+        ("down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_k", True),
+        ("down_blocks.1.attentions.1.transformer_blocks.0.attn2.to_k", True),
+        ("up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k", True),
+        ("transformer_blocks.0.attn.to_k", True),
+        ("add_embedding.linear_2", True),
+    ],
+)
+def test_layers_whose_width_tells_the_model_keep_it(name: str, halved: bool) -> None:
+    held = {
+        f: Comfy().holds(Layer(name, "Linear", (8, 256), format_named(f))) for f in ("int8", "int4", "int4-convrot")
+    }
+    assert held == {"int8": True, "int4": halved, "int4-convrot": halved}
+
+
+@pytest.mark.parametrize("name", MARKERS)
+@pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16], ids=str)
+def test_its_own_multiplication_gives_what_ours_does_within_its_rounding(name: str, storage: torch.dtype) -> None:
+    """Inputs of 8 bits cost a hundredth; comfy-kitchen's plain code gives `convrot_w4a4` inputs of 4 bits, whatever the
+    marker says; where inputs stay whole, the storage dtype rounds."""
+    kitchen = pytest.importorskip("comfy_kitchen.tensor", reason="pip install comfy-kitchen")
+    draw = torch.Generator().manual_seed(1)
+    weight, inputs = torch.randn(48, 512, generator=draw), torch.randn(5, 512, generator=draw)
+    layer, format = Layer("a", "Linear", (48, 512), format_named(name)), format_named(name)
+    tensors = format.quantize(weight)
+    made = Comfy("comfy-int8", quantize_inputs=True).convert(layer, tensors, storage)
+    specs = Comfy("comfy-int8", quantize_inputs=True).specs(layer, storage)
+    assert {n: (t.dtype, tuple(t.shape)) for n, t in made.items()} == {n: (s.dtype, s.shape) for n, s in specs.items()}
+    marker = json.loads(bytes(made["comfy_quant"].numpy()))
+    kind = {"int8_tensorwise": "TensorWiseINT8Layout", "convrot_w4a4": "TensorCoreConvRotW4A4Layout"}
+    layout = kind.get(marker.pop("format"), "TensorCoreAWQW4A16Layout")
+    zeros = {"zeros": made["weight_zeros"]} if "weight_zeros" in made else {}
+    params = getattr(kitchen, layout).Params(
+        scale=made["weight_scale"], orig_dtype=storage, orig_shape=(48, 512), **marker, **zeros
+    )
+    theirs = torch.nn.functional.linear(inputs.to(storage), kitchen.QuantizedTensor(made["weight"], layout, params))
+    expected = inputs @ format.dequantize(tensors, weight.shape, torch.float32).mT
+    share = float((theirs.float() - expected).norm() / expected.norm())
+    bound = (
+        0.15 if layout == "TensorCoreConvRotW4A4Layout" else 0.012 if storage == torch.bfloat16 or not zeros else 0.002
+    )
+    assert share < bound

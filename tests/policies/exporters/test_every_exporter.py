@@ -1,0 +1,280 @@
+"""What every exporter promises. A new one is added to `EXPORTERS` and to `READERS` and inherits all of this."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from toy_readers import READERS, Reading
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.policies.apply import quantized, stored_weight
+from bitpolicy.policies.calibration import rounded_key
+from bitpolicy.policies.exporters.export import Exported, export_to
+from bitpolicy.policies.exporters.exporter import Exporter, Layer
+from bitpolicy.policies.exporters.requantize import TargetError
+from bitpolicy.policies.exporters.targets import EXPORTERS, NAMES, exporter_named
+from bitpolicy.policies.policy import Choice, Policy
+
+F16 = torch.float16
+
+
+@dataclass(frozen=True)
+class Written:
+    """One export of a policy that the target holds."""
+
+    exporter: Exporter
+    unet: Any
+    choices: dict[str, Choice]
+    policy: Policy
+    means: dict[str, torch.Tensor]
+    folder: Path
+    result: Exported
+
+    def again(self, folder: Path, **changed: Any) -> Exported:
+        """Another export of the same."""
+        given = {"policy": self.policy, "calibration": self.means, "folder": folder, **changed}
+        return export_to(self.exporter.name, SimpleNamespace(unet=self.unet), "unet", **given)
+
+
+@pytest.fixture(scope="module", params=EXPORTERS, ids=lambda exporter: exporter.name)
+def written(
+    request: pytest.FixtureRequest,
+    even_unet: Any,
+    held_choices: Any,
+    even_means: Any,
+    policy_of: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Written:
+    exporter, unet = request.param, even_unet()
+    choices = held_choices(exporter, unet)
+    policy, folder = policy_of(unet, choices), tmp_path_factory.mktemp(exporter.name) / "out"
+    pipe = SimpleNamespace(unet=unet)
+    result = export_to(exporter.name, pipe, "unet", policy, even_means, folder)
+    return Written(exporter, unet, choices, policy, even_means, folder, result)
+
+
+@pytest.fixture(scope="module")
+def reading(written: Written, even_unet: Callable[[], Any]) -> Reading:
+    """What the other program makes of it."""
+    return READERS[written.exporter.name].read(written.folder, even_unet())
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def ours(written: Written) -> dict[str, torch.Tensor]:
+    """The weights of the packed layers as bitpolicy multiplies with them, float32."""
+    return _weights(written.unet, written.choices, written.means)
+
+
+def _weights(unet: Any, choices: dict[str, Choice], means: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    modules = dict(quantizable_layers(unet))
+    found = {}
+    for name, choice in choices.items():
+        weight = modules[name].weight.detach().half()
+        if choice.format.packed:
+            stored = stored_weight(name, weight, choice, means)
+            found[name] = choice.format.dequantize(stored, weight.shape, torch.float32)
+    return found
+
+
+def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, as a share of the largest weight."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def test_every_target_has_a_reader_and_is_found_by_its_name() -> None:
+    assert set(NAMES) == set(READERS)
+    assert [exporter_named(f" {name.upper()} ").name for name in NAMES] == list(NAMES)
+    with pytest.raises(BitPolicyError, match="unknown target 'onnx'; write any of comfy, comfy-int8, sdnq"):
+        exporter_named("onnx")
+
+
+def test_the_other_program_has_the_layers_of_the_policy(written: Written, reading: Reading) -> None:
+    expected = ours(written)
+    assert reading.weights.keys() == expected.keys()
+    assert len({choice.format for choice in written.choices.values()}) >= 5
+    assert {n: t.shape for n, t in reading.weights.items()} == {n: t.shape for n, t in expected.items()}
+
+
+def test_the_other_program_reads_the_very_weights(written: Written, reading: Reading) -> None:
+    exact = READERS[written.exporter.name].exact
+    assert (exact is None) == written.exporter.rounds_itself
+    if exact is None:
+        pytest.skip("it rounds itself")
+    off = {name: apart(reading.weights[name], weight) for name, weight in ours(written).items()}
+    assert {name: share for name, share in off.items() if share > exact} == {}
+
+
+def test_a_recipe_rounds_as_well_as_the_policy(written: Written, reading: Reading) -> None:
+    if not written.exporter.rounds_itself:
+        pytest.skip("it takes our weights")
+    for name, weight in ours(written).items():
+        original = written.unet.get_submodule(name).weight.detach()
+        error = float((weight - original).norm() / original.norm())
+        theirs = float((reading.weights[name] - original).norm() / original.norm())
+        assert 0.5 * error < theirs < 1.25 * error, (name, written.choices[name].format.name, error, theirs)
+
+
+def test_a_recipe_gives_our_weights_where_the_grids_are_the_same(written: Written, reading: Reading) -> None:
+    """But for the few that lie between two levels."""
+    shared = READERS[written.exporter.name].same_grid
+    assert bool(shared) == written.exporter.rounds_itself
+    tried = set()
+    for name, weight in ours(written).items():
+        format = written.choices[name].format.name
+        if format in shared:
+            moved = (reading.weights[name] - weight).abs() > 1e-3 * weight.abs().max()
+            assert float(moved.float().mean()) < 0.01, (name, format)
+            tried.add(format)
+    assert len(tried) >= min(2, len(shared))
+
+
+def test_the_other_program_predicts_the_same(written: Written, reading: Reading, predict_even: Any) -> None:
+    plain = predict_even(written.unet)
+    with quantized(written.unet, written.choices, written.means, F16):
+        expected = predict_even(written.unet)
+    found = predict_even(reading.model)
+    harm = float((expected - plain).norm())
+    if written.exporter.rounds_itself:
+        assert float((found - plain).norm()) < 2 * harm
+    else:
+        assert float((found - expected).norm()) < 0.02 * harm
+
+
+def test_two_exports_are_the_same_files(written: Written, tmp_path: Path) -> None:
+    written.again(tmp_path / "again")
+    assert hashes(tmp_path / "again") == hashes(written.folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["again"]
+
+
+def test_the_bytes_are_those_of_the_files(written: Written) -> None:
+    total = 0
+    for path in written.folder.rglob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+            total += sum(file.get_tensor(n).numel() * file.get_tensor(n).element_size() for n in names)
+    assert written.result.nbytes == total
+    assert (total == 0) == written.exporter.rounds_itself
+
+
+def test_the_policy_lies_beside_it(written: Written) -> None:
+    assert Policy.load(written.folder / "policy.yaml").resolve(written.choices) == written.choices
+    assert written.result.requantized == ()
+    assert (written.result.notes != ()) == written.exporter.rounds_itself
+
+
+def test_exporting_changes_nothing_in_memory(written: Written, even_unet: Callable[[], Any]) -> None:
+    fresh = even_unet().state_dict()
+    assert [name for name, tensor in written.unet.state_dict().items() if not torch.equal(tensor, fresh[name])] == []
+
+
+def test_what_it_does_not_hold_is_refused_at_once(written: Written, policy_of: Any, tmp_path: Path) -> None:
+    choices = dict.fromkeys(written.choices, Choice(format_named("nf4")))
+    with pytest.raises(TargetError) as refused:
+        written.again(tmp_path / "out", policy=policy_of(written.unet, choices))
+    message = str(refused.value)
+    layers = list(choices)
+    assert f"{written.exporter.title} cannot hold {len(layers)} layers" in message
+    assert f": {layers[0]}, {layers[1]}, {layers[2]}, ..." in message
+    assert "in nf4, Linear" in message
+    assert "in nf4, Conv2d" in message
+    assert "--requantize" in message
+    assert f"--formats {','.join(written.exporter.suggested)}" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_with_requantize_each_becomes_the_nearest_that_it_holds(
+    written: Written, policy_of: Any, even_unet: Callable[[], Any], tmp_path: Path
+) -> None:
+    choices = dict.fromkeys(written.choices, Choice(format_named("nf4"), bias_correction=True))
+    result = written.again(tmp_path / "out", policy=policy_of(written.unet, choices), requantize=True)
+    after = Policy.load(tmp_path / "out" / "policy.yaml").resolve(choices)
+    assert [one.name for one in result.requantized] == list(choices)
+    assert {one.name: one.after for one in result.requantized} == after
+    expected = _weights(written.unet, after, written.means)
+    for one in result.requantized:
+        original = written.unet.get_submodule(one.name).weight.detach()
+        assert written.exporter.holds(Layer.of(one.name, written.unet.get_submodule(one.name), one.after.format))
+        assert 0.05 < one.error_before < 0.2
+        rounded = expected.get(one.name, original)
+        assert one.error_after == pytest.approx(float((rounded - original).norm() / original.norm()), rel=1e-4)
+        assert one.after.bias_correction == one.after.format.packed
+    found = READERS[written.exporter.name].read(tmp_path / "out", even_unet())
+    assert found.weights.keys() == expected.keys()
+    exact = READERS[written.exporter.name].exact
+    if exact is not None:
+        assert max((apart(found.weights[name], weight) for name, weight in expected.items()), default=0.0) <= exact
+
+
+def test_a_bfloat16_policy_is_read_within_its_rounding(
+    written: Written, policy_of: Any, even_unet: Callable[[], Any], tmp_path: Path
+) -> None:
+    policy = policy_of(written.unet, written.choices, torch.bfloat16)
+    written.again(tmp_path / "out", policy=policy)
+    found = READERS[written.exporter.name].read(tmp_path / "out", even_unet())
+    for name, choice in written.choices.items():
+        if choice.format.packed and not written.exporter.rounds_itself:
+            weight = written.unet.get_submodule(name).weight.detach().bfloat16()
+            expected = choice.format.dequantize(choice.format.quantize(weight), weight.shape, torch.float32)
+            assert apart(found.weights[name], expected) <= (READERS[written.exporter.name].exact and 0.005)
+
+
+def test_codes_that_the_calibration_keeps_are_the_codes_that_are_written(
+    written: Written, policy_of: Any, even_unet: Callable[[], Any], tmp_path: Path
+) -> None:
+    """A layer that gptq rounded cannot be rounded again; here all its codes are 1."""
+    if written.exporter.rounds_itself:
+        pytest.skip("it rounds itself")
+    name, choice = "time_embedding.linear_1", Choice(format_named("int8"), quantizer="gptq")
+    shape = written.unet.get_submodule(name).weight.shape
+    kept = {"weight_packed": torch.ones(shape, dtype=torch.int8), "weight_scale": torch.arange(1.0, shape[0] + 1)}
+    calibration = {rounded_key(name, choice, suffix): tensor for suffix, tensor in kept.items()}
+    policy = policy_of(written.unet, {**dict.fromkeys(written.choices, Choice(FP16)), name: choice})
+    written.again(tmp_path / "out", policy=policy, calibration=calibration)
+    found = READERS[written.exporter.name].read(tmp_path / "out", even_unet()).weights
+    assert set(found) == {name}
+    assert torch.equal(found[name], torch.arange(1.0, shape[0] + 1)[:, None].expand(shape))
+
+
+def test_a_policy_of_fp16_alone_is_held(written: Written, policy_of: Any, tmp_path: Path) -> None:
+    policy = policy_of(written.unet, dict.fromkeys(written.choices, Choice(FP16)))
+    assert written.again(tmp_path / "out", policy=policy).requantized == ()
+
+
+def test_a_foreign_folder_is_never_replaced_and_an_older_export_is(written: Written, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("mine")
+    with pytest.raises(BitPolicyError, match="no export wrote"):
+        written.again(tmp_path / "mine")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "policy.yaml").write_text("old")
+    (tmp_path / "old" / "left.safetensors").write_text("old")
+    written.again(tmp_path / "old")
+    assert hashes(tmp_path / "old") == hashes(written.folder)
+
+
+def test_an_export_that_fails_leaves_nothing(written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Policy, "save", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        written.again(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_file_says_where_it_was_made(written: Written) -> None:
+    for path in written.folder.rglob("*.json"):
+        json.loads(path.read_text())
+        assert str(written.folder) not in path.read_text()

@@ -1,0 +1,97 @@
+"""Which format is the nearest, and what is said of layers that have none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bitpolicy.kernels.formats import format_named
+from bitpolicy.policies.exporters.exporter import Layer
+from bitpolicy.policies.exporters.requantize import TargetError, nearest, refuse, relative_error, requantized
+from bitpolicy.policies.exporters.targets import exporter_named
+from bitpolicy.policies.policy import Choice
+
+
+def weight(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2)).half()
+
+
+@pytest.mark.parametrize(
+    ("target", "shape", "name", "expected"),
+    [
+        ("comfy", (16, 128), "int8-g64", "int8"),
+        ("comfy", (16, 128), "int6", "int6-channel-sym"),
+        ("comfy", (16, 128), "fp8", "int8"),
+        ("comfy", (16, 96), "int4", "int4-g32-sym"),  # 64 does not divide 96; three scales are as many bytes
+        ("comfy", (16, 64, 3, 3), "int4", "fp16"),
+        ("sdnq", (16, 128), "int4-rot", "int4"),
+        ("torchao", (16, 64, 3, 3), "int5", "int5-channel"),
+        ("modelopt", (16, 128), "int8-asym", "int8-g64"),  # a float32 for a channel is as many bytes, less exact
+        ("modelopt", (16, 128), "int2-channel", "int3-channel-sym"),
+        ("modelopt", (16, 48, 3, 3), "int4-g32", "int4-channel-sym"),
+    ],
+)
+def test_the_nearest_has_as_many_bits_or_more_and_about_the_bytes(
+    target: str, shape: tuple[int, ...], name: str, expected: str
+) -> None:
+    layer = Layer("a", "Linear" if len(shape) == 2 else "Conv2d", shape, format_named(name))
+    assert nearest(exporter_named(target), layer, weight(*shape)).name == expected
+
+
+def test_of_formats_as_close_the_one_of_least_error_is_taken() -> None:
+    """int4-g32-sym and int4-sym are both an eighth of a bit from int4."""
+    layer = Layer("a", "Linear", (16, 128), format_named("int4"))
+    found = nearest(exporter_named("modelopt"), layer, weight(16, 128))
+    near = {f: f.nbytes((16, 128), torch.float16) for f in map(format_named, ("int4-g32-sym", "int4", "int4-sym"))}
+    sizes = [near[format_named(name)] for name in ("int4-g32-sym", "int4", "int4-sym")]
+    assert sizes[0] - sizes[1] == sizes[1] - sizes[2] > 0
+    assert found.name == "int4-g32-sym"
+
+
+@pytest.mark.parametrize(("before", "after"), [("rtn", "rtn"), ("hqq", "hqq"), ("mse", "mse")])
+def test_the_quantizer_stays_and_the_error_is_that_of_the_original(before: str, after: str) -> None:
+    module = torch.nn.Linear(128, 16)
+    layer = Layer.of("a", module, format_named("int6"))
+    choice = Choice(format_named("int6"), True, before)
+    one = requantized(exporter_named("comfy"), layer, module, choice, {}, torch.float16)
+    assert one.after == Choice(format_named("int6-channel-sym"), True, after)
+    original = module.weight.detach().half()
+    if before == "rtn":
+        format = one.after.format
+        assert one.error_after == relative_error(format, format.quantize(original), original)
+    assert 0 < one.error_before < 0.02
+    assert 0 < one.error_after < 0.03
+
+
+def test_fp16_has_no_bias_to_correct() -> None:
+    module = torch.nn.Conv2d(16, 8, 3)
+    choice = Choice(format_named("int8"), bias_correction=True)
+    layer = Layer.of("a", module, choice.format)
+    one = requantized(exporter_named("comfy"), layer, module, choice, {}, torch.float16)
+    assert one.after == Choice(format_named("fp16"))
+    assert one.error_after == 0.0
+
+
+def test_what_gptq_rounded_is_rounded_by_mse() -> None:
+    module = torch.nn.Linear(128, 16)
+    choice = Choice(format_named("int6"), quantizer="gptq")
+    layer = Layer.of("a", module, choice.format)
+    kept = {f"a/int6/gptq/{suffix}": t for suffix, t in choice.format.quantize(module.weight.detach().half()).items()}
+    one = requantized(exporter_named("comfy"), layer, module, choice, kept, torch.float16)
+    assert one.after.quantizer == "mse"
+
+
+def test_a_refusal_counts_by_format_and_names_the_first() -> None:
+    layers = [
+        Layer("a", "Linear", (8, 8), format_named("nf4")),
+        Layer("b", "Conv2d", (8, 8, 3, 3), format_named("int8")),
+        Layer("c", "Conv2d", (8, 8, 3, 3), format_named("int8")),
+    ]
+    message = (
+        r"ComfyUI cannot hold 3 layers as this policy has them \(1 in nf4, Linear; 2 in int8, Conv2d\): a, b, c\. "
+        r"Round these anew .* --requantize, or search again with --target comfy --formats int4-convrot,.*,fp16; "
+        r"`bitpolicy formats --target comfy` says what it holds"
+    )
+    with pytest.raises(TargetError, match=message):
+        refuse(exporter_named("comfy"), {layer.name: layer for layer in layers})
+    refuse(exporter_named("comfy"), {})

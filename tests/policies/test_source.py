@@ -1,0 +1,150 @@
+"""Tensors come from files as they come from memory: the same names, shapes, values and hash."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.policies import source as module
+from bitpolicy.policies.accounting import weights_hash
+from bitpolicy.policies.source import FileSource, JoinedSource, ModuleSource, source_hash
+from bitpolicy.policies.source_converted import converted
+
+TENSORS = {"b.x": torch.arange(6.0).reshape(2, 3), "a": torch.tensor(3), "c": torch.randn(4, 2).bfloat16()}
+
+
+@pytest.mark.parametrize("mapped", [0, 10**9], ids=["opened anew for each", "kept open"])
+def test_files_are_read_as_safetensors_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mapped: int) -> None:
+    monkeypatch.setattr(module, "_MAPPED", mapped)
+    save_file({"a": TENSORS["a"]}, tmp_path / "1.safetensors")
+    save_file({name: TENSORS[name] for name in ("b.x", "c")}, tmp_path / "2.safetensors")
+    found = FileSource(sorted(tmp_path.iterdir()))
+    assert {name: (spec.dtype, spec.shape) for name, spec in found.specs.items()} == {
+        name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in TENSORS.items()
+    }
+    kept = {name: found.read(name) for name in ("c", "a", "b.x", "c", "a")}  # they outlive their file
+    assert [name for name, tensor in kept.items() if not torch.equal(tensor, TENSORS[name])] == []
+
+
+@pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16], ids=str)
+def test_the_hash_of_files_is_that_of_the_model(toy_unet: Any, tmp_path: Path, storage: torch.dtype) -> None:
+    toy_unet.save_pretrained(tmp_path, max_shard_size="50KB")
+    files = FileSource(sorted(tmp_path.glob("*.safetensors")))
+    assert source_hash({"unet": files}, storage) == weights_hash(toy_unet, storage)
+    assert source_hash({"unet": ModuleSource(toy_unet)}, storage) == weights_hash(toy_unet, storage)
+
+
+def test_several_models_hash_as_one() -> None:
+    models = {"transformer": nn.Linear(3, 2), "transformer_2": nn.Linear(2, 5)}
+    sources = {name: ModuleSource(model) for name, model in models.items()}
+    assert source_hash(sources, torch.float16) == weights_hash(nn.ModuleDict(models), torch.float16)
+    assert torch.equal(JoinedSource(sources).read("transformer_2.bias"), models["transformer_2"].bias)
+
+
+def test_a_value_that_float16_cannot_hold_is_told() -> None:
+    layer = nn.Linear(2, 2)
+    layer.weight.data[1, 1] = 1e6
+    with pytest.raises(BitPolicyError, match=r"weight has values that torch\.float16 cannot hold; .* bfloat16"):
+        source_hash({"unet": ModuleSource(layer)}, torch.float16)
+
+
+@pytest.mark.parametrize("damage", ["cut", "pointer", "missing"])
+def test_a_damaged_file_is_told(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(TENSORS, path)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-5])
+    elif damage == "pointer":
+        path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    else:
+        path.unlink()
+    with pytest.raises(BitPolicyError, match=r"cannot read .*model\.safetensors: .*download it again"):
+        FileSource([path])
+
+
+# Checkpoints in another layout
+
+
+def other_layout(tensors: dict[str, Any]) -> dict[str, Any]:
+    """What converters do: rename, split, swap, join, drop a dimension, cast, make anew, leave out."""
+    query, key, value = tensors.pop("qkv").chunk(3, dim=0)
+    shift, scale = tensors.pop("mod").chunk(2, dim=0)
+    return {
+        "to_q": query,
+        "to_k": key,
+        "to_v": value,
+        "norm": torch.cat([scale, shift], dim=0),
+        "proj": tensors.pop("conv")[:, :, 0, 0],
+        "half": key.to(torch.float16),
+        "zeros": torch.zeros_like(query),
+        "same": tensors.pop("same"),
+        "nothing": tensors.get("nothing"),
+    }
+
+
+def writes(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {"same": tensors["same"].clone().add_(1)}
+
+
+def looks(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {"same": tensors["same"] * 2 if tensors["same"].sum().item() > -1e9 else tensors["same"]}
+
+
+class Watched:
+    """Tells what was read."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._module = nn.ParameterDict({name: nn.Parameter(tensor) for name, tensor in tensors.items()})
+        self._source, self.read_names = ModuleSource(self._module), list[str]()
+
+    @property
+    def specs(self) -> Any:
+        return self._source.specs
+
+    def read(self, name: str) -> torch.Tensor:
+        self.read_names.append(name)
+        return self._source.read(name)
+
+
+@pytest.fixture
+def original() -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"qkv": (12, 4), "mod": (8,), "conv": (3, 5, 1, 1), "same": (2, 2)}
+    return {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("convert", [other_layout, writes, looks])
+def test_a_conversion_is_done_tensor_by_tensor(
+    original: dict[str, torch.Tensor], convert: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    expected = {name: t for name, t in convert(dict(original)).items() if t is not None}
+    found = converted(Watched(original), convert)
+    assert {name: (spec.dtype, spec.shape) for name, spec in found.specs.items()} == {
+        name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in expected.items()
+    }
+    assert [name for name, tensor in expected.items() if not torch.equal(found.read(name), tensor)] == []
+
+
+def test_only_what_a_tensor_hangs_on_is_read(original: dict[str, torch.Tensor]) -> None:
+    base = Watched(original)
+    found = converted(base, other_layout)
+    assert base.read_names == []
+    found.read("norm")
+    found.read("same")
+    assert set(base.read_names) == {"mod", "same"}
+
+
+def test_the_last_file_has_a_name_that_two_have(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / "1.safetensors")
+    shutil.copy(tmp_path / "1.safetensors", tmp_path / "0.safetensors")
+    save_file({"a": torch.ones(3)}, tmp_path / "1.safetensors")
+    found = FileSource([tmp_path / "0.safetensors", tmp_path / "1.safetensors"])
+    assert torch.equal(found.read("a"), load_file(tmp_path / "1.safetensors")["a"])

@@ -1,0 +1,262 @@
+"""A full-precision model given a policy is packed while it is read: the bits of the exported one, or an error."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import CLIPTextModel, T5EncoderModel
+
+from bitpolicy import BitPolicyConfig, Policy
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.layers import PackedLayer, quantizable_layers
+from bitpolicy.policies.accounting import weights_hash
+from bitpolicy.policies.apply import to_storage
+from bitpolicy.policies.calibration import calibration_hash, save_calibration
+from bitpolicy.policies.component import export_component
+from bitpolicy.policies.policy import Choice, ModelReference
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+Predict = Callable[[Any], torch.Tensor]
+
+
+def load(folder: Path, policy: Any, **options: Any) -> Any:
+    config = BitPolicyConfig(policy=policy)
+    return UNet2DConditionModel.from_pretrained(folder, subfolder="unet", quantization_config=config, **options)
+
+
+def same_tensors(found: nn.Module, expected: nn.Module) -> bool:
+    a, b = found.state_dict(), expected.state_dict()
+    return list(a) == list(b) and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.fixture(scope="session")
+def unrounded(new_toy_pipeline: Callable[[], Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pipeline of `exported` in float32 as it was made: the policy is for what float16 holds of it."""
+    folder = tmp_path_factory.mktemp("full")
+    new_toy_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def policy_file(exported: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("policy")
+    save_calibration(exported.calibration, folder / "calibration.safetensors")
+    about = exported.policy.provenance | {"calibration": calibration_hash(exported.calibration)}
+    exported.policy.model_copy(update={"provenance": about}).save(folder / "policy.yaml")
+    return folder / "policy.yaml"
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_it_is_what_exporting_and_loading_gives(
+    exported: Any, unrounded: Path, policy_file: Path, dtype: torch.dtype | None
+) -> None:
+    packed = load(unrounded, policy_file, dtype=dtype)
+    expected = UNet2DConditionModel.from_pretrained(exported.folder, subfolder="unet", dtype=dtype)
+    assert same_tensors(packed, expected)
+    dtypes = {name: m.compute_dtype for name, m in expected.named_modules() if isinstance(m, PackedLayer)}
+    assert {name: m.compute_dtype for name, m in packed.named_modules() if isinstance(m, PackedLayer)} == dtypes
+
+
+def test_it_predicts_the_same_bits(exported: Any, unrounded: Path, policy_file: Path, predict: Predict) -> None:
+    expected = UNet2DConditionModel.from_pretrained(exported.folder, subfolder="unet", dtype=torch.float32)
+    assert torch.equal(predict(load(unrounded, policy_file, dtype=torch.float32)), predict(expected))
+
+
+def test_a_policy_in_memory_serves_with_its_calibration(exported: Any, unrounded: Path) -> None:
+    packed = load(unrounded, exported.policy.with_calibration(exported.calibration))
+    assert same_tensors(packed, UNet2DConditionModel.from_pretrained(exported.folder, subfolder="unet"))
+
+
+def test_shards_that_part_a_weight_from_its_bias_are_packed_too(
+    exported: Any, unrounded: Path, policy_file: Path, tmp_path: Path
+) -> None:
+    unet = UNet2DConditionModel.from_pretrained(unrounded, subfolder="unet")
+    unet.save_pretrained(tmp_path / "unet", max_shard_size="30KB")
+    index = json.loads((tmp_path / "unet" / f"{WEIGHTS}.index.json").read_text())["weight_map"]
+    weights = (name for name in index if name.endswith(".weight"))
+    assert any(index.get(f"{name[:-6]}bias", index[name]) != index[name] for name in weights)
+    packed = load(tmp_path, policy_file)
+    assert same_tensors(packed, UNet2DConditionModel.from_pretrained(exported.folder, subfolder="unet"))
+
+
+def test_saved_it_is_an_ordinary_packed_checkpoint(
+    exported: Any, unrounded: Path, policy_file: Path, tmp_path: Path
+) -> None:
+    load(unrounded, policy_file).save_pretrained(tmp_path)
+    assert (tmp_path / WEIGHTS).read_bytes() == (exported.folder / "unet" / WEIGHTS).read_bytes()
+    text = (tmp_path / "config.json").read_text()
+    assert str(policy_file.parent) not in text
+    assert "policy" not in json.loads(text)["quantization_config"]
+    again = UNet2DConditionModel.from_pretrained(tmp_path)
+    assert same_tensors(again, UNet2DConditionModel.from_pretrained(exported.folder, subfolder="unet"))
+
+
+@pytest.mark.parametrize("through", ["quant_backend", "quant_mapping"])
+def test_a_pipeline_packs_the_component_that_is_named(
+    exported: Any, unrounded: Path, policy_file: Path, draw: Predict, through: str
+) -> None:
+    config = PipelineQuantizationConfig(
+        **{
+            "quant_backend": {
+                "quant_backend": "bitpolicy",
+                "quant_kwargs": {"policy": str(policy_file)},
+                "components_to_quantize": ["unet"],
+            },
+            "quant_mapping": {"quant_mapping": {"unet": BitPolicyConfig(policy=policy_file)}},
+        }[through]
+    )
+    pipe = DiffusionPipeline.from_pretrained(unrounded, quantization_config=config, dtype=torch.float32)
+    expected = DiffusionPipeline.from_pretrained(exported.folder, dtype=torch.float32)
+    assert same_tensors(pipe.unet, expected.unet)
+    assert not any(isinstance(module, PackedLayer) for module in pipe.text_encoder.modules())
+    pipe.text_encoder, pipe.vae = expected.text_encoder, expected.vae  # rounded, as they were exported
+    assert torch.equal(draw(pipe), draw(expected))
+
+
+# Text encoders
+
+
+def encoder_and_choices(kind: type, every_format_in_turn: Callable[[nn.Module], dict[str, Choice]]) -> tuple[Any, Any]:
+    from toy_pipelines import TOYS
+
+    pipe = TOYS["StableDiffusionPipeline" if kind is CLIPTextModel else "StableDiffusion3Pipeline"].new()
+    model = next(part for part in pipe.components.values() if type(part) is kind)
+    return model, every_format_in_turn(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "prefix"),
+    [(CLIPTextModel, ""), (CLIPTextModel, "text_model."), (T5EncoderModel, "")],  # files of CLIP's come with both names
+    ids=["CLIP", "CLIP, older names", "T5"],
+)
+@pytest.mark.parametrize("dtype", ["auto", torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_text_encoder_is_packed_as_it_would_be_exported(
+    every_format_in_turn: Callable[[nn.Module], dict[str, Choice]],
+    kind: type,
+    dtype: Any,
+    prefix: str,
+    tmp_path: Path,
+) -> None:
+    model, choices = encoder_and_choices(kind, every_format_in_turn)
+    means = {
+        name: torch.linspace(-1, 1, layer.in_features)
+        for name, layer in quantizable_layers(model)
+        if choices[name].bias_correction
+    }
+    storage = torch.float16
+    model.save_pretrained(tmp_path / "full")
+    file = tmp_path / "full" / "model.safetensors"
+    save_file({f"{prefix}{name}": t for name, t in load_file(file).items()}, file, metadata={"format": "pt"})
+    to_storage(model, storage)
+    about = ModelReference(
+        id="toy", component="text_encoder", class_name=kind.__name__, sha256=weights_hash(model, storage)
+    )
+    policy = Policy.of(choices, model=about).with_calibration(means)
+    export_component(model, choices, means, storage, tmp_path / "packed")
+
+    found = kind.from_pretrained(tmp_path / "full", dtype=dtype, quantization_config=BitPolicyConfig(policy=policy))
+    expected = kind.from_pretrained(tmp_path / "packed", dtype=torch.float32 if dtype == "auto" else dtype)
+    assert any(isinstance(module, PackedLayer) for module in found.modules())
+    assert same_tensors(found, expected)
+    found.save_pretrained(tmp_path / "again")
+    if dtype is not torch.bfloat16:  # which holds less than the storage dtype
+        again = (tmp_path / "again" / "model.safetensors").read_bytes()
+        assert again == (tmp_path / "packed" / "model.safetensors").read_bytes()
+    assert same_tensors(kind.from_pretrained(tmp_path / "again", dtype=torch.float32), found.float())
+
+
+# What does not go together
+
+
+def changed(policy: Policy, **fields: Any) -> Policy:
+    return policy.model_copy(update={"model": policy.model.model_copy(update=fields)})
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (
+            lambda p: changed(p, class_name="FluxTransformer2DModel"),
+            "made for the unet of toy, a FluxTransformer2DModel; this is a UNet2DConditionModel: name that component",
+        ),
+        (
+            lambda p: changed(p, sha256="0" * 64),
+            "made for toy .*sha256 000000000000.*these weights have sha256 .*load that model, or run search-policy",
+        ),
+        (
+            lambda p: p.model_copy(update={"layers": p.layers | {"conv_inn": p.layers["conv_out"]}}),
+            "names layer 'conv_inn', which this model does not have; did you mean 'conv_in'?",
+        ),
+        (lambda p: changed(p, component="unet,unet_2"), "covers unet,unet_2 as one.*bitpolicy export"),
+    ],
+    ids=["class", "weights", "layer", "several components"],
+)
+def test_a_policy_for_another_model_is_refused(
+    exported: Any, unrounded: Path, change: Callable[[Policy], Policy], complaint: str
+) -> None:
+    policy = change(exported.policy).with_calibration(exported.calibration)
+    with pytest.raises(BitPolicyError, match=complaint):
+        load(unrounded, policy)
+
+
+def test_a_needed_calibration_that_is_missing_is_asked_for(unrounded: Path, policy_file: Path, tmp_path: Path) -> None:
+    alone = shutil.copy(policy_file, tmp_path / "policy.yaml")
+    with pytest.raises(BitPolicyError, match=r"cannot read .*calibration\.safetensors.*keep the two together"):
+        load(unrounded, alone)
+
+
+def test_a_calibration_that_is_not_needed_may_be_missing(
+    exported: Any, unrounded: Path, policy_of: Callable[..., Policy], tmp_path: Path
+) -> None:
+    plain = {name: Choice(choice.format) for name, choice in exported.choices.items()}
+    policy_of(exported.pipe.unet, plain).save(tmp_path / "policy.yaml")
+    assert any(isinstance(module, PackedLayer) for module in load(unrounded, tmp_path / "policy.yaml").modules())
+
+
+def test_a_policy_that_is_not_there_is_told(unrounded: Path, tmp_path: Path) -> None:
+    with pytest.raises(BitPolicyError, match=r"cannot read policy .*no\.yaml"):
+        load(unrounded, tmp_path / "no.yaml")
+
+
+def test_without_a_policy_an_ordinary_model_is_not_packed(unrounded: Path) -> None:
+    with pytest.raises(BitPolicyError, match=r"this model is not packed; make a checkpoint .*or give the policy"):
+        load(unrounded, None)
+
+
+def test_a_checkpoint_cannot_name_a_policy(exported: Any, policy_file: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(exported.folder / "unet", tmp_path / "unet")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["policy"] = str(policy_file)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BitPolicyError, match=r"quantization_config names a policy"):
+        UNet2DConditionModel.from_pretrained(folder)
+
+
+def test_files_that_lack_a_tensor_are_refused(unrounded: Path, policy_file: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(unrounded / "unet", tmp_path / "unet")
+    tensors = load_file(folder / WEIGHTS)
+    del tensors["conv_in.weight"]
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(BitPolicyError, match=r"lack conv_in\.weight; download them again"):
+        load(tmp_path, policy_file)
+
+
+def test_what_float16_cannot_hold_is_named(
+    exported: Any, unrounded: Path, policy_of: Callable[..., Policy], tmp_path: Path
+) -> None:
+    unet = UNet2DConditionModel.from_pretrained(unrounded, subfolder="unet")
+    with torch.no_grad():
+        unet.conv_norm_out.weight[0] = 1e6
+    unet.save_pretrained(tmp_path / "unet")
+    policy = policy_of(unet, exported.choices).with_calibration(exported.calibration)
+    with pytest.raises(BitPolicyError, match=r"conv_norm_out\.weight has values that torch\.float16 cannot hold"):
+        load(tmp_path, policy)

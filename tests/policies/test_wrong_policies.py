@@ -1,0 +1,81 @@
+"""A policy file that is no policy is an error that names it, soon, and runs nothing."""
+
+from __future__ import annotations
+
+import time
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from bitpolicy import BitPolicyError, Policy
+from bitpolicy.policies.plain_yaml import MAX_BYTES, read_yaml
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(9)
+)
+WRONG: dict[str, tuple[str | bytes, str]] = {
+    "bomb of aliases": (BOMB, r"line 2 repeats &a; write the values out"),
+    "deep lists": ("[" * 100_000, r"line 1 is nested 20 deep"),
+    "deep mappings": ("{a: " * 5_000, r"line 1 is nested 20 deep"),
+    "too large": ("# " + "x" * MAX_BYTES, r"is larger than 524,288 bytes, which no policy is"),
+    "long number": ("a: " + "9" * 100_000, r"line 1 has a value of 100,000 characters"),
+    "number too long to read": ("a: " + "9" * 5_000, r"Exceeds the limit"),
+    "number in base 60": ("a: " + ":".join(["59"] * 50_000), r"line 1 has a value of 149,999 characters"),
+    "date": ("a: 2021-99-99", r"month must be in 1\.\.12"),
+    "not UTF-8": (b"\xff\xfe\x00", r"can't decode byte 0xff"),
+    "nothing": ("", r"found NoneType, needed a mapping"),
+    "a list": ("[1, 2]", r"found list, needed a mapping"),
+    "key twice": ("bitpolicy: 1\nbitpolicy: 1\n", r"a key stands twice in this mapping; keep one"),
+    "unhashable key": ("? [a]\n: b", r"unhashable key"),
+    "half of it": ("bitpolicy: 1\nlayers: {conv_in: {format: int4", r"is not YAML"),
+}
+TAGS = ["!!python/object/apply:os.system", "!!python/object/new:subprocess.Popen", "!!python/name:os.system", "!own"]
+
+
+@pytest.mark.parametrize(("text", "complaint"), WRONG.values(), ids=WRONG)
+def test_what_is_no_policy_is_told_with_little_time_and_memory(
+    text: str | bytes, complaint: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    tracemalloc.start()
+    began = time.process_time()
+    with pytest.raises(BitPolicyError, match=complaint) as caught:
+        Policy.load(path)
+    spent, (_, most) = time.process_time() - began, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert str(path) in str(caught.value)
+    assert spent < 5
+    assert most < 30_000_000
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_no_tag_makes_anything_run(tag: str, tmp_path: Path) -> None:
+    ran, path = tmp_path / "ran", tmp_path / "policy.yaml"
+    path.write_text(f"bitpolicy: 1\nmodel: {tag} ['touch {ran}']\n")
+    with pytest.raises(BitPolicyError, match="could not determine a constructor for the tag"):
+        Policy.load(path)
+    assert not ran.exists()
+
+
+def test_what_is_read_is_what_safe_load_reads(exported: Any, tmp_path: Path) -> None:
+    path = tmp_path / "policy.yaml"
+    twice = {"shared": [1.5, None, True]}
+    about = exported.policy.model_copy(update={"provenance": {"probe": twice, "search": twice}})
+    about.save(path)
+    assert "&" not in path.read_text(), "what we write we read: nothing by reference"
+    assert read_yaml(path) == yaml.safe_load(path.read_text())
+    assert Policy.load(path) == about
+
+
+LAYERS = ["../../etc/passwd", "/etc/passwd", "conv_in/../conv_out", "conv_in.", "..", "conv_in\n"]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_name_that_is_a_path_is_no_layer(exported: Any, name: str) -> None:
+    layers = exported.policy.layers | {name: exported.policy.layers["conv_out"]}
+    with pytest.raises(BitPolicyError, match=r"the policy names layer .* which this model does not have"):
+        exported.policy.model_copy(update={"layers": layers}).resolve(exported.choices)

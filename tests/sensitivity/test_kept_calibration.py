@@ -1,0 +1,185 @@
+"""What was rounded, on disk: read as it was written, damaged files are known, and memory holds one candidate."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bitpolicy.kernels.format import TensorSpec
+from bitpolicy.kernels.formats import parse_formats
+from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.policies.calibration import calibration_hash, is_rounded, needed_for, rounded_key
+from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.safetensors_writer import SafetensorsWriter
+from bitpolicy.sensitivity.candidates import candidates
+from bitpolicy.sensitivity.kept_calibration import KeptCalibration, is_whole, write_rounded
+from bitpolicy.sensitivity.progress import Stages
+from bitpolicy.sensitivity.rounding_pass import RoundingPass
+from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.trajectory import Trajectories
+from bitpolicy.sensitivity.weight_changes import WeightChanges
+
+NewTrajectories = Callable[..., Trajectories]
+MEANS = {"a": torch.arange(3.0), "b": torch.arange(4.0)}
+ROUNDED = {
+    "a/int4/gptq/weight_packed": torch.arange(6, dtype=torch.uint8).view(2, 3),
+    "a/int4/gptq/weight_scale": torch.rand(2, 1).half(),
+    "a/int8/mse/weight_packed": torch.arange(-3, 3, dtype=torch.int8),
+}
+
+
+def specs(tensors: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
+    return {key: TensorSpec(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    """Of `a` with three tensors and of `b` with none."""
+    paths = {name: tmp_path / "rounded" / f"{name}.safetensors" for name in "ab"}
+    write_rounded(paths["a"], specs(ROUNDED), ROUNDED.items())
+    write_rounded(paths["b"], {}, ())
+    return paths
+
+
+def test_a_kept_calibration_is_the_mapping_of_what_was_put_into_it(files: dict[str, Path]) -> None:
+    kept, expected = KeptCalibration(MEANS, files), {**MEANS, **ROUNDED}
+    assert list(kept) == list(expected)
+    assert len(kept) == 5
+    assert all(torch.equal(kept[key], tensor) and key in kept for key, tensor in expected.items())
+    assert calibration_hash(kept) == calibration_hash(expected)
+    assert is_rounded(kept)
+
+
+@pytest.mark.parametrize(
+    "key", ["c", "c/int4/gptq/weight_packed", "a/int4/rtn/weight_packed", "checksum", "a/checksum"]
+)
+def test_what_was_not_put_in_is_not_there(files: dict[str, Path], key: str) -> None:
+    kept = KeptCalibration(MEANS, files)
+    assert key not in kept
+    assert kept.get(key) is None
+    with pytest.raises(KeyError):
+        kept[key]
+
+
+def test_only_what_choices_take_is_read(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, read = KeptCalibration(MEANS, files), []
+    plain = KeptCalibration.__getitem__
+    monkeypatch.setattr(KeptCalibration, "__getitem__", lambda self, key: read.append(key) or plain(self, key))
+    (int4,) = (format for format in parse_formats("int4") if format.packed)
+    found = needed_for({"a": Choice(int4, True, "gptq"), "b": Choice(int4, True)}, kept)
+    assert list(found) == read == ["a", "b", *sorted(ROUNDED)[:2]]
+
+
+def test_a_file_is_whole_as_it_was_written(files: dict[str, Path]) -> None:
+    assert is_whole(files["a"], ROUNDED)
+    assert is_whole(files["b"], ())
+    assert not is_whole(files["a"], list(ROUNDED)[:2])
+    assert not is_whole(files["a"], [*ROUNDED, "a/int8/mse/weight_scale"])
+    assert not is_whole(files["a"].with_name("c.safetensors"), ())
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, -1])
+def test_a_damaged_file_is_not_whole(files: dict[str, Path], keep: int) -> None:
+    files["a"].write_bytes(files["a"].read_bytes()[:keep])
+    assert not is_whole(files["a"], ROUNDED)
+
+
+@pytest.mark.parametrize("key", list(ROUNDED))
+def test_a_file_whose_numbers_were_changed_is_not_whole(files: dict[str, Path], key: str) -> None:
+    before = files["a"].read_bytes()
+    where = before.index(ROUNDED[key].view(torch.uint8).numpy().tobytes())
+    changed = bytearray(before)
+    changed[where] ^= 1
+    files["a"].write_bytes(changed)
+    assert not torch.equal(load_file(files["a"])[key], ROUNDED[key])
+    assert not is_whole(files["a"], ROUNDED)
+
+
+def test_a_layer_that_was_not_finished_leaves_nothing(tmp_path: Path) -> None:
+    def killed() -> Iterator[tuple[str, torch.Tensor]]:
+        yield next(iter(ROUNDED.items()))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_rounded(tmp_path / "a.safetensors", specs(ROUNDED), killed())
+    assert list(tmp_path.iterdir()) == []
+
+
+# Memory: bytes of the tensors that Python can reach
+
+
+def reachable() -> int:
+    """Bytes of all storages that live tensors hold, each once."""
+    storages = [tensor.untyped_storage() for tensor in gc.get_objects() if type(tensor) is torch.Tensor]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+FEW, MANY = "int4", "int2,int3,int4,int5,int6,int7,int8"
+SOME = ["conv_in", "mid_block.resnets.0.conv1", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "conv_out"]
+
+
+def some_layers(denoiser: torch.nn.Module) -> list[tuple[str, Any]]:
+    return [(name, layer) for name, layer in quantizable_layers(denoiser) if name in SOME]
+
+
+@pytest.fixture
+def trajectories(new_trajectories: NewTrajectories, monkeypatch: pytest.MonkeyPatch) -> Trajectories:
+    monkeypatch.setattr("bitpolicy.sensitivity.rounding_pass.quantizable_layers", some_layers)
+    return new_trajectories(num_inference_steps=1, guidance_scale=1.0)
+
+
+def rounding_of(trajectories: Trajectories, formats: str, folder: Path) -> RoundingPass:
+    wanted = candidates(parse_formats(formats), ("mse", "gptq"))
+    samples = (Sample("a red heart", 3),)
+    return RoundingPass(trajectories, wanted, torch.float16, samples, False, folder, Stages(quiet=True))
+
+
+def test_while_rounding_no_more_is_held_for_many_formats_than_for_few(
+    trajectories: Trajectories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks, sizes = {}, {}
+    write = SafetensorsWriter.write
+    for formats in (FEW, MANY):
+        held: list[int] = []
+
+        def counted(self: Any, name: str, tensor: torch.Tensor, held: list[int] = held) -> None:
+            write(self, name, tensor)
+            if "weight_packed" in name:
+                held.append(reachable())
+
+        monkeypatch.setattr(SafetensorsWriter, "write", counted)
+        before = reachable()
+        paths = rounding_of(trajectories, formats, tmp_path / formats).files()
+        peaks[formats] = max(held) - before
+        sizes[formats] = sum(path.stat().st_size for path in paths.values())
+    layers = dict(some_layers(trajectories.denoiser))
+    largest = max(layer.weight.numel() for layer in layers.values())
+    assert sizes[MANY] > 3 * sizes[FEW]
+    assert peaks[MANY] - peaks[FEW] < largest, "less than one rounding of the largest layer"
+
+
+def test_reading_holds_nothing_and_changes_are_kept_up_to_a_limit(
+    trajectories: Trajectories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = dict(some_layers(trajectories.denoiser))
+    weights = sum(layer.weight.numel() for layer in layers.values())
+    monkeypatch.setattr("bitpolicy.sensitivity.weight_changes._MOST", 8 * weights)
+    grown = {}
+    for formats in (FEW, MANY):
+        rounding = rounding_of(trajectories, formats, tmp_path / formats)
+        kept = KeptCalibration({}, rounding.files())
+        before = reachable()
+        changes = WeightChanges(layers, rounding.candidates, kept, torch.float16)
+        for _ in range(2):
+            for name, layer in layers.items():
+                changes.weight_products(name, layer.weight)
+        grown[formats] = reachable() - before
+        assert rounded_key("conv_in", Choice(rounding.candidates[0].format, quantizer="gptq"), "weight_packed") in kept
+    assert 0 < grown[FEW] <= 8 * weights
+    assert grown[MANY] <= 8 * weights

@@ -1,0 +1,335 @@
+"""What people do with a model of diffusers, as checks that a packed one goes along.
+
+Each takes a model that was loaded packed, in float32 and eval mode, and the keyword arguments of one call, and raises
+AssertionError where the outcome is not that of an ordinary model with the same weights. It may change the model: give
+each its own. `OPERATIONS` lists those of one model, `PIPELINE_OPERATIONS` those of a pipeline.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.hooks import apply_group_offloading
+from peft import LoraConfig
+from torch import nn
+
+from bitpolicy.kernels.layers import PackedLayer
+
+Inputs = Mapping[str, Any]
+Operation = Callable[[Any, Inputs], None]
+_CPU = torch.device("cpu")
+
+
+def output(model: nn.Module, inputs: Inputs) -> torch.Tensor:
+    """What the model returns for the inputs, without a gradient, its first tensor."""
+    with torch.no_grad():
+        return _first(model(**inputs))
+
+
+def _first(result: Any) -> torch.Tensor:
+    return result if isinstance(result, torch.Tensor) else result[0]
+
+
+def plain(model: Any) -> Any:
+    """An ordinary model with the same weights."""
+    return copy.deepcopy(model).dequantize()
+
+
+def packed(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every packed tensor, by the name of its layer without what peft adds."""
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLayer))
+    return {
+        f"{name.removesuffix('.base_layer')}.{suffix}": tensor.clone()
+        for name, layer in layers
+        for suffix, tensor in layer.packed_tensors().items()
+    }
+
+
+def require_same(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    assert found, "nothing is packed"
+    assert found.keys() == expected.keys()
+    odd = [n for n in found if found[n].dtype != expected[n].dtype or not torch.equal(found[n], expected[n])]
+    assert not odd, odd
+
+
+def cast(inputs: Inputs, dtype: torch.dtype) -> dict[str, Any]:
+    def one(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(dtype) if value.is_floating_point() else value
+        return {key: one(part) for key, part in value.items()} if isinstance(value, dict) else value
+
+    return {name: one(value) for name, value in inputs.items()}
+
+
+# In memory
+
+
+def to_dtype(model: Any, inputs: Inputs) -> None:
+    """`.to(bfloat16)` and back: what is packed stays, the rest is what an ordinary model has after it."""
+    before, ordinary = packed(model), plain(model).to(torch.bfloat16)
+    model.to(torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    require_same(packed(model), before)
+    unpacked = [name for name, _ in model.named_parameters()]
+    ordinary_state = ordinary.state_dict()
+    assert all(torch.equal(model.state_dict()[name], ordinary_state[name]) for name in unpacked)
+    assert torch.equal(output(model, cast(inputs, torch.bfloat16)), output(ordinary, cast(inputs, torch.bfloat16)))
+    model.to(torch.float32)
+    assert {layer.compute_dtype for layer in model.modules() if isinstance(layer, PackedLayer)} == {torch.float32}
+
+
+def half(model: Any, inputs: Inputs) -> None:
+    """`.half()`."""
+    before, ordinary = packed(model), plain(model).half()
+    model.half()
+    require_same(packed(model), before)
+    assert torch.equal(output(model, cast(inputs, torch.float16)), output(ordinary, cast(inputs, torch.float16)))
+
+
+def deepcopy(model: Any, inputs: Inputs) -> None:
+    """A copy is packed, and its own."""
+    expected, twin = output(model, inputs), copy.deepcopy(model)
+    require_same(packed(twin), packed(model))
+    for tensor in twin.state_dict().values():
+        tensor.zero_()
+    assert torch.equal(output(model, inputs), expected)
+
+
+def save_and_load(model: Any, inputs: Inputs) -> None:
+    """Saved and loaded twice: the same bits, and the same bytes."""
+    expected = output(model, inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        first, second = Path(folder) / "first", Path(folder) / "second"
+        model.save_pretrained(first)
+        again = type(model).from_pretrained(first, dtype=torch.float32)
+        require_same(packed(again), packed(model))
+        assert torch.equal(output(again, inputs), expected)
+        again.save_pretrained(second)
+        files = sorted(path.name for path in first.glob("*.safetensors"))
+        assert files
+        assert all((first / name).read_bytes() == (second / name).read_bytes() for name in files)
+
+
+def dequantize(model: Any, inputs: Inputs) -> None:
+    """`dequantize()` gives an ordinary model that computes the same and saves as one."""
+    expected = output(model, inputs)
+    ordinary = model.dequantize()
+    assert not any(isinstance(module, PackedLayer) for module in ordinary.modules())
+    assert torch.equal(output(ordinary, inputs), expected)
+    with tempfile.TemporaryDirectory() as folder:
+        ordinary.save_pretrained(folder)
+        again = type(ordinary).from_pretrained(folder, dtype=torch.float32)
+        assert not any(isinstance(module, PackedLayer) for module in again.modules())
+        assert torch.equal(output(again, inputs), expected)
+
+
+# LoRA
+
+
+def _targets(model: nn.Module) -> list[str]:
+    """Of each kind of packed layer some, by their full names; grouped convolutions have no LoRA in peft."""
+    found: dict[type, list[str]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, PackedLayer) and getattr(layer, "groups", 1) == 1:
+            found.setdefault(type(layer), []).append(name)
+    return [name for names in found.values() for name in names[:6]]
+
+
+def _adapt(model: Any, targets: list[str] | None = None, name: str = "default") -> Any:
+    torch.manual_seed(3)
+    wanted = targets or _targets(model)
+    model.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=wanted), adapter_name=name)
+    return model
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def lora(model: Any, inputs: Inputs) -> None:
+    """An adapter computes what it computes on ordinary layers, at every scale, and leaves with nothing changed."""
+    before, expected, held, targets = output(model, inputs), plain(model), packed(model), _targets(model)
+    _adapt(model)
+    _adapt(expected, targets)
+    for scale in (1.0, 0.25):
+        model.set_adapters("default", weights=scale)
+        expected.set_adapters("default", weights=scale)
+        assert torch.equal(output(model, inputs), output(expected, inputs))
+    assert not torch.equal(output(model, inputs), before)
+    model.disable_adapters()
+    assert torch.equal(output(model, inputs), before)
+    model.unload_lora()
+    require_same(packed(model), held)
+    assert torch.equal(output(model, inputs), before)
+
+
+def lora_fuse(model: Any, inputs: Inputs) -> None:
+    """Fused, the adapter is in the packed weights as nearly as their formats hold it; unfused it is out again."""
+    before, targets = output(model, inputs), _targets(model)
+    _adapt(model)
+    adapted = output(model, inputs)
+    model.fuse_lora()
+    fused = output(model, inputs)
+    assert _distance(fused, adapted) < 0.5 * _distance(before, adapted)
+    model.unfuse_lora()
+    model.unload_lora()
+    assert _distance(output(model, inputs), before) < 0.5 * _distance(adapted, before)
+    kept = {name.rpartition(".")[0] for name in packed(model)}
+    assert set(targets) <= kept
+
+
+def lora_training(model: Any, inputs: Inputs) -> None:
+    """Gradients of an adapter through packed layers are those through ordinary ones."""
+    expected, targets = plain(model), _targets(model)
+    _adapt(model)
+    _adapt(expected, targets)
+    for one in (model, expected):
+        _first(one(**inputs)).square().mean().backward()
+    theirs = {name: parameter.grad for name, parameter in expected.named_parameters() if "lora_" in name}
+    ours = {name: parameter.grad for name, parameter in model.named_parameters() if "lora_" in name}
+    assert ours.keys() == theirs.keys()
+    assert ours
+    for name, gradient in ours.items():
+        assert gradient is not None, name
+        assert torch.equal(gradient, theirs[name]), name
+    assert any(gradient.any() for gradient in ours.values())
+
+
+def input_gradient(model: Any, inputs: Inputs) -> None:
+    """The gradient of the inputs passes through packed layers."""
+    found, expected = (_gradient_of_inputs(one, inputs) for one in (model, plain(model)))
+    assert found.any()
+    assert torch.equal(found, expected)
+
+
+def _gradient_of_inputs(model: nn.Module, inputs: Inputs) -> torch.Tensor:
+    name = next(n for n, value in inputs.items() if isinstance(value, torch.Tensor) and value.is_floating_point())
+    given = inputs[name].clone().requires_grad_()
+    _first(model(**{**inputs, name: given})).square().sum().backward()
+    return given.grad
+
+
+# diffusers' own ways to save memory and time
+
+
+def group_offload(model: Any, inputs: Inputs) -> None:
+    """Offloaded group by group, by blocks and by leaves, with what is packed kept."""
+    expected, held = output(model, inputs), packed(model)
+    for kind in ("leaf_level", "block_level"):
+        one = copy.deepcopy(model)
+        blocks = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+        apply_group_offloading(one, onload_device=_CPU, offload_device=_CPU, offload_type=kind, **blocks)
+        assert torch.equal(output(one, inputs), expected), kind
+        require_same(packed(one), held)
+
+
+def layerwise_casting(model: Any, inputs: Inputs) -> None:
+    """Biases and unpacked layers are kept in float8 between calls, packed weights as they are."""
+    small, held, expected = torch.float8_e4m3fn, packed(model), copy.deepcopy(model)
+    model.enable_layerwise_casting(storage_dtype=small, compute_dtype=torch.float32)
+    cast_between = [name for name, module in model.named_modules() if hasattr(module, "_diffusers_hook")]
+    assert any(isinstance(model.get_submodule(name), PackedLayer) for name in cast_between)
+    for name in cast_between:
+        for parameter in expected.get_submodule(name).parameters(recurse=False):
+            parameter.data = parameter.data.to(small).to(parameter.dtype)
+    assert torch.equal(output(model, inputs), output(expected, inputs))
+    require_same(packed(model), held)
+    assert any(parameter.dtype == small for parameter in model.parameters())
+
+
+def fuse_qkv(model: Any, inputs: Inputs) -> None:
+    """Fused projections compute the same; taken apart again, the model is the packed one."""
+    expected, held = output(model, inputs), packed(model)
+    model.fuse_qkv_projections()
+    assert torch.allclose(output(model, inputs), expected, rtol=1e-4, atol=1e-5)
+    model.unfuse_qkv_projections()
+    assert torch.equal(output(model, inputs), expected)
+    require_same(packed(model), held)
+    save_and_load(model, inputs)
+
+
+def compiled(model: Any, inputs: Inputs) -> None:
+    """`torch.compile` takes the whole model as one graph; backend eager, inductor would take minutes."""
+    expected = output(model, inputs)
+    torch._dynamo.reset()
+    compiled_model = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.allclose(output(compiled_model, inputs), expected, rtol=1e-5, atol=1e-6)
+
+
+def exported(model: Any, inputs: Inputs) -> None:
+    """`torch.export` gives a program that holds the packed tensors and computes the same."""
+    expected = output(model, inputs)
+    with torch.no_grad():
+        program = torch.export.export(model, (), dict(inputs), strict=False)
+    found = _first(program.module()(**inputs))
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+    names = set(packed(model))
+    assert names <= {*program.state_dict, *program.constants}, "the packed tensors are not in the program"
+
+
+OPERATIONS: dict[str, Operation] = {
+    operation.__name__: operation
+    for operation in (
+        to_dtype,
+        half,
+        deepcopy,
+        save_and_load,
+        dequantize,
+        lora,
+        lora_fuse,
+        lora_training,
+        input_gradient,
+        group_offload,
+        layerwise_casting,
+        fuse_qkv,
+        compiled,
+        exported,
+    )
+}
+
+
+# Of a pipeline: `draw` gives its latents for fixed arguments.
+
+Draw = Callable[[Any], torch.Tensor]
+
+
+def from_pipe(pipe: Any, draw: Draw) -> None:
+    """A pipeline made from another shares its packed model, and draws the same."""
+    expected = draw(pipe)
+    other = type(pipe).from_pipe(pipe)
+    name = next(n for n, part in pipe.components.items() if isinstance(part, nn.Module) and any(packed(part)))
+    assert getattr(other, name) is getattr(pipe, name)
+    assert torch.equal(draw(other), expected)
+
+
+def pipeline_to(pipe: Any, draw: Draw) -> None:
+    """A pipeline that went to bfloat16 and back draws what it drew: what is packed was never cast."""
+    expected = draw(pipe)
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    held = [packed(part) for part in parts]
+    pipe.to(torch.bfloat16)
+    for part, before in zip(parts, held, strict=True):
+        if before:
+            require_same(packed(part), before)
+    pipe.to(torch.float32)
+    assert draw(pipe).shape == expected.shape
+
+
+def pipeline_saved(pipe: Any, draw: Draw) -> None:
+    """A pipeline is saved and loaded as it was."""
+    expected = draw(pipe)
+    with tempfile.TemporaryDirectory() as folder:
+        pipe.save_pretrained(folder)
+        again = type(pipe).from_pretrained(folder, dtype=torch.float32)
+        again.set_progress_bar_config(disable=True)
+        assert torch.equal(draw(again), expected)
+
+
+PIPELINE_OPERATIONS: dict[str, Callable[[Any, Draw], None]] = {
+    operation.__name__: operation for operation in (from_pipe, pipeline_to, pipeline_saved)
+}
