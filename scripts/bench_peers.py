@@ -8,6 +8,7 @@
     python scripts/bench_peers.py select                   each rival's best setting that fits, on the search samples
     python scripts/bench_peers.py score [--only 'sdnq*'] [--images 256]      images on the held-out samples; resumable
     python scripts/bench_peers.py table [--output docs/peers]                Markdown, JSON and a plot
+    python scripts/bench_peers.py picture --only 'b*'      images of the selected entries at a size, and what is off
     python scripts/bench_peers.py explain                  what was predicted of each assignment, what was measured
 
 The tools come with `pip install 'bitpolicy[bench]'`; one that is wanted apart goes into `<work>/venv-<tool>`, which is
@@ -140,10 +141,19 @@ def why(args: argparse.Namespace) -> None:
     explain(rivals, Scores(rivals.plan, args.work), args.images, args.output or args.work / "explained.md")
 
 
+def picture(args: argparse.Namespace) -> None:
+    from peers.picture import draw
+
+    share = f"{args.share or SHARES[0]:.2f}"
+    chosen = read_selection(args.work / "selected.json")
+    rows = [(row, own[share]) for row, own in chosen.items() if fnmatch(row, args.only) and share in own]
+    draw(Scores(bundled_plan(), args.work), rows, args.output or args.work / "picture.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     steps = {"prepare": prepare, "tools": tools, "assignments": assignments, "reround": reround, "add": add}
-    steps |= {"select": choose, "score": score, "table": table, "explain": why}
+    steps |= {"select": choose, "score": score, "table": table, "explain": why, "picture": picture}
     parser.add_argument("step", choices=steps)
     parser.add_argument("name", nargs="?", help="add: of the new entry")
     parser.add_argument("--work", type=Path, default=WORK)
@@ -152,7 +162,7 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=HELD_OUT)
     parser.add_argument("--checkpoint", type=Path, help="add: a folder that search-policy or export wrote")
-    parser.add_argument("--share", type=float, help="add: the budget as a share of FP16")
+    parser.add_argument("--share", type=float, help="add, picture: the budget as a share of FP16")
     parser.add_argument("--family", default="bitpolicy", help="add: the row of the table")
     parser.add_argument("--kind", default="ours", choices=("ours", "assignment", "tool"))
     parser.add_argument("--quantizer", default="auto", help="reround: who rounds")
