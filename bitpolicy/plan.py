@@ -25,7 +25,7 @@ from bitpolicy.search.budget import SCOPES, Budget, Scope, read
 from bitpolicy.search.constraints import not_held, pinned, shared_qkv
 from bitpolicy.search.problem import Problem
 from bitpolicy.sensitivity.candidates import useful_formats
-from bitpolicy.sensitivity.inventory import Layer, inventory
+from bitpolicy.sensitivity.inventory import Layer, inventory, warn_of_unsupported
 from bitpolicy.sensitivity.peak_memory import observe
 from bitpolicy.sensitivity.probe import ProbeRun, ProbeSettings
 from bitpolicy.sensitivity.progress import Stages
@@ -160,6 +160,7 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
             offload=settings.offload,
         )
     layers = inventory(source.denoiser)
+    warn_of_unsupported(source.denoiser)
     useful = useful_formats(source.denoiser, parse_formats(settings.formats), source.storage)
     kept = pinned(settings.keep, layers)
     formats = (*dict.fromkeys(f for f in kept.values() if f not in useful), *useful)

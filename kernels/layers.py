@@ -152,6 +152,19 @@ def quantizable_layers(model: nn.Module) -> Iterator[tuple[str, Quantizable]]:
             yield name, module
 
 
+def unsupported_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(module path, layer) of what multiplies with a weight of two or more dimensions and no format can be given to.
+
+    Transposed convolutions, subclasses of the torch layers, layers that share their weight. Not embeddings, which look
+    up and do not multiply.
+    """
+    known = {name for name, _ in quantizable_layers(model)}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.ndim > 1 and name not in known and not isinstance(module, nn.Embedding):
+            yield name, module
+
+
 def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put `layer` where the module path `name` leads."""
     parent, _, leaf = name.rpartition(".")
@@ -182,13 +195,28 @@ def unpack_layer(packed: PackedLayer) -> nn.Module:
 
 
 def _like(layer: nn.Module, kind: type[Any]) -> Any:
-    """A bare module of class `kind` with the geometry, bias and mode of `layer`, but no weight."""
+    """A bare module of class `kind` with the geometry, bias and mode of `layer`, but no weight.
+
+    Nothing else goes along: a `forward` that some library put on this one instance (accelerate, diffusers' hooks,
+    `Module.compile`) computes with the old layer.
+    """
     other = object.__new__(kind)
     nn.Module.__init__(other)
-    owned = set(nn.Module().__dict__) | {"format", "weight_shape", "compute_dtype"}
-    for attribute, value in vars(layer).items():
-        if attribute not in owned:
-            setattr(other, attribute, value)
+    for attribute in _GEOMETRY[kind]:
+        setattr(other, attribute, getattr(layer, attribute))
     other.training = layer.training
     other.register_parameter("bias", layer.bias)
     return other
+
+
+def _geometry(plain: Callable[..., nn.Module], *sizes: int) -> set[str]:
+    """What torch keeps on such a layer beside its tensors."""
+    return set(vars(plain(*sizes, device="meta"))) - set(vars(nn.Module()))
+
+
+_OF_CONVOLUTIONS = _geometry(nn.Conv1d, 1, 1, 1)
+_GEOMETRY: dict[type[nn.Module], set[str]] = {
+    kind: _geometry(nn.Linear, 1, 1) if plain is nn.Linear else _OF_CONVOLUTIONS
+    for packed, plain in _PLAIN.items()
+    for kind in (packed, plain)
+}

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_UMASK = os.umask(0o077)  # it can be read only by setting it
+os.umask(_UMASK)
+
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
@@ -21,6 +24,8 @@ def written_aside(path: Path) -> Iterator[Path]:
     _remove(old)
     try:
         yield aside
+        if aside.is_file():  # safetensors' own writer lets nobody else read what it writes
+            aside.chmod(0o666 & ~_UMASK)
         _replace(aside, path)
     finally:
         _remove(aside)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
@@ -17,6 +18,7 @@ from bitpolicy.kernels.format import TensorSpec
 from bitpolicy.kernels.layers import PackedLayer, pack_layer, quantizable_layers, replace_layer, unpack_layer
 from bitpolicy.policies.packed_config import BitPolicyConfig
 
+_KNOW_TENSORS = ("group_offloading", "layerwise_casting")  # diffusers' hooks that move or cast single tensors
 _FUSED = ("to_qkv", "to_kv", "to_added_qkv")
 
 
@@ -91,9 +93,33 @@ def refuse_disk(device_map: object) -> None:
 
 
 def unpack_model(model: nn.Module) -> None:
-    """Replace every packed layer by an ordinary one with the dequantized weight, in place."""
+    """Replace every packed layer by an ordinary one with the dequantized weight, in place.
+
+    What accelerate offloads stays offloaded.
+
+    Raises:
+        BitPolicyError: diffusers offloads or casts its layers: its hooks know the packed tensors one by one.
+    """
+    for module in model.modules():
+        held = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        if any(name in held for name in _KNOW_TENSORS):
+            raise BitPolicyError(
+                f"{type(model).__name__} has diffusers' {', '.join(held)} on its layers; dequantize it first, then "
+                "offload or cast it (group offloading is lifted by remove_hook('group_offloading') of its HookRegistry)"
+            )
     for name, layer in list(packed_layers(model)):
-        replace_layer(model, name, unpack_layer(layer))
+        replace_layer(model, name, _unpacked_with_its_hook(layer))
+
+
+def _unpacked_with_its_hook(layer: PackedLayer) -> nn.Module:
+    """Tensors that accelerate has offloaded come back when its hook goes, and are offloaded anew by the same hook."""
+    hook = getattr(layer, "_hf_hook", None)
+    if hook is None:
+        return unpack_layer(layer)
+    remove_hook_from_module(layer)
+    if isinstance(hook, AlignDevicesHook):
+        hook.weights_map = None  # it names the packed tensors
+    return add_hook_to_module(unpack_layer(layer), hook)
 
 
 def to_save(state: Mapping[str, torch.Tensor], packed: set[str], storage: torch.dtype) -> dict[str, torch.Tensor]:

@@ -6,13 +6,14 @@ the denoisers a stage is a whole component's: the search scales its layers by ro
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.layers import PackedLayer, quantizable_layers
+from bitpolicy.kernels.layers import PackedLayer, quantizable_layers, unsupported_layers
 from bitpolicy.policies.denoiser import is_autoencoder
 from bitpolicy.sensitivity.outside_roles import autoencoder_role, conditioner_role
 from bitpolicy.sensitivity.roles import is_attention, roles
@@ -70,6 +71,21 @@ def inventory(model: nn.Module) -> list[Layer]:
     if not layers:
         raise BitPolicyError(f"{type(model).__name__} has no linear or convolution layer to quantize")
     return layers
+
+
+def warn_of_unsupported(model: nn.Module) -> None:
+    """Warn, in one line, of the layers that no format can be given to: they stay in the storage dtype, and are counted.
+
+    Of each kind the first three are named.
+    """
+    found: dict[str, list[str]] = {}
+    for name, layer in unsupported_layers(model):
+        found.setdefault(type(layer).__name__, []).append(name)
+    if found:
+        kinds = [
+            f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" for kind, names in found.items()
+        ]
+        warnings.warn(f"not quantized, as they are of kinds without a packed layer: {'; '.join(kinds)}", stacklevel=2)
 
 
 def _places(model: nn.Module) -> dict[str, tuple[str, str]]:

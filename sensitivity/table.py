@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.formats import format_named
-from bitpolicy.kernels.quantizers import RTN
+from bitpolicy.kernels.quantizers import DEFAULT, RTN
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.atomic import write_text, written_aside
 from bitpolicy.policies.policy import Choice
@@ -130,8 +130,8 @@ class SensitivityTable:
         """Reduce sketches of the adjoint probe, whose candidates come format by format; `latent_power` is E|x_0|^2. Of
         the stepwise probe likewise, with the power of the denoiser's outputs.
 
-        Each candidate has the bias that scores better with it; `quantizer_choice` takes one quantizer for each format,
-        and another for a layer only where the paired difference is beyond its doubt.
+        Each candidate has the bias that scores better with it. `quantizer_choice` says which quantizer each layer and
+        format has: the default one (the first, where that was not tried), unless another is better beyond doubt.
         """
         plain = torch.stack([s.weight for s in sketches]) / latent_power**0.5
         fixed = plain + torch.stack([s.bias for s in sketches]) / latent_power**0.5
@@ -140,7 +140,8 @@ class SensitivityTable:
         of_candidate = torch.where(corrected, squares[1], squares[0])
         formats = list(dict.fromkeys(candidate.format for candidate in candidates))
         quantizers = list(dict.fromkeys(candidate.quantizer for candidate in candidates))
-        best = chosen(of_candidate.unflatten(2, (len(formats), len(quantizers))))
+        usual = quantizers.index(DEFAULT) if DEFAULT in quantizers else 0
+        best = chosen(of_candidate.unflatten(2, (len(formats), len(quantizers))), usual)
         column = best + torch.arange(len(formats)) * len(quantizers)
         by_step = torch.where(corrected, fixed, plain).gather(3, column.expand(*plain.shape[:2], *column.shape))
         return cls(

@@ -55,7 +55,7 @@ def test_a_target_is_reached_by_the_exported_checkpoint_and_not_by_a_tenth_less(
     new_toy_pipeline: Callable[[], Any], tmp_path: Path
 ) -> None:
     pipe = new_toy_pipeline()
-    policy = searched(pipe, target_psnr=45.0)
+    policy = searched(pipe, target_psnr=45.0, quantizer="rtn")
     assert policy.result is not None
     assert policy.budget is not None
     assert policy.budget.asked == "45 dB"
@@ -63,7 +63,7 @@ def test_a_target_is_reached_by_the_exported_checkpoint_and_not_by_a_tenth_less(
     bitpolicy.export(pipe, policy, tmp_path / "checkpoint")
     plan = make_plan(Settings(budget="100%", **SMALL), source_of(pipe))
     assert psnr_db(pipe, tmp_path / "checkpoint", plan.split.confirm) >= 45.0 - 1e-3
-    smaller = searched(pipe, budget=f"{int(policy.result.policy_bytes * 0.9)}B")
+    smaller = searched(pipe, budget=f"{int(policy.result.policy_bytes * 0.9)}B", quantizer="rtn")
     bitpolicy.export(pipe, smaller, tmp_path / "smaller")
     assert psnr_db(pipe, tmp_path / "smaller", plan.split.search) < 45.0
 

@@ -115,12 +115,13 @@ def _pieces(folder: Path) -> int:
 def test_the_table_tells_where_each_number_came_from(alone: Path) -> None:
     table = SensitivityTable.load(alone / "sensitivity.safetensors")
     assert table.measured is not None
-    assert int(table.measured.sum()) == 1
+    count = int(table.measured.sum())
+    assert 0 < count <= 8
     measured = {table.layers[i] for i, _ in table.measured.nonzero().tolist()}
     lines = (alone / "sensitivity.csv").read_text().splitlines()[1:]
     assert {line.split(",")[0] for line in lines if line.endswith(",ablation")} == measured
     assert table.cost is not None
     once = 3 * 2  # samples and calls
-    assert (table.cost.reference, table.cost.measured) == (once, once)
+    assert (table.cost.reference, table.cost.measured) == (once, count * once)
     assert table.cost.probe == 3 * 2 * (1 + 2 * 3)
     assert table.cost.ablation == once * 83 * 2

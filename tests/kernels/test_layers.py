@@ -15,7 +15,14 @@ from toy_formats import FEW
 from bitpolicy.kernels.errors import FormatError
 from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.formats import format_named
-from bitpolicy.kernels.layers import PackedLayer, pack_layer, quantizable_layers, replace_layer, unpack_layer
+from bitpolicy.kernels.layers import (
+    PackedLayer,
+    pack_layer,
+    quantizable_layers,
+    replace_layer,
+    unpack_layer,
+    unsupported_layers,
+)
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(67, 5), (2, 3, 67)),
@@ -246,6 +253,21 @@ def test_unpacking_gives_an_ordinary_layer_that_computes_the_same(
     assert torch.equal(back(x), plain(x))
 
 
+def test_what_a_library_put_on_a_layer_stays_behind() -> None:
+    plain = nn.Conv2d(3, 4, 3)
+    for change in (pack_int8, unpack_layer):
+        plain.forward = lambda x: 0 * x  # as accelerate's and diffusers' hooks do
+        plain._hf_hook = object()
+        new = change(plain)
+        assert not {"forward", "_hf_hook"} & set(vars(new))
+        assert new(torch.ones(1, 3, 3, 3)).any()
+        plain = new
+
+
+def pack_int8(layer: nn.Module) -> PackedLayer:
+    return packed(layer, format_named("int8"))
+
+
 def test_a_layer_keeps_its_mode() -> None:
     assert not packed(nn.Linear(4, 4).eval(), format_named("int8")).training
     assert packed(nn.Linear(4, 4).train(), format_named("int8")).training
@@ -268,6 +290,7 @@ def test_only_layers_that_do_nothing_but_multiply_are_quantizable() -> None:
         nn.Conv3d(1, 1, 1),
     )
     assert [name for name, _ in quantizable_layers(model)] == ["0", "3.conv", "4", "5"]
+    assert [name for name, _ in unsupported_layers(model)] == ["1", "3.up"]
 
 
 def test_a_packed_layer_is_not_quantized_again() -> None:

@@ -206,7 +206,8 @@ def requests(subject: Any) -> list[Any] | None:
 def probed(request: Any, new_subject: Any) -> Probed:
     subject = new_subject(request.param, num_inference_steps=2)
     asked = requests(subject)
-    table = bitpolicy.probe(subject.pipe, call=subject.call, prompts=asked, samples=2, vectors=6, quiet=True)
+    options: dict[str, Any] = {"samples": 2, "vectors": 6, "quantizer": "rtn", "quiet": True}
+    table = bitpolicy.probe(subject.pipe, call=subject.call, prompts=asked, **options)
     drawn = split(asked or [""], 0, calibration=2, search=1, confirm=1, held_out=1).calibration
     return Probed(subject, drawn, table)
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from bitpolicy.policies.atomic import write_text, written_aside
 
@@ -120,3 +122,10 @@ def test_a_folder_replaces_a_file(tmp_path: Path) -> None:
 def test_text_is_utf8_whatever_the_locale(tmp_path: Path) -> None:
     write_text(tmp_path / "file", "Größe ≤ 3 GB")
     assert (tmp_path / "file").read_bytes() == "Größe ≤ 3 GB".encode()
+
+
+def test_a_file_is_as_readable_as_any_other(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("")
+    with written_aside(tmp_path / "tensors") as aside:
+        save_file({"a": torch.zeros(2)}, aside)
+    assert (tmp_path / "tensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -1,41 +1,64 @@
-"""The operations of tests/toys/operations.py on one packed U-Net and one packed transformer, and on their pipelines."""
+"""Every class of model and pipeline through every operation of tests/toys/operations.py: a cell of the table, a test.
+
+tests/policies/operations.yaml says what a cell is expected to be. One that fails is an expected failure, strictly, with
+its reason; one that is not applicable is checked to lack what the operation calls.
+"""
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import yaml
 from diffusers import DiffusionPipeline
-from operations import OPERATIONS, PIPELINE_OPERATIONS
+from operations import OPERATIONS, PIPELINE_OPERATIONS, output, packed, require_same
 from torch import nn
+from toy_convolutions import KINDS, ToyConvolutions, sample_for
 from toy_pipelines import TOYS, Toy
 
-from bitpolicy.kernels.layers import PackedLayer, PackedLinear
-from bitpolicy.policies.apply import to_storage
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.layers import PackedLayer, PackedLinear, pack_layer, quantizable_layers, unsupported_layers
+from bitpolicy.policies.apply import quantized, to_storage
+from bitpolicy.policies.component import export_component
+from bitpolicy.policies.denoiser import denoiser_names, denoiser_of
 from bitpolicy.policies.export import export_pipeline
 from bitpolicy.policies.policy import Choice, Policy
 
-COMPONENTS = {"StableDiffusionPipeline": "unet", "FluxPipeline": "transformer"}
+ROOT = Path(__file__).parents[2]
+TABLE = yaml.safe_load((Path(__file__).parent / "operations.yaml").read_text())
+NEEDS = {  # what a class lacks where an operation is not applicable
+    "lora": "add_adapter",
+    "lora_fuse": "fuse_lora",
+    "lora_training": "add_adapter",
+    "fuse_qkv": "fuse_qkv_projections",
+}
+ASKED: dict[str, dict[str, Any]] = {
+    "prompt": {"prompt": "a cat"},
+    "class_labels": {"class_labels": [3]},
+    "nothing": {},
+}
 
 
 class Case(NamedTuple):
-    toy: Toy
-    component: str
-    folder: Path
+    """One class of model: the ordinary one, rounded to float16, and where it lies packed."""
+
+    source: Any
+    choices: dict[str, Choice]
+    loaded: Any
     inputs: dict[str, Any]
+    folder: Path
 
-    def model(self) -> Any:
-        kind = type(getattr(DiffusionPipeline.from_pretrained(self.folder), self.component))
-        return kind.from_pretrained(self.folder, subfolder=self.component, dtype=torch.float32)
 
-    def draw(self, pipe: Any) -> torch.Tensor:
-        pipe.set_progress_bar_config(disable=True)
-        seed = torch.Generator().manual_seed(0)
-        return pipe("a cat", **self.toy.call, **self.toy.extra, generator=seed, output_type="latent").images
+class _Called(Exception):
+    """Ends a pipeline at the call that was waited for."""
 
 
 def inputs_of(pipe: Any, component: str, toy: Toy) -> dict[str, Any]:
@@ -45,63 +68,217 @@ def inputs_of(pipe: Any, component: str, toy: Toy) -> dict[str, Any]:
     def note(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         names = list(inspect.signature(type(model).forward).parameters)[1:]
         calls.append({**dict(zip(names, args, strict=False)), **kwargs, "return_dict": False})
+        raise _Called
 
     hook = getattr(pipe, component).register_forward_pre_hook(note, with_kwargs=True)
-    pipe("a cat", **toy.call, **toy.extra, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(_Called):
+        pipe(**ASKED[toy.takes], **toy.call, **toy.extra, generator=torch.Generator().manual_seed(0))
     hook.remove()
     return calls[0]
 
 
-@pytest.fixture(scope="module", params=COMPONENTS)
+def model_and_inputs(name: str) -> tuple[Any, dict[str, Any]]:
+    if name == "ToyConvolutions":
+        torch.manual_seed(0)
+        return ToyConvolutions().eval(), {"sample": sample_for("Conv3d")}
+    toy, component = TOYS[TABLE["models"][name]["toy"]], TABLE["models"][name]["component"]
+    pipe = toy.new()
+    model = getattr(pipe, component)
+    if component == "vae":  # never called as a whole
+        return model, {
+            "sample": torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)),
+            "return_dict": False,
+        }
+    return model, inputs_of(pipe, component, toy)
+
+
+@pytest.fixture(scope="module")
 def case(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
     every_format_in_turn: Callable[[nn.Module], dict[str, Choice]],
-    policy_of: Callable[..., Policy],
 ) -> Case:
-    toy, component = TOYS[request.param], COMPONENTS[request.param]
-    pipe, folder = toy.new(), tmp_path_factory.mktemp("operations") / "pipeline"
-    model = getattr(pipe, component)
+    model, inputs = model_and_inputs(request.param)
+    folder = tmp_path_factory.mktemp("operations")
     to_storage(model, torch.float16)
     choices = {name: Choice(choice.format) for name, choice in every_format_in_turn(model).items()}
-    export_pipeline(pipe, component, policy_of(model, choices), {}, folder, component_dtype=torch.float32)
-    return Case(toy, component, folder, inputs_of(pipe, component, toy))
+    export_component(model, choices, {}, torch.float16, folder)
+    return Case(model, choices, type(model).from_pretrained(folder, dtype=torch.float32), inputs, folder)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_a_packed_model_goes_along(case: Case, operation: str) -> None:
-    OPERATIONS[operation](case.model(), case.inputs)
+@pytest.fixture
+def model(case: Case) -> Any:
+    """A packed model of one's own."""
+    return copy.deepcopy(case.loaded)
 
 
-@pytest.mark.parametrize("operation", PIPELINE_OPERATIONS)
-def test_a_pipeline_with_a_packed_model_goes_along(case: Case, operation: str) -> None:
-    pipe = DiffusionPipeline.from_pretrained(case.folder, dtype=torch.float32)
-    PIPELINE_OPERATIONS[operation](pipe, case.draw)
+def cells(rows: str, operations: str) -> list[Any]:
+    """A parameter set of each cell that is run: row, operation."""
+    return list(_cells(rows, operations))
 
 
-def test_a_model_with_fused_projections_is_saved_as_it_was(case: Case, tmp_path: Path) -> None:
-    model = case.model()
+def _cells(rows: str, operations: str) -> Iterator[Any]:
+    for row, about in TABLE[rows].items():
+        for operation in TABLE[operations]:
+            if operation not in about.get("not_run", ()):
+                reason = about.get("fail", {}).get(operation)
+                marks = [pytest.mark.xfail(strict=True, reason=reason)] if reason else []
+                yield pytest.param(row, operation, marks=marks, id=f"{row}-{operation}")
+
+
+@pytest.mark.parametrize(("case", "operation"), cells("models", "operations"), indirect=["case"])
+def test_a_packed_model_goes_along(case: Case, model: Any, operation: str, request: pytest.FixtureRequest) -> None:
+    row = TABLE["models"][request.node.callspec.params["case"]]
+    if operation in row.get("not_applicable", ()):
+        assert not hasattr(model, NEEDS[operation])
+    elif operation == "quantize":
+        quantize(case, model)
+    else:
+        OPERATIONS[operation](model, case.inputs)
+
+
+def quantize(case: Case, model: Any) -> None:
+    """What is loaded computes what the model computes while it has the quantized weights."""
+    assert {name for name, choice in case.choices.items() if choice.format.packed} == {
+        name for name, layer in model.named_modules() if isinstance(layer, PackedLayer)
+    }
+    unquantized = output(case.source, case.inputs)
+    with quantized(case.source, case.choices, {}, torch.float16):
+        expected = output(case.source, case.inputs)
+    assert torch.equal(output(model, case.inputs), expected)
+    assert torch.isfinite(expected).all()
+    assert not torch.equal(expected, unquantized)
+
+
+# Pipelines
+
+
+class PipelineCase(NamedTuple):
+    toy: Toy
+    folder: Path
+
+    def draw(self, pipe: Any) -> torch.Tensor:
+        """Latents where the pipeline hands them out, else pixels."""
+        pipe.set_progress_bar_config(disable=True)
+        kind = "np" if self.toy.name in ("DDIMPipeline", "DDPMPipeline", "DiTPipeline") else "latent"
+        asked = {**ASKED[self.toy.takes], **self.toy.call, **self.toy.extra, "output_type": kind, "return_dict": False}
+        return torch.as_tensor(pipe(**asked, generator=torch.Generator().manual_seed(0))[0])
+
+
+@pytest.fixture(scope="module")
+def pipeline(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    every_format_in_turn: Callable[[nn.Module], dict[str, Choice]],
+    policy_of: Callable[..., Policy],
+) -> PipelineCase:
+    toy, folder = TOYS[request.param], tmp_path_factory.mktemp("operations") / "pipeline"
+    pipe = toy.new()
+    components = denoiser_names(pipe)
+    studied = denoiser_of(pipe, components)
+    to_storage(studied, torch.float16)
+    choices = {name: Choice(choice.format) for name, choice in every_format_in_turn(studied).items()}
+    export_pipeline(pipe, components, policy_of(studied, choices), {}, folder, component_dtype=torch.float32)
+    return PipelineCase(toy, folder)
+
+
+@pytest.mark.parametrize(("pipeline", "operation"), cells("pipelines", "pipeline_operations"), indirect=["pipeline"])
+def test_a_pipeline_with_a_packed_model_goes_along(pipeline: PipelineCase, operation: str) -> None:
+    pipe = DiffusionPipeline.from_pretrained(pipeline.folder, dtype=torch.float32)
+    PIPELINE_OPERATIONS[operation](pipe, pipeline.draw)
+
+
+# Kinds of layers
+
+
+@pytest.mark.parametrize("format", ["int8", "int4", "int4-channel-sym", "nf4"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_of_layer_is_packed_or_named_as_left_alone(kind: str, format: str) -> None:
+    torch.manual_seed(0)
+    layer, chosen, sample = KINDS[kind](), format_named(format), sample_for(kind)
+    model = nn.ModuleDict({"one": layer})
+    expected = {"packed": ["one"], "stays FP16": []}[TABLE["kinds"][kind]]
+    assert [name for name, _ in quantizable_layers(model)] == expected
+    assert [name for name, _ in unsupported_layers(model)] == [name for name in ["one"] if name not in expected]
+    if expected:
+        held = pack_layer(layer, chosen, chosen.quantize(layer.weight.detach()))
+        layer.weight.data = chosen.dequantize(held.packed_tensors(), layer.weight.shape, torch.float32)
+        assert torch.equal(held(sample), layer(sample))
+
+
+# The table is whole
+
+
+def test_every_operation_every_toy_and_every_kind_of_layer_is_in_the_table() -> None:
+    assert set(TABLE["operations"]) == {"quantize", *OPERATIONS}
+    assert set(TABLE["pipeline_operations"]) == set(PIPELINE_OPERATIONS)
+    assert set(TABLE["pipelines"]) == set(TOYS)
+    assert set(TABLE["kinds"]) == set(KINDS)
+
+
+def test_what_is_said_of_a_row_is_of_operations_that_there_are() -> None:
+    for rows, operations in (("models", "operations"), ("pipelines", "pipeline_operations")):
+        for row, about in TABLE[rows].items():
+            said = [*about.get("not_run", ()), *about.get("not_applicable", ()), *about.get("fail", ())]
+            assert len(said) == len(set(said)), row
+            assert set(said) <= set(TABLE[operations]), row
+
+
+def test_the_page_is_what_the_script_makes() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "operations_table.py")], capture_output=True, text=True
+    )
+    assert done.stdout == (ROOT / "docs" / "operations.md").read_text(encoding="utf-8"), (
+        "run python scripts/operations_table.py --write" + done.stderr
+    )
+
+
+# What no operation covers
+
+two_models = pytest.mark.parametrize("case", ["UNet2DConditionModel", "FluxTransformer2DModel"], indirect=True)
+
+
+@two_models
+def test_a_model_with_fused_projections_is_saved_as_it_was(case: Case, model: Any, tmp_path: Path) -> None:
     model.fuse_qkv_projections()
     model.save_pretrained(tmp_path)
     file = "diffusion_pytorch_model.safetensors"
-    assert (tmp_path / file).read_bytes() == (case.folder / case.component / file).read_bytes()
+    assert (tmp_path / file).read_bytes() == (case.folder / file).read_bytes()
+
+
+@two_models
+@pytest.mark.parametrize("operation", ["group_offload", "layerwise_casting"])
+def test_what_diffusers_offloads_or_casts_is_not_dequantized_by_half(case: Case, model: Any, operation: str) -> None:
+    if operation == "group_offload":
+        model.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    else:
+        model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    expected, held = output(model, case.inputs), packed(model)
+    with pytest.raises(BitPolicyError, match=f"has diffusers' {operation.replace('offload', 'offloading')} on its"):
+        model.dequantize()
+    require_same(packed(model), held)
+    assert torch.equal(output(model, case.inputs), expected)
 
 
 # The checks can fail
 
 
+@two_models
 @pytest.mark.parametrize("operation", ["to_dtype", "half"])
-def test_scales_that_are_cast_are_noticed(case: Case, operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scales_that_are_cast_are_noticed(
+    case: Case, model: Any, operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(PackedLayer, "_apply", nn.Module._apply)
     with pytest.raises(AssertionError):
-        OPERATIONS[operation](case.model(), case.inputs)
+        OPERATIONS[operation](model, case.inputs)
 
 
-@pytest.mark.parametrize("operation", ["dequantize", "lora", "lora_training", "input_gradient"])
+@two_models
+@pytest.mark.parametrize("operation", ["dequantize", "lora", "lora_training", "input_gradient", "sequential_offload"])
 def test_a_layer_that_multiplies_with_another_weight_is_noticed(
-    case: Case, operation: str, monkeypatch: pytest.MonkeyPatch
+    case: Case, model: Any, operation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = PackedLinear.forward
     monkeypatch.setattr(PackedLinear, "forward", lambda self, x: 1.01 * right(self, x))
     with pytest.raises(AssertionError):
-        OPERATIONS[operation](case.model(), case.inputs)
+        OPERATIONS[operation](model, case.inputs)

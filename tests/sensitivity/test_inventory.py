@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+import warnings
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -28,7 +29,7 @@ from bitpolicy.kernels.formats import format_named
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import pack
 from bitpolicy.policies.policy import Choice
-from bitpolicy.sensitivity.inventory import Layer, inventory
+from bitpolicy.sensitivity.inventory import Layer, inventory, warn_of_unsupported
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "published_configs.py"
 spec = importlib.util.spec_from_file_location("published_configs", SCRIPT)
@@ -541,3 +542,17 @@ def test_a_model_packed_in_part_is_refused(toy_unet: Any) -> None:
 def test_a_model_without_layers_is_refused() -> None:
     with pytest.raises(BitPolicyError, match="no linear or convolution"):
         inventory(nn.Sequential(nn.GroupNorm(2, 4)))
+
+
+def test_layers_of_kinds_that_cannot_be_packed_are_named_once_by_kind() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), *(nn.ConvTranspose2d(1, 1, 1) for _ in range(4)), nn.Bilinear(2, 2, 2))
+    with pytest.warns(UserWarning, match=r"not quantized") as found:
+        warn_of_unsupported(model)
+    assert len(found) == 1
+    assert "4 ConvTranspose2d (1, 2, 3, ...); 1 Bilinear (5)" in str(found[0].message)
+
+
+def test_a_model_of_layers_that_can_be_packed_gives_no_warning(toy_unet: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_unsupported(toy_unet)
