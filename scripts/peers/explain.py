@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from peers.entry import SHARES, Entry, read_entries
+from peers.noise import noise_lines
 from peers.rivals import Rivals
 from peers.scoring import Scores, decibels
 from peers.table import interval
@@ -109,8 +110,8 @@ def _ratio(error: float, other: float) -> float:
 
 
 def explain(rivals: Rivals, scores: Scores, images: int, output: Path) -> None:
-    """Write and print the table."""
-    text = "\n".join(Explainer(rivals, rivals.ablated(), scores, images).lines())
+    """Write and print the table, and that of `peers.noise`."""
+    text = "\n".join([*Explainer(rivals, rivals.ablated(), scores, images).lines(), "", *noise_lines(rivals)])
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(text + "\n")
     print(text)
