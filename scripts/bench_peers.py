@@ -1,15 +1,19 @@
 """bitpolicy against other tools and other ways to choose: the same denoiser, the same bytes, the same held-out samples.
 
     python scripts/bench_peers.py prepare                  the samples, and calibration data for tools that want it
-    python scripts/bench_peers.py tools [--only sdnq]      run each tool's script by the Python of its own environment
+    python scripts/bench_peers.py tools [--only sdnq]      each tool's own quantized denoisers
     python scripts/bench_peers.py assignments              other ways to choose, under our own three formats
+    python scripts/bench_peers.py reround --only 'one-step*'     the same assignments, rounded the way ours are
     python scripts/bench_peers.py add NAME --share 0.33 --checkpoint out/checkpoint    what search-policy exported
     python scripts/bench_peers.py select                   each rival's best setting that fits, on the search samples
     python scripts/bench_peers.py score [--only 'sdnq*'] [--images 256]      images on the held-out samples; resumable
     python scripts/bench_peers.py table [--output docs/peers]                Markdown, JSON and a plot
+    python scripts/bench_peers.py picture --only 'b*'      images of the selected entries at a size, and what is off
+    python scripts/bench_peers.py explain                  what was predicted of each assignment, what was measured
 
-A tool's environment is `<work>/venv-<tool>`; `tools` says how to make those that are missing. All rivals get the FP16
-values of the denoiser and are scored by what their weights give in float32 on the CPU.
+The tools come with `pip install 'bitpolicy[bench]'`; one that is wanted apart goes into `<work>/venv-<tool>`, which is
+taken first. All rivals get the FP16 values of the denoiser and are scored by what their weights give in float32 on the
+CPU.
 """
 
 from __future__ import annotations
@@ -19,25 +23,26 @@ import itertools
 import subprocess
 import sys
 from fnmatch import fnmatch
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
-from peers.assignments import Rivals, all_entries
+from peers.assignments import all_entries
 from peers.entry import MODEL, SHARES, WORK, Entry, read_entries
 from peers.ours import add_checkpoint
+from peers.rivals import Rivals
 from peers.samples import HELD_OUT, bundled_plan, write_samples
-from peers.scoring import REFERENCE, Scores, decibels
+from peers.scoring import Scores, decibels
 from peers.selection import read_selection, select, write_selection
 
-from bitpolicy.sensitivity.progress import Stages
-from bitpolicy.settings import Settings
-
 TOOLS = {
-    "sdnq": "sdnq==0.2.8 diffusers transformers accelerate",
-    "modelopt": "nvidia-modelopt==0.47.0 diffusers transformers accelerate",
-    "quanto": "optimum-quanto==0.2.7 diffusers transformers accelerate",
-    "gguf": "gguf==0.19.0 torch diffusers transformers accelerate",
+    "sdnq": "sdnq==0.2.8",
+    "modelopt": "nvidia-modelopt==0.47.0",
+    "quanto": "optimum-quanto==0.2.7",
+    "gguf": "gguf==0.19.0",
 }
+REROUNDED = ", our rounding"  # ends the family of an assignment that `reround` made anew
+_PROMPTS = 32  # held out; so many images show each of them once
 _CHECKED = 2  # images of every entry compared with those of the tool's own model
 
 
@@ -46,25 +51,43 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def tools(args: argparse.Namespace) -> None:
-    for name, packages in TOOLS.items():
-        python = args.work / f"venv-{name}" / "bin" / "python"
+    for name, package in TOOLS.items():
         if not fnmatch(name, args.only):
             continue
-        if not python.is_file():
-            print(f"{name}: python -m venv {python.parents[1]} && {python} -m pip install {packages}")
+        python = tool_python(args.work / f"venv-{name}", package)
+        if python is None:
+            print(f"{name}: pip install {package}, here or in {args.work}/venv-{name} with diffusers and transformers")
             continue
         script = Path(__file__).parent / "peers" / f"with_{name}.py"
         command = [python, script, "--model", MODEL, "--work", args.work, "--check", str(_CHECKED)]
         subprocess.run([str(part) for part in command], check=True)
 
 
+def tool_python(own: Path, package: str) -> Path | None:
+    """The Python that runs a tool: of its own environment where there is one, else this one if it has the package in
+    the very version."""
+    if (own / "bin" / "python").is_file():
+        return own / "bin" / "python"
+    name, _, version = package.partition("==")
+    found = next((d.version for d in distributions(name=name)), None)
+    return Path(sys.executable) if found == version else None
+
+
 def assignments(args: argparse.Namespace) -> None:
     plan = bundled_plan()
-    run = plan.probe(Settings(budget="100%", quantizer="rtn"), args.work / "probes" / "adjoint-16", Stages())
-    reference = run.reference()
-    rivals = Rivals(plan, args.work, reference.calibration, run.table(reference))
-    for entry in all_entries(rivals, args.only):
+    for entry in all_entries(Rivals.of(plan, args.work), args.only):
         print(f"{entry.name:40} {entry.nbytes / plan.account.reference:6.2%}  {dict(entry.settings)}", flush=True)
+
+
+def reround(args: argparse.Namespace) -> None:
+    """Assignments as further entries, their weights rounded by whatever our own probe finds best for each layer."""
+    rivals = Rivals.of(bundled_plan(), args.work, args.quantizer)
+    for entry in [*read_entries(args.work / "candidates")]:
+        formats = rivals.assigned(entry.name) if fnmatch(entry.name, args.only) else None
+        if formats is not None and not entry.family.endswith(REROUNDED):
+            setting = entry.name.partition("@")[0]
+            made = rivals.write(f"{entry.family}{REROUNDED} #{setting}", formats, entry.share, entry.kind)
+            print(f"{made.name:60} {made.nbytes / rivals.plan.account.reference:6.2%}", flush=True)
 
 
 def add(args: argparse.Namespace) -> None:
@@ -83,11 +106,8 @@ def choose(args: argparse.Namespace) -> None:
 def score(args: argparse.Namespace) -> None:
     plan = bundled_plan()
     scores = Scores(plan, args.work)
-    scores.errors(REFERENCE, "held_out", args.images)
-    rounds = [count for count in (16, 64) if count < args.images] + [args.images]
-    for images, entry in itertools.product(
-        rounds, wanted(args)
-    ):  # a rough picture of all comes before a fine one of any
+    rounds = [count for count in (_PROMPTS, 2 * _PROMPTS) if count < args.images] + [args.images]
+    for images, entry in itertools.product(rounds, wanted(args)):  # all roughly before any finely
         values = decibels(scores.errors(entry.name, "held_out", images))
         mean = sum(values) / len(values)
         print(
@@ -114,19 +134,38 @@ def table(args: argparse.Namespace) -> None:
     )
 
 
+def why(args: argparse.Namespace) -> None:
+    from peers.explain import explain
+
+    rivals = Rivals.of(bundled_plan(), args.work)
+    explain(rivals, Scores(rivals.plan, args.work), args.images, args.output or args.work / "explained.md")
+
+
+def picture(args: argparse.Namespace) -> None:
+    from peers.picture import draw
+
+    share = f"{args.share or SHARES[0]:.2f}"
+    chosen = read_selection(args.work / "selected.json")
+    rows = [(row, own[share]) for row, own in chosen.items() if fnmatch(row, args.only) and share in own]
+    draw(Scores(bundled_plan(), args.work), rows, args.output or args.work / "picture.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    steps = {"prepare": prepare, "tools": tools, "assignments": assignments, "add": add}
-    steps |= {"select": choose, "score": score, "table": table}
+    steps = {"prepare": prepare, "tools": tools, "assignments": assignments, "reround": reround, "add": add}
+    steps |= {"select": choose, "score": score, "table": table, "explain": why, "picture": picture}
     parser.add_argument("step", choices=steps)
     parser.add_argument("name", nargs="?", help="add: of the new entry")
     parser.add_argument("--work", type=Path, default=WORK)
-    parser.add_argument("--only", default="*", help="glob of tools, families (assignments, select) or entries (score)")
+    parser.add_argument(
+        "--only", default="*", help="glob of tools, families (assignments, select), entries (reround, score)"
+    )
     parser.add_argument("--images", type=int, default=HELD_OUT)
     parser.add_argument("--checkpoint", type=Path, help="add: a folder that search-policy or export wrote")
-    parser.add_argument("--share", type=float, help="add: the budget as a share of FP16")
+    parser.add_argument("--share", type=float, help="add, picture: the budget as a share of FP16")
     parser.add_argument("--family", default="bitpolicy", help="add: the row of the table")
     parser.add_argument("--kind", default="ours", choices=("ours", "assignment", "tool"))
+    parser.add_argument("--quantizer", default="auto", help="reround: who rounds")
     parser.add_argument("--output", type=Path, help="table: where to write, without an ending")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

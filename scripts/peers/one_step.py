@@ -34,8 +34,8 @@ def one_step_table(plan: Plan, work: Path, calibration: Calibration) -> Sensitiv
     if (work / "one-step" / "sensitivity.safetensors").is_file():
         return SensitivityTable.load(work / "one-step" / "sensitivity.safetensors")
     packed = [format for format in plan.formats if format.packed]
-    calls = _some_calls(work, plan.trajectories.call["num_inference_steps"])
-    exact = _outputs(plan.source.denoiser, calls)
+    calls = some_calls(work, plan.trajectories.call["num_inference_steps"])
+    exact = outputs(plan.source.denoiser, calls)
     power = float(exact.square().mean())
     error = torch.zeros(2, len(plan.layers), len(packed), dtype=torch.float64)
     for i, layer in enumerate(plan.layers):
@@ -43,7 +43,7 @@ def one_step_table(plan: Plan, work: Path, calibration: Calibration) -> Sensitiv
             for corrected in range(1 + layer.has_bias):
                 choice = {layer.name: Choice(format, bool(corrected))}
                 with quantized(plan.source.denoiser, choice, calibration, plan.source.storage):
-                    changed = _outputs(plan.source.denoiser, calls)
+                    changed = outputs(plan.source.denoiser, calls)
                 error[corrected, i, j] = float((changed - exact).double().square().mean()) / power
             if not layer.has_bias:
                 error[1, i, j] = error[0, i, j]
@@ -54,7 +54,7 @@ def one_step_table(plan: Plan, work: Path, calibration: Calibration) -> Sensitiv
     return table
 
 
-def _some_calls(work: Path, steps: int) -> dict[str, torch.Tensor]:
+def some_calls(work: Path, steps: int) -> dict[str, torch.Tensor]:
     """Calls of the first samples at `TIMESTEPS`, conditional and unconditional."""
     calls = load_file(work / "calls.safetensors")
     order = calls["timestep"].unique().flip(0)  # the first step has the largest
@@ -68,7 +68,8 @@ def _spread(rows: torch.Tensor) -> torch.Tensor:
     return rows[torch.linspace(0, len(rows) - 1, 2 * SAMPLES).long()]
 
 
-def _outputs(denoiser: Any, calls: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def outputs(denoiser: Any, calls: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What the denoiser says to each call."""
     with torch.no_grad():
         return denoiser(calls["latents"], calls["timestep"], encoder_hidden_states=calls["states"], return_dict=False)[
             0

@@ -12,10 +12,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from peers.entry import read_weights, weights_key
+from peers.one_step import outputs, some_calls
 from safetensors.torch import load_file, save_file
 
 from bitpolicy.plan import Plan
@@ -39,6 +41,7 @@ class Scores:
         self._entries = work / "candidates"
         self._images.mkdir(parents=True, exist_ok=True)
         self._keys: dict[str, str] = {}
+        self._called: dict[str, torch.Tensor] = {}
         self._loaded = REFERENCE
         self._reference = {k: v.clone() for k, v in plan.source.denoiser.state_dict().items()}
         plan.trajectories.batch = _BATCH
@@ -47,6 +50,27 @@ class Scores:
         """Mean squared error of each of the first `count` images of a part; of fewer where `make` is false and they
         are not there."""
         return [e for piece in self._of(name, part, count, make) for e in piece["mse"].tolist()][:count]
+
+    def call_error(self, name: str) -> float:
+        """Relative squared error of single calls of the denoiser, on calibration trajectories: a cheap first look."""
+        path = self._images / self.key(name) / "calls.json"
+        if not path.is_file():
+            exact = self._outputs(REFERENCE)
+            error = (self._outputs(name) - exact).double().square().mean() / exact.double().square().mean()
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(f"{float(error)}\n")
+        return float(path.read_text())
+
+    def _outputs(self, name: str) -> torch.Tensor:
+        if name not in self._called:
+            self._load(name)
+            self._called[name] = outputs(self._plan.source.denoiser, self._calls)
+        return self._called[name] if name == REFERENCE else self._called.pop(name)
+
+    @cached_property
+    def _calls(self) -> dict[str, torch.Tensor]:
+        calls = some_calls(self._entries.parent, self._plan.trajectories.call["num_inference_steps"])
+        return {key: value[::2] for key, value in calls.items()}
 
     def images(self, name: str, part: str, count: int) -> torch.Tensor:
         """What was made of the first `count` images, float32, shape (n, C, H, W), in [0, 1]."""

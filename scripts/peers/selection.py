@@ -1,4 +1,8 @@
-"""Each rival's best setting under each budget, found on the search samples: never on those it is measured by."""
+"""Each rival's best setting under each budget, found on the search samples: never on those it is measured by.
+
+Where there are many settings, single calls of the denoiser at four timesteps of the calibration trajectories say which
+few are worth drawing images with.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from pathlib import Path
 from peers.entry import SHARES, Entry
 from peers.scoring import Scores, decibels
 
-GLANCE, LOOK, FINALISTS = 4, 16, 6  # images for all settings, images for those that did best, and how many those are
+LOOK, FINALISTS = 4, 2  # images, of as many search prompts, for how many of the settings whose calls did best
 
 
 def fitting(entries: Iterable[Entry], share: float, reference: int) -> list[Entry]:
@@ -33,11 +37,9 @@ def select(
 
 
 def _best(entries: list[Entry], scores: Scores) -> Entry | None:
-    finalists = entries
-    if len(entries) > FINALISTS:
-        finalists = sorted(entries, key=lambda entry: -mean_psnr(scores, entry, GLANCE))[:FINALISTS]
-    if len(finalists) < 2:
-        return next(iter(finalists), None)
+    if len(entries) < 2:
+        return next(iter(entries), None)
+    finalists = sorted(entries, key=lambda entry: scores.call_error(entry.name))[:FINALISTS]
     return max(finalists, key=lambda entry: mean_psnr(scores, entry, LOOK))
 
 

@@ -1,0 +1,70 @@
+"""How much of a choice is noise of the sketches, and whether single steps, weighted, would choose better.
+
+All in dB of the additive error A = sum_l e(l, z_l), policies solved exactly at the same bytes:
+
+    halves      a policy from the sketches of one half of the samples, judged by the other half's A, behind that half's
+                own optimum; both ways
+    one step    one-step gradients judged by a half, behind the policy from the other half: below zero they choose
+                better than half of the sketches do
+    plain       one-step gradients judged by all sketches, behind the optimum
+    weighted    the same, each step weighted by sum e(t) / sum e_step(t): what the sampler makes of an error at step t,
+                on average over layers
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+from peers.entry import SHARES
+from peers.rivals import Rivals
+
+from bitpolicy.kernels.format import Format
+from bitpolicy.search.problem import Problem
+from bitpolicy.sensitivity.table import SensitivityTable
+
+_HEADS = ("of FP16", "halves", "one step on halves", "plain", "weighted")
+
+
+def noise_lines(rivals: Rivals) -> list[str]:
+    """Markdown."""
+    halves, steps = rivals.ours.halves(), rivals.probed("stepwise")
+    assert halves is not None
+    rows = [_row(rivals, share, halves, steps, weighted(rivals.ours, steps)) for share in SHARES]
+    return ["| " + " | ".join(cells) + " |" for cells in (_HEADS, ["---"] * len(_HEADS), *rows)]
+
+
+def weighted(ours: SensitivityTable, steps: SensitivityTable) -> SensitivityTable:
+    """Errors of single steps added up as the sampler weighs them."""
+    assert ours.by_step is not None
+    assert steps.by_step is not None
+    alone = steps.by_step.double()
+    factor = ours.by_step.double().sum((1, 2)) / alone.sum((1, 2))
+    return replace(steps, error=(factor[:, None, None] * alone).sum(0))
+
+
+def _row(
+    rivals: Rivals,
+    share: float,
+    halves: tuple[SensitivityTable, SensitivityTable],
+    steps: SensitivityTable,
+    better: SensitivityTable,
+) -> list[str]:
+    def solved(table: SensitivityTable) -> dict[str, Format]:
+        plan = rivals.plan
+        problem = Problem(plan.layers, plan.formats, table, plan.account, int(share * plan.account.reference))
+        return {layer.name: plan.formats[f] for layer, f in zip(plan.layers, problem.solve().formats, strict=True)}
+
+    own = [solved(half) for half in halves]
+    optimum, single = solved(rivals.ours), solved(steps)
+    crossed = [_behind(half, own[1 - i], own[i]) for i, half in enumerate(halves)]
+    on_halves = [_behind(half, single, own[1 - i]) for i, half in enumerate(halves)]
+    whole = [_behind(rivals.ours, policy, optimum) for policy in (single, solved(better))]
+    pairs = [", ".join(f"{value:.2f}" for value in values) for values in (crossed, on_halves)]
+    return [f"{share:.0%}", *pairs, *(f"{value:.2f}" for value in whole)]
+
+
+def _behind(table: SensitivityTable, policy: Mapping[str, Format], other: Mapping[str, Format]) -> float:
+    errors = [sum(table.score(i, z[layer]) for i, layer in enumerate(table.layers)) for z in (policy, other)]
+    return float(10 * np.log10(errors[0] / errors[1]))

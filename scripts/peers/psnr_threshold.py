@@ -1,0 +1,84 @@
+"""Apple's way: each layer gets the fewest bits that, in this layer alone, keep the PSNR above one threshold for all.
+
+    psnr(l, f) = mean over prompts of 20 log10(max |x| / rms(x(l, f) - x)),   f(l) = min {f : psnr(l, f) > threshold}
+
+x are the latents of a pipeline call of a single denoising step: that is what their script looks at, for time
+(apple/ml-stable-diffusion, python_coreml_stable_diffusion/mixed_bit_compression_pre_analysis.py at 11ba3a0, `run_pipe`
+and `build_recipe`; 8 prompts, too). It leaves layers of 100,000 weights and fewer as they are. The threshold is swept
+until the bytes fit. A layer's worth is not weighed against its bytes: that is what the knapsack adds. Beside it the
+same rule on the final latents of whole sampling loops.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bitpolicy.kernels.format import Format
+from bitpolicy.plan import Plan
+from bitpolicy.policies.apply import quantized
+from bitpolicy.policies.calibration import Calibration
+from bitpolicy.sensitivity.table import SensitivityTable
+from bitpolicy.sensitivity.trajectory import Trajectories
+
+PROMPTS, LARGE = 8, 100_000  # their number of prompts; their least number of weights
+
+
+def one_step_psnr(plan: Plan, work: Path, calibration: Calibration, ours: SensitivityTable) -> np.ndarray:
+    """psnr(l, f) after a single denoising step, dB, float64, shape (L, F); infinite for FP16.
+
+    Args:
+        work: the finished numbers are kept there.
+        ours: says which bias a layer gets with a format, as for all assignments.
+    """
+    kept = work / "one-step-psnr.npy"
+    if kept.is_file():
+        return np.load(kept)
+    once = Trajectories(plan.source.pipe, plan.source.component, {**plan.trajectories.call, "num_inference_steps": 1})
+    samples = plan.split.calibration[:PROMPTS]
+    once.batch = PROMPTS
+    exact = torch.stack([*once.latents(samples)])
+    found = np.full((len(plan.layers), len(plan.formats)), np.inf)
+    for i, layer in enumerate(plan.layers):
+        for j, format in enumerate(plan.formats):
+            if format.packed:
+                choice = {layer.name: ours.choice(i, format)}
+                with quantized(plan.source.denoiser, choice, calibration, plan.source.storage):
+                    found[i, j] = _psnr(torch.stack([*once.latents(samples)]), exact)
+    np.save(kept, found)
+    return found
+
+
+def _psnr(changed: torch.Tensor, exact: torch.Tensor) -> float:
+    """Mean over samples, dB."""
+    peak = exact.flatten(1).abs().amax(1).double()
+    rms = (changed - exact).double().flatten(1).square().mean(1).sqrt()
+    return float((20 * (peak / rms).log10()).mean())
+
+
+def final_psnr(plan: Plan, truth: SensitivityTable) -> np.ndarray:
+    """The same of whole sampling loops up to a constant, from relative errors of the final latent."""
+    errors = np.array([[truth.score(i, f) for f in plan.formats] for i in range(len(plan.layers))])
+    with np.errstate(divide="ignore"):
+        return -10 * np.log10(errors)
+
+
+def thresholded(plan: Plan, psnr: np.ndarray, share: float, least: int = 0) -> dict[str, Format] | None:
+    """Each layer's smallest format above a threshold, at the highest threshold that fits; None where none does.
+
+    Args:
+        psnr: dB, shape (L, F), infinite for FP16.
+        share: of FP16, the budget.
+        least: layers of so many weights or fewer stay FP16.
+    """
+    sizes = np.array([[plan.account.layer(layer.name, f) for f in plan.formats] for layer in plan.layers])
+    small = np.array([np.prod(layer.shape) <= least for layer in plan.layers])
+    psnr = np.where(small[:, None] & np.isfinite(psnr), -np.inf, psnr)
+    budget, layers = share * plan.account.reference - plan.account.fixed, np.arange(len(sizes))
+    for threshold in sorted({*psnr[np.isfinite(psnr)].tolist()}, reverse=True):
+        chosen = np.where(psnr >= threshold, sizes, np.iinfo(np.int64).max).argmin(1)
+        if sizes[layers, chosen].sum() <= budget:
+            return {layer.name: plan.formats[f] for layer, f in zip(plan.layers, chosen, strict=True)}
+    return None

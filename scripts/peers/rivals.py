@@ -1,0 +1,118 @@
+"""What all other ways to choose share, so that only the assignment differs: formats, rounding, biases and packing.
+
+Quantizer and bias correction of a layer in a format are those that scored better in our own probe, for all alike.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers.entry import ACCOUNTED, Entry, write_entry
+
+from bitpolicy.kernels.format import Format
+from bitpolicy.kernels.formats import format_named
+from bitpolicy.plan import Plan
+from bitpolicy.policies.apply import quantized
+from bitpolicy.policies.calibration import Calibration
+from bitpolicy.sensitivity.probe import ProbeRun, alone_name
+from bitpolicy.sensitivity.progress import Stages
+from bitpolicy.sensitivity.table import SensitivityTable
+from bitpolicy.settings import Settings
+
+ABLATED = 2  # samples that each layer is quantized on: 532 trajectories, ours has 16 and 32 back
+
+
+@dataclass(frozen=True)
+class Rivals:
+    """What all assignments share.
+
+    Attributes:
+        plan: of the bundled pipeline.
+        work: probe records go to `probes/`, entries to `candidates/`.
+        calibration: E[x] of the reference, for corrected biases.
+        ours: our own probe's table: it says which bias, and which quantizer, a layer gets with a format.
+        vectors: its random directions a sample.
+    """
+
+    plan: Plan
+    work: Path
+    calibration: Calibration
+    ours: SensitivityTable
+    vectors: int = 2
+
+    @classmethod
+    def of(cls, plan: Plan, work: Path, quantizer: str = "rtn") -> Rivals:
+        """With what our own probe says where weights are rounded by `quantizer`; its records stay in `work`."""
+        settings = Settings(budget="100%", quantizer=quantizer)
+        run = plan.probe(settings, work / "probes" / "adjoint-16", Stages())
+        reference = run.reference()
+        return cls(plan, work, reference.calibration, run.table(reference), settings.vectors)
+
+    @property
+    def names(self) -> list[str]:
+        """The layers."""
+        return [layer.name for layer in self.plan.layers]
+
+    def write(
+        self,
+        family: str,
+        formats: Mapping[str, Format],
+        share: float | None,
+        kind: str = "assignment",
+        about: Mapping[str, Any] | None = None,
+    ) -> Entry:
+        """One policy as an entry; what follows # in `family` tells settings of one family apart. The formats by layer
+        are kept in `assigned/`."""
+        plan, nbytes = self.plan, self.plan.account.total(formats)
+        name = family.replace(" ", "-").replace("#", "") + (f"@{share:.2f}" if share else "")
+        row = family.partition(" #")[0]
+        counts = {format.name: list(formats.values()).count(format) for format in plan.formats}
+        entry = Entry(name, row, kind, nbytes, ACCOUNTED, row, share, {**counts, **(about or {})})
+        choices = {layer.name: self.ours.choice(i, formats[layer.name]) for i, layer in enumerate(plan.layers)}
+        with quantized(plan.source.denoiser, choices, self.calibration, plan.source.storage):
+            write_entry(self.work / "candidates", entry, plan.source.denoiser.state_dict())
+        self._assigned(name).parent.mkdir(exist_ok=True)
+        self._assigned(name).write_text(json.dumps({layer: f.name for layer, f in formats.items()}, indent=1) + "\n")
+        return entry
+
+    def assigned(self, name: str) -> dict[str, Format] | None:
+        """The formats by layer of an entry; None where it is no assignment of our formats."""
+        path = self._assigned(name)
+        if not path.is_file():
+            return None
+        return {layer: format_named(format) for layer, format in json.loads(path.read_text()).items()}
+
+    def _assigned(self, name: str) -> Path:
+        return self.work / "assigned" / f"{name}.json"
+
+    def probed(self, probe: str) -> SensitivityTable:
+        """Another probe's scores, on the calibration samples."""
+        run = self._run(probe)
+        return run.table(run.reference())
+
+    def ablated(self) -> SensitivityTable:
+        """The errors of the final latent with one layer quantized, measured; with the bias that all assignments get."""
+        plan, run = self.plan, self._run("ablation", ABLATED)
+        packed = [format for format in plan.formats if format.packed]
+        columns = torch.tensor([self.ours.formats.index(format) for format in packed])
+        table = SensitivityTable(
+            "ablation", tuple(self.names), tuple(packed), self.ours.error[:, columns], self.ours.corrected[:, columns]
+        )
+        places = [*itertools.product(range(len(plan.layers)), range(len(packed)))]
+        alone = {alone_name(table, i, j): {self.names[i]: table.choice(i, packed[j])} for i, j in places}
+        reference = run.reference()
+        reference = replace(reference, calibration={**reference.calibration, **self.calibration})
+        found = run.measure(alone, reference, "ablation")
+        errors = [float(measured.power.mean()) / reference.latent_power for measured in found]
+        return replace(table, error=torch.tensor(errors, dtype=torch.float64).reshape(table.error.shape))
+
+    def _run(self, probe: str, samples: int = 16) -> ProbeRun:
+        settings = Settings(budget="100%", quantizer="rtn", probe=probe, calibration_samples=samples)
+        plan = replace(self.plan, split=replace(self.plan.split, calibration=self.plan.split.calibration[:samples]))
+        return plan.probe(settings, self.work / "probes" / f"{probe}-{samples}", Stages())
