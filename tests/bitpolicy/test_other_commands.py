@@ -111,7 +111,7 @@ def edited(finished: Any, folder: Path, **layers: Any) -> Path:
 
 
 def test_export_follows_a_policy_that_was_edited(command: Any, finished: Any, toy: Path, here: Path) -> None:
-    policy = edited(finished, here / "mine", conv_in={"format": "int4", "bias_correction": False})
+    policy = edited(finished, here / "mine", conv_in={"format": "int4", "bias_correction": False, "quantizer": "rtn"})
     assert command("export", "--policy", policy, "--model", toy, "--output-dir", "out").code == 0
     assert load_file(here / "out" / UNET)["conv_in.weight_packed"].dtype == torch.uint8
     assert "conv_in.weight" not in load_file(here / "out" / UNET)

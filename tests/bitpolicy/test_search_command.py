@@ -24,6 +24,7 @@ SCHEMA = {
     "reference_bytes": int,
     "layers": dict,
     "predicted_error": float,
+    "error_of": str,
     "psnr_db": dict,
     "quality": dict,
     "seconds": dict,

@@ -69,7 +69,7 @@ def test_every_setting_counts() -> None:
         features="f",
     )
     ours, theirs = SETTINGS.identity(), other.identity()
-    assert [name for name in ours if ours[name] == theirs[name]] == ["target_psnr", "target_lpips"]
+    assert [name for name in ours if ours[name] == theirs[name]] == ["config", "target_psnr", "target_lpips"]
     for aim in ("target_psnr", "target_lpips"):
         assert Settings(None, **{aim: 30.0}).identity()[aim] == 30.0
 
