@@ -1,0 +1,132 @@
+"""What a kernel is: code that multiplies an input with one packed weight.
+
+    y = x W^T + b    of a linear layer,    y = x * W + b    of a convolution
+
+A kernel says which calls it cannot take, makes the layout of the weight that it wants once, and multiplies. What it may
+round is said by its `Compute`; kernels of one compute give the same result, up to the order of sums where that is said.
+Which kernel a call gets is decided in `bitpolicy.kernels.dispatch`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from math import prod
+from typing import ClassVar
+
+import torch
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.format import Format
+
+
+class Compute(StrEnum):
+    """What a product may round beside the weight.
+
+    EXACT: nothing; the bits of an ordinary layer that holds the dequantized weight.
+    FLOAT: nothing, but sums may be taken in another order.
+    INT8: inputs, to 8 bits (`bitpolicy.kernels.int8_compute`); sums are of integers.
+    FP8: inputs, to float8 e4m3.
+    """
+
+    EXACT = "exact"
+    FLOAT = "float"
+    INT8 = "int8"
+    FP8 = "fp8"
+
+
+def parse_compute(name: str) -> Compute:
+    """The compute called `name`.
+
+    Raises:
+        BitPolicyError: there is none.
+    """
+    try:
+        return Compute(name.strip().lower())
+    except ValueError:
+        raise BitPolicyError(f"unknown compute {name!r}; write any of {', '.join(Compute)}") from None
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a convolution slides over its zero-padded input, one number a dimension.
+
+    Attributes:
+        padding: on either side.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A weight as it lies in memory.
+
+    Attributes:
+        format: how it is stored.
+        shape: (out, in/groups, *kernel).
+        tensors: the stored ones by suffix, as `format.tensors(shape)` says.
+        geometry: of the convolution; None for a linear layer.
+        low_memory: no layout that outlives a call may be made of it.
+    """
+
+    format: Format
+    shape: tuple[int, ...]
+    tensors: Mapping[str, torch.Tensor]
+    geometry: Geometry | None = None
+    low_memory: bool = False
+
+    @property
+    def row_length(self) -> int:
+        """K: how many weights one output channel has."""
+        return prod(self.shape[1:])
+
+    @property
+    def layer(self) -> str:
+        """ "linear", "conv1d", "conv2d" or "conv3d"."""
+        return "linear" if self.geometry is None else f"conv{len(self.geometry.stride)}d"
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight, shape `shape`, contiguous, by plain torch code."""
+        return self.format.dequantize(self.tensors, self.shape, dtype)
+
+
+Prepared = Mapping[str, torch.Tensor]
+
+
+class Kernel(ABC):
+    """One way to multiply. Stateless: what it makes of a weight is handed back to it at every call.
+
+    Attributes:
+        name: what people write to force it.
+        compute: what it rounds.
+    """
+
+    name: ClassVar[str]
+    compute: ClassVar[Compute]
+
+    @abstractmethod
+    def refuses(self, x: torch.Tensor, weight: PackedWeight) -> str | None:
+        """Why this call is none of its own, in a few words; None if it takes it. Reads shapes and dtypes only."""
+
+    def prepare(self, weight: PackedWeight, dtype: torch.dtype) -> Prepared:
+        """Layouts of the weight that outlive the call, made once for each dtype of input and kept while the weight
+        lives; empty with `weight.low_memory`. Never stored in a file."""
+        return {}
+
+    @abstractmethod
+    def __call__(
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
+    ) -> torch.Tensor:
+        """The product, in the dtype, device and memory format that torch's own layer would give.
+
+        Args:
+            x: float32, float16 or bfloat16, of any strides; (..., in) for a linear layer, (B, in, *spatial) for a
+                convolution. Any size may be 0.
+            bias: shape (out), in the dtype of `x`.
+        """

@@ -1,0 +1,38 @@
+"""The kernels that every other one is measured against, in plain torch code: they take any call on any device."""
+
+from __future__ import annotations
+
+import torch
+
+from bitpolicy.kernels.int8_compute import int8_product, multiply
+from bitpolicy.kernels.kernel import Compute, Kernel, PackedWeight, Prepared
+
+
+class Reference(Kernel):
+    """Dequantize, then multiply with torch: the definition of EXACT."""
+
+    name = "reference"
+    compute = Compute.EXACT
+
+    def refuses(self, x: torch.Tensor, weight: PackedWeight) -> str | None:
+        return None
+
+    def __call__(
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
+    ) -> torch.Tensor:
+        return multiply(x, weight.dequantize(x.dtype), weight.geometry, bias)
+
+
+class Int8Reference(Kernel):
+    """The definition of INT8 compute: slow, for tests and for devices without a kernel of their own."""
+
+    name = "int8-reference"
+    compute = Compute.INT8
+
+    def refuses(self, x: torch.Tensor, weight: PackedWeight) -> str | None:
+        return None
+
+    def __call__(
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
+    ) -> torch.Tensor:
+        return int8_product(x, weight, bias)
