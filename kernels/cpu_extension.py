@@ -7,7 +7,7 @@ sources, flags, compiler and processor, so that nothing stale or made for anothe
 and renamed, so any number of processes may build it at once. Where it cannot be built, kernels that need it refuse their
 calls and plain torch code computes the same.
 
-`CXX` names the compiler. `BITPOLICY_CACHE`, or else `XDG_CACHE_HOME`, says where the cache folder is.
+`CXX` names the compiler.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+
+from bitpolicy.kernels.cache_folder import cache_folder
 
 _log = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "csrc"
@@ -51,21 +53,13 @@ class Unavailable(Exception):
     """Why the library cannot be had, in a few words."""
 
 
-def cache_folder() -> Path:
-    """Where this package keeps what it can make again."""
-    if named := os.environ.get("BITPOLICY_CACHE"):
-        return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "bitpolicy"
-
-
 def library() -> ctypes.CDLL | None:
     """The loaded library; None where it cannot be built, and `why_unavailable` says why."""
     return _loaded()[0]
 
 
 def why_unavailable() -> str | None:
-    """Why there is no library, in a few words; None if there is one."""
+    """Why kernels of this library refuse, in a few words; None if there is one."""
     return _loaded()[1]
 
 
@@ -86,7 +80,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
         return build(), None
     except Unavailable as reason:
         _log.debug("no C++ kernels: %s", reason)
-        return None, str(reason)
+        return None, f"this machine cannot build it: {reason}"
 
 
 def build() -> ctypes.CDLL:

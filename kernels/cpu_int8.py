@@ -35,7 +35,7 @@ class CpuInt8(Kernel):
         if reason := cpu_extension.why_unavailable():
             return reason
         if not cpu_extension.has_int8():
-            return "the processor has no AVX-512 VNNI"
+            return "this machine has no AVX-512 VNNI"
         if cpu_extension.dtype_code(x.dtype) is None:
             return f"not for {x.dtype}"
         if weight.geometry is not None and weight.geometry.groups != 1:
@@ -134,7 +134,7 @@ def _call(
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, s, p, d in zip(size, kernel, geometry.stride, geometry.padding, geometry.dilation, strict=True)
     ]
-    last = rows or in_channels_last(shape, strides)
+    last = rows or (in_channels_last(shape, strides) and (len(size) == 2 or prod(kernel) > 1))
     result = (*leading, out) if rows else (samples, out, *steps)
     padded = prod(n + 2 * p for n, p in zip(size, geometry.padding, strict=True))
     scales = -(-4 * (size[0] if rows else samples) // _LINE) * _LINE
