@@ -83,7 +83,7 @@ class PackedLayer(nn.Module):
 
     def _multiply(self, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
         """The product, in the dtype that torch's own layer would give."""
-        bias = self.bias
+        bias: Any = self.bias
         compute = effective(self.compute, weight)
         if compute is not Compute.EXACT and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -145,12 +145,16 @@ class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # its weig
 
 
 class _PackedConv(PackedLayer):
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         single = input.ndim == 1 + len(self.stride)
         x = input[None] if single else input
         around, _ = _padding(self)
         if around:
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            mode: Any = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x = nn.functional.pad(x, around, mode=mode)
         y = self._multiply(x, self.held())
         return y[0] if single else y
