@@ -116,7 +116,7 @@ def load_source(
     Raises:
         BitPolicyError: there is no such folder, repository, component, dtype or device, or it is no diffusers pipeline.
     """
-    target = _device(device)
+    target = device_named(device)
     if dtype not in ("auto", *DTYPES):
         raise BitPolicyError(f"unknown dtype {dtype!r}; write auto, {', '.join(DTYPES)}")
     path = locate(model, revision, variant, config)
@@ -254,7 +254,12 @@ def _packs_layers(config: Path) -> bool:
     return bool(recorded.get("layers"))
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """The device that "auto", "cpu" or "cuda" means here.
+
+    Raises:
+        BitPolicyError: it is none of these, or there is none.
+    """
     if name not in ("auto", "cpu", "cuda"):
         raise BitPolicyError(f"unknown device {name!r}; write auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median
@@ -154,7 +154,7 @@ def forget() -> None:
     _file.cache_clear()
 
 
-def timings(calls: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What was found for these calls, for people."""
-    kept = _kept()
-    return {call: kept[call] for call in calls if call in kept}
+def times_of(call: str) -> dict[str, float | None]:
+    """Kernel name -> median milliseconds, None for those that were wrong; empty if the call was never tried."""
+    found = _kept().get(call)
+    return {} if found is None else dict(found["ms"])
