@@ -26,7 +26,7 @@ from bitpolicy.offload import stream_weights
 from bitpolicy.policies.accounting import weights_hash
 from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.denoiser import ALL, DENOISERS, denoiser_names, denoiser_of, denoisers_in, studied
-from bitpolicy.policies.folder_parts import FolderParts, are_of_diffusers, is_streamable
+from bitpolicy.policies.folder_parts import FolderParts, has_names_of_models, is_streamable
 from bitpolicy.policies.parts import MemoryParts, Parts
 from bitpolicy.policies.pipeline_files import PipelineFiles
 from bitpolicy.sensitivity.workers import device_of_this_process
@@ -161,7 +161,7 @@ def open_parts(
     if path.is_file():
         return SingleFile.of(path, config, component).parts(storage)
     _require_pipeline(path)
-    if component is not None and not are_of_diffusers(path, component):
+    if component is not None and not has_names_of_models(path, component):
         pipe = open_pipeline(path, torch.float32, variant)
         return source_of(pipe, component, storage).parts
     return FolderParts(path, component, variant)
