@@ -224,6 +224,13 @@ def _described(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None,
     return ", ".join(part for part in parts if part)
 
 
+def tried(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, compute: Compute
+) -> dict[str, float | None]:
+    """Kernel name -> milliseconds that the micro-probe measured for such a call, None where the result was wrong."""
+    return micro_probe.times_of(_described(x, weight, bias, compute))
+
+
 def explained(x: torch.Tensor, weight: PackedWeight, compute: Compute) -> Sequence[tuple[Row, str | None]]:
     """Each row of the compute with why it does not take the call, or None, for people."""
     return [(row, row.refuses(x, weight)) for row in kernels(compute)]
