@@ -3,8 +3,8 @@
     python -m bitpolicy.kernels.cpu_extension     builds it ahead, and says where it lies or why there is none
 
 They have a plain C interface, so they compile in seconds. The library is kept in the cache folder, named by a hash of
-sources, flags, compiler and processor, so that nothing stale or made for another machine is loaded; it is written aside
-and renamed, so any number of processes may build it at once. Where it cannot be built, kernels that need it refuse their
+sources, flags, compiler and processor, so nothing stale or made for another machine is loaded; it is written aside and
+renamed, so any number of processes may build it at once. Where it cannot be built, kernels that need it refuse their
 calls and plain torch code computes the same.
 
 `CXX` names the compiler.
@@ -25,6 +25,7 @@ import tempfile
 from ctypes import c_float, c_int, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,15 +36,18 @@ SOURCES = Path(__file__).parent / "csrc"
 _COMPILERS = ("c++", "g++", "clang++")
 # Sums of a product and a number are rounded twice, as torch's are; GCC warns about its own headers.
 _FLAGS = "-std=c++17 -O3 -march=native -fPIC -ffp-contract=off -fno-math-errno -fno-trapping-math -w".split()
-_OPENMP = (["-fopenmp"], [])  # only to compile: its functions are found in the library that torch has loaded
+_OPENMP: tuple[list[str], ...] = (
+    ["-fopenmp"],
+    [],
+)  # only to compile: its functions are found in the library that torch has loaded
 _PATIENCE = 300  # seconds
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_SIGNATURES = {
+_SIGNATURES: dict[str, list[Any]] = {
     "bitpolicy_dequantize_groups": [c_void_p] * 4 + [c_int64] * 6 + [c_float, c_void_p, c_int, c_int],
     "bitpolicy_dequantize_bytes": [c_void_p] * 3 + [c_int64] * 2 + [c_void_p, c_int, c_int],
     "bitpolicy_has_int8": [],
 }
-_SIGNATURES_OF_INT8 = {
+_SIGNATURES_OF_INT8: dict[str, list[Any]] = {
     "bitpolicy_int8_pack": [c_void_p] + [c_int64] * 3 + [c_void_p] * 2,
     "bitpolicy_int8_multiply": [c_void_p] * 9 + [c_int, c_int],
 }
@@ -91,12 +95,12 @@ def build() -> ctypes.CDLL:
     """
     compiler = find_compiler()
     reasons = []
-    for openmp in _OPENMP:
+    for openmp in (*_OPENMP, *_OPENMP):  # again, for a file in the cache that was no library and is gone now
         try:
             return _open(_compiled(compiler, [*_FLAGS, *openmp]))
         except (Unavailable, OSError) as reason:
             reasons.append(str(reason))
-    raise Unavailable(reasons[-1])
+    raise Unavailable(reasons[0])
 
 
 def find_compiler() -> list[str]:
@@ -165,7 +169,7 @@ def _open(path: Path) -> ctypes.CDLL:
     try:
         found = ctypes.CDLL(str(path))
     except OSError:
-        path.unlink(missing_ok=True)  # half a file, or one for another system: built again next time
+        path.unlink(missing_ok=True)  # half a file, or one for another system
         raise
     signatures = dict(_SIGNATURES)
     if found.bitpolicy_has_int8():

@@ -1,4 +1,4 @@
-"""What the kernel benchmarks share: the clock, the spread of times, and a description of the machine without its name."""
+"""What the kernel benchmarks share: the clock, the spread of times, and the machine described without its name."""
 
 from __future__ import annotations
 

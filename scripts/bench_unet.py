@@ -141,7 +141,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
-    print(f"{'model':20} {'format':8} {'compute':6} {'ms':>10} {'spread':>7} {'x fp32':>7} {'error':>10} {'MB':>9} {'+MB':>9}")
+    print(
+        f"{'model':20} {'format':8} {'compute':6} {'ms':>10} {'spread':>7} {'x fp32':>7} {'error':>10} {'MB':>9} {'+MB':>9}"
+    )
     rows = []
     for model in (m for m in MODELS if m.name in options.models):
         passes = options.passes if model.name == "bundled" else max(3, options.passes // 3)
