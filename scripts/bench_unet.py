@@ -69,7 +69,6 @@ MODELS = (Model("bundled", 16, 16), Model("bundled", 16, 16, batch=8), Model("sd
 def variants(model: Model, format: str) -> dict[str, Any]:
     """The model in fp32 and packed; layers that are neither linear nor a convolution are the same in all."""
     exact = model.build().eval().requires_grad_(False)
-    plain = copy.copy(exact)
     plain = _shell(exact)
     for name, layer in list(quantizable_layers(exact)):
         packed = pack_layer(layer, format_named(format), format_named(format).quantize(layer.weight))
@@ -141,9 +140,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
-    print(
-        f"{'model':20} {'format':8} {'compute':6} {'ms':>10} {'spread':>7} {'x fp32':>7} {'error':>10} {'MB':>9} {'+MB':>9}"
-    )
+    numbers = f"{'ms':>10} {'spread':>7} {'x fp32':>7} {'error':>10} {'MB':>9} {'+MB':>9}"
+    print(f"{'model':20} {'format':8} {'compute':6} {numbers}")
     rows = []
     for model in (m for m in MODELS if m.name in options.models):
         passes = options.passes if model.name == "bundled" else max(3, options.passes // 3)
