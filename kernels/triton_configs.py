@@ -68,19 +68,15 @@ def configs(product: Product) -> list[Config]:
 def _tiles(product: Product) -> list[Config]:
     wide = 128 if product.integer else 64
     if product.rows <= 16:
-        return [
-            Config(64, 16, 128, 4, 4),
-            Config(128, 16, 128, 4, 4),
-            Config(32, 16, 256 if product.integer else 128, 4, 3),
-        ]
+        return [Config(64, 16, 128, 4, 4), Config(128, 16, 128, 8, 4), Config(32, 16, 128, 4, 4)]
     if product.rows <= 32:
-        return [Config(64, 32, 128, 4, 4), Config(128, 32, 128, 4, 4)]
+        return [Config(64, 32, 128, 4, 4), Config(128, 32, 128, 8, 4)]
     if product.rows <= 64:
-        return [Config(64, 64, 128, 4, 3), Config(128, 64, wide, 4, 4)]
+        return [Config(64, 64, 128, 4, 3), Config(128, 64, wide, 8, 4)]
     return [
         Config(128, 256, wide, 8, 3),
-        Config(128, 128, wide, 8 if product.bits == 4 else 4, 4),
-        Config(128, 64, wide, 4, 4),
+        Config(128, 128, wide, 8, 4),
+        Config(128, 64, wide, 8 if product.bits == 4 else 4, 4),
         Config(64, 64, wide, 4, 4),
     ]
 

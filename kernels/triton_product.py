@@ -138,7 +138,7 @@ def launch(
     _product[grid](
         x, weight.codes, weight.scale, weight.zero, weight.channel_scale, x_scale, bias, y, partial,
         rows, out, length, channels, *place.size, *place.output, pixels, *y.stride(),
-        1 if weight.scale is None or weight.run == 0 else weight.scale.shape[1],
+        weight.codes.stride(0), 1 if weight.scale is None or weight.run == 0 else weight.scale.shape[1],
         *place.kernel, *place.stride, *place.padding, *place.dilation,
         BITS=weight.bits, RUN=weight.run, INTEGER=integer, SPLITS=config.splits,
         PADDED=any(place.padding), EVEN=channels % config.bk == 0,
@@ -155,7 +155,7 @@ def launch(
 @triton.jit
 def _product(
     x_ptr, w_ptr, scale_ptr, zero_ptr, ws_ptr, xs_ptr, bias_ptr, y_ptr, partial_ptr,
-    M, N, K, C, D, H, W, OD, OH, OW, pixels, y_sample, y_pixel, y_channel, groups,
+    M, N, K, C, D, H, W, OD, OH, OW, pixels, y_sample, y_pixel, y_channel, row_bytes, groups,
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
@@ -170,9 +170,10 @@ def _product(
     rows = n % N  # rows past the end repeat others, and are not stored
     sample = (m % M) // pixels
     pixel = (m % M) % pixels
-    d = pixel // (OH * OW) * SD - PD
+    d = pixel // (OH * OW) * SD - PD  # where the window of each pixel starts
     h = pixel // OW % OH * SH - PH
     w = pixel % OW * SW - PW
+    corner = (((sample * D + d) * H + h) * W + w) * C
 
     if INTEGER and BITS == 4:
         s_w = tl.load(ws_ptr + rows)[:, None]
@@ -182,17 +183,25 @@ def _product(
         reciprocal = 1.0
     part = tl.cdiv(tl.cdiv(K, BK), SPLITS) * BK
     start = tl.program_id(1) * part
+    tap = start // C
+    channel = start % C
     scale, zero = _grids(scale_ptr, zero_ptr, rows, start, groups, BITS, RUN, INTEGER, BK)
     acc = tl.zeros((BN, BM), dtype=tl.int32 if INTEGER else tl.float32)
     for k0 in range(start, min(start + part, K), BK):
-        inputs = _input_tile(
-            x_ptr, sample, d, h, w, k0, K, C, D, H, W, KH, KW, LD, LH, LW, KD * KH * KW, PADDED, EVEN, BK
-        )
+        if EVEN:
+            inputs = _tile_of_tap(
+                x_ptr, corner, d, h, w, tap, channel, C, D, H, W, KD, KH, KW, LD, LH, LW, PADDED, BK
+            )  # fmt: skip
+            channel += BK
+            tap += tl.where(channel == C, 1, 0)
+            channel = tl.where(channel == C, 0, channel)
+        else:
+            inputs = _tile_of_taps(x_ptr, corner, d, h, w, k0, K, C, D, H, W, KH, KW, LD, LH, LW, BK)
         if BITS == 8:
-            codes = byte_tile(w_ptr, rows, k0, K, EVEN, BK)
+            codes = byte_tile(w_ptr, rows, k0, K, row_bytes, EVEN, BK)
             weights = codes if INTEGER else _widened(codes, inputs)
         else:
-            codes = nibble_tile(w_ptr, rows, k0, (K + 1) // 2, EVEN, BK)
+            codes = nibble_tile(w_ptr, rows, k0, row_bytes, EVEN, BK)
             weights = _weights(codes, scale, zero, s_w, reciprocal, inputs, RUN, INTEGER)
             if RUN > 0:  # asked for a step ahead, as loads of so few bytes are not pipelined
                 scale, zero = _grids(scale_ptr, zero_ptr, rows, k0 + BK, groups, BITS, RUN, INTEGER, BK)
@@ -252,13 +261,12 @@ def _weights(  # noqa: ANN201
     if INTEGER:
         values = steps(codes, over_groups(zero, codes), True) * over_groups(scale.to(tl.float32), codes)
         return nearest_code(quotient(values, s_w, reciprocal))
-    WIDE: tl.constexpr = inputs.dtype == tl.bfloat16
-    values = steps(codes, over_groups(zero, codes), WIDE)
-    if RUN > 0:
-        values = values * over_groups(scale.to(values.dtype), codes)
-    if WIDE:
-        values = rounded_to(values, tl.bfloat16)
-    return values.to(tl.float32) if INTERPRETED else values
+    else:
+        WIDE: tl.constexpr = inputs.dtype == tl.bfloat16
+        values = steps(codes, over_groups(zero, codes), WIDE)
+        if RUN > 0:
+            values = values * over_groups(scale.to(values.dtype), codes)
+        return _widened(rounded_to(values, inputs.dtype), inputs)
 
 
 @triton.jit
@@ -268,36 +276,48 @@ def _widened(codes, inputs):  # noqa: ANN001, ANN201
 
 
 @triton.jit
-def _input_tile(  # noqa: ANN201
-    x_ptr, sample, d, h, w, k0, K, C, D, H, W, KH, KW, LD, LH, LW,  # noqa: ANN001
-    TAPS: tl.constexpr, PADDED: tl.constexpr, EVEN: tl.constexpr, BK: tl.constexpr,
+def _tile_of_tap(  # noqa: ANN201
+    x_ptr, corner, d, h, w, tap, channel, C, D, H, W,  # noqa: ANN001
+    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    LD: tl.constexpr, LH: tl.constexpr, LW: tl.constexpr,
+    PADDED: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Places k0 ... k0 + BK - 1 of the windows of some pixels, shape (pixels, BK); zeros past the end."""
-    k = k0 + tl.arange(0, BK)
-    if TAPS == 1:
-        at = ((sample.to(tl.int64) * D + d) * H + h) * W + w
-        pointers = x_ptr + at[:, None] * C + k[None, :]
-        if PADDED:
-            inside = ((d >= 0) & (d < D) & (h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
-            return tl.load(pointers, mask=inside if EVEN else inside & (k < K)[None, :], other=0)
-        else:
-            return tl.load(pointers) if EVEN else tl.load(pointers, mask=(k < K)[None, :], other=0)
-    elif EVEN:  # all of the tile in one tap
-        tap = k0 // C
-        id, ih, iw = d + tap // (KH * KW) * LD, h + tap // KW % KH * LH, w + tap % KW * LW
-        at = ((sample.to(tl.int64) * D + id) * H + ih) * W + iw
-        pointers = x_ptr + at[:, None] * C + (k - tap * C)[None, :]
-        if PADDED:
-            inside = (id >= 0) & (id < D) & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
-            return tl.load(pointers, mask=inside[:, None], other=0)
-        else:
-            return tl.load(pointers)
+    """BK channels of one tap of the windows of some pixels, shape (pixels, BK)."""
+    if KD * KH * KW == 1:
+        td = 0
+        th = 0
+        tw = 0
     else:
-        tap = (k // C)[None, :]
-        id, ih, iw = d[:, None] + tap // (KH * KW) * LD, h[:, None] + tap // KW % KH * LH, w[:, None] + tap % KW * LW
-        at = ((sample.to(tl.int64)[:, None] * D + id) * H + ih) * W + iw
-        inside = (id >= 0) & (id < D) & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W) & (k < K)[None, :]
-        return tl.load(x_ptr + at * C + (k % C)[None, :], mask=inside, other=0)
+        td = tap // (KH * KW) * LD
+        th = tap // KW % KH * LH
+        tw = tap % KW * LW
+    at = tl.multiple_of(corner + (((td * H + th) * W + tw) * C + channel), BK)  # all of these are
+    pointers = x_ptr + at[:, None] + tl.arange(0, BK)[None, :]
+    if PADDED:
+        return tl.load(pointers, mask=_inside(d + td, h + th, w + tw, D, H, W, KD)[:, None], other=0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def _tile_of_taps(  # noqa: ANN201
+    x_ptr, corner, d, h, w, k0, K, C, D, H, W,  # noqa: ANN001
+    KH: tl.constexpr, KW: tl.constexpr, LD: tl.constexpr, LH: tl.constexpr, LW: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Places k0 ... k0 + BK - 1 of the windows of some pixels, shape (pixels, BK), whichever taps they lie in; zeros past
+    the end."""
+    k = (k0 + tl.arange(0, BK))[None, :]
+    tap = k // C
+    td, th, tw = tap // (KH * KW) * LD, tap // KW % KH * LH, tap % KW * LW
+    inside = _inside(d[:, None] + td, h[:, None] + th, w[:, None] + tw, D, H, W, 0) & (k < K)
+    return tl.load(x_ptr + corner[:, None] + ((td * H + th) * W + tw) * C + k % C, mask=inside, other=0)
+
+
+@triton.jit
+def _inside(d, h, w, D, H, W, KD: tl.constexpr):  # noqa: ANN001, ANN201
+    """Whether a place is in the input and not in its padding: one comparison a dimension, as -1 is 2^32 - 1."""
+    plane = (h.to(tl.uint32) < tl.cast(H, tl.uint32)) & (w.to(tl.uint32) < tl.cast(W, tl.uint32))
+    return plane if KD == 1 else plane & (d.to(tl.uint32) < tl.cast(D, tl.uint32))
 
 
 @triton.jit

@@ -21,7 +21,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 def nibble_tile(w_ptr, rows, k0, row_bytes, EVEN: tl.constexpr, BK: tl.constexpr):  # noqa: ANN001, ANN201
     """4-bit codes, uint8, of the places k0 ... k0 + BK - 1; zeros past the end. k0 is even."""
     at = k0 // 2 + tl.arange(0, BK // 2)
-    pointers = w_ptr + rows.to(tl.int64)[:, None] * row_bytes + at[None, :]
+    pointers = w_ptr + rows[:, None] * row_bytes + at[None, :]
     if EVEN:
         packed = tl.load(pointers)
     else:
@@ -30,10 +30,10 @@ def nibble_tile(w_ptr, rows, k0, row_bytes, EVEN: tl.constexpr, BK: tl.constexpr
 
 
 @triton.jit
-def byte_tile(w_ptr, rows, k0, K, EVEN: tl.constexpr, BK: tl.constexpr):  # noqa: ANN001, ANN201
+def byte_tile(w_ptr, rows, k0, K, row_bytes, EVEN: tl.constexpr, BK: tl.constexpr):  # noqa: ANN001, ANN201
     """8-bit codes of the places k0 ... k0 + BK - 1, in the dtype that they are stored in; zeros past the end."""
     k = k0 + tl.arange(0, BK)
-    pointers = w_ptr + rows.to(tl.int64)[:, None] * K + k[None, :]
+    pointers = w_ptr + rows[:, None] * row_bytes + k[None, :]
     return tl.load(pointers) if EVEN else tl.load(pointers, mask=(k < K)[None, :], other=0)
 
 
@@ -52,7 +52,7 @@ def grid_tile(  # noqa: ANN201
     else:
         MET: tl.constexpr = BK // RUN if BK > RUN else 1
         group = tl.minimum(k0 // RUN + tl.arange(0, MET), groups - 1)
-        return tl.load(grid_ptr + rows.to(tl.int64)[:, None] * groups + group[None, :])
+        return tl.load(grid_ptr + rows[:, None] * groups + group[None, :])
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from bitpolicy.kernels.affine import Affine
 from bitpolicy.kernels.format import Format, Shape
 from bitpolicy.kernels.formats import INT8
 from bitpolicy.kernels.packing import row_length, to_rows
-from bitpolicy.kernels.triton_tiles import nearest_code, nibble_tile, rounded_to, scale_of, size_bits, steps
+from bitpolicy.kernels.triton_tiles import byte_tile, nearest_code, nibble_tile, rounded_to, scale_of, size_bits, steps
 
 _R, _K = 8, 512  # weights that a program holds at a time: rows, and places along them
 Tensors = Mapping[str, torch.Tensor]
@@ -44,7 +44,7 @@ def dequantized(
         assert isinstance(format, Affine)
         apart = 1 if channels_last else taps
         _dequantize_affine[_grid(out, length)](
-            *_affine(format, tensors), weight, out, length, channels, apart, _groups(tensors),
+            *_affine(format, tensors), weight, out, length, channels, apart, *_row(tensors),
             RUN=format.run(length), BITS=format.bits, R=_R, K_TILE=_K,
         )  # fmt: skip
     return weight.movedim(-1, 1) if channels_last else weight
@@ -55,7 +55,7 @@ def channel_scales(format: Affine, tensors: Tensors, shape: Shape) -> torch.Tens
     out, length = shape[0], row_length(shape)
     scales = torch.empty(out, dtype=torch.float32, device=_device(tensors))
     _channel_scales[(triton.cdiv(out, _R),)](
-        *_affine(format, tensors), scales, out, length, _groups(tensors),
+        *_affine(format, tensors), scales, out, length, *_row(tensors),
         RUN=format.run(length), BITS=format.bits, R=_R, K_TILE=_K,
     )  # fmt: skip
     return scales
@@ -66,7 +66,7 @@ def requantized(format: Affine, tensors: Tensors, shape: Shape, scales: torch.Te
     out, length = shape[0], row_length(shape)
     codes = torch.empty((out, length), dtype=torch.int8, device=scales.device)
     _requantize[_grid(out, length)](
-        *_affine(format, tensors), scales, codes, out, length, _groups(tensors),
+        *_affine(format, tensors), scales, codes, out, length, *_row(tensors),
         RUN=format.run(length), BITS=format.bits, R=_R, K_TILE=_K,
     )  # fmt: skip
     return codes
@@ -86,8 +86,9 @@ def _affine(format: Affine, tensors: Tensors) -> tuple[torch.Tensor, torch.Tenso
     return tensors["weight_packed"], tensors["weight_scale"], None if format.symmetric else tensors["weight_zero"]
 
 
-def _groups(tensors: Tensors) -> int:
-    return tensors["weight_scale"].shape[1]
+def _row(tensors: Tensors) -> tuple[int, int]:
+    """Bytes and groups of a row."""
+    return tensors["weight_packed"].shape[1], tensors["weight_scale"].shape[1]
 
 
 def _grid(out: int, length: int) -> tuple[int, int]:
@@ -96,15 +97,15 @@ def _grid(out: int, length: int) -> tuple[int, int]:
 
 @triton.jit
 def _levels(  # noqa: ANN201
-    w_ptr, scale_ptr, zero_ptr, rows, k0, K, groups,  # noqa: ANN001
+    w_ptr, scale_ptr, zero_ptr, rows, k0, K, row_bytes, groups,  # noqa: ANN001
     RUN: tl.constexpr, BITS: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip
     """(code - zero) scale of a tile, float32, exact; anything past the end of a row."""
     k = k0 + tl.arange(0, K_TILE)
     if BITS == 4:
-        codes = nibble_tile(w_ptr, rows, k0, (K + 1) // 2, False, K_TILE)
+        codes = nibble_tile(w_ptr, rows, k0, row_bytes, False, K_TILE)
     else:
-        codes = tl.load(w_ptr + rows.to(tl.int64)[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0)
+        codes = byte_tile(w_ptr, rows, k0, K, row_bytes, False, K_TILE)
     at = rows[:, None] * groups + tl.minimum(k // RUN, groups - 1)[None, :]
     if zero_ptr is None:
         zero = tl.full((1, 1), 2 ** (BITS - 1), tl.int32)
@@ -115,14 +116,14 @@ def _levels(  # noqa: ANN201
 
 @triton.jit
 def _dequantize_affine(
-    w_ptr, scale_ptr, zero_ptr, y_ptr, N, K, C, apart, groups,
+    w_ptr, scale_ptr, zero_ptr, y_ptr, N, K, C, apart, row_bytes, groups,
     RUN: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip # noqa: ANN001, ANN201
     """Channels lie `apart` in the output, and the taps of one channel side by side, unless `apart` is 1."""
     n = tl.program_id(0) * R + tl.arange(0, R)
     k0 = tl.program_id(1) * K_TILE
     k = k0 + tl.arange(0, K_TILE)
-    weights = _levels(w_ptr, scale_ptr, zero_ptr, n % N, k0, K, groups, RUN, BITS, K_TILE)
+    weights = _levels(w_ptr, scale_ptr, zero_ptr, n % N, k0, K, row_bytes, groups, RUN, BITS, K_TILE)
     if apart == 1:
         at = k
     else:
@@ -144,27 +145,27 @@ def _dequantize_int8(w_ptr, scale_ptr, y_ptr, N, K, R: tl.constexpr, K_TILE: tl.
 
 @triton.jit
 def _channel_scales(
-    w_ptr, scale_ptr, zero_ptr, s_ptr, N, K, groups,
+    w_ptr, scale_ptr, zero_ptr, s_ptr, N, K, row_bytes, groups,
     RUN: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip # noqa: ANN001, ANN201
     n = tl.program_id(0) * R + tl.arange(0, R)
     largest = tl.zeros((R, K_TILE), dtype=tl.int32)
     for k0 in range(0, K, K_TILE):
         k = k0 + tl.arange(0, K_TILE)
-        weights = _levels(w_ptr, scale_ptr, zero_ptr, n % N, k0, K, groups, RUN, BITS, K_TILE)
+        weights = _levels(w_ptr, scale_ptr, zero_ptr, n % N, k0, K, row_bytes, groups, RUN, BITS, K_TILE)
         largest = tl.maximum(largest, tl.where((k < K)[None, :], size_bits(weights), 0))
     tl.store(s_ptr + n, scale_of(tl.max(largest, 1)), mask=n < N)
 
 
 @triton.jit
 def _requantize(
-    w_ptr, scale_ptr, zero_ptr, s_ptr, q_ptr, N, K, groups,
+    w_ptr, scale_ptr, zero_ptr, s_ptr, q_ptr, N, K, row_bytes, groups,
     RUN: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip # noqa: ANN001, ANN201
     n = tl.program_id(0) * R + tl.arange(0, R)
     k0 = tl.program_id(1) * K_TILE
     k = k0 + tl.arange(0, K_TILE)
-    weights = _levels(w_ptr, scale_ptr, zero_ptr, n % N, k0, K, groups, RUN, BITS, K_TILE)
+    weights = _levels(w_ptr, scale_ptr, zero_ptr, n % N, k0, K, row_bytes, groups, RUN, BITS, K_TILE)
     codes = nearest_code(tl.div_rn(weights, tl.load(s_ptr + n % N)[:, None]))
     pointers = q_ptr + n.to(tl.int64)[:, None] * K + k[None, :]
     tl.store(pointers, codes, mask=(n < N)[:, None] & (k < K)[None, :])
