@@ -2,7 +2,7 @@
 
 `TABLE` is read from above. Of the kernels that have the compute asked for and take the call, the fastest is used: a
 micro-probe tries them on the call's own input and keeps what it found on disk (`bitpolicy.kernels.micro_probe`). Where
-nothing can be tried, while a CUDA graph is captured or torch.compile traces, the first one is used.
+nothing can be tried, while a CUDA graph is captured, the first one is used; and so it is where that is `settled`.
 
     BITPOLICY_KERNELS=auto         the above
     BITPOLICY_KERNELS=reference    plain torch code everywhere
@@ -109,6 +109,8 @@ def use_kernels(name: str) -> Iterator[None]:
 
 
 def _known(name: str) -> str:
+    if name == AUTO:
+        return name
     names = [AUTO, REFERENCE, *(row.kernel.name for row in TABLE)]
     if name not in names:
         raise BitPolicyError(f"unknown kernel {name!r}; write any of {', '.join(dict.fromkeys(names))}")
@@ -146,7 +148,7 @@ def _decide(
         return fallback, True
     if asked != AUTO:
         return next((kernel for kernel in able if kernel.name == asked), fallback), True
-    if len(able) == 1 or x.numel() == 0:
+    if able[0].settled or len(able) == 1 or x.numel() == 0:
         return able[0], True
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return able[0], False
@@ -161,11 +163,21 @@ def run(kernel: Kernel, x: torch.Tensor, weight: PackedWeight, bias: torch.Tenso
     return kernel(x, weight, bias, prepared(kernel, weight, x.dtype))
 
 
+def scratch_kept(weight: PackedWeight, dtype: torch.dtype) -> int:
+    """Bytes that stay reserved once such a weight was multiplied exactly with an input of this dtype."""
+    x = torch.empty(0, dtype=dtype, device=next(iter(weight.tensors.values())).device)
+    able = [row.kernel for row in kernels(Compute.EXACT) if row.refuses(x, weight) is None]
+    return able[0].scratch(weight, dtype) if able[0].settled and mode() == AUTO else 0
+
+
+_NOTHING: Prepared = {}
 _layouts: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def prepared(kernel: Kernel, weight: PackedWeight, dtype: torch.dtype) -> Prepared:
     """What the kernel makes of the weight once; made anew when the stored tensors were replaced or written to."""
+    if type(kernel).prepare is Kernel.prepare:
+        return _NOTHING
     if weight.low_memory:
         return kernel.prepare(weight, dtype)
     stored = next(iter(weight.tensors.values()))
@@ -222,6 +234,11 @@ def _described(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None,
         "" if bias is None else "bias",
     )
     return ", ".join(part for part in parts if part)
+
+
+def is_settled(name: str) -> bool:
+    """Whether the kernel of this name is used without trying others."""
+    return any(row.kernel.settled for row in TABLE if row.kernel.name == name)
 
 
 def tried(
