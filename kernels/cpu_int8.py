@@ -28,6 +28,7 @@ _LONGEST = 2**16  # weights of a row whose products fit 32 bits: 255 * 127 * 2^1
 class CpuInt8(Kernel):
     name = "cpu-int8"
     compute = Compute.INT8
+    settled = True
 
     def refuses(self, x: torch.Tensor, weight: PackedWeight) -> str | None:
         if x.device.type != "cpu":
