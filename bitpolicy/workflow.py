@@ -24,6 +24,7 @@ from bitpolicy.plan import Plan, class_name
 from bitpolicy.policies.calibration import Calibration, calibration_hash, needed_for, save_calibration
 from bitpolicy.policies.checkpoint import checkpoint_bytes
 from bitpolicy.policies.export import describe_checkpoint, export_parts
+from bitpolicy.policies.measured_compute import measured_compute
 from bitpolicy.policies.policy import BudgetRecord, Choice, ModelReference, Policy, Result
 from bitpolicy.search.budget import BudgetError
 from bitpolicy.search.closeness import beyond_first_order, close_choices
@@ -68,7 +69,8 @@ class SearchRun:
             about: dict[str, Any] = {"search": "the budget holds all of it unquantized"}
             return self._saved(self._policy(choices, 0.0, about, {}))
         problem = self._probed()
-        generations = Generations(plan.trajectories, self._rounded, plan.source.storage)
+        compute = measured_compute(settings.compute)
+        generations = Generations(plan.trajectories, self._rounded, plan.source.storage, compute)
         if settings.frontier:
             self._write_curve(problem, generations)
         if settings.budget is None and settings.target_psnr is None and settings.target_lpips is None:
@@ -185,6 +187,7 @@ class SearchRun:
             ),
             budget=self._budget_record(nbytes),
             storage_dtype=str(source.storage).removeprefix("torch."),
+            compute=measured_compute(self._settings.compute).value,
             result=Result(
                 policy_bytes=nbytes, predicted_error=None if predicted is None else float(f"{predicted:.6g}")
             ),
@@ -286,6 +289,7 @@ def run_search(settings: Settings, plan: Plan, output: OutputFolder, stages: Sta
         "layers": {format.name: counts[format.name] for format in plan.formats},
         "predicted_error": policy.result.predicted_error,
         "error_of": "image" if plan.trajectories.draws else "latent",
+        "compute": policy.compute,
         "psnr_db": psnr.as_dict(),
         "quality": quality,
         **curve,

@@ -49,9 +49,7 @@ def round_inputs(layer: Quantizable) -> RemovableHandle:
     """
     per_sample = not isinstance(layer, nn.Linear)
 
-    def hook(
-        _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def hook(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
             return (rounded_input(args[0], per_sample), *args[1:]), kwargs
         return args, {**kwargs, "input": rounded_input(kwargs["input"], per_sample)}

@@ -5,8 +5,8 @@ Under INT8 compute a layer multiplies Q(x) in place of x. Let an amount a lead f
     x' = x + a (Q(x) - x),    a = 0,    d<v, x_0> / da = sum over calls <g, Q(x) - x>,
 
 with g the gradient of <v, x_0> at the input of this one layer. To first order that is what all its calls do together,
-whatever packed format its weight has. Each layer has an amount of its own, so that inputs which several layers share (q,
-k and v) count for each as far as it uses them; and an amount collects its gradient as weights do, call by call.
+whatever packed format its weight has. Each layer has an amount of its own, so that an input which several layers share
+(q, k and v) counts for each as far as it uses it; and an amount collects its gradient as a weight does, call by call.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class InputRounding:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """While the block runs, what layers compute with gradients depends on their amounts; its values do not change."""
+        """While the block runs, what layers compute with gradients depends on their amounts; no value changes."""
         handles = [self._hooked(layer, self.amounts[name]) for name, layer in self._layers.items()]
         try:
             yield

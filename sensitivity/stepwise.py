@@ -15,6 +15,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -87,8 +88,7 @@ class StepwiseProbe:
             if where is not None:
                 raise BitPolicyError(f"step {where[0] + 1}: the gradient of {where[1]} is NaN or Inf; try float32")
             used = self._lead + max(steps, max(self._recorder.reached, default=0) + 1)
-            sketch = self._recorder.sketch().rows(lambda values: values[:used])
-            yield LocalSketch(sketch, power[:used].cpu())
+            yield LocalSketch(self._recorder.sketch().rows(itemgetter(slice(used))), power[:used].cpu())
 
     def _differentiated(
         self, streams: Iterator[torch.Generator], power: torch.Tensor

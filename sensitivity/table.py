@@ -105,8 +105,8 @@ class SensitivityTable:
         cost: what all this cost; None where it was not counted.
         quantizers: who rounded; the first wherever `quantizer` does not say.
         quantizer: index of the one that gave `error`, uint8, shape (L, F); None where there was one.
-        inputs: the error that rounding the layer's inputs makes alone, by first order, in the units of `error`, float64,
-            shape (L, F); None where no inputs are rounded, or the probe does not tell.
+        inputs: the error that rounding the layer's inputs makes alone, to first order, in the units of `error`,
+            float64, shape (L, F); None where no inputs are rounded, or the probe does not tell.
         compute: what packed layers round beside their weights.
     """
 

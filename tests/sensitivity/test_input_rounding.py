@@ -74,7 +74,7 @@ def rounding(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
 
 @dataclass
 class PartlyRounded:
-    """A layer whose inputs go `amount` of the way to being rounded, at the call of one number alone if that is given."""
+    """A layer whose inputs go part of the way to being rounded, at the call of number `only` alone if that is given."""
 
     trajectories: Trajectories
     name: str
