@@ -10,6 +10,8 @@ if (_root / "pyproject.toml").exists() and (_root / "kernels").is_dir():
     __path__.append(str(_root))  # in a source tree the subpackages lie beside this folder, not in it
 
 from bitpolicy.api import export, export_for, load_pipeline, probe, search
+from bitpolicy.kernels.computing import resident_bytes, set_compute
+from bitpolicy.kernels.dispatch import use_kernels
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies import diffusers_quantizer as _diffusers
 from bitpolicy.policies import transformers_quantizer as _transformers
@@ -20,4 +22,16 @@ _diffusers.register()
 _transformers.register()
 
 __version__ = "0.1.0"
-__all__ = ["BitPolicyConfig", "BitPolicyError", "Policy", "export", "export_for", "load_pipeline", "probe", "search"]
+__all__ = [
+    "BitPolicyConfig",
+    "BitPolicyError",
+    "Policy",
+    "export",
+    "export_for",
+    "load_pipeline",
+    "probe",
+    "resident_bytes",
+    "search",
+    "set_compute",
+    "use_kernels",
+]

@@ -2,8 +2,8 @@
 
     s_x = max|x| / 127 of each row of a linear layer's input, of each sample of a convolution's
     x_q = clamp(round(x / s_x), -127, 127)
-    W  ~ s_w[out] w_q, w_q in [-127, 127]: the codes of `int8` as they are stored, those of every other format requantized
-         once, to nearest, with s_w = max|W| / 127 of each output channel
+    W  ~ s_w[out] w_q, w_q in [-127, 127]: the codes of `int8` as they are stored; those of every other format are
+         requantized once, to nearest, with s_w = max|W| / 127 of each output channel
     y  = (sum_k x_q w_q) (s_x s_w) + b,    the sum in integers, the rest in float32, rounded once to the dtype of x
 
 Scales of a whole sample make the result independent of what else is in the batch. A row or sample without range has

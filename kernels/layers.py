@@ -1,8 +1,9 @@
 """Packed layers: `nn.Linear` and `nn.Conv1d/2d/3d` whose weight stays quantized in memory.
 
 A packed layer holds the tensors of its format as buffers (`weight_packed`, `weight_scale`, ...) and multiplies with the
-weight dequantized to the dtype of its input. That is the reference every faster kernel has to equal: an ordinary layer
-whose weight was replaced by the dequantized one gives the same bits.
+weight dequantized to the dtype of its input: an ordinary layer whose weight was replaced by the dequantized one gives
+the same bits. Which code does that is chosen in `bitpolicy.kernels.dispatch`. A layer may be allowed to round more than
+its weight, see `set_compute`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from bitpolicy.kernels.dispatch import effective
 from bitpolicy.kernels.errors import FormatError
 from bitpolicy.kernels.format import Format
+from bitpolicy.kernels.kernel import Compute, Geometry, PackedWeight
+from bitpolicy.kernels.ops import product
 
 Quantizable = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -42,22 +46,49 @@ class PackedLayer(nn.Module):
         format: the storage format of the weight.
         weight_shape: (out, in/groups, *kernel).
         compute_dtype: dtype of `weight`; follows `.to(dtype)`. The packed tensors never change dtype.
+        compute: what its product may round beside the weight.
+        low_memory: whether kernels may keep no layout of the weight between calls.
     """
 
     format: Format
     weight_shape: tuple[int, ...]
     compute_dtype: torch.dtype
+    compute: Compute = Compute.EXACT
+    low_memory: bool = False
 
     def _hold(
         self, format: Format, shape: tuple[int, ...], dtype: torch.dtype, tensors: Mapping[str, torch.Tensor]
     ) -> None:
         self.format, self.weight_shape, self.compute_dtype = format, shape, dtype
+        self._suffixes = tuple(tensors)
         for suffix, tensor in tensors.items():
             self.register_buffer(suffix, tensor)
 
     def packed_tensors(self) -> dict[str, torch.Tensor]:
         """The stored tensors by suffix."""
-        return {suffix: self._buffers[suffix] for suffix in self.format.tensors(self.weight_shape, torch.float16)}  # type: ignore[misc]
+        return {suffix: self._buffers[suffix] for suffix in self._suffixes}  # type: ignore[misc]
+
+    def held(self) -> PackedWeight:
+        """The weight as kernels take it, made anew each time: tensors may be moved or replaced between calls."""
+        return PackedWeight(self.format, self.weight_shape, self.packed_tensors(), self._slides(), self.low_memory)
+
+    @property
+    def effective_compute(self) -> Compute:
+        """What this layer does round: where 8 bits were asked for, some layers stay exact."""
+        return effective(self.compute, self.held())
+
+    def _slides(self) -> Geometry | None:
+        """How a convolution slides over its padded input."""
+        return None
+
+    def _multiply(self, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+        """The product, in the dtype that torch's own layer would give."""
+        bias = self.bias
+        compute = effective(self.compute, weight)
+        if compute is not Compute.EXACT and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+            bias = None if bias is None else bias.to(x.dtype)
+        return product(x, weight, bias, compute)
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight, shape `weight_shape`, contiguous."""
@@ -110,12 +141,22 @@ class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # its weig
     __new__ = _plain_when_called(nn.Linear)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(input, self.dequantize(input.dtype), self.bias)
+        return self._multiply(input, self.held())
 
 
 class _PackedConv(PackedLayer):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return self._conv_forward(input, self.dequantize(input.dtype), self.bias)  # type: ignore[operator]
+        single = input.ndim == 1 + len(self.stride)
+        x = input[None] if single else input
+        around, _ = _padding(self)
+        if around:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = nn.functional.pad(x, around, mode=mode)
+        y = self._multiply(x, self.held())
+        return y[0] if single else y
+
+    def _slides(self) -> Geometry:
+        return Geometry(tuple(self.stride), _padding(self)[1], tuple(self.dilation), self.groups)
 
 
 class PackedConv1d(_PackedConv, nn.Conv1d):  # type: ignore[override]
@@ -128,6 +169,18 @@ class PackedConv2d(_PackedConv, nn.Conv2d):  # type: ignore[override]
 
 class PackedConv3d(_PackedConv, nn.Conv3d):  # type: ignore[override]
     __new__ = _plain_when_called(nn.Conv3d)
+
+
+def _padding(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What `pad` has to put around the input first, and the zeros on either side that the convolution itself adds.
+
+    Read at each call: people switch `padding_mode` of a loaded model to draw seamless tiles.
+    """
+    around = tuple(layer._reversed_padding_repeated_twice)
+    low, high = around[-2::-2], around[-1::-2]  # a pair a dimension, the last dimension first
+    if layer.padding_mode == "zeros" and low == high:
+        return (), low
+    return around, (0,) * len(low)
 
 
 _PACKED: dict[type[nn.Module], type[PackedLayer]] = {
@@ -163,6 +216,11 @@ def unsupported_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         weight = module._parameters.get("weight")
         if weight is not None and weight.ndim > 1 and name not in known and not isinstance(module, nn.Embedding):
             yield name, module
+
+
+def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLayer]]:
+    """(module path, layer) of every packed layer."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLayer))
 
 
 def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -8,7 +8,7 @@ float sums; where that moves a later input across a tie, one of its codes is ano
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.formats import INT8
-from bitpolicy.kernels.int8_compute import rounded_input, suits, weight_codes
+from bitpolicy.kernels.int8_compute import quantize_input, suits, weight_codes
 from bitpolicy.kernels.kernel import Compute, Geometry, PackedWeight
 from bitpolicy.kernels.layers import Quantizable
 
@@ -42,17 +42,37 @@ def multiplied_weight(
     return INT8.dequantize({"weight_packed": codes, "weight_scale": scale}, shape, dtype)
 
 
-def round_inputs(layer: Quantizable) -> RemovableHandle:
-    """Round what the layer is given from now on, until the handle is removed.
+def seen_input(layer: Quantizable, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x_q and s_x of what the layer is given, float32, as `quantize_input` has them.
 
-    It happens before any `forward` that offloading has put on the layer, on the device where the input is.
+    Args:
+        x: (..., in) for a linear layer, (B, in, *spatial) for a convolution, or one sample without B.
     """
-    per_sample = not isinstance(layer, nn.Linear)
+    if isinstance(layer, nn.Linear):
+        return quantize_input(x, per_sample=False)
+    if x.ndim == 1 + len(layer.stride):
+        codes, scale = quantize_input(x[None], per_sample=True)
+        return codes[0], scale[0]
+    return quantize_input(x, per_sample=True)
+
+
+def round_inputs(layer: Quantizable) -> RemovableHandle:
+    """Round what the layer is given from now on, until the handle is removed."""
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        codes, scale = seen_input(layer, x)
+        return codes.mul_(scale).to(x.dtype)
+
+    return change_inputs(layer, rounded)
+
+
+def change_inputs(layer: Quantizable, change: Callable[[torch.Tensor], torch.Tensor]) -> RemovableHandle:
+    """Give the layer `change(x)` for x. It happens where x is, before any `forward` that offloading has put on it."""
 
     def hook(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
-            return (rounded_input(args[0], per_sample), *args[1:]), kwargs
-        return args, {**kwargs, "input": rounded_input(kwargs["input"], per_sample)}
+            return (change(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "input": change(kwargs["input"])}
 
     return layer.register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -60,6 +80,6 @@ def round_inputs(layer: Quantizable) -> RemovableHandle:
 def _packed(layer: Quantizable, format: Format, tensors: Mapping[str, torch.Tensor]) -> PackedWeight:
     geometry = None
     if not isinstance(layer, nn.Linear):
-        padding = (0,) * len(layer.stride) if isinstance(layer.padding, str) else layer.padding
-        geometry = Geometry(layer.stride, padding, layer.dilation, layer.groups)
+        nothing = (0,) * len(layer.stride)  # padding has no say in what is rounded
+        geometry = Geometry(layer.stride, nothing, layer.dilation, layer.groups)
     return PackedWeight(format, tuple(layer.weight.shape), tensors, geometry)

@@ -6,7 +6,7 @@ there and as its format says, so nothing random and nothing empty is ever comput
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,14 @@ from torch import nn
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import TensorSpec
 from bitpolicy.kernels.kernel import Compute
-from bitpolicy.kernels.layers import PackedLayer, pack_layer, quantizable_layers, replace_layer, unpack_layer
+from bitpolicy.kernels.layers import (
+    PackedLayer,
+    pack_layer,
+    packed_layers,
+    quantizable_layers,
+    replace_layer,
+    unpack_layer,
+)
 from bitpolicy.policies.packed_config import BitPolicyConfig
 
 _KNOW_TENSORS = ("group_offloading", "layerwise_casting")  # diffusers' hooks that move or cast single tensors
@@ -39,11 +46,6 @@ def make_shells(model: nn.Module, config: BitPolicyConfig) -> None:
         specs = format.tensors(shape, config.storage)
         empty = {suffix: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for suffix, spec in specs.items()}
         replace_layer(model, name, pack_layer(layers[name], format, empty))
-
-
-def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLayer]]:
-    """(module path, layer) of every packed layer."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLayer))
 
 
 def packed_names(model: nn.Module) -> set[str]:

@@ -16,12 +16,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from bitpolicy.kernels.int8_compute import quantize_input
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import Quantizable
-from bitpolicy.policies.int8_layers import rounds_inputs
+from bitpolicy.policies.int8_layers import change_inputs, rounds_inputs, seen_input
 
 
 class InputRounding:
@@ -49,32 +48,27 @@ class InputRounding:
                 handle.remove()
 
     @staticmethod
-    def _hooked(layer: Quantizable, amount: torch.Tensor) -> Any:
-        per_sample = not isinstance(layer, nn.Linear)
+    def _hooked(layer: Quantizable, amount: torch.Tensor) -> RemovableHandle:
+        def partly(x: torch.Tensor) -> torch.Tensor:
+            # without gradients it is the first pass of a checkpointed call, which comes again
+            return _Rounded.apply(x, amount, layer) if torch.is_grad_enabled() else x  # type: ignore[no-any-return]
 
-        def hook(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if not torch.is_grad_enabled():
-                return None  # the first pass of a checkpointed call; it comes again
-            if args:
-                return (_Rounded.apply(args[0], amount, per_sample), *args[1:]), kwargs
-            return args, {**kwargs, "input": _Rounded.apply(kwargs["input"], amount, per_sample)}
-
-        return layer.register_forward_pre_hook(hook, with_kwargs=True)
+        return change_inputs(layer, partly)
 
 
 class _Rounded(torch.autograd.Function):
     """x + a (Q(x) - x) at a = 0. What is kept for the backward pass is x, which the layer keeps as well."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, amount: torch.Tensor, per_sample: bool) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, amount: torch.Tensor, layer: Quantizable) -> torch.Tensor:
         ctx.save_for_backward(x)
-        ctx.per_sample, ctx.device = per_sample, amount.device
+        ctx.layer, ctx.device = layer, amount.device
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, None]:  # type: ignore[override]
         (x,) = ctx.saved_tensors
-        codes, scale = quantize_input(x, ctx.per_sample)
-        change = (codes * scale).sub_(x)
+        codes, scale = seen_input(ctx.layer, x)
+        change = codes.mul_(scale).sub_(x)
         product = torch.dot(change.flatten(), gradient.float().flatten()).to(ctx.device)
         return gradient if ctx.needs_input_grad[0] else None, product, None

@@ -6,14 +6,20 @@ written from the specification alone.
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
 # Read by these libraries when they are imported, so set before any test module is.
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1", MPLBACKEND="Agg")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers, and the processes that tests start, share what is compiled
+    os.environ["BITPOLICY_CACHE"] = tempfile.mkdtemp(prefix="bitpolicy-tests-")
+    atexit.register(shutil.rmtree, os.environ["BITPOLICY_CACHE"], ignore_errors=True)
 
 import numpy as np
 import pytest

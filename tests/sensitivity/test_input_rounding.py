@@ -20,10 +20,10 @@ from torch import nn
 
 from bitpolicy.kernels.bias_correction import bias_shift
 from bitpolicy.kernels.formats import format_named, parse_formats
-from bitpolicy.kernels.int8_compute import quantize_input
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import to_storage
+from bitpolicy.policies.int8_layers import seen_input
 from bitpolicy.policies.policy import Choice
 from bitpolicy.sensitivity.ablation import References, ablate
 from bitpolicy.sensitivity.adjoint import AdjointProbe
@@ -202,12 +202,12 @@ def test_a_gradient_that_overflows_at_an_input_is_seen(
     trajectories = new_trajectories()
     calls = iter(range(10_000))
 
-    def once(x: torch.Tensor, per_sample: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        codes, scale = quantize_input(x, per_sample)
+    def once(layer: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        codes, scale = seen_input(layer, x)
         return codes, scale * (torch.inf if next(calls) == 0 else 1)
 
     expected = of_inputs(sketch(trajectories))
-    monkeypatch.setattr("bitpolicy.sensitivity.input_rounding.quantize_input", once)
+    monkeypatch.setattr("bitpolicy.sensitivity.input_rounding.seen_input", once)
     monkeypatch.setattr("bitpolicy.sensitivity.adjoint.scales_for", lambda *_: [4.0, 1.0])
     torch.testing.assert_close(of_inputs(sketch(trajectories)), expected)
 

@@ -1,0 +1,60 @@
+"""How the packed layers of a model compute, and what that keeps in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from bitpolicy.kernels.dispatch import prepared_bytes
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.kernel import Compute, parse_compute
+from bitpolicy.kernels.layers import packed_layers
+
+
+def set_compute(model: Any, compute: str | Compute, low_memory: bool | None = None) -> list[str]:
+    """Say what packed layers may round beside their weights.
+
+    Args:
+        model: a pipeline, a denoiser, or any other module with packed layers.
+        compute: "exact" (nothing), "float" (nothing, but sums may be taken in another order) or "int8" (inputs, to 8
+            bits: faster where the processor multiplies integers, at some loss).
+        low_memory: whether kernels have to do without layouts of their own, at the price of time; None leaves it.
+
+    Returns:
+        Names of the layers that are not exact now: where 8 bits are asked for, short and grouped ones stay so.
+
+    Raises:
+        BitPolicyError: there is no such compute, or there is no packed layer.
+    """
+    wanted = parse_compute(compute)
+    parts = {"": model} if isinstance(model, nn.Module) else model.components
+    modules = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+    layers = {f"{part}.{name}".strip("."): x for part, module in modules.items() for name, x in packed_layers(module)}
+    if not layers:
+        raise BitPolicyError(f"{type(model).__name__} has no packed layers; load a checkpoint that bitpolicy exported")
+    for layer in layers.values():
+        layer.compute = wanted
+        layer.low_memory = layer.low_memory if low_memory is None else low_memory
+    return [name for name, layer in layers.items() if layer.effective_compute is not Compute.EXACT]
+
+
+@dataclass(frozen=True)
+class Resident:
+    """Bytes of a model in memory.
+
+    Attributes:
+        stored: its parameters and buffers, packed tensors as they are in the file.
+        layouts: what kernels made of packed weights and keep.
+    """
+
+    stored: int
+    layouts: int
+
+
+def resident_bytes(model: nn.Module) -> Resident:
+    """What a model with packed layers holds between calls. Scratch that a call uses and gives back is not counted."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    layouts = sum(prepared_bytes(next(iter(layer.packed_tensors().values()))) for _, layer in packed_layers(model))
+    return Resident(sum(t.nbytes for t in tensors.values()), layouts)

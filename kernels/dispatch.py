@@ -1,0 +1,217 @@
+"""Which kernel multiplies: device x format x layer -> kernels, and how one of several is chosen.
+
+`TABLE` is read from above. Of the kernels that have the compute asked for and take the call, the fastest is used: a
+micro-probe tries them on the call's own input and keeps what it found on disk (`bitpolicy.kernels.micro_probe`). Where
+nothing can be tried, while a CUDA graph is captured or torch.compile traces, the first one is used.
+
+    BITPOLICY_KERNELS=auto         the above
+    BITPOLICY_KERNELS=reference    plain torch code everywhere
+    BITPOLICY_KERNELS=NAME         this kernel wherever it takes the call, plain torch code elsewhere
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from bitpolicy.kernels import micro_probe
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.int8_compute import suits
+from bitpolicy.kernels.kernel import Compute, Kernel, PackedWeight, Prepared
+from bitpolicy.kernels.reference_kernels import Int8Reference, Reference
+
+_EVERY = "linear conv1d conv2d conv3d"
+AUTO, REFERENCE = "auto", "reference"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kernel and the calls it is for.
+
+    Attributes:
+        device: "cpu", "cuda" or "any".
+        layers: names separated by spaces.
+        formats: patterns of format names, separated by spaces.
+    """
+
+    device: str
+    layers: str
+    formats: str
+    kernel: Kernel
+
+    def refuses(self, x: torch.Tensor, weight: PackedWeight) -> str | None:
+        """Why a call gets another kernel, or None."""
+        if self.device not in ("any", x.device.type):
+            return f"for {self.device}"
+        if weight.layer not in self.layers.split():
+            return f"for {self.layers.replace(' ', ', ')}"
+        if not any(fnmatchcase(weight.format.name, pattern) for pattern in self.formats.split()):
+            return f"for {self.formats.replace(' ', ', ')}"
+        return self.kernel.refuses(x, weight)
+
+
+TABLE: tuple[Row, ...] = (
+    Row("any", _EVERY, "*", Reference()),
+    Row("any", _EVERY, "*", Int8Reference()),
+)
+
+
+def kernels(compute: Compute) -> list[Row]:
+    """The rows whose kernels may be used where this compute is asked for: its own, and for FLOAT exact ones, too."""
+    allowed = {compute, Compute.EXACT} if compute is Compute.FLOAT else {compute}
+    return [row for row in TABLE if row.kernel.compute in allowed]
+
+
+def effective(compute: Compute, weight: PackedWeight) -> Compute:
+    """The compute of one layer where `compute` is asked for a model: layers that do not suit 8 bits stay exact."""
+    return Compute.EXACT if compute is Compute.INT8 and not suits(weight) else compute
+
+
+_forced: list[str] = []
+_chosen: dict[tuple[object, ...], Kernel] = {}
+
+
+def mode() -> str:
+    """What is asked for: by the innermost `use_kernels`, else by the environment.
+
+    Raises:
+        BitPolicyError: there is no kernel of that name.
+    """
+    return _forced[-1] if _forced else _known(os.environ.get("BITPOLICY_KERNELS") or AUTO)
+
+
+@contextmanager
+def use_kernels(name: str) -> Iterator[None]:
+    """While the block runs, packed layers multiply with "auto", "reference" or the kernel named, whatever the
+    environment says.
+
+    Raises:
+        BitPolicyError: there is no kernel of that name.
+    """
+    _forced.append(_known(name))
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def _known(name: str) -> str:
+    names = [AUTO, REFERENCE, *(row.kernel.name for row in TABLE)]
+    if name not in names:
+        raise BitPolicyError(f"unknown kernel {name!r}; write any of {', '.join(dict.fromkeys(names))}")
+    return name
+
+
+def choose(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, compute: Compute) -> Kernel:
+    """The kernel for one call.
+
+    Args:
+        compute: what this very layer may round.
+
+    Raises:
+        BitPolicyError: no kernel here has that compute.
+    """
+    asked = mode()
+    key = (asked, compute, x.device, x.dtype, x.shape, _order(x), bias is None, *_of(weight), torch.get_num_threads())
+    found = _chosen.get(key)
+    if found is None:
+        found, lasting = _decide(asked, x, weight, bias, compute)
+        if lasting:
+            _chosen[key] = found
+    return found
+
+
+def _decide(
+    asked: str, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, compute: Compute
+) -> tuple[Kernel, bool]:
+    """The kernel, and whether it would be the same another time."""
+    able = [row.kernel for row in kernels(compute) if row.refuses(x, weight) is None]
+    if not able:
+        raise BitPolicyError(f"no kernel computes in {compute} on {x.device.type}; choose another compute")
+    fallback = able[-1]  # the table ends with the references
+    if asked == REFERENCE:
+        return fallback, True
+    if asked != AUTO:
+        return next((kernel for kernel in able if kernel.name == asked), fallback), True
+    if len(able) == 1 or x.numel() == 0:
+        return able[0], True
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return able[0], False
+    tried = {kernel.name: partial(run, kernel, x, weight, bias) for kernel in able}
+    with torch.no_grad():
+        best = micro_probe.fastest(_described(x, weight, bias, compute), tried, compute, tried[fallback.name])
+    return next((kernel for kernel in able if kernel.name == best), fallback), True
+
+
+def run(kernel: Kernel, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """The product by this kernel, with what it prepared of the weight."""
+    return kernel(x, weight, bias, prepared(kernel, weight, x.dtype))
+
+
+_layouts: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def prepared(kernel: Kernel, weight: PackedWeight, dtype: torch.dtype) -> Prepared:
+    """What the kernel makes of the weight once; made anew when the stored tensors were replaced or written to."""
+    if weight.low_memory:
+        return kernel.prepare(weight, dtype)
+    stored = next(iter(weight.tensors.values()))
+    held = _layouts.get(stored)
+    if held is None:
+        held = _layouts[stored] = {}
+    versions = tuple(tensor._version for tensor in weight.tensors.values())
+    found = held.get((kernel.name, dtype))
+    if found is None or found[0] != versions:
+        own = {id(tensor) for tensor in weight.tensors.values()}
+        made = kernel.prepare(weight, dtype)  # what holds a stored tensor itself would keep it alive for ever
+        found = versions, {name: t.detach() if id(t) in own else t for name, t in made.items()}
+        held[kernel.name, dtype] = found
+    return found[1]
+
+
+def prepared_bytes(stored: torch.Tensor) -> int:
+    """Bytes that kernels keep beside a weight's first stored tensor, in layouts of their own."""
+    layouts = (layout for _, layout in _layouts.get(stored, {}).values())
+    tensors = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for each in layouts for t in each.values()}
+    tensors.pop(stored.untyped_storage().data_ptr(), None)
+    return sum(tensors.values())
+
+
+def _order(x: torch.Tensor) -> str:
+    """How the values lie: contiguous, channels last, or otherwise."""
+    if x.is_contiguous():
+        return "contiguous"
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    return "channels last" if last is not None and x.is_contiguous(memory_format=last) else "strided"
+
+
+def _of(weight: PackedWeight) -> tuple[object, ...]:
+    return weight.format.name, weight.shape, weight.geometry, weight.low_memory
+
+
+def _described(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, compute: Compute) -> str:
+    """All that the fastest kernel hangs on, in words."""
+    g = weight.geometry
+    slides = "" if g is None else f" stride {g.stride} padding {g.padding} dilation {g.dilation} groups {g.groups}"
+    parts = (
+        x.device.type if x.device.type != "cuda" else torch.cuda.get_device_name(x.device),
+        f"{torch.get_num_threads()} threads" if x.device.type == "cpu" else "",
+        str(compute),
+        f"{weight.layer} {weight.format.name} {weight.shape}{slides}",
+        "low memory" if weight.low_memory else "",
+        f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)} {_order(x)}",
+        "" if bias is None else "bias",
+    )
+    return ", ".join(part for part in parts if part)
+
+
+def explained(x: torch.Tensor, weight: PackedWeight, compute: Compute) -> Sequence[tuple[Row, str | None]]:
+    """Each row of the compute with why it does not take the call, or None, for people."""
+    return [(row, row.refuses(x, weight)) for row in kernels(compute)]

@@ -1,0 +1,160 @@
+"""Which of several kernels is the fastest for a call, found by trying, and kept on disk.
+
+A kernel is tried on the call's own input. It has to give what the reference gives, or it is out; of the others the one
+with the least median time is taken. What was found is kept by call, in one file for each machine and set of library
+versions, so that it is tried once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from bitpolicy.kernels.cache_folder import cache_folder, keep
+from bitpolicy.kernels.kernel import Compute
+
+_REPEATS = 5
+_ENOUGH = 0.05  # seconds on one kernel; long calls are steady anyway
+_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # relative norm, sums in another order
+
+Multiply = Callable[[], torch.Tensor]
+
+
+def fastest(call: str, tried: dict[str, Multiply], compute: Compute, reference: Multiply) -> str:
+    """The name of the fastest kernel that agrees with the reference; "" if none does.
+
+    Args:
+        call: all that the answer hangs on; what is kept on disk is kept under it.
+        tried: kernel name -> does the call by it.
+    """
+    kept = _kept()
+    found = kept.get(call)
+    if found is not None and (found["kernel"] in tried or not found["kernel"]) and set(found["ms"]) >= set(tried):
+        return str(found["kernel"])
+    expected = reference()
+    sound = {name: multiply for name, multiply in tried.items() if agrees(multiply(), expected, compute)}
+    times = _times(sound, expected.device)
+    best = min(times, key=times.__getitem__) if times else ""
+    kept[call] = {
+        "kernel": best,
+        "ms": {name: round(1e3 * times[name], 4) if name in times else None for name in tried},
+    }
+    _save(kept)
+    return best
+
+
+def agrees(found: torch.Tensor, expected: torch.Tensor, compute: Compute) -> bool:
+    """Whether a result is the reference's: to the bit, or to the rounding that another order of sums may cause."""
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    bad = ~torch.isfinite(expected)
+    if not torch.equal(bad, ~torch.isfinite(found)):
+        return False
+    found, expected = found.masked_fill(bad, 0), expected.masked_fill(bad, 0)
+    if compute is Compute.EXACT:
+        return torch.equal(found, expected)
+    difference = (found.double() - expected.double()).norm()
+    return bool(difference <= _TOLERANCE[expected.dtype] * expected.double().norm())
+
+
+def _times(kernels: dict[str, Multiply], device: torch.device) -> dict[str, float]:
+    """Median seconds of each, by turns."""
+    times: dict[str, list[float]] = {name: [] for name in kernels}
+    for _ in range(_REPEATS):
+        for name, multiply in kernels.items():
+            if sum(times[name]) < _ENOUGH:
+                times[name].append(_seconds(multiply, device))
+    return {name: median(found) for name, found in times.items()}
+
+
+def _seconds(multiply: Multiply, device: torch.device) -> float:
+    if device.type != "cuda":
+        start = perf_counter()
+        multiply()
+        return perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    multiply()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+@cache
+def _machine() -> dict[str, Any]:
+    """What timings hang on."""
+    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {_model_name()}",
+        "cuda": cuda,
+        **{name: _version(name) for name in ("bitpolicy", "torch", "triton")},
+    }
+
+
+def _model_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "")
+    except OSError:
+        return platform.processor()
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+@cache
+def _file() -> Any:
+    digest = hashlib.sha256(json.dumps(_machine(), sort_keys=True).encode()).hexdigest()[:12]
+    return cache_folder() / f"kernels-{digest}.json"
+
+
+_memory: dict[str, dict[str, Any]] | None = None
+
+
+def _kept() -> dict[str, dict[str, Any]]:
+    """Call -> what was found; read from disk once. A damaged file is an empty one."""
+    global _memory
+    if _memory is None:
+        _memory = _read()
+    return _memory
+
+
+def _read() -> dict[str, dict[str, Any]]:
+    try:
+        found = json.loads(_file().read_text())["fastest"]
+        return {str(call): {"kernel": str(x["kernel"]), "ms": dict(x["ms"])} for call, x in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _save(found: dict[str, dict[str, Any]]) -> None:
+    """Beside what other processes have found meanwhile."""
+    content = {"machine": _machine(), "fastest": {**_read(), **found}}
+    keep(_file(), json.dumps(content, indent=1, sort_keys=True).encode())
+
+
+def forget() -> None:
+    """Drop what is in memory: the next call reads the disk."""
+    global _memory
+    _memory = None
+    _machine.cache_clear()
+    _file.cache_clear()
+
+
+def timings(calls: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What was found for these calls, for people."""
+    kept = _kept()
+    return {call: kept[call] for call in calls if call in kept}
