@@ -18,7 +18,10 @@ import torch
 from bitpolicy.compare import save_comparison
 from bitpolicy.curve import Point, file_name, points, save_picture, save_table
 from bitpolicy.decision import mean_db, networks_of, reaching_target, within_budget
+from bitpolicy.kernels.computing import set_compute
 from bitpolicy.kernels.formats import FP16
+from bitpolicy.kernels.kernel import Compute
+from bitpolicy.kernels.layers import packed_layers
 from bitpolicy.loading import Source, open_pipeline
 from bitpolicy.plan import Plan, class_name
 from bitpolicy.policies.calibration import Calibration, calibration_hash, needed_for, save_calibration
@@ -252,15 +255,22 @@ class SearchRun:
 
 
 @contextmanager
-def swapped_denoiser(source: Source, checkpoint: Path) -> Iterator[None]:
-    """While the block runs, the source pipeline computes with the checkpoint's packed components, read from disk."""
+def swapped_denoiser(source: Source, checkpoint: Path, compute: Compute | None = None) -> Iterator[Compute]:
+    """While the block runs, the source pipeline computes with the checkpoint's packed components, read from disk.
+
+    Args:
+        compute: of the packed layers; None is what the checkpoint records. The block is told.
+    """
     dtype = next(source.denoiser.parameters()).dtype
     reloaded = open_pipeline(checkpoint, dtype)
+    if compute is not None:
+        set_compute(reloaded, compute)
     originals = {name: getattr(source.pipe, name) for name in source.component.split(",")}
     try:
         for name in originals:
             setattr(source.pipe, name, getattr(reloaded, name).to(source.pipe._execution_device))
-        yield
+        packed = (layer for name in originals for _, layer in packed_layers(getattr(reloaded, name)))
+        yield next((layer.compute for layer in packed), Compute.EXACT)
     finally:
         for name, original in originals.items():
             setattr(source.pipe, name, original)

@@ -51,7 +51,7 @@ class InputRounding:
     def _hooked(layer: Quantizable, amount: torch.Tensor) -> RemovableHandle:
         def partly(x: torch.Tensor) -> torch.Tensor:
             # without gradients it is the first pass of a checkpointed call, which comes again
-            return _Rounded.apply(x, amount, layer) if torch.is_grad_enabled() else x  # type: ignore[no-any-return]
+            return _Rounded.apply(x, amount, layer) if torch.is_grad_enabled() else x
 
         return change_inputs(layer, partly)
 
@@ -66,7 +66,7 @@ class _Rounded(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, None]:
         (x,) = ctx.saved_tensors
         codes, scale = seen_input(ctx.layer, x)
         change = codes.mul_(scale).sub_(x)

@@ -271,8 +271,16 @@ class SensitivityTable:
             formats = tuple(format_named(name) for name in about["formats"])
             cost = Cost(**about["cost"]) if about.get("cost") else None
             quantizers = tuple(about.get("quantizers", (RTN,)))
-            more = {"cost": cost, "quantizers": quantizers, "compute": Compute(about.get("compute", Compute.EXACT))}
-            return cls(about["probe"], tuple(about["layers"]), formats, **tensors, **more)
+            compute = Compute(about.get("compute", Compute.EXACT))
+            return cls(
+                about["probe"],
+                tuple(about["layers"]),
+                formats,
+                **tensors,
+                cost=cost,
+                quantizers=quantizers,
+                compute=compute,
+            )
         except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise BitPolicyError(
                 f"cannot read sensitivity table {path}: {error}; run `bitpolicy probe` again"

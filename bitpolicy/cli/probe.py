@@ -146,6 +146,7 @@ def _print(table: SensitivityTable, checked: Check | None, stages: Stages, folde
     shown = Table(
         "layer",
         *(f.name for f in table.formats),
+        *(["of it inputs"] if table.inputs is not None else []),
         title=f"relative error of the {what} ({table.probe} probe), worst first; * measured",
     )
     for i in worst:
@@ -153,7 +154,8 @@ def _print(table: SensitivityTable, checked: Check | None, stages: Stages, folde
             f"{float(error):.2e}{'*' if table.source(i, j) != table.probe else ''}"
             for j, error in enumerate(table.error[i])
         ]
-        shown.add_row(table.layers[i], *numbers)
+        of_inputs = [] if table.inputs is None else [f"{float(table.inputs[i].max()):.2e}"]
+        shown.add_row(table.layers[i], *numbers, *of_inputs)
     console.print(shown)
     if checked is not None:
         console.print(_agreement(checked))
