@@ -349,11 +349,12 @@ def test_what_is_outside_the_loop_is_scored_like_the_rest(new_toy_pipeline: Call
 # Records
 
 
+@pytest.mark.parametrize("probe", ["adjoint", "stepwise"])
 def test_records_of_one_compute_are_not_taken_for_those_of_another(
-    new_trajectories: NewTrajectories, tmp_path: Path
+    new_trajectories: NewTrajectories, tmp_path: Path, probe: str
 ) -> None:
     trajectories = new_trajectories(num_inference_steps=1, guidance_scale=1.0)
-    exact = ProbeSettings("adjoint", SAMPLES[:1], vectors=1)
+    exact = ProbeSettings(probe, SAMPLES[:1], vectors=1)
     tables = []
     for settings in (exact, replace(exact, compute=Compute.INT8), exact, replace(exact, compute=Compute.INT8)):
         run = new_run(trajectories, tmp_path, settings)
