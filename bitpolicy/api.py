@@ -22,6 +22,7 @@ from bitpolicy.policies.export import export_parts
 from bitpolicy.policies.exporters.export import Exported, export_to
 from bitpolicy.policies.measured_compute import measured_compute
 from bitpolicy.policies.model_card import Card
+from bitpolicy.policies.parts import Parts
 from bitpolicy.policies.policy import Policy
 from bitpolicy.policies.source import source_hash
 from bitpolicy.sensitivity.inventory import Layer, inventory
@@ -182,12 +183,7 @@ def export(
         given = given.under(measured_compute(compute))
     if push_to_hub is not None:
         require_login(push_to_hub)
-    storage = getattr(torch, given.storage_dtype)
-    if isinstance(pipe, str | Path):
-        parts = open_parts(str(pipe), given.model.component, storage, revision, variant, config)
-    else:
-        parts = source_of(pipe, given.model.component, storage).parts
-    _require_model(given, source_hash(parts.sources, storage))
+    parts = _parts(pipe, given, revision, variant, config)
     layers = inventory(parts.denoiser)
     nbytes = export_parts(
         parts,
@@ -204,17 +200,20 @@ def export(
 
 
 def export_for(
-    pipe: DiffusionPipeline,
+    pipe: DiffusionPipeline | str | Path,
     policy: Policy | str | Path,
     output_dir: str | Path,
     target: str,
     *,
     requantize: bool = False,
+    revision: str | None = None,
+    variant: str | None = None,
+    config: str | None = None,
 ) -> Exported:
-    """Write the denoiser of `pipe`, packed as `policy` says, in the files of another program.
+    """Write the denoiser of a pipeline, packed as `policy` says, in the files of another program.
 
     Args:
-        pipe, policy: as for `export`.
+        pipe, policy, revision, variant, config: as for `export`.
         target: "comfy", "comfy-int8", "sdnq", "torchao" or "modelopt"; see docs/exporters.md.
         requantize: round layers anew whose format the target does not have, instead of refusing.
 
@@ -225,10 +224,30 @@ def export_for(
         BitPolicyError: as `export`; or the target does not hold the policy, or does not know this class of model.
     """
     given = policy if isinstance(policy, Policy) else Policy.load(policy)
-    source = source_of(pipe, given.model.component, getattr(torch, given.storage_dtype))
-    _require_model(given, source.sha256)
-    calibration = _calibration(given, policy, inventory(source.denoiser))
-    return export_to(target, pipe, source.component, given, calibration, Path(output_dir), requantize=requantize)
+    parts = _parts(pipe, given, revision, variant, config)
+    calibration = _calibration(given, policy, inventory(parts.denoiser))
+    return export_to(target, parts, given, calibration, Path(output_dir), requantize=requantize)
+
+
+def _parts(
+    pipe: DiffusionPipeline | str | Path,
+    policy: Policy,
+    revision: str | None,
+    variant: str | None,
+    config: str | None,
+) -> Parts:
+    """Where what is exported lies.
+
+    Raises:
+        BitPolicyError: there is no such model, or the policy is for another.
+    """
+    storage = getattr(torch, policy.storage_dtype)
+    if isinstance(pipe, str | Path):
+        parts = open_parts(str(pipe), policy.model.component, storage, revision, variant, config)
+    else:
+        parts = source_of(pipe, policy.model.component, storage).parts
+    _require_model(policy, source_hash(parts.sources, storage))
+    return parts
 
 
 def load_pipeline(

@@ -26,7 +26,7 @@ from bitpolicy.offload import stream_weights
 from bitpolicy.policies.accounting import weights_hash
 from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.denoiser import ALL, DENOISERS, denoiser_names, denoiser_of, denoisers_in, studied
-from bitpolicy.policies.folder_parts import FolderParts, are_of_diffusers, is_streamable
+from bitpolicy.policies.folder_parts import FolderParts, has_names_of_models, is_streamable
 from bitpolicy.policies.parts import MemoryParts, Parts
 from bitpolicy.policies.pipeline_files import PipelineFiles
 from bitpolicy.sensitivity.workers import device_of_this_process
@@ -116,7 +116,7 @@ def load_source(
     Raises:
         BitPolicyError: there is no such folder, repository, component, dtype or device, or it is no diffusers pipeline.
     """
-    target = _device(device)
+    target = device_named(device)
     if dtype not in ("auto", *DTYPES):
         raise BitPolicyError(f"unknown dtype {dtype!r}; write auto, {', '.join(DTYPES)}")
     path = locate(model, revision, variant, config)
@@ -161,7 +161,7 @@ def open_parts(
     if path.is_file():
         return SingleFile.of(path, config, component).parts(storage)
     _require_pipeline(path)
-    if component is not None and not are_of_diffusers(path, component):
+    if component is not None and not has_names_of_models(path, component):
         pipe = open_pipeline(path, torch.float32, variant)
         return source_of(pipe, component, storage).parts
     return FolderParts(path, component, variant)
@@ -254,7 +254,12 @@ def _packs_layers(config: Path) -> bool:
     return bool(recorded.get("layers"))
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """The device that "auto", "cpu" or "cuda" means here.
+
+    Raises:
+        BitPolicyError: it is none of these, or there is none.
+    """
     if name not in ("auto", "cpu", "cuda"):
         raise BitPolicyError(f"unknown device {name!r}; write auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():

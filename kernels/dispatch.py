@@ -22,6 +22,9 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from bitpolicy.kernels import micro_probe
+from bitpolicy.kernels.cpu_exact import CpuDequantize
+from bitpolicy.kernels.cpu_int8 import CpuInt8
+from bitpolicy.kernels.cpu_onednn import OneDnnInt8
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.int8_compute import suits
 from bitpolicy.kernels.kernel import Compute, Kernel, PackedWeight, Prepared
@@ -58,6 +61,9 @@ class Row:
 
 
 TABLE: tuple[Row, ...] = (
+    Row("cpu", _EVERY, "*", CpuDequantize()),
+    Row("cpu", _EVERY, "*", CpuInt8()),
+    Row("cpu", _EVERY, "*", OneDnnInt8()),
     Row("any", _EVERY, "*", Reference()),
     Row("any", _EVERY, "*", Int8Reference()),
 )
@@ -179,9 +185,15 @@ def prepared(kernel: Kernel, weight: PackedWeight, dtype: torch.dtype) -> Prepar
 def prepared_bytes(stored: torch.Tensor) -> int:
     """Bytes that kernels keep beside a weight's first stored tensor, in layouts of their own."""
     layouts = (layout for _, layout in _layouts.get(stored, {}).values())
-    tensors = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for each in layouts for t in each.values()}
+    tensors = dict(_place_and_bytes(t) for each in layouts for t in each.values())
     tensors.pop(stored.untyped_storage().data_ptr(), None)
     return sum(tensors.values())
+
+
+def _place_and_bytes(tensor: torch.Tensor) -> tuple[int, int]:
+    if tensor.layout is torch._mkldnn:  # type: ignore[attr-defined] # oneDNN's own layout, which shows no storage
+        return id(tensor), tensor.nbytes
+    return tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
 
 
 def _order(x: torch.Tensor) -> str:
@@ -210,6 +222,13 @@ def _described(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None,
         "" if bias is None else "bias",
     )
     return ", ".join(part for part in parts if part)
+
+
+def tried(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, compute: Compute
+) -> dict[str, float | None]:
+    """Kernel name -> milliseconds that the micro-probe measured for such a call, None where the result was wrong."""
+    return micro_probe.times_of(_described(x, weight, bias, compute))
 
 
 def explained(x: torch.Tensor, weight: PackedWeight, compute: Compute) -> Sequence[tuple[Row, str | None]]:

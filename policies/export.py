@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from bitpolicy.policies.calibration import Calibration, is_rounded, save_calibra
 from bitpolicy.policies.checkpoint import MAX_SHARD_SIZE
 from bitpolicy.policies.component import export_component
 from bitpolicy.policies.denoiser import denoisers_in, of_component
+from bitpolicy.policies.disk_space import require_space
 from bitpolicy.policies.model_card import PLAIN, Card, model_card
 from bitpolicy.policies.parts import MemoryParts, Parts, layers_of
 from bitpolicy.policies.policy import Policy
@@ -77,7 +77,7 @@ def export_parts(
         raise BitPolicyError(f"{folder} holds something that is no pipeline; export to a new or an empty folder")
     with written_aside(folder) as aside:
         packed = ByteAccount.of(parts.denoiser, storage).total({name: c.format for name, c in choices.items()})
-        _require_space(aside.parent, packed + parts.to_write(others, aside))
+        require_space(aside.parent, packed + parts.to_write(others, aside))
         aside.mkdir()
         parts.write_others(others, aside)
         nbytes = 0
@@ -98,12 +98,3 @@ def describe_checkpoint(folder: Path, policy: Policy, denoiser: nn.Module, card:
     policy.save(folder / "policy.yaml")
     choices = policy.resolve(name for name, _ in quantizable_layers(denoiser))
     write_text(folder / "README.md", model_card(policy, denoiser, choices, card))
-
-
-def _require_space(parent: Path, nbytes: int) -> None:
-    free = shutil.disk_usage(parent).free
-    if free < nbytes:
-        raise BitPolicyError(
-            f"{parent} has {free:,} bytes free, the checkpoint needs at least {nbytes:,}; "
-            "free some space or choose another --output-dir"
-        )

@@ -44,6 +44,11 @@ class PipelineFiles:
         named = (name for name, value in self.index.items() if isinstance(value, list) and value[0] is not None)
         return [name for name in named if (self.folder / name).is_dir()]
 
+    def kind(self, component: str) -> tuple[str, str]:
+        """Library and class of a component, as model_index.json names them."""
+        library, class_name = self.index[component]
+        return str(library), str(class_name)
+
     def config(self, component: str) -> dict[str, Any]:
         """What its config.json says; empty without one."""
         path = self.folder / component / "config.json"

@@ -206,7 +206,7 @@ class Policy(_Strict):
         for empty in ("rules", "provenance"):
             if not data[empty]:
                 del data[empty]
-        if self.compute == Compute.EXACT:
+        if self.compute == "exact":
             del data["compute"]
         return yaml.dump(data, Dumper=_Readable, sort_keys=False, width=120)
 

@@ -97,6 +97,7 @@ def _hush() -> None:
     import transformers
 
     warnings.filterwarnings("ignore")
+    logging.getLogger("torch").setLevel(logging.ERROR)
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity(logging.CRITICAL)
         library.utils.logging.disable_progress_bar()

@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from bitpolicy.kernels.dispatch import TABLE
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.trajectory import Trajectories
 
@@ -266,3 +267,50 @@ def test_inspect_refuses_what_is_neither(command: Any, here: Path) -> None:
     command("inspect", "nothing").assert_refused("bitpolicy", "nothing", "no such folder")
     (here / "notes.txt").write_text(json.dumps(["a"]))
     command("inspect", "notes.txt").assert_refused("bitpolicy", "notes.txt")
+
+
+def test_inspect_tells_which_kernel_each_packed_layer_gets(command: Any, finished: Any) -> None:
+    checkpoint = finished.folder / "checkpoint"
+    found = command("inspect", checkpoint, "--kernels", "--json").result
+    packed = [row for row in command("inspect", checkpoint, "--json").result["layers"] if row["format"] != "fp16"]
+    rows = {row["layer"]: row for row in found["layers"]}
+    assert {name: row["format"] for name, row in rows.items()} == {row["layer"]: row["format"] for row in packed}
+    assert {row["compute"] for row in rows.values()} == {"exact"}
+    assert {row["dtype"] for row in rows.values()} == {"float32"}
+    names = {row.kernel.name for row in TABLE}
+    assert {row["kernel"] for row in rows.values()} <= names
+    assert all(row["why"] for row in rows.values())
+
+
+def test_inspect_shows_another_compute_and_a_forced_kernel(
+    command: Any, finished: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BITPOLICY_KERNELS", "reference")
+    found = command("inspect", finished.folder / "checkpoint", "--kernels", "--compute", "int8", "--json").result
+    assert {row["kernel"] for row in found["layers"]} <= {"int8-reference", "reference"}
+    assert "int8-reference" in {row["kernel"] for row in found["layers"]}
+    assert {row["why"] for row in found["layers"]} == {"reference was asked for"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needles"),
+    [
+        (["--kernels"], ["--kernels is of a checkpoint", "the bundled pipeline is none"]),
+        (["{checkpoint}", "--kernels", "--compute", "int5"], ["unknown compute 'int5'", "exact, float, int8"]),
+        (["{checkpoint}", "--kernels", "--device", "tpu"], ["unknown device 'tpu'"]),
+    ],
+)
+def test_inspect_refuses_kernels_of_nothing(
+    command: Any, finished: Any, arguments: list[str], needles: list[str]
+) -> None:
+    given = [argument.format(checkpoint=finished.folder / "checkpoint") for argument in arguments]
+    command("inspect", *given).assert_refused("bitpolicy", *needles)
+
+
+def test_an_unknown_kernel_in_the_environment_is_one_line(
+    command: Any, finished: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BITPOLICY_KERNELS", "quick")
+    command("inspect", finished.folder / "checkpoint", "--kernels").assert_refused(
+        "bitpolicy", "unknown kernel 'quick'"
+    )
