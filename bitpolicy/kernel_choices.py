@@ -90,6 +90,8 @@ def _why(x: torch.Tensor, weight: Any, bias: torch.Tensor | None, compute: Any, 
         return f"{asked} was asked for"
     if len(able) == 1:
         return "the only one"
+    if dispatch.is_settled(able[0]):
+        return "does less than any other"
     times = dispatch.tried(x, weight, bias, compute)
     if not times:
         return "the first one; nothing was tried"

@@ -5,6 +5,8 @@ The multiplication is torch's own, with a weight of the same bits and strides, s
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 
 from bitpolicy.kernels import cpu_dequantize
@@ -16,9 +18,13 @@ from bitpolicy.kernels.kernel import Compute, Kernel, PackedWeight, Prepared
 class CpuDequantize(Kernel):
     name = "cpu-dequantize"
     compute = Compute.EXACT
+    settled = True
 
     def refuses(self, x: torch.Tensor, weight: PackedWeight) -> str | None:
         return "not on the CPU" if x.device.type != "cpu" else cpu_dequantize.refuses(weight, x.dtype)
+
+    def scratch(self, weight: PackedWeight, dtype: torch.dtype) -> int:
+        return prod(weight.shape) * dtype.itemsize
 
     def __call__(
         self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared

@@ -113,7 +113,9 @@ class _Call:
     memory_format: torch.memory_format
 
     def dense(self, x: torch.Tensor) -> torch.Tensor:
-        return x if x.is_contiguous(memory_format=self.memory_format) else x.contiguous(memory_format=self.memory_format)
+        return (
+            x if x.is_contiguous(memory_format=self.memory_format) else x.contiguous(memory_format=self.memory_format)
+        )
 
 
 @lru_cache(maxsize=4096)

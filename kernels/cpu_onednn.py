@@ -117,7 +117,12 @@ _TRIED: Sequence[tuple[tuple[int, ...], Geometry | None]] = (
 
 
 def _is_right(shape: tuple[int, ...], geometry: Geometry | None) -> bool:
-    x = torch.arange(2 * 33 * 7 ** (len(shape) - 2)).remainder(2 * TOP + 1).sub(TOP).view(2, 33, *[7] * (len(shape) - 2))
+    x = (
+        torch.arange(2 * 33 * 7 ** (len(shape) - 2))
+        .remainder(2 * TOP + 1)
+        .sub(TOP)
+        .view(2, 33, *[7] * (len(shape) - 2))
+    )
     w = torch.arange(torch.Size(shape).numel()).mul(7).remainder(2 * TOP + 1).sub(TOP).view(shape)
     found = _sums((x + _ZERO).to(torch.uint8), _prepacked(w.to(torch.int8), geometry), geometry, shape[0])
     return torch.equal(found.double(), multiply(x.double(), w.double(), geometry))

@@ -2,7 +2,7 @@
 
 `TABLE` is read from above. Of the kernels that have the compute asked for and take the call, the fastest is used: a
 micro-probe tries them on the call's own input and keeps what it found on disk (`bitpolicy.kernels.micro_probe`). Where
-nothing can be tried, while a CUDA graph is captured or torch.compile traces, the first one is used.
+nothing can be tried, while a CUDA graph is captured, the first one is used; and so it is where that is `settled`.
 
     BITPOLICY_KERNELS=auto         the above
     BITPOLICY_KERNELS=reference    plain torch code everywhere
@@ -146,7 +146,7 @@ def _decide(
         return fallback, True
     if asked != AUTO:
         return next((kernel for kernel in able if kernel.name == asked), fallback), True
-    if len(able) == 1 or x.numel() == 0:
+    if able[0].settled or len(able) == 1 or x.numel() == 0:
         return able[0], True
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return able[0], False
@@ -159,6 +159,13 @@ def _decide(
 def run(kernel: Kernel, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """The product by this kernel, with what it prepared of the weight."""
     return kernel(x, weight, bias, prepared(kernel, weight, x.dtype))
+
+
+def scratch_kept(weight: PackedWeight, dtype: torch.dtype) -> int:
+    """Bytes that stay reserved once such a weight was multiplied exactly with an input of this dtype."""
+    x = torch.empty(0, dtype=dtype, device=next(iter(weight.tensors.values())).device)
+    able = [row.kernel for row in kernels(Compute.EXACT) if row.refuses(x, weight) is None]
+    return able[0].scratch(weight, dtype) if able[0].settled and mode() == AUTO else 0
 
 
 _layouts: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -222,6 +229,11 @@ def _described(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None,
         "" if bias is None else "bias",
     )
     return ", ".join(part for part in parts if part)
+
+
+def is_settled(name: str) -> bool:
+    """Whether the kernel of this name is used without trying others."""
+    return any(row.kernel.settled for row in TABLE if row.kernel.name == name)
 
 
 def tried(

@@ -101,6 +101,27 @@ def test_a_kernel_that_is_off_by_one_bit_is_never_taken(table: Any, monkeypatch:
     assert chosen() == "reference"
 
 
+class Settled(Slow):
+    name = "settled"
+    settled = True
+
+    def scratch(self, weight: PackedWeight, dtype: torch.dtype) -> int:
+        return 12 * dtype.itemsize
+
+
+def test_nothing_is_tried_where_a_kernel_is_settled(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(micro_probe, "fastest", lambda *_: pytest.fail("tried"))
+    table(Settled(), Keeping())
+    assert chosen() == "settled"
+    weight: Any = weight_of(CALL, "int4")
+    assert dispatch.scratch_kept(weight, torch.float16) == 24
+    table(Picky(), Settled())
+    assert chosen() == "settled"
+    with use_kernels("reference"):
+        assert chosen() == "reference"
+        assert dispatch.scratch_kept(weight, torch.float16) == 0
+
+
 def test_what_was_found_is_read_by_the_next_process(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     table(Slow())
     assert chosen() == "reference"

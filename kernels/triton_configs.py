@@ -1,0 +1,140 @@
+"""How a product is cut into tiles: a short list of ways, and which one a shape gets.
+
+A program of the grid computes BN output channels of BM rows of the input (pixels of a convolution), BK places of the sum at a
+time. Few tiles leave most of a GPU idle; then the sum itself is cut into `splits`, added up by a second pass in a fixed
+order, so that results do not change from run to run. The choice follows from the shape alone unless `tune` was called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+_ENOUGH = 132  # programs that fill an H100; an A100 has 108 multiprocessors
+_MOST_SPLITS = 16
+_LEAST_STEPS = 4  # of a split, or the pipeline never fills
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to cut a product.
+
+    Attributes:
+        bn: output channels of a tile.
+        bm: rows or pixels of a tile.
+        bk: places of the sum that are loaded at a time.
+        stages: loads in flight.
+        splits: of the sum.
+    """
+
+    bn: int
+    bm: int
+    bk: int
+    warps: int
+    stages: int
+    splits: int = 1
+
+
+@dataclass(frozen=True)
+class Product:
+    """What a choice hangs on.
+
+    Attributes:
+        rows: M, of the input; pixels of a convolution's output.
+        out: N.
+        length: K.
+        channels: of the input; a step of the sum that stays within one tap is fastest.
+        bits: of a weight where it is read, 4 or 8.
+        integer: inputs have 8 bits; else 16.
+        run: weights that share a scale; 0 where scales are applied to the sum.
+    """
+
+    rows: int
+    out: int
+    length: int
+    channels: int
+    bits: int
+    integer: bool
+    run: int = 0
+
+
+def configs(product: Product) -> list[Config]:
+    """Ways worth trying, the likeliest first."""
+    cut = [replace(c, bk=_step(c.bk, product)) for c in _tiles(product)]
+    chosen = [replace(c, splits=_splits(c, product)) for c in cut]
+    return list(dict.fromkeys(sorted(chosen, key=lambda c: _waves(c, product))))
+
+
+def _tiles(product: Product) -> list[Config]:
+    wide = 128 if product.integer else 64
+    if product.rows <= 16:
+        return [Config(64, 16, 128, 4, 4), Config(128, 16, 128, 8, 4), Config(32, 16, 128, 4, 4)]
+    if product.rows <= 32:
+        return [Config(64, 32, 128, 4, 4), Config(128, 32, 128, 8, 4)]
+    if product.rows <= 64:
+        return [Config(64, 64, 128, 4, 3), Config(128, 64, wide, 8, 4)]
+    return [
+        Config(128, 256, wide, 8, 3),
+        Config(128, 128, wide, 8, 4),
+        Config(128, 64, wide, 8 if product.bits == 4 else 4, 4),
+        Config(64, 64, wide, 4, 4),
+    ]
+
+
+def _step(bk: int, product: Product) -> int:
+    """The largest step up to `bk` that stays within one tap, if there is one that is not too short."""
+    shortest = 32
+    step = bk
+    while step > shortest and product.channels % step:
+        step //= 2
+    return step if product.channels % step == 0 else min(bk, 64)
+
+
+def _tile_count(config: Config, product: Product) -> int:
+    return -(-product.rows // config.bm) * -(-product.out // config.bn)
+
+
+def _splits(config: Config, product: Product) -> int:
+    """As many as it takes to keep the GPU busy, of sums long enough."""
+    tiles, steps = _tile_count(config, product), -(-product.length // config.bk)
+    splits = 1
+    while splits < _MOST_SPLITS and tiles * splits * 2 <= _ENOUGH and steps >= 2 * splits * _LEAST_STEPS:
+        splits *= 2
+    return splits
+
+
+def _waves(config: Config, product: Product) -> float:
+    """Time in units of one multiply-add a multiprocessor, roughly: rounds of programs times the work of one."""
+    programs = _tile_count(config, product) * config.splits
+    rounds = -(-programs // _ENOUGH)
+    reuse = 1 + 16 / config.bm + 16 / config.bn  # loads that a small tile repeats
+    return rounds * config.bn * config.bm * (product.length / config.splits) * reuse
+
+
+_tuning = False
+_tuned: dict[object, Config] = {}
+
+
+def tune(on: bool = True) -> None:
+    """From now on, time the ways for each new shape, once, and keep the fastest; never while a CUDA graph is captured.
+
+    Products in 8 bits stay the same to the bit; those of floats may add in another order.
+    """
+    global _tuning
+    _tuning = on
+
+
+def choose(product: Product, key: object, time: Callable[[Config], float] | None) -> Config:
+    """The way for a shape: the fastest where it was timed, else the likeliest.
+
+    Args:
+        key: what else the choice hangs on.
+        time: seconds that a product cut so takes; None where nothing can be timed.
+    """
+    known = _tuned.get((product, key))
+    if known is not None:
+        return known
+    ways = configs(product)
+    if not _tuning or time is None or len(ways) == 1:
+        return ways[0]
+    return _tuned.setdefault((product, key), min(ways, key=time))

@@ -1,0 +1,160 @@
+"""The kernels for CUDA, written in Triton: what each takes, and which pieces it is made of.
+
+triton-dequantize    EXACT  the weight is dequantized to scratch memory by one fast kernel, then cuBLAS or cuDNN multiplies
+triton-float         FLOAT  the weight is dequantized inside the product
+triton-int8          INT8   the input is quantized once, then 8-bit codes are multiplied
+
+Triton is imported when the first of them is called, so naming them costs nothing. Nothing here waits for the GPU, and
+scratch memory comes from torch's allocator, so that calls can be captured in a CUDA graph; each shape has to run once before.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import torch
+
+from bitpolicy.kernels.affine import Affine
+from bitpolicy.kernels.formats import INT8
+from bitpolicy.kernels.int8_compute import multiply, weight_codes
+from bitpolicy.kernels.kernel import Compute, Kernel, PackedWeight, Prepared
+
+_LONGEST = (2**31 - 1) // 127**2  # products of codes that surely fit a sum in 32 bits
+
+
+def _unavailable(x: torch.Tensor) -> str | None:
+    """Why Triton cannot take this input at all."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if x.device.type == "cpu":
+        return None if os.environ.get("TRITON_INTERPRET") == "1" else "for CUDA devices"
+    if x.device.type not in ("cuda", "meta"):
+        return "for CUDA devices"
+    if x.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(x.device) < (8, 0)):
+        return "for NVIDIA GPUs from Ampere on"
+    return "an input of 2^31 values or more" if x.numel() >= 2**31 else None
+
+
+def _unpackable(weight: PackedWeight) -> bool:
+    """Whether the kernels of `triton_weights` read this format."""
+    f = weight.format
+    return f == INT8 or (isinstance(f, Affine) and f.bits in (4, 8) and not f.rotated)
+
+
+def _left_to_torch(x: torch.Tensor, weight: PackedWeight) -> bool:
+    """Whether torch has to answer: inputs of no size, or shapes that do not fit together, of which it complains."""
+    if weight.geometry is None:
+        return x.numel() == 0 or x.shape[-1] != weight.shape[1]
+    g, fits = weight.geometry, x.ndim == 2 + len(weight.geometry.stride) and x.shape[1] == weight.shape[1]
+    spans = zip(x.shape[2:], weight.shape[2:], g.padding, g.dilation, strict=False)
+    return x.numel() == 0 or not fits or any(n + 2 * p < d * (k - 1) + 1 for n, k, p, d in spans)
+
+
+def _by_torch(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    return multiply(x, x.new_zeros(weight.shape), weight.geometry, bias)
+
+
+class TritonDequantize(Kernel):
+    """Dequantize by a kernel of ours, multiply by torch."""
+
+    name = "triton-dequantize"
+    compute = Compute.EXACT
+
+    def refuses(self, x: torch.Tensor, weight: PackedWeight) -> str | None:
+        return _unavailable(x) or (None if _unpackable(weight) else "for int4 and int8 in groups, not rotated")
+
+    def __call__(
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
+    ) -> torch.Tensor:
+        from bitpolicy.kernels.triton_layers import is_channels_last
+        from bitpolicy.kernels.triton_weights import dequantized
+
+        last = weight.geometry is not None and weight.geometry.groups == 1 and is_channels_last(x)
+        unpacked = dequantized(weight.format, weight.tensors, weight.shape, x.dtype, channels_last=last)
+        return multiply(x, unpacked, weight.geometry, bias)
+
+
+class TritonFloat(Kernel):
+    """Multiply 16-bit inputs with weights of `int8` and of 4 bits, dequantized tile by tile."""
+
+    name = "triton-float"
+    compute = Compute.FLOAT
+
+    def refuses(self, x: torch.Tensor, weight: PackedWeight) -> str | None:
+        f = weight.format
+        if not (f == INT8 or (isinstance(f, Affine) and f.bits == 4 and not f.rotated)):
+            return "for int8 and for 4 bits in groups, not rotated"
+        if weight.geometry is not None and weight.geometry.groups > 1:
+            return "for convolutions of one group"
+        if x.dtype not in (torch.float16, torch.bfloat16):
+            return "for float16 and bfloat16"
+        return _unavailable(x)
+
+    def prepare(self, weight: PackedWeight, dtype: torch.dtype) -> Prepared:
+        return _prepared_rows(weight)
+
+    def __call__(
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
+    ) -> torch.Tensor:
+        if _left_to_torch(x, weight):
+            return _by_torch(x, weight, bias)
+        from bitpolicy.kernels.triton_layers import multiply_floats
+
+        return multiply_floats(x, weight, bias, prepared)
+
+
+class TritonInt8(Kernel):
+    """Quantize the input once, multiply codes, and scale the sums.
+
+    4-bit weights stay as they are: few rows requantize them inside the product, many rows once to scratch memory.
+    Formats that cannot be requantized so are kept as 8-bit codes beside the packed tensors.
+    """
+
+    name = "triton-int8"
+    compute = Compute.INT8
+
+    def refuses(self, x: torch.Tensor, weight: PackedWeight) -> str | None:
+        if weight.geometry is not None and weight.geometry.groups > 1:
+            return "for convolutions of one group"
+        if weight.row_length > _LONGEST:
+            return "a sum of so many products does not fit 32 bits"
+        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return "for float32, float16 and bfloat16"
+        if weight.low_memory and not _unpackable(weight):
+            return "this format has to be kept in 8 bits, which low_memory forbids"
+        return _unavailable(x)
+
+    def prepare(self, weight: PackedWeight, dtype: torch.dtype) -> Prepared:
+        if weight.low_memory:
+            return {}
+        if weight.format == INT8:
+            return _prepared_rows(weight)
+        if _unpackable(weight):
+            from bitpolicy.kernels.triton_weights import channel_scales
+
+            return {"channel_scale": channel_scales(weight.format, weight.tensors, weight.shape)}
+        from bitpolicy.kernels.triton_weights import int8_rows
+
+        codes, scale = weight_codes(weight)
+        return {"rows": int8_rows(codes), "channel_scale": scale}
+
+    def __call__(
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
+    ) -> torch.Tensor:
+        if _left_to_torch(x, weight):
+            return _by_torch(x, weight, bias)
+        from bitpolicy.kernels.triton_layers import multiply_codes
+
+        return multiply_codes(x, weight, bias, prepared)
+
+
+def _prepared_rows(weight: PackedWeight) -> Prepared:
+    """Rows in wire order of an `int8` convolution, if its codes do not lie so already."""
+    if weight.format != INT8 or weight.low_memory:
+        return {}
+    from bitpolicy.kernels.triton_weights import int8_rows
+
+    stored = weight.tensors["weight_packed"]
+    rows = int8_rows(stored)
+    return {} if rows.data_ptr() == stored.data_ptr() else {"rows": rows}

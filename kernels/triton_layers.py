@@ -1,0 +1,139 @@
+"""Layers on top of the Triton product: shapes, layouts and memory formats in and out, and how the work is cut.
+
+A convolution reads its input channels last. An input that lies so already is read where it is; floats in any other order
+are copied once, 8-bit codes are written so in the first place. The output has the memory format that torch's own layer
+would give it: the kernel stores with strides.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+import triton
+from torch._prims_common import suggest_memory_format
+
+from bitpolicy.kernels.affine import Affine
+from bitpolicy.kernels.formats import INT8
+from bitpolicy.kernels.kernel import PackedWeight, Prepared
+from bitpolicy.kernels.triton_configs import Config, Product, choose
+from bitpolicy.kernels.triton_input import quantized
+from bitpolicy.kernels.triton_product import ONE_PIXEL, Rows, Window, launch, window
+from bitpolicy.kernels.triton_weights import channel_scales, int8_rows, requantized
+
+UNPACK_FROM = 128
+"""Rows of input from which on a 4-bit weight is requantized once to scratch memory, not once for each tile of rows."""
+
+
+def multiply_floats(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
+) -> torch.Tensor:
+    """The product of 16-bit inputs, not empty."""
+    codes = _channels_last(x).contiguous() if weight.geometry is not None else x.contiguous()
+    return _product(x, codes, None, _float_rows(weight, prepared), weight, bias)
+
+
+def multiply_codes(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
+) -> torch.Tensor:
+    """The product of inputs that are first quantized to 8 bits, not empty."""
+    codes, scale = quantized(x, per_sample=weight.geometry is not None)
+    return _product(x, codes, scale, _integer_rows(weight, prepared, codes), weight, bias)
+
+
+def is_channels_last(x: torch.Tensor) -> bool:
+    """Whether torch's own convolution would answer an input that lies so with channels last."""
+    return x.ndim > 3 and suggest_memory_format(x) != torch.contiguous_format
+
+
+def _product(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor | None,
+    rows: Rows,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Multiply `codes`, the values of `x` in the kernel's order."""
+    out = weight.shape[0]
+    if weight.geometry is None:
+        place, y = ONE_PIXEL, x.new_empty((*x.shape[:-1], out))
+        into = y.view(-1, 1, out)
+    else:
+        place = window(tuple(x.shape[2:]), weight.shape[2:], weight.geometry)
+        y, into = _output(x, out, place)
+    launch(codes, scale, rows, bias, into, place, _config(codes, scale, rows, bias, into, place, weight))
+    return y
+
+
+def _output(x: torch.Tensor, out: int, place: Window) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a convolution returns, shape (B, out, *spatial), and a view of it, shape (B, pixels, out)."""
+    samples, spatial = x.shape[0], place.output[5 - x.ndim :]
+    pixels = prod(spatial)
+    if is_channels_last(x):
+        y = x.new_empty((samples, *spatial, out))
+        return y.movedim(-1, 1), y.view(samples, pixels, out)
+    y = x.new_empty((samples, out, *spatial))
+    return y, y.view(samples, out, pixels).transpose(1, 2)
+
+
+def _channels_last(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, *spatial) -> (B, *spatial, C)."""
+    return x.movedim(1, -1)
+
+
+def _float_rows(weight: PackedWeight, prepared: Prepared) -> Rows:
+    """The weight for inputs of 16 bits: a scale that a whole row shares is left to the end of the sum."""
+    tensors = weight.tensors
+    if weight.format == INT8:
+        return Rows(_int8_codes(weight, prepared), channel_scale=tensors["weight_scale"])
+    scale, zero = tensors["weight_scale"], tensors.get("weight_zero")
+    assert isinstance(weight.format, Affine)
+    if scale.shape[1] == 1:
+        return Rows(tensors["weight_packed"], scale, zero, 0, channel_scale=scale)
+    return Rows(tensors["weight_packed"], scale, zero, weight.format.run(weight.row_length))
+
+
+def _integer_rows(weight: PackedWeight, prepared: Prepared, codes: torch.Tensor) -> Rows:
+    """The weight for inputs of 8 bits."""
+    tensors, format = weight.tensors, weight.format
+    if format == INT8:
+        return Rows(_int8_codes(weight, prepared), channel_scale=tensors["weight_scale"])
+    if "rows" in prepared:
+        return Rows(prepared["rows"], channel_scale=prepared["channel_scale"])
+    assert isinstance(format, Affine)
+    scales = prepared.get("channel_scale")
+    if scales is None:
+        scales = channel_scales(format, tensors, weight.shape)
+    if format.bits == 8 or codes.numel() // codes.shape[-1] >= UNPACK_FROM:
+        return Rows(requantized(format, tensors, weight.shape, scales), channel_scale=scales)
+    scale, zero = tensors["weight_scale"], tensors.get("weight_zero")
+    run = 0 if scale.shape[1] == 1 else format.run(weight.row_length)
+    return Rows(tensors["weight_packed"], scale, zero, run, channel_scale=scales)
+
+
+def _int8_codes(weight: PackedWeight, prepared: Prepared) -> torch.Tensor:
+    rows = prepared.get("rows")
+    return int8_rows(weight.tensors["weight_packed"]) if rows is None else rows
+
+
+def _config(
+    codes: torch.Tensor,
+    scale: torch.Tensor | None,
+    rows: Rows,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    place: Window,
+    weight: PackedWeight,
+) -> Config:
+    """How to cut this product; timed only where that is asked for and possible."""
+    samples, pixels, out = y.shape
+    channels = weight.shape[1]
+    product = Product(samples * pixels, out, weight.row_length, channels, rows.bits, scale is not None, rows.run)
+    if not codes.is_cuda or torch.cuda.is_current_stream_capturing():
+        return choose(product, None, None)
+
+    def time(config: Config) -> float:
+        return triton.testing.do_bench(lambda: launch(codes, scale, rows, bias, y, place, config), warmup=5, rep=20)
+
+    return choose(product, (codes.device, codes.dtype, place), time)
