@@ -109,6 +109,8 @@ def use_kernels(name: str) -> Iterator[None]:
 
 
 def _known(name: str) -> str:
+    if name == AUTO:
+        return name
     names = [AUTO, REFERENCE, *(row.kernel.name for row in TABLE)]
     if name not in names:
         raise BitPolicyError(f"unknown kernel {name!r}; write any of {', '.join(dict.fromkeys(names))}")
@@ -168,11 +170,14 @@ def scratch_kept(weight: PackedWeight, dtype: torch.dtype) -> int:
     return able[0].scratch(weight, dtype) if able[0].settled and mode() == AUTO else 0
 
 
+_NOTHING: Prepared = {}
 _layouts: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def prepared(kernel: Kernel, weight: PackedWeight, dtype: torch.dtype) -> Prepared:
     """What the kernel makes of the weight once; made anew when the stored tensors were replaced or written to."""
+    if type(kernel).prepare is Kernel.prepare:
+        return _NOTHING
     if weight.low_memory:
         return kernel.prepare(weight, dtype)
     stored = next(iter(weight.tensors.values()))
