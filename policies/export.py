@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.atomic import write_text, written_aside
@@ -84,7 +85,8 @@ def export_parts(
         for name, model in zip(components, denoisers_in(parts.denoiser), strict=True):
             own, means = of_component(choices, name, components), of_component(calibration, name, components)
             source = parts.sources[name]
-            nbytes += export_component(model, own, means, storage, aside / name, max_shard_size, source)
+            about = (storage, aside / name, max_shard_size, source, Compute(policy.compute))
+            nbytes += export_component(model, own, means, *about)
         if not is_rounded(calibration) and any(choice.bias_correction for choice in choices.values()):
             save_calibration(calibration, aside / "calibration.safetensors")  # rounded, it would hold the weights again
         describe_checkpoint(aside, policy, parts.denoiser, card)

@@ -15,6 +15,7 @@ from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import TensorSpec
+from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import (
     PackedLayer,
     pack_layer,
@@ -62,11 +63,12 @@ def expected_tensors(model: nn.Module, tied: Iterable[str] = ()) -> dict[str, Te
     }
 
 
-def finish(model: nn.Module, compute_dtype: Callable[[str], torch.dtype]) -> None:
-    """Check what was read, and tell each packed layer the dtype that its `weight` is to have.
+def finish(model: nn.Module, compute_dtype: Callable[[str], torch.dtype], compute: Compute) -> None:
+    """Check what was read, and tell each packed layer the dtype that its `weight` is to have, and how to multiply.
 
     Args:
         compute_dtype: of the layer with this name.
+        compute: of all of them.
 
     Raises:
         BitPolicyError: a tensor was not read, or not kept as it is stored.
@@ -85,7 +87,7 @@ def finish(model: nn.Module, compute_dtype: Callable[[str], torch.dtype]) -> Non
                     f"{name}.{suffix} was read as {tensor.dtype}, it is stored in {specs[suffix].dtype}; load without "
                     "offload_state_dict"
                 )
-        layer.compute_dtype = compute_dtype(name)
+        layer.compute_dtype, layer.compute = compute_dtype(name), compute
 
 
 def refuse_disk(device_map: object) -> None:

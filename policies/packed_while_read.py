@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import Quantizable, pack_layer, quantizable_layers, replace_layer
 from bitpolicy.policies.accounting import stored_spec, tensors_hash
 from bitpolicy.policies.apply import quantize_layer
@@ -49,7 +50,7 @@ class PackedWhileRead:
         self._storage = getattr(torch, self._policy.storage_dtype)
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         self._waiting: dict[str, dict[str, torch.Tensor]] = {}
-        self.config = BitPolicyConfig.of(self._choices, self._storage)
+        self.config = BitPolicyConfig.of(self._choices, self._storage, compute=Compute(policy.compute))
 
     def require_same_weights(self, read: Callable[[str], torch.Tensor]) -> None:
         """Compare the hash of the files' weights with the policy's; reads everything once.

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.formats import format_named, from_parameters
+from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.quantizers import HESSIANS, QUANTIZERS
 from bitpolicy.policies.atomic import write_text
 from bitpolicy.policies.plain_yaml import YamlError, read_yaml
@@ -135,12 +136,13 @@ class Result(_Strict):
 
 
 class Policy(_Strict):
-    """A policy file, schema version 1."""
+    """A policy file, schema version 1. `compute` is that of the packed layers, and of the images that were measured."""
 
     bitpolicy: Literal[1] = SCHEMA
     model: ModelReference
     budget: BudgetRecord | None = None
     storage_dtype: Literal["float16", "bfloat16"] = "float16"
+    compute: Literal["exact", "int8"] = "exact"
     formats: dict[str, dict[str, Any]] = Field(default_factory=dict)
     defaults: LayerSettings = Field(
         default_factory=lambda: LayerSettings(format="fp16", quantizer="rtn", bias_correction=False)
@@ -161,6 +163,13 @@ class Policy(_Strict):
         copy = self.model_copy()
         copy._calibration = calibration
         return copy
+
+    def under(self, compute: Compute) -> Policy:
+        """The same choices under another compute; what was predicted and measured is not true of them there."""
+        if compute == self.compute:
+            return self
+        result = None if self.result is None else Result(policy_bytes=self.result.policy_bytes)
+        return self.model_copy(update={"compute": compute.value, "result": result})
 
     @classmethod
     def load(cls, path: str | Path) -> Policy:
@@ -197,6 +206,8 @@ class Policy(_Strict):
         for empty in ("rules", "provenance"):
             if not data[empty]:
                 del data[empty]
+        if self.compute == "exact":
+            del data["compute"]
         return yaml.dump(data, Dumper=_Readable, sort_keys=False, width=120)
 
     @classmethod

@@ -18,6 +18,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.kernel import Compute
 from bitpolicy.policies.packed_config import METHOD, BitPolicyConfig
 from bitpolicy.policies.packed_model import (
     expected_tensors,
@@ -110,7 +111,7 @@ class BitPolicyTransformersQuantizer(HfQuantizer):
         self._reading = None
         for _, layer in packed_layers(model):
             _restore_dtypes(layer)
-        finish(model, self._dtype_of)
+        finish(model, self._dtype_of, Compute(self.quantization_config.compute))
         model.config.quantization_config = self.quantization_config
         model.is_quantized = False  # packed layers survive .half(): lifts transformers' refusal of it
         return model

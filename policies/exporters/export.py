@@ -85,7 +85,7 @@ def export_to(
             source = _source(model, parts.sources[name], name, own, means, storage, written)
             nbytes += exporter.write(source, aside)
         written.save(aside / POLICY)
-    return Exported(nbytes, changed, _notes(exporter, choices))
+    return Exported(nbytes, changed, (*_notes(exporter, choices), *_compute_note(exporter, policy)))
 
 
 def _requantized(
@@ -169,6 +169,12 @@ def _notes(exporter: Exporter, choices: Mapping[str, Choice]) -> tuple[str, ...]
             f": {corrected} corrected biases and {others} layers rounded by another quantizer than rtn are not carried"
         )
     return (lost,)
+
+
+def _compute_note(exporter: Exporter, policy: Policy) -> tuple[str, ...]:
+    if policy.compute == "exact":
+        return ()
+    return (f"the policy was measured under {policy.compute} compute; {exporter.title} multiplies in its own way",)
 
 
 def _require_diffusers(parts: Parts, exporter: Exporter) -> None:

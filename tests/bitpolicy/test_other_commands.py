@@ -194,7 +194,7 @@ def test_eval_measures_a_checkpoint_on_samples_of_its_own(
 ) -> None:
     arguments = ("eval", finished.folder / "checkpoint", "--model", toy, "--prompts", prompts, *CALL, "--images", "3")
     result = command(*arguments, "--picture", "pair.png", "--json").result
-    assert set(result) == {"psnr_db"}
+    assert set(result) == {"psnr_db", "compute"}
     psnr = result["psnr_db"]
     assert (psnr["n"], psnr["identical"]) == (3, 0)
     assert psnr["mean"] == pytest.approx(finished.outcome.result["psnr_db"]["mean"], abs=6)

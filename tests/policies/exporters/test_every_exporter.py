@@ -20,6 +20,7 @@ from toy_readers import READERS, Reading
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import quantized, stored_weight
 from bitpolicy.policies.calibration import rounded_key
@@ -182,6 +183,15 @@ def test_the_policy_lies_beside_it(written: Written) -> None:
     assert Policy.load(written.folder / "policy.yaml").resolve(written.choices) == written.choices
     assert written.result.requantized == ()
     assert (written.result.notes != ()) == written.exporter.rounds_itself
+
+
+def test_a_policy_of_int8_compute_is_written_with_a_word_that_the_target_has_its_own(
+    written: Written, tmp_path: Path
+) -> None:
+    found = written.again(tmp_path / "new", policy=written.policy.under(Compute.INT8))
+    assert found.notes[:-1] == written.result.notes
+    assert f"int8 compute; {written.exporter.title}" in found.notes[-1]
+    assert Policy.load(tmp_path / "new" / "policy.yaml").compute == "int8"
 
 
 def test_exporting_changes_nothing_in_memory(written: Written, even_unet: Callable[[], Any]) -> None:
