@@ -29,7 +29,7 @@ def text_encoder_skeleton(class_name: str, folder: Path) -> Any:
         BitPolicyError: there is no such class, it is no model, or the config is no model's.
     """
     kind: Any = getattr(transformers, class_name, None)
-    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+    if transformers.PreTrainedModel not in getattr(kind, "__mro__", ()):
         raise BitPolicyError(
             f"transformers {transformers.__version__} has no model {class_name}; load the pipeline and export it "
             "from memory: bitpolicy.export(pipe, policy, folder)"

@@ -174,7 +174,10 @@ def lora(model: Any, inputs: Inputs) -> None:
 
 
 def lora_fuse(model: Any, inputs: Inputs) -> None:
-    """Fused, the adapter is in the packed weights as nearly as their formats hold it; unfused it is out again."""
+    """Fused, the adapter is in the packed weights as nearly as their formats hold it; unfused it is out again.
+
+    Each of the two rounds the weights once: what is left after both is of the size that one rounding makes.
+    """
     before, targets = output(model, inputs), _targets(model)
     _adapt(model)
     adapted = output(model, inputs)
@@ -183,7 +186,9 @@ def lora_fuse(model: Any, inputs: Inputs) -> None:
     assert _distance(fused, adapted) < 0.5 * _distance(before, adapted)
     model.unfuse_lora()
     model.unload_lora()
-    assert _distance(output(model, inputs), before) < 0.5 * _distance(adapted, before)
+    left = _distance(output(model, inputs), before)
+    assert left < 0.75 * _distance(adapted, before)
+    assert left < 3 * _distance(fused, adapted)
     kept = {name.rpartition(".")[0] for name in packed(model)}
     assert set(targets) <= kept
 
