@@ -16,6 +16,7 @@ from bitpolicy.kernels.formats import DEFAULT, parse_formats
 from bitpolicy.kernels.quantizers import DEFAULT as DEFAULT_QUANTIZER
 from bitpolicy.loading import open_parts, open_pipeline, source_of, stored_dtype
 from bitpolicy.plan import make_plan
+from bitpolicy.policies.apply import choices_for
 from bitpolicy.policies.calibration import Calibration, calibration_of
 from bitpolicy.policies.checkpoint import MAX_SHARD_SIZE
 from bitpolicy.policies.export import export_parts
@@ -25,7 +26,7 @@ from bitpolicy.policies.model_card import Card
 from bitpolicy.policies.parts import Parts
 from bitpolicy.policies.policy import Policy
 from bitpolicy.policies.source import source_hash
-from bitpolicy.sensitivity.inventory import Layer, inventory
+from bitpolicy.sensitivity.inventory import inventory, warn_of_unsupported
 from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.samples import Request
 from bitpolicy.sensitivity.table import SensitivityTable
@@ -185,10 +186,11 @@ def export(
         require_login(push_to_hub)
     parts = _parts(pipe, given, revision, variant, config)
     layers = inventory(parts.denoiser)
+    warn_of_unsupported(parts.denoiser)
     nbytes = export_parts(
         parts,
         given,
-        _calibration(given, policy, layers),
+        _calibration(given, policy, parts),
         Path(output_dir),
         component_dtype=component_dtype,
         max_shard_size=max_shard_size,
@@ -225,7 +227,8 @@ def export_for(
     """
     given = policy if isinstance(policy, Policy) else Policy.load(policy)
     parts = _parts(pipe, given, revision, variant, config)
-    calibration = _calibration(given, policy, inventory(parts.denoiser))
+    calibration = _calibration(given, policy, parts)
+    warn_of_unsupported(parts.denoiser)
     return export_to(target, parts, given, calibration, Path(output_dir), requantize=requantize)
 
 
@@ -276,7 +279,7 @@ def _require_model(policy: Policy, found: str) -> None:
         )
 
 
-def _calibration(policy: Policy, given: Policy | str | Path, layers: Sequence[Layer]) -> Calibration:
+def _calibration(policy: Policy, given: Policy | str | Path, parts: Parts) -> Calibration:
     """Of a policy that was given in memory or as a file."""
     path = None if isinstance(given, Policy) else Path(given)
-    return calibration_of(policy, path, policy.resolve(layer.name for layer in layers).values())
+    return calibration_of(policy, path, choices_for(parts.denoiser, policy).values())

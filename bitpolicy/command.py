@@ -1,8 +1,8 @@
 """Whether this process runs one of our commands, and then: imports that print nothing.
 
-Importing diffusers imports every quantization library that is installed, and some print warnings about each other (torchao
-0.18 beside torch 2.14 or newer, three lines). Who runs a command can do nothing about them, and an error has to stay one line.
-Who imports bitpolicy hears them, as from diffusers itself.
+Importing diffusers imports every quantization library that is installed, and some print warnings about each other, as
+torchao 0.18 does beside torch 2.14 or newer. Who runs a command can do nothing about them, and an error has to stay one
+line. Who imports bitpolicy hears them, as from diffusers itself.
 """
 
 from __future__ import annotations

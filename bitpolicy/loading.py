@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,9 +25,10 @@ from bitpolicy.offload import stream_weights
 from bitpolicy.policies.accounting import weights_hash
 from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.denoiser import ALL, DENOISERS, denoiser_names, denoiser_of, denoisers_in, studied
+from bitpolicy.policies.denoiser_files import WRONG_CONFIG
 from bitpolicy.policies.folder_parts import FolderParts, has_names_of_models, is_streamable
-from bitpolicy.policies.parts import MemoryParts, Parts
-from bitpolicy.policies.pipeline_files import PipelineFiles
+from bitpolicy.policies.parts import MemoryParts, Parts, require_no_adapter
+from bitpolicy.policies.pipeline_files import PipelineFiles, read_json
 from bitpolicy.sensitivity.workers import device_of_this_process
 from bitpolicy.single_file import SingleFile
 
@@ -173,6 +173,7 @@ def source_of(pipe: DiffusionPipeline, component: str | None = None, storage: to
     Args:
         storage: None is bfloat16 for a bfloat16 denoiser and float16 for any other.
     """
+    require_no_adapter(pipe)
     name = denoiser_names(pipe, component)
     denoiser = denoiser_of(pipe, name)
     if any(isinstance(module, PackedLayer) for module in denoiser.modules()):
@@ -191,12 +192,15 @@ def open_pipeline(folder: Path, dtype: torch.dtype | None = None, variant: str |
     arguments: dict[str, Any] = {"variant": variant, "local_files_only": True}
     if dtype is not None:
         arguments[keyword] = dtype
+    usual = torch.get_default_dtype()
     try:
         return DiffusionPipeline.from_pretrained(str(folder), **arguments)
     except BitPolicyError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (*WRONG_CONFIG, ImportError, SafetensorError) as error:
         raise BitPolicyError(f"cannot load the pipeline in {folder}: {' '.join(str(error).split())}") from error
+    finally:
+        torch.set_default_dtype(usual)  # diffusers changes it, and leaves it so where a model cannot be made
 
 
 def _require_pipeline(folder: Path) -> None:
@@ -234,13 +238,27 @@ def _commonest(specs: Iterable[TensorSpec]) -> torch.dtype:
 
 
 def stored_dtype(folder: Path) -> torch.dtype | None:
-    """The storage dtype that a packed denoiser's config records; None if nothing in the folder is packed."""
+    """The storage dtype that a packed denoiser's config records; None if nothing in the folder is packed.
+
+    Raises:
+        BitPolicyError: the config is none, or records no dtype.
+    """
     for name in DENOISERS:
         path = folder / name / "config.json"
         if path.is_file():
-            recorded = json.loads(path.read_text()).get("quantization_config", {}).get("storage_dtype")
-            return getattr(torch, recorded) if recorded else None
+            recorded = _recorded(path).get("storage_dtype")
+            if recorded and recorded not in DTYPES:
+                raise BitPolicyError(f"{path}: storage_dtype is {recorded!r}, needed one of {', '.join(DTYPES)}")
+            return DTYPES[recorded] if recorded else None
     return None
+
+
+def _recorded(config: Path) -> dict[str, Any]:
+    """The quantization_config in a config.json; empty without one."""
+    found = read_json(config).get("quantization_config") or {}
+    if not isinstance(found, dict):
+        raise BitPolicyError(f"{config}: quantization_config is {type(found).__name__}, needed a mapping")
+    return found
 
 
 def packed_components(folder: Path) -> str | None:
@@ -250,8 +268,7 @@ def packed_components(folder: Path) -> str | None:
 
 
 def _packs_layers(config: Path) -> bool:
-    recorded = json.loads(config.read_text()).get("quantization_config") or {}
-    return bool(recorded.get("layers"))
+    return bool(_recorded(config).get("layers"))
 
 
 def device_named(name: str) -> torch.device:

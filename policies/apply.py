@@ -18,12 +18,12 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.grid import GridFormat
 from bitpolicy.kernels.kernel import Compute
-from bitpolicy.kernels.layers import Quantizable, pack_layer, quantizable_layers, replace_layer
+from bitpolicy.kernels.layers import Quantizable, pack_layer, quantizable_layers, replace_layer, unsupported_layers
 from bitpolicy.kernels.quantizers import HESSIANS, quantize_data_free
 from bitpolicy.kernels.row_chunks import each_chunk
 from bitpolicy.policies.calibration import Calibration, rounded_key
 from bitpolicy.policies.int8_layers import multiplied_weight, round_inputs, rounds_inputs
-from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.policy import Choice, Policy
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,16 @@ class QuantizedLayer:
 
     tensors: dict[str, torch.Tensor]
     bias: torch.Tensor | None
+
+
+def choices_for(model: nn.Module, policy: Policy) -> dict[str, Choice]:
+    """What a policy gives each layer of a model, which may lie on `meta`.
+
+    Raises:
+        PolicyError: it does not fit the model.
+    """
+    unsupported = {name: type(layer).__name__ for name, layer in unsupported_layers(model)}
+    return policy.resolve((name for name, _ in quantizable_layers(model)), unsupported)
 
 
 def quantize_layer(

@@ -10,8 +10,8 @@ from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.kernel import Compute
-from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.accounting import ByteAccount
+from bitpolicy.policies.apply import choices_for
 from bitpolicy.policies.atomic import write_text, written_aside
 from bitpolicy.policies.calibration import Calibration, is_rounded, save_calibration
 from bitpolicy.policies.checkpoint import MAX_SHARD_SIZE
@@ -19,7 +19,7 @@ from bitpolicy.policies.component import export_component
 from bitpolicy.policies.denoiser import denoisers_in, of_component
 from bitpolicy.policies.disk_space import require_space
 from bitpolicy.policies.model_card import PLAIN, Card, model_card
-from bitpolicy.policies.parts import MemoryParts, Parts, layers_of
+from bitpolicy.policies.parts import MemoryParts, Parts
 from bitpolicy.policies.policy import Policy
 
 
@@ -72,7 +72,7 @@ def export_parts(
     """
     storage = getattr(torch, policy.storage_dtype)
     others = component_dtype or storage
-    choices = policy.resolve(layers_of(parts))
+    choices = choices_for(parts.denoiser, policy)
     if folder.exists() and not (folder / "model_index.json").is_file() and (folder.is_file() or any(folder.iterdir())):
         raise BitPolicyError(f"{folder} holds something that is no pipeline; export to a new or an empty folder")
     with written_aside(folder) as aside:
@@ -96,5 +96,5 @@ def export_parts(
 def describe_checkpoint(folder: Path, policy: Policy, denoiser: nn.Module, card: Card = PLAIN) -> None:
     """Write policy.yaml and the model card of an exported folder anew, after its quality was measured."""
     policy.save(folder / "policy.yaml")
-    choices = policy.resolve(name for name, _ in quantizable_layers(denoiser))
+    choices = choices_for(denoiser, policy)
     write_text(folder / "README.md", model_card(policy, denoiser, choices, card))

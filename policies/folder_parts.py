@@ -5,7 +5,6 @@ cast tensor by tensor.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -179,5 +178,5 @@ def is_streamable(folder: Path, component: str) -> bool:
     try:
         there = all(files.weights(name) is not None for name in files.components)
         return there and has_names_of_models(folder, component)
-    except (BitPolicyError, OSError, json.JSONDecodeError):
+    except (BitPolicyError, OSError):
         return False

@@ -135,8 +135,11 @@ def to_save(state: Mapping[str, torch.Tensor], packed: set[str], storage: torch.
     Raises:
         BitPolicyError: an adapter is on the model.
     """
-    if any(".base_layer." in name for name in state):
-        raise BitPolicyError("the model has an adapter on it; unload it (or fuse and unload it) before saving")
+    if adapted := next((name for name in state if ".base_layer." in name), None):
+        raise BitPolicyError(
+            f"the model has an adapter on it, e.g. on {adapted.partition('.base_layer.')[0]}; unload it (or fuse and "
+            "unload it) before saving"
+        )
     written = {name: tensor for name, tensor in state.items() if not _is_fused(name, state)}
     cast: dict[Any, torch.Tensor] = {}
     for name in written.keys() - packed:

@@ -18,7 +18,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import Quantizable, pack_layer, quantizable_layers, replace_layer
 from bitpolicy.policies.accounting import stored_spec, tensors_hash
-from bitpolicy.policies.apply import quantize_layer
+from bitpolicy.policies.apply import choices_for, quantize_layer
 from bitpolicy.policies.calibration import calibration_of
 from bitpolicy.policies.packed_config import BitPolicyConfig
 from bitpolicy.policies.policy import Policy
@@ -44,7 +44,7 @@ class PackedWhileRead:
         _require_one_model(self._policy, type(model).__name__)
         self._model = model
         self._layers: dict[str, Quantizable] = dict(quantizable_layers(model))
-        choices = self._policy.resolve(self._layers)
+        choices = choices_for(model, policy)
         self._calibration = calibration_of(policy, path, choices.values())
         self._choices = {name: choice for name, choice in choices.items() if choice.format.packed}
         self._storage = getattr(torch, self._policy.storage_dtype)

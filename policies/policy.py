@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, Literal
 
 import torch
@@ -226,8 +227,11 @@ class Policy(_Strict):
             **fields,
         )
 
-    def resolve(self, names: Iterable[str]) -> dict[str, Choice]:
+    def resolve(self, names: Iterable[str], unsupported: Mapping[str, str] = MappingProxyType({})) -> dict[str, Choice]:
         """The choice for each layer in `names`, the layers of a model.
+
+        Args:
+            unsupported: other layers of the model, which cannot be packed, and what they are.
 
         Raises:
             PolicyError: a rule matches no layer, an entry names a layer that is not there, or a format is unknown or
@@ -242,6 +246,11 @@ class Policy(_Strict):
                     f"rule {rule.match!r} matches none of the {len(names)} layers; `bitpolicy inspect` lists them"
                 )
         for name in self.layers:
+            if name in unsupported:
+                raise PolicyError(
+                    f"the policy names layer {name!r}, a {unsupported[name]}, which cannot be packed: it stays in the "
+                    "storage dtype whatever the policy says; take its entry out"
+                )
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else "`bitpolicy inspect` lists the layers"

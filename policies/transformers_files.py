@@ -15,6 +15,7 @@ import transformers
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import TensorSpec
+from bitpolicy.policies.denoiser_files import WRONG_CONFIG
 from bitpolicy.policies.source import TensorSource
 
 
@@ -25,17 +26,22 @@ def text_encoder_skeleton(class_name: str, folder: Path) -> Any:
         folder: with its config.json.
 
     Raises:
-        BitPolicyError: there is no such class, or it is no model.
+        BitPolicyError: there is no such class, it is no model, or the config is no model's.
     """
     kind: Any = getattr(transformers, class_name, None)
-    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+    if transformers.PreTrainedModel not in getattr(kind, "__mro__", ()):
         raise BitPolicyError(
             f"transformers {transformers.__version__} has no model {class_name}; load the pipeline and export it "
             "from memory: bitpolicy.export(pipe, policy, folder)"
         )
-    config = kind.config_class.from_pretrained(folder, local_files_only=True)
-    with torch.device("meta"):  # accelerate's way would part weights that two layers share
-        return kind(config).eval()
+    try:
+        config = kind.config_class.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):  # accelerate's way would part weights that two layers share
+            return kind(config).eval()
+    except WRONG_CONFIG as error:
+        raise BitPolicyError(
+            f"the config in {folder} makes no {class_name}: {' '.join(str(error).split())[:300]}; download it again"
+        ) from error
 
 
 def places(model: Any, stored: Iterable[str]) -> dict[str, str]:

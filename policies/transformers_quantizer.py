@@ -55,10 +55,7 @@ class BitPolicyTransformersQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str | Path] | None = None, **kwargs: Any
     ) -> None:
-        newer = hasattr(model, "_get_dtype_plan")
-        if not newer and not self.pre_quantized:
-            raise BitPolicyError("to pack a model while it is loaded takes transformers 5.5 or newer; upgrade it")
-        self._plan = model._get_dtype_plan(self._compute) if newer else model.dtype_plan
+        self._plan = model._get_dtype_plan(self._compute)
         with torch.device("cpu"):  # transformers makes everything on meta here
             stored = stored_tensors(checkpoint_files or ())
             if self.pre_quantized:

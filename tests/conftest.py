@@ -7,14 +7,12 @@ written from the specification alone.
 from __future__ import annotations
 
 import atexit
-import functools
 import json
 import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from typing import Any
 
 # Read by these libraries when they are imported, so set before any test module is.
@@ -35,25 +33,6 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def dtype_by_its_newer_name() -> None:
-    """Before 0.40 the models and pipelines of diffusers call it torch_dtype only; the tests say dtype."""
-    if [int(part) for part in version("diffusers").split(".")[:2]] >= [0, 40]:
-        return
-    import diffusers
-
-    for kind in (diffusers.ModelMixin, diffusers.AutoModel, diffusers.DiffusionPipeline):
-        kind.from_pretrained = classmethod(_renaming_dtype(kind.from_pretrained.__func__))
-
-
-def _renaming_dtype(load: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(load)
-    def from_pretrained(cls: Any, *args: Any, dtype: Any = None, **kwargs: Any) -> Any:
-        return load(cls, *args, **kwargs if dtype is None else {**kwargs, "torch_dtype": dtype})
-
-    return from_pretrained
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -15,7 +15,7 @@ from diffusers import ModelMixin
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.layers import quantizable_layers
-from bitpolicy.policies.apply import as_stored
+from bitpolicy.policies.apply import as_stored, choices_for
 from bitpolicy.policies.atomic import written_aside
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoint import packed_specs, packed_tensors
@@ -23,7 +23,7 @@ from bitpolicy.policies.denoiser import denoisers_in, of_component
 from bitpolicy.policies.exporters.exporter import Exporter, Layer, Source
 from bitpolicy.policies.exporters.requantize import Requantized, refuse, requantized
 from bitpolicy.policies.exporters.targets import exporter_named
-from bitpolicy.policies.parts import Parts, layers_of
+from bitpolicy.policies.parts import Parts
 from bitpolicy.policies.policy import Choice, Policy
 from bitpolicy.policies.source import TensorSource, joined
 
@@ -73,7 +73,7 @@ def export_to(
     components = list(parts.sources)
     _require_diffusers(parts, exporter)
     _keep_others(folder)
-    asked = policy.resolve(layers_of(parts))
+    asked = choices_for(parts.denoiser, policy)
     changed = _requantized(exporter, parts, asked, calibration, storage, requantize)
     choices = asked | {one.name: one.after for one in changed}
     written = _policy_of(policy, choices, exporter) if changed else policy

@@ -1,4 +1,4 @@
-"""A command prints nothing of what libraries say of each other when they are imported; `import bitpolicy` hides nothing."""
+"""A command prints nothing of what libraries say of each other when they are imported; `import bitpolicy` does."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ def test_a_mistake_is_one_line_though_libraries_talk_when_imported(process: Any,
 
 def test_the_module_run_as_a_command_is_as_quiet(here: Path) -> None:
     (here / "noisy.py").write_text(NOISY)
-    code = "import runpy, sys, noisy\nsys.argv[1:] = ['search', '--budget', 'three']\n"
-    code += "sys.argv[0], sys.orig_argv = '-m', ['python', '-m', 'bitpolicy']\nrunpy.run_module('bitpolicy', alter_sys=True)"
-    code = code.replace("import runpy", "import sys; sys.path.insert(0, '.'); import runpy")
+    code = "import runpy, sys; sys.path.insert(0, '.'); import noisy\n"
+    code += "sys.argv, sys.orig_argv = ['-m', 'search', '--budget', 'three'], ['python', '-m', 'bitpolicy']\n"
+    code += "runpy.run_module('bitpolicy', alter_sys=True)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
 

@@ -29,7 +29,7 @@ from bitpolicy.policies.exporters.exporter import Exporter, Layer
 from bitpolicy.policies.exporters.requantize import TargetError
 from bitpolicy.policies.exporters.targets import EXPORTERS, NAMES, exporter_named
 from bitpolicy.policies.folder_parts import FolderParts
-from bitpolicy.policies.parts import Parts, layers_of
+from bitpolicy.policies.parts import Parts
 from bitpolicy.policies.policy import Choice, Policy
 
 F16 = torch.float16
@@ -336,7 +336,7 @@ def test_a_policy_with_a_text_encoder_is_refused_by_its_name(
     written: Written, policy_of: Any, parts_of: Any, toy_pipeline: Any, tmp_path: Path
 ) -> None:
     parts = parts_of(unet=toy_pipeline.unet, text_encoder=toy_pipeline.text_encoder)
-    policy = policy_of(parts.denoiser, {name: Choice(FP16) for name in layers_of(parts)})
+    policy = policy_of(parts.denoiser, {name: Choice(FP16) for name, _ in quantizable_layers(parts.denoiser)})
     with pytest.raises(BitPolicyError, match=r"models of diffusers only, and the policy covers text_encoder, too"):
         written.again(tmp_path / "out", parts=parts, policy=policy)
     assert list(tmp_path.iterdir()) == []
