@@ -29,6 +29,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.int8_compute import suits
 from bitpolicy.kernels.kernel import Compute, Kernel, PackedWeight, Prepared
 from bitpolicy.kernels.reference_kernels import Int8Reference, Reference
+from bitpolicy.kernels.triton_kernels import TritonDequantize, TritonFloat, TritonInt8
 
 _EVERY = "linear conv1d conv2d conv3d"
 AUTO, REFERENCE = "auto", "reference"
@@ -64,6 +65,9 @@ TABLE: tuple[Row, ...] = (
     Row("cpu", _EVERY, "*", CpuDequantize()),
     Row("cpu", _EVERY, "*", CpuInt8()),
     Row("cpu", _EVERY, "*", OneDnnInt8()),
+    Row("cuda", _EVERY, "*", TritonInt8()),
+    Row("cuda", _EVERY, "int4* int8", TritonFloat()),
+    Row("cuda", _EVERY, "int4* int8*", TritonDequantize()),
     Row("any", _EVERY, "*", Reference()),
     Row("any", _EVERY, "*", Int8Reference()),
 )

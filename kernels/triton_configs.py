@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 _ENOUGH = 132  # programs that fill an H100; an A100 has 108 multiprocessors
 _MOST_SPLITS = 16
 _LEAST_STEPS = 4  # of a split, or the pipeline never fills
+_FEW_ROWS = 64  # the weight is what takes the time: twice as many programs read it faster
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Product:
         bits: of a weight where it is read, 4 or 8.
         integer: inputs have 8 bits; else 16.
         run: weights that share a scale; 0 where scales are applied to the sum.
+        warpgroups: whether the GPU multiplies by groups of four warps (Hopper), which frees registers for wide tiles.
     """
 
     rows: int
@@ -56,6 +58,7 @@ class Product:
     bits: int
     integer: bool
     run: int = 0
+    warpgroups: bool = True
 
 
 def configs(product: Product) -> list[Config]:
@@ -66,13 +69,16 @@ def configs(product: Product) -> list[Config]:
 
 
 def _tiles(product: Product) -> list[Config]:
+    """Tiles whose sums and operands fit the registers, which tests check for every GPU and product."""
     wide = 128 if product.integer else 64
     if product.rows <= 16:
         return [Config(64, 16, 128, 4, 4), Config(128, 16, 128, 8, 4), Config(32, 16, 128, 4, 4)]
     if product.rows <= 32:
-        return [Config(64, 32, 128, 4, 4), Config(128, 32, 128, 8, 4)]
+        return [Config(64, 32, 128, 4, 4), Config(32, 32, 128, 4, 4)]
     if product.rows <= 64:
-        return [Config(64, 64, 128, 4, 3), Config(128, 64, wide, 8, 4)]
+        return [Config(64, 64, wide, 4, 4), Config(32, 64, wide, 4, 4)]
+    if not product.warpgroups:
+        return [Config(128, 128, wide, 8, 3), Config(64, 128, wide, 4, 3), Config(64, 64, wide, 4, 4)]
     return [
         Config(128, 256, wide, 8, 3),
         Config(128, 128, wide, 8, 4),
@@ -97,8 +103,9 @@ def _tile_count(config: Config, product: Product) -> int:
 def _splits(config: Config, product: Product) -> int:
     """As many as it takes to keep the GPU busy, of sums long enough."""
     tiles, steps = _tile_count(config, product), -(-product.length // config.bk)
+    enough = 2 * _ENOUGH if product.rows <= _FEW_ROWS else _ENOUGH
     splits = 1
-    while splits < _MOST_SPLITS and tiles * splits * 2 <= _ENOUGH and steps >= 2 * splits * _LEAST_STEPS:
+    while splits < _MOST_SPLITS and tiles * splits * 2 <= enough and steps >= 2 * splits * _LEAST_STEPS:
         splits *= 2
     return splits
 

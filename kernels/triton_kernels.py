@@ -11,6 +11,7 @@ scratch memory comes from torch's allocator, so that calls can be captured in a 
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -25,15 +26,21 @@ _LONGEST = (2**31 - 1) // 127**2  # products of codes that surely fit a sum in 3
 
 def _unavailable(x: torch.Tensor) -> str | None:
     """Why Triton cannot take this input at all."""
+    if x.numel() >= 2**31:
+        return "for inputs of less than 2^31 values"
+    if x.is_cuda or x.is_meta:  # meta tensors are for compiling without a GPU
+        return _missing(x.device)
+    interpreted = x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    return None if interpreted else "for cuda"
+
+
+@cache
+def _missing(device: torch.device) -> str | None:
     if find_spec("triton") is None:
-        return "triton is not installed"
-    if x.device.type == "cpu":
-        return None if os.environ.get("TRITON_INTERPRET") == "1" else "for CUDA devices"
-    if x.device.type not in ("cuda", "meta"):
-        return "for CUDA devices"
-    if x.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(x.device) < (8, 0)):
-        return "for NVIDIA GPUs from Ampere on"
-    return "an input of 2^31 values or more" if x.numel() >= 2**31 else None
+        return "triton is not installed on this machine"
+    if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0)):
+        return "this machine's GPU is none of NVIDIA's from Ampere on"
+    return None
 
 
 def _unpackable(weight: PackedWeight) -> bool:

@@ -7,6 +7,7 @@ would give it: the kernel stores with strides.
 
 from __future__ import annotations
 
+from functools import cache
 from math import prod
 
 import torch
@@ -128,8 +129,16 @@ def _config(
 ) -> Config:
     """How to cut this product; timed only where that is asked for and possible."""
     samples, pixels, out = y.shape
-    channels = weight.shape[1]
-    product = Product(samples * pixels, out, weight.row_length, channels, rows.bits, scale is not None, rows.run)
+    product = Product(
+        rows=samples * pixels,
+        out=out,
+        length=weight.row_length,
+        channels=weight.shape[1],
+        bits=rows.bits,
+        integer=scale is not None,
+        run=rows.run,
+        warpgroups=_has_warpgroups(codes.device),
+    )
     if not codes.is_cuda or torch.cuda.is_current_stream_capturing():
         return choose(product, None, None)
 
@@ -137,3 +146,10 @@ def _config(
         return triton.testing.do_bench(lambda: launch(codes, scale, rows, bias, y, place, config), warmup=5, rep=20)
 
     return choose(product, (codes.device, codes.dtype, place), time)
+
+
+@cache
+def _has_warpgroups(device: torch.device) -> bool:
+    if device.type == "cpu":
+        return True  # interpreted
+    return triton.runtime.driver.active.get_current_target().arch // 10 in (9, 10)

@@ -112,10 +112,10 @@ def scale_of(bits):  # noqa: ANN001, ANN201
 
 @triton.jit
 def rounded_to(x, dtype: tl.constexpr):  # noqa: ANN001, ANN201
-    """A float32 rounded to nearest; the interpreter would cut bfloat16 off."""
+    """A float32 rounded to nearest; the interpreter would cut bfloat16 off, and make of zero what is none."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-        return tl.where(x == x, nearest, x).to(dtype)
+        nearest = bits + 0x7FFF + ((bits >> 16) & 1)
+        return (tl.where(x == x, nearest, 0x7FC00000) >> 16).to(tl.int16).to(dtype, bitcast=True)
     else:
         return x.to(dtype)
