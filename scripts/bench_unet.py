@@ -146,12 +146,13 @@ def main() -> None:
     for model in (m for m in MODELS if m.name in options.models):
         passes = options.passes if model.name == "bundled" else max(3, options.passes // 3)
         for format in options.formats:
-            found = measure(model, format, passes, clock(options.threads))
-            rows += found
-            print("\n".join(map(shown, found)), flush=True)
+            measured = measure(model, format, passes, clock(options.threads))
+            rows += measured
+            print("\n".join(map(shown, measured)), flush=True)
             gc.collect()
-    if options.json:
-        options.json.write_text(json.dumps({"machine": description(options.threads), "rows": rows}, indent=1) + "\n")
+            if options.json:  # after each model, for those who do not wait for the last
+                found = {"machine": description(options.threads), "rows": rows}
+                options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
 
 #include <vector>
 
-#if defined(__SSE__)
+#if defined(__AVX__) || defined(__BMI2__)
 #include <immintrin.h>
 #endif
 
@@ -130,25 +130,36 @@ void hadamard(float* run, int64_t size, float norm) {
     for (int64_t i = 0; i < size; i++) run[i] *= norm;
 }
 
+#if defined(__AVX__)
+// 8 rows of 8 floats, `from_step` apart -> its transpose, rows `to_step` apart
+inline void turn8(const float* from, int64_t from_step, float* to, int64_t to_step) {
+    __m256 row[8], pair[8], four[8];
+    for (int i = 0; i < 8; i++) row[i] = _mm256_loadu_ps(from + i * from_step);
+    for (int i = 0; i < 8; i += 2) {
+        pair[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
+        pair[i + 1] = _mm256_unpackhi_ps(row[i], row[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            four[i + 2 * j] = _mm256_shuffle_ps(pair[i + j], pair[i + j + 2], 0x44);
+            four[i + 2 * j + 1] = _mm256_shuffle_ps(pair[i + j], pair[i + j + 2], 0xee);
+        }
+    for (int i = 0; i < 4; i++) {
+        _mm256_storeu_ps(to + i * to_step, _mm256_permute2f128_ps(four[i], four[i + 4], 0x20));
+        _mm256_storeu_ps(to + (i + 4) * to_step, _mm256_permute2f128_ps(four[i], four[i + 4], 0x31));
+    }
+}
+#endif
+
 // (taps, channels) -> (channels, taps)
 void channels_first(const float* row, int64_t channels, int64_t taps, float* to) {
     int64_t c = 0;
-#if defined(__SSE__)
-    for (; c + 4 <= channels; c += 4) {
+#if defined(__AVX__)
+    for (; c + 8 <= channels; c += 8) {
         int64_t t = 0;
-        for (; t + 4 <= taps; t += 4) {
-            const float* from = row + t * channels + c;
-            float* into = to + c * taps + t;
-            __m128 r0 = _mm_loadu_ps(from), r1 = _mm_loadu_ps(from + channels);
-            __m128 r2 = _mm_loadu_ps(from + 2 * channels), r3 = _mm_loadu_ps(from + 3 * channels);
-            _MM_TRANSPOSE4_PS(r0, r1, r2, r3);
-            _mm_storeu_ps(into, r0);
-            _mm_storeu_ps(into + taps, r1);
-            _mm_storeu_ps(into + 2 * taps, r2);
-            _mm_storeu_ps(into + 3 * taps, r3);
-        }
+        for (; t + 8 <= taps; t += 8) turn8(row + t * channels + c, channels, to + c * taps + t, taps);
         for (; t < taps; t++)
-            for (int64_t i = c; i < c + 4; i++) to[i * taps + t] = row[t * channels + i];
+            for (int64_t i = c; i < c + 8; i++) to[i * taps + t] = row[t * channels + i];
     }
 #endif
     for (; c < channels; c++)

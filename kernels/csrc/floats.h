@@ -82,7 +82,12 @@ inline __m512 load16(const Bfloat* from, __mmask16 lanes) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, from)), 16));
 }
 
-inline void store16(float* to, __m512 values, __mmask16 lanes) { _mm512_mask_storeu_ps(to, lanes, values); }
+inline void store16(float* to, __m512 values, __mmask16 lanes) {
+    if (lanes == 0xffff)
+        _mm512_storeu_ps(to, values);
+    else
+        _mm512_mask_storeu_ps(to, lanes, values);
+}
 
 inline void store16(Half* to, __m512 values, __mmask16 lanes) {
     _mm256_mask_storeu_epi16(to, lanes, _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

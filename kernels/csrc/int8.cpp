@@ -163,30 +163,37 @@ struct Epilogue {
     int64_t by_position, out, positions, channels_last;
 };
 
-// sums[position][channel] -> y, for one strip of one sample and one panel
-template <class T>
-void finish(int32_t* sums, const Epilogue& e, int64_t sample, int64_t at, int64_t count, int64_t channel,
-            int64_t vectors, const T* bias, T* y) {
-    float* values = reinterpret_cast<float*>(sums);
-    for (int64_t v = 0; v < vectors; v++) {
+// sums[position][channel] -> values, in place or, where the result has channels last, written to y.
+template <int V, class T>
+void scale(int32_t* sums, const float* scales, int64_t step, const Epilogue& e, int64_t count, int64_t channel,
+           const T* bias, T* y) {
+    __m512i offset[V];
+    __m512 out_scale[V], added[V];
+    __mmask16 lanes[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) {
         const int64_t n = channel + 16 * v;
-        const __mmask16 lanes = first_lanes(e.out - n);
-        const __m512i offset = _mm512_loadu_si512(e.offsets + n);
-        const __m512 out_scale = _mm512_loadu_ps(e.out_scale + n);
-        const __m512 added = bias ? load16(bias + n, lanes) : _mm512_setzero_ps();
-        for (int64_t p = 0; p < count; p++) {
-            const float scale = e.scale[e.by_position ? sample * e.positions + at + p : sample];
-            const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums + p * PANEL + 16 * v), offset);
-            __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(_mm512_set1_ps(scale), out_scale));
-            if (bias) value = _mm512_add_ps(value, added);
+        lanes[v] = first_lanes(e.out - n);
+        offset[v] = _mm512_loadu_si512(e.offsets + n);
+        out_scale[v] = _mm512_loadu_ps(e.out_scale + n);
+        added[v] = bias ? load16(bias + n, lanes[v]) : _mm512_set1_ps(-0.0f);  // which changes no sum
+    }
+    for (int64_t p = 0; p < count; p++) {
+        const __m512 own = _mm512_set1_ps(scales[p * step]);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) {
+            const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums + p * PANEL + 16 * v), offset[v]);
+            const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(own, out_scale[v]));
             if (e.channels_last)
-                store16(y + (sample * e.positions + at + p) * e.out + n, value, lanes);
+                store16(y + p * e.out + 16 * v, _mm512_add_ps(value, added[v]), lanes[v]);
             else
-                _mm512_storeu_ps(values + p * PANEL + 16 * v, value);
+                _mm512_storeu_ps(sums + p * PANEL + 16 * v, _mm512_add_ps(value, added[v]));
         }
     }
-    if (e.channels_last) return;
-    const int64_t channels = least(e.out - channel, 16 * vectors);
+}
+
+template <class T>
+void turn(const float* values, int64_t count, int64_t channels, int64_t stride, T* y) {
     for (int64_t c = 0; c < channels; c += 4) {
         alignas(64) float turned[4][STRIP];
         for (int64_t p = 0; p < count; p += 4) {
@@ -198,9 +205,23 @@ void finish(int32_t* sums, const Epilogue& e, int64_t sample, int64_t at, int64_
             _mm_store_ps(turned[2] + p, r2);
             _mm_store_ps(turned[3] + p, r3);
         }
-        for (int64_t i = 0; i < least(4, channels - c); i++)
-            narrow_row(turned[i], count, y + (sample * e.out + channel + c + i) * e.positions + at);
+        for (int64_t i = 0; i < least(4, channels - c); i++) narrow_row(turned[i], count, y + (c + i) * stride);
     }
+}
+
+// One strip of one sample and one panel.
+template <class T>
+void finish(int32_t* sums, const Epilogue& e, int64_t sample, int64_t at, int64_t count, int64_t channel,
+            int64_t vectors, const T* bias, T* y) {
+    const int64_t position = sample * e.positions + at;
+    const float* scales = e.scale + (e.by_position ? position : sample);
+    T* to = e.channels_last ? y + position * e.out + channel : y + (sample * e.out + channel) * e.positions + at;
+    if (vectors == 1) scale<1>(sums, scales, e.by_position, e, count, channel, bias, to);
+    if (vectors == 2) scale<2>(sums, scales, e.by_position, e, count, channel, bias, to);
+    if (vectors == 3) scale<3>(sums, scales, e.by_position, e, count, channel, bias, to);
+    if (vectors == 4) scale<4>(sums, scales, e.by_position, e, count, channel, bias, to);
+    if (!e.channels_last)
+        turn(reinterpret_cast<float*>(sums), count, least(e.out - channel, 16 * vectors), e.positions, to);
 }
 
 // How a convolution reads its padded input and writes its output; 3 dimensions, absent ones of size 1.
