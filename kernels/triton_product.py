@@ -3,9 +3,9 @@
     y[n, m] = sum_k W[n, k] X[k, m],    k over (tap, channel), channels fastest; m over (sample, output pixel)
 
 X is never written down: row k of it is read from the input, channels last, where tap k // C of the window of pixel m
-falls, as cuDNN does it (Chetlur et al. 2014, "cuDNN", section 3). A linear layer is a convolution of one tap over samples
-of one pixel. The weight is the left operand, because that one a tensor core can take from registers, where it is
-dequantized.
+falls, as cuDNN does it (Chetlur et al. 2014, "cuDNN", section 3). A linear layer is a convolution of one tap over
+samples of one pixel. The weight is the left operand, because that one a tensor core can take from registers, where it
+is dequantized.
 
     16-bit inputs   W is (code - zero) scale, rounded to the dtype of x as `Format.dequantize` does; where a row has one
                     scale, it multiplies the sum instead
@@ -85,7 +85,7 @@ class Window:
     def output(self) -> tuple[int, int, int]:
         """(OD, OH, OW)."""
         each = zip(self.size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        d, h, w = ((n + 2 * p - l * (k - 1) - 1) // s + 1 for n, k, s, p, l in each)
+        d, h, w = ((size + 2 * pad - apart * (taps - 1) - 1) // step + 1 for size, taps, step, pad, apart in each)
         return d, h, w
 
 
@@ -304,8 +304,7 @@ def _tile_of_taps(
     x_ptr, corner, d, h, w, k0, K, C, D, H, W,
     KH: tl.constexpr, KW: tl.constexpr, LD: tl.constexpr, LH: tl.constexpr, LW: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Places k0 ... k0 + BK - 1 of the windows of some pixels, shape (pixels, BK), whichever taps they lie in; zeros past
-    the end."""
+    """Places k0 ... k0 + BK - 1 of the windows of some pixels, shape (pixels, BK), in any taps; zeros past the end."""
     k = (k0 + tl.arange(0, BK))[None, :]
     tap = k // C
     td, th, tw = tap // (KH * KW) * LD, tap // KW % KH * LH, tap % KW * LW

@@ -5,8 +5,8 @@ floats without a conversion instruction: the bits of 1024 + c in float16, of 2^2
 byte. In the same way a float in [-127, 127] is rounded to nearest, ties to even, and cast: adding 1.5 * 2^23 leaves its
 code in the lowest byte of the sum (Warren, "Hacker's Delight", section 17-1).
 
-Triton's interpreter rounds a fused multiply-add twice, cuts bfloat16 off instead of rounding it, and knows no arithmetic
-in it; where it runs, `INTERPRETED` leads around that.
+Triton's interpreter rounds a fused multiply-add twice, cuts bfloat16 off instead of rounding it, and knows no
+arithmetic in it; where it runs, `INTERPRETED` leads around that.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whole weights, unpacked into scratch memory by Triton kernels, for products that would unpack each of them many times.
+"""Whole weights, unpacked to scratch memory by Triton kernels, for products that would unpack each of them many times.
 
     dequantized    W = (code - zero) scale, in float32, rounded once: the bits of `Format.dequantize`
     requantized    w_q = round(W / s_w), int8, rows in wire order: those of `int8_compute.weight_codes`

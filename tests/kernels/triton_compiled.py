@@ -1,5 +1,5 @@
-"""The machine code of the Triton kernels for GPUs that are not here: run by test_triton_compiled.py, alone in a process,
-because it stands in for Triton's driver and compiles where Triton would launch.
+"""The machine code of the Triton kernels for GPUs that are not here: run by test_triton_compiled.py in a process of
+its own, because it stands in for Triton's driver and compiles where Triton would launch.
 
 Calls are made with tensors that have shapes and no values, so that what is compiled is what such a call runs.
 """
