@@ -78,7 +78,7 @@ def _tiles(product: Product) -> list[Config]:
     if product.rows <= 64:
         return [Config(64, 64, wide, 4, 4), Config(32, 64, wide, 4, 4)]
     if not product.warpgroups:
-        return [Config(128, 128, wide, 8, 3), Config(64, 128, wide, 4, 3), Config(64, 64, wide, 4, 4)]
+        return [Config(128, 128, 64, 8, 4), Config(64, 128, wide, 4, 3), Config(64, 64, wide, 4, 4)]
     return [
         Config(128, 256, wide, 8, 3),
         Config(128, 128, wide, 8, 4),

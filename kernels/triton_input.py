@@ -107,7 +107,7 @@ def _quantized_samples(x: torch.Tensor) -> Quantized:
 
 
 @triton.jit
-def _quantize_rows(x_ptr, q_ptr, s_ptr, K, x_row, BLOCK: tl.constexpr, ONCE: tl.constexpr):  # noqa: ANN001, ANN201
+def _quantize_rows(x_ptr, q_ptr, s_ptr, K, x_row, BLOCK: tl.constexpr, ONCE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     if ONCE:
@@ -127,14 +127,14 @@ def _quantize_rows(x_ptr, q_ptr, s_ptr, K, x_row, BLOCK: tl.constexpr, ONCE: tl.
 
 
 @triton.jit
-def _codes(x, scale):  # noqa: ANN001, ANN201
+def _codes(x, scale):
     """Rounded codes; any where the scale is NaN."""
     ratio = tl.div_rn(x, scale)
     return nearest_code(tl.minimum(tl.maximum(ratio, -127.0), 127.0))
 
 
 @triton.jit
-def _largest(x_ptr, largest_ptr, size, part, parts, BLOCK: tl.constexpr):  # noqa: ANN001, ANN201
+def _largest(x_ptr, largest_ptr, size, part, parts, BLOCK: tl.constexpr):
     """The largest |x|, as `size_bits`, of one part of one sample."""
     first = tl.program_id(1) * part
     start = x_ptr + tl.program_id(0).to(tl.int64) * size
@@ -150,7 +150,7 @@ def _largest(x_ptr, largest_ptr, size, part, parts, BLOCK: tl.constexpr):  # noq
 def _quantize_samples(
     x_ptr, largest_ptr, q_ptr, s_ptr, C, pixels, across, x_channel, x_pixel,
     PARTS: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip # noqa: ANN001, ANN201
+):  # fmt: skip
     sample = (tl.program_id(0) // across).to(tl.int64)
     scale = scale_of(tl.max(tl.load(largest_ptr + sample * PARTS + tl.arange(0, PARTS)), 0))
     p = tl.program_id(0) % across * BP + tl.arange(0, BP)[:, None]

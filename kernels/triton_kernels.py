@@ -1,11 +1,12 @@
 """The kernels for CUDA, written in Triton: what each takes, and which pieces it is made of.
 
-triton-dequantize    EXACT  the weight is dequantized to scratch memory by one fast kernel, then cuBLAS or cuDNN multiplies
+triton-dequantize    EXACT  the weight is dequantized to scratch memory by a fast kernel, then cuBLAS or cuDNN multiplies
 triton-float         FLOAT  the weight is dequantized inside the product
 triton-int8          INT8   the input is quantized once, then 8-bit codes are multiplied
 
 Triton is imported when the first of them is called, so naming them costs nothing. Nothing here waits for the GPU, and
-scratch memory comes from torch's allocator, so that calls can be captured in a CUDA graph; each shape has to run once before.
+scratch memory comes from torch's allocator, so that calls can be captured in a CUDA graph; each shape has to run once
+before.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ class TritonInt8(Kernel):
             return {}
         if weight.format == INT8:
             return _prepared_rows(weight)
-        if _unpackable(weight):
+        if isinstance(weight.format, Affine) and _unpackable(weight):
             from bitpolicy.kernels.triton_weights import channel_scales
 
             return {"channel_scale": channel_scales(weight.format, weight.tensors, weight.shape)}

@@ -1,8 +1,8 @@
 """Layers on top of the Triton product: shapes, layouts and memory formats in and out, and how the work is cut.
 
-A convolution reads its input channels last. An input that lies so already is read where it is; floats in any other order
-are copied once, 8-bit codes are written so in the first place. The output has the memory format that torch's own layer
-would give it: the kernel stores with strides.
+A convolution reads its input channels last. An input that lies so already is read where it is; floats in any other
+order are copied once, 8-bit codes are written so in the first place. The output has the memory format that torch's own
+layer would give it: the kernel stores with strides.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     y[n, m] = sum_k W[n, k] X[k, m],    k over (tap, channel), channels fastest; m over (sample, output pixel)
 
 X is never written down: row k of it is read from the input, channels last, where tap k // C of the window of pixel m
-falls, as cuDNN does it (Chetlur et al. 2014, "cuDNN", section 3). A linear layer is a convolution of one tap over samples
-of one pixel. The weight is the left operand, because that one a tensor core can take from registers, where it is
-dequantized.
+falls, as cuDNN does it (Chetlur et al. 2014, "cuDNN", section 3). A linear layer is a convolution of one tap over
+samples of one pixel. The weight is the left operand, because that one a tensor core can take from registers, where it
+is dequantized.
 
     16-bit inputs   W is (code - zero) scale, rounded to the dtype of x as `Format.dequantize` does; where a row has one
                     scale, it multiplies the sum instead
@@ -85,7 +85,7 @@ class Window:
     def output(self) -> tuple[int, int, int]:
         """(OD, OH, OW)."""
         each = zip(self.size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        d, h, w = ((n + 2 * p - l * (k - 1) - 1) // s + 1 for n, k, s, p, l in each)
+        d, h, w = ((size + 2 * pad - apart * (taps - 1) - 1) // step + 1 for size, taps, step, pad, apart in each)
         return d, h, w
 
 
@@ -163,7 +163,7 @@ def _product(
     BITS: tl.constexpr, RUN: tl.constexpr, INTEGER: tl.constexpr, SPLITS: tl.constexpr,
     PADDED: tl.constexpr, EVEN: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip # noqa: ANN001, ANN201
+):  # fmt: skip
     tile_n, tile_m = _tile_of(tl.program_id(0), N, M, BN, BM)
     n = tile_n * BN + tl.arange(0, BN)
     m = tile_m * BM + tl.arange(0, BM)
@@ -224,7 +224,7 @@ def _product(
 
 
 @triton.jit
-def _tile_of(program, N, M, BN: tl.constexpr, BM: tl.constexpr):  # noqa: ANN001, ANN201
+def _tile_of(program, N, M, BN: tl.constexpr, BM: tl.constexpr):
     """Place of a program's tile: a few columns of tiles at a time, down all rows."""
     down = tl.cdiv(N, BN)
     across = tl.cdiv(M, BM)
@@ -235,8 +235,8 @@ def _tile_of(program, N, M, BN: tl.constexpr, BM: tl.constexpr):  # noqa: ANN001
 
 
 @triton.jit
-def _grids(  # noqa: ANN201
-    scale_ptr, zero_ptr, rows, k0, groups,  # noqa: ANN001
+def _grids(
+    scale_ptr, zero_ptr, rows, k0, groups,
     BITS: tl.constexpr, RUN: tl.constexpr, INTEGER: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Scales and zero points of the groups that a tile at k0 meets."""
@@ -253,8 +253,8 @@ def _grids(  # noqa: ANN201
 
 
 @triton.jit
-def _weights(  # noqa: ANN201
-    codes, scale, zero, s_w, reciprocal, inputs,  # noqa: ANN001
+def _weights(
+    codes, scale, zero, s_w, reciprocal, inputs,
     RUN: tl.constexpr, INTEGER: tl.constexpr,
 ):  # fmt: skip
     """A tile of 4-bit codes as the tensor core takes it."""
@@ -270,14 +270,14 @@ def _weights(  # noqa: ANN201
 
 
 @triton.jit
-def _widened(codes, inputs):  # noqa: ANN001, ANN201
+def _widened(codes, inputs):
     """8-bit codes in the dtype of the inputs, which holds them exactly."""
     return codes.to(tl.float32) if INTERPRETED else codes.to(inputs.dtype)
 
 
 @triton.jit
-def _tile_of_tap(  # noqa: ANN201
-    x_ptr, corner, d, h, w, tap, channel, C, D, H, W,  # noqa: ANN001
+def _tile_of_tap(
+    x_ptr, corner, d, h, w, tap, channel, C, D, H, W,
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     LD: tl.constexpr, LH: tl.constexpr, LW: tl.constexpr,
     PADDED: tl.constexpr, BK: tl.constexpr,
@@ -300,12 +300,11 @@ def _tile_of_tap(  # noqa: ANN201
 
 
 @triton.jit
-def _tile_of_taps(  # noqa: ANN201
-    x_ptr, corner, d, h, w, k0, K, C, D, H, W,  # noqa: ANN001
+def _tile_of_taps(
+    x_ptr, corner, d, h, w, k0, K, C, D, H, W,
     KH: tl.constexpr, KW: tl.constexpr, LD: tl.constexpr, LH: tl.constexpr, LW: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Places k0 ... k0 + BK - 1 of the windows of some pixels, shape (pixels, BK), whichever taps they lie in; zeros past
-    the end."""
+    """Places k0 ... k0 + BK - 1 of the windows of some pixels, shape (pixels, BK), in any taps; zeros past the end."""
     k = (k0 + tl.arange(0, BK))[None, :]
     tap = k // C
     td, th, tw = tap // (KH * KW) * LD, tap // KW % KH * LH, tap % KW * LW
@@ -314,14 +313,14 @@ def _tile_of_taps(  # noqa: ANN201
 
 
 @triton.jit
-def _inside(d, h, w, D, H, W, KD: tl.constexpr):  # noqa: ANN001, ANN201
+def _inside(d, h, w, D, H, W, KD: tl.constexpr):
     """Whether a place is in the input and not in its padding: one comparison a dimension, as -1 is 2^32 - 1."""
     plane = (h.to(tl.uint32) < tl.cast(H, tl.uint32)) & (w.to(tl.uint32) < tl.cast(W, tl.uint32))
     return plane if KD == 1 else plane & (d.to(tl.uint32) < tl.cast(D, tl.uint32))
 
 
 @triton.jit
-def _finished(sums, n, sample, ws_ptr, xs_ptr, bias_ptr, known):  # noqa: ANN001, ANN201
+def _finished(sums, n, sample, ws_ptr, xs_ptr, bias_ptr, known):
     """sum (s_x s_w) + b in float32, of what there is of them."""
     y = sums.to(tl.float32)
     if xs_ptr is not None:
@@ -337,7 +336,7 @@ def _finished(sums, n, sample, ws_ptr, xs_ptr, bias_ptr, known):  # noqa: ANN001
 def _add_splits(
     partial_ptr, ws_ptr, xs_ptr, bias_ptr, y_ptr, size, N, pixels, y_sample, y_pixel, y_channel,
     SPLITS: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip # noqa: ANN001, ANN201
+):  # fmt: skip
     """The parts of each sum, first to last, and what is left to do to it."""
     i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     known = i < size

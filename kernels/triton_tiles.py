@@ -5,8 +5,8 @@ floats without a conversion instruction: the bits of 1024 + c in float16, of 2^2
 byte. In the same way a float in [-127, 127] is rounded to nearest, ties to even, and cast: adding 1.5 * 2^23 leaves its
 code in the lowest byte of the sum (Warren, "Hacker's Delight", section 17-1).
 
-Triton's interpreter rounds a fused multiply-add twice, cuts bfloat16 off instead of rounding it, and knows no arithmetic
-in it; where it runs, `INTERPRETED` leads around that.
+Triton's interpreter rounds a fused multiply-add twice, cuts bfloat16 off instead of rounding it, and knows no
+arithmetic in it; where it runs, `INTERPRETED` leads around that.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def nibble_tile(w_ptr, rows, k0, row_bytes, EVEN: tl.constexpr, BK: tl.constexpr):  # noqa: ANN001, ANN201
+def nibble_tile(w_ptr, rows, k0, row_bytes, EVEN: tl.constexpr, BK: tl.constexpr):
     """4-bit codes, uint8, of the places k0 ... k0 + BK - 1; zeros past the end. k0 is even."""
     at = k0 // 2 + tl.arange(0, BK // 2)
     pointers = w_ptr + rows[:, None] * row_bytes + at[None, :]
@@ -30,7 +30,7 @@ def nibble_tile(w_ptr, rows, k0, row_bytes, EVEN: tl.constexpr, BK: tl.constexpr
 
 
 @triton.jit
-def byte_tile(w_ptr, rows, k0, K, row_bytes, EVEN: tl.constexpr, BK: tl.constexpr):  # noqa: ANN001, ANN201
+def byte_tile(w_ptr, rows, k0, K, row_bytes, EVEN: tl.constexpr, BK: tl.constexpr):
     """8-bit codes of the places k0 ... k0 + BK - 1, in the dtype that they are stored in; zeros past the end."""
     k = k0 + tl.arange(0, BK)
     pointers = w_ptr + rows[:, None] * row_bytes + k[None, :]
@@ -38,11 +38,11 @@ def byte_tile(w_ptr, rows, k0, K, row_bytes, EVEN: tl.constexpr, BK: tl.constexp
 
 
 @triton.jit
-def grid_tile(  # noqa: ANN201
-    grid_ptr,  # noqa: ANN001
-    rows,  # noqa: ANN001
-    k0,  # noqa: ANN001
-    groups,  # noqa: ANN001
+def grid_tile(
+    grid_ptr,
+    rows,
+    k0,
+    groups,
     RUN: tl.constexpr,
     BK: tl.constexpr,
 ):
@@ -56,7 +56,7 @@ def grid_tile(  # noqa: ANN201
 
 
 @triton.jit
-def over_groups(grid, like):  # noqa: ANN001, ANN201
+def over_groups(grid, like):
     """What `grid_tile` gave, or a number made of it, at every place of a tile."""
     if grid.shape[1] == 1:
         return tl.broadcast_to(grid, like.shape)
@@ -67,7 +67,7 @@ def over_groups(grid, like):  # noqa: ANN001, ANN201
 
 
 @triton.jit
-def steps(codes, zero, WIDE: tl.constexpr):  # noqa: ANN001, ANN201
+def steps(codes, zero, WIDE: tl.constexpr):
     """code - zero, exact: float32 if WIDE, else float16. Codes are uint8; zero fits them or is a number."""
     if WIDE:
         raised = (codes.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)
@@ -78,13 +78,13 @@ def steps(codes, zero, WIDE: tl.constexpr):  # noqa: ANN001, ANN201
 
 
 @triton.jit
-def nearest_code(v):  # noqa: ANN001, ANN201
+def nearest_code(v):
     """v in [-127.5, 127.5] rounded to nearest, ties to even, int8."""
     return (v + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
-def quotient(p, s, reciprocal):  # noqa: ANN001, ANN201
+def quotient(p, s, reciprocal):
     """p / s to nearest in float32, of `reciprocal` = 1 / s to nearest.
 
     Two corrections by the exact remainder (Markstein 1990, theorem 4): cheaper than a division for every weight.
@@ -98,20 +98,20 @@ def quotient(p, s, reciprocal):  # noqa: ANN001, ANN201
 
 
 @triton.jit
-def size_bits(x):  # noqa: ANN001, ANN201
+def size_bits(x):
     """|x| of a float32 as an integer of the same order, in which NaN is above infinity and that above all else."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
-def scale_of(bits):  # noqa: ANN001, ANN201
+def scale_of(bits):
     """s = max|x| / 127 of a maximum that `size_bits` gave; 1 where it is zero, NaN where it is not finite."""
     scale = tl.div_rn(bits.to(tl.float32, bitcast=True), 127.0)
     return tl.where(bits >= 0x7F800000, float("nan"), tl.where(scale == 0.0, 1.0, scale))
 
 
 @triton.jit
-def rounded_to(x, dtype: tl.constexpr):  # noqa: ANN001, ANN201
+def rounded_to(x, dtype: tl.constexpr):
     """A float32 rounded to nearest; the interpreter would cut bfloat16 off, and make of zero what is none."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)

@@ -1,4 +1,4 @@
-"""Whole weights, unpacked into scratch memory by Triton kernels, for products that would unpack each of them many times.
+"""Whole weights, unpacked to scratch memory by Triton kernels, for products that would unpack each of them many times.
 
     dequantized    W = (code - zero) scale, in float32, rounded once: the bits of `Format.dequantize`
     requantized    w_q = round(W / s_w), int8, rows in wire order: those of `int8_compute.weight_codes`
@@ -96,8 +96,8 @@ def _grid(out: int, length: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _levels(  # noqa: ANN201
-    w_ptr, scale_ptr, zero_ptr, rows, k0, K, row_bytes, groups,  # noqa: ANN001
+def _levels(
+    w_ptr, scale_ptr, zero_ptr, rows, k0, K, row_bytes, groups,
     RUN: tl.constexpr, BITS: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip
     """(code - zero) scale of a tile, float32, exact; anything past the end of a row."""
@@ -118,7 +118,7 @@ def _levels(  # noqa: ANN201
 def _dequantize_affine(
     w_ptr, scale_ptr, zero_ptr, y_ptr, N, K, C, apart, row_bytes, groups,
     RUN: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr, K_TILE: tl.constexpr,
-):  # fmt: skip # noqa: ANN001, ANN201
+):  # fmt: skip
     """Channels lie `apart` in the output, and the taps of one channel side by side, unless `apart` is 1."""
     n = tl.program_id(0) * R + tl.arange(0, R)
     k0 = tl.program_id(1) * K_TILE
@@ -133,7 +133,7 @@ def _dequantize_affine(
 
 
 @triton.jit
-def _dequantize_int8(w_ptr, scale_ptr, y_ptr, N, K, R: tl.constexpr, K_TILE: tl.constexpr):  # noqa: ANN001, ANN201
+def _dequantize_int8(w_ptr, scale_ptr, y_ptr, N, K, R: tl.constexpr, K_TILE: tl.constexpr):
     n = tl.program_id(0) * R + tl.arange(0, R)
     k = tl.program_id(1) * K_TILE + tl.arange(0, K_TILE)
     known = (n < N)[:, None] & (k < K)[None, :]
@@ -147,7 +147,7 @@ def _dequantize_int8(w_ptr, scale_ptr, y_ptr, N, K, R: tl.constexpr, K_TILE: tl.
 def _channel_scales(
     w_ptr, scale_ptr, zero_ptr, s_ptr, N, K, row_bytes, groups,
     RUN: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr, K_TILE: tl.constexpr,
-):  # fmt: skip # noqa: ANN001, ANN201
+):  # fmt: skip
     n = tl.program_id(0) * R + tl.arange(0, R)
     largest = tl.zeros((R, K_TILE), dtype=tl.int32)
     for k0 in range(0, K, K_TILE):
@@ -161,7 +161,7 @@ def _channel_scales(
 def _requantize(
     w_ptr, scale_ptr, zero_ptr, s_ptr, q_ptr, N, K, row_bytes, groups,
     RUN: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr, K_TILE: tl.constexpr,
-):  # fmt: skip # noqa: ANN001, ANN201
+):  # fmt: skip
     n = tl.program_id(0) * R + tl.arange(0, R)
     k0 = tl.program_id(1) * K_TILE
     k = k0 + tl.arange(0, K_TILE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -33,13 +33,13 @@ def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 @pytest.fixture
-def cut(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+def cut(monkeypatch: pytest.MonkeyPatch) -> Callable[[Config], None]:
     """Cuts every product so."""
 
     def so(config: Config) -> None:
         monkeypatch.setattr(triton_layers, "choose", lambda *_: config)
 
-    yield so
+    return so
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -134,8 +134,8 @@ def test_layers_that_multiply_the_same_input_share_its_codes(monkeypatch: pytest
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 8])
 @pytest.mark.parametrize("format", ["int4", "int8"])
-def test_a_split_sum_is_the_whole_sum(cut: object, format: str, splits: int) -> None:
-    cut(Config(32, 16, 32, 1, 1, splits))  # type: ignore[operator]
+def test_a_split_sum_is_the_whole_sum(cut: Callable[[Config], None], format: str, splits: int) -> None:
+    cut(Config(32, 16, 32, 1, 1, splits))
     w, x, bias = weight(format, (40, 200)), inputs(5, 200, dtype=torch.float16), inputs(40, dtype=torch.float16)
     assert torch.equal(TritonInt8()(x, w, bias, {}), int8_product(x, w, bias))
     found = TritonFloat()(x, w, bias, {})
@@ -145,8 +145,10 @@ def test_a_split_sum_is_the_whole_sum(cut: object, format: str, splits: int) -> 
 
 @pytest.mark.parametrize("bk", [32, 64, 128])
 @pytest.mark.parametrize("format", ["int4-g32-sym", "int4-g128", "int4-channel", "int8"])
-def test_steps_may_be_shorter_or_longer_than_groups_and_taps(cut: object, format: str, bk: int) -> None:
-    cut(Config(16, 32, bk, 1, 1))  # type: ignore[operator]
+def test_steps_may_be_shorter_or_longer_than_groups_and_taps(
+    cut: Callable[[Config], None], format: str, bk: int
+) -> None:
+    cut(Config(16, 32, bk, 1, 1))
     slides = Geometry((1, 2), (0, 1), (1, 1))
     for channels in (40, 64):
         w = weight(format, (9, channels, 1, 3), slides)

@@ -1,0 +1,75 @@
+"""The Triton kernels in Triton's interpreter, which has to be chosen before it is imported: in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from bitpolicy.kernels.dispatch import TABLE
+
+pytest.importorskip("triton")
+
+HERE = Path(__file__).parent
+TYPICAL = "right_product and (float16 and not bfloat16 and (odd or stride) or bfloat16 and (1x1 or 1x3x3))"
+AWKWARD = "huge or nan or zeros or any_order and (odd or 1x3) or bias and (few or conv1d)"
+
+
+def passed(tmp_path: Path, *arguments: str) -> int:
+    """How many tests passed in an interpreting process; fails unless all others were skipped."""
+    report = tmp_path / "report.xml"
+    paths = [str(HERE.parents[1]), str(HERE.parent / "toys"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    done = subprocess.run([*command, *arguments], env=environment, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:]
+    counts = {
+        k: int(v) for suite in ElementTree.parse(report).iter("testsuite") for k, v in suite.items() if v.isdigit()
+    }
+    return counts["tests"] - counts["skipped"]
+
+
+def test_what_is_particular_to_triton(tmp_path: Path) -> None:
+    assert passed(tmp_path, "triton_interpreted.py") >= 150
+
+
+@pytest.mark.parametrize("selection", [TYPICAL, AWKWARD], ids=["typical calls", "awkward calls"])
+def test_what_every_kernel_promises(tmp_path: Path, selection: str) -> None:
+    """A part of it: the whole takes minutes. For that, leave out -k, and PYTHONPATH=tests/toys."""
+    found = passed(
+        tmp_path, "-p", "interpreted_triton", "test_every_kernel.py", "-k", f"({selection}) and not references"
+    )
+    assert found >= 10
+
+
+def test_outside_the_interpreter_no_cpu_tensor_is_taken() -> None:
+    import torch
+
+    from bitpolicy.kernels.formats import INT8
+    from bitpolicy.kernels.kernel import PackedWeight
+
+    weight = PackedWeight(INT8, (4, 32), INT8.quantize(torch.ones(4, 32)))
+    kernels = [row.kernel for row in TABLE if row.kernel.name.startswith("triton-")]
+    assert len(kernels) == 3
+    for kernel in kernels:
+        assert kernel.refuses(torch.ones(2, 32, dtype=torch.float16), weight) == "for cuda"
+
+
+def test_without_triton_the_kernels_can_be_named_and_say_why_they_cannot_be_used() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from bitpolicy.kernels.dispatch import TABLE
+from bitpolicy.kernels.formats import INT8
+from bitpolicy.kernels.kernel import PackedWeight
+weight = PackedWeight(INT8, (4, 32), INT8.quantize(torch.ones(4, 32)))
+x = torch.ones(2, 32, dtype=torch.float16, device="meta")
+print(*{row.kernel.refuses(x, weight) for row in TABLE if row.kernel.name.startswith("triton-")}, sep=";")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parents[1], capture_output=True, text=True)
+    assert done.stdout.strip() == "triton is not installed on this machine", done.stderr[-2000:]

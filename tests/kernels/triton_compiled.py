@@ -1,0 +1,184 @@
+"""The machine code of the Triton kernels for GPUs that are not here: run by test_triton_compiled.py in a process of
+its own, because it stands in for Triton's driver and compiles where Triton would launch.
+
+Calls are made with tensors that have shapes and no values, so that what is compiled is what such a call runs.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from bitpolicy.kernels import triton_configs, triton_layers
+from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.kernel import Geometry, Kernel, PackedWeight
+from bitpolicy.kernels.triton_kernels import TritonDequantize, TritonFloat, TritonInt8
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+THREE = Geometry((1, 1), (1, 1), (1, 1))
+GPUS = {"A100": 80, "RTX 4090": 89, "H100": 90}
+SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+
+
+class Pretended:
+    """A driver that says which GPU there is."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        return self.architecture  # Triton keeps what it compiled by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Code:
+    """One compiled kernel: `ptx` is what Triton wrote, `sass` what the GPU runs."""
+
+    name: str
+    ptx: str = field(repr=False)
+    sass: str = field(repr=False)
+    stack: int
+    shared: int
+
+    def writes(self, pattern: str) -> bool:
+        return re.search(pattern, self.ptx) is not None
+
+    def runs(self, instructions: str) -> bool:
+        return re.search(rf"\b({instructions})[.\w]*\b", self.sass) is not None
+
+    @property
+    def local_memory(self) -> tuple[int, bool, bool]:
+        """Bytes of stack, and whether there are variables and accesses of local memory."""
+        return self.stack, ".local" in self.ptx, self.runs("LDL|STL")
+
+
+def disassembled(name: str, kernel: Any, folder: Path) -> Code:
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(kernel.asm["cubin"])
+    usage, sass = (
+        subprocess.run([TOOLS / tool, option, binary], check=True, capture_output=True, text=True).stdout
+        for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+    )
+    stack, local = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("STACK", "LOCAL"))  # type: ignore[index]
+    return Code(name, kernel.asm["ptx"], sass, stack + local, kernel.metadata.shared)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, Any]]]:
+    """Names of kernels and what was compiled where they would have been launched."""
+    compiled: list[tuple[str, Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        compiled.append((self.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    triton_layers._has_warpgroups.cache_clear()
+    yield compiled
+    triton_layers._has_warpgroups.cache_clear()
+
+
+def call(kernel: Kernel, format: str, dtype: torch.dtype, shape: tuple[int, ...], x: tuple[int, ...]) -> None:
+    found = format_named(format)
+    specs = found.tensors(shape, torch.float16).items()
+    stored = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs}
+    weight = PackedWeight(found, shape, stored, THREE if len(shape) > 2 else None)
+    values = torch.empty(x, dtype=dtype, device="meta")
+    values = values.to(memory_format=torch.channels_last) if len(shape) > 2 else values
+    bias = torch.empty(shape[0], dtype=dtype, device="meta")
+    assert kernel.refuses(values, weight) is None
+    y = kernel(values, weight, bias, kernel.prepare(weight, dtype))
+    assert y.shape[1 if len(shape) > 2 else -1] == shape[0]
+
+
+CONV = ((640, 640, 3, 3), (2, 640, 64, 64))
+WIDE = ((10240, 1280), (2048, 1280))
+FEW = ((1280, 5120), (16, 5120))
+half, bfloat = torch.float16, torch.bfloat16
+PRODUCTS = [
+    (90, TritonInt8(), "int8", half, WIDE, "wgmma.*s32.s8.s8"),
+    (90, TritonInt8(), "int8", half, CONV, "wgmma.*s32.s8.s8"),
+    (90, TritonInt8(), "int4", half, FEW, "(wgmma|mma).*s32.s8.s8"),
+    (90, TritonFloat(), "int4", half, WIDE, "wgmma.*f32.f16.f16"),
+    (90, TritonFloat(), "int4", bfloat, CONV, "wgmma.*f32.bf16.bf16"),
+    (90, TritonFloat(), "int8", bfloat, WIDE, "wgmma.*f32.bf16.bf16"),
+    (90, TritonFloat(), "int4-g32-sym", half, FEW, "(wgmma|mma).*f32.f16.f16"),
+    (89, TritonInt8(), "int8", half, CONV, "mma.sync.*s32.s8.s8"),
+    (89, TritonFloat(), "int4", bfloat, WIDE, "mma.sync.*f32.bf16.bf16"),
+    (80, TritonInt8(), "int8", half, WIDE, "mma.sync.*s32.s8.s8"),
+    (80, TritonInt8(), "int4", half, FEW, "mma.sync.*s32.s8.s8"),
+    (80, TritonFloat(), "int4", half, CONV, "mma.sync.*f32.f16.f16"),
+    (80, TritonFloat(), "int8", half, CONV, "mma.sync.*f32.f16.f16"),
+]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kernel", "format", "dtype", "shapes", "instruction"),
+    PRODUCTS,
+    ids=lambda v: getattr(v, "name", None) or str(v),
+)
+def test_a_product_runs_on_tensor_cores_from_asynchronous_copies_and_in_registers(
+    launched: list[tuple[str, Any]],
+    tmp_path: Path,
+    architecture: int,
+    kernel: Kernel,
+    format: str,
+    dtype: torch.dtype,
+    shapes: tuple[tuple[int, ...], tuple[int, ...]],
+    instruction: str,
+) -> None:
+    driver.set_active(Pretended(architecture))
+    call(kernel, format, dtype, *shapes)
+    codes = [disassembled(name, compiled, tmp_path) for name, compiled in launched]
+    product = next(code for code in codes if code.name == "_product")
+    assert product.writes(instruction)
+    assert product.runs("HGMMA|IGMMA|HMMA|IMMA")
+    assert product.writes(r"cp\.async\.c[ag]\.shared\.global")
+    assert product.runs("LDGSTS")
+    assert product.shared <= SHARED_MEMORY[architecture]
+    for code in codes:
+        assert code.local_memory == (0, False, False), code
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_a_weight_is_dequantized_without_local_memory(
+    launched: list[tuple[str, Any]], tmp_path: Path, architecture: int
+) -> None:
+    driver.set_active(Pretended(architecture))
+    call(TritonDequantize(), "int4", half, *CONV)
+    call(TritonInt8(), "int4", half, *CONV)
+    names = [name for name, _ in launched]
+    assert {"_dequantize_affine", "_channel_scales", "_requantize", "_largest", "_quantize_samples"} <= set(names)
+    for name, compiled in launched:
+        if name != "_product":
+            code = disassembled(name, compiled, tmp_path)
+            assert code.local_memory == (0, False, False), code
+
+
+def test_a_kernel_that_spills_is_found(launched: list[tuple[str, Any]], tmp_path: Path) -> None:
+    """The check itself: twice the sums that the registers of four warps hold."""
+    driver.set_active(Pretended(80))
+    with pytest.MonkeyPatch.context() as patch:
+        too_wide = triton_configs.Config(256, 128, 64, 4, 2)
+        patch.setattr(triton_layers, "choose", lambda *_: too_wide)
+        call(TritonFloat(), "int8", half, *WIDE)
+    code = next(disassembled(name, compiled, tmp_path) for name, compiled in launched if name == "_product")
+    assert code.stack > 0
+    assert code.runs("LDL|STL")
