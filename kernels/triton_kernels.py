@@ -1,6 +1,6 @@
 """The kernels for CUDA, written in Triton: what each takes, and which pieces it is made of.
 
-triton-dequantize    EXACT  the weight is dequantized to scratch memory by a fast kernel, then cuBLAS or cuDNN multiplies
+triton-dequantize    EXACT  a kernel dequantizes the weight to scratch memory, then cuBLAS or cuDNN multiplies
 triton-float         FLOAT  the weight is dequantized inside the product
 triton-int8          INT8   the input is quantized once, then 8-bit codes are multiplied
 

@@ -46,6 +46,26 @@ def test_what_every_kernel_promises(tmp_path: Path, selection: str) -> None:
     assert found >= 10
 
 
+def test_a_quotient_by_the_reciprocal_and_two_corrections_is_the_nearest() -> None:
+    """`triton_tiles.quotient`, whose fused multiply-adds the interpreter cannot show, for all steps of 4-bit codes."""
+    import torch
+
+    def fused(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        return (a.double() * b.double() + c.double()).float()
+
+    scales = torch.rand(4000, generator=torch.Generator().manual_seed(0)).add(0.01).half().float()
+    p = torch.arange(-15, 16).view(-1, 1, 1) * scales
+    for top in range(1, 16):
+        s = top * scales[:300].view(-1, 1) / 127  # ties are common: half of the largest weight is 63.5
+        reciprocal = 1 / s
+        q = p * reciprocal
+        uncorrected = q
+        for _ in range(2):
+            q = fused(fused(-q, s, p), reciprocal, q)
+        assert torch.equal(q, p / s)
+        assert not torch.equal(uncorrected, q)
+
+
 def test_outside_the_interpreter_no_cpu_tensor_is_taken() -> None:
     import torch
 
