@@ -1,7 +1,7 @@
 """How fast the Triton kernels are on an NVIDIA GPU, beside torch's fp16 layer and beside what others offer.
 
-Every contender runs as a CUDA graph, quantization of its input included, a few replays at a time by turns in one process.
-Times are medians over the rounds, with the distance between the quartiles. A ratio above 1 is faster than fp16. The
+Every contender runs as a CUDA graph, quantization of its input included, a few replays at a time by turns in one
+process. Times are medians over the rounds, with the distance between the quartiles. A ratio above 1 is faster than fp16. The
 ceiling is what cuBLAS reaches here on one large product of the same arithmetic. Rivals that are not installed, or that
 fail, are reported so. The last case is a U-Net of SDXL's shape with random weights.
 
@@ -111,7 +111,9 @@ def by_sdnq(layer: nn.Module) -> nn.Module:
     from sdnq import SDNQConfig
     from sdnq.quantizer import sdnq_quantize_layer
 
-    config = SDNQConfig(weights_dtype="int8", use_quantized_matmul=True, use_quantized_matmul_conv=True, quant_conv=True)
+    config = SDNQConfig(
+        weights_dtype="int8", use_quantized_matmul=True, use_quantized_matmul_conv=True, quant_conv=True
+    )
     return sdnq_quantize_layer(deepcopy(layer), config)[0]
 
 
