@@ -9,14 +9,17 @@ _root = _Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").exists() and (_root / "kernels").is_dir():
     __path__.append(str(_root))  # in a source tree the subpackages lie beside this folder, not in it
 
-from bitpolicy.api import export, export_for, load_pipeline, probe, search
-from bitpolicy.kernels.computing import resident_bytes, set_compute
-from bitpolicy.kernels.dispatch import use_kernels
-from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.policies import diffusers_quantizer as _diffusers
-from bitpolicy.policies import transformers_quantizer as _transformers
-from bitpolicy.policies.packed_config import BitPolicyConfig
-from bitpolicy.policies.policy import Policy
+from bitpolicy.command import quiet_if_a_command as _quiet_if_a_command
+
+with _quiet_if_a_command():
+    from bitpolicy.api import export, export_for, load_pipeline, probe, search
+    from bitpolicy.kernels.computing import resident_bytes, set_compute
+    from bitpolicy.kernels.dispatch import use_kernels
+    from bitpolicy.kernels.errors import BitPolicyError
+    from bitpolicy.policies import diffusers_quantizer as _diffusers
+    from bitpolicy.policies import transformers_quantizer as _transformers
+    from bitpolicy.policies.packed_config import BitPolicyConfig
+    from bitpolicy.policies.policy import Policy
 
 _diffusers.register()
 _transformers.register()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,9 +25,10 @@ from bitpolicy.offload import stream_weights
 from bitpolicy.policies.accounting import weights_hash
 from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.denoiser import ALL, DENOISERS, denoiser_names, denoiser_of, denoisers_in, studied
-from bitpolicy.policies.folder_parts import FolderParts, are_of_diffusers, is_streamable
-from bitpolicy.policies.parts import MemoryParts, Parts
-from bitpolicy.policies.pipeline_files import PipelineFiles
+from bitpolicy.policies.denoiser_files import WRONG_CONFIG
+from bitpolicy.policies.folder_parts import FolderParts, has_names_of_models, is_streamable
+from bitpolicy.policies.parts import MemoryParts, Parts, require_no_adapter
+from bitpolicy.policies.pipeline_files import PipelineFiles, read_json
 from bitpolicy.sensitivity.workers import device_of_this_process
 from bitpolicy.single_file import SingleFile
 
@@ -116,7 +116,7 @@ def load_source(
     Raises:
         BitPolicyError: there is no such folder, repository, component, dtype or device, or it is no diffusers pipeline.
     """
-    target = _device(device)
+    target = device_named(device)
     if dtype not in ("auto", *DTYPES):
         raise BitPolicyError(f"unknown dtype {dtype!r}; write auto, {', '.join(DTYPES)}")
     path = locate(model, revision, variant, config)
@@ -161,7 +161,7 @@ def open_parts(
     if path.is_file():
         return SingleFile.of(path, config, component).parts(storage)
     _require_pipeline(path)
-    if component is not None and not are_of_diffusers(path, component):
+    if component is not None and not has_names_of_models(path, component):
         pipe = open_pipeline(path, torch.float32, variant)
         return source_of(pipe, component, storage).parts
     return FolderParts(path, component, variant)
@@ -173,6 +173,7 @@ def source_of(pipe: DiffusionPipeline, component: str | None = None, storage: to
     Args:
         storage: None is bfloat16 for a bfloat16 denoiser and float16 for any other.
     """
+    require_no_adapter(pipe)
     name = denoiser_names(pipe, component)
     denoiser = denoiser_of(pipe, name)
     if any(isinstance(module, PackedLayer) for module in denoiser.modules()):
@@ -191,12 +192,15 @@ def open_pipeline(folder: Path, dtype: torch.dtype | None = None, variant: str |
     arguments: dict[str, Any] = {"variant": variant, "local_files_only": True}
     if dtype is not None:
         arguments[keyword] = dtype
+    usual = torch.get_default_dtype()
     try:
         return DiffusionPipeline.from_pretrained(str(folder), **arguments)
     except BitPolicyError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (*WRONG_CONFIG, ImportError, SafetensorError) as error:
         raise BitPolicyError(f"cannot load the pipeline in {folder}: {' '.join(str(error).split())}") from error
+    finally:
+        torch.set_default_dtype(usual)  # diffusers changes it, and leaves it so where a model cannot be made
 
 
 def _require_pipeline(folder: Path) -> None:
@@ -234,13 +238,27 @@ def _commonest(specs: Iterable[TensorSpec]) -> torch.dtype:
 
 
 def stored_dtype(folder: Path) -> torch.dtype | None:
-    """The storage dtype that a packed denoiser's config records; None if nothing in the folder is packed."""
+    """The storage dtype that a packed denoiser's config records; None if nothing in the folder is packed.
+
+    Raises:
+        BitPolicyError: the config is none, or records no dtype.
+    """
     for name in DENOISERS:
         path = folder / name / "config.json"
         if path.is_file():
-            recorded = json.loads(path.read_text()).get("quantization_config", {}).get("storage_dtype")
-            return getattr(torch, recorded) if recorded else None
+            recorded = _recorded(path).get("storage_dtype")
+            if recorded and recorded not in DTYPES:
+                raise BitPolicyError(f"{path}: storage_dtype is {recorded!r}, needed one of {', '.join(DTYPES)}")
+            return DTYPES[recorded] if recorded else None
     return None
+
+
+def _recorded(config: Path) -> dict[str, Any]:
+    """The quantization_config in a config.json; empty without one."""
+    found = read_json(config).get("quantization_config") or {}
+    if not isinstance(found, dict):
+        raise BitPolicyError(f"{config}: quantization_config is {type(found).__name__}, needed a mapping")
+    return found
 
 
 def packed_components(folder: Path) -> str | None:
@@ -250,11 +268,15 @@ def packed_components(folder: Path) -> str | None:
 
 
 def _packs_layers(config: Path) -> bool:
-    recorded = json.loads(config.read_text()).get("quantization_config") or {}
-    return bool(recorded.get("layers"))
+    return bool(_recorded(config).get("layers"))
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """The device that "auto", "cpu" or "cuda" means here.
+
+    Raises:
+        BitPolicyError: it is none of these, or there is none.
+    """
     if name not in ("auto", "cpu", "cuda"):
         raise BitPolicyError(f"unknown device {name!r}; write auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():

@@ -13,12 +13,14 @@ from torch import nn
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.formats import parse_formats
+from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.quantizers import parse_quantizer
 from bitpolicy.loading import BUNDLED, Source, load_source
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.denoiser import denoisers_in, of_component
 from bitpolicy.policies.exporters.targets import exporter_named
+from bitpolicy.policies.measured_compute import measured_compute
 from bitpolicy.policies.model_card import Card
 from bitpolicy.prompting import Split, default_requests, split
 from bitpolicy.search.budget import SCOPES, Budget, Scope, read
@@ -82,8 +84,8 @@ class Plan:
 
     def probe(self, settings: Settings, folder: Path, stages: Stages) -> ProbeRun:
         """A probe over the calibration samples; `folder` keeps its records."""
-        quantizers = parse_quantizer(settings.quantizer)
-        wanted = ProbeSettings(settings.probe, self.split.calibration, settings.vectors, settings.shared, quantizers)
+        how = (parse_quantizer(settings.quantizer), measured_compute(settings.compute))
+        wanted = ProbeSettings(settings.probe, self.split.calibration, settings.vectors, settings.shared, *how)
         weights, storage = self.source.everything_sha256, self.source.storage
         return ProbeRun(self.trajectories, self.layers, self.formats, storage, weights, wanted, folder, stages)
 
@@ -194,10 +196,16 @@ def _require_sound(settings: Settings) -> str:
     asked = "100%" if settings.budget is None else settings.budget
     read(asked)
     ProbeSettings(settings.probe, (Sample("", 0),), quantizers=parse_quantizer(settings.quantizer))
+    compute = measured_compute(settings.compute)
     if settings.scope not in SCOPES:
         raise BitPolicyError(f"unknown scope {settings.scope!r}; write any of {', '.join(SCOPES)}")
     if settings.scope == "peak" and settings.offload:
         raise BitPolicyError("--scope peak is of a model that lies on its device as a whole; leave --offload out")
+    if settings.scope == "peak" and compute is not Compute.EXACT:
+        raise BitPolicyError(
+            f"--scope peak counts what exact compute holds, and {compute} keeps weights in layouts of its own; take "
+            "--scope weights, or --compute exact"
+        )
     if settings.scope != "peak" and (settings.height or settings.width or settings.batch_size != 1):
         raise BitPolicyError("--height, --width and --batch-size say what a peak is of; add --scope peak")
     return asked

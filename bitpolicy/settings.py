@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.quantizers import DEFAULT
 from bitpolicy.policies.atomic import write_text
 from bitpolicy.sensitivity.samples import Request, fingerprint
@@ -48,6 +49,7 @@ class Settings:
         remeasure: how many estimates too large for first order are at most measured by ablation.
         remeasure_close: the same for estimates that close choices hang on.
         quantizer: who rounds weights, or "auto"; see `bitpolicy.kernels.quantizers`.
+        compute: of packed layers, "exact" or "int8", in all that is predicted and measured, and in the checkpoint.
         target_psnr, target_lpips: a quality to reach with as few bytes as possible, instead of a budget.
         frontier: policies of the curve of bytes against error to write; 0 is none.
         keep: GLOB=FORMAT, formats that layers keep.
@@ -83,6 +85,7 @@ class Settings:
     remeasure: int = 8
     remeasure_close: int = 0
     quantizer: str = DEFAULT
+    compute: str = Compute.EXACT.value
     target_psnr: float | None = None
     target_lpips: float | None = None
     frontier: int = 0

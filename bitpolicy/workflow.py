@@ -18,12 +18,16 @@ import torch
 from bitpolicy.compare import save_comparison
 from bitpolicy.curve import Point, file_name, points, save_picture, save_table
 from bitpolicy.decision import mean_db, networks_of, reaching_target, within_budget
+from bitpolicy.kernels.computing import set_compute
 from bitpolicy.kernels.formats import FP16
+from bitpolicy.kernels.kernel import Compute
+from bitpolicy.kernels.layers import packed_layers
 from bitpolicy.loading import Source, open_pipeline
 from bitpolicy.plan import Plan, class_name
 from bitpolicy.policies.calibration import Calibration, calibration_hash, needed_for, save_calibration
 from bitpolicy.policies.checkpoint import checkpoint_bytes
 from bitpolicy.policies.export import describe_checkpoint, export_parts
+from bitpolicy.policies.measured_compute import measured_compute
 from bitpolicy.policies.policy import BudgetRecord, Choice, ModelReference, Policy, Result
 from bitpolicy.search.budget import BudgetError
 from bitpolicy.search.closeness import beyond_first_order, close_choices
@@ -68,7 +72,8 @@ class SearchRun:
             about: dict[str, Any] = {"search": "the budget holds all of it unquantized"}
             return self._saved(self._policy(choices, 0.0, about, {}))
         problem = self._probed()
-        generations = Generations(plan.trajectories, self._rounded, plan.source.storage)
+        compute = measured_compute(settings.compute)
+        generations = Generations(plan.trajectories, self._rounded, plan.source.storage, compute)
         if settings.frontier:
             self._write_curve(problem, generations)
         if settings.budget is None and settings.target_psnr is None and settings.target_lpips is None:
@@ -185,6 +190,7 @@ class SearchRun:
             ),
             budget=self._budget_record(nbytes),
             storage_dtype=str(source.storage).removeprefix("torch."),
+            compute=measured_compute(self._settings.compute).value,
             result=Result(
                 policy_bytes=nbytes, predicted_error=None if predicted is None else float(f"{predicted:.6g}")
             ),
@@ -249,15 +255,22 @@ class SearchRun:
 
 
 @contextmanager
-def swapped_denoiser(source: Source, checkpoint: Path) -> Iterator[None]:
-    """While the block runs, the source pipeline computes with the checkpoint's packed components, read from disk."""
+def swapped_denoiser(source: Source, checkpoint: Path, compute: Compute | None = None) -> Iterator[Compute]:
+    """While the block runs, the source pipeline computes with the checkpoint's packed components, read from disk.
+
+    Args:
+        compute: of the packed layers; None is what the checkpoint records. The block is told.
+    """
     dtype = next(source.denoiser.parameters()).dtype
     reloaded = open_pipeline(checkpoint, dtype)
+    if compute is not None:
+        set_compute(reloaded, compute)
     originals = {name: getattr(source.pipe, name) for name in source.component.split(",")}
     try:
         for name in originals:
             setattr(source.pipe, name, getattr(reloaded, name).to(source.pipe._execution_device))
-        yield
+        packed = (layer for name in originals for _, layer in packed_layers(getattr(reloaded, name)))
+        yield next((layer.compute for layer in packed), Compute.EXACT)
     finally:
         for name, original in originals.items():
             setattr(source.pipe, name, original)
@@ -286,6 +299,7 @@ def run_search(settings: Settings, plan: Plan, output: OutputFolder, stages: Sta
         "layers": {format.name: counts[format.name] for format in plan.formats},
         "predicted_error": policy.result.predicted_error,
         "error_of": "image" if plan.trajectories.draws else "latent",
+        "compute": policy.compute,
         "psnr_db": psnr.as_dict(),
         "quality": quality,
         **curve,

@@ -13,13 +13,13 @@ from bitpolicy.kernels.kernel import Compute, parse_compute
 from bitpolicy.kernels.layers import packed_layers
 
 
-def set_compute(model: Any, compute: str | Compute, low_memory: bool | None = None) -> list[str]:
+def set_compute(model: Any, compute: str | Compute | None, low_memory: bool | None = None) -> list[str]:
     """Say what packed layers may round beside their weights.
 
     Args:
         model: a pipeline, a denoiser, or any other module with packed layers.
         compute: "exact" (nothing), "float" (nothing, but sums may be taken in another order) or "int8" (inputs, to 8
-            bits: faster where the processor multiplies integers, at some loss).
+            bits: faster where the processor multiplies integers, at some loss); None leaves it.
         low_memory: whether kernels have to do without layouts of their own, at the price of time; None leaves it.
 
     Returns:
@@ -28,14 +28,14 @@ def set_compute(model: Any, compute: str | Compute, low_memory: bool | None = No
     Raises:
         BitPolicyError: there is no such compute, or there is no packed layer.
     """
-    wanted = parse_compute(compute)
+    wanted = None if compute is None else parse_compute(compute)
     parts = {"": model} if isinstance(model, nn.Module) else model.components
     modules = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
     layers = {f"{part}.{name}".strip("."): x for part, module in modules.items() for name, x in packed_layers(module)}
     if not layers:
         raise BitPolicyError(f"{type(model).__name__} has no packed layers; load a checkpoint that bitpolicy exported")
     for layer in layers.values():
-        layer.compute = wanted
+        layer.compute = layer.compute if wanted is None else wanted
         layer.low_memory = layer.low_memory if low_memory is None else low_memory
     return [name for name, layer in layers.items() if layer.effective_compute is not Compute.EXACT]
 

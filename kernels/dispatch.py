@@ -2,7 +2,7 @@
 
 `TABLE` is read from above. Of the kernels that have the compute asked for and take the call, the fastest is used: a
 micro-probe tries them on the call's own input and keeps what it found on disk (`bitpolicy.kernels.micro_probe`). Where
-nothing can be tried, while a CUDA graph is captured or torch.compile traces, the first one is used.
+nothing can be tried, while a CUDA graph is captured, the first one is used; and so it is where that is `settled`.
 
     BITPOLICY_KERNELS=auto         the above
     BITPOLICY_KERNELS=reference    plain torch code everywhere
@@ -22,6 +22,9 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from bitpolicy.kernels import micro_probe
+from bitpolicy.kernels.cpu_exact import CpuDequantize
+from bitpolicy.kernels.cpu_int8 import CpuInt8
+from bitpolicy.kernels.cpu_onednn import OneDnnInt8
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.int8_compute import suits
 from bitpolicy.kernels.kernel import Compute, Kernel, PackedWeight, Prepared
@@ -59,6 +62,9 @@ class Row:
 
 
 TABLE: tuple[Row, ...] = (
+    Row("cpu", _EVERY, "*", CpuDequantize()),
+    Row("cpu", _EVERY, "*", CpuInt8()),
+    Row("cpu", _EVERY, "*", OneDnnInt8()),
     Row("cuda", _EVERY, "*", TritonInt8()),
     Row("cuda", _EVERY, "int4* int8", TritonFloat()),
     Row("cuda", _EVERY, "int4* int8*", TritonDequantize()),
@@ -107,6 +113,8 @@ def use_kernels(name: str) -> Iterator[None]:
 
 
 def _known(name: str) -> str:
+    if name == AUTO:
+        return name
     names = [AUTO, REFERENCE, *(row.kernel.name for row in TABLE)]
     if name not in names:
         raise BitPolicyError(f"unknown kernel {name!r}; write any of {', '.join(dict.fromkeys(names))}")
@@ -144,7 +152,7 @@ def _decide(
         return fallback, True
     if asked != AUTO:
         return next((kernel for kernel in able if kernel.name == asked), fallback), True
-    if len(able) == 1 or x.numel() == 0:
+    if able[0].settled or len(able) == 1 or x.numel() == 0:
         return able[0], True
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return able[0], False
@@ -159,11 +167,21 @@ def run(kernel: Kernel, x: torch.Tensor, weight: PackedWeight, bias: torch.Tenso
     return kernel(x, weight, bias, prepared(kernel, weight, x.dtype))
 
 
+def scratch_kept(weight: PackedWeight, dtype: torch.dtype) -> int:
+    """Bytes that stay reserved once such a weight was multiplied exactly with an input of this dtype."""
+    x = torch.empty(0, dtype=dtype, device=next(iter(weight.tensors.values())).device)
+    able = [row.kernel for row in kernels(Compute.EXACT) if row.refuses(x, weight) is None]
+    return able[0].scratch(weight, dtype) if able[0].settled and mode() == AUTO else 0
+
+
+_NOTHING: Prepared = {}
 _layouts: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def prepared(kernel: Kernel, weight: PackedWeight, dtype: torch.dtype) -> Prepared:
     """What the kernel makes of the weight once; made anew when the stored tensors were replaced or written to."""
+    if type(kernel).prepare is Kernel.prepare:
+        return _NOTHING
     if weight.low_memory:
         return kernel.prepare(weight, dtype)
     stored = next(iter(weight.tensors.values()))
@@ -183,9 +201,15 @@ def prepared(kernel: Kernel, weight: PackedWeight, dtype: torch.dtype) -> Prepar
 def prepared_bytes(stored: torch.Tensor) -> int:
     """Bytes that kernels keep beside a weight's first stored tensor, in layouts of their own."""
     layouts = (layout for _, layout in _layouts.get(stored, {}).values())
-    tensors = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for each in layouts for t in each.values()}
+    tensors = dict(_place_and_bytes(t) for each in layouts for t in each.values())
     tensors.pop(stored.untyped_storage().data_ptr(), None)
     return sum(tensors.values())
+
+
+def _place_and_bytes(tensor: torch.Tensor) -> tuple[int, int]:
+    if tensor.layout is torch._mkldnn:  # type: ignore[attr-defined] # oneDNN's own layout, which shows no storage
+        return id(tensor), tensor.nbytes
+    return tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
 
 
 def _order(x: torch.Tensor) -> str:
@@ -214,6 +238,18 @@ def _described(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None,
         "" if bias is None else "bias",
     )
     return ", ".join(part for part in parts if part)
+
+
+def is_settled(name: str) -> bool:
+    """Whether the kernel of this name is used without trying others."""
+    return any(row.kernel.settled for row in TABLE if row.kernel.name == name)
+
+
+def tried(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, compute: Compute
+) -> dict[str, float | None]:
+    """Kernel name -> milliseconds that the micro-probe measured for such a call, None where the result was wrong."""
+    return micro_probe.times_of(_described(x, weight, bias, compute))
 
 
 def explained(x: torch.Tensor, weight: PackedWeight, compute: Compute) -> Sequence[tuple[Row, str | None]]:

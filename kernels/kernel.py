@@ -105,10 +105,12 @@ class Kernel(ABC):
     Attributes:
         name: what people write to force it.
         compute: what it rounds.
+        settled: it does less work than what stands below it in the table, whatever the shape, so nothing is tried.
     """
 
     name: ClassVar[str]
     compute: ClassVar[Compute]
+    settled: ClassVar[bool] = False
 
     @abstractmethod
     def refuses(self, x: torch.Tensor, weight: PackedWeight) -> str | None:
@@ -118,6 +120,10 @@ class Kernel(ABC):
         """Layouts of the weight that outlive the call, made once for each dtype of input and kept while the weight
         lives; empty with `weight.low_memory`. Never stored in a file."""
         return {}
+
+    def scratch(self, weight: PackedWeight, dtype: torch.dtype) -> int:
+        """Bytes that stay reserved after a call, for the next one of any layer."""
+        return 0
 
     @abstractmethod
     def __call__(

@@ -55,6 +55,7 @@ class PackedLayer(nn.Module):
     compute_dtype: torch.dtype
     compute: Compute = Compute.EXACT
     low_memory: bool = False
+    bias: Any
 
     def _hold(
         self, format: Format, shape: tuple[int, ...], dtype: torch.dtype, tensors: Mapping[str, torch.Tensor]
@@ -81,14 +82,14 @@ class PackedLayer(nn.Module):
         """How a convolution slides over its padded input."""
         return None
 
-    def _multiply(self, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-        """The product, in the dtype that torch's own layer would give."""
-        bias = self.bias
+    def call(self, input: torch.Tensor) -> tuple[torch.Tensor, PackedWeight, torch.Tensor | None, Compute]:
+        """What this layer asks of `product` for an input: autocast to its dtype, padded and in a batch."""
+        weight, bias = self.held(), self.bias
         compute = effective(self.compute, weight)
-        if compute is not Compute.EXACT and torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-            bias = None if bias is None else bias.to(x.dtype)
-        return product(x, weight, bias, compute)
+        if compute is not Compute.EXACT and torch.is_autocast_enabled(input.device.type):
+            input = input.to(torch.get_autocast_dtype(input.device.type))
+            bias = None if bias is None else bias.to(input.dtype)
+        return input, weight, bias, compute
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight, shape `weight_shape`, contiguous."""
@@ -141,19 +142,28 @@ class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # its weig
     __new__ = _plain_when_called(nn.Linear)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return self._multiply(input, self.held())
+        return product(*self.call(input))
 
 
 class _PackedConv(PackedLayer):
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        single = input.ndim == 1 + len(self.stride)
-        x = input[None] if single else input
+        y = product(*self.call(input))
+        return y[0] if self._is_single(input) else y
+
+    def call(self, input: torch.Tensor) -> tuple[torch.Tensor, PackedWeight, torch.Tensor | None, Compute]:
+        x = input[None] if self._is_single(input) else input
         around, _ = _padding(self)
         if around:
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            mode: Any = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x = nn.functional.pad(x, around, mode=mode)
-        y = self._multiply(x, self.held())
-        return y[0] if single else y
+        return super().call(x)
+
+    def _is_single(self, input: torch.Tensor) -> bool:
+        return input.ndim == 1 + len(self.stride)
 
     def _slides(self) -> Geometry:
         return Geometry(tuple(self.stride), _padding(self)[1], tuple(self.dilation), self.groups)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median
@@ -29,7 +29,7 @@ _TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2} 
 Multiply = Callable[[], torch.Tensor]
 
 
-def fastest(call: str, tried: dict[str, Multiply], compute: Compute, reference: Multiply) -> str:
+def fastest(call: str, tried: Mapping[str, Multiply], compute: Compute, reference: Multiply) -> str:
     """The name of the fastest kernel that agrees with the reference; "" if none does.
 
     Args:
@@ -66,7 +66,7 @@ def agrees(found: torch.Tensor, expected: torch.Tensor, compute: Compute) -> boo
     return bool(difference <= _TOLERANCE[expected.dtype] * expected.double().norm())
 
 
-def _times(kernels: dict[str, Multiply], device: torch.device) -> dict[str, float]:
+def _times(kernels: Mapping[str, Multiply], device: torch.device) -> dict[str, float]:
     """Median seconds of each, by turns."""
     times: dict[str, list[float]] = {name: [] for name in kernels}
     for _ in range(_REPEATS):
@@ -154,7 +154,7 @@ def forget() -> None:
     _file.cache_clear()
 
 
-def timings(calls: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What was found for these calls, for people."""
-    kept = _kept()
-    return {call: kept[call] for call in calls if call in kept}
+def times_of(call: str) -> dict[str, float | None]:
+    """Kernel name -> median milliseconds, None for those that were wrong; empty if the call was never tried."""
+    found = _kept().get(call)
+    return {} if found is None else dict(found["ms"])

@@ -19,6 +19,8 @@ from bitpolicy.kernels.formats import format_named
 from bitpolicy.kernels.int8_compute import multiply
 from bitpolicy.kernels.kernel import Compute, Geometry, PackedWeight
 
+_STILL = [0]  # a linear layer; autograd takes an empty list for one of tensors
+
 
 def product(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, compute: Compute) -> torch.Tensor:
     """x W^T + b, or x * W + b, in the dtype of `x`.
@@ -53,7 +55,7 @@ def arguments(
 ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None, str, list[int], list[int], bool, str]:
     """What the operator is called with: it knows tensors, numbers and text."""
     g = weight.geometry
-    slides = [] if g is None else [*g.stride, *g.padding, *g.dilation, g.groups]
+    slides = _STILL if g is None else [*g.stride, *g.padding, *g.dilation, g.groups]
     tensors = list(weight.tensors.values())
     return x, tensors, bias, weight.format.name, list(weight.shape), slides, weight.low_memory, compute.value
 
@@ -72,7 +74,7 @@ _format = lru_cache(format_named)
 
 
 def _geometry(slides: Sequence[int]) -> Geometry | None:
-    if not slides:
+    if list(slides) == _STILL:
         return None
     dims = len(slides) // 3
     stride, padding, dilation = (tuple(slides[i * dims : (i + 1) * dims]) for i in range(3))
@@ -120,7 +122,7 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
     if ctx.needs_input_grad[0]:
         to_x = _input_gradient(gradient, ctx.shape, _weight(tensors, *ctx.weight))
     if ctx.needs_input_grad[2]:
-        channel = 1 if ctx.weight[-1] else gradient.ndim - 1
+        channel = gradient.ndim - 1 if list(ctx.weight[-1]) == _STILL else 1
         to_bias = gradient.sum([dim for dim in range(gradient.ndim) if dim != channel]).to(ctx.bias)
     return to_x, [None] * len(tensors), to_bias, None, None, None, None, None
 

@@ -1,12 +1,13 @@
 """Put a policy on a model in memory: as packed layers, or as ordinary layers with dequantized weights.
 
-Both compute the same bits. The second is what search and probes use: it is fast, and taken back in no time.
+Both compute the same bits, under INT8 compute the same up to the rounding of sums. The second is what search and probes
+use: it is fast, and taken back in no time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +17,13 @@ from bitpolicy.kernels.bias_correction import bias_shift
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.grid import GridFormat
-from bitpolicy.kernels.layers import Quantizable, pack_layer, quantizable_layers, replace_layer
+from bitpolicy.kernels.kernel import Compute
+from bitpolicy.kernels.layers import Quantizable, pack_layer, quantizable_layers, replace_layer, unsupported_layers
 from bitpolicy.kernels.quantizers import HESSIANS, quantize_data_free
 from bitpolicy.kernels.row_chunks import each_chunk
 from bitpolicy.policies.calibration import Calibration, rounded_key
-from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.int8_layers import multiplied_weight, round_inputs, rounds_inputs
+from bitpolicy.policies.policy import Choice, Policy
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,16 @@ class QuantizedLayer:
 
     tensors: dict[str, torch.Tensor]
     bias: torch.Tensor | None
+
+
+def choices_for(model: nn.Module, policy: Policy) -> dict[str, Choice]:
+    """What a policy gives each layer of a model, which may lie on `meta`.
+
+    Raises:
+        PolicyError: it does not fit the model.
+    """
+    unsupported = {name: type(layer).__name__ for name, layer in unsupported_layers(model)}
+    return policy.resolve((name for name, _ in quantizable_layers(model)), unsupported)
 
 
 def quantize_layer(
@@ -120,25 +133,36 @@ def stored_weight(name: str, weight: torch.Tensor, choice: Choice, calibration: 
 
 @contextmanager
 def quantized(
-    model: nn.Module, choices: Mapping[str, Choice], calibration: Calibration, storage: torch.dtype
+    model: nn.Module,
+    choices: Mapping[str, Choice],
+    calibration: Calibration,
+    storage: torch.dtype,
+    compute: Compute = Compute.EXACT,
 ) -> Iterator[None]:
-    """While the block runs, `model` computes with the weights and biases that `choices` store. Restored after it."""
+    """While the block runs, `model` computes with the weights and biases that `choices` store, and with the inputs that
+    packed layers see under `compute`. Restored after it."""
     before: list[tuple[torch.Tensor, torch.Tensor]] = []
-    try:
+    with ExitStack() as undone:
+        undone.callback(_restore, before)
         for name, layer in quantizable_layers(model):
             choice = choices.get(name)
             if choice is None or not choice.format.packed:
                 continue
             stored = quantize_layer(name, layer, choice, calibration, storage)
+            weight = multiplied_weight(layer, choice.format, stored.tensors, layer.weight.dtype, compute)
             before.append((layer.weight, layer.weight.data))
-            layer.weight.data = choice.format.dequantize(stored.tensors, layer.weight.shape, layer.weight.dtype)
+            layer.weight.data = weight
             if layer.bias is not None and stored.bias is not None:
                 before.append((layer.bias, layer.bias.data))
                 layer.bias.data = stored.bias.to(layer.bias.dtype)
+            if rounds_inputs(layer, compute):
+                undone.callback(round_inputs(layer).remove)
         yield
-    finally:
-        for parameter, data in before:
-            parameter.data = data
+
+
+def _restore(before: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for parameter, data in before:
+        parameter.data = data
 
 
 def pack(model: nn.Module, choices: Mapping[str, Choice], calibration: Calibration, storage: torch.dtype) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from bitpolicy.kernels.format import TensorSpec
+from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import Quantizable, quantizable_layers
 from bitpolicy.policies.accounting import stored_spec
 from bitpolicy.policies.apply import as_stored, quantize_tensors
@@ -40,11 +41,13 @@ def export_denoiser(
     folder: Path,
     max_shard_size: int = MAX_SHARD_SIZE,
     source: TensorSource | None = None,
+    compute: Compute = Compute.EXACT,
 ) -> int:
     """Write the config and the packed weights of one model of diffusers.
 
     Args:
         source: of its tensors; None is the model itself, which else may lie on `meta`.
+        compute: of the packed layers, once they are loaded.
 
     Returns:
         Its tensor bytes.
@@ -53,7 +56,7 @@ def export_denoiser(
     checksums = write_packed(
         denoiser, source or ModuleSource(denoiser), choices, calibration, storage, folder, DIFFUSERS, max_shard_size
     )
-    write_config(denoiser, choices, storage, folder, checksums)
+    write_config(denoiser, choices, storage, folder, checksums, compute)
     return checkpoint_bytes(folder)
 
 
@@ -180,12 +183,17 @@ def _shards(specs: Mapping[str, TensorSpec], most: int, stem: str) -> dict[str, 
 
 
 def write_config(
-    model: Any, choices: Mapping[str, Choice], storage: torch.dtype, folder: Path, checksums: str = ""
+    model: Any,
+    choices: Mapping[str, Choice],
+    storage: torch.dtype,
+    folder: Path,
+    checksums: str = "",
+    compute: Compute = Compute.EXACT,
 ) -> None:
     """The config of a model of diffusers. One without packed layers is told its method, too: so it keeps its dtype when
     it is loaded without one."""
     model.save_config(folder)
-    config = BitPolicyConfig.of(choices, storage, checksums).to_dict()
+    config = BitPolicyConfig.of(choices, storage, checksums, compute).to_dict()
     rewrite_json(folder / "config.json", quantization_config=config)
 
 

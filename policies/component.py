@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.kernel import Compute
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoint import MAX_SHARD_SIZE, checkpoint_bytes, export_denoiser, write_packed
 from bitpolicy.policies.packed_config import BitPolicyConfig
@@ -28,6 +29,7 @@ def export_component(
     folder: Path,
     max_shard_size: int = MAX_SHARD_SIZE,
     source: TensorSource | None = None,
+    compute: Compute = Compute.EXACT,
 ) -> int:
     """Write the config and the packed weights of one unquantized model, as its own library reads them.
 
@@ -39,6 +41,7 @@ def export_component(
         folder: where to; made if it is not there.
         max_shard_size: bytes; a larger model is split as its library splits it.
         source: of its tensors; None is the model itself, which else may lie on `meta`.
+        compute: of the packed layers, once they are loaded.
 
     Returns:
         Tensor bytes of the files.
@@ -47,7 +50,7 @@ def export_component(
         BitPolicyError: the model is of neither library, a layer to pack shares its weight, or a calibration is missing.
     """
     if isinstance(model, ModelMixin):
-        return export_denoiser(model, choices, calibration, storage, folder, max_shard_size, source)
+        return export_denoiser(model, choices, calibration, storage, folder, max_shard_size, source, compute)
     if not isinstance(model, PreTrainedModel):
         raise BitPolicyError(f"{type(model).__name__} is of neither diffusers nor transformers; only their models are")
     tied = model.all_tied_weights_keys
@@ -63,6 +66,6 @@ def export_component(
     config = copy.deepcopy(model.config)
     config.dtype = str(storage).removeprefix("torch.")
     config.architectures = [type(model).__name__]
-    config.quantization_config = BitPolicyConfig.of(choices, storage, checksums)
+    config.quantization_config = BitPolicyConfig.of(choices, storage, checksums, compute)
     config.save_pretrained(folder)
     return checkpoint_bytes(folder)

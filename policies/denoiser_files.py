@@ -9,11 +9,25 @@ from typing import Any
 import diffusers
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import TensorSpec
 from bitpolicy.policies.source import TensorSource
 from bitpolicy.policies.source_converted import Converter, converted
+
+WRONG_CONFIG = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    StrictDataclassError,
+)
+"""What models raise whose configs say something that they were not made for."""
 
 
 def skeleton(class_name: str, config: Path | Mapping[str, Any]) -> Any:
@@ -23,17 +37,23 @@ def skeleton(class_name: str, config: Path | Mapping[str, Any]) -> Any:
         config: the folder with its config.json, or what that says.
 
     Raises:
-        BitPolicyError: there is no such class, or it is no model.
+        BitPolicyError: there is no such class, it is no model, or the config is no model's.
     """
-    kind: Any = getattr(diffusers, class_name, None)
+    kind: Any = getattr(diffusers, str(class_name), None)
     if kind is None or diffusers.ModelMixin not in kind.__mro__:
         raise BitPolicyError(
             f"diffusers {diffusers.__version__} has no model {class_name}; load the pipeline and export it "
             "from memory: bitpolicy.export(pipe, policy, folder)"
         )
-    given = kind.load_config(str(config), local_files_only=True) if isinstance(config, Path) else dict(config)
-    with init_empty_weights():
-        return kind.from_config(given).eval()
+    try:
+        given = kind.load_config(str(config), local_files_only=True) if isinstance(config, Path) else dict(config)
+        with init_empty_weights():
+            return kind.from_config(given).eval()
+    except WRONG_CONFIG as error:
+        where = f" in {config}" if isinstance(config, Path) else ""
+        raise BitPolicyError(
+            f"the config{where} makes no {class_name}: {' '.join(str(error).split())[:300]}; download it again"
+        ) from error
 
 
 class _Fitted:

@@ -19,6 +19,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.kernel import Compute
 from bitpolicy.policies.packed_config import METHOD, BitPolicyConfig
 from bitpolicy.policies.packed_model import (
     expected_tensors,
@@ -127,7 +128,7 @@ class BitPolicyQuantizer(DiffusersQuantizer):
             self.quantization_config, self.pre_quantized = self._reading.config, True
         self._given = self._reading = None
         self._files = None
-        finish(model, self._compute_dtype)
+        finish(model, self._compute_dtype, Compute(self.quantization_config.compute))
         model.config["quantization_config"] = self.quantization_config
         model.is_quantized = False  # packed layers survive .to(dtype): lifts diffusers' refusal of it
         return model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -10,15 +9,17 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.kernels.kernel import Compute
 from bitpolicy.policies.accounting import ByteAccount
+from bitpolicy.policies.apply import choices_for
 from bitpolicy.policies.atomic import write_text, written_aside
 from bitpolicy.policies.calibration import Calibration, is_rounded, save_calibration
 from bitpolicy.policies.checkpoint import MAX_SHARD_SIZE
 from bitpolicy.policies.component import export_component
 from bitpolicy.policies.denoiser import denoisers_in, of_component
+from bitpolicy.policies.disk_space import require_space
 from bitpolicy.policies.model_card import PLAIN, Card, model_card
-from bitpolicy.policies.parts import MemoryParts, Parts, layers_of
+from bitpolicy.policies.parts import MemoryParts, Parts
 from bitpolicy.policies.policy import Policy
 
 
@@ -71,12 +72,12 @@ def export_parts(
     """
     storage = getattr(torch, policy.storage_dtype)
     others = component_dtype or storage
-    choices = policy.resolve(layers_of(parts))
+    choices = choices_for(parts.denoiser, policy)
     if folder.exists() and not (folder / "model_index.json").is_file() and (folder.is_file() or any(folder.iterdir())):
         raise BitPolicyError(f"{folder} holds something that is no pipeline; export to a new or an empty folder")
     with written_aside(folder) as aside:
         packed = ByteAccount.of(parts.denoiser, storage).total({name: c.format for name, c in choices.items()})
-        _require_space(aside.parent, packed + parts.to_write(others, aside))
+        require_space(aside.parent, packed + parts.to_write(others, aside))
         aside.mkdir()
         parts.write_others(others, aside)
         nbytes = 0
@@ -84,7 +85,8 @@ def export_parts(
         for name, model in zip(components, denoisers_in(parts.denoiser), strict=True):
             own, means = of_component(choices, name, components), of_component(calibration, name, components)
             source = parts.sources[name]
-            nbytes += export_component(model, own, means, storage, aside / name, max_shard_size, source)
+            about = (storage, aside / name, max_shard_size, source, Compute(policy.compute))
+            nbytes += export_component(model, own, means, *about)
         if not is_rounded(calibration) and any(choice.bias_correction for choice in choices.values()):
             save_calibration(calibration, aside / "calibration.safetensors")  # rounded, it would hold the weights again
         describe_checkpoint(aside, policy, parts.denoiser, card)
@@ -94,14 +96,5 @@ def export_parts(
 def describe_checkpoint(folder: Path, policy: Policy, denoiser: nn.Module, card: Card = PLAIN) -> None:
     """Write policy.yaml and the model card of an exported folder anew, after its quality was measured."""
     policy.save(folder / "policy.yaml")
-    choices = policy.resolve(name for name, _ in quantizable_layers(denoiser))
+    choices = choices_for(denoiser, policy)
     write_text(folder / "README.md", model_card(policy, denoiser, choices, card))
-
-
-def _require_space(parent: Path, nbytes: int) -> None:
-    free = shutil.disk_usage(parent).free
-    if free < nbytes:
-        raise BitPolicyError(
-            f"{parent} has {free:,} bytes free, the checkpoint needs at least {nbytes:,}; "
-            "free some space or choose another --output-dir"
-        )

@@ -5,7 +5,6 @@ cast tensor by tensor.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from bitpolicy.policies.linking import can_link, link_or_copy
 from bitpolicy.policies.pipeline_files import DIFFUSERS, TRANSFORMERS, PipelineFiles, weights_index
 from bitpolicy.policies.safetensors_writer import SafetensorsWriter
 from bitpolicy.policies.source import TensorSource
+from bitpolicy.policies.transformers_files import TextEncoderSource, places, text_encoder_skeleton
 
 
 class FolderParts:
@@ -41,8 +41,7 @@ class FolderParts:
         models: dict[str, Any] = {}
         sources: dict[str, TensorSource] = {}
         for name in _denoisers(self._files, component):
-            models[name] = _unquantized(self._files, name)
-            sources[name] = fitted(FileSource(self._files.weights(name).values()), models[name], folder / name)
+            models[name], sources[name] = _unquantized(self._files, name)
         self.sources: Mapping[str, TensorSource] = sources
         self.denoiser: nn.Module = next(iter(models.values())) if len(models) == 1 else nn.ModuleDict(models)
         self._others = {name: self._files.specs(name) for name in self._files.components if name not in sources}
@@ -137,29 +136,47 @@ def _denoisers(files: PipelineFiles, component: str | None) -> list[str]:
     return wanted
 
 
-def _unquantized(files: PipelineFiles, name: str) -> Any:
-    """The denoiser on `meta`."""
-    config = files.config(name)
+def _unquantized(files: PipelineFiles, name: str) -> tuple[Any, TensorSource]:
+    """The component on `meta`, and its tensors."""
+    config, folder = files.config(name), files.folder / name
     if config.get("quantization_config"):
         raise BitPolicyError(
             f"{files.folder}: its {name} is quantized already; give the full-precision pipeline it was made from"
         )
+    library, class_name = files.kind(name)
+    if config and library == "transformers":
+        encoder = text_encoder_skeleton(class_name, folder)
+        return encoder, TextEncoderSource(FileSource(files.weights(name).values()), encoder, folder)
     if "_class_name" not in config:
-        raise BitPolicyError(f"{files.folder / name} has no config.json of a diffusers model; download it again")
-    return skeleton(config["_class_name"], files.folder / name)
+        raise BitPolicyError(f"{folder} has no config.json of a model; download it again")
+    model = skeleton(config["_class_name"], folder)
+    return model, fitted(FileSource(files.weights(name).values()), model, folder)
 
 
-def are_of_diffusers(folder: Path, component: str) -> bool:
-    """Whether the components to pack are models of diffusers: what transformers keeps in files has other names than in
-    its models."""
+def has_names_of_models(folder: Path, component: str) -> bool:
+    """Whether the files of the components to pack hold every tensor under one name that tells which it is; transformers
+    converts some models' tensors while it loads them."""
     files = PipelineFiles(folder)
-    return all("_class_name" in files.config(name) for name in component.split(",") if files.config(name))
+    return all(_names_are_clear(files, name) for name in component.split(",") if name in files.components)
+
+
+def _names_are_clear(files: PipelineFiles, name: str) -> bool:
+    library, class_name = files.kind(name)
+    if library != "transformers" or not files.has_weights(name):
+        return True  # or there is something else to say of it
+    model = text_encoder_skeleton(class_name, files.folder / name)
+    try:
+        places(model, FileSource(files.weights(name).values()).specs)
+    except BitPolicyError:
+        return False
+    return True
 
 
 def is_streamable(folder: Path, component: str) -> bool:
-    """Whether the components to pack are models of diffusers and every component's weights are safetensors."""
+    """Whether every component's weights are safetensors, with names that are clear for those to pack."""
     files = PipelineFiles(folder)
     try:
-        return are_of_diffusers(folder, component) and all(files.weights(n) is not None for n in files.components)
-    except (BitPolicyError, OSError, json.JSONDecodeError):
+        there = all(files.weights(name) is not None for name in files.components)
+        return there and has_names_of_models(folder, component)
+    except (BitPolicyError, OSError):
         return False

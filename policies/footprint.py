@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from bitpolicy.kernels.cpu_scratch import release_scratch
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.accounting import stored_spec
 
@@ -51,6 +52,7 @@ def measured_peak(pipe: DiffusionPipeline, run: Callable[[], object]) -> int:
         BitPolicyError: the pipeline is neither on the CPU nor on CUDA.
     """
     resident = resident_bytes(pipe)
+    release_scratch()  # what an earlier run reserved is reserved anew, and counted
     with metered(pipe.device) as meter:
         run()
     return resident + max(span.most for span in meter.spans)

@@ -35,6 +35,7 @@ pipe = DiffusionPipeline.from_pretrained("{location}")
 | budget asked for | {budget} |
 | rounding | {rounding} |
 | layers whose bias is corrected | {corrected} |
+| packed layers compute | {compute} |
 | PSNR against the unquantized pipeline, held-out prompts and seeds | {psnr} |
 | predicted relative error of {signal} | {error} |
 
@@ -42,6 +43,12 @@ Layers by role and format:
 
 {table}
 """
+
+
+_COMPUTES = {
+    "exact": "with dequantized weights (`compute: exact`)",
+    "int8": "with 8-bit inputs and weights (`compute: int8`), under which PSNR and error are taken",
+}
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,7 @@ def model_card(policy: Policy, denoiser: nn.Module, choices: Mapping[str, Choice
         budget=f"{budget.asked} (scope {budget.scope})" if budget else "none",
         rounding=", ".join(sorted({c.quantizer for c in choices.values() if c.format.packed})) or "none",
         corrected=sum(choice.bias_correction for choice in choices.values()),
+        compute=_COMPUTES[policy.compute],
         psnr=psnr,
         error=error,
         table=_table(choices, card.roles, account),

@@ -22,6 +22,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin as Tr
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.formats import from_parameters
+from bitpolicy.kernels.kernel import Compute
+from bitpolicy.policies.measured_compute import measured_compute
 from bitpolicy.policies.policy import Choice, Policy
 
 METHOD = "bitpolicy"
@@ -45,6 +47,7 @@ class BitPolicyConfig(QuantizationConfigMixin, TransformersConfigMixin):
         formats: format name -> its parameters, as the policy file records them.
         storage_dtype: "float16", "bfloat16" or, where nothing is packed, "float32", of everything that is not packed.
         written_by: version of bitpolicy that wrote the checkpoint.
+        compute: "exact" or "int8": what the packed layers multiply with once they are loaded. A policy says its own.
         checksums: CRC-32 of every tensor's bytes, 8 hex digits each, in the order of their names; empty where a model
             was saved again.
 
@@ -62,6 +65,7 @@ class BitPolicyConfig(QuantizationConfigMixin, TransformersConfigMixin):
         quant_method: str = METHOD,
         written_by: str | None = None,
         checksums: str = "",
+        compute: str = Compute.EXACT.value,
     ) -> None:
         _require_version(format_version, written_by)
         if quant_method != METHOD:
@@ -76,12 +80,21 @@ class BitPolicyConfig(QuantizationConfigMixin, TransformersConfigMixin):
         self.format_version = format_version
         self.written_by = written_by
         self.checksums = _text("checksums", checksums)
+        self.compute = _known_compute(compute)
+        if policy is not None and self.compute != Compute.EXACT:
+            raise BitPolicyError("a policy says itself how it computes; leave compute out, or write it into the policy")
         for name in self.layers:
             if not _MODULE_PATH.fullmatch(name):
                 raise BitPolicyError(f"the checkpoint packs {name!r}, which is no layer's name; {_AGAIN}")
 
     @classmethod
-    def of(cls, choices: Mapping[str, Choice], storage: torch.dtype, checksums: str = "") -> BitPolicyConfig:
+    def of(
+        cls,
+        choices: Mapping[str, Choice],
+        storage: torch.dtype,
+        checksums: str = "",
+        compute: Compute = Compute.EXACT,
+    ) -> BitPolicyConfig:
         """The config of a model whose layers are packed as `choices` say."""
         packed = {name: choice.format for name, choice in choices.items() if choice.format.packed}
         return cls(
@@ -90,6 +103,7 @@ class BitPolicyConfig(QuantizationConfigMixin, TransformersConfigMixin):
             storage_dtype=str(storage).removeprefix("torch."),
             written_by=_own_version(),
             checksums=checksums,
+            compute=compute.value,
         )
 
     @classmethod
@@ -153,7 +167,8 @@ class BitPolicyConfig(QuantizationConfigMixin, TransformersConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """What goes into config.json; of a policy only its path, and that only while the model is not yet packed."""
         given = {} if self.policy is None else {"policy": _shown(self.policy)}
-        optional = {"written_by": self.written_by, "checksums": self.checksums}
+        compute = "" if self.compute == Compute.EXACT else self.compute
+        optional = {"written_by": self.written_by, "checksums": self.checksums, "compute": compute}
         return given | {
             "quant_method": METHOD,
             "format_version": self.format_version,
@@ -199,6 +214,13 @@ def _text(entry: str, found: object) -> str:
     if not isinstance(found, str):
         raise BitPolicyError(f"{entry} is {found!r}, needed text; {_AGAIN}")
     return found
+
+
+def _known_compute(found: object) -> str:
+    try:
+        return measured_compute(_text("compute", found)).value
+    except BitPolicyError as error:
+        raise BitPolicyError(f"{error}, or install the {METHOD} that wrote the checkpoint") from None
 
 
 def _shown(policy: str | PathLike[str] | Policy) -> str:

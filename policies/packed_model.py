@@ -15,6 +15,7 @@ from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import TensorSpec
+from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import (
     PackedLayer,
     pack_layer,
@@ -62,11 +63,12 @@ def expected_tensors(model: nn.Module, tied: Iterable[str] = ()) -> dict[str, Te
     }
 
 
-def finish(model: nn.Module, compute_dtype: Callable[[str], torch.dtype]) -> None:
-    """Check what was read, and tell each packed layer the dtype that its `weight` is to have.
+def finish(model: nn.Module, compute_dtype: Callable[[str], torch.dtype], compute: Compute) -> None:
+    """Check what was read, and tell each packed layer the dtype that its `weight` is to have, and how to multiply.
 
     Args:
         compute_dtype: of the layer with this name.
+        compute: of all of them.
 
     Raises:
         BitPolicyError: a tensor was not read, or not kept as it is stored.
@@ -85,7 +87,7 @@ def finish(model: nn.Module, compute_dtype: Callable[[str], torch.dtype]) -> Non
                     f"{name}.{suffix} was read as {tensor.dtype}, it is stored in {specs[suffix].dtype}; load without "
                     "offload_state_dict"
                 )
-        layer.compute_dtype = compute_dtype(name)
+        layer.compute_dtype, layer.compute = compute_dtype(name), compute
 
 
 def refuse_disk(device_map: object) -> None:
@@ -133,8 +135,11 @@ def to_save(state: Mapping[str, torch.Tensor], packed: set[str], storage: torch.
     Raises:
         BitPolicyError: an adapter is on the model.
     """
-    if any(".base_layer." in name for name in state):
-        raise BitPolicyError("the model has an adapter on it; unload it (or fuse and unload it) before saving")
+    if adapted := next((name for name in state if ".base_layer." in name), None):
+        raise BitPolicyError(
+            f"the model has an adapter on it, e.g. on {adapted.partition('.base_layer.')[0]}; unload it (or fuse and "
+            "unload it) before saving"
+        )
     written = {name: tensor for name, tensor in state.items() if not _is_fused(name, state)}
     cast: dict[Any, torch.Tensor] = {}
     for name in written.keys() - packed:

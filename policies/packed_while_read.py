@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import Quantizable, pack_layer, quantizable_layers, replace_layer
 from bitpolicy.policies.accounting import stored_spec, tensors_hash
-from bitpolicy.policies.apply import quantize_layer
+from bitpolicy.policies.apply import choices_for, quantize_layer
 from bitpolicy.policies.calibration import calibration_of
 from bitpolicy.policies.packed_config import BitPolicyConfig
 from bitpolicy.policies.policy import Policy
@@ -43,13 +44,13 @@ class PackedWhileRead:
         _require_one_model(self._policy, type(model).__name__)
         self._model = model
         self._layers: dict[str, Quantizable] = dict(quantizable_layers(model))
-        choices = self._policy.resolve(self._layers)
+        choices = choices_for(model, policy)
         self._calibration = calibration_of(policy, path, choices.values())
         self._choices = {name: choice for name, choice in choices.items() if choice.format.packed}
         self._storage = getattr(torch, self._policy.storage_dtype)
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         self._waiting: dict[str, dict[str, torch.Tensor]] = {}
-        self.config = BitPolicyConfig.of(self._choices, self._storage)
+        self.config = BitPolicyConfig.of(self._choices, self._storage, compute=Compute(policy.compute))
 
     def require_same_weights(self, read: Callable[[str], torch.Tensor]) -> None:
         """Compare the hash of the files' weights with the policy's; reads everything once.

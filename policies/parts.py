@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
-from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.checkpoint import rewrite_json, write_config
 from bitpolicy.policies.denoiser import denoiser_of
 from bitpolicy.policies.footprint import stored_others
@@ -47,11 +47,15 @@ class MemoryParts:
 
     Attributes:
         pipe: its denoisers may lie on `meta` if `sources` are given.
+
+    Raises:
+        BitPolicyError: an adapter is on one of its models.
     """
 
     def __init__(
         self, pipe: DiffusionPipeline, component: str, sources: Mapping[str, TensorSource] | None = None
     ) -> None:
+        require_no_adapter(pipe)
         self._pipe, self._component = pipe, component
         self.denoiser = denoiser_of(pipe, component)
         self.sources = sources or {name: ModuleSource(getattr(pipe, name)) for name in component.split(",")}
@@ -74,9 +78,20 @@ class MemoryParts:
                     write_config(other, {}, dtype, folder / name)
 
 
-def layers_of(parts: Parts) -> list[str]:
-    """Names of the layers that a policy gives formats to."""
-    return [name for name, _ in quantizable_layers(parts.denoiser)]
+def require_no_adapter(pipe: DiffusionPipeline) -> None:
+    """Refuse models that compute with a LoRA: their layers have other names, and `save_pretrained` of transformers
+    writes the adapter alone.
+
+    Raises:
+        BitPolicyError: there is one.
+    """
+    for name, model in pipe.components.items():
+        modules = model.named_modules() if isinstance(model, nn.Module) else ()
+        if adapted := next((path for path, module in modules if hasattr(module, "base_layer")), None):
+            raise BitPolicyError(
+                f"the {name} has an adapter (a LoRA) on it, e.g. on {adapted}; take it off with "
+                "pipe.unload_lora_weights(), or for good into the weights with pipe.fuse_lora() before that"
+            )
 
 
 def _forget_last_call(component: Any) -> None:

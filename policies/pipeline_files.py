@@ -17,6 +17,7 @@ from bitpolicy.kernels.format import TensorSpec
 from bitpolicy.policies.file_source import header
 
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
+_AGAIN = "download the model again"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _WEIGHTS = (".safetensors", *_PICKLES, ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb", ".gguf")
 
@@ -36,18 +37,35 @@ class PipelineFiles:
     @property
     def index(self) -> dict[str, Any]:
         """What model_index.json says."""
-        return dict(json.loads((self.folder / "model_index.json").read_text(encoding="utf-8")))
+        return read_json(self.folder / "model_index.json")
 
     @property
     def components(self) -> list[str]:
-        """Those that have a folder."""
-        named = (name for name, value in self.index.items() if isinstance(value, list) and value[0] is not None)
+        """Those that have a folder.
+
+        Raises:
+            BitPolicyError: a name leads out of the folder.
+        """
+        named = [
+            name for name, value in self.index.items() if isinstance(value, list) and value[:1] not in ([], [None])
+        ]
+        for name in named:
+            _require_plain(name, self.folder / "model_index.json")
         return [name for name in named if (self.folder / name).is_dir()]
+
+    def kind(self, component: str) -> tuple[str, str]:
+        """Library and class of a component, as model_index.json names them."""
+        named = self.index.get(component)
+        if not isinstance(named, list) or len(named) != 2:
+            raise BitPolicyError(
+                f"{self.folder / 'model_index.json'}: {component} is {named!r}, needed a library and a class; {_AGAIN}"
+            )
+        return str(named[0]), str(named[1])
 
     def config(self, component: str) -> dict[str, Any]:
         """What its config.json says; empty without one."""
         path = self.folder / component / "config.json"
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+        return read_json(path) if path.is_file() else {}
 
     def weights(self, component: str) -> dict[str, Path]:
         """The safetensors of a component by the names that they have without a variant; none for a tokenizer.
@@ -99,6 +117,27 @@ class PipelineFiles:
                 yield path
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a file.
+
+    Raises:
+        BitPolicyError: there is none.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BitPolicyError(f"cannot read {path}: {' '.join(str(error).split())}; {_AGAIN}") from error
+    if not isinstance(found, dict):
+        raise BitPolicyError(f"{path} holds a {type(found).__name__}, needed a mapping; {_AGAIN}")
+    return found
+
+
+def _require_plain(name: str, named_in: Path) -> None:
+    """Refuse a name that is a path: it could lead anywhere."""
+    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise BitPolicyError(f"{named_in} names {name!r}, which is a path; {_AGAIN}")
+
+
 def weights_index(weights: Mapping[str, Mapping[str, TensorSpec]]) -> str:
     """The text of the index of some shards, as diffusers writes it.
 
@@ -122,7 +161,12 @@ def _weights(folder: Path, stem: str, variant: str | None) -> dict[str, Path]:
     single = folder / f"{stem}{f'.{variant}' if variant else ''}.safetensors"
     if not index.is_file():
         return {f"{stem}.safetensors": single} if single.is_file() else {}
-    files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
+        raise BitPolicyError(f"{index} has no weight_map that names files; {_AGAIN}")
+    files = sorted(set(listed.values()))
+    for name in files:
+        _require_plain(name, index)
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
         raise BitPolicyError(f"{folder} lacks {missing[0]}, which {index.name} names; download the model again")

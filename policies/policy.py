@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, Literal
 
 import torch
@@ -21,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.formats import format_named, from_parameters
+from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.quantizers import HESSIANS, QUANTIZERS
 from bitpolicy.policies.atomic import write_text
 from bitpolicy.policies.plain_yaml import YamlError, read_yaml
@@ -135,12 +137,13 @@ class Result(_Strict):
 
 
 class Policy(_Strict):
-    """A policy file, schema version 1."""
+    """A policy file, schema version 1. `compute` is that of the packed layers, and of the images that were measured."""
 
     bitpolicy: Literal[1] = SCHEMA
     model: ModelReference
     budget: BudgetRecord | None = None
     storage_dtype: Literal["float16", "bfloat16"] = "float16"
+    compute: Literal["exact", "int8"] = "exact"
     formats: dict[str, dict[str, Any]] = Field(default_factory=dict)
     defaults: LayerSettings = Field(
         default_factory=lambda: LayerSettings(format="fp16", quantizer="rtn", bias_correction=False)
@@ -161,6 +164,13 @@ class Policy(_Strict):
         copy = self.model_copy()
         copy._calibration = calibration
         return copy
+
+    def under(self, compute: Compute) -> Policy:
+        """The same choices under another compute; what was predicted and measured is not true of them there."""
+        if compute == self.compute:
+            return self
+        result = None if self.result is None else Result(policy_bytes=self.result.policy_bytes)
+        return self.model_copy(update={"compute": compute.value, "result": result})
 
     @classmethod
     def load(cls, path: str | Path) -> Policy:
@@ -197,6 +207,8 @@ class Policy(_Strict):
         for empty in ("rules", "provenance"):
             if not data[empty]:
                 del data[empty]
+        if self.compute == "exact":
+            del data["compute"]
         return yaml.dump(data, Dumper=_Readable, sort_keys=False, width=120)
 
     @classmethod
@@ -215,8 +227,11 @@ class Policy(_Strict):
             **fields,
         )
 
-    def resolve(self, names: Iterable[str]) -> dict[str, Choice]:
+    def resolve(self, names: Iterable[str], unsupported: Mapping[str, str] = MappingProxyType({})) -> dict[str, Choice]:
         """The choice for each layer in `names`, the layers of a model.
+
+        Args:
+            unsupported: other layers of the model, which cannot be packed, and what they are.
 
         Raises:
             PolicyError: a rule matches no layer, an entry names a layer that is not there, or a format is unknown or
@@ -231,6 +246,11 @@ class Policy(_Strict):
                     f"rule {rule.match!r} matches none of the {len(names)} layers; `bitpolicy inspect` lists them"
                 )
         for name in self.layers:
+            if name in unsupported:
+                raise PolicyError(
+                    f"the policy names layer {name!r}, a {unsupported[name]}, which cannot be packed: it stays in the "
+                    "storage dtype whatever the policy says; take its entry out"
+                )
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else "`bitpolicy inspect` lists the layers"

@@ -42,7 +42,7 @@ class ModuleSource:
         return self._tensors[name].detach()
 
 
-class JoinedSource:
+class _Joined:
     """Several models as one; the names of tensors begin with their model's."""
 
     def __init__(self, parts: Mapping[str, TensorSource]) -> None:
@@ -57,11 +57,16 @@ class JoinedSource:
         return self._parts[part].read(rest)
 
 
+def joined(sources: Mapping[str, TensorSource]) -> TensorSource:
+    """The tensors of a denoiser, or of several as one, by component name."""
+    return next(iter(sources.values())) if len(sources) == 1 else _Joined(sources)
+
+
 def source_hash(sources: Mapping[str, TensorSource], storage: torch.dtype) -> str:
     """`bitpolicy.policies.accounting.weights_hash` of a denoiser, or of several as one.
 
     Raises:
         BitPolicyError: a value is beyond the storage dtype's range.
     """
-    source = next(iter(sources.values())) if len(sources) == 1 else JoinedSource(sources)
+    source = joined(sources)
     return tensors_hash(((name, as_stored(name, source.read(name), storage)) for name in sorted(source.specs)), storage)

@@ -18,6 +18,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.kernel import Compute
 from bitpolicy.policies.packed_config import METHOD, BitPolicyConfig
 from bitpolicy.policies.packed_model import (
     expected_tensors,
@@ -31,6 +32,7 @@ from bitpolicy.policies.packed_model import (
 )
 from bitpolicy.policies.packed_while_read import PackedWhileRead
 from bitpolicy.policies.stored_tensors import StoredTensor, reader, require_checksums, require_stored, stored_tensors
+from bitpolicy.policies.transformers_files import places
 
 
 class BitPolicyTransformersQuantizer(HfQuantizer):
@@ -53,10 +55,7 @@ class BitPolicyTransformersQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str | Path] | None = None, **kwargs: Any
     ) -> None:
-        newer = hasattr(model, "_get_dtype_plan")
-        if not newer and not self.pre_quantized:
-            raise BitPolicyError("to pack a model while it is loaded takes transformers 5.5 or newer; upgrade it")
-        self._plan = model._get_dtype_plan(self._compute) if newer else model.dtype_plan
+        self._plan = model._get_dtype_plan(self._compute)
         with torch.device("cpu"):  # transformers makes everything on meta here
             stored = stored_tensors(checkpoint_files or ())
             if self.pre_quantized:
@@ -75,9 +74,9 @@ class BitPolicyTransformersQuantizer(HfQuantizer):
 
     def _expect_full(self, model: Any, stored: Mapping[str, StoredTensor]) -> None:
         self._reading = PackedWhileRead(*self.quantization_config.opened_policy(), model)
-        places = _places(model, stored)
+        found = places(model, stored)
         with reader() as read:
-            self._reading.require_same_weights(lambda name: read(places[name]))
+            self._reading.require_same_weights(lambda name: read(stored[found[name]]))
         self._kept_before = model._keep_in_fp32_modules_strict
         model._keep_in_fp32_modules_strict = {"."}  # of every tensor: it then comes as exact as it is in the file
 
@@ -109,7 +108,7 @@ class BitPolicyTransformersQuantizer(HfQuantizer):
         self._reading = None
         for _, layer in packed_layers(model):
             _restore_dtypes(layer)
-        finish(model, self._dtype_of)
+        finish(model, self._dtype_of, Compute(self.quantization_config.compute))
         model.config.quantization_config = self.quantization_config
         model.is_quantized = False  # packed layers survive .half(): lifts transformers' refusal of it
         return model
@@ -160,26 +159,6 @@ class _Pack(ConversionOps):
 def _tied(model: Any) -> Mapping[str, str]:
     """Name of a tensor that is another -> that other; only the other is stored."""
     return model.all_tied_weights_keys
-
-
-def _places(model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Where each tensor of the model lies, though its files may name it with a prefix more or less.
-
-    Raises:
-        BitPolicyError: one is not there, or could be several.
-    """
-    places = {}
-    for name in model.state_dict():
-        wanted = name if name in stored else _tied(model).get(name, name)
-        near = [s for n, s in stored.items() if n.endswith(f".{wanted}") or wanted.endswith(f".{n}")]
-        found = [stored[wanted]] if wanted in stored else near
-        if len(found) != 1:
-            raise BitPolicyError(
-                f"the files of this {type(model).__name__} do not hold {name} under one name; export the model with "
-                "its policy and load that"
-            )
-        places[name] = found[0]
-    return places
 
 
 def _restore_dtypes(layer: Any) -> None:

@@ -28,6 +28,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.search.generation import Generations
+from bitpolicy.search.journal_lock import SleepersLock
 from bitpolicy.search.knapsack import Solution
 from bitpolicy.search.problem import Problem
 from bitpolicy.search.samplers import Choices, Space, formats_of, policy_key, require_sampler
@@ -246,4 +247,4 @@ def _opened(url: str) -> BaseStorage:
 
 def journal(path: str) -> BaseStorage:
     """Optuna's journal-file storage: survives a kill, and several processes may share it."""
-    return JournalStorage(JournalFileBackend(path))
+    return JournalStorage(JournalFileBackend(path, lock_obj=SleepersLock(path)))

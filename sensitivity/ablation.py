@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.kernel import Compute
 from bitpolicy.policies.apply import quantized
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.policy import Choice
@@ -135,8 +136,9 @@ def ablate(
     storage: torch.dtype,
     samples: Sequence[Sample],
     reference: References,
+    compute: Compute = Compute.EXACT,
 ) -> Measured:
-    """Measure the error of `choices`, layers that are not named left as they are."""
-    with quantized(trajectories.denoiser, choices, calibration, storage):
+    """Measure the error of `choices` under `compute`, layers that are not named left as they are."""
+    with quantized(trajectories.denoiser, choices, calibration, storage, compute):
         found = References.of(trajectories, samples, images=reference.images is not None)
     return reference.measured(found)

@@ -8,7 +8,8 @@ sampling loop gives G_l = J_l^T v for every layer at once, and
                                                         E_v[s(l, f) s(l', f')]  = <dx_0(l, f), dx_0(l', f')>.
 
 This is the adjoint method applied to the sampler, with Hutchinson's estimator (1990) of the norm. One sketch s costs a
-dot product per format. Each layer's gradient is used and freed as soon as it is complete, step by step.
+dot product per format. Each layer's gradient is used and freed as soon as it is complete, step by step. What 8-bit
+inputs do comes along in the same pass (`bitpolicy.sensitivity.input_rounding`).
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.sensitivity.candidates import Candidate
 from bitpolicy.sensitivity.checkpointed_calls import CheckpointedCalls
 from bitpolicy.sensitivity.directions import Direction, signal_of
+from bitpolicy.sensitivity.input_rounding import InputRounding
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.scaled_backward import backward, scales_for
 from bitpolicy.sensitivity.sketch import Sketch, SketchRecorder, only_these_require_grad
@@ -39,6 +42,7 @@ class AdjointProbe:
         calibration: E[x] per layer, for the corrected bias.
         storage: dtype of the stored weights; errors are taken against the weight in this dtype.
         recompute_inside: also checkpoint inside the denoiser, block by block: less memory, one more forward.
+        compute: of packed layers; under INT8 the rounding of their inputs is part of their error.
     """
 
     def __init__(
@@ -48,11 +52,14 @@ class AdjointProbe:
         calibration: Calibration,
         storage: torch.dtype,
         recompute_inside: bool = False,
+        compute: Compute = Compute.EXACT,
     ) -> None:
         self._trajectories, self._recompute_inside = trajectories, recompute_inside
         self._layers = dict(quantizable_layers(trajectories.denoiser))
-        changes = WeightChanges(self._layers, candidates, calibration, storage)
-        self._recorder = SketchRecorder(self._layers, changes, len(candidates), trajectories.outside_layers)
+        self._inputs = InputRounding(self._layers, compute)
+        changes = WeightChanges(self._layers, candidates, calibration, storage, compute)
+        outside, amounts = trajectories.outside_layers, self._inputs.amounts
+        self._recorder = SketchRecorder(self._layers, changes, len(candidates), outside, amounts)
 
     def sketches(self, sample: Sample, directions: Sequence[Direction]) -> Iterator[Sketch]:
         """One sketch for each direction, all from one forward trajectory.
@@ -63,7 +70,11 @@ class AdjointProbe:
         """
         self._trajectories.end(sample)  # a run without gradients, if it takes one, is none of the calls below
         calls = CheckpointedCalls(self._trajectories, self._at_step)
-        with only_these_require_grad(self._trajectories, self._layers), calls.installed(self._recompute_inside):
+        with (
+            only_these_require_grad(self._trajectories, self._layers),
+            calls.installed(self._recompute_inside),
+            self._inputs.installed(),
+        ):
             signal = self._trajectories.differentiable_signal(sample)
             require_uncut(calls.cut)
             for i, direction in enumerate(directions):

@@ -73,6 +73,10 @@ def inventory(model: nn.Module) -> list[Layer]:
     return layers
 
 
+class UnsupportedLayers(UserWarning):
+    """Layers that no format can be given to."""
+
+
 def warn_of_unsupported(model: nn.Module) -> None:
     """Warn, in one line, of the layers that no format can be given to: they stay in the storage dtype, and are counted.
 
@@ -85,7 +89,8 @@ def warn_of_unsupported(model: nn.Module) -> None:
         kinds = [
             f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" for kind, names in found.items()
         ]
-        warnings.warn(f"not quantized, as they are of kinds without a packed layer: {'; '.join(kinds)}", stacklevel=2)
+        text = f"not quantized, as they are of kinds without a packed layer: {'; '.join(kinds)}"
+        warnings.warn(text, UnsupportedLayers, stacklevel=2)
 
 
 def _places(model: nn.Module) -> dict[str, tuple[str, str]]:

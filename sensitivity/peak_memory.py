@@ -6,6 +6,10 @@ call where nothing is packed, B_l those that live when layer l is called, and I_
 
     peak(f) = resident(f) + max(A, max over packed layers l of max(B_l + unpacking(f_l), I_l + weight_l)).
 
+Where a kernel dequantizes into memory that stays reserved between calls, the largest weight is there all the time:
+
+    peak(f) = resident(f) + A + max over packed layers l of weight_l.
+
 Bytes are torch's own count of what it allocates, so that what an operator hides inside counts, too: on the CPU a
 convolution holds its input and its output twice.
 """
@@ -14,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -23,9 +27,11 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from bitpolicy.kernels.dispatch import scratch_kept
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.formats import FP16
+from bitpolicy.kernels.kernel import PackedWeight
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.footprint import Meter, Span, metered, resident_bytes
@@ -66,6 +72,7 @@ class PeakMemory:
         unpacked: the most bytes of activations in the whole call, decoding included, with every layer at FP16.
         calls: of the denoiser's layers, by name; one that is never called is not there.
         unpacking: the most bytes at once while a weight of this shape is dequantized from this format.
+        kept: of these, the bytes that stay reserved afterwards.
         height, width: of the image, in pixels.
         batch_size: images or videos a call.
         device: where it was observed, "cpu" or "cuda".
@@ -80,6 +87,7 @@ class PeakMemory:
     width: int
     batch_size: int
     device: str
+    kept: Mapping[tuple[Format, Shape], int] = field(default_factory=dict)
 
     def peak(self, formats: Mapping[str, Format]) -> int:
         """The most bytes at once when each layer has the format given to it."""
@@ -99,6 +107,8 @@ class PeakMemory:
         call, shape = self.calls.get(layer), self.account.shapes[layer]
         if call is None or not format.packed:
             return self.unpacked
+        if kept := self.kept.get((format, shape)):
+            return self.unpacked + kept
         weight = prod(shape) * self.account.storage_dtype.itemsize
         return max(self.unpacked, call.before + self.unpacking[format, shape], call.inside + weight)
 
@@ -156,6 +166,7 @@ def observe(
         unpacked=max(span.most for span in meter.spans),
         calls=_calls(meter.spans),
         unpacking=unpacking_bytes(account.shapes.values(), candidates, account.storage_dtype, pipe.device),
+        kept=kept_bytes(account.shapes.values(), candidates, account.storage_dtype, pipe.device),
         height=image.shape[-2],
         width=image.shape[-1],
         batch_size=batch_size,
@@ -215,12 +226,31 @@ def unpacking_bytes(
         candidates: those that are not packed, or do not suit a shape, are passed over.
         dtype: of the dequantized weight.
     """
-    wanted = [(f, shape) for shape in dict.fromkeys(shapes) for f in candidates if f.packed and f.fits(shape)]
+    wanted = _packed(shapes, candidates)
     with metered(device) as meter:
         for place, (format, shape) in enumerate(wanted):
-            specs = format.tensors(shape, dtype)
-            stored = {name: torch.zeros(spec.shape, dtype=spec.dtype, device=device) for name, spec in specs.items()}
+            stored = _zeros(format, shape, dtype, device)
             meter.mark(str(place))
             format.dequantize(stored, shape, dtype)
             meter.mark("")
     return {wanted[int(span.label)]: span.most - span.before for span in meter.spans if span.label}
+
+
+def kept_bytes(
+    shapes: Iterable[Shape], candidates: Iterable[Format], dtype: torch.dtype, device: torch.device
+) -> dict[tuple[Format, Shape], int]:
+    """Bytes that stay reserved once a weight was multiplied with; the arguments are those of `unpacking_bytes`."""
+    return {
+        (format, shape): scratch_kept(PackedWeight(format, shape, _zeros(format, shape, dtype, device)), dtype)
+        for format, shape in _packed(shapes, candidates)
+    }
+
+
+def _packed(shapes: Iterable[Shape], candidates: Iterable[Format]) -> list[tuple[Format, Shape]]:
+    candidates = list(candidates)
+    return [(f, shape) for shape in dict.fromkeys(shapes) for f in candidates if f.packed and f.fits(shape)]
+
+
+def _zeros(format: Format, shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+    specs = format.tensors(shape, dtype)
+    return {name: torch.zeros(spec.shape, dtype=spec.dtype, device=device) for name, spec in specs.items()}

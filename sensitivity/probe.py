@@ -16,6 +16,7 @@ import torch
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import Format
+from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.quantizers import RTN
 from bitpolicy.policies.policy import Choice
 from bitpolicy.sensitivity.ablation import Measured, References, ablate
@@ -55,6 +56,7 @@ class ProbeSettings:
         vectors: random directions a sample, for the adjoint and the stepwise probe.
         shared: directions common to all samples, for `ProbeRun.split`.
         quantizers: who rounds; of several, the best by the score is kept for each layer and format.
+        compute: of packed layers; one that rounds inputs makes that a part of their error.
     """
 
     probe: str
@@ -62,6 +64,7 @@ class ProbeSettings:
     vectors: int = 2
     shared: int = 8
     quantizers: tuple[str, ...] = (RTN,)
+    compute: Compute = Compute.EXACT
 
     def __post_init__(self) -> None:
         if self.probe not in PROBES:
@@ -116,6 +119,7 @@ class ProbeRun:
         """Everything the numbers depend on."""
         pipe, scheduler = self._trajectories.pipe, self._trajectories.pipe.scheduler
         quantizers = {"quantizers": list(self._settings.quantizers), "rounding": _ROUNDING}
+        compute = self._settings.compute
         return {
             "weights": weights,
             "compute": str(next(self._trajectories.denoiser.parameters()).dtype),
@@ -125,6 +129,7 @@ class ProbeRun:
             "samples": [sample.identity() for sample in self._settings.samples],
             "formats": [f.parameters() for f in self._formats],
             **(quantizers if self._settings.quantizers != (RTN,) else {}),
+            **({} if compute is Compute.EXACT else {"products": compute.value}),
         }
 
     def reference(self) -> ReferencePass:
@@ -168,7 +173,8 @@ class ProbeRun:
         self._warn_of_outliers(table)
         corrected = table.corrected.clone()
         corrected[[not self._correctable(layer, reference) for layer in self._inventory]] = False
-        return replace(table, corrected=corrected, cost=self._cost(table.probe, reference, 0))
+        cost = self._cost(table.probe, reference, 0)
+        return replace(table, corrected=corrected, cost=cost, compute=self._settings.compute)
 
     @staticmethod
     def _correctable(layer: Layer, reference: ReferencePass) -> bool:
@@ -187,7 +193,8 @@ class ProbeRun:
             return SensitivityTable.from_sketches(names, self._candidates, [s.sketch for s in local], power, "stepwise")
         if probe == "ablation":
             return self._ablated(reference)
-        error = weight_errors(self._trajectories.denoiser, self._candidates, self._storage, reference.calibration)
+        about = (self._candidates, self._storage, reference.calibration, self._settings.compute)
+        error = weight_errors(self._trajectories.denoiser, *about)
         corrected = torch.ones_like(error, dtype=torch.bool)
         return SensitivityTable("weight", tuple(names), self._formats, error, corrected, **self._one_quantizer())
 
@@ -212,7 +219,8 @@ class ProbeRun:
     ) -> list[list[Sketch]]:
         """The sketches of each sample in turn, one for each direction."""
         samples = self._settings.samples
-        probe = AdjointProbe(self._trajectories, wanted, reference.calibration, self._storage, self._large)
+        about = (wanted, reference.calibration, self._storage, self._large, self._settings.compute)
+        probe = AdjointProbe(self._trajectories, *about)
         work = {f"sketch-{i}-{d.name}": (i, d) for i, d in itertools.product(range(len(samples)), directions)}
 
         def make(names: Sequence[str]) -> Iterator[tuple[str, Piece]]:
@@ -222,27 +230,28 @@ class ProbeRun:
                     for name, s in zip(
                         of_sample, probe.sketches(samples[i], [work[n][1] for n in of_sample]), strict=True
                     ):
-                        yield name, {"weight": s.weight, "bias": s.bias, "along": torch.tensor(s.along)}
+                        yield name, s.tensors()
                         advance()
 
         pieces = complete(self._records, list(work), make).values()
-        found = equally_long([Sketch(piece["weight"], piece["bias"], float(piece["along"])) for piece in pieces])
+        found = equally_long([Sketch.from_tensors(piece) for piece in pieces])
         return [found[k : k + len(directions)] for k in range(0, len(found), len(directions))]
 
     def _local_sketches(self, reference: ReferencePass, wanted: Sequence[Candidate]) -> list[LocalSketch]:
         """Every stepwise sketch, in sample order."""
         samples, vectors = self._settings.samples, range(self._settings.vectors)
-        probe = StepwiseProbe(self._trajectories, wanted, reference.calibration, self._storage)
+        about = (wanted, reference.calibration, self._storage, self._settings.compute)
+        probe = StepwiseProbe(self._trajectories, *about)
         work = {f"local-{i}-{k}": (i, k) for i, k in itertools.product(range(len(samples)), vectors)}
 
         def make(names: Sequence[str]) -> Iterator[tuple[str, Piece]]:
             for name in self._stages.track(names, "stepwise probe"):
                 i, k = work[name]
                 (local,) = probe.sketches(samples[i], [k])
-                yield name, {"weight": local.sketch.weight, "bias": local.sketch.bias, "power": local.power}
+                yield name, {**local.sketch.tensors(), "power": local.power}
 
         pieces = complete(self._records, list(work), make).values()
-        found = equally_long([Sketch(piece["weight"], piece["bias"]) for piece in pieces])
+        found = equally_long([Sketch.from_tensors(piece) for piece in pieces])
         powers = torch.nn.utils.rnn.pad_sequence([piece["power"] for piece in pieces], batch_first=True)
         return [LocalSketch(sketch, power) for sketch, power in zip(found, powers, strict=True)]
 
@@ -276,7 +285,8 @@ class ProbeRun:
         def make(names: Sequence[str]) -> Iterator[tuple[str, Piece]]:
             for name in self._stages.track(names, label):
                 arguments = (reference.calibration, self._storage, self._settings.samples, self._references(images))
-                yield name, ablate(self._trajectories, policies[name], *arguments).tensors()
+                found = ablate(self._trajectories, policies[name], *arguments, self._settings.compute)
+                yield name, found.tensors()
 
         return [Measured.from_tensors(t) for t in complete(self._records, list(policies), make).values()]
 

@@ -15,17 +15,20 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.sensitivity.candidates import Candidate
 from bitpolicy.sensitivity.decoding import replaced_method
 from bitpolicy.sensitivity.directions import stream
+from bitpolicy.sensitivity.input_rounding import InputRounding
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.sketch import Sketch, SketchRecorder, only_these_require_grad
 from bitpolicy.sensitivity.trajectory import LoopError, Trajectories
@@ -54,11 +57,14 @@ class StepwiseProbe:
         candidates: Sequence[Candidate],
         calibration: Calibration,
         storage: torch.dtype,
+        compute: Compute = Compute.EXACT,
     ) -> None:
         self._trajectories = trajectories
         self._layers = dict(quantizable_layers(trajectories.denoiser))
-        changes = WeightChanges(self._layers, candidates, calibration, storage)
-        self._recorder = SketchRecorder(self._layers, changes, len(candidates), trajectories.outside_layers)
+        self._inputs = InputRounding(self._layers, compute)
+        changes = WeightChanges(self._layers, candidates, calibration, storage, compute)
+        outside, amounts = trajectories.outside_layers, self._inputs.amounts
+        self._recorder = SketchRecorder(self._layers, changes, len(candidates), outside, amounts)
         self._lead = self._recorder.lead
 
     def sketches(self, sample: Sample, vectors: Sequence[int]) -> Iterator[LocalSketch]:
@@ -71,6 +77,7 @@ class StepwiseProbe:
             with (
                 only_these_require_grad(self._trajectories, self._layers),
                 self._recorder.recording(rows, device),
+                self._inputs.installed(),
                 ExitStack() as stack,
             ):
                 streams = (stream(0x57E9, sample.seed, index, call) for call in itertools.count())
@@ -81,8 +88,7 @@ class StepwiseProbe:
             if where is not None:
                 raise BitPolicyError(f"step {where[0] + 1}: the gradient of {where[1]} is NaN or Inf; try float32")
             used = self._lead + max(steps, max(self._recorder.reached, default=0) + 1)
-            sketch = self._recorder.sketch()
-            yield LocalSketch(Sketch(sketch.weight[:used], sketch.bias[:used]), power[:used].cpu())
+            yield LocalSketch(self._recorder.sketch().rows(itemgetter(slice(used))), power[:used].cpu())
 
     def _differentiated(
         self, streams: Iterator[torch.Generator], power: torch.Tensor

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.quantizers import DEFAULT, RTN
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.atomic import write_text, written_aside
@@ -32,7 +33,7 @@ from bitpolicy.sensitivity.sketch import Sketch
 
 NO_IMAGE_ERROR = ("stepwise", "weight")  # probes whose numbers rank layers, and are no error of the image
 FIRST_ORDER = 1e-3  # relative error of the final latent up to which a prediction is trusted
-_TENSORS = ("error", "corrected", "sketches", "by_step", "measured", "quantizer")
+_TENSORS = ("error", "corrected", "sketches", "by_step", "measured", "quantizer", "inputs")
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,9 @@ class SensitivityTable:
         cost: what all this cost; None where it was not counted.
         quantizers: who rounded; the first wherever `quantizer` does not say.
         quantizer: index of the one that gave `error`, uint8, shape (L, F); None where there was one.
+        inputs: the error that rounding the layer's inputs makes alone, to first order, in the units of `error`,
+            float64, shape (L, F); None where no inputs are rounded, or the probe does not tell.
+        compute: what packed layers round beside their weights.
     """
 
     probe: str
@@ -117,6 +121,8 @@ class SensitivityTable:
     cost: Cost | None = None
     quantizers: tuple[str, ...] = (RTN,)
     quantizer: torch.Tensor | None = None
+    inputs: torch.Tensor | None = None
+    compute: Compute = Compute.EXACT
 
     @classmethod
     def from_sketches(
@@ -133,8 +139,8 @@ class SensitivityTable:
         Each candidate has the bias that scores better with it. `quantizer_choice` says which quantizer each layer and
         format has: the default one (the first, where that was not tried), unless another is better beyond doubt.
         """
-        plain = torch.stack([s.weight for s in sketches]) / latent_power**0.5
-        fixed = plain + torch.stack([s.bias for s in sketches]) / latent_power**0.5
+        plain = torch.stack([s.plain for s in sketches]) / latent_power**0.5
+        fixed = torch.stack([s.corrected for s in sketches]) / latent_power**0.5
         squares = [part.sum(1).double().square() for part in (plain, fixed)]
         corrected = squares[1].mean(0) <= squares[0].mean(0)  # equal where there is no bias: nothing to do either way
         of_candidate = torch.where(corrected, squares[1], squares[0])
@@ -154,6 +160,7 @@ class SensitivityTable:
             by_step.square().mean(0),
             quantizers=tuple(quantizers),
             quantizer=best.to(torch.uint8) if len(quantizers) > 1 else None,
+            inputs=_of_inputs(sketches, column, latent_power),
         )
 
     def remeasured(self, errors: Mapping[tuple[int, int], float]) -> SensitivityTable:
@@ -185,6 +192,16 @@ class SensitivityTable:
         parts = self.sketches[: len(self.sketches) // 2], self.sketches[len(self.sketches) // 2 :]
         first, second = (replace(self, sketches=s, error=s.double().square().mean(0), by_step=None) for s in parts)
         return first, second
+
+    def inputs_share(self, layer: int, column: int) -> float | None:
+        """How much of an error rounding the layer's inputs makes alone, 1 at most; None where that is not known.
+
+        The rest is not all of the weight's: the two may add up or cancel.
+        """
+        if self.inputs is None:
+            return None
+        whole = float(self.error[layer, column])
+        return min(float(self.inputs[layer, column]) / whole, 1.0) if whole > 0 else 0.0
 
     def source(self, layer: int, column: int) -> str:
         """Which probe a number came from."""
@@ -232,6 +249,7 @@ class SensitivityTable:
             "formats": [f.name for f in self.formats],
             "cost": None if self.cost is None else asdict(self.cost),
             "quantizers": self.quantizers,
+            **({} if self.compute is Compute.EXACT else {"compute": self.compute.value}),
             "model": ModelContext(inventory, account, model).as_json(),
         }
         with written_aside(folder / "sensitivity.safetensors") as aside:
@@ -253,7 +271,16 @@ class SensitivityTable:
             formats = tuple(format_named(name) for name in about["formats"])
             cost = Cost(**about["cost"]) if about.get("cost") else None
             quantizers = tuple(about.get("quantizers", (RTN,)))
-            return cls(about["probe"], tuple(about["layers"]), formats, **tensors, cost=cost, quantizers=quantizers)
+            compute = Compute(about.get("compute", Compute.EXACT))
+            return cls(
+                about["probe"],
+                tuple(about["layers"]),
+                formats,
+                **tensors,
+                cost=cost,
+                quantizers=quantizers,
+                compute=compute,
+            )
         except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise BitPolicyError(
                 f"cannot read sensitivity table {path}: {error}; run `bitpolicy probe` again"
@@ -262,7 +289,8 @@ class SensitivityTable:
     def _csv(self, inventory: Sequence[Layer], account: ByteAccount) -> str:
         text = io.StringIO()
         rows = csv.writer(text, lineterminator="\n")
-        rows.writerow("layer role stage kind shape format bytes error bias_corrected quantizer source".split())
+        names = "layer role stage kind shape format bytes error bias_corrected quantizer source".split()
+        rows.writerow(names if self.inputs is None else [*names, "inputs_share"])
         for i, layer in enumerate(inventory):
             for j, format in enumerate(self.formats):
                 shape = "x".join(map(str, layer.shape))
@@ -274,5 +302,15 @@ class SensitivityTable:
                     self.choice(i, format).quantizer,
                     self.source(i, j),
                 ]
+                share = self.inputs_share(i, j)
+                row += [] if share is None else [f"{share:.4f}"]
                 rows.writerow(row)
         return text.getvalue()
+
+
+def _of_inputs(sketches: Sequence[Sketch], column: torch.Tensor, latent_power: float) -> torch.Tensor | None:
+    """The mean square of what the sketches see of inputs, divided by `latent_power`, of the candidates in `column`."""
+    found = [s.inputs for s in sketches if s.inputs is not None]
+    if not found:
+        return None
+    return torch.stack(found).sum(1).double().square().mean(0).gather(1, column) / latent_power

@@ -1,4 +1,8 @@
-"""What quantizing does to a layer's parameters: dW = Q(W) - W and the db that corrects its mean, per candidate."""
+"""What quantizing does to a layer's parameters: dW = Q(W) - W and the db that corrects its mean, per candidate.
+
+Q(W) is what the layer multiplies with: under INT8 compute the stored weight requantized. The bias is stored, and
+corrects what is stored, whatever the compute.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from bitpolicy.kernels.bias_correction import bias_shift
+from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import Quantizable
 from bitpolicy.policies.apply import stored_weight
 from bitpolicy.policies.calibration import Calibration
+from bitpolicy.policies.int8_layers import multiplied_weight, rounds_inputs
 from bitpolicy.policies.policy import Choice
 from bitpolicy.sensitivity.candidates import Candidate
 
@@ -32,8 +38,10 @@ class WeightChanges:
         candidates: Sequence[Candidate],
         calibration: Calibration,
         storage: torch.dtype,
+        compute: Compute = Compute.EXACT,
     ) -> None:
         self._layers, self._candidates, self._calibration, self._storage = layers, candidates, calibration, storage
+        self._compute = compute
         self._biases: dict[str, torch.Tensor] = {}
         self._kept: dict[str, list[torch.Tensor]] = {}
         self._room = min(_CACHE_BYTES * len(candidates), _MOST)
@@ -49,6 +57,11 @@ class WeightChanges:
             self._biases[name] = self._shifts(name)
         return self._biases[name] @ gradient.float().to(self._biases[name].device)
 
+    def input_products(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        """<g, Q(x) - x>, which is `gradient` itself, for each candidate that fits the layer, shape (candidates)."""
+        shape = self._layers[name].weight.shape
+        return torch.stack([gradient * candidate.format.fits(shape) for candidate in self._candidates])
+
     def _deltas(self, name: str) -> Iterator[torch.Tensor]:
         """dW of each candidate, float32, flat."""
         if name in self._kept:
@@ -56,23 +69,29 @@ class WeightChanges:
             return
         nbytes = self._layers[name].weight.numel() * len(self._candidates) * 4
         if nbytes > self._room:
-            yield from (self._delta(name, candidate) for candidate in self._candidates)
+            yield from self._made(name, self._compute)
             return
         self._room -= nbytes
-        self._kept[name] = [self._delta(name, candidate) for candidate in self._candidates]
+        self._kept[name] = list(self._made(name, self._compute))
         yield from self._kept[name]
 
-    def _delta(self, name: str, candidate: Candidate) -> torch.Tensor:
-        weight, format = self._layers[name].weight.detach().to(self._storage), candidate.format
+    def _made(self, name: str, compute: Compute) -> Iterator[torch.Tensor]:
+        return (self._delta(name, candidate, compute) for candidate in self._candidates)
+
+    def _delta(self, name: str, candidate: Candidate, compute: Compute) -> torch.Tensor:
+        layer, format = self._layers[name], candidate.format
+        weight = layer.weight.detach().to(self._storage)
         if not format.fits(weight.shape):
             return torch.zeros(weight.numel(), device=weight.device)
         stored = stored_weight(name, weight, Choice(format, quantizer=candidate.quantizer), self._calibration)
-        return format.dequantize(stored, weight.shape, torch.float32).sub_(weight).flatten()
+        return multiplied_weight(layer, format, stored, torch.float32, compute).sub_(weight).flatten()
 
     def _shifts(self, name: str) -> torch.Tensor:
         """db of each candidate, float32, shape (candidates, out)."""
         layer = self._layers[name]
         if name not in self._calibration:
             return torch.zeros(len(self._candidates), layer.weight.shape[0], device=layer.weight.device)
-        deltas = (delta.view(layer.weight.shape) for delta in self._deltas(name))
-        return torch.stack([bias_shift(layer, delta, self._calibration[name]) for delta in deltas])
+        requantized = rounds_inputs(layer, self._compute)
+        deltas = self._made(name, Compute.EXACT) if requantized else self._deltas(name)
+        shaped = (delta.view(layer.weight.shape) for delta in deltas)
+        return torch.stack([bias_shift(layer, delta, self._calibration[name]) for delta in shaped])

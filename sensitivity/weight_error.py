@@ -7,20 +7,27 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import stored_weight
 from bitpolicy.policies.calibration import Calibration
+from bitpolicy.policies.int8_layers import multiplied_weight
 from bitpolicy.policies.policy import Choice
 from bitpolicy.sensitivity.candidates import Candidate
 
 
 def weight_errors(
-    denoiser: nn.Module, candidates: Sequence[Candidate], storage: torch.dtype, calibration: Calibration
+    denoiser: nn.Module,
+    candidates: Sequence[Candidate],
+    storage: torch.dtype,
+    calibration: Calibration,
+    compute: Compute = Compute.EXACT,
 ) -> torch.Tensor:
     """Relative weight error, float64, shape (layers, candidates); zero where a format does not fit.
 
     Args:
         calibration: what was rounded for the candidates.
+        compute: weights are taken as it multiplies with them; it says nothing of inputs.
     """
     found = torch.zeros(sum(1 for _ in quantizable_layers(denoiser)), len(candidates), dtype=torch.float64)
     for i, (name, layer) in enumerate(quantizable_layers(denoiser)):
@@ -29,6 +36,6 @@ def weight_errors(
         for j, candidate in enumerate(candidates):
             if candidate.format.fits(weight.shape):
                 stored = stored_weight(name, weight, Choice(candidate.format, False, candidate.quantizer), calibration)
-                back = candidate.format.dequantize(stored, weight.shape, torch.float32)
+                back = multiplied_weight(layer, candidate.format, stored, torch.float32, compute)
                 found[i, j] = (back.double() - weight.double()).square().sum() / power
     return found

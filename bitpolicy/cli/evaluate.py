@@ -31,6 +31,7 @@ from bitpolicy.cli.options import (
 from bitpolicy.cli.report import print_json
 from bitpolicy.compare import save_comparison
 from bitpolicy.decision import networks_for
+from bitpolicy.kernels.kernel import Compute, parse_compute
 from bitpolicy.loading import BUNDLED, Source, load_source, packed_components
 from bitpolicy.plan import default_call
 from bitpolicy.prompting import default_requests, load_requests
@@ -66,6 +67,15 @@ RealImages = Annotated[
     Path | None,
     typer.Option(help="Folder of pictures to measure fid and kid against, too.", rich_help_panel=QUALITY),
 ]
+Computes = Annotated[
+    str | None,
+    typer.Option(
+        "--compute",
+        help="How packed layers multiply: exact, float (sums in another order) or int8 (inputs rounded to 8 bits, too: "
+        "faster, less accurate). Default: what the checkpoint records, else exact.",
+        rich_help_panel=RUN,
+    ),
+]
 _SEED = 9_000_000_000  # far from the seeds of every search
 
 
@@ -81,6 +91,7 @@ def evaluate(
     real_images: RealImages = None,
     images: Images = 16,
     picture: Picture = None,
+    compute: Computes = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -92,6 +103,7 @@ def evaluate(
 ) -> None:
     """How close a checkpoint's images are to the unquantized model's, same prompts and seeds."""
     asked = _asked(metrics, features, real_images)
+    wanted = None if compute is None else parse_compute(compute)
     source = load_source(
         model, packed_components(checkpoint), dtype=dtype, device=device, revision=revision, variant=variant
     )
@@ -100,17 +112,18 @@ def evaluate(
     requests = load_requests(prompts) if prompts else default_requests(source.pipe, bundled)
     samples = split_samples(requests, images, _SEED + seed)
     stages = Stages(quiet or as_json)
-    comparison = _drawn(source, checkpoint, arguments, samples, real_images, stages)
+    comparison, used = _drawn(source, checkpoint, wanted, arguments, samples, real_images, stages)
     psnr = Psnr.of(comparison.reference, comparison.images)
     if picture is not None:
         rows = [("reference", comparison.reference[:8]), ("checkpoint", comparison.images[:8])]
         save_comparison(picture, [sample.prompt for sample in samples[:8]], rows, psnr.per_image)
     if not asked:
-        _print_psnr(psnr, as_json)
+        _print_psnr(psnr, used, as_json)
         return
     results = measure(asked, comparison, networks_for(model, bundled, features, source))
     if as_json:
-        print_json({"psnr_db": psnr.as_dict(), "metrics": {name: found.as_dict() for name, found in results.items()}})
+        found = {name: result.as_dict() for name, result in results.items()}
+        print_json({"psnr_db": psnr.as_dict(), "compute": used, "metrics": found})
     else:
         print_metrics(results, images)
 
@@ -125,15 +138,21 @@ def _asked(metrics: str | None, features: Path | None, real_images: Path | None)
 
 
 def _drawn(
-    source: Source, checkpoint: Path, call: dict[str, Any], samples: list[Sample], real: Path | None, stages: Stages
-) -> Comparison:
-    """The images of both, with their latents."""
+    source: Source,
+    checkpoint: Path,
+    compute: Compute | None,
+    call: dict[str, Any],
+    samples: list[Sample],
+    real: Path | None,
+    stages: Stages,
+) -> tuple[Comparison, Compute]:
+    """The images of both, with their latents, and how the checkpoint's were computed."""
     reference, before = _images(source, call, stages.track(samples, "reference"))
-    with swapped_denoiser(source, checkpoint):
+    with swapped_denoiser(source, checkpoint, compute) as used:
         images, after = _images(source, call, stages.track(samples, "checkpoint"))
     takes_text = "prompt" in inspect.signature(type(source.pipe).__call__).parameters
     prompts = [sample.prompt for sample in samples] if takes_text else None
-    return Comparison(reference, images, (before, after), prompts, real)
+    return Comparison(reference, images, (before, after), prompts, real), used
 
 
 def _images(
@@ -144,11 +163,12 @@ def _images(
     return [image for image, _ in both], [latent for _, latent in both]
 
 
-def _print_psnr(psnr: Psnr, as_json: bool) -> None:
+def _print_psnr(psnr: Psnr, compute: Compute, as_json: bool) -> None:
     count = len(psnr.per_image)
+    how = "" if compute is Compute.EXACT else f", compute {compute}"
     if as_json:
-        print_json({"psnr_db": psnr.as_dict()})
+        print_json({"psnr_db": psnr.as_dict(), "compute": compute})
     elif psnr.mean is None:
-        print(f"all {count} images are identical")
+        print(f"all {count} images are identical{how}")
     else:
-        print(f"PSNR mean {psnr.mean:.2f} dB, worst {psnr.min:.2f} dB over {count} images")
+        print(f"PSNR mean {psnr.mean:.2f} dB, worst {psnr.min:.2f} dB over {count} images{how}")

@@ -3,24 +3,46 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from bitpolicy.cli.options import Component, Debug, Json, Revision, Variant
+from bitpolicy.api import load_pipeline
+from bitpolicy.cli.options import (
+    RUN,
+    Call,
+    Component,
+    Debug,
+    Device,
+    Dtype,
+    Json,
+    Prompts,
+    Revision,
+    Variant,
+    pipeline_call,
+)
+from bitpolicy.kernel_choices import watching
+from bitpolicy.kernels.computing import resident_bytes, set_compute
+from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.formats import FP16
 from bitpolicy.kernels.layers import PackedLayer
-from bitpolicy.loading import load_source, open_pipeline, packed_components
+from bitpolicy.loading import DTYPES, device_named, load_source, open_pipeline, packed_components
 from bitpolicy.plan import class_name
 from bitpolicy.policies.accounting import ByteAccount, stored_tensors
 from bitpolicy.policies.denoiser import denoiser_names, denoiser_of, denoisers_in
 from bitpolicy.policies.policy import Policy
+from bitpolicy.prompting import default_requests, load_requests
 from bitpolicy.sensitivity.inventory import inventory
+from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.trajectory import Trajectories
 
 What = Annotated[
     str | None,
@@ -28,24 +50,65 @@ What = Annotated[
 ]
 
 
+Kernels = Annotated[
+    bool,
+    typer.Option(
+        "--kernels", help="Draw once with a checkpoint, and list which kernel each packed layer gets, and why."
+    ),
+]
+Compute = Annotated[
+    str | None,
+    typer.Option(help="With --kernels: exact, float or int8 instead of what the checkpoint says.", rich_help_panel=RUN),
+]
+LowMemory = Annotated[
+    bool,
+    typer.Option("--low-memory", help="With --kernels: kernels keep no layouts of their own.", rich_help_panel=RUN),
+]
+
+_WIDE = 240  # columns where nobody looks through a window
+
+
 def inspect(
     what: What = None,
     component: Component = None,
+    kernels: Kernels = False,
+    compute: Compute = None,
+    low_memory: LowMemory = False,
+    prompts: Prompts = None,
+    call: Call = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     revision: Revision = None,
     variant: Variant = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List every layer with its role, stage, shape, format and bytes."""
+    """List every layer with its role, stage, shape, format and bytes; or with --kernels, how it is multiplied."""
+    folder = what is not None and (Path(what) / "policy.yaml").is_file()
+    if kernels:
+        if not folder:
+            raise BitPolicyError(
+                f"--kernels is of a checkpoint, and {what or 'the bundled pipeline'} is none; give the folder that "
+                "search-policy or export wrote"
+            )
+        drawn = _Drawn(Path(str(what)), component, compute, low_memory, dtype, device)
+        rows, title = drawn.kernels(prompts, pipeline_call(None, None, call))
+        shown = [{key: value for key, value in row.items() if as_json or key != "passed over"} for row in rows]
+        _print(shown, title, as_json)
+        return
     if what and Path(what).is_file():
         policy = Policy.load(what)
         rows = [{"layer": name, **entry.model_dump(exclude_none=True)} for name, entry in policy.layers.items()]
         default = ", ".join(f"{k} {v}" for k, v in policy.defaults.model_dump(exclude_none=True).items())
         title = f"policy for {policy.model.id} ({policy.model.class_name}); all other layers: {default}"
-    elif what and (Path(what) / "policy.yaml").is_file():
-        rows, title = _of_checkpoint(Path(what), component)
+    elif folder:
+        rows, title = _of_checkpoint(Path(str(what)), component)
     else:
         rows, title = _of_model(what, component, revision, variant)
+    _print(rows, title, as_json)
+
+
+def _print(rows: list[dict[str, Any]], title: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"title": title, "layers": rows}))
         return
@@ -53,7 +116,37 @@ def inspect(
     table = Table(*columns, title=title, title_justify="left")
     for row in rows:
         table.add_row(*(str(row.get(column, "")) for column in columns))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A checkpoint that is drawn with, to see which kernels its layers get."""
+
+    folder: Path
+    component: str | None
+    compute: str | None
+    low_memory: bool
+    dtype: str
+    device: str
+
+    def kernels(self, prompts: Path | None, call: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
+        target = device_named(self.device)
+        dtype = DTYPES.get(self.dtype) or (torch.float32 if target.type == "cpu" else None)
+        pipe = load_pipeline(self.folder, dtype, target)
+        names = denoiser_names(pipe, self.component or packed_components(self.folder))
+        model = denoiser_of(pipe, names)
+        if self.compute is not None or self.low_memory:
+            set_compute(model, self.compute, self.low_memory)
+        asked = load_requests(prompts) if prompts else default_requests(pipe, bundled=False)
+        with watching(model) as seen:
+            next(Trajectories(pipe, names, {"num_inference_steps": 2, **call}).images([Sample.of(asked[0], 0)]))
+        held = resident_bytes(model)
+        title = (
+            f"{self.folder}: {len(seen)} packed layers on {target}; {held.stored:,} bytes as stored, "
+            f"{held.layouts:,} bytes of kernels' own layouts"
+        )
+        return [choice.as_row() for choice in seen.values()], title
 
 
 def _of_model(

@@ -19,6 +19,7 @@ from bitpolicy.cli.inspect import inspect
 from bitpolicy.cli.probe import probe
 from bitpolicy.cli.search import search
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.sensitivity.inventory import UnsupportedLayers
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's own, which typer does not name
 _STOPPED = 130  # as a shell counts SIGINT; typer returns it, too
@@ -92,11 +93,14 @@ def _mistake(name: str, message: str, error: Exception, debug: bool) -> int:
 
 
 def _hush() -> None:
-    """Other libraries' chatter would bury the progress bars; --debug shows it."""
+    """Other libraries' chatter would bury the progress bars; --debug shows it. Our own warnings are a line each."""
     import diffusers
     import transformers
 
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("always", category=UnsupportedLayers)
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    logging.getLogger("torch").setLevel(logging.ERROR)
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity(logging.CRITICAL)
         library.utils.logging.disable_progress_bar()

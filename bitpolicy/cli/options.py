@@ -67,6 +67,14 @@ Quantizer = Annotated[
         rich_help_panel=RUN,
     ),
 ]
+Compute = Annotated[
+    str,
+    typer.Option(
+        help="How packed layers multiply: exact (dequantized weights), or int8 (inputs are rounded to 8 bits, too): "
+        "faster on CPUs with VNNI and on GPUs, for some accuracy, which is measured along with everything else.",
+        rich_help_panel=RUN,
+    ),
+]
 Prompts = Annotated[
     Path | None, typer.Option(help="Text file, one prompt a line. Default: a built-in list.", rich_help_panel=CALL)
 ]

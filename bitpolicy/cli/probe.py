@@ -17,6 +17,7 @@ from bitpolicy.cli.options import (
     RUN,
     Call,
     Component,
+    Compute,
     Config,
     Debug,
     Device,
@@ -82,6 +83,7 @@ def probe(
     seed: Seed = 0,
     probe: Probe = "adjoint",
     quantizer: Quantizer = DEFAULT_QUANTIZER,
+    compute: Compute = "exact",
     dtype: Dtype = "auto",
     device: Device = "auto",
     offload: Offload = False,
@@ -144,6 +146,7 @@ def _print(table: SensitivityTable, checked: Check | None, stages: Stages, folde
     shown = Table(
         "layer",
         *(f.name for f in table.formats),
+        *(["of it inputs"] if table.inputs is not None else []),
         title=f"relative error of the {what} ({table.probe} probe), worst first; * measured",
     )
     for i in worst:
@@ -151,7 +154,8 @@ def _print(table: SensitivityTable, checked: Check | None, stages: Stages, folde
             f"{float(error):.2e}{'*' if table.source(i, j) != table.probe else ''}"
             for j, error in enumerate(table.error[i])
         ]
-        shown.add_row(table.layers[i], *numbers)
+        of_inputs = [] if table.inputs is None else [f"{float(table.inputs[i].max()):.2e}"]
+        shown.add_row(table.layers[i], *numbers, *of_inputs)
     console.print(shown)
     if checked is not None:
         console.print(_agreement(checked))

@@ -28,6 +28,8 @@ class Group:
         total: sum of the layers' errors, float64, shape (F).
         median: of the layers' errors, float64, shape (F).
         share: of the error of all layers, float64, shape (F), in [0, 1]; 0 where there is none.
+        inputs: share of `total` that rounding inputs makes alone, float64, shape (F), in [0, 1]; None where no inputs
+            are rounded, or the probe does not tell.
         nbytes: at FP16.
     """
 
@@ -36,6 +38,7 @@ class Group:
     total: np.ndarray
     median: np.ndarray
     share: np.ndarray
+    inputs: np.ndarray | None
     nbytes: int
 
 
@@ -78,7 +81,16 @@ def _group(probed: Probed, name: str, members: Sequence[int]) -> Group:
     total = of_group.sum(0)
     share = total / np.maximum(error.sum(0), np.finfo(float).tiny)
     nbytes = sum(probed.layer_bytes(place) for place in members)
-    return Group(name, tuple(members), total, np.median(of_group, 0), share, nbytes)
+    return Group(name, tuple(members), total, np.median(of_group, 0), share, inputs_share(probed, members), nbytes)
+
+
+def inputs_share(probed: Probed, members: Sequence[int]) -> np.ndarray | None:
+    """How much of the summed error of the layers at `members` rounding their inputs makes alone, shape (F)."""
+    if probed.table.inputs is None:
+        return None
+    places = list(members)
+    whole = probed.table.error.double().numpy()[places].sum(0)
+    return np.minimum(probed.table.inputs.numpy()[places].sum(0) / np.maximum(whole, np.finfo(float).tiny), 1.0)
 
 
 def running_order(layers: Sequence[Layer]) -> list[int]:

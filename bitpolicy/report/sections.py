@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from bitpolicy.check import TRUSTED_DB, Agreement, Check
+from bitpolicy.kernels.kernel import Compute
 from bitpolicy.report import charts
-from bitpolicy.report.groups import Group, by_path, by_role, by_stage
+from bitpolicy.report.groups import Group, by_path, by_role, by_stage, inputs_share
 from bitpolicy.report.heat_map import heat_map
 from bitpolicy.report.inputs import Probed
 from bitpolicy.report.page import Section, figure, folded, heading, missing, paragraph, table
@@ -48,11 +49,23 @@ def overview(probed: Probed, folder: Path) -> Section:
         ("layers", f"{len(probed.layers)}, {account.parameters:,} parameters in all"),
         ("bytes", "; ".join(f"{name} {nbytes:,} ({readable(nbytes)})" for name, nbytes in sizes)),
         ("probe", ", ".join(how)),
+        *_compute_row(probed),
         ("cost", str(found.cost) if found.cost is not None else "not recorded; `bitpolicy probe` counts it"),
         (f"most error, {probed.formats[0].name}", largest),
         ("made from", str(folder)),
     ]
     return Section("what", "What was probed", table(["", ""], rows))
+
+
+def _compute_row(probed: Probed) -> list[tuple[str, str]]:
+    """What packed layers round beside their weights, and what that does."""
+    if probed.table.compute is Compute.EXACT:
+        return []
+    shares = inputs_share(probed, range(len(probed.layers)))
+    if shares is None:
+        return [("compute", f"{probed.table.compute}: inputs of packed layers are rounded, too")]
+    parts = ", ".join(f"{shares[probed.column(f)]:.0%} of the error of all {f.name}" for f in probed.formats)
+    return [("compute", f"{probed.table.compute}: rounding the inputs of packed layers makes {parts}")]
 
 
 def trust(probed: Probed, folder: Path) -> Section:
@@ -120,10 +133,14 @@ def roles(probed: Probed) -> Section:
     )
     body = [figure(drawn, caption)]
     for what, groups in (("role", by_role(probed)), ("stage", by_stage(probed))):
-        columns = [what, "layers", "bytes at FP16"]
-        columns += [f"{f.name} {word}" for f in probed.formats for word in ("sum", "median", "share of all")]
+        columns = [what, "layers", *_group_columns(probed)]
         body.append(folded(f"The numbers by {what}", table(columns, [_group_row(probed, g) for g in groups])))
     return Section("roles", "Which roles and stages", "\n".join(body), (drawn,))
+
+
+def _group_columns(probed: Probed) -> list[str]:
+    words = ("sum", "median", "share of all", *(["of it inputs"] if probed.table.inputs is not None else []))
+    return ["bytes at FP16", *(f"{f.name} {word}" for f in probed.formats for word in words)]
 
 
 def _group_row(probed: Probed, group: Group) -> list[str]:
@@ -131,6 +148,7 @@ def _group_row(probed: Probed, group: Group) -> list[str]:
     for format in probed.formats:
         column = probed.column(format)
         row += [f"{group.total[column]:.2e}", f"{group.median[column]:.2e}", f"{group.share[column]:.1%}"]
+        row += [] if group.inputs is None else [f"{group.inputs[column]:.1%}"]
     return row
 
 
@@ -267,8 +285,7 @@ def paths(probed: Probed) -> Section:
         "say."
     )
     body = [paragraph(_paths_sentence(probed)), figure(drawn, caption)]
-    columns = ["layers", "number", "bytes at FP16"]
-    columns += [f"{f.name} {word}" for f in probed.formats for word in ("sum", "median", "share of all")]
+    columns = ["layers", "number", *_group_columns(probed)]
     body.append(folded("The numbers", table(columns, [_group_row(probed, g) for g in by_path(probed)])))
     return Section("skips", title, "\n".join(body), (drawn,))
 

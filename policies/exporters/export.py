@@ -11,20 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
-from torch import nn
+from diffusers import ModelMixin
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.policies.apply import as_stored, choices_for
 from bitpolicy.policies.atomic import written_aside
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoint import packed_specs, packed_tensors
-from bitpolicy.policies.denoiser import denoiser_of, of_component
+from bitpolicy.policies.denoiser import denoisers_in, of_component
 from bitpolicy.policies.exporters.exporter import Exporter, Layer, Source
 from bitpolicy.policies.exporters.requantize import Requantized, refuse, requantized
 from bitpolicy.policies.exporters.targets import exporter_named
+from bitpolicy.policies.parts import Parts
 from bitpolicy.policies.policy import Choice, Policy
-from bitpolicy.policies.source import ModuleSource
+from bitpolicy.policies.source import TensorSource, joined
 
 POLICY = "policy.yaml"
 
@@ -46,65 +47,71 @@ class Exported:
 
 def export_to(
     target: str,
-    pipe: DiffusionPipeline,
-    component: str,
+    parts: Parts,
     policy: Policy,
     calibration: Calibration,
     folder: Path,
     *,
     requantize: bool = False,
 ) -> Exported:
-    """Write `pipe`'s denoiser as another program reads it, aside and renamed, with the policy of what is in the files.
+    """Write a denoiser as another program reads it, aside and renamed, with the policy of what is in the files.
+
+    One layer is in memory at a time, unless a quantizer needs more.
 
     Args:
         target: name of the program, one of `bitpolicy.policies.exporters.targets.NAMES`.
-        component: as for `export_pipeline`; several, separated by commas, get a file or folder each.
+        parts: of several denoisers, each gets a file or folder of its own.
         folder: where to; one that such an export left is replaced once the new one is complete.
         requantize: round layers anew whose format the target lacks, instead of refusing.
 
     Raises:
-        BitPolicyError: there is no such target, it does not know this class of model, or the calibration is missing.
+        BitPolicyError: there is no such target, it does not know this class of model, the calibration is missing, or
+            the disk is full.
         TargetError: the target cannot hold the policy, and `requantize` is off.
     """
     exporter, storage = exporter_named(target), getattr(torch, policy.storage_dtype)
-    denoiser, components = denoiser_of(pipe, component), component.split(",")
+    components = list(parts.sources)
+    _require_diffusers(parts, exporter)
     _keep_others(folder)
-    asked = policy.resolve(name for name, _ in quantizable_layers(denoiser))
-    changed = _requantized(exporter, denoiser, asked, calibration, storage, requantize)
+    asked = choices_for(parts.denoiser, policy)
+    changed = _requantized(exporter, parts, asked, calibration, storage, requantize)
     choices = asked | {one.name: one.after for one in changed}
     written = _policy_of(policy, choices, exporter) if changed else policy
     nbytes = 0
     with written_aside(folder) as aside:
         aside.mkdir()
-        for name in components:
+        for name, model in zip(components, denoisers_in(parts.denoiser), strict=True):
             own, means = of_component(choices, name, components), of_component(calibration, name, components)
-            nbytes += exporter.write(_source(getattr(pipe, name), name, own, means, storage, written), aside)
+            source = _source(model, parts.sources[name], name, own, means, storage, written)
+            nbytes += exporter.write(source, aside)
         written.save(aside / POLICY)
-    return Exported(nbytes, changed, _notes(exporter, choices))
+    return Exported(nbytes, changed, (*_notes(exporter, choices), *_compute_note(exporter, policy)))
 
 
 def _requantized(
     exporter: Exporter,
-    denoiser: nn.Module,
+    parts: Parts,
     choices: Mapping[str, Choice],
     calibration: Calibration,
     storage: torch.dtype,
     allowed: bool,
 ) -> tuple[Requantized, ...]:
     """What becomes of the layers that the exporter does not hold; an error where that is not allowed."""
-    modules = dict(quantizable_layers(denoiser))
+    modules, source = dict(quantizable_layers(parts.denoiser)), joined(parts.sources)
     layers = [Layer.of(name, modules[name], choice.format) for name, choice in choices.items()]
     unheld = {layer.name: layer for layer in layers if not exporter.holds(layer)}
     if not allowed:
         refuse(exporter, unheld)
+    weights = (as_stored(f"{name}.weight", source.read(f"{name}.weight"), storage) for name in unheld)
     return tuple(
-        requantized(exporter, layer, modules[name], choices[name], calibration, storage)
-        for name, layer in unheld.items()
+        requantized(exporter, layer, weight, choices[name], calibration)
+        for (name, layer), weight in zip(unheld.items(), weights, strict=True)
     )
 
 
 def _source(
     model: Any,
+    tensors: TensorSource,
     component: str,
     choices: Mapping[str, Choice],
     calibration: Calibration,
@@ -122,12 +129,12 @@ def _source(
     others = {name: spec for name, spec in packed_specs(model, choices, storage).items() if name not in ours}
     return Source(
         component=component,
-        config=json.loads(model.to_json_string()),
+        config={key: value for key, value in json.loads(model.to_json_string()).items() if key != "_name_or_path"},
         storage=storage,
         layers=layers,
         others=others,
         tensors=lambda: itertools.chain.from_iterable(
-            layer.items() for layer in packed_tensors(model, ModuleSource(model), choices, calibration, storage)
+            layer.items() for layer in packed_tensors(model, tensors, choices, calibration, storage)
         ),
         origin=_origin(policy),
     )
@@ -162,6 +169,23 @@ def _notes(exporter: Exporter, choices: Mapping[str, Choice]) -> tuple[str, ...]
             f": {corrected} corrected biases and {others} layers rounded by another quantizer than rtn are not carried"
         )
     return (lost,)
+
+
+def _compute_note(exporter: Exporter, policy: Policy) -> tuple[str, ...]:
+    if policy.compute == "exact":
+        return ()
+    return (f"the policy was measured under {policy.compute} compute; {exporter.title} multiplies in its own way",)
+
+
+def _require_diffusers(parts: Parts, exporter: Exporter) -> None:
+    others = [
+        n for n, m in zip(parts.sources, denoisers_in(parts.denoiser), strict=True) if not isinstance(m, ModelMixin)
+    ]
+    if others:
+        raise BitPolicyError(
+            f"{exporter.title} gets models of diffusers only, and the policy covers {others[0]}, too; "
+            "search without it, or export without --target"
+        )
 
 
 def _keep_others(folder: Path) -> None:

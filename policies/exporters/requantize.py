@@ -15,7 +15,6 @@ import torch
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.formats import FP16, all_formats
-from bitpolicy.kernels.layers import Quantizable
 from bitpolicy.kernels.quantizers import HESSIANS
 from bitpolicy.policies.apply import stored_weight
 from bitpolicy.policies.calibration import Calibration
@@ -86,13 +85,15 @@ def nearest(exporter: Exporter, layer: Layer, weight: torch.Tensor) -> Format:
 def requantized(
     exporter: Exporter,
     layer: Layer,
-    module: Quantizable,
+    weight: torch.Tensor,
     choice: Choice,
     calibration: Calibration,
-    storage: torch.dtype,
 ) -> Requantized:
-    """What one layer becomes for a target that does not hold it as it is."""
-    weight = module.weight.detach().to(storage)
+    """What one layer becomes for a target that does not hold it as it is.
+
+    Args:
+        weight: the original one, in the storage dtype.
+    """
     format = nearest(exporter, layer, weight)
     quantizer = "mse" if choice.quantizer in HESSIANS else choice.quantizer
     after = Choice(format, choice.bias_correction, quantizer) if format.packed else Choice(format)

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from bitpolicy.kernels.format import TensorSpec
+from bitpolicy.policies.disk_space import require_space
 from bitpolicy.policies.exporters.exporter import Layer, Source
 from bitpolicy.policies.safetensors_writer import SafetensorsWriter
 
@@ -45,11 +46,16 @@ def write_translated(
     Args:
         rename: a tensor's name in the target, given its name in the source.
         metadata: of the file's header.
+
+    Raises:
+        BitPolicyError: the disk is full.
     """
     packed, storage = source.packed, source.storage
     specs = {rename(name): spec for name, spec in source.others.items()}
     for name, layer in packed.items():
         specs |= {rename(f"{name}.{suffix}"): spec for suffix, spec in translation.specs(layer, storage).items()}
+    nbytes = sum(spec.nbytes for spec in specs.values())
+    require_space(path.parent, nbytes)
     with SafetensorsWriter(path, specs, metadata) as writer:
         gathered: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in source.tensors():
@@ -63,4 +69,4 @@ def write_translated(
                 made = translation.convert(packed[owner], gathered.pop(owner), storage)
                 for own, value in made.items():
                     writer.write(rename(f"{owner}.{own}"), value)
-    return sum(spec.nbytes for spec in specs.values())
+    return nbytes

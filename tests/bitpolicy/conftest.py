@@ -82,7 +82,8 @@ def process() -> Command:
     """The same in a process of its own, after the Python statements `first`; slow to start."""
 
     def run(*arguments: str | Path, first: str = "") -> Outcome:
-        code = f"{first}\nfrom bitpolicy.cli.main import search_policy\nsearch_policy()"
+        named = "import sys\nsys.argv[0] = 'search-policy'"  # as the installed script is
+        code = f"{named}\n{first}\nfrom bitpolicy.cli.main import search_policy\nsearch_policy()"
         line = [sys.executable, "-c", code, *map(str, arguments)]
         done = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
         return Outcome(done.returncode, done.stdout, done.stderr)

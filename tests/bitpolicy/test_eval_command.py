@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from bitpolicy.cli import evaluate as module
+from bitpolicy.kernels.kernel import Compute
 from bitpolicy.loading import BUNDLED_FOLDER
 from bitpolicy.search import networks
 
@@ -46,7 +47,7 @@ def real(tmp_path: Path) -> Path:
 
 def test_metrics_come_as_strict_json_beside_the_psnr(evaluate: Any) -> None:
     result = evaluate("--metrics", "psnr,ssim,latent", "--json").result
-    assert list(result) == ["psnr_db", "metrics"]
+    assert list(result) == ["psnr_db", "compute", "metrics"]
     assert list(result["metrics"]) == ["psnr", "ssim", "latent"]
     psnr = result["metrics"]["psnr"]
     assert psnr["mean"] == pytest.approx(result["psnr_db"]["mean"], abs=1e-3)
@@ -106,7 +107,7 @@ def test_the_unquantized_model_has_no_distance(
 
 def test_the_bundled_pipeline_brings_its_network(monkeypatch: pytest.MonkeyPatch, finished: Any, command: Any) -> None:
     """With the checkpoint's denoiser left out, as it is the toy's: what is looked at is which metrics there are."""
-    monkeypatch.setattr(module, "swapped_denoiser", lambda *_: nullcontext())
+    monkeypatch.setattr(module, "swapped_denoiser", lambda *_: nullcontext(Compute.EXACT))
     call = ("--num-inference-steps", "1", "--guidance-scale", "1", "--images", "2", "--metrics", "lpips,fid,kid")
     found = command("eval", finished.folder / "checkpoint", *call, "--json").result["metrics"]
     assert [

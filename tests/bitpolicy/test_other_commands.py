@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 import yaml
+from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
+from toy_convolutions import ToyConvolutions
 
+from bitpolicy.kernels.dispatch import TABLE
+from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.policies.accounting import weights_hash
+from bitpolicy.policies.apply import to_storage
+from bitpolicy.policies.policy import Choice, ModelReference, Policy
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.trajectory import Trajectories
 
@@ -98,6 +111,50 @@ def test_export_makes_the_checkpoint_that_the_search_made(command: Any, finished
     assert files == {str(path.relative_to(searched)) for path in searched.rglob("*") if path.is_file()}
     files.discard("tokenizer/tokenizer.json")  # remembers the padding of the last call
     assert [name for name in files if (made / name).read_bytes() != (searched / name).read_bytes()] == []
+
+
+def test_another_process_with_other_threads_and_hashes_writes_the_same_bytes(
+    finished: Any, toy: Path, here: Path
+) -> None:
+    line = ["export", "--policy", str(finished.folder / "policy.yaml"), "--model", str(toy), "--output-dir", "out"]
+    done = subprocess.run(
+        [sys.executable, "-m", "bitpolicy", *line],
+        env={**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    searched = finished.folder / "checkpoint"
+    files = {path.relative_to(searched) for path in searched.rglob("*") if path.is_file()}
+    files.discard(Path("tokenizer/tokenizer.json"))  # remembers the padding of the last call
+    assert [
+        name for name in sorted(files) if (here / "out" / name).read_bytes() != (searched / name).read_bytes()
+    ] == []
+
+
+def test_export_says_which_layers_cannot_be_packed(command: Any, here: Path) -> None:
+    """And counts them; a search says it, too."""
+    torch.manual_seed(0)
+    unet = ToyConvolutions()
+    to_storage(unet, torch.float16)
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained("model")
+    about = ModelReference(
+        id="toy", component="unet", class_name="ToyConvolutions", sha256=weights_hash(unet, torch.float16)
+    )
+    choices = {name: Choice(format_named("int8")) for name, _ in quantizable_layers(unet)}
+    Policy.of(choices, model=about).save("policy.yaml")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(diffusers, "ToyConvolutions", ToyConvolutions, raising=False)
+        outcome = command("export", "--policy", "policy.yaml", "--model", "./model", "--output-dir", "out")
+    assert outcome.code == 0, outcome.err
+    (line,) = outcome.err.splitlines()
+    assert line.startswith("warning: not quantized, as they are of kinds without a packed layer: 1 ConvTranspose1d (")
+    stored = load_file(here / "out" / "unet" / "diffusion_pytorch_model.safetensors")
+    left = [name for name, layer in unet.named_modules() if isinstance(layer, nn.modules.conv._ConvTransposeNd)]
+    assert {stored[f"{name}.weight"].dtype for name in left} == {torch.float16}
+    assert f"layers.{len(choices)}" in line
+    assert sum(name.endswith("weight_packed") for name in stored) == len(choices)
 
 
 def edited(finished: Any, folder: Path, **layers: Any) -> Path:
@@ -193,7 +250,7 @@ def test_eval_measures_a_checkpoint_on_samples_of_its_own(
 ) -> None:
     arguments = ("eval", finished.folder / "checkpoint", "--model", toy, "--prompts", prompts, *CALL, "--images", "3")
     result = command(*arguments, "--picture", "pair.png", "--json").result
-    assert set(result) == {"psnr_db"}
+    assert set(result) == {"psnr_db", "compute"}
     psnr = result["psnr_db"]
     assert (psnr["n"], psnr["identical"]) == (3, 0)
     assert psnr["mean"] == pytest.approx(finished.outcome.result["psnr_db"]["mean"], abs=6)
@@ -266,3 +323,50 @@ def test_inspect_refuses_what_is_neither(command: Any, here: Path) -> None:
     command("inspect", "nothing").assert_refused("bitpolicy", "nothing", "no such folder")
     (here / "notes.txt").write_text(json.dumps(["a"]))
     command("inspect", "notes.txt").assert_refused("bitpolicy", "notes.txt")
+
+
+def test_inspect_tells_which_kernel_each_packed_layer_gets(command: Any, finished: Any) -> None:
+    checkpoint = finished.folder / "checkpoint"
+    found = command("inspect", checkpoint, "--kernels", "--json").result
+    packed = [row for row in command("inspect", checkpoint, "--json").result["layers"] if row["format"] != "fp16"]
+    rows = {row["layer"]: row for row in found["layers"]}
+    assert {name: row["format"] for name, row in rows.items()} == {row["layer"]: row["format"] for row in packed}
+    assert {row["compute"] for row in rows.values()} == {"exact"}
+    assert {row["dtype"] for row in rows.values()} == {"float32"}
+    names = {row.kernel.name for row in TABLE}
+    assert {row["kernel"] for row in rows.values()} <= names
+    assert all(row["why"] for row in rows.values())
+
+
+def test_inspect_shows_another_compute_and_a_forced_kernel(
+    command: Any, finished: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BITPOLICY_KERNELS", "reference")
+    found = command("inspect", finished.folder / "checkpoint", "--kernels", "--compute", "int8", "--json").result
+    assert {row["kernel"] for row in found["layers"]} <= {"int8-reference", "reference"}
+    assert "int8-reference" in {row["kernel"] for row in found["layers"]}
+    assert {row["why"] for row in found["layers"]} == {"reference was asked for"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needles"),
+    [
+        (["--kernels"], ["--kernels is of a checkpoint", "the bundled pipeline is none"]),
+        (["{checkpoint}", "--kernels", "--compute", "int5"], ["unknown compute 'int5'", "exact, float, int8"]),
+        (["{checkpoint}", "--kernels", "--device", "tpu"], ["unknown device 'tpu'"]),
+    ],
+)
+def test_inspect_refuses_kernels_of_nothing(
+    command: Any, finished: Any, arguments: list[str], needles: list[str]
+) -> None:
+    given = [argument.format(checkpoint=finished.folder / "checkpoint") for argument in arguments]
+    command("inspect", *given).assert_refused("bitpolicy", *needles)
+
+
+def test_an_unknown_kernel_in_the_environment_is_one_line(
+    command: Any, finished: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BITPOLICY_KERNELS", "quick")
+    command("inspect", finished.folder / "checkpoint", "--kernels").assert_refused(
+        "bitpolicy", "unknown kernel 'quick'"
+    )

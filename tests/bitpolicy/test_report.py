@@ -27,6 +27,7 @@ from bitpolicy.cli import main
 from bitpolicy.cli.draw import report
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.kernels.kernel import Compute
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.report.decisions import decisions
 from bitpolicy.report.document import Report, make_report
@@ -361,6 +362,27 @@ def test_groups_hold_every_layer_once(whole: Probed) -> None:
     assert by_role(whole)[0].name == "output_head"
     conv = next(g for g in by_role(whole) if g.name == "conv")
     assert (conv.total[0], conv.median[0]) == pytest.approx((4e-4, 1e-4))
+
+
+def test_of_8_bit_inputs_the_page_says_what_share_they_have(tmp_path: Path, made: Report) -> None:
+    """Half of INT8's error and a two-hundredth of INT4's, but for a layer of short rows, which has none."""
+    error = errors(int4=1e-4, int8=1e-6)
+    inputs = torch.full_like(error, 5e-7)
+    inputs[PLACE["conv_out"]] = 0
+    probed = probed_of(error)
+    probed = replace(probed, table=replace(probed.table, inputs=inputs, compute=Compute.INT8))
+    text = text_of(make_report(save(probed, tmp_path)).html)
+    share = 0.5 * (1 - 1 / len(NAMES))
+    assert f"int8: rounding the inputs of packed layers makes 0% of the error of all int4, {share:.0%} of" in text
+    assert "int8 of it inputs" in text
+    by_name = {group.name: group for group in by_role(probed)}
+    of_head = by_name["output_head"].inputs
+    assert of_head is not None
+    assert of_head.tolist() == [0.0, 0.0]
+    others = by_name["conv"].inputs
+    assert others is not None
+    assert others.tolist() == pytest.approx([0.005, 0.5])
+    assert "of it inputs" not in text_of(made.html)
 
 
 def test_what_an_encoder_adds_to_its_stream_goes_into_a_skip(whole: Probed) -> None:

@@ -25,6 +25,7 @@ SCHEMA = {
     "layers": dict,
     "predicted_error": float,
     "error_of": str,
+    "compute": str,
     "psnr_db": dict,
     "quality": dict,
     "seconds": dict,

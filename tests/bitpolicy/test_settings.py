@@ -55,6 +55,7 @@ def test_every_setting_counts() -> None:
         confirm_samples=1,
         held_out_samples=1,
         quantizer="mse",
+        compute="int8",
         frontier=3,
         keep=("a=fp16",),
         share_qkv=True,

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 
+import bitpolicy
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.layers import PackedLayer
+from bitpolicy.policies.export import export_pipeline
 
 LORA = "pytorch_lora_weights.safetensors"  # diffusers before 0.41 does not look for it offline
 TARGETS = ["to_q", "to_out.0", "conv1", "conv_in", "proj_in"]
@@ -135,5 +137,25 @@ def test_a_model_with_an_adapter_on_it_is_not_saved_as_something_that_cannot_be_
     packed: Any, tmp_path: Path
 ) -> None:
     packed.add_adapter(adapter())
-    with pytest.raises(BitPolicyError, match="unload"):
+    with pytest.raises(BitPolicyError, match=r"an adapter on it, e\.g\. on conv_in; unload it"):
         packed.save_pretrained(tmp_path / "adapted")
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_a_pipeline_with_an_adapter_on_it_is_not_exported_or_searched(
+    new_toy_pipeline: Callable[[], Any], exported: Any, tmp_path: Path, component: str
+) -> None:
+    """Of a text encoder with one, transformers would write the adapter and nothing else."""
+    pipe = new_toy_pipeline()
+    targets = {"unet": TARGETS, "text_encoder": ["q_proj"]}[component]
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=targets), getattr(pipe, component))
+    needles = (
+        rf"the {component} has an adapter \(a LoRA\) on it, e\.g\. on .*pipe\.unload_lora_weights\(\), or for good"
+    )
+    with pytest.raises(BitPolicyError, match=needles):
+        bitpolicy.export(pipe, exported.policy, tmp_path / "out")
+    with pytest.raises(BitPolicyError, match=needles):
+        export_pipeline(pipe, "unet", exported.policy, exported.calibration, tmp_path / "out")
+    with pytest.raises(BitPolicyError, match=needles):
+        bitpolicy.search(pipe, "50%")
+    assert list(tmp_path.iterdir()) == []

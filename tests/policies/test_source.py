@@ -16,7 +16,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies import file_source as module
 from bitpolicy.policies.accounting import weights_hash
 from bitpolicy.policies.file_source import FileSource
-from bitpolicy.policies.source import JoinedSource, ModuleSource, source_hash
+from bitpolicy.policies.source import ModuleSource, joined, source_hash
 from bitpolicy.policies.source_converted import converted
 
 TENSORS = {"b.x": torch.arange(6.0).reshape(2, 3), "a": torch.tensor(3), "c": torch.randn(4, 2).bfloat16()}
@@ -47,7 +47,7 @@ def test_several_models_hash_as_one() -> None:
     models = {"transformer": nn.Linear(3, 2), "transformer_2": nn.Linear(2, 5)}
     sources = {name: ModuleSource(model) for name, model in models.items()}
     assert source_hash(sources, torch.float16) == weights_hash(nn.ModuleDict(models), torch.float16)
-    assert torch.equal(JoinedSource(sources).read("transformer_2.bias"), models["transformer_2"].bias)
+    assert torch.equal(joined(sources).read("transformer_2.bias"), models["transformer_2"].bias)
 
 
 def test_a_value_that_float16_cannot_hold_is_told() -> None:

@@ -93,6 +93,35 @@ def test_automatic_classes(exported: Any, draw: Predict, predict: Predict) -> No
     assert torch.equal(predict(model), predict(expected.unet))
 
 
+@pytest.mark.parametrize("kind", [DiffusionPipeline, AutoPipelineForText2Image, StableDiffusionPipeline])
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("variant", [None, "fp16"], ids=["no variant", "variant"])
+def test_whole_pipelines(
+    exported: Any, predict: Predict, tmp_path: Path, kind: Any, dtype: torch.dtype | None, variant: str | None
+) -> None:
+    """Saved in shards, with and without a variant."""
+    DiffusionPipeline.from_pretrained(exported.folder).save_pretrained(
+        tmp_path, variant=variant, max_shard_size="100KB"
+    )
+    assert len(list((tmp_path / "unet").glob("*.safetensors"))) > 1
+    assert all(variant in path.name for path in tmp_path.rglob("*.safetensors") if variant)
+    pipe = kind.from_pretrained(tmp_path, variant=variant, dtype=dtype)
+    expected = UNet2DConditionModel.from_pretrained(exported.folder, subfolder="unet", dtype=dtype)
+    assert type(pipe) is StableDiffusionPipeline
+    assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {dtype or torch.float16}
+    assert packed(pipe.unet)
+    assert state_is(pipe.unet, expected)
+    assert torch.equal(predict(pipe.unet), predict(expected))
+
+
+def test_a_pipeline_put_on_a_device_while_it_is_loaded(exported: Any, draw: Predict) -> None:
+    pipe = DiffusionPipeline.from_pretrained(exported.folder, dtype=torch.float32, device_map="cpu")
+    assert packed(pipe.unet)
+    expected = DiffusionPipeline.from_pretrained(exported.folder, dtype=torch.float32)
+    assert torch.equal(draw(pipe), draw(expected))
+    assert torch.equal(draw(expected.to("cpu")), draw(pipe))
+
+
 # Every component
 
 

@@ -155,7 +155,8 @@ def test_a_text_encoder_is_packed_as_it_would_be_exported(
     storage = torch.float16
     model.save_pretrained(tmp_path / "full")
     file = tmp_path / "full" / "model.safetensors"
-    save_file({f"{prefix}{name}": t for name, t in load_file(file).items()}, file, metadata={"format": "pt"})
+    renamed = {f"{prefix}{name.removeprefix(prefix)}": tensor for name, tensor in load_file(file).items()}
+    save_file(renamed, file, metadata={"format": "pt"})
     to_storage(model, storage)
     about = ModelReference(
         id="toy", component="text_encoder", class_name=kind.__name__, sha256=weights_hash(model, storage)

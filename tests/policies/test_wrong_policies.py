@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 import yaml
+from torch import nn
 
 from bitpolicy import BitPolicyError, Policy
+from bitpolicy.kernels.formats import FP16
+from bitpolicy.policies.apply import choices_for
 from bitpolicy.policies.plain_yaml import MAX_BYTES, read_yaml
+from bitpolicy.policies.policy import Choice, LayerSettings
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(9)
@@ -79,3 +83,26 @@ def test_a_layer_name_that_is_a_path_is_no_layer(exported: Any, name: str) -> No
     layers = exported.policy.layers | {name: exported.policy.layers["conv_out"]}
     with pytest.raises(BitPolicyError, match=r"the policy names layer .* which this model does not have"):
         exported.policy.model_copy(update={"layers": layers}).resolve(exported.choices)
+
+
+def test_a_gigabyte_of_yaml_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "policy.yaml"
+    with path.open("wb") as file:
+        file.write(b"bitpolicy: 1\nmodel: {id: '")
+        file.truncate(10**9)  # takes no room on the disk
+    tracemalloc.start()
+    began = time.process_time()
+    with pytest.raises(BitPolicyError, match=r"is larger than 524,288 bytes, which no policy is; give the policy.yaml"):
+        Policy.load(path)
+    spent, (_, most) = time.process_time() - began, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (spent < 1, most < 2_000_000) == (True, True)
+
+
+def test_a_layer_that_cannot_be_packed_is_named_with_its_kind(policy_of: Any) -> None:
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "up": nn.ConvTranspose2d(4, 4, 2)})
+    policy = policy_of(model, {"a": Choice(FP16)})
+    assert choices_for(model, policy) == {"a": Choice(FP16)}
+    named = policy.model_copy(update={"layers": {"up": LayerSettings(format="int8")}})
+    with pytest.raises(BitPolicyError, match=r"layer 'up', a ConvTranspose2d, which cannot be packed.*take its entry"):
+        choices_for(model, named)

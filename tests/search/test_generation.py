@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import quantizable_layers
-from bitpolicy.policies.apply import pack, to_storage
+from bitpolicy.policies.apply import pack, quantized, to_storage
 from bitpolicy.policies.policy import Choice
 from bitpolicy.search.generation import Generations
 from bitpolicy.sensitivity.samples import split_samples
@@ -72,6 +73,20 @@ def test_images_are_those_of_the_packed_model(
     expected = [image for image, _ in Trajectories(other, "unet", {"num_inference_steps": 2}).images(SAMPLES)]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert not torch.equal(found[0], generations.references(SAMPLES)[0])
+
+
+def test_under_int8_compute_images_are_those_of_layers_that_round_their_inputs(
+    trajectories: Trajectories,
+    generations: Generations,
+    choices: Choices,
+    calibration: dict[str, torch.Tensor],
+    pipe: Any,
+) -> None:
+    found = Generations(trajectories, calibration, torch.float16, Compute.INT8).images(choices, SAMPLES[:2])
+    with quantized(pipe.unet, choices, calibration, torch.float16, Compute.INT8):
+        expected = [image for image, _ in trajectories.images(SAMPLES[:2])]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not torch.equal(found[0], generations.images(choices, SAMPLES[:2])[0])
 
 
 def test_errors_are_mean_squares_against_the_reference(generations: Generations, choices: Choices) -> None:

@@ -50,7 +50,9 @@ def measure(folder: str, dtype: str | None, policy: str | None) -> dict[str, int
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins here
     before, private, sampler = status("VmRSS"), status("RssAnon"), Sampler()
     sampler.start()
-    model = DiTTransformer2DModel.from_pretrained(folder, dtype=getattr(torch, dtype) if dtype else None, **options)
+    model = DiTTransformer2DModel.from_pretrained(
+        folder, torch_dtype=getattr(torch, dtype) if dtype else None, **options
+    )
     found = {"peak": status("VmHWM") - before, "private": sampler.stop() - private}
     return found | {"stored": sum(tensor.nbytes for tensor in model.state_dict().values())}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from itertools import cycle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from bitpolicy.kernels.formats import FP16, format_named
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.exporters.exporter import Exporter, Layer
+from bitpolicy.policies.parts import MemoryParts, Parts
 from bitpolicy.policies.policy import Choice
 
 MANY = (
@@ -47,6 +49,17 @@ def even_unet() -> Callable[[], Any]:
 
     made = build()
     return lambda: copy.deepcopy(made)
+
+
+@pytest.fixture(scope="session")
+def parts_of() -> Callable[..., Parts]:
+    """`parts_of(unet=model)`: of a pipeline that has nothing else."""
+
+    def parts(**models: Any) -> Parts:
+        pipe: Any = SimpleNamespace(**models, components=models)
+        return MemoryParts(pipe, ",".join(models))
+
+    return parts
 
 
 @pytest.fixture(scope="session")

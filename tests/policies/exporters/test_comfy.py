@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,25 +93,24 @@ def test_a_name_that_comfy_has_no_place_for_is_an_error(toy_unet: Any) -> None:
         comfy_namer(source_of(toy_unet))("encoder_hid_proj.weight")
 
 
-def test_a_class_whose_names_are_not_known_is_refused(policy_of: Any, tmp_path: Path) -> None:
+def test_a_class_whose_names_are_not_known_is_refused(policy_of: Any, parts_of: Any, tmp_path: Path) -> None:
     from diffusers import DiTTransformer2DModel
 
     model = DiTTransformer2DModel(num_layers=1, num_attention_heads=2, attention_head_dim=8, norm_num_groups=4)
     policy = policy_of(model, {name: Choice(FP16) for name, _ in quantizable_layers(model)})
     with pytest.raises(BitPolicyError, match=r"not known here .*UNet2DConditionModel.* --target sdnq"):
-        export_to("comfy", SimpleNamespace(transformer=model), "transformer", policy, {}, tmp_path / "out")
+        export_to("comfy", parts_of(transformer=model), policy, {}, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_transformer_with_the_same_names_keeps_them(policy_of: Any, tmp_path: Path) -> None:
+def test_a_transformer_with_the_same_names_keeps_them(policy_of: Any, parts_of: Any, tmp_path: Path) -> None:
     from diffusers import QwenImageTransformer2DModel
 
     model = QwenImageTransformer2DModel(
         patch_size=2, in_channels=16, out_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=4
     )
     choices = {name: Choice(format_named("int8")) for name, _ in quantizable_layers(model)}
-    pipe = SimpleNamespace(transformer=model)
-    export_to("comfy", pipe, "transformer", policy_of(model, choices), {}, tmp_path / "out")
+    export_to("comfy", parts_of(transformer=model), policy_of(model, choices), {}, tmp_path / "out")
     with safe_open(tmp_path / "out" / "transformer.safetensors", "pt") as file:
         names = set(file.keys())
     assert model.state_dict().keys() < names
@@ -120,11 +118,11 @@ def test_a_transformer_with_the_same_names_keeps_them(policy_of: Any, tmp_path: 
     assert names - model.state_dict().keys() == extra
 
 
-def test_several_denoisers_get_a_file_each(even_unet: Any, policy_of: Any, tmp_path: Path) -> None:
+def test_several_denoisers_get_a_file_each(even_unet: Any, policy_of: Any, parts_of: Any, tmp_path: Path) -> None:
     both = torch.nn.ModuleDict({"unet": even_unet(), "other": even_unet()})
     names = [name for name, _ in quantizable_layers(both)]
     policy = policy_of(both, {name: Choice(FP16) for name in names})
-    export_to("comfy", SimpleNamespace(**both), "unet,other", policy, {}, tmp_path / "out")
+    export_to("comfy", parts_of(**both), policy, {}, tmp_path / "out")
     found = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert found == ["other.safetensors", "policy.yaml", "unet.safetensors"]
 

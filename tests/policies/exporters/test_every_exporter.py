@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors import safe_open
 from toy_readers import READERS, Reading
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import quantized, stored_weight
 from bitpolicy.policies.calibration import rounded_key
@@ -24,6 +28,8 @@ from bitpolicy.policies.exporters.export import Exported, export_to
 from bitpolicy.policies.exporters.exporter import Exporter, Layer
 from bitpolicy.policies.exporters.requantize import TargetError
 from bitpolicy.policies.exporters.targets import EXPORTERS, NAMES, exporter_named
+from bitpolicy.policies.folder_parts import FolderParts
+from bitpolicy.policies.parts import Parts
 from bitpolicy.policies.policy import Choice, Policy
 
 F16 = torch.float16
@@ -35,6 +41,7 @@ class Written:
 
     exporter: Exporter
     unet: Any
+    parts: Parts
     choices: dict[str, Choice]
     policy: Policy
     means: dict[str, torch.Tensor]
@@ -43,8 +50,8 @@ class Written:
 
     def again(self, folder: Path, **changed: Any) -> Exported:
         """Another export of the same."""
-        given = {"policy": self.policy, "calibration": self.means, "folder": folder, **changed}
-        return export_to(self.exporter.name, SimpleNamespace(unet=self.unet), "unet", **given)
+        given = {"parts": self.parts, "policy": self.policy, "calibration": self.means, "folder": folder, **changed}
+        return export_to(self.exporter.name, **given)
 
 
 @pytest.fixture(scope="module", params=EXPORTERS, ids=lambda exporter: exporter.name)
@@ -54,14 +61,15 @@ def written(
     held_choices: Any,
     even_means: Any,
     policy_of: Any,
+    parts_of: Any,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Written:
     exporter, unet = request.param, even_unet()
     choices = held_choices(exporter, unet)
     policy, folder = policy_of(unet, choices), tmp_path_factory.mktemp(exporter.name) / "out"
-    pipe = SimpleNamespace(unet=unet)
-    result = export_to(exporter.name, pipe, "unet", policy, even_means, folder)
-    return Written(exporter, unet, choices, policy, even_means, folder, result)
+    parts = parts_of(unet=unet)
+    result = export_to(exporter.name, parts, policy, even_means, folder)
+    return Written(exporter, unet, parts, choices, policy, even_means, folder, result)
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +185,15 @@ def test_the_policy_lies_beside_it(written: Written) -> None:
     assert (written.result.notes != ()) == written.exporter.rounds_itself
 
 
+def test_a_policy_of_int8_compute_is_written_with_a_word_that_the_target_has_its_own(
+    written: Written, tmp_path: Path
+) -> None:
+    found = written.again(tmp_path / "new", policy=written.policy.under(Compute.INT8))
+    assert found.notes[:-1] == written.result.notes
+    assert f"int8 compute; {written.exporter.title}" in found.notes[-1]
+    assert Policy.load(tmp_path / "new" / "policy.yaml").compute == "int8"
+
+
 def test_exporting_changes_nothing_in_memory(written: Written, even_unet: Callable[[], Any]) -> None:
     fresh = even_unet().state_dict()
     assert [name for name, tensor in written.unet.state_dict().items() if not torch.equal(tensor, fresh[name])] == []
@@ -278,3 +295,48 @@ def test_no_file_says_where_it_was_made(written: Written) -> None:
     for path in written.folder.rglob("*.json"):
         json.loads(path.read_text())
         assert str(written.folder) not in path.read_text()
+
+
+def test_a_folder_is_exported_as_the_model_in_memory_is_and_without_loading_it(
+    written: Written, tmp_path: Path
+) -> None:
+    unet = copy.deepcopy(written.unet).half()
+    pipe = DDPMPipeline(unet, DDPMScheduler())  # any pipeline: it is never called
+    pipe.save_pretrained(tmp_path / "model", max_shard_size="1MB")
+    parts = FolderParts(tmp_path / "model", "unet")
+    assert {tensor.device.type for tensor in parts.denoiser.state_dict().values()} == {"meta"}
+    result = written.again(tmp_path / "out", parts=parts)
+    assert result == written.result
+    assert hashes(tmp_path / "out") == hashes(written.folder)
+
+
+def test_a_folder_is_requantized_as_the_model_in_memory_is(written: Written, policy_of: Any, tmp_path: Path) -> None:
+    DDPMPipeline(copy.deepcopy(written.unet).half(), DDPMScheduler()).save_pretrained(tmp_path / "model")
+    choices = dict.fromkeys(written.choices, Choice(format_named("nf4"), bias_correction=True))
+    given = {"policy": policy_of(written.unet, choices), "requantize": True}
+    from_file = written.again(tmp_path / "a", parts=FolderParts(tmp_path / "model", "unet"), **given)
+    assert len(from_file.requantized) > 10
+    assert from_file == written.again(tmp_path / "b", **given)
+    assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
+
+
+def test_a_full_disk_is_told_before_anything_is_written(
+    written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if written.exporter.rounds_itself:
+        pytest.skip("a recipe takes no room")
+    free = written.result.nbytes - 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(BitPolicyError, match=f"{free:,} bytes free, .* at least {free + 1:,}; free some space"):
+        written.again(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_policy_with_a_text_encoder_is_refused_by_its_name(
+    written: Written, policy_of: Any, parts_of: Any, toy_pipeline: Any, tmp_path: Path
+) -> None:
+    parts = parts_of(unet=toy_pipeline.unet, text_encoder=toy_pipeline.text_encoder)
+    policy = policy_of(parts.denoiser, {name: Choice(FP16) for name, _ in quantizable_layers(parts.denoiser)})
+    with pytest.raises(BitPolicyError, match=r"models of diffusers only, and the policy covers text_encoder, too"):
+        written.again(tmp_path / "out", parts=parts, policy=policy)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,99 @@
+"""Which kernel each packed layer of a pipeline gets, and why: watched while the pipeline draws one image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitpolicy.kernels import dispatch
+from bitpolicy.kernels.layers import PackedLayer, packed_layers
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """What one layer got at its first call.
+
+    Attributes:
+        layer: its name.
+        format: of its weight.
+        input: shape of its input, padded where the layer pads.
+        dtype: of its input, as "float32".
+        compute: what its product rounds.
+        kernel: the name of the kernel.
+        why: what decided: "tried: ..." with milliseconds, or that there was no choice.
+        passed_over: kernel name -> why it does not take the call.
+    """
+
+    layer: str
+    format: str
+    input: tuple[int, ...]
+    dtype: str
+    compute: str
+    kernel: str
+    why: str
+    passed_over: dict[str, str]
+
+    def as_row(self) -> dict[str, Any]:
+        """For a table."""
+        passed = "; ".join(f"{name}: {reason}" for name, reason in self.passed_over.items())
+        return {
+            "layer": self.layer,
+            "format": self.format,
+            "input": "x".join(map(str, self.input)),
+            "dtype": self.dtype,
+            "compute": self.compute,
+            "kernel": self.kernel,
+            "why": self.why,
+            "passed over": passed,
+        }
+
+
+@contextmanager
+def watching(model: nn.Module) -> Iterator[dict[str, KernelChoice]]:
+    """While the block runs, the first call of each packed layer is noted, by the layer's name."""
+    seen: dict[str, KernelChoice] = {}
+
+    def watch(name: str) -> Any:
+        def note(layer: PackedLayer, arguments: tuple[Any, ...]) -> None:
+            if name not in seen:
+                with torch.no_grad():
+                    seen[name] = _choice(name, layer, arguments[0])
+
+        return note
+
+    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in packed_layers(model)]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _choice(name: str, layer: PackedLayer, input: torch.Tensor) -> KernelChoice:
+    x, weight, bias, compute = layer.call(input)
+    kernel = dispatch.choose(x, weight, bias, compute)
+    refusals = {row.kernel.name: reason for row, reason in dispatch.explained(x, weight, compute) if reason}
+    able = [row.kernel.name for row, reason in dispatch.explained(x, weight, compute) if reason is None]
+    dtype = str(x.dtype).removeprefix("torch.")
+    why = _why(x, weight, bias, compute, able)
+    return KernelChoice(name, weight.format.name, tuple(x.shape), dtype, str(compute), kernel.name, why, refusals)
+
+
+def _why(x: torch.Tensor, weight: Any, bias: torch.Tensor | None, compute: Any, able: list[str]) -> str:
+    asked = dispatch.mode()
+    if asked != dispatch.AUTO:
+        return f"{asked} was asked for"
+    if len(able) == 1:
+        return "the only one"
+    if dispatch.is_settled(able[0]):
+        return "does less than any other"
+    times = dispatch.tried(x, weight, bias, compute)
+    if not times:
+        return "the first one; nothing was tried"
+    told = (f"{name} {'wrong' if ms is None else f'{ms:.3g} ms'}" for name, ms in times.items())
+    return f"tried: {', '.join(told)}"

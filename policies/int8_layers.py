@@ -1,0 +1,85 @@
+"""Ordinary layers under INT8 compute: what packed layers then multiply, in floats.
+
+    y = Q(x) W_q^T + b,    Q(x) = s_x x_q,    W_q = s_w w_q
+
+with the codes and scales of `bitpolicy.kernels.int8_compute`. Results are those of an INT8 kernel up to the rounding of
+float sums; where that moves a later input across a tie, one of its codes is another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from bitpolicy.kernels.format import Format
+from bitpolicy.kernels.formats import INT8
+from bitpolicy.kernels.int8_compute import quantize_input, suits, weight_codes
+from bitpolicy.kernels.kernel import Compute, Geometry, PackedWeight
+from bitpolicy.kernels.layers import Quantizable
+
+
+def rounds_inputs(layer: Quantizable, compute: Compute) -> bool:
+    """Whether the layer, once it is packed, multiplies 8-bit inputs: by `compute` and its shape alone."""
+    return compute is Compute.INT8 and suits(_packed(layer, INT8, {}))
+
+
+def multiplied_weight(
+    layer: Quantizable, format: Format, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, compute: Compute
+) -> torch.Tensor:
+    """The weight that the layer multiplies with once `tensors` are packed into it, shape (out, in/groups, *kernel).
+
+    Args:
+        layer: says what kind of layer it is; its own tensors are not read.
+    """
+    shape = tuple(layer.weight.shape)
+    if not rounds_inputs(layer, compute):
+        return format.dequantize(tensors, shape, dtype)
+    codes, scale = weight_codes(_packed(layer, format, tensors))
+    return INT8.dequantize({"weight_packed": codes, "weight_scale": scale}, shape, dtype)
+
+
+def seen_input(layer: Quantizable, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x_q and s_x of what the layer is given, float32, as `quantize_input` has them.
+
+    Args:
+        x: (..., in) for a linear layer, (B, in, *spatial) for a convolution, or one sample without B.
+    """
+    if isinstance(layer, nn.Linear):
+        return quantize_input(x, per_sample=False)
+    if x.ndim == 1 + len(layer.stride):
+        codes, scale = quantize_input(x[None], per_sample=True)
+        return codes[0], scale[0]
+    return quantize_input(x, per_sample=True)
+
+
+def round_inputs(layer: Quantizable) -> RemovableHandle:
+    """Round what the layer is given from now on, until the handle is removed."""
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        codes, scale = seen_input(layer, x)
+        return codes.mul_(scale).to(x.dtype)
+
+    return change_inputs(layer, rounded)
+
+
+def change_inputs(layer: Quantizable, change: Callable[[torch.Tensor], torch.Tensor]) -> RemovableHandle:
+    """Give the layer `change(x)` for x. It happens where x is, before any `forward` that offloading has put on it."""
+
+    def hook(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "input": change(kwargs["input"])}
+
+    return layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _packed(layer: Quantizable, format: Format, tensors: Mapping[str, torch.Tensor]) -> PackedWeight:
+    geometry = None
+    if not isinstance(layer, nn.Linear):
+        nothing = (0,) * len(layer.stride)  # padding has no say in what is rounded
+        geometry = Geometry(layer.stride, nothing, layer.dilation, layer.groups)
+    return PackedWeight(format, tuple(layer.weight.shape), tensors, geometry)

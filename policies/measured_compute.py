@@ -1,0 +1,22 @@
+"""Which computes a policy and a checkpoint may record: those that a search can measure without their kernels."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.kernel import Compute
+
+MEASURED: Final = (Compute.EXACT, Compute.INT8)
+
+
+def measured_compute(name: str) -> Compute:
+    """The compute called `name`.
+
+    Raises:
+        BitPolicyError: there is none, or none that can be recorded.
+    """
+    wanted = name.strip().lower()
+    if wanted not in MEASURED:
+        raise BitPolicyError(f"compute {name!r} is none that can be measured and recorded; write exact or int8")
+    return Compute(wanted)

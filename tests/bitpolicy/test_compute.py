@@ -1,0 +1,193 @@
+"""`--compute int8` from the command to the images, and what each command says of it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bitpolicy
+from bitpolicy.kernels.kernel import Compute
+from bitpolicy.kernels.layers import packed_layers
+from bitpolicy.loading import load_source
+from bitpolicy.policies.apply import quantized
+from bitpolicy.policies.calibration import load_calibration
+from bitpolicy.policies.policy import Policy
+from bitpolicy.prompting import load_requests, split
+from bitpolicy.search.quality import Psnr
+from bitpolicy.sensitivity.table import SensitivityTable
+from bitpolicy.sensitivity.trajectory import Trajectories
+
+CALL = ("--num-inference-steps", "2", "--guidance-scale", "1")
+SIZES = ("--samples", "2", "--vectors", "1")
+
+
+@pytest.fixture(scope="module")
+def searched(command: Any, small: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(what was printed, the folder) of a search like `finished` under INT8 compute."""
+    folder = tmp_path_factory.mktemp("int8") / "out"
+    arguments = ("--budget", "50%", "--quantizer", "rtn", *small, "--compute", "int8", "--output-dir", str(folder))
+    return command(*arguments, "--json"), folder
+
+
+@pytest.fixture(scope="module")
+def evaluate(command: Any, searched: Any, toy: Path, prompts: Path) -> Any:
+    arguments = ("eval", searched[1] / "checkpoint", "--model", toy, "--prompts", prompts, *CALL, "--images", "4")
+    return lambda *more: command(*arguments, *more)
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "sensitivity.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_search_records_it_everywhere(searched: Any) -> None:
+    outcome, folder = searched
+    assert (outcome.code, outcome.result["compute"]) == (0, "int8")
+    assert Policy.load(folder / "policy.yaml").compute == "int8"
+    config = json.loads((folder / "checkpoint" / "unet" / "config.json").read_text())
+    assert config["quantization_config"]["compute"] == "int8"
+    assert Policy.load(folder / "checkpoint" / "policy.yaml").compute == "int8"
+    assert "`compute: int8`" in (folder / "checkpoint" / "README.md").read_text()
+    layers = dict(packed_layers(bitpolicy.load_pipeline(folder / "checkpoint").unet))
+    assert {layer.compute for layer in layers.values()} == {Compute.INT8}
+
+
+def test_a_search_without_it_says_nothing_of_it(finished: Any) -> None:
+    assert finished.outcome.result["compute"] == "exact"
+    assert "compute" not in (finished.folder / "policy.yaml").read_text()
+    config = json.loads((finished.folder / "checkpoint" / "unet" / "config.json").read_text())
+    assert "compute" not in config["quantization_config"]
+    assert "inputs_share" not in rows(finished.folder)[0]
+
+
+def test_the_table_says_what_share_the_inputs_have(searched: Any) -> None:
+    table = SensitivityTable.load(searched[1] / "sensitivity.safetensors")
+    assert table.compute is Compute.INT8
+    assert table.inputs is not None
+    found = [float(row["inputs_share"]) for row in rows(searched[1])]
+    expected = (table.inputs / table.error.clamp(min=1e-300)).clamp(max=1).where(table.error > 0, 0)
+    torch.testing.assert_close(torch.tensor(found).double(), expected.flatten(), atol=6e-5, rtol=0)
+    of_int8 = expected[:, [f.name for f in table.formats].index("int8")]
+    assert 0.1 < of_int8[of_int8 > 0].median() < 1
+
+
+def test_the_images_that_are_measured_are_those_of_int8_compute(searched: Any, toy: Path, prompts: Path) -> None:
+    """Drawn once more in floats: the search's own number is of the packed layers."""
+    outcome, folder = searched
+    source = load_source(str(toy))
+    trajectories = Trajectories(source.pipe, "unet", {"num_inference_steps": 2, "guidance_scale": 1.0})
+    samples = split(load_requests(prompts), 0, 16, 16, 16, 16).held_out
+    policy = Policy.load(folder / "policy.yaml")
+    choices = policy.resolve(name for name, _ in bitpolicy.kernels.layers.quantizable_layers(source.denoiser))
+    calibration = load_calibration(folder / "calibration.safetensors")
+    reference = [image for image, _ in trajectories.images(samples)]
+    found = {}
+    for compute in (Compute.EXACT, Compute.INT8):
+        with quantized(source.denoiser, choices, calibration, source.storage, compute):
+            found[compute] = Psnr.of(reference, [image for image, _ in trajectories.images(samples)]).mean
+    measured = outcome.result["psnr_db"]["mean"]
+    assert measured == pytest.approx(found[Compute.INT8], abs=0.5)
+    assert abs(measured - found[Compute.EXACT]) > 1
+    assert policy.result is not None
+    assert policy.result.psnr_db == round(measured, 2)
+
+
+def test_eval_takes_what_is_recorded_and_another_where_it_is_asked_for(evaluate: Any) -> None:
+    recorded, int8, exact = (
+        evaluate("--json", *more).result for more in ((), ("--compute", "int8"), ("--compute", "exact"))
+    )
+    assert recorded == int8
+    assert (recorded["compute"], exact["compute"]) == ("int8", "exact")
+    assert exact["psnr_db"]["mean"] > recorded["psnr_db"]["mean"] + 1
+    assert evaluate().out.rstrip().endswith("over 4 images, compute int8")
+    assert evaluate("--compute", "exact").out.rstrip().endswith("over 4 images")
+
+
+def test_export_records_another_compute_and_forgets_what_was_measured(
+    command: Any, finished: Any, toy: Path, here: Path
+) -> None:
+    policy = finished.folder / "policy.yaml"
+    arguments = ("export", "--policy", policy, "--model", toy, "--output-dir")
+    assert command(*arguments, "exact").code == command(*arguments, "int8", "--compute", "int8").code == 0
+    assert Policy.load(here / "exact" / "policy.yaml") == Policy.load(policy)
+    written = Policy.load(here / "int8" / "policy.yaml")
+    assert written.compute == "int8"
+    assert written.result is not None
+    assert written.result.psnr_db is None
+    layers = packed_layers(bitpolicy.load_pipeline("int8").unet)
+    assert {layer.compute for _, layer in layers} == {Compute.INT8}
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (here / "int8" / weights).read_bytes() == (here / "exact" / weights).read_bytes()
+
+
+def test_a_probe_tells_the_inputs_apart(command: Any, toy: Path, prompts: Path, here: Path) -> None:
+    arguments = ("probe", "--model", toy, "--prompts", prompts, *CALL, *SIZES, "--quantizer", "rtn", "--remeasure", "0")
+    outcome = command(*arguments, "--compute", "int8", "--output-dir", "int8")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "of it inputs" in outcome.out
+    exact = command(*arguments, "--output-dir", "exact")
+    assert "of it inputs" not in exact.out
+    assert "inputs_share" in rows(here / "int8")[0]
+    assert command("report", "int8").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needles"),
+    [
+        (("probe", "--compute", "int4"), ("'int4'", "exact or int8")),
+        (("search", "--budget", "50%", "--compute", "fast"), ("'fast'", "exact or int8")),
+        (("search", "--budget", "50%", "--compute", "int8", "--scope", "peak"), ("--scope peak", "--compute exact")),
+        (("eval", "CHECKPOINT", "--compute", "fast"), ("'fast'", "exact, float, int8")),
+        (("export", "--policy", "POLICY", "--output-dir", "new", "--compute", "fast"), ("'fast'", "exact or int8")),
+        (
+            ("export", "--policy", "POLICY", "--output-dir", "new", "--compute", "int8", "--target", "comfy"),
+            ("--compute", "leave out --target"),
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) and len(value) > 2 else "",
+)
+def test_what_cannot_be_is_said_in_a_line(
+    command: Any, finished: Any, toy: Path, here: Path, arguments: tuple[str, ...], needles: tuple[str, ...]
+) -> None:
+    paths = {"CHECKPOINT": str(finished.folder / "checkpoint"), "POLICY": str(finished.folder / "policy.yaml")}
+    named = [paths.get(argument, argument) for argument in arguments]
+    command(*named, "--model", toy).assert_refused("bitpolicy", *needles)
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["search", "probe", "export", "eval"])
+def test_help_says_what_it_is_for(command: Any, name: str) -> None:
+    text = " ".join(command(name, "--help").out.replace("│", " ").split())
+    assert "--compute" in text
+    assert "faster" in text
+    assert ("VNNI" in text) == (name != "eval")
+
+
+def test_from_python(half_pipeline: Any, tmp_path: Path) -> None:
+    about: dict[str, Any] = {
+        "call": {"num_inference_steps": 2, "guidance_scale": 1.0},
+        "prompts": ["cat", "dog"],
+        "quantizer": "rtn",
+        "quiet": True,
+    }
+    pipe = half_pipeline()
+    exact = bitpolicy.probe(pipe, samples=2, vectors=1, **about)
+    table = bitpolicy.probe(pipe, samples=2, vectors=1, compute="int8", **about)
+    assert table.inputs is not None
+    assert exact.inputs is None
+    sizes = {"calibration_samples": 2, "vectors": 1, "trials": 0}
+    policy = bitpolicy.search(pipe, "60%", compute="int8", **sizes, **about)
+    assert policy.compute == "int8"
+    assert bitpolicy.search(pipe, "60%", **sizes, **about).compute == "exact"
+    bitpolicy.export(pipe, policy, tmp_path / "as it is")
+    bitpolicy.export(pipe, policy, tmp_path / "exact", compute="exact")
+    for folder, expected in (("as it is", Compute.INT8), ("exact", Compute.EXACT)):
+        layers = packed_layers(bitpolicy.load_pipeline(tmp_path / folder).unet)
+        assert {layer.compute for _, layer in layers} == {expected}
+    with pytest.raises(bitpolicy.BitPolicyError, match="exact or int8"):
+        bitpolicy.export(pipe, policy, tmp_path / "other", compute="float")

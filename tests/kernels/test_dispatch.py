@@ -1,0 +1,311 @@
+"""Which kernel a call gets: by the table, by trying, by force; and what is kept of it."""
+
+from __future__ import annotations
+
+import gc
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy_products import bias_of, input_of, weight_of
+
+from bitpolicy.kernels import dispatch, micro_probe
+from bitpolicy.kernels.dispatch import Row, choose, effective, prepared, prepared_bytes, run, use_kernels
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.int8_compute import multiply
+from bitpolicy.kernels.kernel import Compute, Kernel, PackedWeight, Prepared, parse_compute
+from bitpolicy.kernels.reference_kernels import Int8Reference, Reference
+
+CALL = "linear of odd sizes"
+
+
+class Slow(Reference):
+    name = "slow"
+
+    def __call__(self, *args: Any) -> torch.Tensor:
+        time.sleep(0.005)
+        return super().__call__(*args)
+
+
+class Wrong(Reference):
+    """Fast, and off in the last bit of one value."""
+
+    name = "wrong"
+
+    def __call__(self, x: torch.Tensor, weight: PackedWeight, bias: Any, prepared: Prepared) -> torch.Tensor:
+        y = torch.zeros(*x.shape[:-1], weight.shape[0])
+        multiply(x, weight.dequantize(x.dtype), None, bias)
+        y.copy_(super().__call__(x, weight, bias, prepared))
+        y.view(-1)[0] = torch.nextafter(y.view(-1)[0], torch.tensor(9.0))
+        return y
+
+
+class Picky(Reference):
+    name = "picky"
+
+    def refuses(self, x: torch.Tensor, weight: PackedWeight) -> str | None:
+        return "never today"
+
+
+class Keeping(Reference):
+    """Keeps the dequantized weight, and counts how often it made it."""
+
+    name = "keeping"
+    made = 0
+
+    def prepare(self, weight: PackedWeight, dtype: torch.dtype) -> Prepared:
+        Keeping.made += 1
+        return {"w": weight.dequantize(dtype), "codes": weight.tensors["weight_packed"]}
+
+    def __call__(self, x: torch.Tensor, weight: PackedWeight, bias: Any, prepared: Prepared) -> torch.Tensor:
+        return multiply(x, prepared["w"], weight.geometry, bias)
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Puts kernels before the references, on an empty cache."""
+    monkeypatch.setenv("BITPOLICY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("BITPOLICY_KERNELS", raising=False)
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    micro_probe.forget()
+
+    def install(*kernels: Kernel, layers: str = "linear conv2d", formats: str = "*") -> None:
+        rows = [Row("cpu", layers, formats, kernel) for kernel in kernels]
+        every = "linear conv1d conv2d conv3d"
+        references = (Row("any", every, "*", Reference()), Row("any", every, "*", Int8Reference()))
+        monkeypatch.setattr(dispatch, "TABLE", (*rows, *references))
+        monkeypatch.setattr(dispatch, "_chosen", {})
+
+    yield install
+    micro_probe.forget()
+
+
+def chosen(format: str = "int4", shape: str = CALL, compute: Compute = Compute.EXACT) -> str:
+    weight = weight_of(shape, format)
+    assert weight is not None
+    return choose(input_of(shape), weight, bias_of(shape), compute).name
+
+
+def test_the_fastest_is_taken(table: Any) -> None:
+    table(Slow())
+    assert chosen() == "reference"
+
+
+def test_a_kernel_that_is_off_by_one_bit_is_never_taken(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    table(Wrong())
+    monkeypatch.setattr(micro_probe, "_seconds", lambda multiply, device: 0.0 if "Wrong" in repr(multiply) else 1.0)
+    assert chosen() == "reference"
+
+
+class Settled(Slow):
+    name = "settled"
+    settled = True
+
+    def scratch(self, weight: PackedWeight, dtype: torch.dtype) -> int:
+        return 12 * dtype.itemsize
+
+
+def test_nothing_is_tried_where_a_kernel_is_settled(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(micro_probe, "fastest", lambda *_: pytest.fail("tried"))
+    table(Settled(), Keeping())
+    assert chosen() == "settled"
+    weight: Any = weight_of(CALL, "int4")
+    assert dispatch.scratch_kept(weight, torch.float16) == 24
+    table(Picky(), Settled())
+    assert chosen() == "settled"
+    with use_kernels("reference"):
+        assert chosen() == "reference"
+        assert dispatch.scratch_kept(weight, torch.float16) == 0
+
+
+def test_what_was_found_is_read_by_the_next_process(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    table(Slow())
+    assert chosen() == "reference"
+    micro_probe.forget()
+    table(Slow())
+    monkeypatch.setattr(micro_probe, "_times", lambda *_: pytest.fail("tried again"))
+    assert chosen() == "reference"
+
+
+def test_a_kernel_that_is_new_is_tried(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    table(Slow())
+    chosen()
+    table(Keeping(), Slow())
+    monkeypatch.setattr(micro_probe, "_seconds", lambda multiply, device: 0.0 if "Keeping" in repr(multiply) else 1.0)
+    assert chosen() == "keeping"
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"fastest": 3}', '{"fastest": {"a": {}}}', "\x00"])
+def test_a_damaged_file_is_an_empty_one(table: Any, damage: str) -> None:
+    table(Slow())
+    chosen()
+    micro_probe._file().write_text(damage)
+    micro_probe.forget()
+    table(Slow())
+    assert chosen() == "reference"
+    assert json.loads(micro_probe._file().read_text())["fastest"]
+
+
+def test_a_folder_that_cannot_be_written_harms_nobody(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BITPOLICY_CACHE", "/proc/nowhere")
+    micro_probe.forget()
+    table(Slow())
+    assert chosen() == "reference"
+
+
+def test_calls_are_told_apart(table: Any) -> None:
+    table(Slow())
+    weight, x = weight_of(CALL, "int4"), input_of(CALL)
+    assert weight is not None
+    calls = {
+        dispatch._described(x, weight, None, Compute.EXACT),
+        dispatch._described(x, weight, bias_of(CALL), Compute.EXACT),
+        dispatch._described(x, weight, None, Compute.FLOAT),
+        dispatch._described(x.half(), weight, None, Compute.EXACT),
+        dispatch._described(x[:1], weight, None, Compute.EXACT),
+        dispatch._described(x.transpose(0, 1), weight, None, Compute.EXACT),
+    }
+    assert len(calls) == 6
+
+
+def test_rows_are_for_their_layers_and_formats(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    table(Keeping(), layers="linear", formats="int4* nf4")
+    monkeypatch.setattr(micro_probe, "_seconds", lambda multiply, device: 0.0 if "Keeping" in repr(multiply) else 1.0)
+    assert [chosen(f) for f in ("int4", "int4-g32", "nf4", "int8")] == ["keeping"] * 3 + ["reference"]
+    assert chosen("int4", "conv2d 3x3") == "reference"
+    weight = weight_of(CALL, "int8")
+    assert weight is not None
+    assert dispatch.TABLE[0].refuses(input_of(CALL), weight) == "for int4*, nf4"
+
+
+def test_a_refusal_counts_and_is_told(table: Any) -> None:
+    table(Picky())
+    assert chosen() == "reference"
+    weight = weight_of(CALL, "int4")
+    assert weight is not None
+    told = {row.kernel.name: why for row, why in dispatch.explained(input_of(CALL), weight, Compute.EXACT)}
+    assert told == {"picky": "never today", "reference": None}
+
+
+@pytest.mark.parametrize("by", ["environment", "block"])
+def test_a_kernel_can_be_forced(table: Any, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    table(Slow(), Picky())
+    if by == "environment":
+        monkeypatch.setenv("BITPOLICY_KERNELS", "slow")
+        assert chosen() == "slow"
+        monkeypatch.setenv("BITPOLICY_KERNELS", "picky")
+        assert chosen() == "reference"
+    else:
+        with use_kernels("slow"):
+            assert chosen() == "slow"
+            with use_kernels("picky"):
+                assert chosen() == "reference"
+            assert chosen() == "slow"
+        assert chosen() == "reference"
+
+
+def test_the_references_can_be_forced(table: Any) -> None:
+    table(Keeping())
+    with use_kernels("reference"):
+        assert chosen() == "reference"
+        assert chosen(compute=Compute.INT8) == "int8-reference"
+
+
+UNKNOWN = r"unknown kernel 'quick'; write any of auto, reference, slow"
+
+
+def test_an_unknown_kernel_is_an_error_that_lists_those_there_are(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    table(Slow())
+    with pytest.raises(BitPolicyError, match=UNKNOWN), use_kernels("quick"):
+        chosen()
+    monkeypatch.setenv("BITPOLICY_KERNELS", "quick")
+    with pytest.raises(BitPolicyError, match=UNKNOWN):
+        chosen()
+
+
+def test_float_compute_may_be_exact(table: Any) -> None:
+    table()
+    assert chosen(compute=Compute.FLOAT) == "reference"
+
+
+def test_a_compute_that_nobody_has_is_an_error(table: Any) -> None:
+    table()
+    with pytest.raises(BitPolicyError, match="no kernel computes in fp8 on cpu"):
+        chosen(compute=Compute.FP8)
+
+
+def test_what_is_prepared_is_made_once_a_dtype_and_anew_when_the_weight_is_written(table: Any) -> None:
+    kernel, weight = Keeping(), weight_of(CALL, "int4")
+    assert weight is not None
+    Keeping.made = 0
+    for dtype in (torch.float32, torch.float32, torch.float16, torch.float32):
+        prepared(kernel, weight, dtype)
+    assert Keeping.made == 2
+    weight.tensors["weight_scale"].mul_(2)
+    doubled = run(kernel, input_of(CALL), weight, None)
+    assert Keeping.made == 3
+    assert torch.equal(doubled, run(Reference(), input_of(CALL), weight, None))
+
+
+def test_what_is_prepared_goes_with_the_weight(table: Any) -> None:
+    weight: Any = weight_of(CALL, "int4")
+    gc.collect()
+    before = len(dispatch._layouts)
+    run(Keeping(), input_of(CALL), weight, None)
+    stored = weight.tensors["weight_packed"]
+    assert prepared_bytes(stored) == 4 * 5 * 67
+    assert len(dispatch._layouts) == before + 1
+    del weight, stored
+    gc.collect()
+    assert len(dispatch._layouts) == before
+
+
+def test_with_little_memory_nothing_is_kept(table: Any) -> None:
+    weight = weight_of(CALL, "int4", low_memory=True)
+    assert weight is not None
+    run(Keeping(), input_of(CALL), weight, None)
+    assert prepared_bytes(weight.tensors["weight_packed"]) == 0
+
+
+def test_threads_may_call_at_once(table: Any) -> None:
+    table(Keeping())
+    weight, x = weight_of("linear of many rows", "int4"), input_of("linear of many rows")
+    assert weight is not None
+    right, found = run(Reference(), x, weight, None), []
+
+    def work() -> None:
+        for _ in range(20):
+            found.append(run(choose(x, weight, None, Compute.EXACT), x, weight, None))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 80
+    assert all(torch.equal(y, right) for y in found)
+
+
+@pytest.mark.parametrize(
+    ("shape", "compute"),
+    [
+        ("conv2d in groups", Compute.EXACT),
+        ("conv2d of a channel each", Compute.EXACT),
+        ("conv2d 3x3", Compute.INT8),
+        ("linear of odd sizes", Compute.INT8),
+    ],
+)
+def test_what_does_not_suit_8_bits_stays_exact(shape: str, compute: Compute) -> None:
+    weight = weight_of(shape, "int4")
+    assert weight is not None
+    assert effective(Compute.INT8, weight) is compute
+
+
+def test_computes_have_names() -> None:
+    assert parse_compute(" INT8 ") is Compute.INT8
+    with pytest.raises(BitPolicyError, match="unknown compute 'int4'; write any of exact, float, int8"):
+        parse_compute("int4")
