@@ -1,9 +1,9 @@
 """How fast the Triton kernels are on an NVIDIA GPU, beside torch's fp16 layer and beside what others offer.
 
 Every contender runs as a CUDA graph, quantization of its input included, a few replays at a time by turns in one
-process. Times are medians over the rounds, with the distance between the quartiles. A ratio above 1 is faster than fp16. The
-ceiling is what cuBLAS reaches here on one large product of the same arithmetic. Rivals that are not installed, or that
-fail, are reported so. The last case is a U-Net of SDXL's shape with random weights.
+process. Times are medians over the rounds, with the distance between the quartiles. A ratio above 1 is faster than
+fp16. The ceiling is what cuBLAS reaches here on one large product of the same arithmetic. Rivals that are not
+installed, or that fail, are reported so. The last case is a U-Net of SDXL's shape with random weights.
 
     python scripts/bench_cuda.py --json cuda.json
     python scripts/bench_cuda.py --list
