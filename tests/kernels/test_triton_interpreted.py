@@ -107,3 +107,18 @@ print(*{row.kernel.refuses(x, weight) for row in TABLE if row.kernel.name.starts
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parents[1], capture_output=True, text=True)
     assert done.stdout.strip() == "triton is not installed on this machine", done.stderr[-2000:]
+
+
+def test_where_triton_cannot_compile_its_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without a C compiler: here, without a GPU to compile for."""
+    import torch
+
+    from bitpolicy.kernels import triton_kernels
+
+    if torch.cuda.is_available():
+        pytest.skip("has a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    triton_kernels._missing.cache_clear()
+    found = triton_kernels._missing(torch.device("cuda:0"))
+    triton_kernels._missing.cache_clear()
+    assert str(found).startswith("triton does not work on this machine: ")
