@@ -1,8 +1,9 @@
 """How a product is cut into tiles: a short list of ways, and which one a shape gets.
 
-A program of the grid computes BN output channels of BM rows of the input (pixels of a convolution), BK places of the sum at a
-time. Few tiles leave most of a GPU idle; then the sum itself is cut into `splits`, added up by a second pass in a fixed
-order, so that results do not change from run to run. The choice follows from the shape alone unless `tune` was called.
+A program of the grid computes BN output channels of BM rows of the input (pixels of a convolution), BK places of the
+sum at a time. Few tiles leave most of a GPU idle; then the sum itself is cut into `splits`, added up by a second pass
+in a fixed order, so that results do not change from run to run. The choice follows from the shape alone unless `tune`
+was called.
 """
 
 from __future__ import annotations

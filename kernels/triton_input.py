@@ -2,9 +2,9 @@
 
     s_x = max|x| / 127 of each row, or of each sample, and x_q = clamp(round(x / s_x), -127, 127)
 
-A row is read once. A sample is read twice: its maximum is taken by many programs, each of which leaves one number, and then
-its codes are written channels last, in whatever order it came. Layers that multiply the same input in turn, as q, k and v
-do, share its codes: the last ones made are kept, one a thread.
+A row is read once. A sample is read twice: its maximum is taken by many programs, each of which leaves one number, then
+its codes are written channels last, in whatever order it came. Layers that multiply the same input in turn, as q, k and
+v do, share its codes: the last ones made are kept, one a thread.
 """
 
 from __future__ import annotations

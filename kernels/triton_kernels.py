@@ -1,6 +1,6 @@
 """The kernels for CUDA, written in Triton: what each takes, and which pieces it is made of.
 
-triton-dequantize    EXACT  the weight is dequantized to scratch memory by a fast kernel, then cuBLAS or cuDNN multiplies
+triton-dequantize    EXACT  a kernel dequantizes the weight to scratch memory, then cuBLAS or cuDNN multiplies
 triton-float         FLOAT  the weight is dequantized inside the product
 triton-int8          INT8   the input is quantized once, then 8-bit codes are multiplied
 
@@ -37,10 +37,20 @@ def _unavailable(x: torch.Tensor) -> str | None:
 
 @cache
 def _missing(device: torch.device) -> str | None:
+    """Why nothing written in Triton runs on a device; the first time, a small kernel is launched there to see."""
     if find_spec("triton") is None:
         return "triton is not installed on this machine"
-    if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0)):
+    if device.type != "cuda":
+        return None
+    if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
         return "this machine's GPU is none of NVIDIA's from Ampere on"
+    try:
+        from bitpolicy.kernels.triton_weights import dequantized
+
+        stored = INT8.quantize(torch.ones(1, 32))
+        dequantized(INT8, {name: tensor.to(device) for name, tensor in stored.items()}, (1, 32), torch.float16)
+    except Exception as error:  # noqa: BLE001 # Triton runs a C compiler and ptxas, and raises whatever goes wrong there
+        return f"triton does not work on this machine: {type(error).__name__}: {error}"
     return None
 
 

@@ -6,17 +6,23 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from xml.etree import ElementTree
 
+import numpy
 import pytest
 
 from bitpolicy.kernels.dispatch import TABLE
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
 TYPICAL = "right_product and (float16 and not bfloat16 and (odd or stride) or bfloat16 and (1x1 or 1x3x3))"
 AWKWARD = "huge or nan or zeros or any_order and (odd or 1x3) or bias and (few or conv1d)"
+
+
+def _version(package: ModuleType) -> tuple[int, ...]:
+    return tuple(int(number) for number in package.__version__.split(".")[:2])
 
 
 def passed(tmp_path: Path, *arguments: str) -> int:
@@ -33,10 +39,18 @@ def passed(tmp_path: Path, *arguments: str) -> int:
     return counts["tests"] - counts["skipped"]
 
 
+in_interpreter = pytest.mark.skipif(
+    _version(triton) < (3, 8) and _version(numpy) >= (2, 4),
+    reason="that interpreter turns arrays of one value into numbers, which this NumPy forbids",
+)
+
+
+@in_interpreter
 def test_what_is_particular_to_triton(tmp_path: Path) -> None:
     assert passed(tmp_path, "triton_interpreted.py") >= 150
 
 
+@in_interpreter
 @pytest.mark.parametrize("selection", [TYPICAL, AWKWARD], ids=["typical calls", "awkward calls"])
 def test_what_every_kernel_promises(tmp_path: Path, selection: str) -> None:
     """A part of it: the whole takes minutes. For that, leave out -k, and PYTHONPATH=tests/toys."""
@@ -44,6 +58,26 @@ def test_what_every_kernel_promises(tmp_path: Path, selection: str) -> None:
         tmp_path, "-p", "interpreted_triton", "test_every_kernel.py", "-k", f"({selection}) and not references"
     )
     assert found >= 10
+
+
+def test_a_quotient_by_the_reciprocal_and_two_corrections_is_the_nearest() -> None:
+    """`triton_tiles.quotient`, whose fused multiply-adds the interpreter cannot show, for all steps of 4-bit codes."""
+    import torch
+
+    def fused(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        return (a.double() * b.double() + c.double()).float()
+
+    scales = torch.rand(400, generator=torch.Generator().manual_seed(0)).add(0.01).half().float()
+    p = torch.arange(-15, 16).view(-1, 1, 1) * scales
+    for top in range(1, 16):
+        s = top * scales[:60].view(-1, 1) / 127  # ties are common: half of the largest weight is 63.5
+        reciprocal = 1 / s
+        q = p * reciprocal
+        uncorrected = q
+        for _ in range(2):
+            q = fused(fused(-q, s, p), reciprocal, q)
+        assert torch.equal(q, p / s)
+        assert not torch.equal(uncorrected, q)
 
 
 def test_outside_the_interpreter_no_cpu_tensor_is_taken() -> None:
@@ -73,3 +107,18 @@ print(*{row.kernel.refuses(x, weight) for row in TABLE if row.kernel.name.starts
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parents[1], capture_output=True, text=True)
     assert done.stdout.strip() == "triton is not installed on this machine", done.stderr[-2000:]
+
+
+def test_where_triton_cannot_compile_its_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without a C compiler: here, without a GPU to compile for."""
+    import torch
+
+    from bitpolicy.kernels import triton_kernels
+
+    if torch.cuda.is_available():
+        pytest.skip("has a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    triton_kernels._missing.cache_clear()
+    found = triton_kernels._missing(torch.device("cuda:0"))
+    triton_kernels._missing.cache_clear()
+    assert str(found).startswith("triton does not work on this machine: ")

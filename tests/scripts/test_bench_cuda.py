@@ -1,0 +1,101 @@
+"""The benchmark on CUDA, as far as it goes without a GPU: its cases, its options, its table."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def bench() -> Any:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import bench_cuda
+
+    yield bench_cuda
+    sys.path.remove(str(ROOT / "scripts"))
+
+
+def test_the_list_needs_no_gpu_and_counts_operations(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.main(["--list", "--only", "SDXL"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == bench.UNET
+    found = next(line for line in lines if line.startswith("SDXL conv 3x3 1280, 32 x 32"))
+    assert found.split()[-2:] == [f"{2 * 2 * 32 * 32 * 1280 * 1280 * 9 / 1e9:.1f}", "GFLOP"]
+
+
+def test_operations_are_those_that_torch_counts(bench: Any) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for case in bench.CASES:
+        out, channels, *kernel = case.weight
+        with torch.device("meta"):
+            pads = tuple(k // 2 for k in kernel)
+            layer = torch.nn.Conv2d(channels, out, tuple(kernel), case.stride, pads) if kernel else None
+            layer = layer or torch.nn.Linear(channels, out)
+            x = torch.empty(case.input)
+        with FlopCounterMode(display=False) as counter:
+            layer(x)
+        assert counter.get_total_flops() == case.operations, case.name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--contenders", "fp16,w3a8", "--list"], "unknown contender w3a8"),
+        (["--rounds", "1", "--list"], "takes at least 2"),
+        (["--only", "nothing like it", "--list"], "no case contains"),
+    ],
+)
+def test_a_mistake_is_answered_with_what_to_write(
+    bench: Any, arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        bench.parse(arguments)
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_without_a_gpu_it_says_so(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench.parse([])
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_contenders_of_our_own_name_kernels_and_formats_that_exist(bench: Any) -> None:
+    from bitpolicy.kernels.dispatch import TABLE
+    from bitpolicy.kernels.formats import format_named
+
+    kernels = {row.kernel.name: row.kernel for row in TABLE}
+    for format, compute, kernel in bench.OURS.values():
+        assert kernels[kernel].compute == compute
+        assert format_named(format).name == format
+
+
+def test_a_packed_contender_computes_like_its_layer(bench: Any) -> None:
+    layer = torch.nn.Conv2d(32, 8, 3, padding=1)
+    x = torch.randn(1, 32, 6, 6)
+    with torch.no_grad():
+        expected, found = layer(x), bench.packed(layer, "int8", "int8")(x)
+    assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+def test_the_table_gives_ratios_to_fp16_and_says_who_is_missing(bench: Any) -> None:
+    times = {"fp16": [2.0, 2.0, 2.0], "w8a8": [1.0, 1.0, 4.0]}
+    result = {"case": "a", "times_ms": times, "unavailable": {"sdnq-int8": "no"}, "relative_error": {"w8a8": 0.01}}
+    table = bench.described(result, 10**9, {"float": 1e12, "integer": 2e12})
+    assert "2.00 x fp16" in table[2]
+    assert "50% of ceiling" in table[1]
+    assert "50% of ceiling" in table[2]
+    assert table[3].split() == ["sdnq-int8", "unavailable:", "no"]
+
+
+@pytest.mark.gpu
+def test_a_case_runs(bench: Any, tmp_path: Path) -> None:
+    bench.main(["--only", "154 rows", "--rounds", "2", "--json", str(tmp_path / "found.json")])
+    assert (tmp_path / "found.json").exists()
