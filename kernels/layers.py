@@ -71,16 +71,12 @@ class PackedLayer(nn.Module):
 
     def held(self) -> PackedWeight:
         """The weight as kernels take it, made anew each time: tensors may be moved or replaced between calls."""
-        return PackedWeight(self.format, self.weight_shape, self.packed_tensors(), self._slides(), self.low_memory)
+        return PackedWeight(self.format, self.weight_shape, self.packed_tensors(), slides(self), self.low_memory)
 
     @property
     def effective_compute(self) -> Compute:
         """What this layer does round: where 8 bits were asked for, some layers stay exact."""
         return effective(self.compute, self.held())
-
-    def _slides(self) -> Geometry | None:
-        """How a convolution slides over its padded input."""
-        return None
 
     def call(self, input: torch.Tensor) -> tuple[torch.Tensor, PackedWeight, torch.Tensor | None, Compute]:
         """What this layer asks of `product` for an input: autocast to its dtype, padded and in a batch."""
@@ -165,9 +161,6 @@ class _PackedConv(PackedLayer):
     def _is_single(self, input: torch.Tensor) -> bool:
         return input.ndim == 1 + len(self.stride)
 
-    def _slides(self) -> Geometry:
-        return Geometry(tuple(self.stride), _padding(self)[1], tuple(self.dilation), self.groups)
-
 
 class PackedConv1d(_PackedConv, nn.Conv1d):  # type: ignore[override]
     __new__ = _plain_when_called(nn.Conv1d)
@@ -179,6 +172,14 @@ class PackedConv2d(_PackedConv, nn.Conv2d):  # type: ignore[override]
 
 class PackedConv3d(_PackedConv, nn.Conv3d):  # type: ignore[override]
     __new__ = _plain_when_called(nn.Conv3d)
+
+
+def slides(layer: nn.Module) -> Geometry | None:
+    """How a convolution, packed or not, slides over its padded input; None for a linear layer."""
+    if isinstance(layer, nn.Linear):
+        return None
+    conv: Any = layer
+    return Geometry(tuple(conv.stride), _padding(conv)[1], tuple(conv.dilation), conv.groups)
 
 
 def _padding(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

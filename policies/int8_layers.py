@@ -1,6 +1,6 @@
 """Ordinary layers under INT8 compute: what packed layers then multiply, in floats.
 
-    y = Q(x) W_q^T + b,    Q(x) = s_x x_q,    W_q = s_w w_q
+    y = Q(x) W_q^T + b,    Q(x) = s_x (x_q - z),    W_q = s_w w_q
 
 with the codes and scales of `bitpolicy.kernels.int8_compute`. Results are those of an INT8 kernel up to the rounding of
 float sums; where that moves a later input across a tie, one of its codes is another.
@@ -17,9 +17,9 @@ from torch.utils.hooks import RemovableHandle
 
 from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.formats import INT8
-from bitpolicy.kernels.int8_compute import quantize_input, suits, weight_codes
-from bitpolicy.kernels.kernel import Compute, Geometry, PackedWeight
-from bitpolicy.kernels.layers import Quantizable
+from bitpolicy.kernels.int8_compute import quantize_input, shared, suits, weight_codes
+from bitpolicy.kernels.kernel import Compute, PackedWeight
+from bitpolicy.kernels.layers import Quantizable, slides
 
 
 def rounds_inputs(layer: Quantizable, compute: Compute) -> bool:
@@ -43,17 +43,15 @@ def multiplied_weight(
 
 
 def seen_input(layer: Quantizable, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x_q and s_x of what the layer is given, float32, as `quantize_input` has them.
+    """x_q - z and s_x of what the layer is given, float32, as `quantize_input` has them.
 
     Args:
         x: (..., in) for a linear layer, (B, in, *spatial) for a convolution, or one sample without B.
     """
-    if isinstance(layer, nn.Linear):
-        return quantize_input(x, per_sample=False)
-    if x.ndim == 1 + len(layer.stride):
-        codes, scale = quantize_input(x[None], per_sample=True)
-        return codes[0], scale[0]
-    return quantize_input(x, per_sample=True)
+    single = not isinstance(layer, nn.Linear) and x.ndim == 1 + len(layer.stride)
+    batch = x[None] if single else x
+    steps, scale = quantize_input(batch, shared(batch.ndim, layer.weight.shape, slides(layer)))
+    return (steps[0], scale[0]) if single else (steps, scale)
 
 
 def round_inputs(layer: Quantizable) -> RemovableHandle:
@@ -78,8 +76,4 @@ def change_inputs(layer: Quantizable, change: Callable[[torch.Tensor], torch.Ten
 
 
 def _packed(layer: Quantizable, format: Format, tensors: Mapping[str, torch.Tensor]) -> PackedWeight:
-    geometry = None
-    if not isinstance(layer, nn.Linear):
-        nothing = (0,) * len(layer.stride)  # padding has no say in what is rounded
-        geometry = Geometry(layer.stride, nothing, layer.dilation, layer.groups)
-    return PackedWeight(format, tuple(layer.weight.shape), tensors, geometry)
+    return PackedWeight(format, tuple(layer.weight.shape), tensors, slides(layer))
