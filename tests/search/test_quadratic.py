@@ -179,12 +179,29 @@ def test_independent_layers_get_next_to_no_vectors() -> None:
     assert max(found) < 0.4
 
 
+@pytest.mark.filterwarnings("error")  # nothing is divided by zero, and no mean is taken of nothing
 def test_where_nothing_can_be_held_out_powers_are_added() -> None:
     s, error, nbytes = unet_like(layers=10, sketches=8, seed=0, common=0.9)
     policies = feasible(error, nbytes, int(nbytes[:, 2].sum() * 0.4), count=10)
     assert QuadraticForm.of(s, error, [0] * 8, policies).shrinkage == 0.0
     assert QuadraticForm.of(s, error, np.arange(8), np.full((3, 10), 2)).shrinkage == 0.0
     assert QuadraticForm.of(s * 0, error * 0, np.arange(8), policies).shrinkage == 0.0
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_layer_has_nothing_to_meet() -> None:
+    s, error, _ = unet_like(layers=1, sketches=8, seed=0, common=0.5)
+    assert QuadraticForm.of(s, error, np.arange(8) // 2, np.array([[0], [1]])).shrinkage == 0.0
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_policy_that_quantizes_nothing_says_nothing() -> None:
+    s, error, nbytes = unet_like(layers=30, sketches=64, seed=0, common=0.5)
+    policies = feasible(error, nbytes, int(nbytes[:, 2].sum() * 0.4), count=16)
+    nothing = np.full((1, 30), 2)
+    groups = np.arange(64) // 2
+    found = [QuadraticForm.of(s, error, groups, p).shrinkage for p in (policies, np.concatenate([nothing, policies]))]
+    assert found[0] == found[1] > 0
 
 
 def test_a_form_with_formats_that_may_not_be_gets_a_shrinkage() -> None:
@@ -268,7 +285,7 @@ def test_blocks_that_were_passed_are_looked_at_again(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("shrinkage", [0.0, 0.3, 0.8])
 def test_the_gap_is_the_shrinkage_where_layers_do_not_meet(shrinkage: float) -> None:
-    """With a sketch for each layer alone Q is A, and the bound is (1 - lambda) A where the budget is a hull's corner."""
+    """A sketch for each layer alone makes Q what A is; at a corner of the hull the bound is (1 - lambda) A."""
     layers = 6
     s = np.zeros((layers, layers, 2))
     s[np.arange(layers), np.arange(layers)] = np.arange(1, layers + 1)[:, None] * [1.0, 0.1]
