@@ -8,7 +8,7 @@ A row is read once. A sample is read twice: how far it reaches is found by many 
 numbers, then its codes are written channels last, in whatever order it came. The padding of a convolution, whose code
 is z, is written around them: all pixels are multiplied alike then, and z adds the same to each sum.
 
-Layers that multiply the same input in turn, as q, k and v do, share its codes: the last ones made are kept, one a thread.
+Layers that multiply the same input in turn, as q, k and v do, share its codes: the last made are kept, one a thread.
 """
 
 from __future__ import annotations
