@@ -14,15 +14,16 @@ from __future__ import annotations
 import os
 from functools import cache
 from importlib.util import find_spec
+from math import prod
 
 import torch
 
 from bitpolicy.kernels.affine import Affine
 from bitpolicy.kernels.formats import INT8
-from bitpolicy.kernels.int8_compute import multiply, weight_codes
-from bitpolicy.kernels.kernel import Compute, Kernel, PackedWeight, Prepared
+from bitpolicy.kernels.int8_compute import TOP, multiply, weight_codes
+from bitpolicy.kernels.kernel import Compute, Geometry, Kernel, PackedWeight, Prepared
 
-_LONGEST = (2**31 - 1) // 127**2  # products of codes that surely fit a sum in 32 bits
+_LONGEST = (2**31 - 1) // (TOP * 127)  # products of codes that surely fit a sum in 32 bits
 
 
 def _unavailable(x: torch.Tensor) -> str | None:
@@ -58,6 +59,11 @@ def _unpackable(weight: PackedWeight) -> bool:
     """Whether the kernels of `triton_weights` read this format."""
     f = weight.format
     return f == INT8 or (isinstance(f, Affine) and f.bits in (4, 8) and not f.rotated)
+
+
+def _padded_size(x: torch.Tensor, geometry: Geometry) -> int:
+    """Values of an input with its padding around it."""
+    return prod(x.shape[:2]) * prod(n + 2 * pad for n, pad in zip(x.shape[2:], geometry.padding, strict=False))
 
 
 def _left_to_torch(x: torch.Tensor, weight: PackedWeight) -> bool:
@@ -137,6 +143,8 @@ class TritonInt8(Kernel):
             return "for convolutions of one group"
         if weight.row_length > _LONGEST:
             return "a sum of so many products does not fit 32 bits"
+        if weight.geometry is not None and _padded_size(x, weight.geometry) >= 2**31:
+            return "for padded inputs of less than 2^31 values"
         if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return "for float32, float16 and bfloat16"
         if weight.low_memory and not _unpackable(weight):
@@ -146,16 +154,16 @@ class TritonInt8(Kernel):
     def prepare(self, weight: PackedWeight, dtype: torch.dtype) -> Prepared:
         if weight.low_memory:
             return {}
+        from bitpolicy.kernels.triton_weights import channel_scales, code_sums, int8_rows
+
         if weight.format == INT8:
-            return _prepared_rows(weight)
+            return {**_prepared_rows(weight), "code_sums": code_sums(int8_rows(weight.tensors["weight_packed"]))}
         if isinstance(weight.format, Affine) and _unpackable(weight):
-            from bitpolicy.kernels.triton_weights import channel_scales
-
-            return {"channel_scale": channel_scales(weight.format, weight.tensors, weight.shape)}
-        from bitpolicy.kernels.triton_weights import int8_rows
-
+            scale, sums = channel_scales(weight.format, weight.tensors, weight.shape)
+            return {"channel_scale": scale, "code_sums": sums}
         codes, scale = weight_codes(weight)
-        return {"rows": int8_rows(codes), "channel_scale": scale}
+        rows = int8_rows(codes)
+        return {"rows": rows, "channel_scale": scale, "code_sums": code_sums(rows)}
 
     def __call__(
         self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared

@@ -1,8 +1,8 @@
 """Layers on top of the Triton product: shapes, layouts and memory formats in and out, and how the work is cut.
 
 A convolution reads its input channels last. An input that lies so already is read where it is; floats in any other
-order are copied once, 8-bit codes are written so in the first place. The output has the memory format that torch's own
-layer would give it: the kernel stores with strides.
+order are copied once, 8-bit codes are written so in the first place, with their padding around them. The output has the
+memory format that torch's own layer would give it: the kernel stores with strides.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ from torch._prims_common import suggest_memory_format
 
 from bitpolicy.kernels.affine import Affine
 from bitpolicy.kernels.formats import INT8
+from bitpolicy.kernels.int8_compute import shared
 from bitpolicy.kernels.kernel import PackedWeight, Prepared
 from bitpolicy.kernels.triton_configs import Config, Product, choose
 from bitpolicy.kernels.triton_input import quantized
 from bitpolicy.kernels.triton_product import ONE_PIXEL, Rows, Window, launch, window
-from bitpolicy.kernels.triton_weights import channel_scales, int8_rows, requantized
+from bitpolicy.kernels.triton_weights import channel_scales, code_sums, int8_rows, requantized
 
 UNPACK_FROM = 128
 """Rows of input from which on a 4-bit weight is requantized once to scratch memory, not once for each tile of rows."""
+
+Grid = tuple[torch.Tensor, torch.Tensor]  # s_x and z - 128
 
 
 def multiply_floats(
@@ -38,8 +41,9 @@ def multiply_codes(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
 ) -> torch.Tensor:
     """The product of inputs that are first quantized to 8 bits, not empty."""
-    codes, scale = quantized(x, per_sample=weight.geometry is not None)
-    return _product(x, codes, scale, _integer_rows(weight, prepared, codes), weight, bias)
+    padding = () if weight.geometry is None else weight.geometry.padding
+    codes, *grid = quantized(x, shared(x.ndim, weight.shape, weight.geometry), padding)
+    return _product(x, codes, (grid[0], grid[1]), _integer_rows(weight, prepared, codes), weight, bias)
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
@@ -50,12 +54,12 @@ def is_channels_last(x: torch.Tensor) -> bool:
 def _product(
     x: torch.Tensor,
     codes: torch.Tensor,
-    scale: torch.Tensor | None,
+    grid: Grid | None,
     rows: Rows,
     weight: PackedWeight,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Multiply `codes`, the values of `x` in the kernel's order."""
+    """Multiply `codes`, the values of `x` in the kernel's order, padded if they are of 8 bits."""
     out = weight.shape[0]
     if weight.geometry is None:
         place, y = ONE_PIXEL, x.new_empty((*x.shape[:-1], out))
@@ -63,7 +67,8 @@ def _product(
     else:
         place = window(tuple(x.shape[2:]), weight.shape[2:], weight.geometry)
         y, into = _output(x, out, place)
-    launch(codes, scale, rows, bias, into, place, _config(codes, scale, rows, bias, into, place, weight))
+        place = place if grid is None else place.padded
+    launch(codes, grid, rows, bias, into, place, _config(codes, grid, rows, bias, into, place, weight))
     return y
 
 
@@ -99,18 +104,20 @@ def _integer_rows(weight: PackedWeight, prepared: Prepared, codes: torch.Tensor)
     """The weight for inputs of 8 bits."""
     tensors, format = weight.tensors, weight.format
     if format == INT8:
-        return Rows(_int8_codes(weight, prepared), channel_scale=tensors["weight_scale"])
+        rows, sums = _int8_codes(weight, prepared), prepared.get("code_sums")
+        return Rows(rows, channel_scale=tensors["weight_scale"], code_sums=code_sums(rows) if sums is None else sums)
     if "rows" in prepared:
-        return Rows(prepared["rows"], channel_scale=prepared["channel_scale"])
+        return Rows(prepared["rows"], channel_scale=prepared["channel_scale"], code_sums=prepared["code_sums"])
     assert isinstance(format, Affine)
-    scales = prepared.get("channel_scale")
-    if scales is None:
-        scales = channel_scales(format, tensors, weight.shape)
+    if prepared:
+        scales, sums = prepared["channel_scale"], prepared["code_sums"]
+    else:
+        scales, sums = channel_scales(format, tensors, weight.shape)
     if format.bits == 8 or codes.numel() // codes.shape[-1] >= UNPACK_FROM:
-        return Rows(requantized(format, tensors, weight.shape, scales), channel_scale=scales)
+        return Rows(requantized(format, tensors, weight.shape, scales), channel_scale=scales, code_sums=sums)
     scale, zero = tensors["weight_scale"], tensors.get("weight_zero")
     run = 0 if scale.shape[1] == 1 else format.run(weight.row_length)
-    return Rows(tensors["weight_packed"], scale, zero, run, channel_scale=scales)
+    return Rows(tensors["weight_packed"], scale, zero, run, channel_scale=scales, code_sums=sums)
 
 
 def _int8_codes(weight: PackedWeight, prepared: Prepared) -> torch.Tensor:
@@ -120,7 +127,7 @@ def _int8_codes(weight: PackedWeight, prepared: Prepared) -> torch.Tensor:
 
 def _config(
     codes: torch.Tensor,
-    scale: torch.Tensor | None,
+    grid: Grid | None,
     rows: Rows,
     bias: torch.Tensor | None,
     y: torch.Tensor,
@@ -135,7 +142,7 @@ def _config(
         length=weight.row_length,
         channels=weight.shape[1],
         bits=rows.bits,
-        integer=scale is not None,
+        integer=grid is not None,
         run=rows.run,
         warpgroups=_has_warpgroups(codes.device),
     )
@@ -143,7 +150,7 @@ def _config(
         return choose(product, None, None)
 
     def time(config: Config) -> float:
-        return triton.testing.do_bench(lambda: launch(codes, scale, rows, bias, y, place, config), warmup=5, rep=20)
+        return triton.testing.do_bench(lambda: launch(codes, grid, rows, bias, y, place, config), warmup=5, rep=20)
 
     return choose(product, (codes.device, codes.dtype, place), time)
 

@@ -9,15 +9,18 @@ is dequantized.
 
     16-bit inputs   W is (code - zero) scale, rounded to the dtype of x as `Format.dequantize` does; where a row has one
                     scale, it multiplies the sum instead
-    8-bit inputs    W is the 8-bit code; 4-bit codes are requantized to it in the kernel; sums are int32, and
-                    y = sum (s_x s_w) + b is rounded once
+    8-bit inputs    W is the 8-bit code w_q, 4-bit codes are requantized to it in the kernel; X is x_q - 128, and in the
+                    padding, which is written down there, z - 128, so that each pixel's sum has all of its K terms:
+                    y = (sum_k (x_q - 128) w_q - (z - 128) sum_k w_q) (s_x s_w) + b, int32 up to the scales,
+                    is rounded once
 
 With `splits` > 1 each program sums a part of k into a workspace, and `_add_splits` adds the parts in order.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -53,6 +56,7 @@ class Rows:
         scale, zero: of the groups of 4-bit codes, shape (out, groups); zero is None where it is 8.
         run: weights of a group; 0 is a whole row.
         channel_scale: float32 or float16, shape (out), what the sum is multiplied with; None where nothing.
+        code_sums: sum_k w_q, int32, shape (out), for 8-bit inputs.
     """
 
     codes: torch.Tensor
@@ -60,6 +64,7 @@ class Rows:
     zero: torch.Tensor | None = None
     run: int = 0
     channel_scale: torch.Tensor | None = None
+    code_sums: torch.Tensor | None = None
 
     @property
     def bits(self) -> int:
@@ -88,17 +93,18 @@ class Window:
         d, h, w = ((size + 2 * pad - apart * (taps - 1) - 1) // step + 1 for size, taps, step, pad, apart in each)
         return d, h, w
 
+    @property
+    def padded(self) -> Window:
+        """The same over an input that has its padding around it."""
+        d, h, w = (size + 2 * pad for size, pad in zip(self.size, self.padding, strict=True))
+        return replace(self, size=(d, h, w), padding=(0, 0, 0))
+
 
 ONE_PIXEL = Window((1, 1, 1), (1, 1, 1), (1, 1, 1), (0, 0, 0), (1, 1, 1))
 
 
 def window(spatial: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry) -> Window:
     """The window of a convolution in one to three dimensions."""
-
-    def three(sizes: tuple[int, ...], fill: int) -> tuple[int, int, int]:
-        d, h, w = (fill,) * (3 - len(sizes)) + tuple(sizes)
-        return d, h, w
-
     return Window(
         three(spatial, 1),
         three(kernel, 1),
@@ -108,9 +114,15 @@ def window(spatial: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry
     )
 
 
+def three(sizes: Sequence[int], fill: int) -> tuple[int, int, int]:
+    """Sizes of one to three dimensions as those of three."""
+    d, h, w = (fill,) * (3 - len(sizes)) + tuple(sizes)
+    return d, h, w
+
+
 def launch(
     x: torch.Tensor,
-    x_scale: torch.Tensor | None,
+    grid: tuple[torch.Tensor, torch.Tensor] | None,
     weight: Rows,
     bias: torch.Tensor | None,
     y: torch.Tensor,
@@ -121,7 +133,7 @@ def launch(
 
     Args:
         x: float16, bfloat16 or int8, contiguous, shape (samples, D, H, W, C), any way to write that.
-        x_scale: float32, shape (samples), of int8 inputs.
+        grid: of int8 inputs, which are padded: s_x, float32, and z - 128, int32, of each sample or row.
         y: shape (samples, pixels, out), of any strides.
     """
     samples, pixels, out = y.shape
@@ -134,33 +146,37 @@ def launch(
         partial = torch.empty(
             (config.splits, rows, out), device=x.device, dtype=torch.int32 if integer else torch.float32
         )
-    grid = (triton.cdiv(rows, config.bm) * triton.cdiv(out, config.bn), config.splits)
-    _product[grid](
-        x, weight.codes, weight.scale, weight.zero, weight.channel_scale, x_scale, bias, y, partial,
+    x_scale, x_zero = (None, None) if grid is None else grid
+    each = x_scale is not None and x_scale.numel() == rows
+    programs = (triton.cdiv(rows, config.bm) * triton.cdiv(out, config.bn), config.splits)
+    _product[programs](
+        x, weight.codes, weight.scale, weight.zero,
+        weight.channel_scale, weight.code_sums, x_scale, x_zero, bias, y, partial,
         rows, out, length, channels, *place.size, *place.output, pixels, *y.stride(),
         weight.codes.stride(0), 1 if weight.scale is None or weight.run == 0 else weight.scale.shape[1],
         *place.kernel, *place.stride, *place.padding, *place.dilation,
-        BITS=weight.bits, RUN=weight.run, INTEGER=integer, SPLITS=config.splits,
+        BITS=weight.bits, RUN=weight.run, INTEGER=integer, EACH=each, SPLITS=config.splits,
         PADDED=any(place.padding), EVEN=channels % config.bk == 0,
         BN=config.bn, BM=config.bm, BK=config.bk,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=not integer,
     )  # fmt: skip
     if partial is not None:
         _add_splits[(triton.cdiv(rows * out, _TILE),)](
-            partial, weight.channel_scale, x_scale, bias, y, rows * out, out, pixels, *y.stride(),
-            SPLITS=config.splits, TILE=_TILE, enable_fp_fusion=not integer,
+            partial, weight.channel_scale, weight.code_sums, x_scale, x_zero, bias, y,
+            rows * out, out, pixels, *y.stride(),
+            EACH=each, SPLITS=config.splits, TILE=_TILE, enable_fp_fusion=not integer,
         )  # fmt: skip
 
 
 @triton.jit
 def _product(
-    x_ptr, w_ptr, scale_ptr, zero_ptr, ws_ptr, xs_ptr, bias_ptr, y_ptr, partial_ptr,
+    x_ptr, w_ptr, scale_ptr, zero_ptr, ws_ptr, sums_ptr, xs_ptr, xz_ptr, bias_ptr, y_ptr, partial_ptr,
     M, N, K, C, D, H, W, OD, OH, OW, pixels, y_sample, y_pixel, y_channel, row_bytes, groups,
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     LD: tl.constexpr, LH: tl.constexpr, LW: tl.constexpr,
-    BITS: tl.constexpr, RUN: tl.constexpr, INTEGER: tl.constexpr, SPLITS: tl.constexpr,
+    BITS: tl.constexpr, RUN: tl.constexpr, INTEGER: tl.constexpr, EACH: tl.constexpr, SPLITS: tl.constexpr,
     PADDED: tl.constexpr, EVEN: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -196,7 +212,7 @@ def _product(
             tap += tl.where(channel == C, 1, 0)
             channel = tl.where(channel == C, 0, channel)
         else:
-            inputs = _tile_of_taps(x_ptr, corner, d, h, w, k0, K, C, D, H, W, KH, KW, LD, LH, LW, BK)
+            inputs = _tile_of_taps(x_ptr, corner, d, h, w, k0, K, C, D, H, W, KH, KW, LD, LH, LW, PADDED, BK)
         if BITS == 8:
             codes = byte_tile(w_ptr, rows, k0, K, row_bytes, EVEN, BK)
             weights = codes if INTEGER else _widened(codes, inputs)
@@ -214,7 +230,8 @@ def _product(
         at = (tl.program_id(1).to(tl.int64) * M + m[None, :]) * N + n[:, None]
         tl.store(partial_ptr + at, acc, mask=stored)
     else:
-        y = _finished(acc, n[:, None], sample[None, :], ws_ptr, xs_ptr, bias_ptr, (n < N)[:, None])
+        place = (m % M if EACH else sample)[None, :]
+        y = _finished(acc, n[:, None], place, ws_ptr, sums_ptr, xs_ptr, xz_ptr, bias_ptr, (n < N)[:, None])
         at = sample.to(tl.int64) * y_sample + pixel.to(tl.int64) * y_pixel
         tl.store(
             y_ptr + at[None, :] + n.to(tl.int64)[:, None] * y_channel,
@@ -302,13 +319,16 @@ def _tile_of_tap(
 @triton.jit
 def _tile_of_taps(
     x_ptr, corner, d, h, w, k0, K, C, D, H, W,
-    KH: tl.constexpr, KW: tl.constexpr, LD: tl.constexpr, LH: tl.constexpr, LW: tl.constexpr, BK: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, LD: tl.constexpr, LH: tl.constexpr, LW: tl.constexpr,
+    PADDED: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Places k0 ... k0 + BK - 1 of the windows of some pixels, shape (pixels, BK), in any taps; zeros past the end."""
     k = (k0 + tl.arange(0, BK))[None, :]
     tap = k // C
     td, th, tw = tap // (KH * KW) * LD, tap // KW % KH * LH, tap % KW * LW
-    inside = _inside(d[:, None] + td, h[:, None] + th, w[:, None] + tw, D, H, W, 0) & (k < K)
+    inside = k < K
+    if PADDED:
+        inside = inside & _inside(d[:, None] + td, h[:, None] + th, w[:, None] + tw, D, H, W, 0)
     return tl.load(x_ptr + corner[:, None] + ((td * H + th) * W + tw) * C + k % C, mask=inside, other=0)
 
 
@@ -320,11 +340,13 @@ def _inside(d, h, w, D, H, W, KD: tl.constexpr):
 
 
 @triton.jit
-def _finished(sums, n, sample, ws_ptr, xs_ptr, bias_ptr, known):
-    """sum (s_x s_w) + b in float32, of what there is of them."""
+def _finished(sums, n, place, ws_ptr, sums_ptr, xs_ptr, xz_ptr, bias_ptr, known):
+    """(sum - z sum_k w_q) (s_x s_w) + b in float32, of what there is of them; `place` is that of s_x and z."""
+    if xz_ptr is not None:
+        sums = sums - tl.load(xz_ptr + place) * tl.load(sums_ptr + n, mask=known, other=0)
     y = sums.to(tl.float32)
     if xs_ptr is not None:
-        y = y * (tl.load(xs_ptr + sample) * tl.load(ws_ptr + n, mask=known, other=0.0).to(tl.float32))
+        y = y * (tl.load(xs_ptr + place) * tl.load(ws_ptr + n, mask=known, other=0.0).to(tl.float32))
     elif ws_ptr is not None:
         y = y * tl.load(ws_ptr + n, mask=known, other=0.0).to(tl.float32)
     if bias_ptr is not None:
@@ -334,8 +356,8 @@ def _finished(sums, n, sample, ws_ptr, xs_ptr, bias_ptr, known):
 
 @triton.jit
 def _add_splits(
-    partial_ptr, ws_ptr, xs_ptr, bias_ptr, y_ptr, size, N, pixels, y_sample, y_pixel, y_channel,
-    SPLITS: tl.constexpr, TILE: tl.constexpr,
+    partial_ptr, ws_ptr, sums_ptr, xs_ptr, xz_ptr, bias_ptr, y_ptr, size, N, pixels, y_sample, y_pixel, y_channel,
+    EACH: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The parts of each sum, first to last, and what is left to do to it."""
     i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -345,7 +367,8 @@ def _add_splits(
         sums += tl.load(partial_ptr + i + part * tl.cast(size, tl.int64), mask=known, other=0)
     m, n = i // N, i % N
     sample, pixel = m // pixels, m % pixels
-    y = _finished(sums, n, tl.where(known, sample, 0), ws_ptr, xs_ptr, bias_ptr, known)
+    place = tl.where(known, m if EACH else sample, 0)
+    y = _finished(sums, n, place, ws_ptr, sums_ptr, xs_ptr, xz_ptr, bias_ptr, known)
     tl.store(
         y_ptr + sample * y_sample + pixel * y_pixel + n * y_channel, rounded_to(y, y_ptr.dtype.element_ty), mask=known
     )

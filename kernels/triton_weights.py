@@ -2,7 +2,7 @@
 
     dequantized    W = (code - zero) scale, in float32, rounded once: the bits of `Format.dequantize`
     requantized    w_q = round(W / s_w), int8, rows in wire order: those of `int8_compute.weight_codes`
-    channel_scales s_w = max|W| / 127 of each output channel
+    channel_scales s_w = max|W| / 127 of each output channel, and sum_k w_q
 
 For integer formats of 4 and 8 bits that are not rotated. The reference of each is the function it names.
 """
@@ -50,15 +50,16 @@ def dequantized(
     return weight.movedim(-1, 1) if channels_last else weight
 
 
-def channel_scales(format: Affine, tensors: Tensors, shape: Shape) -> torch.Tensor:
-    """s_w, float32, shape (out)."""
+def channel_scales(format: Affine, tensors: Tensors, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+    """s_w, float32, and sum_k w_q, int32, each of shape (out)."""
     out, length = shape[0], row_length(shape)
     scales = torch.empty(out, dtype=torch.float32, device=_device(tensors))
+    sums = torch.empty(out, dtype=torch.int32, device=scales.device)
     _channel_scales[(triton.cdiv(out, _R),)](
-        *_affine(format, tensors), scales, out, length, *_row(tensors),
+        *_affine(format, tensors), scales, sums, out, length, *_row(tensors),
         RUN=format.run(length), BITS=format.bits, R=_R, K_TILE=_K,
     )  # fmt: skip
-    return scales
+    return scales, sums
 
 
 def requantized(format: Affine, tensors: Tensors, shape: Shape, scales: torch.Tensor) -> torch.Tensor:
@@ -76,6 +77,11 @@ def int8_rows(codes: torch.Tensor) -> torch.Tensor:
     """Codes of `int8`, (out, in, *kernel), as rows in wire order: no copy of linear layers, of convolutions of one tap,
     and of those whose codes lie channels last, as `model.to(memory_format=torch.channels_last)` leaves them."""
     return to_rows(codes).contiguous()
+
+
+def code_sums(rows: torch.Tensor) -> torch.Tensor:
+    """sum_k w_q, int32, shape (out), of int8 rows."""
+    return rows.sum(1, dtype=torch.int32)
 
 
 def _device(tensors: Tensors) -> torch.device:
@@ -145,7 +151,7 @@ def _dequantize_int8(w_ptr, scale_ptr, y_ptr, N, K, R: tl.constexpr, K_TILE: tl.
 
 @triton.jit
 def _channel_scales(
-    w_ptr, scale_ptr, zero_ptr, s_ptr, N, K, row_bytes, groups,
+    w_ptr, scale_ptr, zero_ptr, s_ptr, sums_ptr, N, K, row_bytes, groups,
     RUN: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * R + tl.arange(0, R)
@@ -154,7 +160,15 @@ def _channel_scales(
         k = k0 + tl.arange(0, K_TILE)
         weights = _levels(w_ptr, scale_ptr, zero_ptr, n % N, k0, K, row_bytes, groups, RUN, BITS, K_TILE)
         largest = tl.maximum(largest, tl.where((k < K)[None, :], size_bits(weights), 0))
-    tl.store(s_ptr + n, scale_of(tl.max(largest, 1)), mask=n < N)
+    scale = scale_of(tl.max(largest, 1))
+    sums = tl.zeros((R, K_TILE), dtype=tl.int32)
+    for k0 in range(0, K, K_TILE):
+        k = k0 + tl.arange(0, K_TILE)
+        weights = _levels(w_ptr, scale_ptr, zero_ptr, n % N, k0, K, row_bytes, groups, RUN, BITS, K_TILE)
+        codes = nearest_code(tl.div_rn(weights, scale[:, None])).to(tl.int32)
+        sums += tl.where((k < K)[None, :], codes, 0)
+    tl.store(s_ptr + n, scale, mask=n < N)
+    tl.store(sums_ptr + n, tl.sum(sums, 1), mask=n < N)
 
 
 @triton.jit

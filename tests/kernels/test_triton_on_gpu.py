@@ -10,7 +10,7 @@ import torch
 
 from bitpolicy.kernels.dispatch import run
 from bitpolicy.kernels.formats import format_named
-from bitpolicy.kernels.int8_compute import multiply, quantize_input, weight_codes
+from bitpolicy.kernels.int8_compute import multiply, quantize_input, shared, weight_codes
 from bitpolicy.kernels.kernel import Compute, Geometry, Kernel, PackedWeight
 from bitpolicy.kernels.triton_kernels import TritonDequantize, TritonFloat, TritonInt8
 
@@ -53,11 +53,11 @@ def right(kernel: Kernel, x: torch.Tensor, weight: PackedWeight, bias: torch.Ten
     if kernel.compute is not Compute.INT8:
         return multiply(x.double(), weight.dequantize(torch.float32).double(), weight.geometry, bias.double())
     convolution = weight.geometry is not None
-    codes, s_x = quantize_input(x, per_sample=convolution)
+    steps, s_x = quantize_input(x, shared(x.ndim, weight.shape, weight.geometry))
     w, s_w = weight_codes(weight)
     channels = s_w.view(-1, *[1] * (x.ndim - 2)) if convolution else s_w
     shown = bias.view(channels.shape)
-    return multiply(codes.double(), w.double(), weight.geometry) * (s_x.double() * channels.double()) + shown.double()
+    return multiply(steps.double(), w.double(), weight.geometry) * (s_x.double() * channels.double()) + shown.double()
 
 
 @every_kernel

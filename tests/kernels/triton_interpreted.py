@@ -10,7 +10,7 @@ import torch
 
 from bitpolicy.kernels import triton_configs, triton_input, triton_layers
 from bitpolicy.kernels.formats import format_named
-from bitpolicy.kernels.int8_compute import int8_product, multiply, quantize_input, weight_codes
+from bitpolicy.kernels.int8_compute import input_grid, int8_product, multiply, quantize_input, weight_codes
 from bitpolicy.kernels.kernel import Geometry, PackedWeight
 from bitpolicy.kernels.triton_configs import Config
 from bitpolicy.kernels.triton_kernels import TritonDequantize, TritonFloat, TritonInt8
@@ -19,6 +19,14 @@ from bitpolicy.kernels.triton_weights import channel_scales, dequantized, requan
 FORMATS = ("int4", "int4-g32-sym", "int4-g128", "int4-channel", "int8-g64-asym")
 SHAPES = ((20, 131), (9, 6, 3, 3), (5, 64, 1, 1), (4, 10, 2, 3, 3))
 SQUARE = Geometry((1, 1), (1, 1), (1, 1))
+ONE_TAP = Geometry((1, 1), (0, 0), (1, 1))
+SIGNS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "both signs": lambda x: x,
+    "above zero": torch.abs,
+    "below zero": lambda x: -torch.abs(x),
+    "SiLU": torch.nn.functional.silu,
+}
+any_sign = pytest.mark.parametrize("sign", SIGNS)
 
 
 def weight(format: str, shape: tuple[int, ...], geometry: Geometry | None = None) -> PackedWeight:
@@ -63,50 +71,161 @@ def test_a_dequantized_weight_has_the_bits_of_its_format(
 def test_a_requantized_weight_has_the_codes_of_the_definition(format: str, shape: tuple[int, ...]) -> None:
     w = weight(format, shape)
     codes, scales = weight_codes(w)
-    assert torch.equal(channel_scales(w.format, w.tensors, shape), scales)
+    found, sums = channel_scales(w.format, w.tensors, shape)
+    assert torch.equal(found, scales)
+    assert sums.dtype == torch.int32
+    assert torch.equal(sums.long(), codes.long().flatten(1).sum(1))
     rows = requantized(w.format, w.tensors, shape, scales)
     assert torch.equal(rows, codes.movedim(1, -1).flatten(1))
 
 
 def test_a_flat_weight_has_scale_one() -> None:
     format = format_named("int4")
-    assert channel_scales(format, format.quantize(torch.zeros(3, 64)), (3, 64)).tolist() == [1, 1, 1]
+    scales, sums = channel_scales(format, format.quantize(torch.zeros(3, 64)), (3, 64))
+    assert scales.tolist() == [1, 1, 1]
+    assert sums.tolist() == [0, 0, 0]
+
+
+def assert_as_defined(made: triton_input.Quantized, x: torch.Tensor, dims: tuple[int, ...]) -> None:
+    """x_q - z, s_x and z of an input, whose channels the kernels write last."""
+    steps, s_x = quantize_input(x, dims)
+    zero = input_grid(x, dims)[1]
+    assert (made.codes.dtype, made.scale.dtype, made.zero.dtype) == (torch.int8, torch.float32, torch.int32)
+    assert made.codes.is_contiguous()
+    assert torch.equal(made.scale, s_x.flatten())
+    assert torch.equal(made.zero.float(), zero.flatten() - 128)
+    last = (lambda t: t) if dims == (-1,) else (lambda t: t.movedim(1, -1))
+    codes = made.codes.view(last(x).shape).float()
+    assert torch.equal(codes - made.zero.view(last(s_x).shape), last(steps))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("length", [7, 64, 1000, 20000])
-def test_rows_are_quantized_as_defined(dtype: torch.dtype, length: int) -> None:
-    x = inputs(3, 2, length, dtype=dtype) * torch.tensor([1e-4, 1, 30]).view(3, 1, 1).to(dtype)
+@any_sign
+def test_rows_are_quantized_as_defined(dtype: torch.dtype, length: int, sign: str) -> None:
+    x = SIGNS[sign](inputs(3, 2, length)).to(dtype) * torch.tensor([1e-4, 1, 30]).view(3, 1, 1).to(dtype)
     x[1, 1] = 0
-    codes, scale = triton_input.quantized(x, per_sample=False)
-    expected, s_x = quantize_input(x, per_sample=False)
-    assert torch.equal(codes.view(x.shape).float(), expected)
-    assert torch.equal(scale, s_x.flatten())
+    assert_as_defined(triton_input.quantized(x, (-1,)), x, (-1,))
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("shape", [(3, 5, 9), (2, 70, 9, 13), (2, 3, 4, 5, 6), (1, 40, 33, 32)])
-def test_samples_are_quantized_as_defined_and_written_channels_last(
-    shape: tuple[int, ...], channels_last: bool
+@pytest.mark.parametrize("each", ["pixel", "sample"])
+@any_sign
+def test_pixels_and_samples_are_quantized_as_defined_and_written_channels_last(
+    shape: tuple[int, ...], channels_last: bool, each: str, sign: str
 ) -> None:
-    x = inputs(*shape)
+    x = SIGNS[sign](inputs(*shape))
+    x[0] *= 100
+    x[:, :, 1] = 0
     if channels_last:
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)
-    codes, scale = triton_input.quantized(x, per_sample=True)
-    expected, s_x = quantize_input(x, per_sample=True)
-    assert codes.is_contiguous()
-    assert torch.equal(codes.movedim(-1, 1).float(), expected)
-    assert torch.equal(scale, s_x.flatten())
+    dims = (1,) if each == "pixel" else tuple(range(1, x.ndim))
+    assert_as_defined(triton_input.quantized(x, dims), x, dims)
+
+
+@pytest.mark.parametrize("padding", [(2,), (1, 2), (0, 3), (1, 0, 2)], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+@any_sign
+def test_padding_has_the_code_of_zero(padding: tuple[int, ...], channels_last: bool, sign: str) -> None:
+    x = SIGNS[sign](inputs(2, 70, *(5, 9, 4)[: len(padding)]))
+    if channels_last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    around = torch.nn.functional.pad(x, [n for pad in reversed(padding) for n in (pad, pad)])
+    dims = tuple(range(1, x.ndim))
+    assert_as_defined(triton_input.quantized(x, dims, padding), around, dims)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_row_or_sample_that_is_not_finite_has_no_scale(value: float) -> None:
     x = inputs(3, 4, 65)
     x[1, 2, 64] = value
-    rows = triton_input.quantized(x, per_sample=False)[1].view(3, 4)
+    rows = triton_input.quantized(x, (-1,)).scale.view(3, 4)
     assert torch.isnan(rows).nonzero().tolist() == [[1, 2]]
-    samples = triton_input.quantized(x, per_sample=True)[1]
-    assert torch.isnan(samples).tolist() == [False, True, False]
+    for lies in (x, x.movedim(1, -1).contiguous().movedim(-1, 1)):
+        pixels = triton_input.quantized(lies, (1,)).scale.view(3, 65)
+        assert torch.isnan(pixels).nonzero().tolist() == [[1, 64]]
+        samples = triton_input.quantized(lies, (1, 2)).scale
+        assert torch.isnan(samples).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_sign_of_nan_does_not_matter(sign: float) -> None:
+    x = inputs(2, 33)
+    x[0, 5] = torch.tensor(float("nan")).copysign(torch.tensor(sign))
+    assert torch.isnan(triton_input.quantized(x, (-1,)).scale).tolist() == [True, False]
+
+
+@any_sign
+@pytest.mark.parametrize("format", ["int4", "int4-g128", "int8", "fp8"])
+@pytest.mark.parametrize(
+    ("shape", "slides"),
+    [
+        ((9, 70), None),
+        ((9, 40, 3, 3), SQUARE),
+        ((9, 32, 3, 3), Geometry((2, 1), (2, 1), (1, 2))),
+        ((9, 64, 1, 1), ONE_TAP),
+        ((9, 40, 1, 1), ONE_TAP),
+        ((9, 40, 1, 1), Geometry((2, 1), (0, 0), (1, 1))),
+        ((9, 40, 1, 1), SQUARE),
+    ],
+    ids=str,
+)
+def test_products_are_those_of_the_definition_wherever_zero_lies(
+    shape: tuple[int, ...], slides: Geometry | None, format: str, sign: str
+) -> None:
+    w, bias = weight(format, shape, slides), inputs(shape[0])
+    x = SIGNS[sign](inputs(3, shape[1]) if slides is None else inputs(2, shape[1], 5, 6))
+    x[0] *= 100
+    right = int8_product(x, w, bias)
+    for lies in (x, x if slides is None else x.contiguous(memory_format=torch.channels_last)):
+        assert torch.equal(TritonInt8()(lies, w, bias, TritonInt8().prepare(w, x.dtype)), right)
+    if format != "fp8":
+        assert torch.equal(TritonInt8()(x, w, bias, {}), right)  # as with low_memory
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3])
+@pytest.mark.parametrize("slides", [SQUARE, ONE_TAP], ids=["a sample", "a pixel"])
+@pytest.mark.parametrize("channels", [40, 64])
+def test_scales_of_samples_and_pixels_are_found_in_every_split(
+    cut: Callable[[Config], None], slides: Geometry, splits: int, channels: int
+) -> None:
+    cut(Config(16, 16, 32, 1, 1, splits))
+    taps = (1, 1) if slides == ONE_TAP else (3, 3)
+    w, bias = weight("int8", (20, channels, *taps), slides), inputs(20)
+    x = torch.nn.functional.silu(inputs(3, channels, 4, 5)) * torch.tensor([1, 7, 100]).view(3, 1, 1, 1)
+    assert torch.equal(TritonInt8()(x, w, bias, {}), int8_product(x, w, bias))
+
+
+def test_layers_share_the_codes_of_an_input_only_if_they_share_scales_and_padding() -> None:
+    x = inputs(2, 32, 5, 5)
+    for taps, slides in ((3, SQUARE), (1, ONE_TAP), (3, ONE_TAP), (1, SQUARE), (3, SQUARE)):
+        w = weight("int8", (6, 32, taps, taps), slides)
+        assert torch.equal(TritonInt8()(x, w, None, {}), int8_product(x, w, None))
+    as_rows = weight("int8", (6, 5))
+    assert torch.equal(TritonInt8()(x, as_rows, None, {}), int8_product(x, as_rows, None))
+
+
+def test_the_longest_sum_fits_32_bits() -> None:
+    from bitpolicy.kernels.triton_kernels import _LONGEST
+
+    assert _LONGEST * 255 * 127 < 2**31 <= (_LONGEST + 1) * 255 * 127
+    x = torch.ones(2, _LONGEST)
+    x[1, 0] = -1e-6  # so that z is 0, and x_q 255
+    w = PackedWeight(format_named("int8"), (2, _LONGEST), format_named("int8").quantize(torch.ones(2, _LONGEST)))
+    w.tensors["weight_packed"][1] *= -1
+    assert TritonInt8().refuses(x, w) is None
+    assert torch.equal(TritonInt8()(x, w, None, {}), int8_product(x, w, None))
+    longer = replace(w, shape=(2, _LONGEST + 1))
+    assert "32 bits" in str(TritonInt8().refuses(x, longer))
+
+
+def test_an_input_too_large_with_its_padding_is_refused() -> None:
+    sides = {}
+    for side in (4000, 4100):
+        w = weight("int8", (6, 32, 3, 3), Geometry((1, 1), (side, side), (1, 1)))
+        sides[side] = TritonInt8().refuses(inputs(1, 32, 4, 4), w)
+    assert sides == {4000: None, 4100: "for padded inputs of less than 2^31 values"}
 
 
 def test_layers_that_multiply_the_same_input_share_its_codes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,10 +293,10 @@ def test_4_bits_are_requantized_inside_the_product_for_few_rows_and_before_it_fo
 
 def test_codes_that_lie_channels_last_are_not_copied() -> None:
     w = weight("int8", (6, 32, 3, 3), SQUARE)
-    assert set(TritonInt8().prepare(w, torch.float16)) == {"rows"}
+    assert set(TritonInt8().prepare(w, torch.float16)) == {"rows", "code_sums"}
     codes = w.tensors["weight_packed"].contiguous(memory_format=torch.channels_last)
     lies_well = replace(w, tensors={**w.tensors, "weight_packed": codes})
-    assert TritonInt8().prepare(lies_well, torch.float16) == {}
+    assert set(TritonInt8().prepare(lies_well, torch.float16)) == {"code_sums"}
     x = inputs(1, 32, 4, 4)
     assert torch.equal(TritonInt8()(x, lies_well, None, {}), int8_product(x, w, None))
 
