@@ -92,6 +92,20 @@ def _told(study: Study, found: Confirmed, repaired: bool) -> dict[str, Any]:
     }
 
 
+def in_words(about: str | Mapping[str, Any]) -> str:
+    """How a policy was chosen, and whether fresh seeds agreed; `about` is a decision's, from the policy file."""
+    if isinstance(about, str):
+        return about
+    if "target" in about:
+        return f"the smallest with {about['target']}; on fresh seeds it has {about['fresh_seeds']}"
+    if not about.get("trials"):
+        return str(about["won"])
+    best = f"the best of {about['trials']} trials"
+    if about["best_of_study_held"]:
+        return f"{about['won']}, {best}; it held on fresh seeds"
+    return f"{about['won']}; {best} did not hold on fresh seeds, where this is better"
+
+
 def reaching_target(
     settings: Settings, plan: Plan, problem: Problem, generations: Generations, stages: Stages
 ) -> Decision:

@@ -17,7 +17,7 @@ import torch
 
 from bitpolicy.compare import save_comparison
 from bitpolicy.curve import Point, file_name, points, save_picture, save_table
-from bitpolicy.decision import mean_db, networks_of, reaching_target, within_budget
+from bitpolicy.decision import in_words, mean_db, networks_of, reaching_target, within_budget
 from bitpolicy.kernels.computing import set_compute
 from bitpolicy.kernels.formats import FP16
 from bitpolicy.kernels.kernel import Compute
@@ -297,6 +297,7 @@ def run_search(settings: Settings, plan: Plan, output: OutputFolder, stages: Sta
         "checkpoint_bytes": nbytes,
         "reference_bytes": plan.account.reference,
         "layers": {format.name: counts[format.name] for format in plan.formats},
+        "chosen": in_words(policy.provenance["search"]),
         "predicted_error": policy.result.predicted_error,
         "error_of": "image" if plan.trajectories.draws else "latent",
         "compute": policy.compute,

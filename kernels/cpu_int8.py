@@ -74,12 +74,13 @@ class CpuInt8(Kernel):
 def laid_out(weight: PackedWeight) -> dict[str, torch.Tensor]:
     """The weight as the kernel reads it: `codes`, int8; `scale` and `offsets`, of whole vectors of output channels."""
     codes, scale = _codes(weight)
+    codes = codes.contiguous()  # held until the call below is over; a no-op unless the stored ones lie channels last
     out, channels = weight.shape[:2]
     taps, padded = weight.row_length // channels, -(-out // 16) * 16
     packed = torch.empty(padded * taps * -(-channels // 4) * 4, dtype=torch.int8)
     offsets = torch.empty(padded, dtype=torch.int32)
     cpu_extension.library().bitpolicy_int8_pack(  # type: ignore[union-attr]
-        codes.contiguous().data_ptr(), out, channels, taps, packed.data_ptr(), offsets.data_ptr()
+        codes.data_ptr(), out, channels, taps, packed.data_ptr(), offsets.data_ptr()
     )
     return {"codes": packed, "scale": torch.nn.functional.pad(scale, (0, padded - out)), "offsets": offsets}
 

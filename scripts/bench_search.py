@@ -2,7 +2,8 @@
 
 Problems are random and of true size: layers as wide as SDXL's, errors that fall by 4 a bit with layers of all
 sensitivities, sketches of which a tenth of the power is common to all layers. Each row is the median and the range of
-several seeds. Prints one table and writes JSON.
+several seeds. Times are processor seconds, which on one thread are those of a clock whatever else the machine does.
+Prints one table and writes JSON.
 
     OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 python scripts/bench_search.py
 """
@@ -118,9 +119,9 @@ def sketched(error: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def timed(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
-    start = time.perf_counter()
+    start = time.process_time()
     result = work(*arguments)
-    return result, time.perf_counter() - start
+    return result, time.process_time() - start
 
 
 def threads() -> str:

@@ -85,7 +85,7 @@ def smallest(
     possible = np.isfinite(error) & (error <= target)
     target = min(target, 2 * float(np.where(possible, error, 0).max(axis=1).sum()))  # a finite limit, if not a near one
     hull = Hull.of(np.where(possible, nbytes, np.inf), error)
-    choice, bound = least(hull, target, gap, seconds, exactest)
+    choice, bound = least(hull, target, gap, seconds)
     whole = math.ceil(bound * (1 - _FLOAT))
     return _solution(choice, error, nbytes, relative_gap(float(total(nbytes, choice)), whole))
 

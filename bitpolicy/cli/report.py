@@ -61,6 +61,7 @@ def _bytes_and_quality(result: Mapping[str, Any]) -> Table:
         ("predicted", f"{result['policy_bytes']:,} bytes, {share:.1%} of FP16's {result['reference_bytes']:,}"),
         ("on disk", f"{result['checkpoint_bytes']:,} bytes ({same})"),
         ("layers", ", ".join(f"{count} {name}" for name, count in result["layers"].items())),
+        *([("chosen", result["chosen"])] if "chosen" in result else []),
         (
             f"predicted {result.get('error_of', 'latent')} error",
             "not predicted" if error is None else f"{error:.3g} (relative power)",

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from bitpolicy.check import TRUSTED_DB, Agreement, Check
+from bitpolicy.decision import in_words
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.report import charts
 from bitpolicy.report.groups import Group, by_path, by_role, by_stage, inputs_share
@@ -41,6 +42,7 @@ def overview(probed: Probed, folder: Path) -> Section:
         how.append(f"{len(found.by_step) - probed.lead} sampling steps")
     if found.measured is not None:
         how.append(f"{int(found.measured.sum())} of {found.error.numel()} numbers measured again by ablation")
+    chosen = probed.policy.provenance.get("search") if probed.policy else None
     largest = ", ".join(
         f"{group.name} {group.share[probed.column(probed.formats[0])]:.0%}" for group in by_role(probed)[:3]
     )
@@ -52,6 +54,7 @@ def overview(probed: Probed, folder: Path) -> Section:
         *_compute_row(probed),
         ("cost", str(found.cost) if found.cost is not None else "not recorded; `bitpolicy probe` counts it"),
         (f"most error, {probed.formats[0].name}", largest),
+        *([("policy", in_words(chosen))] if chosen else []),
         ("made from", str(folder)),
     ]
     return Section("what", "What was probed", table(["", ""], rows))

@@ -23,6 +23,7 @@ SCHEMA = {
     "checkpoint_bytes": int,
     "reference_bytes": int,
     "layers": dict,
+    "chosen": str,
     "predicted_error": float,
     "error_of": str,
     "compute": str,
@@ -81,6 +82,8 @@ def test_people_get_a_table_on_stdout(command: Any, finished: Any) -> None:
     outcome = command(*(argument for argument in finished.arguments if argument != "--json"))
     assert outcome.code == 0
     result = finished.outcome.result
+    assert "trials" in result["chosen"]
+    assert result["chosen"][:20] in outcome.out
     for shown in ("bitpolicy", f"{result['policy_bytes']:,}", "(equal)", "input_stem", "bitpolicy.load_pipeline"):
         assert shown in outcome.out
 

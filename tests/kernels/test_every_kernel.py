@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -181,6 +182,18 @@ def test_with_little_memory_it_keeps_nothing_and_gives_the_same(row: Row, device
     weight = on(device, weight)
     assert row.kernel.prepare(weight, x.dtype) == {}
     assert_right(row, x, weight, None)
+
+
+@every_kernel
+def test_stored_codes_may_lie_channels_last(row: Row, device: str) -> None:
+    """As `model.to(memory_format=torch.channels_last)` leaves those of `int8`."""
+    weight = weight_of("conv2d 3x3", "int8")
+    codes = weight.tensors["weight_packed"].contiguous(memory_format=torch.channels_last)
+    weight = on(device, replace(weight, tensors={**weight.tensors, "weight_packed": codes}))
+    for dtype in DTYPES:
+        x = input_of("conv2d 3x3", dtype).to(device)
+        if takes(row, x, weight):
+            assert_right(row, x, weight, None)
 
 
 @every_kernel

@@ -11,8 +11,8 @@ import pytest
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.search.budget import BudgetError
 from bitpolicy.search.frontier import frontier, points, smallest
-from bitpolicy.search.hull import total
-from bitpolicy.search.knapsack import Solution, solve
+from bitpolicy.search.hull import Hull, total
+from bitpolicy.search.knapsack import Solution, solve, solve_hull
 
 GAP = 1e-4
 Case = tuple[np.ndarray, np.ndarray]
@@ -81,6 +81,41 @@ def test_more_bytes_never_have_more_error(gap: float) -> None:
         assert max(solution.gap for solution in found) <= gap * 1.01
 
 
+def test_where_time_runs_out_more_bytes_still_have_no_more_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first budget has all the time there is, the next ones none."""
+
+    asked: list[int] = []
+
+    def hurried(hull: Hull, budget: int, gap: float, seconds: float, known: np.ndarray | None) -> Solution:
+        asked.append(budget)
+        return solve_hull(hull, budget, gap, 0.0 if len(asked) % 2 == 0 else seconds, known)
+
+    monkeypatch.setitem(frontier.__globals__, "solve_hull", hurried)
+    worse = 0
+    for seed in range(4):
+        error, nbytes = many(seed=seed)
+        budget = int(nbytes[:, -1].sum() * 0.4)
+        first, second = frontier(error, nbytes, [budget, budget + 1], gap=0.0)
+        assert second.error <= first.error
+        worse += solve_hull(Hull.of(error, nbytes), budget + 1, 0.0, 0.0).error > first.error
+    assert worse, "in none of the cases the time was needed"
+
+
+def test_a_gap_that_is_reached_and_a_time_that_is_over_end_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    error, nbytes = many()
+    budget = int(nbytes[:, -1].sum() * 0.4)
+    monkeypatch.setitem(solve_hull.__globals__, "_highs", lambda *arguments: pytest.fail("HiGHS was asked"))
+    for end in ({"gap": 0.3}, {"gap": 0.0, "seconds": 0.0}):
+        (solution,) = frontier(error, nbytes, [budget], **end)
+        back = smallest(error, nbytes, solution.error * 1.01, **end)
+        assert 0 < solution.gap < 0.3
+        assert 0 < back.gap < 0.3
+    with pytest.raises(pytest.fail.Exception):
+        frontier(error, nbytes, [budget], gap=0.0)
+    with pytest.raises(pytest.fail.Exception):
+        smallest(error, nbytes, solution.error * 1.01, gap=0.0)
+
+
 def test_solutions_come_in_the_order_of_the_budgets() -> None:
     error, nbytes = many()
     low, high = int(nbytes[:, 0].sum()), int(nbytes[:, -1].sum())
@@ -128,6 +163,11 @@ def test_the_hull_is_convex() -> None:
     assert (np.diff(saved / bought) <= 1e-9 * saved[0] / bought[0]).all()
 
 
+def test_layers_whose_bytes_save_alike_are_one_edge_of_the_hull() -> None:
+    error, nbytes = np.array([[5.0, 1.0], [5.0, 1.0], [3.0, 0.0]]), np.array([[2, 4], [2, 4], [1, 7]])
+    assert [(p.nbytes, p.error) for p in points(error, nbytes)] == [(5, 13.0), (9, 5.0), (15, 2.0)]
+
+
 # The reverse
 
 
@@ -153,6 +193,19 @@ def test_the_reverse_of_a_solution_takes_no_more_bytes() -> None:
         assert back.error <= there.error
         assert back.nbytes <= there.nbytes * (1 + GAP)
         assert back.gap <= GAP * 1.01
+
+
+def test_without_time_the_gap_of_the_reverse_is_still_true() -> None:
+    worse = 0
+    for seed in range(6):
+        error, nbytes = many(seed=seed)
+        target = solve(error, nbytes, int(nbytes[:, -1].sum() * 0.4)).error * 1.01
+        found, best = (smallest(error, nbytes, target, gap=0.0, seconds=s) for s in (0.0, 60.0))
+        check(found, error, nbytes)
+        assert best.gap < 1e-7
+        assert found.nbytes * (1 - found.gap) <= best.nbytes * (1 + 1e-12)
+        worse += found.nbytes > best.nbytes
+    assert worse, "in none of the cases the time was needed"
 
 
 def test_any_error_at_all_is_the_smallest_policy() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.search.budget import BudgetError
+from bitpolicy.search.hull import total
 from bitpolicy.search.knapsack import Solution, solve
 from bitpolicy.search.quadratic import QuadraticForm, feasible, repair
 
@@ -178,12 +179,29 @@ def test_independent_layers_get_next_to_no_vectors() -> None:
     assert max(found) < 0.4
 
 
+@pytest.mark.filterwarnings("error")  # nothing is divided by zero, and no mean is taken of nothing
 def test_where_nothing_can_be_held_out_powers_are_added() -> None:
     s, error, nbytes = unet_like(layers=10, sketches=8, seed=0, common=0.9)
     policies = feasible(error, nbytes, int(nbytes[:, 2].sum() * 0.4), count=10)
     assert QuadraticForm.of(s, error, [0] * 8, policies).shrinkage == 0.0
     assert QuadraticForm.of(s, error, np.arange(8), np.full((3, 10), 2)).shrinkage == 0.0
     assert QuadraticForm.of(s * 0, error * 0, np.arange(8), policies).shrinkage == 0.0
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_layer_has_nothing_to_meet() -> None:
+    s, error, _ = unet_like(layers=1, sketches=8, seed=0, common=0.5)
+    assert QuadraticForm.of(s, error, np.arange(8) // 2, np.array([[0], [1]])).shrinkage == 0.0
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_policy_that_quantizes_nothing_says_nothing() -> None:
+    s, error, nbytes = unet_like(layers=30, sketches=64, seed=0, common=0.5)
+    policies = feasible(error, nbytes, int(nbytes[:, 2].sum() * 0.4), count=16)
+    nothing = np.full((1, 30), 2)
+    groups = np.arange(64) // 2
+    found = [QuadraticForm.of(s, error, groups, p).shrinkage for p in (policies, np.concatenate([nothing, policies]))]
+    assert found[0] == found[1] > 0
 
 
 def test_a_form_with_formats_that_may_not_be_gets_a_shrinkage() -> None:
@@ -210,14 +228,28 @@ def test_feasible_policies_fit_and_go_from_near_to_far() -> None:
     distance = (policies != solve(error, nbytes, budget).formats).sum(axis=1)
     assert distance[:8].mean() < 6
     assert distance[-8:].mean() > 20
-    assert policies.tolist() == feasible(error, nbytes, budget, count=64).tolist()
+    assert np.array_equal(policies, feasible(error, nbytes, budget, count=64))
+    assert not np.array_equal(policies, feasible(error, nbytes, budget, count=64, seed=1))
+
+
+def test_feasible_policies_bend_each_format_alone() -> None:
+    """The middle format lies above the line between the others: no factor of a layer alone brings it in."""
+    error, nbytes = np.tile([4.0, 3.0, 0.0], (30, 1)), np.tile([1, 2, 3], (30, 1))
+    policies = feasible(error, nbytes, budget=60, count=16)
+    assert 1 not in solve(error, nbytes, 60).formats
+    assert (policies[4:] == 1).any(axis=1).all()
 
 
 # Repair
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_no_change_of_one_layer_or_two_betters_what_was_repaired(seed: int) -> None:
+@pytest.mark.parametrize("columns", [256, 4, 1])
+@pytest.mark.parametrize("seed", range(3))
+def test_no_change_of_one_layer_or_two_betters_what_was_repaired(
+    seed: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many columns are looked at together."""
+    monkeypatch.setitem(repair.__globals__, "_COLUMNS", columns)
     for form, nbytes, budget in cases(60, seed):
         start = solve(form.error, nbytes, budget)
         found = repair(form, nbytes, budget, start)
@@ -237,6 +269,32 @@ def test_the_gap_of_what_was_repaired_is_true(seed: int) -> None:
         fit = everything[[size(nbytes, policy) <= budget for policy in everything]]
         assert 0 <= found.gap <= 1
         assert found.error * (1 - found.gap) <= form.value(fit).min() * (1 + 1e-9)
+
+
+def test_blocks_that_were_passed_are_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(repair.__globals__, "_COLUMNS", 1)
+    for seed in range(6):
+        s, error, nbytes = unet_like(layers=20, sketches=8, seed=seed, common=0.5)
+        budget = int(nbytes[:, 2].sum() * 0.4)
+        form = QuadraticForm.fixed(s, error, 0.9)
+        found = repair(form, nbytes, budget, solve(error, nbytes, budget))
+        near = np.array(list(neighbours(found.formats, 3)))
+        fit = near[[size(nbytes, policy) <= budget for policy in near]]
+        assert form.value(fit).min() >= found.error * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, 0.3, 0.8])
+def test_the_gap_is_the_shrinkage_where_layers_do_not_meet(shrinkage: float) -> None:
+    """A sketch for each layer alone makes Q what A is; at a corner of the hull the bound is (1 - lambda) A."""
+    layers = 6
+    s = np.zeros((layers, layers, 2))
+    s[np.arange(layers), np.arange(layers)] = np.arange(1, layers + 1)[:, None] * [1.0, 0.1]
+    error = np.concatenate([np.square(s).mean(axis=0), np.zeros((layers, 1))], axis=1)
+    nbytes = np.tile([1, 2, 4], (layers, 1))
+    found = repair(QuadraticForm.fixed(s, error, shrinkage), nbytes, 9, solve(error, nbytes, 9))
+    assert found.formats.tolist() == [0, 0, 0, 1, 1, 1]
+    assert found.error == pytest.approx(total(error, found.formats))
+    assert found.gap == pytest.approx(shrinkage, abs=1e-12)
 
 
 def test_many_layers_are_repaired_across_blocks_and_the_same_way_each_time() -> None:
@@ -262,6 +320,12 @@ def test_powers_alone_leave_an_exact_solution_as_it_is() -> None:
     found = repair(QuadraticForm.fixed(s, error, 0.0), nbytes, budget, start)
     assert found.formats.tolist() == start.formats.tolist()
     assert found.error == pytest.approx(start.error)
+
+
+def test_a_layer_alone_gets_the_best_format_that_fits() -> None:
+    s = np.array([[[2.0, 1.0, 0.0]]])
+    form, nbytes = QuadraticForm.fixed(s, np.square(s).mean(axis=0), 0.5), np.array([[1, 2, 4]])
+    assert repair(form, nbytes, 3, Solution(np.array([0]), 4.0, 1, 0.0)).formats.tolist() == [1]
 
 
 def test_layers_that_cancel_are_taken_together() -> None:

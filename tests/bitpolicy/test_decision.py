@@ -1,0 +1,35 @@
+"""What people are told of how a policy was chosen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bitpolicy.decision import in_words
+
+STUDY = {"exact_gap": 1e-5, "trials": 24, "finalists_mse": [2.0, 1.0]}
+
+
+@pytest.mark.parametrize(
+    ("about", "said"),
+    [
+        ("the budget holds all of it unquantized", "the budget holds all of it unquantized"),
+        ({"won": "the exact solution"}, "the exact solution"),
+        ({"trials": 0, "finalists_mse": [], "won": "the exact solution"}, "the exact solution"),
+        (
+            {**STUDY, "won": "trial 7", "best_of_study_held": True},
+            "trial 7, the best of 24 trials; it held on fresh seeds",
+        ),
+        (
+            {**STUDY, "won": "the exact solution", "best_of_study_held": False},
+            "the exact solution; the best of 24 trials did not hold on fresh seeds, where this is better",
+        ),
+        (
+            {"target": "45.00 dB", "search_samples": "45.20 dB", "fresh_seeds": "44.90 dB", "held": False},
+            "the smallest with 45.00 dB; on fresh seeds it has 44.90 dB",
+        ),
+    ],
+)
+def test_it_is_said_who_won_and_whether_it_held(about: Any, said: str) -> None:
+    assert in_words(about) == said
