@@ -64,7 +64,7 @@ def takes_pixels(shape: Sequence[int], geometry: Geometry) -> bool:
     return prod(shape[2:]) == 1 and max(geometry.stride) == 1 and max(geometry.padding) == 0
 
 
-def input_grid(x: torch.Tensor, dims: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def input_grid(x: torch.Tensor, dims: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """s_x and z of a float input, float32, of a size 1 along the `shared` dimensions."""
     x = x.float()
     if not x.numel():
@@ -76,7 +76,7 @@ def input_grid(x: torch.Tensor, dims: Sequence[int]) -> tuple[torch.Tensor, torc
     return scale, (-lo / scale).round_().clamp_(max=TOP)  # a subnormal s_x may be far less than it should be
 
 
-def quantize_input(x: torch.Tensor, dims: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_input(x: torch.Tensor, dims: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """x_q - z, float32 whole numbers (NaN where x has no finite scale), and s_x, as `input_grid` has it.
 
     Args:
