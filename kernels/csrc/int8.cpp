@@ -77,7 +77,7 @@ struct Epilogue {
 template <int V, class T>
 void scale(int32_t* sums, const Grids& grids, int64_t step, const Epilogue& e, int64_t count, int64_t channel,
            const T* bias, T* y) {
-    __m512i offset[V];
+    __m512i offset[V], excess[V];
     __m512 out_scale[V], added[V];
     __mmask16 lanes[V];
 #pragma GCC unroll 4
@@ -93,8 +93,8 @@ void scale(int32_t* sums, const Grids& grids, int64_t step, const Epilogue& e, i
         const __m512i zero = _mm512_set1_epi32(grids.zero[p * step]);
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++) {
-            const __m512i excess = _mm512_mullo_epi32(zero, offset[v]);
-            const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums + p * PANEL + 16 * v), excess);
+            if (step || !p) excess[v] = _mm512_mullo_epi32(zero, offset[v]);
+            const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums + p * PANEL + 16 * v), excess[v]);
             const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(own, out_scale[v]));
             if (e.channels_last)
                 store16(y + p * e.out + 16 * v, _mm512_add_ps(value, added[v]), lanes[v]);

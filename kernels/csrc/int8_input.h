@@ -12,6 +12,8 @@
 #if defined(WIDE_VECTORS) && defined(__AVX512VNNI__)
 #define HAS_INT8 1
 
+#define ALWAYS_INLINE inline __attribute__((always_inline))  // vectors stay in registers
+
 namespace {
 
 constexpr int64_t PIECE = 256;  // pixels whose codes stay in the cache
@@ -72,7 +74,7 @@ struct Range {
 };
 
 template <class T>
-Range range_of(const T* x, int64_t length) {
+ALWAYS_INLINE Range range_of(const T* x, int64_t length) {
     Range parts[4];
     int64_t i = 0;
     for (; i + 64 <= length; i += 64)
@@ -116,7 +118,7 @@ struct Quantizer {
 };
 
 template <class T>
-void quantize_row(const T* x, int64_t length, int64_t padded, const Quantizer& quantizer, uint8_t* to) {
+ALWAYS_INLINE void quantize_row(const T* x, int64_t length, int64_t padded, const Quantizer& quantizer, uint8_t* to) {
     for (int64_t i = 0; i < padded; i += 16) {
         const __mmask16 lanes = first_lanes(length > i ? length - i : 0);
         __m128i codes = _mm512_cvtepi32_epi8(quantizer(load16(x + i, lanes)));

@@ -154,7 +154,7 @@ def test_what_is_not_finite_makes_its_row_or_sample_nan(
 @both
 @pytest.mark.parametrize("size", [1e-45, 2.66e-43, 1e-42, 1e-38, 1e-30, 1e-5, 1e20, 3e38])
 def test_huge_and_tiny_values(kernel: Kernel, size: float) -> None:
-    """Down to subnormal ones, whose scale may be far from (max - min) / 255, or zero."""
+    """Down to subnormal ones, whose scale may be far from (max - min) / 255, so that codes are clamped, or zero."""
     for call in ("linear of odd sizes", "conv2d 3x3", "conv2d 1x1"):
         x, weight, _ = made(call)
         x = (x / x.abs().max()) * size
