@@ -26,7 +26,6 @@ from bitpolicy.kernels.kernel import Geometry, Kernel, PackedWeight
 from bitpolicy.kernels.triton_kernels import TritonDequantize, TritonFloat, TritonInt8
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-THREE = Geometry((1, 1), (1, 1), (1, 1))
 GPUS = {"A100": 80, "RTX 4090": 89, "H100": 90}
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
@@ -95,13 +94,22 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, Any]]]
     triton_layers._has_warpgroups.cache_clear()
 
 
-def call(kernel: Kernel, format: str, dtype: torch.dtype, shape: tuple[int, ...], x: tuple[int, ...]) -> None:
+def call(
+    kernel: Kernel,
+    format: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    x: tuple[int, ...],
+    order: torch.memory_format = torch.channels_last,
+) -> None:
+    """Multiply once; a convolution keeps the size of its input, which lies in the given order."""
     found = format_named(format)
     specs = found.tensors(shape, torch.float16).items()
     stored = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs}
-    weight = PackedWeight(found, shape, stored, THREE if len(shape) > 2 else None)
+    slides = Geometry((1, 1), (shape[2] // 2, shape[3] // 2), (1, 1)) if len(shape) > 2 else None
+    weight = PackedWeight(found, shape, stored, slides)
     values = torch.empty(x, dtype=dtype, device="meta")
-    values = values.to(memory_format=torch.channels_last) if len(shape) > 2 else values
+    values = values.to(memory_format=order) if len(shape) > 2 else values
     bias = torch.empty(shape[0], dtype=dtype, device="meta")
     assert kernel.refuses(values, weight) is None
     y = kernel(values, weight, bias, kernel.prepare(weight, dtype))
@@ -109,12 +117,14 @@ def call(kernel: Kernel, format: str, dtype: torch.dtype, shape: tuple[int, ...]
 
 
 CONV = ((640, 640, 3, 3), (2, 640, 64, 64))
+ONE_TAP = ((640, 1920, 1, 1), (2, 1920, 64, 64))
 WIDE = ((10240, 1280), (2048, 1280))
 FEW = ((1280, 5120), (16, 5120))
 half, bfloat = torch.float16, torch.bfloat16
 PRODUCTS = [
     (90, TritonInt8(), "int8", half, WIDE, "wgmma.*s32.s8.s8"),
     (90, TritonInt8(), "int8", half, CONV, "wgmma.*s32.s8.s8"),
+    (90, TritonInt8(), "int8", half, ONE_TAP, "wgmma.*s32.s8.s8"),
     (90, TritonInt8(), "int4", half, FEW, "(wgmma|mma).*s32.s8.s8"),
     (90, TritonFloat(), "int4", half, WIDE, "wgmma.*f32.f16.f16"),
     (90, TritonFloat(), "int4", bfloat, CONV, "wgmma.*f32.bf16.bf16"),
@@ -158,14 +168,17 @@ def test_a_product_runs_on_tensor_cores_from_asynchronous_copies_and_in_register
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
-def test_a_weight_is_dequantized_without_local_memory(
+def test_weights_and_inputs_are_converted_without_local_memory(
     launched: list[tuple[str, Any]], tmp_path: Path, architecture: int
 ) -> None:
     driver.set_active(Pretended(architecture))
     call(TritonDequantize(), "int4", half, *CONV)
     call(TritonInt8(), "int4", half, *CONV)
-    names = [name for name, _ in launched]
-    assert {"_dequantize_affine", "_channel_scales", "_requantize", "_reach", "_quantize_samples"} <= set(names)
+    call(TritonInt8(), "int8", half, *ONE_TAP, order=torch.contiguous_format)
+    call(TritonInt8(), "int8", half, *WIDE)
+    names = {name for name, _ in launched}
+    assert names >= {"_dequantize_affine", "_channel_scales", "_requantize"}
+    assert names >= {"_reach", "_quantize_samples", "_quantize_pixels", "_quantize_rows"}
     for name, compiled in launched:
         if name != "_product":
             code = disassembled(name, compiled, tmp_path)
