@@ -18,7 +18,7 @@ from bitpolicy.kernels import cpu_dequantize, cpu_extension
 from bitpolicy.kernels.cpu_layout import CHANNELS_LAST, channels_last_strides, contiguous_strides, in_channels_last
 from bitpolicy.kernels.cpu_scratch import scratch, scratch_tensor
 from bitpolicy.kernels.formats import INT8
-from bitpolicy.kernels.int8_compute import weight_codes
+from bitpolicy.kernels.int8_compute import takes_pixels, weight_codes
 from bitpolicy.kernels.kernel import Compute, Geometry, Kernel, PackedWeight, Prepared
 
 _LINE = 64  # bytes; codes start at one
@@ -63,7 +63,7 @@ class CpuInt8(Kernel):
                 layout["offsets"].data_ptr(),
                 None if bias is None else bias.data_ptr(),
                 y.data_ptr(),
-                work + call.scales,
+                work + call.grids,
                 work,
                 call.dtype,
                 torch.get_num_threads(),
@@ -101,7 +101,7 @@ class _Call:
         plan: `Plan` of csrc/int8.cpp.
         shape, strides: of the result.
         dtype: as the library calls it.
-        scales: bytes of scratch before the codes.
+        grids: bytes of scratch before the codes, for scales and zero points.
         work: bytes of scratch.
         memory_format: what the input has to lie in.
     """
@@ -110,7 +110,7 @@ class _Call:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: int | None
-    scales: int
+    grids: int
     work: int
     memory_format: torch.memory_format
 
@@ -141,20 +141,21 @@ def _call(
     last = rows or (in_channels_last(shape, strides) and (len(size) == 2 or prod(kernel) > 1))
     result = (*leading, out) if rows else (samples, out, *steps)
     padded = prod(n + 2 * p for n, p in zip(size, geometry.padding, strict=True))
-    scales = -(-4 * (size[0] if rows else samples) // _LINE) * _LINE
+    pixels = takes_pixels(weight, geometry)
+    grids = -(-8 * samples * (prod(size) if pixels else 1) // _LINE) * _LINE
     three = [
         [fill] * (3 - len(size)) + list(numbers)
         for numbers, fill in zip(
             (size, kernel, geometry.stride, geometry.padding, geometry.dilation), (1, 1, 1, 0, 1), strict=True
         )
     ]
-    plan = [samples, channels, out, *chain(*three), rows, not last, last]
+    plan = [samples, channels, out, *chain(*three), pixels, not last, last]
     return _Call(
         plan=(c_int64 * len(plan))(*plan),
         shape=result,
         strides=contiguous_strides(result) if rows or not last else channels_last_strides(result),
         dtype=cpu_extension.dtype_code(dtype),
-        scales=scales,
-        work=scales + samples * padded * -(-channels // 4) * 4,
+        grids=grids,
+        work=grids + samples * padded * -(-channels // 4) * 4,
         memory_format=CHANNELS_LAST[len(size)] if last and not rows else torch.contiguous_format,
     )

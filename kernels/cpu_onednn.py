@@ -2,20 +2,25 @@
 
 Inputs are quantized, and sums scaled, by plain torch code. The operators are private to torch (`onednn::`), so they are
 tried on a small product first: where they are absent, take other arguments or give another answer, this kernel refuses.
-They want bytes with zero point 128: for signed ones oneDNN has only a reference kernel, a hundred times slower.
+They want bytes: for signed ones oneDNN has only a reference kernel, a hundred times slower. They know one zero point a
+call, so zero points are subtracted by channels more, all of which hold z:
+
+    sum_k (x_q - z) w_q = sum_k x_q w_q + sum_j z v_j,    sum_j v_j = -sum_k w_q
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 
 import torch
+from torch.nn.functional import pad
 
-from bitpolicy.kernels.int8_compute import TOP, multiply, quantize_input, weight_codes
+from bitpolicy.kernels.int8_compute import TOP, input_grid, multiply, quantize_input, shared, weight_codes
 from bitpolicy.kernels.kernel import Compute, Geometry, Kernel, PackedWeight, Prepared
 
-_ZERO = 128
+_MOST = 127  # of a weight's code
 _LONGEST = 2**16  # weights of a row whose products fit 32 bits
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -44,9 +49,10 @@ class OneDnnInt8(Kernel):
         if not x.numel():
             return multiply(x, x.new_empty(weight.shape), weight.geometry, bias)
         layout = prepared or _packed(weight)
-        codes, scale = quantize_input(x, per_sample=weight.geometry is not None)
+        dims = shared(x.ndim, weight.shape, weight.geometry)
+        zero, (steps, scale) = input_grid(x, dims)[1], quantize_input(x, dims)
         scale = torch.where(torch.isfinite(scale), scale, torch.nan)  # codes of NaN are any byte
-        sums = _sums(codes.add_(_ZERO).to(torch.uint8), layout["codes"], weight.geometry, weight.shape[0])
+        sums = _sums(steps, zero, layout, weight.geometry, weight.shape[0])
         channels = layout["scale"] if weight.geometry is None else _by_channel(layout["scale"], sums)
         y = sums.mul_(scale * channels)
         if bias is not None:
@@ -56,31 +62,46 @@ class OneDnnInt8(Kernel):
 
 def _packed(weight: PackedWeight) -> dict[str, torch.Tensor]:
     codes, scale = weight_codes(weight)
-    return {"codes": _prepacked(codes.contiguous(), weight.geometry), "scale": scale}
+    return _prepacked(codes, weight.geometry) | {"scale": scale}
 
 
-def _prepacked(codes: torch.Tensor, geometry: Geometry | None) -> torch.Tensor:
-    ops = torch.ops.onednn
+def _prepacked(codes: torch.Tensor, geometry: Geometry | None) -> dict[str, torch.Tensor]:
+    """`codes` with those of the channels that hold z; `ones`, u8, one for each of them."""
+    sums, ops = codes.flatten(1).sum(1, dtype=torch.int64)[:, None], torch.ops.onednn
+    count = -(-int(sums.abs().max()) // _MOST)
+    v = sums.sign().neg() * (sums.abs() - _MOST * torch.arange(count)).clamp_(0, _MOST)
+    more = codes.new_zeros(codes.shape[0], count, *codes.shape[2:])
+    more.view(*more.shape[:2], prod(more.shape[2:]))[..., 0] = v  # of one tap
+    codes, ones = torch.cat([codes, more], 1), torch.ones(count, dtype=torch.uint8)
     if geometry is None:
-        return ops.qlinear_prepack(codes, None)
-    slides = (list(geometry.stride), list(geometry.padding), list(geometry.dilation), 1)
-    return ops.qconv_prepack(codes, torch.ones(codes.shape[0]), 1.0, _ZERO, *slides)
+        return {"codes": ops.qlinear_prepack(codes, None), "ones": ones}
+    packed = ops.qconv_prepack(codes, torch.ones(codes.shape[0]), 1.0, 0, *_slides(geometry))
+    return {"codes": packed, "ones": ones.view(-1, *[1] * len(geometry.stride))}
 
 
-def _sums(x: torch.Tensor, packed: torch.Tensor, geometry: Geometry | None, out: int) -> torch.Tensor:
-    """sum_k (x_k - 128) w_k, float32, in the memory format of the input."""
-    scales, zeros = _units(out)
+def _slides(geometry: Geometry) -> tuple[list[int], list[int], list[int], int]:
+    """As the operators take them: the input comes padded."""
+    return list(geometry.stride), [0] * len(geometry.stride), list(geometry.dilation), 1
+
+
+def _sums(
+    steps: torch.Tensor, zero: torch.Tensor, layout: Prepared, geometry: Geometry | None, out: int
+) -> torch.Tensor:
+    """sum_k (x_q - z) w_q, float32, in the memory format of `steps`, x_q - z."""
+    packed, units, last = layout["codes"], _units(out), _channels_last(steps)
+    held = (zero * layout["ones"]).to(torch.uint8)
     if geometry is None:
-        rows = x.reshape(-1, x.shape[-1])
+        x = torch.cat([(steps + zero).to(torch.uint8), held], -1)
         y = torch.ops.onednn.qlinear_pointwise(
-            rows, 1.0, _ZERO, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+            x.view(-1, x.shape[-1]), 1.0, 0, packed, *units, None, 1.0, 0, torch.float32, "none", [], ""
         )
         return y.view(*x.shape[:-1], out)
-    slides = (list(geometry.stride), list(geometry.padding), list(geometry.dilation), 1)
+    steps = pad(steps, [n for n in reversed(geometry.padding) for _ in range(2)])
+    x = torch.cat([(steps + zero).to(torch.uint8), held.expand(*held.shape[:2], *steps.shape[2:])], 1)
     y = torch.ops.onednn.qconv_pointwise(
-        x, 1.0, _ZERO, packed, scales, zeros, None, *slides, 1.0, 0, torch.float32, "none", [], ""
+        x, 1.0, 0, packed, *units, None, *_slides(geometry), 1.0, 0, torch.float32, "none", [], ""
     )
-    return y if _channels_last(x) else y.contiguous()
+    return y.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def _channels_last(x: torch.Tensor) -> bool:
@@ -117,12 +138,9 @@ _TRIED: Sequence[tuple[tuple[int, ...], Geometry | None]] = (
 
 
 def _is_right(shape: tuple[int, ...], geometry: Geometry | None) -> bool:
-    x = (
-        torch.arange(2 * 33 * 7 ** (len(shape) - 2))
-        .remainder(2 * TOP + 1)
-        .sub(TOP)
-        .view(2, 33, *[7] * (len(shape) - 2))
-    )
-    w = torch.arange(torch.Size(shape).numel()).mul(7).remainder(2 * TOP + 1).sub(TOP).view(shape)
-    found = _sums((x + _ZERO).to(torch.uint8), _prepacked(w.to(torch.int8), geometry), geometry, shape[0])
-    return torch.equal(found.double(), multiply(x.double(), w.double(), geometry))
+    size = (2, 33, *[7] * (len(shape) - 2))
+    zero = torch.tensor([3.0, 201.0]).view(2, *[1] * (len(shape) - 1))
+    steps = torch.arange(prod(size)).remainder(TOP + 1).view(size) - zero
+    w = torch.arange(prod(shape)).mul(7).remainder(2 * _MOST + 1).sub(_MOST).view(shape)
+    found = _sums(steps, zero, _prepacked(w.to(torch.int8), geometry), geometry, shape[0])
+    return torch.equal(found.double(), multiply(steps.double(), w.double(), geometry))

@@ -1,17 +1,17 @@
 """Compute in 8 bits, as every INT8 kernel of this package does it: definition and plain torch reference.
 
     lo, hi = the least and the largest x, zero included, of those that share a scale (`shared`)
-    s_x = hi / 255 - lo / 255,    z = round(-lo / s_x),    x_q = clamp(round(x / s_x) + z, 0, 255)
+    s_x = hi / 255 - lo / 255,    z = min(round(-lo / s_x), 255),    x_q = clamp(round(x / s_x) + z, 0, 255)
     W  ~ s_w[out] w_q, w_q in [-127, 127]: the codes of `int8` as they are stored; those of every other format are
          requantized once, to nearest, with s_w = max|W| / 127 of each output channel
-    y  = (sum_k (x_q - z) w_q) (s_x s_w) + b,    the sum in integers, the rest in float32, rounded once to the dtype of x
+    y  = (sum_k (x_q - z) w_q) (s_x s_w) + b,    the sum in integers, the rest in float32, rounded once to x's dtype
 
-A scale and its zero point are shared by a row of a linear layer's input, by a pixel where a convolution has one tap (it is
-a linear layer of its pixels then), and by a sample of every other convolution's: a result never depends on what else is
-in the batch. The padding of a convolution has the code z. A set without range has s_x = 1; one with a NaN or an infinite
-value gives NaN. Source of the scheme: Jacob et al. 2018, sections 2.1 and 2.3; scales taken at run time, a token each,
-are those of Dettmers et al. 2022, "LLM.int8()", section 3.1. Zero points, because what comes out of SiLU is hardly ever
-below zero: symmetric codes would leave half of themselves unused.
+A scale and its zero point are shared by a row of a linear layer's input, by a pixel where a convolution has one tap (it
+is a linear layer of its pixels then), and by a sample of every other convolution's: a result never depends on what else
+is in the batch. The padding of a convolution has the code z. A set without range has s_x = 1; one with a NaN or an
+infinite value gives NaN. Source of the scheme: Jacob et al. 2018, sections 2.1 and 2.3; scales taken at run time, a
+token each, are those of Dettmers et al. 2022, "LLM.int8()", section 3.1. Zero points, because what comes out of SiLU is
+hardly ever below zero: symmetric codes would leave half of themselves unused.
 
 Convolutions of several groups and very short rows are not worth it: `suits` says which layers are, by shape alone, so
 that the numbers never depend on which kernel was fastest.
@@ -64,7 +64,7 @@ def takes_pixels(shape: Sequence[int], geometry: Geometry) -> bool:
     return prod(shape[2:]) == 1 and max(geometry.stride) == 1 and max(geometry.padding) == 0
 
 
-def input_grid(x: torch.Tensor, dims: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def input_grid(x: torch.Tensor, dims: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """s_x and z of a float input, float32, of a size 1 along the `shared` dimensions."""
     x = x.float()
     if not x.numel():
@@ -73,10 +73,10 @@ def input_grid(x: torch.Tensor, dims: Sequence[int]) -> tuple[torch.Tensor, torc
         lo, hi = x.amin(dims, keepdim=True).clamp(max=0), x.amax(dims, keepdim=True).clamp(min=0)
     scale = hi / TOP - lo / TOP
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return scale, (-lo / scale).round_()
+    return scale, (-lo / scale).round_().clamp_(max=TOP)  # a subnormal s_x may be far less than it should be
 
 
-def quantize_input(x: torch.Tensor, dims: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_input(x: torch.Tensor, dims: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """x_q - z, float32 whole numbers (NaN where x has no finite scale), and s_x, as `input_grid` has it.
 
     Args:
@@ -88,7 +88,7 @@ def quantize_input(x: torch.Tensor, dims: Sequence[int]) -> tuple[torch.Tensor, 
 
 
 def int8_product(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """y by plain torch code. Sums are taken in float64, which holds every sum of 2^53 / (255 x 127) products exactly."""
+    """y by plain torch code. Sums are taken in float64, which holds those of 2^53 / (255 x 127) products exactly."""
     steps, scale = quantize_input(x, shared(x.ndim, weight.shape, weight.geometry))
     w, s_w = weight_codes(weight)
     sums = multiply(steps.double(), w.double(), weight.geometry).float()

@@ -28,13 +28,11 @@ class Compute(StrEnum):
     EXACT: nothing; the bits of an ordinary layer that holds the dequantized weight.
     FLOAT: nothing, but sums may be taken in another order.
     INT8: inputs, to 8 bits (`bitpolicy.kernels.int8_compute`); sums are of integers.
-    FP8: inputs, to float8 e4m3.
     """
 
     EXACT = "exact"
     FLOAT = "float"
     INT8 = "int8"
-    FP8 = "fp8"
 
 
 def parse_compute(name: str) -> Compute:

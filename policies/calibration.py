@@ -40,6 +40,11 @@ def needed_for(choices: Mapping[str, Choice], calibration: Calibration) -> dict[
     return {key: calibration[key] for key in calibration if "/" not in key or key.rpartition("/")[0] in wanted}
 
 
+def calibration_bytes(calibration: Calibration) -> int:
+    """Tensor bytes of its file."""
+    return sum(calibration[key].nbytes for key in calibration)
+
+
 def save_calibration(calibration: Calibration, path: Path) -> None:
     with written_aside(path) as aside:
         save_file(

@@ -42,7 +42,7 @@ class BitPolicyQuantizer(DiffusersQuantizer):
     quantization_config: BitPolicyConfig
     _given: tuple[Policy, Path | None] | None = None
     _reading: PackedWhileRead | None = None
-    _files: Sequence[str | Path] | None = None
+    _files: Sequence[str | Path] = ()
     _compute: torch.dtype = torch.float16
     _kept_in_float32: Sequence[str] = ()
 
@@ -64,6 +64,11 @@ class BitPolicyQuantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, keep_in_fp32_modules: Sequence[str] = (), **kwargs: Any
     ) -> None:
+        if not self._files:
+            raise BitPolicyError(
+                "diffusers does not tell which file it reads, so it cannot be checked; "
+                "load the folder with from_pretrained instead of the file with from_single_file"
+            )
         self._kept_in_float32 = tuple(keep_in_fp32_modules)
         if self._given is not None:
             self._expect_full(model, *self._given)
@@ -73,10 +78,9 @@ class BitPolicyQuantizer(DiffusersQuantizer):
     def _expect_packed(self, model: Any) -> None:
         config = self.quantization_config
         make_shells(model, config)
-        if self._files is not None:  # an older diffusers does not tell them: `finish` and the next hook have to do
-            stored = stored_tensors(self._files)
-            require_stored(stored, expected_tensors(model), packed_names(model), config.storage)
-            require_checksums(stored, config.checksums)
+        stored = stored_tensors(self._files)
+        require_stored(stored, expected_tensors(model), packed_names(model), config.storage)
+        require_checksums(stored, config.checksums)
         config.checksums = ""  # they are of this file, not of what is made of the model
 
     def check_quantized_param_shape(self, param_name: str, current: torch.Tensor, loaded: torch.Tensor) -> None:
@@ -86,8 +90,6 @@ class BitPolicyQuantizer(DiffusersQuantizer):
         )
 
     def _expect_full(self, model: Any, policy: Policy, path: Path | None) -> None:
-        if self._files is None:
-            raise BitPolicyError("to pack a model while it is loaded takes diffusers 0.40 or newer; upgrade it")
         stored = stored_tensors(self._files)
         self._reading = PackedWhileRead(policy, path, model)
         places = {name: name for name in stored}
@@ -127,7 +129,7 @@ class BitPolicyQuantizer(DiffusersQuantizer):
             self._reading.require_all_taken()
             self.quantization_config, self.pre_quantized = self._reading.config, True
         self._given = self._reading = None
-        self._files = None
+        self._files = ()
         finish(model, self._compute_dtype, Compute(self.quantization_config.compute))
         model.config["quantization_config"] = self.quantization_config
         model.is_quantized = False  # packed layers survive .to(dtype): lifts diffusers' refusal of it

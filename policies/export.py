@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,14 +14,14 @@ from bitpolicy.kernels.kernel import Compute
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.apply import choices_for
 from bitpolicy.policies.atomic import write_text, written_aside
-from bitpolicy.policies.calibration import Calibration, is_rounded, save_calibration
+from bitpolicy.policies.calibration import Calibration, calibration_bytes, is_rounded, save_calibration
 from bitpolicy.policies.checkpoint import MAX_SHARD_SIZE
 from bitpolicy.policies.component import export_component
 from bitpolicy.policies.denoiser import denoisers_in, of_component
 from bitpolicy.policies.disk_space import require_space
 from bitpolicy.policies.model_card import PLAIN, Card, model_card
 from bitpolicy.policies.parts import MemoryParts, Parts
-from bitpolicy.policies.policy import Policy
+from bitpolicy.policies.policy import Choice, Policy
 
 
 def export_pipeline(
@@ -77,7 +78,8 @@ def export_parts(
         raise BitPolicyError(f"{folder} holds something that is no pipeline; export to a new or an empty folder")
     with written_aside(folder) as aside:
         packed = ByteAccount.of(parts.denoiser, storage).total({name: c.format for name, c in choices.items()})
-        require_space(aside.parent, packed + parts.to_write(others, aside))
+        beside = calibration_bytes(calibration) if _is_kept(calibration, choices) else 0
+        require_space(aside.parent, packed + beside + parts.to_write(others, aside))
         aside.mkdir()
         parts.write_others(others, aside)
         nbytes = 0
@@ -87,8 +89,8 @@ def export_parts(
             source = parts.sources[name]
             about = (storage, aside / name, max_shard_size, source, Compute(policy.compute))
             nbytes += export_component(model, own, means, *about)
-        if not is_rounded(calibration) and any(choice.bias_correction for choice in choices.values()):
-            save_calibration(calibration, aside / "calibration.safetensors")  # rounded, it would hold the weights again
+        if _is_kept(calibration, choices):
+            save_calibration(calibration, aside / "calibration.safetensors")
         describe_checkpoint(aside, policy, parts.denoiser, card)
     return nbytes
 
@@ -98,3 +100,8 @@ def describe_checkpoint(folder: Path, policy: Policy, denoiser: nn.Module, card:
     policy.save(folder / "policy.yaml")
     choices = choices_for(denoiser, policy)
     write_text(folder / "README.md", model_card(policy, denoiser, choices, card))
+
+
+def _is_kept(calibration: Calibration, choices: Mapping[str, Choice]) -> bool:
+    """Whether the calibration goes along; one of rounded layers would hold the weights again."""
+    return not is_rounded(calibration) and any(choice.bias_correction for choice in choices.values())

@@ -1,109 +1,19 @@
 // INT8 compute (kernels/int8_compute.py) with the VNNI instructions of AVX-512.
 //
-//     y = (sum_k (x_q + 128) w_q - 128 sum_k w_q) (s_x s_w) + b
+//     y = (sum_k x_q w_q - z sum_k w_q) (s_x s_w) + b
 //
-// Inputs are quantized into bytes with zero point 128, channels fastest, the borders of a convolution filled with the
-// code of zero; so the second sum is the same for every output position. A linear layer is a convolution of one tap over
-// a line of rows. Tiles of 6 positions by up to 64 channels stay in registers for the whole sum.
+// Inputs are quantized into bytes by int8_input.h, the borders of a convolution filled with the code of zero; so the second
+// sum is the same for every output position. A linear layer is a convolution of one tap over a line of rows. Tiles of 6
+// positions by up to 64 channels stay in registers for the whole sum.
 
-#include "floats.h"
+#include "int8_input.h"
 
-#if defined(WIDE_VECTORS) && defined(__AVX512VNNI__)
+#if defined(HAS_INT8)
 
 namespace {
 
 constexpr int64_t TILE = 6, STRIP = 48, PANEL = 64;
 constexpr int64_t CACHE = 1 << 19;  // bytes of weights
-constexpr int ZERO = 128;
-
-inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Quantization
-
-template <class T>
-int32_t largest_bits(const T* x, int64_t length) {  // of |x|, as an integer: NaN > inf > every number
-    const __m512i sign = _mm512_set1_epi32(0x7fffffff);
-    __m512i top[4] = {};
-    int64_t i = 0;
-    for (; i + 64 <= length; i += 64)
-        for (int j = 0; j < 4; j++) {
-            __m512i bits = _mm512_castps_si512(load16(x + i + 16 * j, 0xffff));
-            top[j] = _mm512_max_epi32(top[j], _mm512_and_si512(bits, sign));
-        }
-    for (; i < length; i += 16) {
-        __m512i bits = _mm512_castps_si512(load16(x + i, first_lanes(length - i)));
-        top[0] = _mm512_max_epi32(top[0], _mm512_and_si512(bits, sign));
-    }
-    return _mm512_reduce_max_epi32(_mm512_max_epi32(_mm512_max_epi32(top[0], top[1]), _mm512_max_epi32(top[2], top[3])));
-}
-
-inline float scale_of(int32_t bits) {  // NaN where the largest value is not finite
-    if (bits >= 0x7f800000) return as_float(0x7fc00000);
-    const float scale = as_float(uint32_t(bits)) / 127.0f;
-    return scale == 0 ? 1.0f : scale;
-}
-
-// x / scale, to nearest even, in [-127, 127], plus 128. A product is faster than a division, and errs by less than 2^-14
-// here: only where it lies that close to a tie is it divided.
-struct Quantizer {
-    __m512 scale, inverse;
-    bool simple;
-
-    explicit Quantizer(float s)
-        : scale(_mm512_set1_ps(s)), inverse(_mm512_set1_ps(1 / s)), simple(s > 1e-30f && s < 1e30f) {}
-
-    __m512i operator()(__m512 x) const {
-        __m512 code = _mm512_mul_ps(x, inverse);
-        __m512 whole = _mm512_roundscale_ps(code, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        __m512 rest = _mm512_abs_ps(_mm512_sub_ps(code, whole));
-        if (!simple || _mm512_cmp_ps_mask(rest, _mm512_set1_ps(0.5f - 0x1p-13f), _CMP_GE_OQ))
-            whole = _mm512_roundscale_ps(_mm512_div_ps(x, scale), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        whole = _mm512_max_ps(_mm512_min_ps(whole, _mm512_set1_ps(127)), _mm512_set1_ps(-127));  // NaN becomes 127
-        return _mm512_add_epi32(_mm512_cvtps_epi32(whole), _mm512_set1_epi32(ZERO));
-    }
-};
-
-template <class T>
-void quantize_row(const T* x, int64_t length, int64_t padded, const Quantizer& quantizer, uint8_t* to) {
-    for (int64_t i = 0; i < padded; i += 16) {
-        const __mmask16 lanes = first_lanes(length > i ? length - i : 0);
-        __m128i codes = _mm512_cvtepi32_epi8(quantizer(load16(x + i, lanes)));
-        _mm_mask_storeu_epi8(to + i, first_lanes(padded - i), codes);
-    }
-}
-
-// 16 pixels of 16 channels, channels `stride` apart -> a run of 16 bytes for each pixel
-template <class T>
-void turn_block(const T* x, int64_t stride, int64_t channels, int64_t pixels, const Quantizer& quantizer, uint8_t* to,
-                int64_t pitch) {
-    const __mmask16 lanes = first_lanes(pixels);
-    __m512i four[4];
-    for (int j = 0; j < 4; j++) {
-        __m512i word = _mm512_setzero_si512();
-        for (int i = 0; i < 4; i++) {
-            const int64_t c = 4 * j + i;
-            if (c < channels) {
-                __m512i code = quantizer(load16(x + c * stride, lanes));
-                word = _mm512_or_si512(word, _mm512_sll_epi32(code, _mm_cvtsi32_si128(8 * i)));
-            }
-        }
-        four[j] = word;
-    }
-    const __m512i a = _mm512_unpacklo_epi32(four[0], four[1]), b = _mm512_unpackhi_epi32(four[0], four[1]);
-    const __m512i c = _mm512_unpacklo_epi32(four[2], four[3]), d = _mm512_unpackhi_epi32(four[2], four[3]);
-    alignas(64) uint8_t turned[4][64];  // [pixel % 4][pixel / 4][channel]
-    _mm512_store_si512(turned[0], _mm512_unpacklo_epi64(a, c));
-    _mm512_store_si512(turned[1], _mm512_unpackhi_epi64(a, c));
-    _mm512_store_si512(turned[2], _mm512_unpacklo_epi64(b, d));
-    _mm512_store_si512(turned[3], _mm512_unpackhi_epi64(b, d));
-    const __mmask16 bytes = first_lanes(round_up(channels, 4));
-    for (int64_t p = 0; p < pixels; p++) {
-        __m128i run = _mm_load_si128(reinterpret_cast<const __m128i*>(turned[p % 4] + p / 4 * 16));
-        _mm_mask_storeu_epi8(to + p * pitch, bytes, run);
-    }
-}
 
 // The product
 
@@ -157,17 +67,17 @@ struct Panels {
 };
 
 struct Epilogue {
-    const float* scale;      // of the input: one a sample, or one a position
+    Grids grids;
     const float* out_scale;  // of the weight, padded to whole vectors
-    const int32_t* offsets;  // 128 sum_k w_q, likewise
+    const int32_t* offsets;  // sum_k w_q, likewise
     int64_t by_position, out, positions, channels_last;
 };
 
 // sums[position][channel] -> values, in place or, where the result has channels last, written to y.
 template <int V, class T>
-void scale(int32_t* sums, const float* scales, int64_t step, const Epilogue& e, int64_t count, int64_t channel,
+void scale(int32_t* sums, const Grids& grids, int64_t step, const Epilogue& e, int64_t count, int64_t channel,
            const T* bias, T* y) {
-    __m512i offset[V];
+    __m512i offset[V], excess[V];
     __m512 out_scale[V], added[V];
     __mmask16 lanes[V];
 #pragma GCC unroll 4
@@ -179,10 +89,12 @@ void scale(int32_t* sums, const float* scales, int64_t step, const Epilogue& e, 
         added[v] = bias ? load16(bias + n, lanes[v]) : _mm512_set1_ps(-0.0f);  // which changes no sum
     }
     for (int64_t p = 0; p < count; p++) {
-        const __m512 own = _mm512_set1_ps(scales[p * step]);
+        const __m512 own = _mm512_set1_ps(grids.scale[p * step]);
+        const __m512i zero = _mm512_set1_epi32(grids.zero[p * step]);
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++) {
-            const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums + p * PANEL + 16 * v), offset[v]);
+            if (step || !p) excess[v] = _mm512_mullo_epi32(zero, offset[v]);
+            const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums + p * PANEL + 16 * v), excess[v]);
             const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(own, out_scale[v]));
             if (e.channels_last)
                 store16(y + p * e.out + 16 * v, _mm512_add_ps(value, added[v]), lanes[v]);
@@ -214,94 +126,21 @@ template <class T>
 void finish(int32_t* sums, const Epilogue& e, int64_t sample, int64_t at, int64_t count, int64_t channel,
             int64_t vectors, const T* bias, T* y) {
     const int64_t position = sample * e.positions + at;
-    const float* scales = e.scale + (e.by_position ? position : sample);
+    const Grids grids = e.grids.from(e.by_position ? position : sample);
     T* to = e.channels_last ? y + position * e.out + channel : y + (sample * e.out + channel) * e.positions + at;
-    if (vectors == 1) scale<1>(sums, scales, e.by_position, e, count, channel, bias, to);
-    if (vectors == 2) scale<2>(sums, scales, e.by_position, e, count, channel, bias, to);
-    if (vectors == 3) scale<3>(sums, scales, e.by_position, e, count, channel, bias, to);
-    if (vectors == 4) scale<4>(sums, scales, e.by_position, e, count, channel, bias, to);
+    if (vectors == 1) scale<1>(sums, grids, e.by_position, e, count, channel, bias, to);
+    if (vectors == 2) scale<2>(sums, grids, e.by_position, e, count, channel, bias, to);
+    if (vectors == 3) scale<3>(sums, grids, e.by_position, e, count, channel, bias, to);
+    if (vectors == 4) scale<4>(sums, grids, e.by_position, e, count, channel, bias, to);
     if (!e.channels_last)
         turn(reinterpret_cast<float*>(sums), count, least(e.out - channel, 16 * vectors), e.positions, to);
-}
-
-// How a convolution reads its padded input and writes its output; 3 dimensions, absent ones of size 1.
-struct Plan {
-    int64_t samples, channels, out;
-    int64_t size[3], kernel[3], stride[3], padding[3], dilation[3];
-    int64_t by_position, planar, channels_last;
-
-    int64_t pitch() const { return round_up(channels, 4); }
-    int64_t padded(int i) const { return size[i] + 2 * padding[i]; }
-    int64_t steps(int i) const { return (padded(i) - dilation[i] * (kernel[i] - 1) - 1) / stride[i] + 1; }
-    int64_t pixels() const { return size[0] * size[1] * size[2]; }
-    int64_t positions() const { return steps(0) * steps(1) * steps(2); }
-    int64_t sample_bytes() const { return padded(0) * padded(1) * padded(2) * pitch(); }
-};
-
-template <class T>
-void quantize_rows(const Plan& p, const T* x, uint8_t* codes, float* scales, int threads) {
-    const int64_t rows = p.samples * p.pixels(), pitch = p.pitch();
-    PARALLEL_FOR(threads)
-    for (int64_t m = 0; m < rows; m++) {
-        const T* row = x + m * p.channels;
-        scales[m] = scale_of(largest_bits(row, p.channels));
-        quantize_row(row, p.channels, pitch, Quantizer(scales[m]), codes + m * pitch);
-    }
-}
-
-template <class T>
-void find_scales(const Plan& p, const T* x, float* scales, int threads) {
-    constexpr int64_t piece = 1 << 14;
-    const int64_t values = p.channels * p.pixels(), pieces = (values + piece - 1) / piece;
-    for (int64_t b = 0; b < p.samples; b++) {
-        int32_t top = 0;
-#if defined(_OPENMP)
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(max : top) if (threads > 1)
-#endif
-        for (int64_t i = 0; i < pieces; i++) {
-            const int32_t found = largest_bits(x + b * values + i * piece, least(piece, values - i * piece));
-            top = found > top ? found : top;
-        }
-        scales[b] = scale_of(top);
-    }
-}
-
-template <class T>
-void quantize_samples(const Plan& p, const T* x, uint8_t* codes, float* scales, int threads) {
-    find_scales(p, x, scales, threads);
-    const int64_t pitch = p.pitch(), pixels = p.pixels(), lines = p.size[0] * p.size[1];
-    if (p.padding[0] || p.padding[1] || p.padding[2]) std::memset(codes, ZERO, p.samples * p.sample_bytes());
-    const bool whole = !p.padding[2] && !p.padding[1];  // lines follow each other: take all of a plane as one
-    const int64_t width = whole ? p.size[1] * p.size[2] : p.size[2], count = whole ? p.size[0] : lines;
-    PARALLEL_FOR(threads)
-    for (int64_t i = 0; i < p.samples * count; i++) {
-        const int64_t b = i / count, line = i % count;
-        const int64_t d = whole ? line : line / p.size[1], h = whole ? 0 : line % p.size[1];
-        uint8_t* to = codes + b * p.sample_bytes() +
-                      (((d + p.padding[0]) * p.padded(1) + h + p.padding[1]) * p.padded(2) + p.padding[2]) * pitch;
-        const int64_t first = line * width;
-        const Quantizer quantizer(scales[b]);
-        if (!p.planar) {
-            for (int64_t w = 0; w < width; w++)
-                quantize_row(x + (b * pixels + first + w) * p.channels, p.channels, pitch, quantizer, to + w * pitch);
-            continue;
-        }
-        constexpr int64_t piece = 256;  // pixels whose codes stay in the cache
-        for (int64_t at = 0; at < width; at += piece)
-            for (int64_t c = 0; c < p.channels; c += 16)
-                for (int64_t w = at; w < least(at + piece, width); w += 16)
-                    turn_block(x + (b * p.channels + c) * pixels + first + w, pixels, least(16, p.channels - c),
-                               least(16, width - w), quantizer, to + w * pitch + c, pitch);
-    }
 }
 
 template <class T>
 void multiply(const Plan& p, const T* x, const int8_t* weight, const float* out_scale, const int32_t* offsets,
               const T* bias, T* y, uint8_t* codes, float* scales, int threads) {
-    if (p.by_position)
-        quantize_rows(p, x, codes, scales, threads);
-    else
-        quantize_samples(p, x, codes, scales, threads);
+    const Grids grids{scales, reinterpret_cast<int32_t*>(scales) + p.grids()};
+    quantize(p, x, codes, grids, threads);
 
     const int64_t pitch = p.pitch(), taps = p.kernel[0] * p.kernel[1] * p.kernel[2];
     const bool joined = p.dilation[2] == 1;  // the taps of a line lie side by side
@@ -317,7 +156,7 @@ void multiply(const Plan& p, const T* x, const int8_t* weight, const float* out_
     const Panels panels(p.out);
     const int64_t positions = p.positions(), strips = (positions + STRIP - 1) / STRIP;
     const int64_t high = p.steps(1), wide = p.steps(2);
-    const Epilogue epilogue{scales, out_scale, offsets, p.by_position, p.out, positions, p.channels_last};
+    const Epilogue epilogue{grids, out_scale, offsets, p.by_position, p.out, positions, p.channels_last};
     // As many panels as the second cache holds are multiplied with a strip before the next one.
     const int64_t held = CACHE / (PANEL * pitch * taps), group = held < 1 ? 1 : least(held, panels.count);
     const int64_t all = p.samples * strips;
@@ -351,7 +190,7 @@ extern "C" {
 
 int bitpolicy_has_int8() { return 1; }
 
-// w (out, channels, taps) -> panels of [tap][channel / 4][output channel][channel % 4], and 128 sum_k w; padded by zeros.
+// w (out, channels, taps) -> panels of [tap][channel / 4][output channel][channel % 4], and sum_k w; padded by zeros.
 void bitpolicy_int8_pack(const int8_t* w, int64_t out, int64_t channels, int64_t taps, int8_t* packed,
                          int32_t* offsets) {
     const int64_t pitch = round_up(channels, 4);
@@ -368,12 +207,12 @@ void bitpolicy_int8_pack(const int8_t* w, int64_t out, int64_t channels, int64_t
                     sum += code;
                     to[((t * pitch + c) / 4 * width + n - first) * 4 + c % 4] = code;
                 }
-            offsets[n] = ZERO * sum;
+            offsets[n] = sum;
         }
     }
 }
 
-// codes: room for samples * sample_bytes(); scales: room for one a sample, or one a row.
+// codes: room for samples * sample_bytes(); scales: room for grids() of them and as many zero points.
 void bitpolicy_int8_multiply(const int64_t* plan, const void* x, const int8_t* weight, const float* out_scale,
                              const int32_t* offsets, const void* bias, void* y, uint8_t* codes, float* scales,
                              int dtype, int threads) {

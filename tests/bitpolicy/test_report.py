@@ -29,6 +29,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import FP16, format_named
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.policies.accounting import ByteAccount
+from bitpolicy.policies.policy import Policy
 from bitpolicy.report.decisions import decisions
 from bitpolicy.report.document import Report, make_report
 from bitpolicy.report.drawing import step_ticks
@@ -37,7 +38,7 @@ from bitpolicy.report.heat_map import _labels, heat_map
 from bitpolicy.report.inputs import Probed
 from bitpolicy.report.lists import make_lists
 from bitpolicy.report.page import paragraph, table
-from bitpolicy.report.sections import composition
+from bitpolicy.report.sections import composition, overview
 from bitpolicy.report.shares import claims, correction_sentence, layer_medians, shares, shares_by_role
 from bitpolicy.report.steps import amplification, coherence, entering
 from bitpolicy.sensitivity.cost import Cost
@@ -308,6 +309,14 @@ def test_the_verdict_turns_with_the_numbers(bias: tuple[float, float], int4: str
     assert f"{int4}. With the layers' biases as they were, its error is {bias[0]:.0%} bias, 10% scale" in text
     assert f"{int8}. With the layers' biases as they were, its error is {bias[1]:.0%} bias, 10% scale" in text
     assert [claim.holds for claim in claims(probed, split)] == ["confirmed" in int4, "confirmed" in int8]
+
+
+def test_it_says_how_the_policy_was_chosen() -> None:
+    probed = probed_of(errors())
+    study = {"trials": 24, "won": "the exact solution", "best_of_study_held": False}
+    chosen = replace(probed, policy=Policy.model_construct(provenance={"search": study}))
+    assert "best of 24 trials did not hold on fresh seeds" in text_of(overview(chosen, Path("out")).body)
+    assert "fresh seeds" not in text_of(overview(probed, Path("out")).body)
 
 
 def test_the_formats_are_told_by_their_bytes_not_by_their_place() -> None:

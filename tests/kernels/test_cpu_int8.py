@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,15 @@ from bitpolicy.kernels.cpu_int8 import CpuInt8, laid_out
 from bitpolicy.kernels.cpu_layout import channels_last_strides, contiguous_strides, in_channels_last
 from bitpolicy.kernels.cpu_onednn import OneDnnInt8
 from bitpolicy.kernels.formats import INT8, format_named
-from bitpolicy.kernels.int8_compute import int8_product, multiply, quantize_input, weight_codes
+from bitpolicy.kernels.int8_compute import (
+    TOP,
+    input_grid,
+    int8_product,
+    multiply,
+    quantize_input,
+    shared,
+    weight_codes,
+)
 from bitpolicy.kernels.kernel import Geometry, Kernel, PackedWeight
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -119,16 +128,25 @@ def test_torch_decides_where_the_result_lies(kernel: Kernel, call: str) -> None:
 
 
 @both
-@pytest.mark.parametrize("call", ["linear of odd sizes", "conv2d 3x3", "conv1d"])
+@pytest.mark.parametrize(
+    ("call", "where"),
+    [
+        ("linear of odd sizes", (1, 0)),
+        ("conv2d 3x3", (1,)),
+        ("conv1d", (1,)),
+        ("conv2d 1x1", (1, slice(None), 0, 0)),
+    ],
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_not_finite_makes_its_row_or_sample_nan(kernel: Kernel, call: str, value: float) -> None:
+def test_what_is_not_finite_makes_its_row_or_sample_nan(
+    kernel: Kernel, call: str, where: tuple[Any, ...], value: float
+) -> None:
     x, weight, bias = made(call)
     for each in lying(x):
         each = each.clone(memory_format=torch.preserve_format)
         each[(1, *[0] * (x.ndim - 1))] = value
         y, right = product(kernel, each, weight, bias), int8_product(each, weight, bias)
-        spoilt = y[1] if weight.geometry is not None else y[1, 0]
-        assert torch.isnan(spoilt).all()
+        assert torch.isnan(y[where]).all()
         assert torch.equal(torch.isnan(y), torch.isnan(right))
         assert torch.equal(y[0], right[0])
 
@@ -136,30 +154,74 @@ def test_what_is_not_finite_makes_its_row_or_sample_nan(kernel: Kernel, call: st
 @both
 @pytest.mark.parametrize("size", [1e-45, 2.66e-43, 1e-42, 1e-38, 1e-30, 1e-5, 1e20, 3e38])
 def test_huge_and_tiny_values(kernel: Kernel, size: float) -> None:
-    """Down to subnormal ones, whose scale may be far from max / 127, so that codes are clamped, or zero."""
-    for call in ("linear of odd sizes", "conv2d 3x3"):
+    """Down to subnormal ones, whose scale may be far from (max - min) / 255, so that codes are clamped, or zero."""
+    for call in ("linear of odd sizes", "conv2d 3x3", "conv2d 1x1"):
         x, weight, _ = made(call)
-        assert_defined(kernel, (x / x.abs().max()) * size, weight, None)
+        x = (x / x.abs().max()) * size
+        for each in (x, x.abs(), -x.abs()):
+            assert_defined(kernel, each, weight, None)
 
 
 @both
 def test_ties_go_to_even(kernel: Kernel) -> None:
-    """Halves, and the floats just below and above them; the last value makes the scale one."""
-    halves = torch.arange(-126.5, 127, 1)
-    near = torch.cat([halves, halves.nextafter(torch.tensor(200.0)), halves.nextafter(torch.tensor(-200.0))])
-    x = torch.cat([near, torch.tensor([127.0])])
-    codes = x.round()
-    for scale in (1.0, 0.37, 3e-5, 7e8):
-        row = (x * scale)[None]
-        expected = codes if scale == 1 else quantize_input(row, per_sample=False)[0][0]
+    """Halves, and the floats just below and above them; the last values make the scale one, and z odd or even."""
+    for most in (255.0, 128.0, 127.0, 0.0):
+        halves = torch.arange(most - 254.5, most, 1)
+        near = torch.cat([halves, halves.nextafter(torch.tensor(300.0)), halves.nextafter(torch.tensor(-300.0))])
+        x = torch.cat([near, torch.tensor([most, most - 255])])
         identity = torch.eye(len(x)).mul(127).to(torch.int8)
         weight = PackedWeight(INT8, identity.shape, {"weight_packed": identity, "weight_scale": torch.ones(len(x))})
-        found = product(kernel, row, weight, None)[0] / 127 / (row.abs().max() / 127)
-        assert torch.equal(found.round(), expected)
+        for scale in (1.0, 0.37, 3e-5, 7e8):
+            row = (x * scale)[None]
+            steps, s_x = quantize_input(row, (-1,))
+            assert torch.equal(product(kernel, row, weight, None), 127 * steps * s_x)
+            assert scale != 1 or torch.equal(steps[0], x.round())
 
 
 @both
-def test_the_largest_codes_do_not_overflow(kernel: Kernel) -> None:
+@every_call
+@pytest.mark.parametrize("kind", ["positive", "negative", "zero", "silu"])
+def test_inputs_of_one_sign_and_others_have_their_zero_points(kernel: Kernel, call: str, kind: str) -> None:
+    x, weight, bias = made(call)
+    kinds = {"positive": x.abs() + 1, "negative": -x.abs() - 1, "zero": 0 * x, "silu": torch.nn.functional.silu(4 * x)}
+    for each in lying(kinds[kind]):
+        assert_defined(kernel, each, weight, bias)
+    zero = input_grid(kinds[kind], shared(x.ndim, weight.shape, weight.geometry))[1]
+    assert {"positive": zero.max() == 0, "negative": zero.min() == TOP, "zero": zero.max() == 0,
+            "silu": bool((zero < TOP / 2).all())}[kind]  # fmt: skip
+
+
+@both
+@pytest.mark.parametrize("spatial", [(37,), (5, 7), (17, 31), (2, 3, 7)], ids=str)
+def test_a_convolution_of_one_tap_is_a_linear_layer_of_its_pixels(kernel: Kernel, spatial: tuple[int, ...]) -> None:
+    """So each has a scale of its own, wherever the channels lie."""
+    generator, n = torch.Generator().manual_seed(0), len(spatial)
+    x = torch.randn((2, 37, *spatial), generator=generator) * torch.rand((2, 1, *spatial), generator=generator) ** 4
+    bias, stored = torch.randn(70, generator=generator), INT8.quantize(torch.randn(70, 37, generator=generator))
+    linear = PackedWeight(INT8, (70, 37), stored)
+    tap = {**stored, "weight_packed": stored["weight_packed"].view(70, 37, *[1] * n)}
+    conv = PackedWeight(INT8, (70, 37, *[1] * n), tap, Geometry((1,) * n, (0,) * n, (1,) * n))
+    for each in lying(x):
+        right = product(kernel, each.movedim(1, -1).contiguous(), linear, bias)
+        assert torch.equal(product(kernel, each, conv, bias).movedim(1, -1), right)
+
+
+@both
+@pytest.mark.parametrize("most", [0.0, 0.3, 40.0])
+def test_padding_is_zero_whatever_code_that_has(kernel: Kernel, most: float) -> None:
+    """As if the input had come with the zeros around it, which change no range."""
+    x, weight, bias = made("conv2d with all at once")
+    x = x.clamp(max=most) * torch.tensor([1.0, -3.0]).view(2, 1, 1, 1)
+    assert not (input_grid(x, (1, 2, 3))[1] == 128).any()
+    around = torch.nn.functional.pad(x, (2, 2, 1, 1))
+    bare = PackedWeight(INT8, weight.shape, weight.tensors, Geometry((2, 1), (0, 0), (1, 2)))
+    assert torch.equal(product(kernel, x, weight, bias), product(kernel, around, bare, bias))
+
+
+@both
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_codes_do_not_overflow(kernel: Kernel, sign: int) -> None:
+    """Of a zero point of 255 too, whose two sums are as large."""
     length = 2**16 - 4
     weight = PackedWeight(
         INT8,
@@ -167,8 +229,8 @@ def test_the_largest_codes_do_not_overflow(kernel: Kernel) -> None:
         {"weight_packed": torch.tensor([[127], [-127]], dtype=torch.int8).expand(2, length).contiguous(),
          "weight_scale": torch.ones(2)},
     )  # fmt: skip
-    found = product(kernel, torch.full((1, length), 127.0), weight, None)
-    torch.testing.assert_close(found.double(), torch.tensor([[1.0, -1.0]]).double() * 127 * 127 * length)
+    found = product(kernel, torch.full((1, length), sign * 255.0), weight, None)
+    torch.testing.assert_close(found.double(), sign * torch.tensor([[1.0, -1.0]]).double() * 255 * 127 * length)
 
 
 @both
@@ -201,7 +263,7 @@ def test_a_layout_takes_a_byte_for_each_weight() -> None:
     layout = laid_out(weight)
     assert layout["codes"].numel() == 160 * 320
     codes, scale = weight_codes(weight)
-    assert torch.equal(layout["offsets"][:152], 128 * codes.sum(1, dtype=torch.int32))
+    assert torch.equal(layout["offsets"][:152], codes.sum(1, dtype=torch.int32))
     assert torch.equal(layout["scale"][:152], scale)
     assert not layout["scale"][152:].any()
 
@@ -224,7 +286,7 @@ def test_without_vnni_both_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     ("change", "complaint"),
     [
         (lambda *_: (_ for _ in ()).throw(RuntimeError("expected 13 arguments")), "expected 13 arguments"),
-        (lambda x, packed, geometry, out: torch.zeros(2, out), "gives other sums"),
+        (lambda steps, zero, layout, geometry, out: torch.zeros(2, out), "gives other sums"),
     ],
 )
 def test_private_operators_that_changed_are_not_used(

@@ -230,7 +230,7 @@ def test_a_class_is_given_by_number_or_by_name(dit: Any, written: str, label: in
     trajectories = Trajectories(dit, "transformer", {"num_inference_steps": 2})
     seeded = torch.Generator().manual_seed(5)
     expected = dit(class_labels=[label], num_inference_steps=2, generator=seeded, output_type="pt").images
-    if not isinstance(expected, torch.Tensor):  # until diffusers 0.40 DiT did not know "pt"
+    if not isinstance(expected, torch.Tensor):  # DiT of diffusers 0.40 does not know "pt"
         expected = torch.from_numpy(expected).permute(0, 3, 1, 2)
     ((image, _),) = trajectories.images([Sample(written, 5)])
     assert torch.equal(image[None], expected)

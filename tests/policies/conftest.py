@@ -133,3 +133,25 @@ def exported(
     folder = tmp_path_factory.mktemp("exported") / "checkpoint"
     nbytes = export_pipeline(pipe, "unet", policy, calibration, folder, component_dtype=torch.float16)
     return Exported(pipe, choices, calibration, policy, folder, nbytes)
+
+
+@pytest.fixture(scope="module")
+def saved(new_toy_pipeline: Callable[[], Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`saved(dtype, **arguments)`: what save_pretrained writes of the pipeline that `exported` was made from."""
+
+    def save(dtype: torch.dtype, **arguments: Any) -> Path:
+        folder = tmp_path_factory.mktemp("saved") / "pipeline"
+        pipe = new_toy_pipeline()
+        for model in (pipe.unet, pipe.vae, pipe.text_encoder):
+            torch.nn.Module.to(model, torch.float16).to(dtype)
+        pipe.tokenizer.backend_tokenizer.no_padding()  # of the last call of whatever test came before
+        pipe.tokenizer.backend_tokenizer.no_truncation()
+        pipe.save_pretrained(folder, **arguments)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="module")
+def half(saved: Callable[..., Path]) -> Path:
+    return saved(torch.float16)

@@ -204,7 +204,8 @@ def test_an_export_that_fails_leaves_what_was_there(exported: Any, tmp_path: Pat
 def test_a_full_disk_is_told_before_anything_is_written(
     exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needed = exported.nbytes + sum(stored_others(exported.pipe, "unet", F16).values())
+    calibration = checkpoint_bytes(exported.folder)  # of the files beside the components'
+    needed = exported.nbytes + calibration + sum(stored_others(exported.pipe, "unet", F16).values())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
     with pytest.raises(BitPolicyError, match=f"{needed - 1:,} bytes free, .* at least {needed:,}; free some space or"):
         export_pipeline(exported.pipe, "unet", exported.policy, exported.calibration, tmp_path / "out")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from toy_pipelines import TOYS
@@ -189,6 +189,14 @@ def test_shards_outside_the_folder_are_not_read(exported: Any, tmp_path: Path) -
         UNet2DConditionModel.from_pretrained(tmp_path / "copy")
     with pytest.raises(BitPolicyError, match=r"is not read: a packed model lies in safetensors files of one folder"):
         stored_tensors([tmp_path / "copy" / ".." / moved])
+
+
+def test_a_file_that_diffusers_does_not_name_is_not_read(exported: Any) -> None:
+    """from_single_file tells a quantizer no files, so what is in them could not be checked."""
+    file = exported.folder / "vae" / "diffusion_pytorch_model.safetensors"
+    about = {"config": str(exported.folder), "subfolder": "vae", "quantization_config": BitPolicyConfig()}
+    with pytest.raises(BitPolicyError, match="load the folder with from_pretrained"):
+        AutoencoderKL.from_single_file(str(file), **about)
 
 
 class _Runs:

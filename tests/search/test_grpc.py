@@ -34,7 +34,8 @@ def proxy(tmp_path: Path, free_port: Callable[[], int]) -> Iterator[str]:
         end = time.monotonic() + 60
         while not _answers(port):
             if server.poll() is not None:
-                pytest.fail(server.communicate()[1][-3000:])
+                assert server.stderr is not None
+                pytest.fail(server.stderr.read()[-3000:])
             assert time.monotonic() < end
             time.sleep(0.1)
         yield f"grpc://127.0.0.1:{port}"

@@ -271,13 +271,16 @@ def test_the_gap_of_what_was_repaired_is_true(seed: int) -> None:
         assert found.error * (1 - found.gap) <= form.value(fit).min() * (1 + 1e-9)
 
 
-def test_blocks_that_were_passed_are_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(repair.__globals__, "_COLUMNS", 1)
-    for seed in range(6):
-        s, error, nbytes = unet_like(layers=20, sketches=8, seed=seed, common=0.5)
-        budget = int(nbytes[:, 2].sum() * 0.4)
-        form = QuadraticForm.fixed(s, error, 0.9)
-        found = repair(form, nbytes, budget, solve(error, nbytes, budget))
+@pytest.mark.parametrize("columns", [1, 22])  # of 42, so that the last block is a short one
+def test_blocks_that_were_passed_are_looked_at_again(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long way from the smallest policy, with layers that add up and cancel."""
+    monkeypatch.setitem(repair.__globals__, "_COLUMNS", columns)
+    for seed in range(4):
+        s, error, nbytes = unet_like(layers=14, sketches=4, seed=seed, common=0.9)
+        s = s * np.where(np.random.default_rng(seed).random((1, 14, 2)) < 0.5, -1, 1)
+        budget = int(nbytes[:, 2].sum() * 0.45)
+        form, smallest = QuadraticForm.fixed(s, error, 1.0), np.zeros(14, dtype=np.int64)
+        found = repair(form, nbytes, budget, Solution(smallest, 0.0, size(nbytes, smallest), 0.0))
         near = np.array(list(neighbours(found.formats, 3)))
         fit = near[[size(nbytes, policy) <= budget for policy in near]]
         assert form.value(fit).min() >= found.error * (1 - 1e-9)

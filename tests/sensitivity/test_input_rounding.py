@@ -66,10 +66,14 @@ def names_of(trajectories: Trajectories) -> list[str]:
 
 
 def rounding(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    """Q(x) - x, from the definition: 127 steps up to the largest value of a row, or of a sample."""
-    dims = (-1,) if isinstance(layer, nn.Linear) else tuple(range(1, x.ndim))
-    step = x.float().abs().amax(dims, keepdim=True) / 127
-    return torch.round(x.float() / step) * step - x
+    """Q(x) - x, from the definition: 255 steps from the least to the largest value of a row, a pixel or a sample."""
+    one_tap = isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.stride == (1, 1)
+    dims = -1 if isinstance(layer, nn.Linear) else 1 if one_tap else tuple(range(1, x.ndim))
+    wide = x.float()
+    low, high = wide.amin(dims, keepdim=True).clamp(max=0), wide.amax(dims, keepdim=True).clamp(min=0)
+    step = high / 255 - low / 255
+    zero = torch.round(-low / step)
+    return ((torch.round(wide / step) + zero).clamp(0, 255) - zero) * step - x
 
 
 @dataclass
@@ -321,7 +325,7 @@ def test_a_layer_whose_inputs_hurt_more_than_its_weight_is_seen(new_trajectories
         errors[compute] = (table.error[names.index(name), 0], measured.power.mean() / reference.latent_power)
     for predicted, truth in errors.values():
         assert predicted == pytest.approx(truth, rel=0.5)
-    assert errors[Compute.INT8][1] > 20 * errors[Compute.EXACT][1]
+    assert errors[Compute.INT8][1] > 5 * errors[Compute.EXACT][1]
 
 
 def test_what_is_outside_the_loop_is_scored_like_the_rest(new_toy_pipeline: Callable[[], Any]) -> None:

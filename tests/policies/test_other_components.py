@@ -1,0 +1,100 @@
+"""Components that are not packed go along: linked or copied as they are where their dtype is wanted, else cast."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from pipeline_folders import TEXT, VAE, differing, export, files, tensors
+from safetensors.torch import save_file
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.policies.checkpoint import checkpoint_bytes
+from bitpolicy.policies.export import export_parts
+from bitpolicy.policies.folder_parts import FolderParts
+from bitpolicy.policies.parts import MemoryParts
+
+F16, F32 = torch.float16, torch.float32
+
+
+def test_weights_of_the_wanted_dtype_are_the_same_file_and_text_is_a_copy(
+    exported: Any, half: Path, tmp_path: Path
+) -> None:
+    export(exported, half, tmp_path / "out")
+    assert (tmp_path / "out" / VAE).samefile(half / VAE)
+    assert (tmp_path / "out" / TEXT).samefile(half / TEXT)
+    linked = [name for name in files(half) if (p := tmp_path / "out" / name).is_file() and p.samefile(half / name)]
+    assert linked == sorted([TEXT, VAE])
+
+
+def test_links_of_a_hub_cache_are_followed(exported: Any, half: Path, tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
+    shutil.copytree(half, blobs)
+    for name in files(blobs):
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(os.path.relpath(blobs / name, (snapshot / name).parent))
+    export(exported, snapshot, tmp_path / "out")
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_symlink()] == []
+    assert (tmp_path / "out" / VAE).samefile(blobs / VAE)
+    assert differing(tmp_path / "out", exported.folder) == []
+
+
+def test_what_cannot_be_linked_is_copied(
+    exported: Any, half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    export(exported, half, tmp_path / "out")
+    assert not (tmp_path / "out" / VAE).samefile(half / VAE)
+    assert differing(tmp_path / "out", exported.folder) == []
+
+
+def test_saving_over_an_export_leaves_its_source_alone(exported: Any, half: Path, tmp_path: Path) -> None:
+    """safetensors renames what it wrote; it is why weights are linked."""
+    before = (half / VAE).read_bytes()
+    export(exported, half, tmp_path / "out")
+    save_file({"a": torch.zeros(3)}, tmp_path / "out" / VAE)
+    assert (half / VAE).read_bytes() == before
+
+
+@pytest.mark.parametrize("stored", [F16, F32], ids=str)
+@pytest.mark.parametrize("wanted", [F16, torch.bfloat16, F32], ids=str)
+def test_the_bytes_of_other_components_are_those_that_were_predicted(
+    exported: Any, saved: Callable[..., Path], tmp_path: Path, stored: torch.dtype, wanted: torch.dtype
+) -> None:
+    folder = saved(stored)
+    parts = FolderParts(folder, "unet")
+    export_parts(parts, exported.policy, exported.calibration, tmp_path / "out", component_dtype=wanted)
+    assert parts.others(wanted) == {n: checkpoint_bytes(tmp_path / "out" / n) for n in ("text_encoder", "vae")}
+    assert parts.others(wanted) == MemoryParts(exported.pipe, "unet").others(wanted)
+    found = tensors(tmp_path / "out")
+    assert {tensor.dtype for tensor in found.values() if tensor.is_floating_point()} == {wanted}
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert loaded.text_encoder.dtype == wanted
+    assert parts.to_write(wanted, tmp_path / "out") == (0 if stored == wanted else sum(parts.others(wanted).values()))
+
+
+def test_the_disk_needs_room_for_what_is_copied_but_not_for_what_is_linked(
+    exported: Any, half: Path, saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "left by a killed run").write_text("x")
+    others = sum(FolderParts(half).others(F16).values())
+    packed = exported.nbytes + checkpoint_bytes(exported.folder)  # the calibration lies in it
+    for folder, needed in ((half, packed), (saved(F32), packed + others)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=needed - 1: SimpleNamespace(free=free))
+        with pytest.raises(BitPolicyError, match=f"{needed - 1:,} bytes free, .* at least {needed:,}; free some space"):
+            export(exported, folder, tmp_path / "out")
+        assert list(tmp_path.iterdir()) == []
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=needed: SimpleNamespace(free=free))
+        export(exported, folder, tmp_path / "out")
+        shutil.rmtree(tmp_path / "out")

@@ -1,0 +1,72 @@
+"""Folders that cannot be exported are refused with the remedy before anything is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pipeline_folders import change
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.policies.folder_parts import FolderParts, is_streamable
+
+F16 = torch.float16
+
+
+def test_pickles_are_refused_with_the_remedy(saved: Callable[..., Path]) -> None:
+    for name in ("unet", "vae"):
+        folder = saved(F16)
+        weights = folder / name / "diffusion_pytorch_model.safetensors"
+        weights.rename(weights.with_suffix(".bin"))
+        assert not is_streamable(folder, "unet")
+        with pytest.raises(BitPolicyError, match=rf"{name} has its weights only as .*\.bin, a pickle.*save_pretrained"):
+            FolderParts(folder)
+
+
+def test_weights_that_do_not_fit_the_config_are_refused(saved: Callable[..., Path]) -> None:
+    folder = saved(F16)
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    change(path, conv_out__weight=torch.zeros(3, 3))
+    with pytest.raises(BitPolicyError, match=r"conv_out\.weight has shape \(3, 3\), the .* says \(4, 16, 3, 3\)"):
+        FolderParts(folder)
+    change(path, conv_out__weight=None)
+    with pytest.raises(BitPolicyError, match=r"lacks 1 of the \d+ tensors of UNet2DConditionModel, e\.g\. conv_out"):
+        FolderParts(folder)
+
+
+def test_a_missing_shard_is_told(saved: Callable[..., Path]) -> None:
+    folder = saved(F16, max_shard_size="100KB")
+    gone = sorted((folder / "unet").glob("*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(BitPolicyError, match=f"lacks {gone.name}, which .*index.json names; download"):
+        FolderParts(folder)
+
+
+def test_a_variant_that_is_not_there_is_told(half: Path) -> None:
+    with pytest.raises(BitPolicyError, match="no weights of the variant 'bf16'; leave --variant out"):
+        FolderParts(half, variant="bf16")
+
+
+def test_a_packed_denoiser_is_refused(exported: Any) -> None:
+    with pytest.raises(BitPolicyError, match="unet is quantized already"):
+        FolderParts(exported.folder)
+
+
+@pytest.mark.parametrize("component", ["transformer", "scheduler_2"])
+def test_a_component_that_is_not_there_is_told(half: Path, component: str) -> None:
+    with pytest.raises(BitPolicyError, match=f"no component '{component}'; it has .*unet.*--component"):
+        FolderParts(half, component)
+
+
+def test_streaming_is_refused_for_a_folder_without_an_index(tmp_path: Path) -> None:
+    assert not is_streamable(tmp_path, "unet")
+    (tmp_path / "model_index.json").write_text("{")
+    assert not is_streamable(tmp_path, "unet")
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "DDPMPipeline"}))
+    assert is_streamable(tmp_path, "unet")
+    with pytest.raises(BitPolicyError, match="no component 'unet' or 'transformer'; it has none"):
+        FolderParts(tmp_path)
