@@ -1,6 +1,6 @@
 """Inputs in 8 bits, by Triton kernels: the codes and scales of `bitpolicy.kernels.int8_compute`.
 
-    s_x = hi / 255 - lo / 255,    z = round(-lo / s_x),    x_q = clamp(round(x / s_x) + z, 0, 255)
+    s_x = hi / 255 - lo / 255,    z = min(round(-lo / s_x), 255),    x_q = clamp(round(x / s_x) + z, 0, 255)
 
 Tensor cores multiply signed bytes, so x_q - 128 is what is written, and z - 128 beside it, which differ by as much.
 
@@ -216,7 +216,7 @@ def _grid_of(above, below):
     scale = tl.div_rn(hi, 255.0) + tl.div_rn(lo, 255.0)
     scale = tl.where(scale == 0.0, 1.0, scale)
     scale = tl.where(tl.maximum(above, below) >= 0x7F800000, float("nan"), scale)
-    return scale, tl.minimum(_nearest(tl.div_rn(lo, scale)) - 128, 127)  # 128 of scales of few bits only
+    return scale, tl.minimum(_nearest(tl.div_rn(lo, scale)) - 128, 127)
 
 
 @triton.jit

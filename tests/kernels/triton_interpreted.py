@@ -149,6 +149,14 @@ def test_a_row_or_sample_that_is_not_finite_has_no_scale(value: float) -> None:
         assert torch.isnan(samples).tolist() == [False, True, False]
 
 
+def test_a_zero_point_is_a_code_where_a_scale_has_one_bit() -> None:
+    least = 2.0**-149
+    x = torch.tensor([[-380 * least, 0.0], [0.0, 380 * least], [-least, least]])
+    assert (-x[0, 0] / least).round() == 380
+    assert_as_defined(triton_input.quantized(x, (-1,)), x, (-1,))
+    assert triton_input.quantized(x, (-1,)).zero[0] == 127
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_the_sign_of_nan_does_not_matter(sign: float) -> None:
     x = inputs(2, 33)
