@@ -7,6 +7,7 @@ written from the specification alone.
 from __future__ import annotations
 
 import atexit
+import copy
 import json
 import math
 import os
@@ -116,7 +117,7 @@ def new_toy_pipeline(toy_tokenizer: Any, new_toy_unet: Callable[[], Any]) -> Cal
         pipe = StableDiffusionPipeline(
             vae=vae.eval(),
             text_encoder=CLIPTextModel(text).eval(),
-            tokenizer=toy_tokenizer,
+            tokenizer=copy.deepcopy(toy_tokenizer),  # saving it in a processor leaves a mark on it
             unet=unet,
             scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
             safety_checker=None,

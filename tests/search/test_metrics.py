@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import socket
@@ -103,7 +104,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory, toy_tokenizer: Any) -> Path:
     images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     folder = tmp_path_factory.mktemp("clips") / "clip"
     model.save_pretrained(folder)
-    CLIPProcessor(image_processor=images, tokenizer=toy_tokenizer).save_pretrained(folder)
+    CLIPProcessor(image_processor=images, tokenizer=copy.deepcopy(toy_tokenizer)).save_pretrained(folder)
     return folder
 
 
