@@ -127,6 +127,8 @@ def slow(*args):
         yield error
 
 generations.errors = slow
+print("ready", flush=True)
+sys.stdin.readline()
 study = Study(problem, generations, [Sample("cat", seed) for seed in range(8)], storage, "s", 0)
 study.run(int(trials))
 print("-".join(choice.format.name for choice in study.best(1)[0].values()), len(study.finished))
@@ -135,14 +137,22 @@ print("-".join(choice.format.name for choice in study.best(1)[0].values()), len(
 
 @pytest.fixture
 def new_workers() -> Iterator[Callable[..., list[subprocess.Popen[str]]]]:
-    """`new_workers(url, count, trials)`: processes that run trials of study "s" in one storage."""
+    """`new_workers(url, count, trials)`: processes that run trials of study "s" in one storage; they begin together,
+    once each has imported what it needs, however long that takes."""
     started: list[subprocess.Popen[str]] = []
 
     def new(url: str, count: int = 1, trials: int = 1, seconds: float = 0.05) -> list[subprocess.Popen[str]]:
         line = [sys.executable, "-c", WORKER, __file__, url, str(trials), str(seconds)]
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        workers = [subprocess.Popen(line, **pipes) for _ in range(count)]
+        pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        workers = [subprocess.Popen(line, text=True, **pipes) for _ in range(count)]
         started.extend(workers)
+        for worker in workers:
+            assert worker.stdout is not None
+            assert worker.stdout.readline() == "ready\n", worker.communicate()[1][-3000:]
+        for worker in workers:
+            assert worker.stdin is not None
+            worker.stdin.write("\n")
+            worker.stdin.flush()
         return workers
 
     yield new
