@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from bitpolicy.kernels import dispatch
+from bitpolicy.kernels.kernel import Compute, PackedWeight
 from bitpolicy.kernels.layers import PackedLayer, packed_layers
 
 
@@ -78,19 +79,19 @@ def _choice(name: str, layer: PackedLayer, input: torch.Tensor) -> KernelChoice:
     x, weight, bias, compute = layer.call(input)
     kernel = dispatch.choose(x, weight, bias, compute)
     refusals = {row.kernel.name: reason for row, reason in dispatch.explained(x, weight, compute) if reason}
-    able = [row.kernel.name for row, reason in dispatch.explained(x, weight, compute) if reason is None]
     dtype = str(x.dtype).removeprefix("torch.")
-    why = _why(x, weight, bias, compute, able)
+    why = _why(x, weight, bias, compute)
     return KernelChoice(name, weight.format.name, tuple(x.shape), dtype, str(compute), kernel.name, why, refusals)
 
 
-def _why(x: torch.Tensor, weight: Any, bias: torch.Tensor | None, compute: Any, able: list[str]) -> str:
+def _why(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, compute: Compute) -> str:
     asked = dispatch.mode()
     if asked != dispatch.AUTO:
         return f"{asked} was asked for"
+    able = dispatch.takers(x, weight, compute)
     if len(able) == 1:
         return "the only one"
-    if dispatch.is_settled(able[0]):
+    if able[0].settled:
         return "does less than any other"
     times = dispatch.tried(x, weight, bias, compute)
     if not times:

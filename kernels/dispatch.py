@@ -144,7 +144,7 @@ def _decide(
     asked: str, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, compute: Compute
 ) -> tuple[Kernel, bool]:
     """The kernel, and whether it would be the same another time."""
-    able = [row.kernel for row in kernels(compute) if row.refuses(x, weight) is None]
+    able = takers(x, weight, compute)
     if not able:
         raise BitPolicyError(f"no kernel computes in {compute} on {x.device.type}; choose another compute")
     fallback = able[-1]  # the table ends with the references
@@ -162,6 +162,11 @@ def _decide(
     return next((kernel for kernel in able if kernel.name == best), fallback), True
 
 
+def takers(x: torch.Tensor, weight: PackedWeight, compute: Compute) -> list[Kernel]:
+    """The kernels of the compute that take a call, in the table's order."""
+    return [row.kernel for row, refusal in explained(x, weight, compute) if refusal is None]
+
+
 def run(kernel: Kernel, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """The product by this kernel, with what it prepared of the weight."""
     return kernel(x, weight, bias, prepared(kernel, weight, x.dtype))
@@ -170,7 +175,7 @@ def run(kernel: Kernel, x: torch.Tensor, weight: PackedWeight, bias: torch.Tenso
 def scratch_kept(weight: PackedWeight, dtype: torch.dtype) -> int:
     """Bytes that stay reserved once such a weight was multiplied exactly with an input of this dtype."""
     x = torch.empty(0, dtype=dtype, device=next(iter(weight.tensors.values())).device)
-    able = [row.kernel for row in kernels(Compute.EXACT) if row.refuses(x, weight) is None]
+    able = takers(x, weight, Compute.EXACT)
     return able[0].scratch(weight, dtype) if able[0].settled and mode() == AUTO else 0
 
 
@@ -238,11 +243,6 @@ def _described(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None,
         "" if bias is None else "bias",
     )
     return ", ".join(part for part in parts if part)
-
-
-def is_settled(name: str) -> bool:
-    """Whether the kernel of this name is used without trying others."""
-    return any(row.kernel.settled for row in TABLE if row.kernel.name == name)
 
 
 def tried(
