@@ -25,7 +25,7 @@ from bitpolicy.sensitivity.samples import Sample
 
 REFERENCE = "reference"
 _PIECES = (0, 4, 16)  # where the first pieces begin: a glance, a look; then sixteen at a time
-_BATCH = 16
+_BATCH = 8
 
 
 class Scores:
@@ -45,6 +45,7 @@ class Scores:
         self._loaded = REFERENCE
         self._reference = {k: v.clone() for k, v in plan.source.denoiser.state_dict().items()}
         plan.trajectories.batch = _BATCH
+        plan.source.denoiser.to(memory_format=torch.channels_last)  # a tenth faster
 
     def errors(self, name: str, part: str, count: int, make: bool = True) -> list[float]:
         """Mean squared error of each of the first `count` images of a part; of fewer where `make` is false and they
