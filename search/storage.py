@@ -44,10 +44,11 @@ class Crew:
         trial.set_user_attr(WORKER, self._worker)
         self._wait_for_signatures(trial.number)
         self._fail(other for other in self._running() if _is_gone(other))
-        running = [other for other in self._running() if other.number < trial.number]
-        ahead = sum(TURN not in other.user_attrs for other in running)
+        # One look at all: a trial that takes its turn between two looks would be counted in both.
         states = (TrialState.RUNNING, TrialState.COMPLETE)
-        taken = {other.user_attrs.get(TURN) for other in self._study.get_trials(deepcopy=False, states=states)}
+        beside = self._study.get_trials(deepcopy=False, states=states)
+        taken = {other.user_attrs.get(TURN) for other in beside}
+        ahead = sum(other.number < trial.number and TURN not in other.user_attrs for other in beside)
         turn = next(itertools.islice((n for n in itertools.count() if n not in taken), ahead, None))
         trial.set_user_attr(TURN, turn)
         return turn

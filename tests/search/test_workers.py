@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import os
 import signal
 import subprocess
@@ -175,6 +177,26 @@ def test_trials_that_begin_together_take_different_turns(tmp_path: Path) -> None
     assert crew.join(second) == 1
     study.tell(second, state=TrialState.FAIL)
     assert crew.join(study.ask()) == 1
+
+
+@pytest.mark.parametrize("moment", range(1, 6))
+def test_a_trial_that_takes_its_turn_while_another_looks_is_counted_once(
+    moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = optuna.create_study(study_name="s", storage=journal(str(tmp_path / "journal")))
+    crew = storage_module.Crew(study)
+    first, second = study.ask(), study.ask()
+    first.set_user_attr("worker", crew._worker)
+    look, looks = study.get_trials, itertools.count(1)
+
+    def then_the_first_takes_its_turn(**options: Any) -> list[FrozenTrial]:
+        seen = [copy.deepcopy(trial) for trial in look(**options)]
+        if next(looks) == moment:
+            first.set_user_attr("turn", 0)
+        return seen
+
+    monkeypatch.setattr(study, "get_trials", then_the_first_takes_its_turn)
+    assert crew.join(second) == 1
 
 
 @pytest.mark.parametrize("here", [True, False])
