@@ -39,7 +39,7 @@ def stored_others(pipe: DiffusionPipeline, component: str, storage: torch.dtype)
     return {name: _stored(model, storage) for name, model in _models(pipe).items() if name not in denoisers}
 
 
-def resident_bytes(pipe: DiffusionPipeline) -> int:
+def loaded_bytes(pipe: DiffusionPipeline) -> int:
     """Bytes of all weights and buffers as they lie in memory now; what is shared counts once."""
     tensors = (tensor for model in _models(pipe).values() for tensor in (*model.parameters(), *model.buffers()))
     return sum(tensor.nbytes for tensor in _once(tensors))
@@ -51,7 +51,7 @@ def measured_peak(pipe: DiffusionPipeline, run: Callable[[], object]) -> int:
     Raises:
         BitPolicyError: the pipeline is neither on the CPU nor on CUDA.
     """
-    resident = resident_bytes(pipe)
+    resident = loaded_bytes(pipe)
     release_scratch()  # what an earlier run reserved is reserved anew, and counted
     with metered(pipe.device) as meter:
         run()

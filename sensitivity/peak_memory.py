@@ -34,7 +34,7 @@ from bitpolicy.kernels.formats import FP16
 from bitpolicy.kernels.kernel import PackedWeight
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.accounting import ByteAccount
-from bitpolicy.policies.footprint import Meter, Span, metered, resident_bytes
+from bitpolicy.policies.footprint import Meter, Span, metered, loaded_bytes
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.trajectory import Trajectories
 
@@ -156,7 +156,7 @@ def observe(
         BitPolicyError: the pipeline takes no such arguments, or it is neither on the CPU nor on CUDA.
     """
     trajectories = Trajectories(pipe, component, call)
-    resident = resident_bytes(pipe)
+    resident = loaded_bytes(pipe)
     account = ByteAccount.of(trajectories.denoiser, next(trajectories.denoiser.parameters()).dtype)
     with metered(pipe.device) as meter, _marked(trajectories.denoiser, meter):
         image = _draw(trajectories, sample, batch_size)
