@@ -34,7 +34,7 @@ from bitpolicy.kernels.formats import FP16
 from bitpolicy.kernels.kernel import PackedWeight
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.accounting import ByteAccount
-from bitpolicy.policies.footprint import Meter, Span, metered, loaded_bytes
+from bitpolicy.policies.footprint import Meter, Span, loaded_bytes, metered
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.trajectory import Trajectories
 

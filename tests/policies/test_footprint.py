@@ -17,7 +17,7 @@ from bitpolicy.kernels.formats import format_named
 from bitpolicy.policies.checkpoint import checkpoint_bytes
 from bitpolicy.policies.denoiser import denoiser_names
 from bitpolicy.policies.export import export_pipeline
-from bitpolicy.policies.footprint import Span, measured_peak, metered, resident_bytes, stored_others
+from bitpolicy.policies.footprint import Span, loaded_bytes, measured_peak, metered, stored_others
 from bitpolicy.policies.policy import LayerSettings, ModelReference, Policy
 
 CPU = torch.device("cpu")
@@ -155,14 +155,14 @@ def two_models() -> Any:
 def test_a_pipeline_lies_in_memory_in_the_dtype_that_it_has() -> None:
     pipe = two_models()
     pipe.components["vae"].half()
-    assert resident_bytes(pipe) == 6 * 4 + 20 * 2
+    assert loaded_bytes(pipe) == 6 * 4 + 20 * 2
 
 
 def test_what_two_models_share_counts_once_and_what_they_hold_beside_weights_counts() -> None:
     pipe = two_models()
     pipe.components["unet"].weight = nn.Parameter(pipe.components["vae"].weight.detach())
     pipe.components["vae"].register_buffer("steps", torch.zeros(7, dtype=torch.int64), persistent=False)
-    assert resident_bytes(pipe) == 20 * 4 + 7 * 8
+    assert loaded_bytes(pipe) == 20 * 4 + 7 * 8
 
 
 def test_a_measured_peak_is_the_models_and_what_comes_on_top() -> None:

@@ -25,7 +25,7 @@ from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.denoiser import denoiser_names, denoiser_of
 from bitpolicy.policies.export import export_pipeline
-from bitpolicy.policies.footprint import measured_peak, resident_bytes
+from bitpolicy.policies.footprint import loaded_bytes, measured_peak
 from bitpolicy.policies.policy import Choice, ModelReference, Policy
 from bitpolicy.sensitivity.peak_memory import LayerCall, PeakMemory, observe, unpacking_bytes
 from bitpolicy.sensitivity.samples import Sample
@@ -229,7 +229,7 @@ def test_every_kind_of_pipeline_takes_what_was_predicted(name: str, tmp_path: Pa
     peak = observe(pipe, component, toy.call, Sample(SAMPLE[toy.takes], 1, toy.extra), CANDIDATES)
     packed = reloaded(pipe, component, formats, tmp_path)
     call = {**ASKED[toy.takes], **toy.call, **toy.extra}
-    assert peak.others + peak.account.total(formats) == resident_bytes(packed)
+    assert peak.others + peak.account.total(formats) == loaded_bytes(packed)
     for subject, policy in ((packed, formats), (pipe, dict.fromkeys(formats, FP16))):
         measured = measured_peak(subject, lambda subject=subject: subject(**call))
         assert peak.peak(policy) == pytest.approx(measured, rel=0.03)
