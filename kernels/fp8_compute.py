@@ -10,9 +10,9 @@ other value anything. A set of zeros has s_x = 1; one with a NaN or an infinite 
 puts the largest value at 448: Micikevicius et al. 2022, "FP8 formats for deep learning", section 3. Products of two
 codes are exact in float32.
 
-Only weights that are stored as `fp8` are multiplied so. The codes of other formats would have to be rounded to three
-bits of mantissa first, a second and larger error than their own; `suits` leaves them, and layers whose shape does not
-suit 8-bit inputs, to FLOAT compute.
+Only weights that are stored as `fp8` are multiplied so. Those of other formats would have to be rounded once more, to
+three bits of mantissa: of `int8` that is several times its own error. `suits` leaves them, and layers whose shape does
+not suit 8-bit inputs, to FLOAT compute.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ def multiply_codes(
 ) -> torch.Tensor:
     """The product of inputs that are first quantized to 8 bits, not empty."""
     padding = () if weight.geometry is None else weight.geometry.padding
-    codes, *grid = quantized(x, shared(x.ndim, weight.shape, weight.geometry), padding)
-    return _product(x, codes, (grid[0], grid[1]), _integer_rows(weight, prepared, codes), weight, bias)
+    codes, scale, zero = quantized(x, shared(x.ndim, weight.shape, weight.geometry), padding)
+    return _product(x, codes, (scale, zero), _integer_rows(weight, prepared, codes), weight, bias)
 
 
 def multiply_float8(

@@ -70,7 +70,7 @@ def _bytes_and_quality(result: Mapping[str, Any]) -> Table:
             f"predicted {result.get('error_of', 'latent')} error",
             "not predicted" if error is None else f"{error:.3g} (relative power)",
         ),
-        *([("compute", words)] if (words := _COMPUTES.get(result.get("compute"))) else []),
+        *([("compute", words)] if (words := _COMPUTES.get(result.get("compute", ""))) else []),
         ("held-out PSNR", f"{quality} over {psnr['n']} images{same_images}"),
         *((name, _one_line(found)) for name, found in result.get("quality", {}).items()),
         ("seconds", ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in result["seconds"].items())),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from toy_products import SHAPES, bias_of, input_of, weight_of
 
+from bitpolicy.kernels import int8_compute
 from bitpolicy.kernels.fp8_compute import fp8_product, quantize_input, suits
 from bitpolicy.kernels.int8_compute import multiply, shared
 from bitpolicy.kernels.kernel import PackedWeight
 
+Quantize = Callable[[torch.Tensor, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor]]
 LARGEST, LEAST_NORMAL, LEVEL = 448.0, 2.0**-6, 2.0**-9  # of e4m3: finest levels are LEVEL apart
 SUITED = [name for name, shape in SHAPES.items() if shape.geometry is None or shape.geometry.groups == 1]
 
@@ -84,3 +88,15 @@ def test_only_weights_of_fp8_that_are_long_and_of_one_group_are_multiplied_so() 
         other = weight_of("conv2d 3x3", format)
         assert other is not None
         assert not suits(other)
+
+
+def test_it_is_finer_than_8_bits_where_one_value_of_a_row_is_far_larger_and_coarser_elsewhere() -> None:
+    x = torch.randn(20, 256, generator=torch.Generator().manual_seed(1))
+
+    def error(quantize: Quantize, x: torch.Tensor) -> float:
+        codes, scale = quantize(x, (-1,))
+        return float(((codes * scale - x)[:, 1:]).norm() / x[:, 1:].norm())
+
+    assert error(quantize_input, x) > 2 * error(int8_compute.quantize_input, x)
+    x[:, 0] = 300
+    assert error(quantize_input, x) < error(int8_compute.quantize_input, x) / 2
