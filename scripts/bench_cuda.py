@@ -16,13 +16,13 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
-from math import prod
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import torch
+from bench_case import Case
 from torch import nn
 
 from bitpolicy.kernels.computing import set_compute
@@ -31,26 +31,6 @@ from bitpolicy.kernels.formats import format_named
 from bitpolicy.kernels.layers import pack_layer, quantizable_layers, replace_layer
 
 Call = Callable[[], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A layer and its input.
-
-    Attributes:
-        input: (rows, in) or (B, in, H, W).
-        weight: (out, in, *kernel).
-    """
-
-    name: str
-    input: tuple[int, ...]
-    weight: tuple[int, ...]
-    stride: int = 1
-
-    @property
-    def operations(self) -> int:
-        """Multiplications and additions of one call."""
-        return 2 * self.input[0] * prod(n // self.stride for n in self.input[2:]) * prod(self.weight)
 
 
 CASES = (
