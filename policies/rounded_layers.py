@@ -29,7 +29,7 @@ _ROUNDING = {Compute.INT8: int8_compute.quantize_input, Compute.FP8: fp8_compute
 
 def rounds_inputs(layer: Quantizable, format: Format, compute: Compute) -> bool:
     """Whether the layer, once it is packed, multiplies 8-bit inputs: by `compute`, its shape and its format."""
-    return format.packed and effective(compute, _packed(layer, format, {})) in _ROUNDING
+    return format.packed and effective(compute, _packed(layer, format, {})).rounds_inputs
 
 
 def multiplied_weight(
