@@ -59,7 +59,8 @@ def probe(
         formats: candidates, as names.
         probe: "adjoint", "stepwise", "ablation" or "weight".
         quantizer: who rounds weights: "gptq", "rtn", "mse", "hqq", "gptq-trajectory" or "auto".
-        compute: "exact", or "int8": packed layers round their inputs to 8 bits, too, and that is part of the scores.
+        compute: "exact", "int8": packed layers round their inputs to 8 bits, too, and that is part of the scores; or
+            "fp8": those in `fp8` round theirs to float8.
         samples: calibration trajectories.
         vectors: random directions a sample (adjoint, stepwise).
 
@@ -109,8 +110,9 @@ def search(
         budget: "3GB", "3GiB", "700MB", "45%" or "4.5bit".
         target_psnr: dB against the unquantized pipeline, instead of a budget.
         quantizer: who rounds weights: "gptq", "rtn", "mse", "hqq", "gptq-trajectory" or "auto".
-        compute: "exact", or "int8": packed layers round their inputs to 8 bits, too: faster on CPUs with VNNI and on
-            GPUs, for some accuracy. All that is predicted and measured is under it, and the policy records it.
+        compute: "exact", "int8": packed layers round their inputs to 8 bits, too: faster on CPUs with VNNI and on
+            GPUs, for some accuracy; or "fp8": those in `fp8` round theirs to float8, for GPUs from Ada on. All that is
+            predicted and measured is under it, and the policy records it.
         trials: Optuna trials; 0 keeps the exact solution of the knapsack.
         output_dir: keep policy.yaml, calibration, sensitivity table and journal here, and resume from them; None keeps
             none.
@@ -171,7 +173,7 @@ def export(
         revision, variant: of what is on the hub or in a folder.
         config: folder or hub id with the configs of a single file.
         push_to_hub: OWNER/NAME of a model repository that the folder is uploaded to.
-        compute: "exact" or "int8", of the packed layers once the checkpoint is loaded; None is the policy's own.
+        compute: "exact", "int8" or "fp8", of the packed layers once the checkpoint is loaded; None is the policy's own.
 
     Returns:
         Tensor bytes of the packed denoiser.

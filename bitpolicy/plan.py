@@ -12,7 +12,7 @@ from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import Format
-from bitpolicy.kernels.formats import parse_formats
+from bitpolicy.kernels.formats import FP8, parse_formats
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.quantizers import parse_quantizer
 from bitpolicy.loading import BUNDLED, Source, load_source
@@ -166,6 +166,7 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
     useful = useful_formats(source.denoiser, parse_formats(settings.formats), source.storage)
     kept = pinned(settings.keep, layers)
     formats = (*dict.fromkeys(f for f in kept.values() if f not in useful), *useful)
+    _require_formats_of(measured_compute(settings.compute), formats)
     trajectories = Trajectories(source.pipe, source.component, {**default_call(bundled), **dict(settings.call)})
     if trajectories.outside and settings.probe == "stepwise":
         raise BitPolicyError(
@@ -209,6 +210,18 @@ def _require_sound(settings: Settings) -> str:
     if settings.scope != "peak" and (settings.height or settings.width or settings.batch_size != 1):
         raise BitPolicyError("--height, --width and --batch-size say what a peak is of; add --scope peak")
     return asked
+
+
+def _require_formats_of(compute: Compute, formats: Sequence[Format]) -> None:
+    """Raises:
+    BitPolicyError: no candidate would ever be multiplied so.
+    """
+    if compute is Compute.FP8 and FP8 not in formats:
+        names = ", ".join(format.name for format in formats)
+        raise BitPolicyError(
+            f"--compute fp8 rounds the inputs of layers in fp8, and the candidates are {names}; add fp8 to --formats, "
+            "or take --compute exact"
+        )
 
 
 def _scope(

@@ -49,7 +49,8 @@ class Settings:
         remeasure: how many estimates too large for first order are at most measured by ablation.
         remeasure_close: the same for estimates that close choices hang on.
         quantizer: who rounds weights, or "auto"; see `bitpolicy.kernels.quantizers`.
-        compute: of packed layers, "exact" or "int8", in all that is predicted and measured, and in the checkpoint.
+        compute: of packed layers, "exact", "int8" or "fp8": in all that is predicted and measured, and in the
+            checkpoint.
         target_psnr, target_lpips: a quality to reach with as few bytes as possible, instead of a budget.
         frontier: policies of the curve of bytes against error to write; 0 is none.
         keep: GLOB=FORMAT, formats that layers keep.

@@ -18,12 +18,14 @@ def set_compute(model: Any, compute: str | Compute | None, low_memory: bool | No
 
     Args:
         model: a pipeline, a denoiser, or any other module with packed layers.
-        compute: "exact" (nothing), "float" (nothing, but sums may be taken in another order) or "int8" (inputs, to 8
-            bits: faster where the processor multiplies integers, at some loss); None leaves it.
+        compute: "exact" (nothing), "float" (nothing, but sums may be taken in another order), "int8" (inputs, to 8
+            bits: faster where the processor multiplies integers, at some loss) or "fp8" (inputs of `fp8` layers, to
+            float8; other layers as "float"); None leaves it.
         low_memory: whether kernels have to do without layouts of their own, at the price of time; None leaves it.
 
     Returns:
-        Names of the layers that are not exact now: where 8 bits are asked for, short and grouped ones stay so.
+        Names of the layers that compute so now, none where that is "exact": short and grouped ones round no inputs,
+            and under "fp8" those of other formats do not.
 
     Raises:
         BitPolicyError: there is no such compute, or there is no packed layer.
@@ -37,7 +39,7 @@ def set_compute(model: Any, compute: str | Compute | None, low_memory: bool | No
     for layer in layers.values():
         layer.compute = layer.compute if wanted is None else wanted
         layer.low_memory = layer.low_memory if low_memory is None else low_memory
-    return [name for name, layer in layers.items() if layer.effective_compute is not Compute.EXACT]
+    return [name for name, layer in layers.items() if layer.effective_compute is layer.compute is not Compute.EXACT]
 
 
 @dataclass(frozen=True)

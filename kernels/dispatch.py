@@ -21,15 +21,14 @@ from functools import partial
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from bitpolicy.kernels import micro_probe
+from bitpolicy.kernels import fp8_compute, int8_compute, micro_probe
 from bitpolicy.kernels.cpu_exact import CpuDequantize
 from bitpolicy.kernels.cpu_int8 import CpuInt8
 from bitpolicy.kernels.cpu_onednn import OneDnnInt8
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.int8_compute import suits
 from bitpolicy.kernels.kernel import Compute, Kernel, PackedWeight, Prepared
-from bitpolicy.kernels.reference_kernels import Int8Reference, Reference
-from bitpolicy.kernels.triton_kernels import TritonDequantize, TritonFloat, TritonInt8
+from bitpolicy.kernels.reference_kernels import Fp8Reference, Int8Reference, Reference
+from bitpolicy.kernels.triton_kernels import TritonDequantize, TritonFloat, TritonFp8, TritonInt8
 
 _EVERY = "linear conv1d conv2d conv3d"
 AUTO, REFERENCE = "auto", "reference"
@@ -66,10 +65,12 @@ TABLE: tuple[Row, ...] = (
     Row("cpu", _EVERY, "*", CpuInt8()),
     Row("cpu", _EVERY, "*", OneDnnInt8()),
     Row("cuda", _EVERY, "*", TritonInt8()),
+    Row("cuda", _EVERY, "fp8", TritonFp8()),
     Row("cuda", _EVERY, "int4* int8", TritonFloat()),
     Row("cuda", _EVERY, "int4* int8*", TritonDequantize()),
     Row("any", _EVERY, "*", Reference()),
     Row("any", _EVERY, "*", Int8Reference()),
+    Row("any", _EVERY, "fp8", Fp8Reference()),
 )
 
 
@@ -80,8 +81,12 @@ def kernels(compute: Compute) -> list[Row]:
 
 
 def effective(compute: Compute, weight: PackedWeight) -> Compute:
-    """The compute of one layer where `compute` is asked for a model: layers that do not suit 8 bits stay exact."""
-    return Compute.EXACT if compute is Compute.INT8 and not suits(weight) else compute
+    """The compute of one layer where `compute` is asked for a model: what does not suit 8-bit inputs keeps its own."""
+    if compute is Compute.INT8 and not int8_compute.suits(weight):
+        return Compute.EXACT
+    if compute is Compute.FP8 and not fp8_compute.suits(weight):
+        return Compute.FLOAT
+    return compute
 
 
 _forced: list[str] = []

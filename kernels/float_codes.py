@@ -18,7 +18,7 @@ from bitpolicy.kernels.format import Shape, TensorSpec
 from bitpolicy.kernels.grid import Grid, GridFormat, unless_flat
 from bitpolicy.kernels.packing import from_rows, pack_bits, packed_length, row_length, to_rows, unpack_bits
 
-_LARGEST = 448.0  # of e4m3
+LARGEST = 448.0  # of e4m3
 _NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
@@ -44,10 +44,10 @@ class Float8(GridFormat):
         return length
 
     def grid(self, low: torch.Tensor, high: torch.Tensor) -> Grid:
-        return Grid(unless_flat(torch.maximum(high, -low) / _LARGEST))
+        return Grid(unless_flat(torch.maximum(high, -low) / LARGEST))
 
     def encode(self, rows: torch.Tensor, grid: Grid) -> torch.Tensor:
-        scaled = (rows / grid.scale).clamp_(-_LARGEST, _LARGEST)  # beyond it is NaN
+        scaled = (rows / grid.scale).clamp_(-LARGEST, LARGEST)  # beyond it is NaN
         return scaled.to(torch.float8_e4m3fn).float()
 
     def decode(self, codes: torch.Tensor, grid: Grid) -> torch.Tensor:

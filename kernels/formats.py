@@ -24,8 +24,9 @@ from bitpolicy.kernels.plain import Plain
 
 FP16 = Plain("fp16")
 INT8 = Int8("int8")
+FP8 = Float8("fp8")
 DEFAULT = ("int4", "int8", "fp16")
-_OTHERS: dict[str, Format] = {f.name: f for f in (FP16, INT8, NormalFloat4("nf4"), Float8("fp8"))}
+_OTHERS: dict[str, Format] = {f.name: f for f in (FP16, INT8, NormalFloat4("nf4"), FP8)}
 CONVROT: tuple[Format, ...] = tuple(
     ConvRot(f"int{bits}-convrot{'' if size == 256 else size}", bits, size) for bits in (4, 8) for size in (256, 64)
 )
@@ -77,7 +78,7 @@ def all_formats() -> tuple[Format, ...]:
     plain = [affine(bits, group, symmetric) for bits in _BITS for group in _GROUPS for symmetric in (True, False)]
     rotated = [affine(bits, group, True, rotated=True) for bits in _BITS for group in _GROUPS if group]
     rotated += [affine(bits, group, False, rotated=True) for bits in _BITS for group in _GROUPS if group]
-    floats = [_OTHERS["nf4"], _OTHERS["fp8"]]
+    floats = [_OTHERS["nf4"], FP8]
     return (*plain, *rotated, *floats, FP16)
 
 

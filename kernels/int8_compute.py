@@ -92,11 +92,21 @@ def int8_product(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | Non
     steps, scale = quantize_input(x, shared(x.ndim, weight.shape, weight.geometry))
     w, s_w = weight_codes(weight)
     sums = multiply(steps.double(), w.double(), weight.geometry).float()
-    channels = s_w if weight.geometry is None else s_w.view(-1, *[1] * len(weight.geometry.stride))
-    y = sums * (scale * channels)
-    if bias is not None:
-        y = y + (bias.float() if weight.geometry is None else bias.float().view(channels.shape))
-    return y.to(x.dtype)
+    return scaled(sums, scale, s_w, bias, weight.geometry).to(x.dtype)
+
+
+def scaled(
+    sums: torch.Tensor, s_x: torch.Tensor, s_w: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry | None
+) -> torch.Tensor:
+    """sums (s_x s_w) + b in float32.
+
+    Args:
+        sums: of products of codes, float32, as torch's own layer would give them.
+        s_x: of a size 1 along the `shared` dimensions of the input.
+    """
+    channels = s_w if geometry is None else s_w.view(-1, *[1] * len(geometry.stride))
+    y = sums * (s_x * channels)
+    return y if bias is None else y + bias.float().view(channels.shape)
 
 
 def multiply(

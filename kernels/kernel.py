@@ -28,11 +28,17 @@ class Compute(StrEnum):
     EXACT: nothing; the bits of an ordinary layer that holds the dequantized weight.
     FLOAT: nothing, but sums may be taken in another order.
     INT8: inputs, to 8 bits (`bitpolicy.kernels.int8_compute`); sums are of integers.
+    FP8: inputs, to float8 (`bitpolicy.kernels.fp8_compute`), of layers in `fp8`; all others as under FLOAT.
     """
 
     EXACT = "exact"
     FLOAT = "float"
     INT8 = "int8"
+    FP8 = "fp8"
+
+    @property
+    def rounds_inputs(self) -> bool:
+        return self in (Compute.INT8, Compute.FP8)
 
 
 def parse_compute(name: str) -> Compute:

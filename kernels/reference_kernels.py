@@ -1,9 +1,11 @@
-"""The kernels that every other one is measured against, in plain torch code: they take any call on any device."""
+"""The kernels that every other one is measured against, in plain torch code: on any device they take any call that may
+have their compute."""
 
 from __future__ import annotations
 
 import torch
 
+from bitpolicy.kernels.fp8_compute import fp8_product
 from bitpolicy.kernels.int8_compute import int8_product, multiply
 from bitpolicy.kernels.kernel import Compute, Kernel, PackedWeight, Prepared
 
@@ -36,3 +38,18 @@ class Int8Reference(Kernel):
         self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
     ) -> torch.Tensor:
         return int8_product(x, weight, bias)
+
+
+class Fp8Reference(Kernel):
+    """The definition of FP8 compute, for `fp8` weights: slow, for tests and devices without a kernel of their own."""
+
+    name = "fp8-reference"
+    compute = Compute.FP8
+
+    def refuses(self, x: torch.Tensor, weight: PackedWeight) -> str | None:
+        return None
+
+    def __call__(
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
+    ) -> torch.Tensor:
+        return fp8_product(x, weight, bias)

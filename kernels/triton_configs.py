@@ -47,7 +47,9 @@ class Product:
         length: K.
         channels: of the input; a step of the sum that stays within one tap is fastest.
         bits: of a weight where it is read, 4 or 8.
-        integer: inputs have 8 bits; else 16.
+        integer: inputs are 8-bit integers.
+        float8: inputs are 8-bit floats; without either they have 16 bits. A step is summed by itself first, which takes
+            as many registers again.
         run: weights that share a scale; 0 where scales are applied to the sum.
         warpgroups: whether the GPU multiplies by groups of four warps (Hopper), which frees registers for wide tiles.
     """
@@ -60,6 +62,7 @@ class Product:
     integer: bool
     run: int = 0
     warpgroups: bool = True
+    float8: bool = False
 
 
 def configs(product: Product) -> list[Config]:
@@ -71,20 +74,22 @@ def configs(product: Product) -> list[Config]:
 
 def _tiles(product: Product) -> list[Config]:
     """Tiles whose sums and operands fit the registers, which tests check for every GPU and product."""
-    wide = 128 if product.integer else 64
+    wide = 128 if product.integer or product.float8 else 64
+    square = Config(64, 64, wide, 8 if product.float8 else 4, 4)
     if product.rows <= 16:
         return [Config(64, 16, 128, 4, 4), Config(128, 16, 128, 8, 4), Config(32, 16, 128, 4, 4)]
     if product.rows <= 32:
         return [Config(64, 32, 128, 4, 4), Config(32, 32, 128, 4, 4)]
     if product.rows <= 64:
-        return [Config(64, 64, wide, 4, 4), Config(32, 64, wide, 4, 4)]
+        return [square, Config(32, 64, wide, 4, 4)]
     if not product.warpgroups:
-        return [Config(128, 128, 64, 8, 4), Config(64, 128, wide, 4, 3), Config(64, 64, wide, 4, 4)]
+        return [Config(128, 128, 64, 8, 4), Config(64, 128, wide, 4, 3), square]
+    widest = [] if product.float8 else [Config(128, 256, wide, 8, 3)]
     return [
-        Config(128, 256, wide, 8, 3),
+        *widest,
         Config(128, 128, wide, 8, 4),
         Config(128, 64, wide, 8 if product.bits == 4 else 4, 4),
-        Config(64, 64, wide, 4, 4),
+        square,
     ]
 
 

@@ -3,6 +3,7 @@
 triton-dequantize    EXACT  a kernel dequantizes the weight to scratch memory, then cuBLAS or cuDNN multiplies
 triton-float         FLOAT  the weight is dequantized inside the product
 triton-int8          INT8   the input is quantized once, then 8-bit codes are multiplied
+triton-fp8           FP8    the same with codes that are float8, on GPUs that multiply them
 
 Triton is imported when the first of them is called, so naming them costs nothing. Nothing here waits for the GPU, and
 scratch memory comes from torch's allocator, so that calls can be captured in a CUDA graph; each shape has to run once
@@ -12,6 +13,7 @@ before.
 from __future__ import annotations
 
 import os
+from abc import abstractmethod
 from functools import cache
 from importlib.util import find_spec
 from math import prod
@@ -19,7 +21,7 @@ from math import prod
 import torch
 
 from bitpolicy.kernels.affine import Affine
-from bitpolicy.kernels.formats import INT8
+from bitpolicy.kernels.formats import FP8, INT8
 from bitpolicy.kernels.int8_compute import TOP, multiply, weight_codes
 from bitpolicy.kernels.kernel import Compute, Geometry, Kernel, PackedWeight, Prepared
 
@@ -75,8 +77,32 @@ def _left_to_torch(x: torch.Tensor, weight: PackedWeight) -> bool:
     return x.numel() == 0 or not fits or any(n + 2 * p < d * (k - 1) + 1 for n, k, p, d in spans)
 
 
-def _by_torch(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    return multiply(x, x.new_zeros(weight.shape), weight.geometry, bias)
+def _no_codes_of(x: torch.Tensor, weight: PackedWeight) -> str | None:
+    """Why the kernels that quantize their input cannot do it here."""
+    if weight.geometry is not None and weight.geometry.groups > 1:
+        return "for convolutions of one group"
+    if weight.geometry is not None and _padded_size(x, weight.geometry) >= 2**31:
+        return "for padded inputs of less than 2^31 values"
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return "for float32, float16 and bfloat16"
+    return _unavailable(x)
+
+
+class _Product(Kernel):
+    """A kernel that multiplies packed weights itself, and leaves to torch what is none of its calls."""
+
+    def __call__(
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
+    ) -> torch.Tensor:
+        if _left_to_torch(x, weight):
+            return multiply(x, x.new_zeros(weight.shape), weight.geometry, bias)
+        return self._multiply(x, weight, bias, prepared)
+
+    @abstractmethod
+    def _multiply(
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
+    ) -> torch.Tensor:
+        """The product of an input of some size that fits the weight."""
 
 
 class TritonDequantize(Kernel):
@@ -99,7 +125,7 @@ class TritonDequantize(Kernel):
         return multiply(x, unpacked, weight.geometry, bias)
 
 
-class TritonFloat(Kernel):
+class TritonFloat(_Product):
     """Multiply 16-bit inputs with weights of `int8` and of 4 bits, dequantized tile by tile."""
 
     name = "triton-float"
@@ -118,17 +144,15 @@ class TritonFloat(Kernel):
     def prepare(self, weight: PackedWeight, dtype: torch.dtype) -> Prepared:
         return _prepared_rows(weight)
 
-    def __call__(
+    def _multiply(
         self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
     ) -> torch.Tensor:
-        if _left_to_torch(x, weight):
-            return _by_torch(x, weight, bias)
         from bitpolicy.kernels.triton_layers import multiply_floats
 
         return multiply_floats(x, weight, bias, prepared)
 
 
-class TritonInt8(Kernel):
+class TritonInt8(_Product):
     """Quantize the input once, multiply codes, and scale the sums.
 
     4-bit weights stay as they are: few rows requantize them inside the product, many rows once to scratch memory.
@@ -139,48 +163,64 @@ class TritonInt8(Kernel):
     compute = Compute.INT8
 
     def refuses(self, x: torch.Tensor, weight: PackedWeight) -> str | None:
-        if weight.geometry is not None and weight.geometry.groups > 1:
-            return "for convolutions of one group"
         if weight.row_length > _LONGEST:
             return "a sum of so many products does not fit 32 bits"
-        if weight.geometry is not None and _padded_size(x, weight.geometry) >= 2**31:
-            return "for padded inputs of less than 2^31 values"
-        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return "for float32, float16 and bfloat16"
         if weight.low_memory and not _unpackable(weight):
             return "this format has to be kept in 8 bits, which low_memory forbids"
-        return _unavailable(x)
+        return _no_codes_of(x, weight)
 
     def prepare(self, weight: PackedWeight, dtype: torch.dtype) -> Prepared:
         if weight.low_memory:
             return {}
-        from bitpolicy.kernels.triton_weights import channel_scales, code_sums, int8_rows
+        from bitpolicy.kernels.triton_weights import byte_rows, channel_scales, code_sums
 
         if weight.format == INT8:
-            return {**_prepared_rows(weight), "code_sums": code_sums(int8_rows(weight.tensors["weight_packed"]))}
+            return {**_prepared_rows(weight), "code_sums": code_sums(byte_rows(weight.tensors["weight_packed"]))}
         if isinstance(weight.format, Affine) and _unpackable(weight):
             scale, sums = channel_scales(weight.format, weight.tensors, weight.shape)
             return {"channel_scale": scale, "code_sums": sums}
         codes, scale = weight_codes(weight)
-        rows = int8_rows(codes)
+        rows = byte_rows(codes)
         return {"rows": rows, "channel_scale": scale, "code_sums": code_sums(rows)}
 
-    def __call__(
+    def _multiply(
         self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
     ) -> torch.Tensor:
-        if _left_to_torch(x, weight):
-            return _by_torch(x, weight, bias)
         from bitpolicy.kernels.triton_layers import multiply_codes
 
         return multiply_codes(x, weight, bias, prepared)
 
 
+class TritonFp8(_Product):
+    """Quantize the input to float8 once, multiply its codes with those of `fp8` as they are stored, scale the sums."""
+
+    name = "triton-fp8"
+    compute = Compute.FP8
+
+    def refuses(self, x: torch.Tensor, weight: PackedWeight) -> str | None:
+        if weight.format != FP8:
+            return "for fp8"
+        if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
+            return "this machine's GPU does not multiply float8, as NVIDIA's do from Ada (sm_89) on"
+        return _no_codes_of(x, weight)
+
+    def prepare(self, weight: PackedWeight, dtype: torch.dtype) -> Prepared:
+        return _prepared_rows(weight)
+
+    def _multiply(
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
+    ) -> torch.Tensor:
+        from bitpolicy.kernels.triton_layers import multiply_float8
+
+        return multiply_float8(x, weight, bias, prepared)
+
+
 def _prepared_rows(weight: PackedWeight) -> Prepared:
-    """Rows in wire order of an `int8` convolution, if its codes do not lie so already."""
-    if weight.format != INT8 or weight.low_memory:
+    """Rows in wire order of an `int8` or `fp8` convolution, if its codes do not lie so already."""
+    if weight.format not in (INT8, FP8) or weight.low_memory:
         return {}
-    from bitpolicy.kernels.triton_weights import int8_rows
+    from bitpolicy.kernels.triton_weights import byte_rows
 
     stored = weight.tensors["weight_packed"]
-    rows = int8_rows(stored)
+    rows = byte_rows(stored)
     return {} if rows.data_ptr() == stored.data_ptr() else {"rows": rows}

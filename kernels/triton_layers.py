@@ -16,17 +16,18 @@ from torch._prims_common import suggest_memory_format
 
 from bitpolicy.kernels.affine import Affine
 from bitpolicy.kernels.formats import INT8
+from bitpolicy.kernels.fp8_compute import CODE
 from bitpolicy.kernels.int8_compute import shared
 from bitpolicy.kernels.kernel import PackedWeight, Prepared
 from bitpolicy.kernels.triton_configs import Config, Product, choose
 from bitpolicy.kernels.triton_input import quantized
 from bitpolicy.kernels.triton_product import ONE_PIXEL, Rows, Window, launch, window
-from bitpolicy.kernels.triton_weights import channel_scales, code_sums, int8_rows, requantized
+from bitpolicy.kernels.triton_weights import byte_rows, channel_scales, code_sums, requantized
 
 UNPACK_FROM = 128
 """Rows of input from which on a 4-bit weight is requantized once to scratch memory, not once for each tile of rows."""
 
-Grid = tuple[torch.Tensor, torch.Tensor]  # s_x and z - 128
+Grid = tuple[torch.Tensor, torch.Tensor | None]  # s_x and, of integers, z - 128
 
 
 def multiply_floats(
@@ -42,8 +43,18 @@ def multiply_codes(
 ) -> torch.Tensor:
     """The product of inputs that are first quantized to 8 bits, not empty."""
     padding = () if weight.geometry is None else weight.geometry.padding
-    codes, *grid = quantized(x, shared(x.ndim, weight.shape, weight.geometry), padding)
-    return _product(x, codes, (grid[0], grid[1]), _integer_rows(weight, prepared, codes), weight, bias)
+    codes, scale, zero = quantized(x, shared(x.ndim, weight.shape, weight.geometry), padding)
+    return _product(x, codes, (scale, zero), _integer_rows(weight, prepared, codes), weight, bias)
+
+
+def multiply_float8(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
+) -> torch.Tensor:
+    """The product of inputs that are first quantized to float8, not empty, with a weight in `fp8`."""
+    padding = () if weight.geometry is None else weight.geometry.padding
+    codes, scale, _ = quantized(x, shared(x.ndim, weight.shape, weight.geometry), padding, CODE)
+    rows = Rows(_stored_codes(weight, prepared), channel_scale=weight.tensors["weight_scale"])
+    return _product(x, codes, (scale, None), rows, weight, bias)
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
@@ -92,7 +103,7 @@ def _float_rows(weight: PackedWeight, prepared: Prepared) -> Rows:
     """The weight for inputs of 16 bits: a scale that a whole row shares is left to the end of the sum."""
     tensors = weight.tensors
     if weight.format == INT8:
-        return Rows(_int8_codes(weight, prepared), channel_scale=tensors["weight_scale"])
+        return Rows(_stored_codes(weight, prepared), channel_scale=tensors["weight_scale"])
     scale, zero = tensors["weight_scale"], tensors.get("weight_zero")
     assert isinstance(weight.format, Affine)
     if scale.shape[1] == 1:
@@ -104,7 +115,7 @@ def _integer_rows(weight: PackedWeight, prepared: Prepared, codes: torch.Tensor)
     """The weight for inputs of 8 bits."""
     tensors, format = weight.tensors, weight.format
     if format == INT8:
-        rows, sums = _int8_codes(weight, prepared), prepared.get("code_sums")
+        rows, sums = _stored_codes(weight, prepared), prepared.get("code_sums")
         return Rows(rows, channel_scale=tensors["weight_scale"], code_sums=code_sums(rows) if sums is None else sums)
     if "rows" in prepared:
         return Rows(prepared["rows"], channel_scale=prepared["channel_scale"], code_sums=prepared["code_sums"])
@@ -120,9 +131,10 @@ def _integer_rows(weight: PackedWeight, prepared: Prepared, codes: torch.Tensor)
     return Rows(tensors["weight_packed"], scale, zero, run, channel_scale=scales, code_sums=sums)
 
 
-def _int8_codes(weight: PackedWeight, prepared: Prepared) -> torch.Tensor:
+def _stored_codes(weight: PackedWeight, prepared: Prepared) -> torch.Tensor:
+    """Rows of a format whose codes are bytes."""
     rows = prepared.get("rows")
-    return int8_rows(weight.tensors["weight_packed"]) if rows is None else rows
+    return byte_rows(weight.tensors["weight_packed"]) if rows is None else rows
 
 
 def _config(
@@ -142,7 +154,8 @@ def _config(
         length=weight.row_length,
         channels=weight.shape[1],
         bits=rows.bits,
-        integer=grid is not None,
+        integer=codes.dtype == torch.int8,
+        float8=codes.dtype == CODE,
         run=rows.run,
         warpgroups=_has_warpgroups(codes.device),
     )

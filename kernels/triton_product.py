@@ -13,6 +13,9 @@ is dequantized.
                     padding, which is written down there, z - 128, so that each pixel's sum has all of its K terms:
                     y = (sum_k (x_q - 128) w_q - (z - 128) sum_k w_q) (s_x s_w) + b, int32 up to the scales,
                     is rounded once
+    float8 inputs   W and X are codes of e4m3; y = (sum_k x_q w_q) (s_x s_w) + b. Tensor cores add such products up in
+                    less than float32 has (Liu et al. 2024, "DeepSeek-V3", section 3.3.2), so each step's sum is taken
+                    by itself and added to the others by ordinary instructions
 
 With `splits` > 1 each program sums a part of k into a workspace, and `_add_splits` adds the parts in order.
 """
@@ -52,7 +55,7 @@ class Rows:
     """A weight as the kernel reads it, rows (out, K) in wire order.
 
     Attributes:
-        codes: int8 (out, K), or two 4-bit codes a byte, u8 (out, ceil(K / 2)).
+        codes: int8 or float8 (out, K), or two 4-bit codes a byte, u8 (out, ceil(K / 2)).
         scale, zero: of the groups of 4-bit codes, shape (out, groups); zero is None where it is 8.
         run: weights of a group; 0 is a whole row.
         channel_scale: float32 or float16, shape (out), what the sum is multiplied with; None where nothing.
@@ -68,7 +71,7 @@ class Rows:
 
     @property
     def bits(self) -> int:
-        return 8 if self.codes.dtype == torch.int8 else 4
+        return 4 if self.codes.dtype == torch.uint8 else 8
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def three(sizes: Sequence[int], fill: int) -> tuple[int, int, int]:
 
 def launch(
     x: torch.Tensor,
-    grid: tuple[torch.Tensor, torch.Tensor] | None,
+    grid: tuple[torch.Tensor, torch.Tensor | None] | None,
     weight: Rows,
     bias: torch.Tensor | None,
     y: torch.Tensor,
@@ -132,8 +135,8 @@ def launch(
     """Write the product into `y`.
 
     Args:
-        x: float16, bfloat16 or int8, contiguous, shape (samples, D, H, W, C), any way to write that.
-        grid: of int8 inputs, which are padded: s_x, float32, and z - 128, int32, of each sample or row.
+        x: float16, bfloat16, int8 or float8, contiguous, shape (samples, D, H, W, C), any way to write that.
+        grid: of 8-bit inputs, which are padded: s_x, float32, and z - 128 of integers, int32, of each sample or row.
         y: shape (samples, pixels, out), of any strides.
     """
     samples, pixels, out = y.shape
@@ -202,6 +205,7 @@ def _product(
     tap = start // C
     channel = start % C
     scale, zero = _grids(scale_ptr, zero_ptr, rows, start, groups, BITS, RUN, INTEGER, BK)
+    FLOAT8: tl.constexpr = x_ptr.dtype.element_ty == tl.float8e4nv
     acc = tl.zeros((BN, BM), dtype=tl.int32 if INTEGER else tl.float32)
     for k0 in range(start, min(start + part, K), BK):
         if EVEN:
@@ -223,7 +227,10 @@ def _product(
                 scale, zero = _grids(scale_ptr, zero_ptr, rows, k0 + BK, groups, BITS, RUN, INTEGER, BK)
         if INTERPRETED and not INTEGER:
             inputs = inputs.to(tl.float32)
-        acc = tl.dot(weights, tl.trans(inputs), acc, out_dtype=acc.dtype)
+        if FLOAT8:  # of which nothing may be added up inexactly: the compiler leaves the sum alone then
+            acc += tl.dot(weights, tl.trans(inputs), max_num_imprecise_acc=BK, out_dtype=acc.dtype)
+        else:
+            acc = tl.dot(weights, tl.trans(inputs), acc, out_dtype=acc.dtype)
 
     stored = (n < N)[:, None] & (m < M)[None, :]
     if SPLITS > 1:
@@ -311,7 +318,7 @@ def _tile_of_tap(
     at = tl.multiple_of(corner + (((td * H + th) * W + tw) * C + channel), BK)  # all of these are
     pointers = x_ptr + at[:, None] + tl.arange(0, BK)[None, :]
     if PADDED:
-        return tl.load(pointers, mask=_inside(d + td, h + th, w + tw, D, H, W, KD)[:, None], other=0)
+        return tl.load(pointers, mask=_inside(d + td, h + th, w + tw, D, H, W, KD)[:, None], other=0.0)
     else:
         return tl.load(pointers)
 
@@ -329,7 +336,7 @@ def _tile_of_taps(
     inside = k < K
     if PADDED:
         inside = inside & _inside(d[:, None] + td, h[:, None] + th, w[:, None] + tw, D, H, W, 0)
-    return tl.load(x_ptr + corner[:, None] + ((td * H + th) * W + tw) * C + k % C, mask=inside, other=0)
+    return tl.load(x_ptr + corner[:, None] + ((td * H + th) * W + tw) * C + k % C, mask=inside, other=0.0)
 
 
 @triton.jit

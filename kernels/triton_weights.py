@@ -73,8 +73,8 @@ def requantized(format: Affine, tensors: Tensors, shape: Shape, scales: torch.Te
     return codes
 
 
-def int8_rows(codes: torch.Tensor) -> torch.Tensor:
-    """Codes of `int8`, (out, in, *kernel), as rows in wire order: no copy of linear layers, of convolutions of one tap,
+def byte_rows(codes: torch.Tensor) -> torch.Tensor:
+    """Codes of a byte, (out, in, *kernel), as rows in wire order: no copy of linear layers, of convolutions of one tap,
     and of those whose codes lie channels last, as `model.to(memory_format=torch.channels_last)` leaves them."""
     return to_rows(codes).contiguous()
 

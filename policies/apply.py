@@ -1,7 +1,7 @@
 """Put a policy on a model in memory: as packed layers, or as ordinary layers with dequantized weights.
 
-Both compute the same bits, under INT8 compute the same up to the rounding of sums. The second is what search and probes
-use: it is fast, and taken back in no time.
+Both compute the same bits, under INT8 and FP8 compute the same up to the rounding of sums. The second is what search
+and probes use: it is fast, and taken back in no time.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from bitpolicy.kernels.layers import Quantizable, pack_layer, quantizable_layers
 from bitpolicy.kernels.quantizers import HESSIANS, quantize_data_free
 from bitpolicy.kernels.row_chunks import each_chunk
 from bitpolicy.policies.calibration import Calibration, rounded_key
-from bitpolicy.policies.int8_layers import multiplied_weight, round_inputs, rounds_inputs
 from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.policies.rounded_layers import multiplied_weight, round_inputs, rounds_inputs
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,8 @@ def quantized(
             if layer.bias is not None and stored.bias is not None:
                 before.append((layer.bias, layer.bias.data))
                 layer.bias.data = stored.bias.to(layer.bias.dtype)
-            if rounds_inputs(layer, compute):
-                undone.callback(round_inputs(layer).remove)
+            if rounds_inputs(layer, choice.format, compute):
+                undone.callback(round_inputs(layer, compute).remove)
         yield
 
 

@@ -7,7 +7,7 @@ from typing import Final
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.kernel import Compute
 
-MEASURED: Final = (Compute.EXACT, Compute.INT8)
+MEASURED: Final = (Compute.EXACT, Compute.INT8, Compute.FP8)
 
 
 def measured_compute(name: str) -> Compute:
@@ -18,5 +18,5 @@ def measured_compute(name: str) -> Compute:
     """
     wanted = name.strip().lower()
     if wanted not in MEASURED:
-        raise BitPolicyError(f"compute {name!r} is none that can be measured and recorded; write exact or int8")
+        raise BitPolicyError(f"compute {name!r} is none that can be measured and recorded; write exact, int8 or fp8")
     return Compute(wanted)

@@ -48,6 +48,7 @@ Layers by role and format:
 _COMPUTES = {
     "exact": "with dequantized weights (`compute: exact`)",
     "int8": "with 8-bit inputs and weights (`compute: int8`), under which PSNR and error are taken",
+    "fp8": "with float8 inputs where weights are fp8 (`compute: fp8`), under which PSNR and error are taken",
 }
 
 

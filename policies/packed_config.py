@@ -47,7 +47,8 @@ class BitPolicyConfig(QuantizationConfigMixin, TransformersConfigMixin):
         formats: format name -> its parameters, as the policy file records them.
         storage_dtype: "float16", "bfloat16" or, where nothing is packed, "float32", of everything that is not packed.
         written_by: version of bitpolicy that wrote the checkpoint.
-        compute: "exact" or "int8": what the packed layers multiply with once they are loaded. A policy says its own.
+        compute: "exact", "int8" or "fp8": what the packed layers multiply with once they are loaded. A policy says its
+            own.
         checksums: CRC-32 of every tensor's bytes, 8 hex digits each, in the order of their names; empty where a model
             was saved again.
 

@@ -143,7 +143,7 @@ class Policy(_Strict):
     model: ModelReference
     budget: BudgetRecord | None = None
     storage_dtype: Literal["float16", "bfloat16"] = "float16"
-    compute: Literal["exact", "int8"] = "exact"
+    compute: Literal["exact", "int8", "fp8"] = "exact"
     formats: dict[str, dict[str, Any]] = Field(default_factory=dict)
     defaults: LayerSettings = Field(
         default_factory=lambda: LayerSettings(format="fp16", quantizer="rtn", bias_correction=False)

@@ -16,13 +16,13 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
-from math import prod
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import torch
+from bench_case import Case
 from torch import nn
 
 from bitpolicy.kernels.computing import set_compute
@@ -31,26 +31,6 @@ from bitpolicy.kernels.formats import format_named
 from bitpolicy.kernels.layers import pack_layer, quantizable_layers, replace_layer
 
 Call = Callable[[], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A layer and its input.
-
-    Attributes:
-        input: (rows, in) or (B, in, H, W).
-        weight: (out, in, *kernel).
-    """
-
-    name: str
-    input: tuple[int, ...]
-    weight: tuple[int, ...]
-    stride: int = 1
-
-    @property
-    def operations(self) -> int:
-        """Multiplications and additions of one call."""
-        return 2 * self.input[0] * prod(n // self.stride for n in self.input[2:]) * prod(self.weight)
 
 
 CASES = (
@@ -74,13 +54,18 @@ UNET = "SDXL-shaped U-Net, 128 x 128, batch 2"
 OURS = {
     "w8a8": ("int8", "int8", "triton-int8"),
     "w4a8": ("int4", "int8", "triton-int8"),
+    "w8a8-float8": ("fp8", "fp8", "triton-fp8"),
     "w8a16": ("int8", "float", "triton-float"),
     "w4a16": ("int4", "float", "triton-float"),
     "w8a16-unpacked": ("int8", "exact", "triton-dequantize"),
     "w4a16-unpacked": ("int4", "exact", "triton-dequantize"),
 }
 """Contenders of our own: format, compute, kernel."""
-INTEGER = ("w8a8", "w4a8", "torchao-int8", "sdnq-int8", "comfy-int8")
+ARITHMETIC = {
+    **dict.fromkeys(("w8a8", "w4a8", "torchao-int8", "sdnq-int8", "comfy-int8"), "integer"),
+    "w8a8-float8": "float8",
+}
+"""Contenders that do not multiply 16-bit floats, and what they multiply."""
 
 
 # Contenders: each makes a layer of the fp16 layer
@@ -141,6 +126,8 @@ def contender(name: str, model: nn.Module) -> tuple[nn.Module, str]:
         return model, "auto"
     if name in OURS:
         format, compute, kernel = OURS[name]
+        if ARITHMETIC.get(name) == "float8" and not multiplies_float8():
+            raise ValueError("this GPU does not multiply float8")
         return packed(model, format, compute), kernel
     return RIVALS[name](model), "auto"
 
@@ -189,11 +176,24 @@ def by_turns(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
     return times
 
 
+def multiplies_float8() -> bool:
+    return torch.cuda.get_device_capability() >= (8, 9)
+
+
+def float8_product(a: torch.Tensor) -> torch.Tensor:
+    """a a^T of float8, in float16."""
+    one = torch.ones((), device=a.device)
+    return torch._scaled_mm(a, a.T, scale_a=one, scale_b=one, out_dtype=torch.float16)
+
+
 def ceilings() -> dict[str, float]:
-    """Operations a second of cuBLAS on 8192 x 8192 x 8192, in 16-bit floats and in 8-bit integers."""
+    """Operations a second of cuBLAS on 8192 x 8192 x 8192, in each arithmetic that the GPU has."""
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.float16)
+    a8 = a.to(torch.float8_e4m3fn)
     codes = torch.randint(-127, 128, (8192, 8192), device="cuda", dtype=torch.int8)
     products: dict[str, Call] = {"float": lambda: a @ a.T, "integer": lambda: torch._int_mm(codes, codes.T)}
+    if multiplies_float8():
+        products["float8"] = lambda: float8_product(a8)
     times = by_turns(products, 5)
     return {name: 2 * 8192**3 / (median(each) / 1e3) for name, each in times.items()}
 
@@ -276,7 +276,7 @@ def described(result: dict[str, Any], operations: int | None, ceiling: dict[str,
         ratio = f"{median(times['fp16']) / median(each):6.2f} x fp16" if "fp16" in times else ""
         share = ""
         if operations is not None:
-            top = ceiling["integer" if name in INTEGER else "float"]
+            top = ceiling[ARITHMETIC.get(name, "float")]
             share = f"{operations / (median(each) / 1e3) / top:7.0%} of ceiling"
         error = result["relative_error"].get(name)
         wrong = "" if error is None else f"  error {error:.2e}"

@@ -13,52 +13,25 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from bench_case import Case
 from bench_machine import clock, description, spread
 
 from bitpolicy.kernels.dispatch import TABLE, prepared
 from bitpolicy.kernels.formats import format_named
 from bitpolicy.kernels.int8_compute import multiply
-from bitpolicy.kernels.kernel import Compute, Geometry, Kernel, PackedWeight
+from bitpolicy.kernels.kernel import Compute, Kernel, PackedWeight
 
-_REFERENCES = ("reference", "int8-reference")  # plain torch code: what the others are tested against, not timed
-
-
-@dataclass(frozen=True)
-class Case:
-    """A layer and its input.
-
-    Attributes:
-        input: (rows, in) or (B, in, H, W).
-        weight: (out, in, *kernel).
-    """
-
-    name: str
-    input: tuple[int, ...]
-    weight: tuple[int, ...]
-
-    @property
-    def geometry(self) -> Geometry | None:
-        if len(self.weight) == 2:
-            return None
-        return Geometry((1, 1), tuple(k // 2 for k in self.weight[2:]), (1, 1))
-
-    @property
-    def operations(self) -> int:
-        """Multiplications and additions of one call."""
-        positions = self.input[0] * prod(self.input[2:])
-        return 2 * positions * prod(self.weight)
-
-    @property
-    def shape(self) -> str:
-        x, w = self.input, self.weight
-        return f"{x[0]} x {w[1]} -> {w[0]}" if len(w) == 2 else f"{x[0]} x {w[1]} -> {w[0]} at {x[2]}x{x[3]}"
+_REFERENCES = (
+    "reference",
+    "int8-reference",
+    "fp8-reference",
+)  # plain torch code: what the others are tested against, not timed
 
 
 def linear(rows: int, inputs: int, out: int) -> Case:

@@ -42,7 +42,7 @@ class AdjointProbe:
         calibration: E[x] per layer, for the corrected bias.
         storage: dtype of the stored weights; errors are taken against the weight in this dtype.
         recompute_inside: also checkpoint inside the denoiser, block by block: less memory, one more forward.
-        compute: of packed layers; under INT8 the rounding of their inputs is part of their error.
+        compute: of packed layers; under INT8 and FP8 the rounding of their inputs is part of their error.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class AdjointProbe:
     ) -> None:
         self._trajectories, self._recompute_inside = trajectories, recompute_inside
         self._layers = dict(quantizable_layers(trajectories.denoiser))
-        self._inputs = InputRounding(self._layers, compute)
+        self._inputs = InputRounding(self._layers, candidates, compute)
         changes = WeightChanges(self._layers, candidates, calibration, storage, compute)
         outside, amounts = trajectories.outside_layers, self._inputs.amounts
         self._recorder = SketchRecorder(self._layers, changes, len(candidates), outside, amounts)

@@ -29,8 +29,8 @@ class Sketch:
             is outside the loop, if any such model is studied.
         bias: <G_b, db> of the corrected bias, same shape; zero for a layer without a bias.
         along: <v, x_0> / |x_0|, how much of the direction is the signal's.
-        inputs: <g, Q(x) - x> of the layers whose inputs are rounded, same shape, the same for all candidates that fit;
-            None where no layer's are.
+        inputs: <g, Q(x) - x> of the layers whose inputs are rounded, same shape, the same for all candidates that fit
+            and do so; None where no layer's are.
     """
 
     weight: torch.Tensor

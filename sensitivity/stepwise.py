@@ -61,7 +61,7 @@ class StepwiseProbe:
     ) -> None:
         self._trajectories = trajectories
         self._layers = dict(quantizable_layers(trajectories.denoiser))
-        self._inputs = InputRounding(self._layers, compute)
+        self._inputs = InputRounding(self._layers, candidates, compute)
         changes = WeightChanges(self._layers, candidates, calibration, storage, compute)
         outside, amounts = trajectories.outside_layers, self._inputs.amounts
         self._recorder = SketchRecorder(self._layers, changes, len(candidates), outside, amounts)

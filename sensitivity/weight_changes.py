@@ -15,8 +15,8 @@ from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import Quantizable
 from bitpolicy.policies.apply import stored_weight
 from bitpolicy.policies.calibration import Calibration
-from bitpolicy.policies.int8_layers import multiplied_weight, rounds_inputs
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.rounded_layers import multiplied_weight, rounds_inputs
 from bitpolicy.sensitivity.candidates import Candidate
 
 _CACHE_BYTES = 2**27  # for each candidate: of dW in float32 that are kept; the others are computed anew for each use
@@ -58,9 +58,12 @@ class WeightChanges:
         return self._biases[name] @ gradient.float().to(self._biases[name].device)
 
     def input_products(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
-        """<g, Q(x) - x>, which is `gradient` itself, for each candidate that fits the layer, shape (candidates)."""
-        shape = self._layers[name].weight.shape
-        return torch.stack([gradient * candidate.format.fits(shape) for candidate in self._candidates])
+        """<g, Q(x) - x>, which is `gradient` itself, for each candidate that fits the layer and rounds its inputs,
+        shape (candidates)."""
+        layer, compute = self._layers[name], self._compute
+        formats = (candidate.format for candidate in self._candidates)
+        rounded = (f.fits(layer.weight.shape) and rounds_inputs(layer, f, compute) for f in formats)
+        return torch.stack([gradient * each for each in rounded])
 
     def _deltas(self, name: str) -> Iterator[torch.Tensor]:
         """dW of each candidate, float32, flat."""
@@ -91,7 +94,7 @@ class WeightChanges:
         layer = self._layers[name]
         if name not in self._calibration:
             return torch.zeros(len(self._candidates), layer.weight.shape[0], device=layer.weight.device)
-        requantized = rounds_inputs(layer, self._compute)
+        requantized = self._compute is Compute.INT8
         deltas = self._made(name, Compute.EXACT) if requantized else self._deltas(name)
         shaped = (delta.view(layer.weight.shape) for delta in deltas)
         return torch.stack([bias_shift(layer, delta, self._calibration[name]) for delta in shaped])

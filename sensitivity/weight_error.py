@@ -11,8 +11,8 @@ from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import stored_weight
 from bitpolicy.policies.calibration import Calibration
-from bitpolicy.policies.int8_layers import multiplied_weight
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.rounded_layers import multiplied_weight
 from bitpolicy.sensitivity.candidates import Candidate
 
 

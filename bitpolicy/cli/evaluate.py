@@ -71,8 +71,9 @@ Computes = Annotated[
     str | None,
     typer.Option(
         "--compute",
-        help="How packed layers multiply: exact, float (sums in another order) or int8 (inputs rounded to 8 bits, too: "
-        "faster, less accurate). Default: what the checkpoint records, else exact.",
+        help="How packed layers multiply: exact, float (sums in another order), int8 (inputs rounded to 8 bits, too: "
+        "faster, less accurate) or fp8 (inputs of fp8 layers rounded to float8). Default: what the checkpoint records, "
+        "else exact.",
         rich_help_panel=RUN,
     ),
 ]

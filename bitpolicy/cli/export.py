@@ -44,9 +44,9 @@ Target = Annotated[
 Compute = Annotated[
     str | None,
     typer.Option(
-        help="Record another compute than the policy's, exact or int8: what packed layers multiply with once the "
+        help="Record another compute than the policy's, exact, int8 or fp8: what packed layers multiply with once the "
         "checkpoint is loaded. int8 also rounds inputs to 8 bits: faster on CPUs with VNNI and on GPUs, for some "
-        "accuracy, which `bitpolicy eval` measures.",
+        "accuracy, which `bitpolicy eval` measures; fp8 those of fp8 layers to float8.",
         rich_help_panel=RUN,
     ),
 ]

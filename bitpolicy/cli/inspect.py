@@ -58,7 +58,9 @@ Kernels = Annotated[
 ]
 Compute = Annotated[
     str | None,
-    typer.Option(help="With --kernels: exact, float or int8 instead of what the checkpoint says.", rich_help_panel=RUN),
+    typer.Option(
+        help="With --kernels: exact, float, int8 or fp8 instead of what the checkpoint says.", rich_help_panel=RUN
+    ),
 ]
 LowMemory = Annotated[
     bool,

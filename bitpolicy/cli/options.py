@@ -70,8 +70,9 @@ Quantizer = Annotated[
 Compute = Annotated[
     str,
     typer.Option(
-        help="How packed layers multiply: exact (dequantized weights), or int8 (inputs are rounded to 8 bits, too): "
-        "faster on CPUs with VNNI and on GPUs, for some accuracy, which is measured along with everything else.",
+        help="How packed layers multiply: exact (dequantized weights), int8 (inputs are rounded to 8 bits, too): "
+        "faster on CPUs with VNNI and on GPUs, for some accuracy, which is measured along with everything else; or fp8 "
+        "(inputs of fp8 layers to float8, for GPUs from Ada on).",
         rich_help_panel=RUN,
     ),
 ]

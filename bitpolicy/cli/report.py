@@ -11,6 +11,10 @@ from rich.table import Table
 
 from bitpolicy.search.budget import readable
 
+_COMPUTES = {
+    "int8": "int8: inputs of packed layers are rounded, too",
+    "fp8": "fp8: inputs of layers in fp8 are rounded, too",
+}
 _PRIVATE = ("roles",)  # in result.json and the table, not in --json
 
 
@@ -66,7 +70,7 @@ def _bytes_and_quality(result: Mapping[str, Any]) -> Table:
             f"predicted {result.get('error_of', 'latent')} error",
             "not predicted" if error is None else f"{error:.3g} (relative power)",
         ),
-        *([("compute", "int8: inputs of packed layers are rounded, too")] if result.get("compute") == "int8" else []),
+        *([("compute", words)] if (words := _COMPUTES.get(result.get("compute", ""))) else []),
         ("held-out PSNR", f"{quality} over {psnr['n']} images{same_images}"),
         *((name, _one_line(found)) for name, found in result.get("quality", {}).items()),
         ("seconds", ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in result["seconds"].items())),

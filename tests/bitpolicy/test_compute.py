@@ -136,14 +136,42 @@ def test_a_probe_tells_the_inputs_apart(command: Any, toy: Path, prompts: Path, 
     assert command("report", "int8").code == 0
 
 
+def test_a_search_under_fp8_compute_is_measured_and_recorded_so(
+    command: Any, small: tuple[str, ...], toy: Path, prompts: Path, here: Path
+) -> None:
+    under = ("--compute", "fp8", "--formats", "int4,fp8", "--quantizer", "rtn")
+    outcome = command("--budget", "50%", *small, *under, "--output-dir", "out", "--json")
+    assert (outcome.code, outcome.result["compute"]) == (0, "fp8")
+    assert Policy.load(here / "out" / "policy.yaml").compute == "fp8"
+    table = SensitivityTable.load(here / "out" / "sensitivity.safetensors")
+    assert table.inputs is not None
+    shares = table.inputs[:, [f.name for f in table.formats].index("fp8")]
+    assert shares.count_nonzero() > 10
+    assert not table.inputs[:, [f.name for f in table.formats].index("int4")].any()
+    layers = [layer for _, layer in packed_layers(bitpolicy.load_pipeline("out/checkpoint").unet)]
+    assert {layer.compute for layer in layers} == {Compute.FP8}
+    assert {layer.format.name for layer in layers if layer.effective_compute is Compute.FP8} == {"fp8"}
+    images = ("--prompts", prompts, *CALL, "--images", "2", "--json")
+    fp8, exact = (
+        command("eval", "out/checkpoint", "--model", toy, *images, *more).result
+        for more in ((), ("--compute", "exact"))
+    )
+    assert (fp8["compute"], exact["compute"]) == ("fp8", "exact")
+    assert fp8["psnr_db"]["mean"] != exact["psnr_db"]["mean"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "needles"),
     [
-        (("probe", "--compute", "int4"), ("'int4'", "exact or int8")),
-        (("search", "--budget", "50%", "--compute", "fast"), ("'fast'", "exact or int8")),
+        (("search", "--budget", "50%", "--compute", "fp8"), ("int4, int8, fp16", "add fp8 to --formats")),
+        (("probe", "--compute", "int4"), ("'int4'", "exact, int8 or fp8")),
+        (("search", "--budget", "50%", "--compute", "fast"), ("'fast'", "exact, int8 or fp8")),
         (("search", "--budget", "50%", "--compute", "int8", "--scope", "peak"), ("--scope peak", "--compute exact")),
-        (("eval", "CHECKPOINT", "--compute", "fast"), ("'fast'", "exact, float, int8")),
-        (("export", "--policy", "POLICY", "--output-dir", "new", "--compute", "fast"), ("'fast'", "exact or int8")),
+        (("eval", "CHECKPOINT", "--compute", "fast"), ("'fast'", "exact, float, int8, fp8")),
+        (
+            ("export", "--policy", "POLICY", "--output-dir", "new", "--compute", "fast"),
+            ("'fast'", "exact, int8 or fp8"),
+        ),
         (
             ("export", "--policy", "POLICY", "--output-dir", "new", "--compute", "int8", "--target", "comfy"),
             ("--compute", "leave out --target"),
@@ -189,5 +217,5 @@ def test_from_python(half_pipeline: Any, tmp_path: Path) -> None:
     for folder, expected in (("as it is", Compute.INT8), ("exact", Compute.EXACT)):
         layers = packed_layers(bitpolicy.load_pipeline(tmp_path / folder).unet)
         assert {layer.compute for _, layer in layers} == {expected}
-    with pytest.raises(bitpolicy.BitPolicyError, match="exact or int8"):
+    with pytest.raises(bitpolicy.BitPolicyError, match="exact, int8 or fp8"):
         bitpolicy.export(pipe, policy, tmp_path / "other", compute="float")

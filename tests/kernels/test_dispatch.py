@@ -7,18 +7,20 @@ import json
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from toy_products import bias_of, input_of, weight_of
 
-from bitpolicy.kernels import dispatch, micro_probe
+from bitpolicy.kernels import dispatch, micro_probe, triton_kernels
 from bitpolicy.kernels.dispatch import Row, choose, effective, prepared, prepared_bytes, run, use_kernels
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.int8_compute import multiply
 from bitpolicy.kernels.kernel import Compute, Kernel, PackedWeight, Prepared, parse_compute
 from bitpolicy.kernels.reference_kernels import Int8Reference, Reference
+from bitpolicy.kernels.triton_kernels import TritonFp8
 
 CALL = "linear of odd sizes"
 
@@ -306,7 +308,39 @@ def test_what_does_not_suit_8_bits_stays_exact(shape: str, compute: Compute) -> 
     assert effective(Compute.INT8, weight) is compute
 
 
+@pytest.mark.parametrize(
+    ("shape", "format", "compute"),
+    [
+        ("conv2d 3x3", "fp8", Compute.FP8),
+        ("conv2d 3x3", "int8", Compute.FLOAT),
+        ("conv2d in groups", "fp8", Compute.FLOAT),
+    ],
+)
+def test_what_does_not_suit_float8_may_add_in_another_order(shape: str, format: str, compute: Compute) -> None:
+    weight = weight_of(shape, format)
+    assert weight is not None
+    assert effective(Compute.FP8, weight) is compute
+
+
+@pytest.mark.parametrize(
+    ("capability", "refusal"),
+    [((8, 0), "this machine's GPU does not multiply float8"), ((8, 6), "this machine's GPU"), ((8, 9), None)],
+)
+def test_float8_is_refused_by_gpus_before_ada(
+    capability: tuple[int, int], refusal: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    monkeypatch.setattr(triton_kernels, "_missing", lambda _device: None)
+    weight = weight_of("linear of whole groups", "fp8")
+    assert weight is not None
+    on_a_gpu: Any = SimpleNamespace(
+        is_cuda=True, is_meta=False, device=torch.device("cuda"), dtype=torch.float16, numel=lambda: 1
+    )
+    found = TritonFp8().refuses(on_a_gpu, weight)
+    assert found is None if refusal is None else str(found).startswith(refusal)
+
+
 def test_computes_have_names() -> None:
     assert parse_compute(" INT8 ") is Compute.INT8
-    with pytest.raises(BitPolicyError, match="unknown compute 'int4'; write any of exact, float, int8"):
+    with pytest.raises(BitPolicyError, match="unknown compute 'int4'; write any of exact, float, int8, fp8"):
         parse_compute("int4")

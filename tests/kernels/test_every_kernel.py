@@ -9,8 +9,9 @@ import pytest
 import torch
 from toy_products import FORMATS, SHAPES, bias_of, input_of, layouts, weight_of
 
-from bitpolicy.kernels.dispatch import TABLE, Row, prepared, run
-from bitpolicy.kernels.int8_compute import int8_product, multiply, suits
+from bitpolicy.kernels.dispatch import TABLE, Row, effective, prepared, run
+from bitpolicy.kernels.fp8_compute import fp8_product
+from bitpolicy.kernels.int8_compute import int8_product, multiply
 from bitpolicy.kernels.kernel import Compute, PackedWeight
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -35,11 +36,13 @@ def on(device: str, weight: PackedWeight) -> PackedWeight:
 
 
 def expected(row: Row, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """The answer by other means: torch on dequantized weights, the definition of INT8, or float64."""
+    """The answer by other means: torch on dequantized weights, the definition of INT8 or FP8, or float64."""
     if row.kernel.compute is Compute.EXACT:
         return multiply(x, weight.dequantize(x.dtype), weight.geometry, bias)
     if row.kernel.compute is Compute.INT8:
         return int8_product(x, weight, bias)
+    if row.kernel.compute is Compute.FP8:
+        return fp8_product(x, weight, bias)
     wide = None if bias is None else bias.double()
     return multiply(x.double(), weight.dequantize(torch.float32).double(), weight.geometry, wide).to(x.dtype)
 
@@ -59,8 +62,13 @@ def assert_right(row: Row, x: torch.Tensor, weight: PackedWeight, bias: torch.Te
 
 
 def takes(row: Row, x: torch.Tensor, weight: PackedWeight | None) -> bool:
-    suited = weight is not None and (row.kernel.compute is not Compute.INT8 or suits(weight))
+    suited = weight is not None and effective(row.kernel.compute, weight) is row.kernel.compute
     return suited and weight is not None and row.refuses(x, weight) is None
+
+
+def weight_for(row: Row, shape: str, format: str, low_memory: bool = False) -> PackedWeight | None:
+    """A weight in that format, or in the only one that the kernel's compute is for."""
+    return weight_of(shape, "fp8" if row.kernel.compute is Compute.FP8 else format, low_memory)
 
 
 @every_kernel
@@ -90,7 +98,7 @@ def test_it_takes_some_calls(row: Row, device: str) -> None:
 @every_kernel
 @every_shape
 def test_it_does_without_a_bias(row: Row, device: str, shape: str) -> None:
-    x, weight = input_of(shape).to(device), weight_of(shape, "int8")
+    x, weight = input_of(shape).to(device), weight_for(row, shape, "int8")
     if not takes(row, x, weight):
         pytest.skip("refused")
     assert_right(row, x, on(device, weight), None)
@@ -100,7 +108,7 @@ def test_it_does_without_a_bias(row: Row, device: str, shape: str) -> None:
 @every_shape
 @pytest.mark.parametrize("format", ["int4", "int8"])
 def test_the_input_may_lie_in_any_order(row: Row, device: str, shape: str, format: str) -> None:
-    weight, bias = weight_of(shape, format), bias_of(shape).to(device)
+    weight, bias = weight_for(row, shape, format), bias_of(shape).to(device)
     for about, x in layouts(input_of(shape).to(device)):
         if takes(row, x, weight):
             found = row.kernel(x, on(device, weight), bias, prepared(row.kernel, on(device, weight), x.dtype))
@@ -113,7 +121,7 @@ def test_the_input_may_lie_in_any_order(row: Row, device: str, shape: str, forma
 @pytest.mark.parametrize("size", [1e-30, 1e-5, 1e4, 1e30])
 @pytest.mark.parametrize("shape", ["linear of a group and a half", "conv2d 3x3"])
 def test_values_may_be_huge_or_tiny(row: Row, device: str, shape: str, size: float) -> None:
-    x, weight = input_of(shape).to(device) * size, weight_of(shape, "int4")
+    x, weight = input_of(shape).to(device) * size, weight_for(row, shape, "int4")
     if not takes(row, x, weight):
         pytest.skip("refused")
     assert_right(row, x, on(device, weight), None)
@@ -123,7 +131,7 @@ def test_values_may_be_huge_or_tiny(row: Row, device: str, shape: str, size: flo
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("shape", ["linear of a group and a half", "conv2d 3x3", "conv2d 1x1", "conv3d 1x3x3"])
 def test_nan_and_infinity_come_out_where_they_should(row: Row, device: str, shape: str, value: float) -> None:
-    x, weight = input_of(shape).to(device), weight_of(shape, "int4")
+    x, weight = input_of(shape).to(device), weight_for(row, shape, "int4")
     if not takes(row, x, weight):
         pytest.skip("refused")
     x[1, 3] = value
@@ -137,7 +145,11 @@ def test_nan_and_infinity_come_out_where_they_should(row: Row, device: str, shap
 @every_kernel
 @pytest.mark.parametrize("shape", ["linear of a group and a half", "conv2d 3x3"])
 def test_zeros_give_the_bias(row: Row, device: str, shape: str) -> None:
-    x, weight, bias = torch.zeros_like(input_of(shape)).to(device), weight_of(shape, "int4"), bias_of(shape).to(device)
+    x, weight, bias = (
+        torch.zeros_like(input_of(shape)).to(device),
+        weight_for(row, shape, "int4"),
+        bias_of(shape).to(device),
+    )
     if not takes(row, x, weight):
         pytest.skip("refused")
     y = run(row.kernel, x, on(device, weight), bias)
@@ -148,7 +160,7 @@ def test_zeros_give_the_bias(row: Row, device: str, shape: str) -> None:
 @every_kernel
 @pytest.mark.parametrize("shape", ["linear of many rows", "conv2d 3x3", "conv3d"])
 def test_the_same_call_gives_the_same_bits(row: Row, device: str, shape: str) -> None:
-    x, weight = input_of(shape).to(device), weight_of(shape, "int4")
+    x, weight = input_of(shape).to(device), weight_for(row, shape, "int4")
     if not takes(row, x, weight):
         pytest.skip("refused")
     weight = on(device, weight)
@@ -160,7 +172,7 @@ def test_the_same_call_gives_the_same_bits(row: Row, device: str, shape: str) ->
 @pytest.mark.parametrize("shape", ["linear of many rows", "conv2d 3x3"])
 @pytest.mark.parametrize("format", ["int4", "int8"])
 def test_it_writes_to_none_of_what_it_is_given(row: Row, device: str, shape: str, format: str) -> None:
-    x, weight, bias = input_of(shape).to(device), weight_of(shape, format), bias_of(shape).to(device)
+    x, weight, bias = input_of(shape).to(device), weight_for(row, shape, format), bias_of(shape).to(device)
     if not takes(row, x, weight):
         pytest.skip("refused")
     weight = on(device, weight)
@@ -176,7 +188,7 @@ def test_it_writes_to_none_of_what_it_is_given(row: Row, device: str, shape: str
 @pytest.mark.parametrize("shape", ["linear of many rows", "conv2d 3x3", "conv2d 1x1", "conv1d"])
 @pytest.mark.parametrize("format", ["int4", "int8"])
 def test_with_little_memory_it_keeps_nothing_and_gives_the_same(row: Row, device: str, shape: str, format: str) -> None:
-    x, weight = input_of(shape).to(device), weight_of(shape, format, low_memory=True)
+    x, weight = input_of(shape).to(device), weight_for(row, shape, format, low_memory=True)
     if not takes(row, x, weight):
         pytest.skip("refused")
     weight = on(device, weight)
@@ -186,8 +198,8 @@ def test_with_little_memory_it_keeps_nothing_and_gives_the_same(row: Row, device
 
 @every_kernel
 def test_stored_codes_may_lie_channels_last(row: Row, device: str) -> None:
-    """As `model.to(memory_format=torch.channels_last)` leaves those of `int8`."""
-    weight = weight_of("conv2d 3x3", "int8")
+    """As `model.to(memory_format=torch.channels_last)` leaves those of `int8` and `fp8`."""
+    weight = weight_for(row, "conv2d 3x3", "int8")
     codes = weight.tensors["weight_packed"].contiguous(memory_format=torch.channels_last)
     weight = on(device, replace(weight, tensors={**weight.tensors, "weight_packed": codes}))
     for dtype in DTYPES:
@@ -199,7 +211,7 @@ def test_stored_codes_may_lie_channels_last(row: Row, device: str) -> None:
 @every_kernel
 @pytest.mark.parametrize("shape", ["linear of many rows", "conv2d 3x3"])
 def test_a_sample_does_not_depend_on_the_others(row: Row, device: str, shape: str) -> None:
-    x, weight = input_of(shape).to(device), weight_of(shape, "int4")
+    x, weight = input_of(shape).to(device), weight_for(row, shape, "int4")
     if not takes(row, x, weight):
         pytest.skip("refused")
     weight = on(device, weight)
@@ -214,6 +226,9 @@ def test_names_are_unique() -> None:
 
 
 def test_the_references_are_last_and_take_everything() -> None:
-    assert [row.kernel.name for row in TABLE[-2:]] == ["reference", "int8-reference"]
-    for row in TABLE[-2:]:
-        assert (row.device, row.formats) == ("any", "*")
+    assert {row.kernel.name: row.formats for row in TABLE[-3:]} == {
+        "reference": "*",
+        "int8-reference": "*",
+        "fp8-reference": "fp8",  # what else there is does not get that compute
+    }
+    assert {row.device for row in TABLE[-3:]} == {"any"}

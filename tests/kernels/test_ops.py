@@ -32,7 +32,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv3d": (lambda: nn.Conv3d(12, 4, (1, 3, 3), padding=(0, 1, 1)), (1, 12, 2, 5, 5)),
 }
 every_layer = pytest.mark.parametrize(("make", "size"), LAYERS.values(), ids=LAYERS)
-every_compute = pytest.mark.parametrize("compute", ["exact", "int8"])
+every_compute = pytest.mark.parametrize("compute", ["exact", "int8", "fp8"])
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +41,9 @@ def nothing_compiled_is_left() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def packed(make: Callable[[], nn.Module], compute: str = "int8", format: str = "int4") -> PackedLayer:
+def packed(make: Callable[[], nn.Module], compute: str = "int8", format: str | None = None) -> PackedLayer:
     torch.manual_seed(0)
-    layer, found = make(), format_named(format)
+    layer, found = make(), format_named(format or ("fp8" if compute == "fp8" else "int4"))
     result = pack_layer(layer, found, found.quantize(layer.weight.detach()))
     result.compute = Compute(compute)
     return result
@@ -88,25 +88,29 @@ def test_the_gradient_is_that_of_the_dequantized_layer(
 
 
 @every_layer
-def test_the_operator_keeps_torchs_rules(make: Callable[[], nn.Module], size: tuple[int, ...]) -> None:
-    layer = packed(make)
+@pytest.mark.parametrize("compute", ["int8", "fp8"])
+def test_the_operator_keeps_torchs_rules(make: Callable[[], nn.Module], size: tuple[int, ...], compute: str) -> None:
+    layer = packed(make, compute)
     if isinstance(layer, nn.Linear) or (layer.padding_mode == "zeros" and not isinstance(layer.padding, str)):
         x = torch.randn(size, requires_grad=True)
-        arguments = ops.arguments(x, layer.held(), layer.bias, Compute.INT8)
-        results = torch.library.opcheck(ops._product, arguments)
+        arguments = ops.arguments(x, layer.held(), layer.bias, Compute(compute))
+        schema = ["test_schema"] if compute == "int8" else []  # torch's check of it cannot add up float8
+        checks = [*schema, "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+        results = torch.library.opcheck(ops._product, arguments, test_utils=checks)
         assert set(results.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("shape", ["linear of odd sizes", "conv2d 3x3 with stride", "conv1d", "conv3d"])
 @pytest.mark.parametrize("order", ["contiguous", "channels last"])
-def test_the_fake_kernel_tells_shape_and_strides(shape: str, order: str) -> None:
-    x, weight = input_of(shape), weight_of(shape, "int4")
+@pytest.mark.parametrize(("compute", "format"), [(Compute.INT8, "int4"), (Compute.FP8, "fp8")])
+def test_the_fake_kernel_tells_shape_and_strides(shape: str, order: str, compute: Compute, format: str) -> None:
+    x, weight = input_of(shape), weight_of(shape, format)
     assert weight is not None
     if order == "channels last":
         if x.ndim != 4:
             pytest.skip("has no channels last")
         x = x.contiguous(memory_format=torch.channels_last)
-    arguments = ops.arguments(x, weight, bias_of(shape), Compute.INT8)
+    arguments = ops.arguments(x, weight, bias_of(shape), compute)
     found, told = ops._product(*arguments), ops._shape_of_product(*arguments)
     assert (found.shape, found.stride(), found.dtype) == (told.shape, told.stride(), told.dtype)
 
@@ -149,7 +153,7 @@ def test_modes_that_watch_operators_see_the_product(compute: str) -> None:
     with torch.no_grad(), FlopCounterMode(display=False) as found:
         y = layer(x)
     assert y.shape == plain(x).shape
-    assert compute == "int8" or found.get_total_flops() == right.get_total_flops()
+    assert compute != "exact" or found.get_total_flops() == right.get_total_flops()
 
 
 def test_it_can_be_mapped_over_a_batch() -> None:
@@ -176,6 +180,14 @@ def test_what_is_set_holds_for_the_whole_model() -> None:
     assert model[0].effective_compute is Compute.INT8
     assert set_compute(model, "exact", low_memory=True) == []
     assert model[0].low_memory
+
+
+def test_under_fp8_compute_layers_of_other_formats_may_add_in_another_order() -> None:
+    make = LAYERS["linear"][0]
+    short = packed(lambda: nn.Linear(9, 5), "exact", "fp8")
+    model = nn.Sequential(packed(make, "fp8"), packed(make, "exact", "int8"), short)
+    assert set_compute(model, "fp8") == ["0"]
+    assert [layer.effective_compute for layer in model] == [Compute.FP8, Compute.FLOAT, Compute.FLOAT]
 
 
 def test_what_is_set_holds_for_each_model_of_a_pipeline() -> None:

@@ -83,13 +83,14 @@ def test_a_quotient_by_the_reciprocal_and_two_corrections_is_the_nearest() -> No
 def test_outside_the_interpreter_no_cpu_tensor_is_taken() -> None:
     import torch
 
-    from bitpolicy.kernels.formats import INT8
+    from bitpolicy.kernels.formats import FP8, INT8
     from bitpolicy.kernels.kernel import PackedWeight
 
-    weight = PackedWeight(INT8, (4, 32), INT8.quantize(torch.ones(4, 32)))
     kernels = [row.kernel for row in TABLE if row.kernel.name.startswith("triton-")]
-    assert len(kernels) == 3
+    assert len(kernels) == 4
     for kernel in kernels:
+        format = FP8 if kernel.name == "triton-fp8" else INT8
+        weight = PackedWeight(format, (4, 32), format.quantize(torch.ones(4, 32)))
         assert kernel.refuses(torch.ones(2, 32, dtype=torch.float16), weight) == "for cuda"
 
 
@@ -99,11 +100,12 @@ import sys
 sys.modules["triton"] = None
 import torch
 from bitpolicy.kernels.dispatch import TABLE
-from bitpolicy.kernels.formats import INT8
+from bitpolicy.kernels.formats import FP8, INT8
 from bitpolicy.kernels.kernel import PackedWeight
-weight = PackedWeight(INT8, (4, 32), INT8.quantize(torch.ones(4, 32)))
+weights = [PackedWeight(f, (4, 32), f.quantize(torch.ones(4, 32))) for f in (INT8, FP8)]
 x = torch.ones(2, 32, dtype=torch.float16, device="meta")
-print(*{row.kernel.refuses(x, weight) for row in TABLE if row.kernel.name.startswith("triton-")}, sep=";")
+rows = [row for row in TABLE if row.kernel.name.startswith("triton-")]
+print(*{row.kernel.refuses(x, weights[row.kernel.name == "triton-fp8"]) for row in rows}, sep=";")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parents[1], capture_output=True, text=True)
     assert done.stdout.strip() == "triton is not installed on this machine", done.stderr[-2000:]

@@ -8,11 +8,12 @@ from math import prod
 import pytest
 import torch
 
+from bitpolicy.kernels import fp8_compute
 from bitpolicy.kernels.dispatch import run
 from bitpolicy.kernels.formats import format_named
 from bitpolicy.kernels.int8_compute import multiply, quantize_input, shared, weight_codes
 from bitpolicy.kernels.kernel import Compute, Geometry, Kernel, PackedWeight
-from bitpolicy.kernels.triton_kernels import TritonDequantize, TritonFloat, TritonInt8
+from bitpolicy.kernels.triton_kernels import TritonDequantize, TritonFloat, TritonFp8, TritonInt8
 
 pytestmark = pytest.mark.gpu
 
@@ -32,7 +33,18 @@ SHAPES = {
     "conv3d": ((1, 256, 5, 32, 32), (256, 256, 3, 3, 3), Geometry((1, 1, 1), (1, 1, 1), (1, 1, 1))),
 }
 
-every_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+FORMATS = ("int8", "int4", "int4-g32-sym", "int4-channel")
+before_ada = not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9)
+of_float8 = pytest.param(
+    TritonFp8(), "fp8", marks=pytest.mark.skipif(before_ada, reason="needs a GPU that multiplies float8")
+)
+
+
+def every_kernel(*formats: str) -> pytest.MarkDecorator:
+    """Each kernel with each of the formats, and the one of float8 with its own."""
+    calls = [(kernel, format) for kernel in KERNELS for format in formats]
+    named = [pytest.param(*call, id=f"{call[0].name}-{call[1]}") for call in calls]
+    return pytest.mark.parametrize(("kernel", "format"), [*named, of_float8])
 
 
 def drawn(shape: str, format: str, dtype: torch.dtype) -> tuple[torch.Tensor, PackedWeight, torch.Tensor]:
@@ -50,19 +62,19 @@ def drawn(shape: str, format: str, dtype: torch.dtype) -> tuple[torch.Tensor, Pa
 
 def right(kernel: Kernel, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor) -> torch.Tensor:
     """The product in float64, where 8-bit inputs and codes are exact."""
-    if kernel.compute is not Compute.INT8:
+    if not kernel.compute.rounds_inputs:
         return multiply(x.double(), weight.dequantize(torch.float32).double(), weight.geometry, bias.double())
-    convolution = weight.geometry is not None
-    steps, s_x = quantize_input(x, shared(x.ndim, weight.shape, weight.geometry))
-    w, s_w = weight_codes(weight)
+    convolution, float8 = weight.geometry is not None, kernel.compute is Compute.FP8
+    codes_of = fp8_compute.quantize_input if float8 else quantize_input
+    steps, s_x = codes_of(x, shared(x.ndim, weight.shape, weight.geometry))
+    w, s_w = tuple(weight.tensors.values()) if float8 else weight_codes(weight)
     channels = s_w.view(-1, *[1] * (x.ndim - 2)) if convolution else s_w
     shown = bias.view(channels.shape)
     return multiply(steps.double(), w.double(), weight.geometry) * (s_x.double() * channels.double()) + shown.double()
 
 
-@every_kernel
+@every_kernel(*FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("format", ["int8", "int4", "int4-g32-sym", "int4-channel"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_is_right_at_real_shapes(kernel: Kernel, shape: str, format: str, dtype: torch.dtype) -> None:
     x, weight, bias = drawn(shape, format, dtype)
@@ -76,10 +88,10 @@ def test_it_is_right_at_real_shapes(kernel: Kernel, shape: str, format: str, dty
     assert (found.double() - exact).abs().max() <= 4 * bound * exact.abs().max()
 
 
-@every_kernel
+@every_kernel("int4")
 @pytest.mark.parametrize("shape", ["64 rows", "conv 3x3 of few pixels"])
-def test_a_cuda_graph_gives_the_same_bits_for_new_inputs(kernel: Kernel, shape: str) -> None:
-    x, weight, bias = drawn(shape, "int4", torch.float16)
+def test_a_cuda_graph_gives_the_same_bits_for_new_inputs(kernel: Kernel, format: str, shape: str) -> None:
+    x, weight, bias = drawn(shape, format, torch.float16)
     captured, outputs = graph_of(lambda: [run(kernel, x, weight, bias) for _ in range(3)])
     for _ in range(3):
         x.copy_(torch.randn_like(x))
@@ -110,8 +122,7 @@ def graph_of(call: Callable[[], list[torch.Tensor]]) -> tuple[torch.cuda.CUDAGra
     return graph, outputs
 
 
-@every_kernel
-@pytest.mark.parametrize("format", ["int8", "int4"])
+@every_kernel("int8", "int4")
 def test_a_call_never_waits_for_the_gpu(kernel: Kernel, format: str) -> None:
     for shape in ("64 rows", "conv 3x3"):
         x, weight, bias = drawn(shape, format, torch.float16)

@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 from bitpolicy.kernels import triton_configs, triton_layers
 from bitpolicy.kernels.formats import format_named
 from bitpolicy.kernels.kernel import Geometry, Kernel, PackedWeight
-from bitpolicy.kernels.triton_kernels import TritonDequantize, TritonFloat, TritonInt8
+from bitpolicy.kernels.triton_kernels import TritonDequantize, TritonFloat, TritonFp8, TritonInt8
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 GPUS = {"A100": 80, "RTX 4090": 89, "H100": 90}
@@ -132,6 +132,13 @@ PRODUCTS = [
     (90, TritonFloat(), "int4-g32-sym", half, FEW, "(wgmma|mma).*f32.f16.f16"),
     (89, TritonInt8(), "int8", half, CONV, "mma.sync.*s32.s8.s8"),
     (89, TritonFloat(), "int4", bfloat, WIDE, "mma.sync.*f32.bf16.bf16"),
+    (90, TritonFp8(), "fp8", half, WIDE, "wgmma.*f32.e4m3.e4m3"),
+    (90, TritonFp8(), "fp8", bfloat, CONV, "wgmma.*f32.e4m3.e4m3"),
+    (90, TritonFp8(), "fp8", torch.float32, ONE_TAP, "wgmma.*f32.e4m3.e4m3"),
+    (90, TritonFp8(), "fp8", half, FEW, "(wgmma|mma).*f32.e4m3.e4m3"),
+    (89, TritonFp8(), "fp8", bfloat, WIDE, "mma.sync.*f32.e4m3.e4m3.f32"),
+    (89, TritonFp8(), "fp8", half, CONV, "mma.sync.*f32.e4m3.e4m3.f32"),
+    (89, TritonFp8(), "fp8", half, FEW, "mma.sync.*f32.e4m3.e4m3.f32"),
     (80, TritonInt8(), "int8", half, WIDE, "mma.sync.*s32.s8.s8"),
     (80, TritonInt8(), "int4", half, FEW, "mma.sync.*s32.s8.s8"),
     (80, TritonFloat(), "int4", half, CONV, "mma.sync.*f32.f16.f16"),
@@ -159,7 +166,7 @@ def test_a_product_runs_on_tensor_cores_from_asynchronous_copies_and_in_register
     codes = [disassembled(name, compiled, tmp_path) for name, compiled in launched]
     product = next(code for code in codes if code.name == "_product")
     assert product.writes(instruction)
-    assert product.runs("HGMMA|IGMMA|HMMA|IMMA")
+    assert product.runs("HGMMA|IGMMA|QGMMA|HMMA|IMMA|QMMA")
     assert product.writes(r"cp\.async\.c[ag]\.shared\.global")
     assert product.runs("LDGSTS")
     assert product.shared <= SHARED_MEMORY[architecture]
@@ -183,6 +190,39 @@ def test_weights_and_inputs_are_converted_without_local_memory(
         if name != "_product":
             code = disassembled(name, compiled, tmp_path)
             assert code.local_memory == (0, False, False), code
+
+
+@pytest.mark.parametrize("architecture", [89, 90])
+def test_inputs_become_float8_by_arithmetic_as_triton_s_own_cast_goes_through_float16_on_ada(
+    launched: list[tuple[str, Any]], tmp_path: Path, architecture: int
+) -> None:
+    driver.set_active(Pretended(architecture))
+    call(TritonFp8(), "fp8", half, *CONV)
+    call(TritonFp8(), "fp8", half, *ONE_TAP, order=torch.contiguous_format)
+    call(TritonFp8(), "fp8", half, *WIDE)
+    codes = [disassembled(name, compiled, tmp_path) for name, compiled in launched if name != "_product"]
+    assert {code.name for code in codes} == {"_reach", "_quantize_samples", "_quantize_pixels", "_quantize_rows"}
+    for code in codes:
+        assert not code.writes(r"cvt\S*e4m3")
+        assert code.local_memory == (0, False, False), code
+
+
+@pytest.mark.parametrize("architecture", [89, 90])
+@pytest.mark.parametrize("rows", [16, 32, 64, 2048])
+def test_sums_of_float8_are_float32_from_step_to_step_in_every_tile(
+    launched: list[tuple[str, Any]], tmp_path: Path, architecture: int, rows: int
+) -> None:
+    driver.set_active(Pretended(architecture))
+    product = triton_configs.Product(rows, 1280, 5120, 5120, 8, False, 0, architecture == 90, float8=True)
+    for config in triton_configs.configs(product):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(triton_layers, "choose", lambda *_, config=config: config)
+            call(TritonFp8(), "fp8", half, (1280, 5120), (rows, 5120))
+    codes = [disassembled(name, compiled, tmp_path) for name, compiled in launched if name == "_product"]
+    assert len(codes) >= 2
+    for code in codes:
+        assert code.runs("FADD"), code  # of what a tensor core gives, which knows fewer digits
+        assert code.local_memory == (0, False, False), code
 
 
 def test_a_kernel_that_spills_is_found(launched: list[tuple[str, Any]], tmp_path: Path) -> None:

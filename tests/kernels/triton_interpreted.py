@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bitpolicy.kernels import triton_configs, triton_input, triton_layers
+from bitpolicy.kernels import fp8_compute, triton_configs, triton_input, triton_layers
 from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.fp8_compute import fp8_product
 from bitpolicy.kernels.int8_compute import input_grid, int8_product, multiply, quantize_input, weight_codes
-from bitpolicy.kernels.kernel import Geometry, PackedWeight
+from bitpolicy.kernels.kernel import Geometry, Kernel, PackedWeight
 from bitpolicy.kernels.triton_configs import Config
-from bitpolicy.kernels.triton_kernels import TritonDequantize, TritonFloat, TritonInt8
+from bitpolicy.kernels.triton_kernels import TritonDequantize, TritonFloat, TritonFp8, TritonInt8
 from bitpolicy.kernels.triton_weights import channel_scales, dequantized, requantized
 
 FORMATS = ("int4", "int4-g32-sym", "int4-g128", "int4-channel", "int8-g64-asym")
@@ -27,6 +28,11 @@ SIGNS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "SiLU": torch.nn.functional.silu,
 }
 any_sign = pytest.mark.parametrize("sign", SIGNS)
+FLOAT8 = torch.float8_e4m3fn
+any_code = pytest.mark.parametrize("code", [torch.int8, FLOAT8], ids=str)
+any_sign_and_code = pytest.mark.parametrize(
+    ("sign", "code"), [*((sign, torch.int8) for sign in SIGNS), ("both signs", FLOAT8)], ids=str
+)
 
 
 def weight(format: str, shape: tuple[int, ...], geometry: Geometry | None = None) -> PackedWeight:
@@ -87,33 +93,39 @@ def test_a_flat_weight_has_scale_one() -> None:
 
 
 def assert_as_defined(made: triton_input.Quantized, x: torch.Tensor, dims: tuple[int, ...]) -> None:
-    """x_q - z, s_x and z of an input, whose channels the kernels write last."""
+    """x_q - z, s_x and z of an input, whose channels the kernels write last; x_q and s_x of float8."""
+    last = (lambda t: t) if dims == (-1,) else (lambda t: t.movedim(1, -1))
+    assert made.codes.is_contiguous()
+    if made.codes.dtype == FLOAT8:
+        codes, s_x = fp8_compute.quantize_input(x, dims)
+        assert made.zero is None
+        assert torch.equal(made.scale, s_x.flatten())
+        assert torch.equal(made.codes.view(last(x).shape).float(), last(codes))
+        return
     steps, s_x = quantize_input(x, dims)
     zero = input_grid(x, dims)[1]
     assert (made.codes.dtype, made.scale.dtype, made.zero.dtype) == (torch.int8, torch.float32, torch.int32)
-    assert made.codes.is_contiguous()
     assert torch.equal(made.scale, s_x.flatten())
     assert torch.equal(made.zero.float(), zero.flatten() - 128)
-    last = (lambda t: t) if dims == (-1,) else (lambda t: t.movedim(1, -1))
     codes = made.codes.view(last(x).shape).float()
     assert torch.equal(codes - made.zero.view(last(s_x).shape), last(steps))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("length", [7, 64, 1000, 20000])
-@any_sign
-def test_rows_are_quantized_as_defined(dtype: torch.dtype, length: int, sign: str) -> None:
+@any_sign_and_code
+def test_rows_are_quantized_as_defined(dtype: torch.dtype, length: int, sign: str, code: torch.dtype) -> None:
     x = SIGNS[sign](inputs(3, 2, length)).to(dtype) * torch.tensor([1e-4, 1, 30]).view(3, 1, 1).to(dtype)
     x[1, 1] = 0
-    assert_as_defined(triton_input.quantized(x, (-1,)), x, (-1,))
+    assert_as_defined(triton_input.quantized(x, (-1,), (), code), x, (-1,))
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("shape", [(3, 5, 9), (2, 70, 9, 13), (2, 3, 4, 5, 6), (1, 40, 33, 32)])
 @pytest.mark.parametrize("each", ["pixel", "sample"])
-@any_sign
+@any_sign_and_code
 def test_pixels_and_samples_are_quantized_as_defined_and_written_channels_last(
-    shape: tuple[int, ...], channels_last: bool, each: str, sign: str
+    shape: tuple[int, ...], channels_last: bool, each: str, sign: str, code: torch.dtype
 ) -> None:
     x = SIGNS[sign](inputs(*shape))
     x[0] *= 100
@@ -121,32 +133,57 @@ def test_pixels_and_samples_are_quantized_as_defined_and_written_channels_last(
     if channels_last:
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)
     dims = (1,) if each == "pixel" else tuple(range(1, x.ndim))
-    assert_as_defined(triton_input.quantized(x, dims), x, dims)
+    assert_as_defined(triton_input.quantized(x, dims, (), code), x, dims)
 
 
 @pytest.mark.parametrize("padding", [(2,), (1, 2), (0, 3), (1, 0, 2)], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
-@any_sign
-def test_padding_has_the_code_of_zero(padding: tuple[int, ...], channels_last: bool, sign: str) -> None:
+@any_sign_and_code
+def test_padding_has_the_code_of_zero(
+    padding: tuple[int, ...], channels_last: bool, sign: str, code: torch.dtype
+) -> None:
     x = SIGNS[sign](inputs(2, 70, *(5, 9, 4)[: len(padding)]))
     if channels_last:
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)
     around = torch.nn.functional.pad(x, [n for pad in reversed(padding) for n in (pad, pad)])
     dims = tuple(range(1, x.ndim))
-    assert_as_defined(triton_input.quantized(x, dims, padding), around, dims)
+    assert_as_defined(triton_input.quantized(x, dims, padding, code), around, dims)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_row_or_sample_that_is_not_finite_has_no_scale(value: float) -> None:
+@any_code
+def test_a_row_or_sample_that_is_not_finite_has_no_scale(value: float, code: torch.dtype) -> None:
     x = inputs(3, 4, 65)
     x[1, 2, 64] = value
-    rows = triton_input.quantized(x, (-1,)).scale.view(3, 4)
+    rows = triton_input.quantized(x, (-1,), (), code).scale.view(3, 4)
     assert torch.isnan(rows).nonzero().tolist() == [[1, 2]]
     for lies in (x, x.movedim(1, -1).contiguous().movedim(-1, 1)):
-        pixels = triton_input.quantized(lies, (1,)).scale.view(3, 65)
+        pixels = triton_input.quantized(lies, (1,), (), code).scale.view(3, 65)
         assert torch.isnan(pixels).nonzero().tolist() == [[1, 64]]
-        samples = triton_input.quantized(lies, (1, 2)).scale
+        samples = triton_input.quantized(lies, (1, 2), (), code).scale
         assert torch.isnan(samples).tolist() == [False, True, False]
+
+
+def test_float8_is_the_nearest_for_every_size_of_value_at_ties_and_beside_them() -> None:
+    levels = torch.arange(0x7F, dtype=torch.uint8).view(FLOAT8).float()  # all that are positive, up to 448
+    ties = (levels[1:] + levels[:-1]) / 2
+    beside = [torch.nextafter(ties, torch.tensor(towards)) for towards in (0.0, 1e3)]
+    values = torch.cat([levels, ties, *beside, torch.logspace(-12, 2.6, 3000)])
+    x = torch.cat([torch.tensor([448.0]), values, -values])[None]  # so that the scale is 1
+    made = triton_input.quantized(x, (-1,), (), FLOAT8)
+    assert made.scale.tolist() == [1.0]
+    assert torch.equal(made.codes.view(torch.uint8), x.to(FLOAT8).view(torch.uint8))
+
+
+def test_float8_of_a_scale_of_one_bit_is_448_at_most() -> None:
+    x = torch.tensor([[600.0, -600.0, 100.0], [1.0, 0.0, -1.0]]) * 2.0**-149
+    assert_as_defined(triton_input.quantized(x, (-1,), (), FLOAT8), x, (-1,))
+
+
+def test_codes_of_one_kind_are_not_taken_for_the_other() -> None:
+    x = inputs(3, 64)
+    for code in (torch.int8, FLOAT8, torch.int8):
+        assert triton_input.quantized(x, (-1,), (), code).codes.dtype == code
 
 
 def test_a_zero_point_is_a_code_where_a_scale_has_one_bit() -> None:
@@ -192,6 +229,32 @@ def test_products_are_those_of_the_definition_wherever_zero_lies(
         assert torch.equal(TritonInt8()(x, w, bias, {}), right)  # as with low_memory
 
 
+@pytest.mark.parametrize(
+    ("shape", "slides"),
+    [
+        ((9, 70), None),
+        ((9, 40, 3, 3), SQUARE),
+        ((9, 32, 3, 3), Geometry((2, 1), (2, 1), (1, 2))),
+        ((9, 64, 1, 1), ONE_TAP),
+        ((9, 40, 1, 1), SQUARE),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_products_of_float8_are_those_of_the_definition(
+    cut: Callable[[Config], None], shape: tuple[int, ...], slides: Geometry | None, splits: int
+) -> None:
+    cut(Config(16, 16, 32, 1, 1, splits))
+    w, bias = weight("fp8", shape, slides), inputs(shape[0])
+    x = inputs(3, shape[1]) if slides is None else inputs(2, shape[1], 5, 6)
+    x[0] *= 100
+    right = fp8_product(x, w, bias)
+    bound = 1e-6 * multiply(x.abs(), w.dequantize(torch.float32).abs(), slides, bias.abs())
+    for lies in (x, x if slides is None else x.contiguous(memory_format=torch.channels_last)):
+        for prepared in (TritonFp8().prepare(w, x.dtype), {}):  # {} as with low_memory
+            assert ((TritonFp8()(lies, w, bias, prepared) - right).abs() <= bound).all()
+
+
 @pytest.mark.parametrize("splits", [1, 2, 3])
 @pytest.mark.parametrize("slides", [SQUARE, ONE_TAP], ids=["a sample", "a pixel"])
 @pytest.mark.parametrize("channels", [40, 64])
@@ -228,18 +291,19 @@ def test_the_longest_sum_fits_32_bits() -> None:
     assert "32 bits" in str(TritonInt8().refuses(x, longer))
 
 
-def test_an_input_too_large_with_its_padding_is_refused() -> None:
+@pytest.mark.parametrize(("kernel", "format"), [(TritonInt8(), "int8"), (TritonFp8(), "fp8")])
+def test_an_input_too_large_with_its_padding_is_refused(kernel: Kernel, format: str) -> None:
     sides = {}
     for side in (4000, 4100):
-        w = weight("int8", (6, 32, 3, 3), Geometry((1, 1), (side, side), (1, 1)))
-        sides[side] = TritonInt8().refuses(inputs(1, 32, 4, 4), w)
+        w = weight(format, (6, 32, 3, 3), Geometry((1, 1), (side, side), (1, 1)))
+        sides[side] = kernel.refuses(inputs(1, 32, 4, 4), w)
     assert sides == {4000: None, 4100: "for padded inputs of less than 2^31 values"}
 
 
 def test_layers_that_multiply_the_same_input_share_its_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     plain = triton_input._quantized_rows
-    monkeypatch.setattr(triton_input, "_quantized_rows", lambda x: calls.append(1) or plain(x))
+    monkeypatch.setattr(triton_input, "_quantized_rows", lambda *args: calls.append(1) or plain(*args))
     x, w = inputs(4, 64), weight("int8", (6, 64))
     for view in (x, x, x.view(4, 64)):
         assert torch.equal(TritonInt8()(view, w, None, {}), int8_product(x, w, None))
@@ -309,13 +373,14 @@ def test_codes_that_lie_channels_last_are_not_copied() -> None:
     assert torch.equal(TritonInt8()(x, lies_well, None, {}), int8_product(x, w, None))
 
 
-@pytest.mark.parametrize("kernel", [TritonDequantize(), TritonFloat(), TritonInt8()], ids=lambda k: k.name)
-def test_shapes_that_do_not_fit_are_errors(kernel: TritonInt8) -> None:
-    w = weight("int8", (6, 32, 3, 3), SQUARE)
+@pytest.mark.parametrize("kernel", [TritonDequantize(), TritonFloat(), TritonInt8(), TritonFp8()], ids=lambda k: k.name)
+def test_shapes_that_do_not_fit_are_errors(kernel: Kernel) -> None:
+    format = "fp8" if kernel.name == "triton-fp8" else "int8"
+    w = weight(format, (6, 32, 3, 3), SQUARE)
     with pytest.raises(RuntimeError, match="channels"):
         kernel(inputs(1, 31, 4, 4, dtype=torch.float16), w, None, {})
     with pytest.raises(RuntimeError):
-        kernel(inputs(5, 31, dtype=torch.float16), weight("int8", (6, 32)), None, {})
+        kernel(inputs(5, 31, dtype=torch.float16), weight(format, (6, 32)), None, {})
 
 
 def test_tuning_takes_the_fastest_way_and_remembers_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from transformers import CLIPTextModel
 
 from bitpolicy import BitPolicyConfig, Policy, load_pipeline, set_compute
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.kernels.formats import FP8, FP16, format_named
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import packed_layers, quantizable_layers
 from bitpolicy.offload import stream_weights
@@ -77,6 +77,26 @@ def test_an_ordinary_layer_gives_what_the_packed_one_gives(kind: str, format: An
     largest = expected.abs().max()
     assert (found - expected).abs().max() < 3e-6 * largest
     assert (found - exact).abs().max() > 1e-3 * largest
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("format", [FP8, INT4], ids=lambda format: format.name)
+def test_under_fp8_compute_it_does_too_and_only_fp8_layers_round_inputs(kind: str, format: Any) -> None:
+    torch.manual_seed(0)
+    new, shape = LAYERS[kind]
+    model = Alone(to_half(new()))
+    choices, x = {"layer": Choice(format)}, torch.randn(shape) * torch.linspace(0.1, 10, shape[-1])
+    with torch.no_grad():
+        with quantized(model, choices, {}, F16):
+            exact = model(x)
+        with quantized(model, choices, {}, F16, Compute.FP8):
+            found = model(x)
+        pack(model, choices, {}, F16)
+        assert set_compute(model, "fp8") == (["layer"] if format is FP8 else [])
+        expected = model(x)
+    largest = expected.abs().max()
+    assert (found - expected).abs().max() < 3e-6 * largest
+    assert ((found - exact).abs().max() > 1e-3 * largest) == (format is FP8)
 
 
 def to_half(layer: nn.Module) -> nn.Module:
@@ -158,22 +178,23 @@ def test_streamed_weights_change_nothing(new_toy_pipeline: Any, every_format_in_
 # In the policy
 
 
-def test_a_policy_says_int8_and_nothing_where_it_is_exact(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compute", ["int8", "fp8"])
+def test_a_policy_says_it_and_nothing_where_it_is_exact(tmp_path: Path, compute: str) -> None:
     policy = Policy(model=ABOUT)
     assert "compute" not in policy.to_yaml()
-    policy.model_copy(update={"compute": "int8"}).save(tmp_path / "policy.yaml")
+    policy.model_copy(update={"compute": compute}).save(tmp_path / "policy.yaml")
     text = (tmp_path / "policy.yaml").read_text()
-    assert "\ncompute: int8\n" in text
-    assert Policy.load(tmp_path / "policy.yaml").compute == "int8"
-    (tmp_path / "policy.yaml").write_text(text.replace("compute: int8\n", ""))
+    assert f"\ncompute: {compute}\n" in text
+    assert Policy.load(tmp_path / "policy.yaml").compute == compute
+    (tmp_path / "policy.yaml").write_text(text.replace(f"compute: {compute}\n", ""))
     assert Policy.load(tmp_path / "policy.yaml") == policy
 
 
-@pytest.mark.parametrize("value", ["fp8", "float", "8", "[int8]"])
+@pytest.mark.parametrize("value", ["int2", "float", "8", "[int8]"])
 def test_a_policy_of_another_compute_is_refused_with_those_there_are(tmp_path: Path, value: str) -> None:
     path = tmp_path / "policy.yaml"
     path.write_text(Policy(model=ABOUT).to_yaml() + f"compute: {value}\n")
-    with pytest.raises(PolicyError, match=r"policy.yaml: compute: .*'exact' or 'int8'; mend that entry"):
+    with pytest.raises(PolicyError, match=r"policy.yaml: compute: .*'exact', 'int8' or 'fp8'; mend that entry"):
         Policy.load(path)
 
 
@@ -190,13 +211,27 @@ def test_what_was_measured_under_one_compute_is_not_said_of_another() -> None:
 
 def test_a_model_card_says_how_layers_compute() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
-    for compute, words in (("exact", "dequantized weights (`compute: exact`)"), ("int8", "(`compute: int8`)")):
+    for compute, words in (
+        ("exact", "dequantized weights (`compute: exact`)"),
+        ("int8", "(`compute: int8`)"),
+        ("fp8", "(`compute: fp8`)"),
+    ):
         text = model_card(Policy(model=ABOUT, compute=compute), model, {"0": Choice(INT8)})
         (row,) = (line for line in text.splitlines() if line.startswith("| packed layers compute |"))
         assert words in row
 
 
 # In the checkpoint
+
+
+def test_a_checkpoint_of_fp8_compute_loads_with_it_and_is_saved_with_it(exported: Any, tmp_path: Path) -> None:
+    choices = {name: Choice(FP8) for name in exported.choices}
+    export_component(exported.pipe.unet, choices, {}, F16, tmp_path / "packed", compute=Compute.FP8)
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "packed")
+    assert computes(unet) == {Compute.FP8}
+    assert Compute.FP8 in {layer.effective_compute for _, layer in packed_layers(unet)}
+    unet.save_pretrained(tmp_path / "again")
+    assert recorded(tmp_path / "again")["compute"] == "fp8"
 
 
 @pytest.fixture(scope="module")
@@ -234,13 +269,15 @@ def test_saved_again_it_keeps_it(folder: Path, tmp_path: Path) -> None:
     assert recorded(tmp_path / "twice")["compute"] == "int8"
 
 
-@pytest.mark.parametrize("value", ["fp8", "float", 8, None])
+@pytest.mark.parametrize("value", ["int2", "float", 8, None])
 def test_a_checkpoint_of_another_compute_is_refused(folder: Path, tmp_path: Path, value: Any) -> None:
     config = recorded(folder / "unet") | {"compute": value}
     with pytest.raises(BitPolicyError, match="compute"):
         BitPolicyConfig.from_dict(config)
-    if value == "fp8":
-        with pytest.raises(BitPolicyError, match=r"'fp8'.*write exact or int8.*or install the bitpolicy that wrote"):
+    if value == "int2":
+        with pytest.raises(
+            BitPolicyError, match=r"'int2'.*write exact, int8 or fp8.*or install the bitpolicy that wrote"
+        ):
             BitPolicyConfig.from_dict(config)
 
 

@@ -77,6 +77,24 @@ def test_contenders_of_our_own_name_kernels_and_formats_that_exist(bench: Any) -
         assert format_named(format).name == format
 
 
+def test_the_ceiling_of_float8_is_of_a_product(bench: Any) -> None:
+    a = torch.randn(64, 64).to(torch.float8_e4m3fn)
+    torch.testing.assert_close(bench.float8_product(a).float(), a.float() @ a.float().T, rtol=2e-3, atol=2e-2)
+
+
+@pytest.mark.parametrize(("capability", "refused"), [((8, 6), True), ((8, 9), False)])
+def test_float8_is_left_to_gpus_that_multiply_it(
+    bench: Any, capability: tuple[int, int], refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    layer = torch.nn.Linear(64, 8)
+    if refused:
+        with pytest.raises(ValueError, match="does not multiply float8"):
+            bench.contender("w8a8-float8", layer)
+    else:
+        assert bench.contender("w8a8-float8", layer)[1] == "triton-fp8"
+
+
 def test_a_packed_contender_computes_like_its_layer(bench: Any) -> None:
     layer = torch.nn.Conv2d(32, 8, 3, padding=1)
     x = torch.randn(1, 32, 6, 6)

@@ -23,8 +23,8 @@ from bitpolicy.kernels.formats import format_named, parse_formats
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import to_storage
-from bitpolicy.policies.int8_layers import seen_input
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.rounded_layers import seen_input
 from bitpolicy.sensitivity.ablation import References, ablate
 from bitpolicy.sensitivity.adjoint import AdjointProbe
 from bitpolicy.sensitivity.candidates import candidates
@@ -206,8 +206,8 @@ def test_a_gradient_that_overflows_at_an_input_is_seen(
     trajectories = new_trajectories()
     calls = iter(range(10_000))
 
-    def once(layer: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        codes, scale = seen_input(layer, x)
+    def once(layer: Any, x: torch.Tensor, compute: Compute) -> tuple[torch.Tensor, torch.Tensor]:
+        codes, scale = seen_input(layer, x, compute)
         return codes, scale * (torch.inf if next(calls) == 0 else 1)
 
     expected = of_inputs(sketch(trajectories))

@@ -1,9 +1,10 @@
-"""Ordinary layers under INT8 compute: what packed layers then multiply, in floats.
+"""Ordinary layers under INT8 and FP8 compute: what packed layers then multiply, in floats.
 
     y = Q(x) W_q^T + b,    Q(x) = s_x (x_q - z),    W_q = s_w w_q
 
-with the codes and scales of `bitpolicy.kernels.int8_compute`. Results are those of an INT8 kernel up to the rounding of
-float sums; where that moves a later input across a tie, one of its codes is another.
+with the codes and scales of `bitpolicy.kernels.int8_compute`, or of `fp8_compute`, where z = 0. Results are those of a
+kernel of that compute up to the rounding of float sums; where that moves a later input across a tie, one of its codes
+is another.
 """
 
 from __future__ import annotations
@@ -15,16 +16,20 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from bitpolicy.kernels import fp8_compute, int8_compute
+from bitpolicy.kernels.dispatch import effective
 from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.formats import INT8
-from bitpolicy.kernels.int8_compute import quantize_input, shared, suits, weight_codes
+from bitpolicy.kernels.int8_compute import shared, weight_codes
 from bitpolicy.kernels.kernel import Compute, PackedWeight
 from bitpolicy.kernels.layers import Quantizable, slides
 
+_ROUNDING = {Compute.INT8: int8_compute.quantize_input, Compute.FP8: fp8_compute.quantize_input}
 
-def rounds_inputs(layer: Quantizable, compute: Compute) -> bool:
-    """Whether the layer, once it is packed, multiplies 8-bit inputs: by `compute` and its shape alone."""
-    return compute is Compute.INT8 and suits(_packed(layer, INT8, {}))
+
+def rounds_inputs(layer: Quantizable, format: Format, compute: Compute) -> bool:
+    """Whether the layer, once it is packed, multiplies 8-bit inputs: by `compute`, its shape and its format."""
+    return format.packed and effective(compute, _packed(layer, format, {})).rounds_inputs
 
 
 def multiplied_weight(
@@ -36,29 +41,29 @@ def multiplied_weight(
         layer: says what kind of layer it is; its own tensors are not read.
     """
     shape = tuple(layer.weight.shape)
-    if not rounds_inputs(layer, compute):
+    if compute is not Compute.INT8 or not rounds_inputs(layer, format, compute):
         return format.dequantize(tensors, shape, dtype)
     codes, scale = weight_codes(_packed(layer, format, tensors))
     return INT8.dequantize({"weight_packed": codes, "weight_scale": scale}, shape, dtype)
 
 
-def seen_input(layer: Quantizable, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x_q - z and s_x of what the layer is given, float32, as `quantize_input` has them.
+def seen_input(layer: Quantizable, x: torch.Tensor, compute: Compute) -> tuple[torch.Tensor, torch.Tensor]:
+    """x_q - z and s_x of what the layer is given, float32, as the `quantize_input` of that compute has them.
 
     Args:
         x: (..., in) for a linear layer, (B, in, *spatial) for a convolution, or one sample without B.
     """
     single = not isinstance(layer, nn.Linear) and x.ndim == 1 + len(layer.stride)
     batch = x[None] if single else x
-    steps, scale = quantize_input(batch, shared(batch.ndim, layer.weight.shape, slides(layer)))
+    steps, scale = _ROUNDING[compute](batch, shared(batch.ndim, layer.weight.shape, slides(layer)))
     return (steps[0], scale[0]) if single else (steps, scale)
 
 
-def round_inputs(layer: Quantizable) -> RemovableHandle:
-    """Round what the layer is given from now on, until the handle is removed."""
+def round_inputs(layer: Quantizable, compute: Compute) -> RemovableHandle:
+    """Round what the layer is given from now on, as `compute` does, until the handle is removed."""
 
     def rounded(x: torch.Tensor) -> torch.Tensor:
-        codes, scale = seen_input(layer, x)
+        codes, scale = seen_input(layer, x, compute)
         return codes.mul_(scale).to(x.dtype)
 
     return change_inputs(layer, rounded)

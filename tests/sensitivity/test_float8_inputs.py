@@ -1,0 +1,66 @@
+"""FP8 compute in the adjoint probe: the part of an error that float8 inputs make, and of which candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from bitpolicy.kernels.formats import FP8, format_named
+from bitpolicy.kernels.kernel import Compute
+from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.policies.policy import Choice
+from bitpolicy.sensitivity.ablation import References, ablate
+from bitpolicy.sensitivity.adjoint import AdjointProbe
+from bitpolicy.sensitivity.candidates import candidates
+from bitpolicy.sensitivity.directions import Random
+from bitpolicy.sensitivity.reference import ReferencePass
+from bitpolicy.sensitivity.samples import split_samples
+from bitpolicy.sensitivity.table import SensitivityTable
+from bitpolicy.sensitivity.trajectory import Trajectories
+
+NewTrajectories = Callable[..., Trajectories]
+INT4, INT8 = format_named("int4"), format_named("int8")
+SAMPLES = tuple(split_samples(["a red heart", "pizza", "cat face"], 2, seed=0))
+SOME = (
+    *(f"mid_block.attentions.0.transformer_blocks.0.attn1.to_{part}" for part in "qkv"),
+    *("time_embedding.linear_2", "mid_block.resnets.0.time_emb_proj", "up_blocks.1.resnets.1.conv1", "conv_out"),
+)
+
+
+def test_only_fp8_has_a_part_of_the_inputs(new_trajectories: NewTrajectories) -> None:
+    trajectories = new_trajectories()
+
+    def of_inputs(*formats: object) -> torch.Tensor | None:
+        probe = AdjointProbe(trajectories, candidates(formats), {}, torch.float16, compute=Compute.FP8)
+        (found,) = probe.sketches(SAMPLES[0], [Random(4)])
+        return found.inputs
+
+    found = of_inputs(INT4, FP8, INT8)
+    assert found is not None
+    assert not found[..., [0, 2]].any()
+    short = torch.tensor([layer.weight[0].numel() < 32 for _, layer in quantizable_layers(trajectories.denoiser)])
+    assert 0 < int(short.sum()) < len(short)
+    assert torch.equal(found[..., 1].abs().sum(0) == 0, short)
+    assert of_inputs(INT4, INT8) is None
+
+
+def test_they_make_as_much_of_the_error_as_they_do_in_truth(new_trajectories: NewTrajectories) -> None:
+    """By the probe and by drawing, of single layers: without inputs the prediction would be far too small."""
+    trajectories = new_trajectories(num_inference_steps=2, guidance_scale=1.0)
+    names = [name for name, _ in quantizable_layers(trajectories.denoiser)]
+    power = ReferencePass.of(trajectories, SAMPLES).latent_power
+    probe = AdjointProbe(trajectories, candidates([FP8]), {}, torch.float16, compute=Compute.FP8)
+    sketches = [s for sample in SAMPLES for s in probe.sketches(sample, [Random(k) for k in range(16)])]
+    table = SensitivityTable.from_sketches(names, candidates([FP8]), sketches, power)
+    references = References.of(trajectories, SAMPLES, images=False)
+
+    def measured(name: str, compute: Compute) -> float:
+        found = ablate(trajectories, {name: Choice(FP8)}, {}, torch.float16, SAMPLES, references, compute)
+        return float(found.power.mean()) / power
+
+    truth = torch.tensor([measured(name, Compute.FP8) for name in SOME])
+    exact = torch.tensor([measured(name, Compute.EXACT) for name in SOME])
+    predicted = torch.tensor([float(table.error[names.index(name), 0]) for name in SOME])
+    assert 0.7 < (predicted / truth).median() < 1.4
+    assert (exact / truth).median() < 0.7
