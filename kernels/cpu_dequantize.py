@@ -69,7 +69,7 @@ def _from_groups(weight: PackedWeight, to: torch.Tensor) -> None:
         tensors["weight_packed"].data_ptr(),
         tensors["weight_scale"].data_ptr(),
         None if zero is None else zero.data_ptr(),
-        None if affine else _nf4_values().data_ptr(),
+        None if affine else nf4_values().data_ptr(),
         format.bits if isinstance(format, Affine) else 4,
         weight.shape[0],
         weight.shape[1],
@@ -89,5 +89,5 @@ def _float8_values() -> torch.Tensor:
 
 
 @lru_cache(maxsize=1)
-def _nf4_values() -> torch.Tensor:
+def nf4_values() -> torch.Tensor:
     return torch.tensor(_NF4)

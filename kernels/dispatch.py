@@ -23,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from bitpolicy.kernels import micro_probe
 from bitpolicy.kernels.cpu_exact import CpuDequantize
+from bitpolicy.kernels.cpu_float import CpuFloat
 from bitpolicy.kernels.cpu_int8 import CpuInt8
 from bitpolicy.kernels.cpu_onednn import OneDnnInt8
 from bitpolicy.kernels.errors import BitPolicyError
@@ -62,6 +63,7 @@ class Row:
 
 
 TABLE: tuple[Row, ...] = (
+    Row("cpu", "linear", "int4* int8* nf4", CpuFloat()),
     Row("cpu", _EVERY, "*", CpuDequantize()),
     Row("cpu", _EVERY, "*", CpuInt8()),
     Row("cpu", _EVERY, "*", OneDnnInt8()),
