@@ -1,7 +1,7 @@
-"""Weights only, on the CPU, for a few rows: `csrc/few_rows.cpp` dequantizes in registers, and writes nothing of the weight.
+"""Weights only, on the CPU, for a few rows: `csrc/few_rows.cpp` dequantizes in registers and writes no weight down.
 
-Sums are taken in another order than torch's, so this is FLOAT compute. A row or two (time embeddings, a batch of one) are
-nothing but reading the weight, whose codes are a quarter or an eighth of its floats.
+Sums are taken in another order than torch's, so this is FLOAT compute. A row or two (time embeddings, a batch of one)
+are nothing but reading the weight, whose codes are a quarter or an eighth of its floats.
 """
 
 from __future__ import annotations
