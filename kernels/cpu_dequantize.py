@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from ctypes import Array, c_int64
 from functools import lru_cache
+from struct import pack, unpack
 
 import torch
 
@@ -60,27 +62,31 @@ def _from_bytes(weight: PackedWeight, to: torch.Tensor) -> None:
 
 
 def _from_groups(weight: PackedWeight, to: torch.Tensor) -> None:
-    format, tensors, length = weight.format, weight.tensors, row_length(weight.shape)
-    assert isinstance(format, Affine | NormalFloat4)
-    affine = isinstance(format, Affine)
-    run = format.run(length)
-    zero = tensors.get("weight_zero")
+    tensors, zero = weight.tensors, weight.tensors.get("weight_zero")
     cpu_extension.library().bitpolicy_dequantize_groups(  # type: ignore[union-attr]
+        _plans.get((weight.kind, to.dtype)) or _plan(weight, to.dtype),
         tensors["weight_packed"].data_ptr(),
         tensors["weight_scale"].data_ptr(),
         None if zero is None else zero.data_ptr(),
-        None if affine else nf4_values().data_ptr(),
-        format.bits if isinstance(format, Affine) else 4,
-        weight.shape[0],
-        weight.shape[1],
-        length // weight.shape[1],
-        run,
-        isinstance(format, Affine) and format.rotated,
-        run**-0.5,
+        None if isinstance(weight.format, Affine) else nf4_values().data_ptr(),
         to.data_ptr(),
-        cpu_extension.dtype_code(to.dtype),
         torch.get_num_threads(),
     )
+
+
+_plans: dict[tuple[int, torch.dtype], Array[c_int64]] = {}
+
+
+def _plan(weight: PackedWeight, dtype: torch.dtype) -> Array[c_int64]:
+    """`Packed` of csrc/dequantize.cpp but for its pointers, worked out once for all weights of a kind."""
+    format, length = weight.format, weight.row_length
+    assert isinstance(format, Affine | NormalFloat4)
+    bits, rotated = (format.bits, format.rotated) if isinstance(format, Affine) else (4, False)
+    (norm,) = unpack("i", pack("f", format.run(length) ** -0.5))
+    out, channels = weight.shape[:2]
+    numbers = (bits, out, channels, length // channels, format.run(length), rotated, norm)
+    plan = _plans[weight.kind, dtype] = (c_int64 * 8)(*numbers, cpu_extension.dtype_code(dtype) or 0)
+    return plan
 
 
 @lru_cache(maxsize=1)

@@ -6,6 +6,7 @@ are nothing but reading the weight, whose codes are a quarter or an eighth of it
 
 from __future__ import annotations
 
+from ctypes import Array, c_int64
 from math import prod
 
 import torch
@@ -41,27 +42,33 @@ class CpuFloat(Kernel):
     def __call__(
         self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
     ) -> torch.Tensor:
-        format, tensors, (out, length) = weight.format, weight.tensors, weight.shape
+        tensors, zero = weight.tensors, weight.tensors.get("weight_zero")
         x = x.contiguous()
-        y = torch.empty((*x.shape[:-1], out), dtype=x.dtype)
-        scale, zero = tensors["weight_scale"].data_ptr(), tensors.get("weight_zero")
-        whole = isinstance(format, Int8)
+        y = x.new_empty((*x.shape[:-1], weight.shape[0]))
         if y.numel():
             cpu_extension.library().bitpolicy_few_rows(  # type: ignore[union-attr]
+                _plans.get((weight.kind, x.dtype)) or _plan(weight, x.dtype),
                 tensors["weight_packed"].data_ptr(),
-                scale if whole else None,
-                None if whole else scale,
+                tensors["weight_scale"].data_ptr(),
                 None if zero is None else zero.data_ptr(),
-                cpu_dequantize.nf4_values().data_ptr() if isinstance(format, NormalFloat4) else None,
-                4 if isinstance(format, NormalFloat4) else getattr(format, "bits", 8),
-                out,
-                length,
-                format.run(length),
+                cpu_dequantize.nf4_values().data_ptr() if isinstance(weight.format, NormalFloat4) else None,
                 x.data_ptr(),
-                x.numel() // length,
+                x.numel() // weight.shape[1],
                 None if bias is None else bias.data_ptr(),
                 y.data_ptr(),
-                cpu_extension.dtype_code(x.dtype),
                 torch.get_num_threads(),
             )
         return y
+
+
+_plans: dict[tuple[int, torch.dtype], Array[c_int64]] = {}
+
+
+def _plan(weight: PackedWeight, dtype: torch.dtype) -> Array[c_int64]:
+    """That of csrc/few_rows.cpp, worked out once for all weights of a kind."""
+    format, (out, length) = weight.format, weight.shape
+    assert isinstance(format, Affine | Int8 | NormalFloat4)
+    bits = format.bits if isinstance(format, Affine) else 4 if isinstance(format, NormalFloat4) else 0
+    numbers = (bits, out, length, format.run(length), cpu_extension.dtype_code(dtype) or 0)
+    plan = _plans[weight.kind, dtype] = (c_int64 * len(numbers))(*numbers)
+    return plan

@@ -32,7 +32,7 @@ def product(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, co
     """
     tracing = torch.compiler.is_compiling() or _is_traced(x)
     exact = compute is Compute.EXACT or x.dtype == torch.float64
-    if exact and (tracing or dispatch.mode() == dispatch.REFERENCE):
+    if exact and tracing:
         return multiply(x, weight.dequantize(x.dtype), weight.geometry, bias)
     if exact:
         return dispatch.run(dispatch.choose(x, weight, bias, Compute.EXACT), x, weight, bias)

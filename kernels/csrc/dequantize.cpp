@@ -276,15 +276,16 @@ void dequantize_bytes(const uint8_t* codes, const float* scale, const float* val
 
 extern "C" {
 
-// rotated: runs of `group` are rotated by a Hadamard matrix and multiplied by norm = group^-1/2.
-void bitpolicy_dequantize_groups(const uint8_t* codes, const void* scale, const uint8_t* zero, const float* levels,
-                                 int64_t bits, int64_t out, int64_t channels, int64_t taps, int64_t group,
-                                 int64_t rotated, float norm, void* to, int dtype, int threads) {
-    const Packed packed{codes, static_cast<const Half*>(scale), zero, levels, bits, out, channels, taps, group, rotated,
-                        norm};
-    if (dtype == FLOAT) dequantize_groups(packed, static_cast<float*>(to), threads);
-    if (dtype == HALF) dequantize_groups(packed, static_cast<Half*>(to), threads);
-    if (dtype == BFLOAT) dequantize_groups(packed, static_cast<Bfloat*>(to), threads);
+// plan: bits, out, channels, taps, group, rotated, the bits of norm, dtype. Runs of `group` are rotated by a Hadamard matrix
+// and multiplied by norm = group^-1/2.
+void bitpolicy_dequantize_groups(const int64_t* plan, const uint8_t* codes, const void* scale, const uint8_t* zero,
+                                 const float* levels, void* to, int threads) {
+    const Half* scales = static_cast<const Half*>(scale);
+    const float norm = as_float(uint32_t(plan[6]));
+    const Packed packed{codes, scales, zero, levels, plan[0], plan[1], plan[2], plan[3], plan[4], plan[5], norm};
+    if (plan[7] == FLOAT) dequantize_groups(packed, static_cast<float*>(to), threads);
+    if (plan[7] == HALF) dequantize_groups(packed, static_cast<Half*>(to), threads);
+    if (plan[7] == BFLOAT) dequantize_groups(packed, static_cast<Bfloat*>(to), threads);
 }
 
 // values: what each of the 256 bytes stands for as a float8; null: bytes are int8.

@@ -15,13 +15,12 @@ constexpr int64_t BLOCK = 2 * LANES;  // weights that are read at once; a group 
 
 struct Layer {
     const uint8_t* codes;
-    const float* channel_scale;  // of int8; null: groups
-    const Half* scale;
+    const void* scale;    // float32 of signed bytes, else float16
     const uint8_t* zero;  // null: 2^(bits-1)
     const float* levels;  // of nf4; null: affine
     int64_t bits, out, length, group;
 
-    int64_t row_bytes() const { return (length * bits + 7) / 8; }
+    int64_t row_bytes() const { return bits == 4 ? (length + 1) / 2 : length; }
     int64_t groups() const { return (length + group - 1) / group; }
 };
 
@@ -34,7 +33,7 @@ struct Channel {
 
     float scale;
 
-    ALWAYS_INLINE void begin(const Layer& layer, int64_t n) { scale = layer.channel_scale[n]; }
+    ALWAYS_INLINE void begin(const Layer& layer, int64_t n) { scale = static_cast<const float*>(layer.scale)[n]; }
     ALWAYS_INLINE void enter(int64_t) {}
     ALWAYS_INLINE float finish(float sum) const { return sum * scale; }
 
@@ -49,7 +48,7 @@ struct Groups {
     float middle;
 
     ALWAYS_INLINE void begin(const Layer& layer, int64_t n) {
-        scales = layer.scale + n * layer.groups();
+        scales = static_cast<const Half*>(layer.scale) + n * layer.groups();
         zeros = layer.zero ? layer.zero + n * layer.groups() : nullptr;
         middle = layer.levels ? 0.0f : float(1 << (layer.bits - 1));
     }
@@ -204,7 +203,7 @@ template <class T>
 void multiply(const Layer& layer, const void* x, int64_t rows, const void* bias, void* y, int threads) {
     const T *from = static_cast<const T*>(x), *added = static_cast<const T*>(bias);
     T* to = static_cast<T*>(y);
-    if (layer.channel_scale)
+    if (layer.bits == 0)
         multiply<Channel>(layer, from, rows, added, to, threads);
     else if (layer.bits == 8)
         multiply<GroupedBytes>(layer, from, rows, added, to, threads);
@@ -216,14 +215,13 @@ void multiply(const Layer& layer, const void* x, int64_t rows, const void* bias,
 
 extern "C" {
 
-// channel_scale: of int8, float32, whose codes are signed; null: codes of 4 or 8 `bits` in groups, as in dequantize.cpp,
-// a group being a multiple of 32 or the whole row.
-void bitpolicy_few_rows(const uint8_t* codes, const float* channel_scale, const void* scale, const uint8_t* zero,
-                        const float* levels, int64_t bits, int64_t out, int64_t length, int64_t group, const void* x,
-                        int64_t rows, const void* bias, void* y, int dtype, int threads) {
-    const Layer layer{codes, channel_scale, static_cast<const Half*>(scale), zero, levels, bits, out, length, group};
-    if (dtype == FLOAT) multiply<float>(layer, x, rows, bias, y, threads);
-    if (dtype == HALF) multiply<Half>(layer, x, rows, bias, y, threads);
-    if (dtype == BFLOAT) multiply<Bfloat>(layer, x, rows, bias, y, threads);
+// plan: bits (0: signed bytes with a float32 scale a channel), out, length, group (whole blocks, or the row), dtype. Codes,
+// scales of groups and zero points are those of dequantize.cpp.
+void bitpolicy_few_rows(const int64_t* plan, const uint8_t* codes, const void* scale, const uint8_t* zero,
+                        const float* levels, const void* x, int64_t rows, const void* bias, void* y, int threads) {
+    const Layer layer{codes, scale, zero, levels, plan[0], plan[1], plan[2], plan[3]};
+    if (plan[4] == FLOAT) multiply<float>(layer, x, rows, bias, y, threads);
+    if (plan[4] == HALF) multiply<Half>(layer, x, rows, bias, y, threads);
+    if (plan[4] == BFLOAT) multiply<Bfloat>(layer, x, rows, bias, y, threads);
 }
 }
