@@ -69,6 +69,25 @@ void look_up(const uint8_t* codes, int64_t length, const float* levels, float sc
     for (; i < length; i++) row[i] = levels[codes[i]] * scale;
 }
 
+#if defined(WIDE_VECTORS)
+// 16 weights of 4 bits: a group has but 16 weights, which fill one vector. Every byte is spread to eight, its high half moved
+// to the upper four, and the lowest four bits of each four choose.
+inline __m512 chosen(__m128i bytes, __m512 weights) {
+    const __m512i pairs = _mm512_cvtepu8_epi64(bytes);
+    return _mm512_permutexvar_ps(_mm512_or_si512(pairs, _mm512_slli_epi64(pairs, 28)), weights);
+}
+
+void decode_halves(const uint8_t* bytes, int64_t length, __m512 weights, float* row) {
+    int64_t i = 0;
+    for (; i + 16 <= length; i += 16, bytes += 8)
+        _mm512_storeu_ps(row + i, chosen(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)), weights));
+    if (i == length) return;
+    uint64_t rest = 0;
+    std::memcpy(&rest, bytes, (length - i + 1) / 2);
+    _mm512_mask_storeu_ps(row + i, first_lanes(length - i), chosen(_mm_cvtsi64_si128(rest), weights));
+}
+#endif
+
 // The butterflies of kernels/hadamard.py, in its order: half = 1, 2, 4, ...
 template <int HALF>
 void butterflies(float* run, int64_t size) {
@@ -183,18 +202,38 @@ struct Packed {
     const float* levels;  // of nf4; null: affine
     int64_t bits, out, channels, taps, group, rotated;
     float norm;
+
+    int64_t length() const { return channels * taps; }
+    int zero_of(int64_t at) const { return zero ? zero[at] : 1 << (bits - 1); }
+#if defined(WIDE_VECTORS)
+    bool halves() const { return bits == 4 && (group % 2 == 0 || group >= length()); }  // groups begin with a byte
+
+    __m512 weights(int64_t at) const {
+        const __m512i codes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const __m512 steps = _mm512_cvtepi32_ps(_mm512_sub_epi32(codes, _mm512_set1_epi32(levels ? 0 : zero_of(at))));
+        const __m512 factor = _mm512_cvtph_ps(_mm256_set1_epi16(int16_t(scale[at].bits)));
+        return _mm512_mul_ps(levels ? _mm512_loadu_ps(levels) : steps, factor);
+    }
+#else
+    bool halves() const { return false; }
+#endif
 };
 
-// Codes [at, at + size) of row n, `at` the first of a group.
+// Codes [at, at + size) of row n, `at` the first of a group; `codes` are packed if they are halves of bytes.
 void decode_groups(const Packed& p, const uint8_t* codes, int64_t n, int64_t groups, int64_t at, int64_t size,
                    float* to) {
+    const bool halves = p.halves();
     for (int64_t end = at + size; at < end; at += p.group, to += p.group) {
         const int64_t group = n * groups + at / p.group, run = end - at < p.group ? end - at : p.group;
-        const float scale = widen(p.scale[group]);
-        if (p.levels)
-            look_up(codes + at, run, p.levels, scale, to);
-        else
-            decode(codes + at, run, p.zero ? p.zero[group] : 1 << (p.bits - 1), scale, to);
+        if (halves) {
+#if defined(WIDE_VECTORS)
+            decode_halves(codes + at / 2, run, p.weights(group), to);
+#endif
+        } else if (p.levels) {
+            look_up(codes + at, run, p.levels, widen(p.scale[group]), to);
+        } else {
+            decode(codes + at, run, p.zero_of(group), widen(p.scale[group]), to);
+        }
         if (p.rotated) hadamard(to, run, p.norm);
     }
 }
@@ -203,30 +242,34 @@ constexpr int64_t BLOCK = 256;  // channels that are turned at once, so that all
 
 template <class T>
 void dequantize_groups(const Packed& p, T* to, int threads) {
-    const int64_t length = p.channels * p.taps, groups = (length + p.group - 1) / p.group;
+    const int64_t length = p.length(), groups = (length + p.group - 1) / p.group;
     const int64_t bytes = (length * p.bits + 7) / 8;
     const bool in_blocks = p.taps > 1 && p.channels % p.group == 0 && p.group <= BLOCK && BLOCK % p.group == 0;
     const int64_t block = in_blocks ? BLOCK : p.channels;
     PARALLEL_FOR(threads)
     for (int64_t n = 0; n < p.out; n++) {
-        static thread_local std::vector<uint8_t> codes;
+        static thread_local std::vector<uint8_t> unpacked;
         static thread_local std::vector<float> rows;
-        if (int64_t(codes.size()) < length + 8) codes.resize(length + 8);  // unpacked by eights
         const int64_t aligned = (block * p.taps + 15) / 16 * 16;
         if (int64_t(rows.size()) < 2 * aligned + 16) rows.resize(2 * aligned + 16);
         float* row = rows.data() + (-uintptr_t(rows.data()) / 4 & 15);  // starts a cache line
-        UNPACK[p.bits](p.codes + n * bytes, length, codes.data());
+        const uint8_t* codes = p.codes + n * bytes;
+        if (!p.halves()) {
+            if (int64_t(unpacked.size()) < length + 8) unpacked.resize(length + 8);  // by eights
+            UNPACK[p.bits](codes, length, unpacked.data());
+            codes = unpacked.data();
+        }
         if (sizeof(T) == 4 && p.taps == 1) {
-            decode_groups(p, codes.data(), n, groups, 0, length, reinterpret_cast<float*>(to + n * length));
+            decode_groups(p, codes, n, groups, 0, length, reinterpret_cast<float*>(to + n * length));
             continue;
         }
         for (int64_t c = 0; c < p.channels; c += block) {
             const int64_t channels = p.channels - c < block ? p.channels - c : block;
             if (in_blocks)
                 for (int64_t t = 0; t < p.taps; t++)
-                    decode_groups(p, codes.data(), n, groups, t * p.channels + c, channels, row + t * channels);
+                    decode_groups(p, codes, n, groups, t * p.channels + c, channels, row + t * channels);
             else
-                decode_groups(p, codes.data(), n, groups, 0, length, row);
+                decode_groups(p, codes, n, groups, 0, length, row);
             store_row(row, channels, p.taps, to + n * length + c * p.taps, row + aligned);
         }
     }
