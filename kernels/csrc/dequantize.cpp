@@ -3,7 +3,7 @@
 // affine and nf4: rows of little-endian codes, channels fastest (kernels/packing.py), a float16 scale for each group.
 // int8 and fp8: a byte for each weight in the weight's own shape, a float32 scale for each output channel.
 
-#include "floats.h"
+#include "nine_taps.h"
 
 #include <vector>
 
@@ -195,30 +195,6 @@ void store_row(const float* row, int64_t channels, int64_t taps, T* to, float* t
     narrow_row(taps > 1 ? turned : row, channels * taps, to);
 }
 
-struct Packed {
-    const uint8_t* codes;
-    const Half* scale;
-    const uint8_t* zero;   // null: 2^(bits-1)
-    const float* levels;  // of nf4; null: affine
-    int64_t bits, out, channels, taps, group, rotated;
-    float norm;
-
-    int64_t length() const { return channels * taps; }
-    int zero_of(int64_t at) const { return zero ? zero[at] : 1 << (bits - 1); }
-#if defined(WIDE_VECTORS)
-    bool halves() const { return bits == 4 && (group % 2 == 0 || group >= length()); }  // groups begin with a byte
-
-    __m512 weights(int64_t at) const {
-        const __m512i codes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        const __m512 steps = _mm512_cvtepi32_ps(_mm512_sub_epi32(codes, _mm512_set1_epi32(levels ? 0 : zero_of(at))));
-        const __m512 factor = _mm512_cvtph_ps(_mm256_set1_epi16(int16_t(scale[at].bits)));
-        return _mm512_mul_ps(levels ? _mm512_loadu_ps(levels) : steps, factor);
-    }
-#else
-    bool halves() const { return false; }
-#endif
-};
-
 // Codes [at, at + size) of row n, `at` the first of a group; `codes` are packed if they are halves of bytes.
 void decode_groups(const Packed& p, const uint8_t* codes, int64_t n, int64_t groups, int64_t at, int64_t size,
                    float* to) {
@@ -250,10 +226,24 @@ void dequantize_groups(const Packed& p, T* to, int threads) {
     for (int64_t n = 0; n < p.out; n++) {
         static thread_local std::vector<uint8_t> unpacked;
         static thread_local std::vector<float> rows;
-        const int64_t aligned = (block * p.taps + 15) / 16 * 16;
+        const int64_t aligned = ((block > BLOCK ? block : BLOCK) * p.taps + 15) / 16 * 16;
         if (int64_t(rows.size()) < 2 * aligned + 16) rows.resize(2 * aligned + 16);
         float* row = rows.data() + (-uintptr_t(rows.data()) / 4 & 15);  // starts a cache line
         const uint8_t* codes = p.codes + n * bytes;
+#if defined(HAS_NINE_TAPS)
+        if (suits_nine_taps(p)) {
+            if (sizeof(T) == 4) {
+                decode_nine_taps(p, codes, n * groups, 0, p.channels, reinterpret_cast<float*>(to + n * length));
+                continue;
+            }
+            for (int64_t c = 0; c < p.channels; c += BLOCK) {
+                const int64_t end = p.channels - c < BLOCK ? p.channels : c + BLOCK;
+                decode_nine_taps(p, codes, n * groups, c, end, row);
+                narrow_row(row, (end - c) * p.taps, to + n * length + c * p.taps);
+            }
+            continue;
+        }
+#endif
         if (!p.halves()) {
             if (int64_t(unpacked.size()) < length + 8) unpacked.resize(length + 8);  // by eights
             UNPACK[p.bits](codes, length, unpacked.data());
