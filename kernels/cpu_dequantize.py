@@ -13,9 +13,9 @@ from bitpolicy.kernels.affine import Affine
 from bitpolicy.kernels.float_codes import _NF4, Float8, NormalFloat4
 from bitpolicy.kernels.int8 import Int8
 from bitpolicy.kernels.kernel import PackedWeight
-from bitpolicy.kernels.packing import row_length
 
 _LONGEST_ROTATION = 128
+_IN_BYTES = (Int8, Float8)  # and no groups
 
 
 def refuses(weight: PackedWeight, dtype: torch.dtype) -> str | None:
@@ -39,7 +39,7 @@ def dequantize(weight: PackedWeight, to: torch.Tensor) -> torch.Tensor:
     """Fill `to`, contiguous, shape `weight.shape`, with the weight; `refuses` has agreed."""
     if not to.numel():
         return to
-    if isinstance(weight.format, Int8 | Float8):
+    if isinstance(weight.format, _IN_BYTES):
         _from_bytes(weight, to)
     else:
         _from_groups(weight, to)
@@ -49,12 +49,13 @@ def dequantize(weight: PackedWeight, to: torch.Tensor) -> torch.Tensor:
 def _from_bytes(weight: PackedWeight, to: torch.Tensor) -> None:
     codes, scale = weight.tensors["weight_packed"], weight.tensors["weight_scale"]
     values = _float8_values().data_ptr() if isinstance(weight.format, Float8) else None
+    out = weight.shape[0]
     cpu_extension.library().bitpolicy_dequantize_bytes(  # type: ignore[union-attr]
         codes.data_ptr(),
         scale.data_ptr(),
         values,
-        weight.shape[0],
-        row_length(weight.shape),
+        out,
+        codes.numel() // out,
         to.data_ptr(),
         cpu_extension.dtype_code(to.dtype),
         torch.get_num_threads(),

@@ -111,7 +111,8 @@ class PackedLayer(nn.Module):
         if around:
             mode: Any = "constant" if self.padding_mode == "zeros" else self.padding_mode
             input = nn.functional.pad(input, around, mode=mode)
-        bias, compute = self.bias, effective(self.compute, weight)
+        own, compute = self._parameters, effective(self.compute, weight)
+        bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 - past `__getattr__`, the slowest step here
         if compute is not Compute.EXACT and torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))
             bias = None if bias is None else bias.to(input.dtype)
