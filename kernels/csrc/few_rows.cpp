@@ -186,7 +186,7 @@ template <class Weights, class T>
 void multiply(const Layer& layer, const T* x, int64_t rows, const T* bias, T* y, int threads) {
     static thread_local std::vector<float> room;
     const Input input = arranged(x, rows, layer.length, Weights::paired, room);
-    const int64_t worth = rows * layer.out * layer.length / WORTH, strips = (layer.out + CHANNELS - 1) / CHANNELS;
+    const int64_t worth = 1 + rows * layer.out * layer.length / WORTH, strips = (layer.out + CHANNELS - 1) / CHANNELS;
     threads = worth < threads ? int(worth) : threads;
     PARALLEL_FOR(threads)
     for (int64_t i = 0; i < strips; i++) {
