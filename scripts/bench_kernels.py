@@ -71,7 +71,9 @@ def conv(size: int, channels: int, out: int, kernel: int, batch: int = 1) -> Cas
 
 CASES: dict[str, Sequence[Case]] = {
     "cpu": (
-        *(linear(1, 320, 1280), linear(2, 1280, 1280), linear(77, 768, 320), linear(77, 2048, 1280)),
+        *(linear(1, 64, 256), linear(1, 320, 1280), linear(1, 640, 1280), linear(1, 5120, 1280)),
+        *(linear(2, 1280, 1280), linear(8, 1280, 1280), linear(16, 640, 640)),
+        *(linear(77, 768, 320), linear(77, 2048, 1280)),
         *(linear(4096, 320, 320), linear(4096, 320, 2560), linear(1024, 640, 640), linear(1024, 640, 5120)),
         *(linear(256, 1280, 1280), linear(1024, 1280, 1280), linear(1024, 1280, 10240), linear(1024, 5120, 1280)),
         *(conv(64, 320, 320, 3), conv(32, 640, 640, 3), conv(16, 1280, 1280, 3), conv(8, 1280, 1280, 3)),
