@@ -183,7 +183,7 @@ def main() -> None:
     rows = []
     for case in (c for c in CASES[options.device] if options.only in f"{c.name} {c.shape}"):
         for row in measure(case, options, seconds):
-            row["ceiling"] = row["gops"] / ceilings[row["compute"]]
+            row["ceiling"] = row["gops"] / ceilings.get(row["compute"], ceilings[Compute.EXACT])
             rows.append(row)
             print(
                 f"{row['layer']:9} {row['shape']:28} {row['kernel']:15} {row['format']:8} {row['us']:10.1f}"
