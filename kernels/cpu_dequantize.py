@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from ctypes import Array, c_int64
 from functools import lru_cache
+from struct import pack, unpack
 
 import torch
 
@@ -11,9 +13,9 @@ from bitpolicy.kernels.affine import Affine
 from bitpolicy.kernels.float_codes import _NF4, Float8, NormalFloat4
 from bitpolicy.kernels.int8 import Int8
 from bitpolicy.kernels.kernel import PackedWeight
-from bitpolicy.kernels.packing import row_length
 
 _LONGEST_ROTATION = 128
+_IN_BYTES = (Int8, Float8)  # and no groups
 
 
 def refuses(weight: PackedWeight, dtype: torch.dtype) -> str | None:
@@ -37,7 +39,7 @@ def dequantize(weight: PackedWeight, to: torch.Tensor) -> torch.Tensor:
     """Fill `to`, contiguous, shape `weight.shape`, with the weight; `refuses` has agreed."""
     if not to.numel():
         return to
-    if isinstance(weight.format, Int8 | Float8):
+    if isinstance(weight.format, _IN_BYTES):
         _from_bytes(weight, to)
     else:
         _from_groups(weight, to)
@@ -47,12 +49,13 @@ def dequantize(weight: PackedWeight, to: torch.Tensor) -> torch.Tensor:
 def _from_bytes(weight: PackedWeight, to: torch.Tensor) -> None:
     codes, scale = weight.tensors["weight_packed"], weight.tensors["weight_scale"]
     values = _float8_values().data_ptr() if isinstance(weight.format, Float8) else None
+    out = weight.shape[0]
     cpu_extension.library().bitpolicy_dequantize_bytes(  # type: ignore[union-attr]
         codes.data_ptr(),
         scale.data_ptr(),
         values,
-        weight.shape[0],
-        row_length(weight.shape),
+        out,
+        codes.numel() // out,
         to.data_ptr(),
         cpu_extension.dtype_code(to.dtype),
         torch.get_num_threads(),
@@ -60,27 +63,31 @@ def _from_bytes(weight: PackedWeight, to: torch.Tensor) -> None:
 
 
 def _from_groups(weight: PackedWeight, to: torch.Tensor) -> None:
-    format, tensors, length = weight.format, weight.tensors, row_length(weight.shape)
-    assert isinstance(format, Affine | NormalFloat4)
-    affine = isinstance(format, Affine)
-    run = format.run(length)
-    zero = tensors.get("weight_zero")
+    tensors, zero = weight.tensors, weight.tensors.get("weight_zero")
     cpu_extension.library().bitpolicy_dequantize_groups(  # type: ignore[union-attr]
+        _plans.get((weight.kind, to.dtype)) or _plan(weight, to.dtype),
         tensors["weight_packed"].data_ptr(),
         tensors["weight_scale"].data_ptr(),
         None if zero is None else zero.data_ptr(),
-        None if affine else _nf4_values().data_ptr(),
-        format.bits if isinstance(format, Affine) else 4,
-        weight.shape[0],
-        weight.shape[1],
-        length // weight.shape[1],
-        run,
-        isinstance(format, Affine) and format.rotated,
-        run**-0.5,
+        None if isinstance(weight.format, Affine) else nf4_values().data_ptr(),
         to.data_ptr(),
-        cpu_extension.dtype_code(to.dtype),
         torch.get_num_threads(),
     )
+
+
+_plans: dict[tuple[int, torch.dtype], Array[c_int64]] = {}
+
+
+def _plan(weight: PackedWeight, dtype: torch.dtype) -> Array[c_int64]:
+    """`Packed` of csrc/dequantize.cpp but for its pointers, worked out once for all weights of a kind."""
+    format, length = weight.format, weight.row_length
+    assert isinstance(format, Affine | NormalFloat4)
+    bits, rotated = (format.bits, format.rotated) if isinstance(format, Affine) else (4, False)
+    (norm,) = unpack("i", pack("f", format.run(length) ** -0.5))
+    out, channels = weight.shape[:2]
+    numbers = (bits, out, channels, length // channels, format.run(length), rotated, norm)
+    plan = _plans[weight.kind, dtype] = (c_int64 * 8)(*numbers, cpu_extension.dtype_code(dtype) or 0)
+    return plan
 
 
 @lru_cache(maxsize=1)
@@ -89,5 +96,5 @@ def _float8_values() -> torch.Tensor:
 
 
 @lru_cache(maxsize=1)
-def _nf4_values() -> torch.Tensor:
+def nf4_values() -> torch.Tensor:
     return torch.tensor(_NF4)

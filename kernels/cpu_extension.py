@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from ctypes import c_float, c_int, c_int64, c_void_p
+from ctypes import c_int, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,9 @@ _OPENMP: tuple[list[str], ...] = (
 _PATIENCE = 300  # seconds
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _SIGNATURES: dict[str, list[Any]] = {
-    "bitpolicy_dequantize_groups": [c_void_p] * 4 + [c_int64] * 6 + [c_float, c_void_p, c_int, c_int],
+    "bitpolicy_dequantize_groups": [c_void_p] * 6 + [c_int],
     "bitpolicy_dequantize_bytes": [c_void_p] * 3 + [c_int64] * 2 + [c_void_p, c_int, c_int],
+    "bitpolicy_few_rows": [c_void_p] * 6 + [c_int64] + [c_void_p] * 2 + [c_int],
     "bitpolicy_has_int8": [],
 }
 _SIGNATURES_OF_INT8: dict[str, list[Any]] = {

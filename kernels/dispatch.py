@@ -17,12 +17,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
+from weakref import ref
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from bitpolicy.kernels import fp8_compute, int8_compute, micro_probe
 from bitpolicy.kernels.cpu_exact import CpuDequantize
+from bitpolicy.kernels.cpu_float import CpuFloat
 from bitpolicy.kernels.cpu_int8 import CpuInt8
 from bitpolicy.kernels.cpu_onednn import OneDnnInt8
 from bitpolicy.kernels.errors import BitPolicyError
@@ -61,6 +62,7 @@ class Row:
 
 
 TABLE: tuple[Row, ...] = (
+    Row("cpu", "linear", "int4* int8* nf4", CpuFloat()),
     Row("cpu", _EVERY, "*", CpuDequantize()),
     Row("cpu", _EVERY, "*", CpuInt8()),
     Row("cpu", _EVERY, "*", OneDnnInt8()),
@@ -89,6 +91,8 @@ def effective(compute: Compute, weight: PackedWeight) -> Compute:
     return compute
 
 
+_VARIABLE = os.environ.encodekey("BITPOLICY_KERNELS")
+_environment = os.environ._data  # type: ignore[attr-defined]
 _forced: list[str] = []
 _chosen: dict[tuple[object, ...], Kernel] = {}
 
@@ -99,7 +103,10 @@ def mode() -> str:
     Raises:
         BitPolicyError: there is no kernel of that name.
     """
-    return _forced[-1] if _forced else _known(os.environ.get("BITPOLICY_KERNELS") or AUTO)
+    if _forced:
+        return _forced[-1]
+    said = _environment.get(_VARIABLE)  # os.environ itself raises and catches a KeyError first, at every call
+    return _known(os.environ.decodevalue(said)) if said else AUTO
 
 
 @contextmanager
@@ -136,7 +143,8 @@ def choose(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, com
         BitPolicyError: no kernel here has that compute.
     """
     asked = mode()
-    key = (asked, compute, x.device, x.dtype, x.shape, _order(x), bias is None, *_of(weight), torch.get_num_threads())
+    threads = torch.get_num_threads()
+    key = (asked, id(compute), x.device, x.dtype, x.shape, _order(x), bias is None, weight.kind, threads)
     found = _chosen.get(key)
     if found is None:
         found, lasting = _decide(asked, x, weight, bias, compute)
@@ -185,7 +193,31 @@ def scratch_kept(weight: PackedWeight, dtype: torch.dtype) -> int:
 
 
 _NOTHING: Prepared = {}
-_layouts: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+_Made = dict[tuple[str, torch.dtype], tuple[list[int], Prepared]]
+
+
+class _Layouts:
+    """(Kernel, dtype) -> versions of the stored tensors and what was made of them, for as long as the first one lives.
+
+    What torch's WeakIdKeyDictionary does, at a quarter of the time.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[ref[torch.Tensor], _Made]] = {}
+
+    def of(self, stored: torch.Tensor) -> _Made:
+        found = self._found.get(id(stored))
+        if found is None or found[0]() is not stored:
+            key, drop = id(stored), self._found.pop
+            found = self._found[key] = ref(stored, lambda _: drop(key, None)), {}
+        return found[1]
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
+_layouts = _Layouts()
 
 
 def prepared(kernel: Kernel, weight: PackedWeight, dtype: torch.dtype) -> Prepared:
@@ -194,14 +226,12 @@ def prepared(kernel: Kernel, weight: PackedWeight, dtype: torch.dtype) -> Prepar
         return _NOTHING
     if weight.low_memory:
         return kernel.prepare(weight, dtype)
-    stored = next(iter(weight.tensors.values()))
-    held = _layouts.get(stored)
-    if held is None:
-        held = _layouts[stored] = {}
-    versions = tuple(tensor._version for tensor in weight.tensors.values())
+    stored = list(weight.tensors.values())
+    held = _layouts.of(stored[0])
+    versions = [tensor._version for tensor in stored]
     found = held.get((kernel.name, dtype))
     if found is None or found[0] != versions:
-        own = {id(tensor) for tensor in weight.tensors.values()}
+        own = {id(tensor) for tensor in stored}
         made = kernel.prepare(weight, dtype)  # what holds a stored tensor itself would keep it alive for ever
         found = versions, {name: t.detach() if id(t) in own else t for name, t in made.items()}
         held[kernel.name, dtype] = found
@@ -210,7 +240,7 @@ def prepared(kernel: Kernel, weight: PackedWeight, dtype: torch.dtype) -> Prepar
 
 def prepared_bytes(stored: torch.Tensor) -> int:
     """Bytes that kernels keep beside a weight's first stored tensor, in layouts of their own."""
-    layouts = (layout for _, layout in _layouts.get(stored, {}).values())
+    layouts = (layout for _, layout in _layouts.of(stored).values())
     tensors = dict(_place_and_bytes(t) for each in layouts for t in each.values())
     tensors.pop(stored.untyped_storage().data_ptr(), None)
     return sum(tensors.values())
@@ -228,10 +258,6 @@ def _order(x: torch.Tensor) -> str:
         return "contiguous"
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
     return "channels last" if last is not None and x.is_contiguous(memory_format=last) else "strided"
-
-
-def _of(weight: PackedWeight) -> tuple[object, ...]:
-    return weight.format.name, weight.shape, weight.geometry, weight.low_memory
 
 
 def _described(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, compute: Compute) -> str:

@@ -13,6 +13,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
+from itertools import count
 from math import prod
 from typing import ClassVar
 
@@ -67,6 +69,10 @@ class Geometry:
     groups: int = 1
 
 
+_kinds: dict[tuple[object, ...], int] = {}
+_numbers = count()
+
+
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
     """A weight as it lies in memory.
@@ -89,6 +95,11 @@ class PackedWeight:
     def row_length(self) -> int:
         """K: how many weights one output channel has."""
         return prod(self.shape[1:])
+
+    @cached_property
+    def kind(self) -> int:
+        """A number that all weights of this format, shape, geometry and memory share: quick to look up by."""
+        return _kinds.setdefault((self.format, self.shape, self.geometry, self.low_memory), next(_numbers))
 
     @property
     def layer(self) -> str:

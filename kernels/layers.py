@@ -21,6 +21,7 @@ from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.kernel import Compute, Geometry, PackedWeight
 from bitpolicy.kernels.ops import product
 
+_KEPT = "_kept_weight"  # where a layer keeps what `held` made
 Quantizable = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
@@ -56,6 +57,7 @@ class PackedLayer(nn.Module):
     compute: Compute = Compute.EXACT
     low_memory: bool = False
     bias: Any
+    padding_mode: Any
 
     def _hold(
         self, format: Format, shape: tuple[int, ...], dtype: torch.dtype, tensors: Mapping[str, torch.Tensor]
@@ -70,8 +72,33 @@ class PackedLayer(nn.Module):
         return {suffix: self._buffers[suffix] for suffix in self._suffixes}  # type: ignore[misc]
 
     def held(self) -> PackedWeight:
-        """The weight as kernels take it, made anew each time: tensors may be moved or replaced between calls."""
-        return PackedWeight(self.format, self.weight_shape, self.packed_tensors(), slides(self), self.low_memory)
+        """The weight as kernels take it."""
+        return self._kept()[0]
+
+    def _kept(self) -> tuple[PackedWeight, tuple[int, ...], tuple[Any, ...]]:
+        """The weight, what `pad` has to put around an input, and all that was looked at for that: kept between calls.
+
+        Its tensors are not: they may be moved or replaced at any time, so they are looked up in the layer's buffers.
+        """
+        if torch.compiler.is_compiling() or len(self._buffers) != len(self._suffixes):
+            return self._made(self.packed_tensors(), ())
+        says = (self.format, self.weight_shape, self.low_memory, *self._slides())
+        kept = self.__dict__.get(_KEPT)
+        if kept is None or kept[2] != says or kept[0].tensors is not self._buffers:  # a replica has its own
+            kept = self.__dict__[_KEPT] = self._made(self._buffers, says)
+        return kept
+
+    def _made(self, tensors: Any, says: tuple[Any, ...]) -> tuple[PackedWeight, tuple[int, ...], tuple[Any, ...]]:
+        weight = PackedWeight(self.format, self.weight_shape, tensors, slides(self), self.low_memory)
+        return weight, () if weight.geometry is None else _padding(self)[0], says
+
+    def _slides(self) -> tuple[Any, ...]:
+        """What `slides` looks at."""
+        return ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies get."""
+        return {name: value for name, value in self.__dict__.items() if name != _KEPT}
 
     @property
     def effective_compute(self) -> Compute:
@@ -80,8 +107,12 @@ class PackedLayer(nn.Module):
 
     def call(self, input: torch.Tensor) -> tuple[torch.Tensor, PackedWeight, torch.Tensor | None, Compute]:
         """What this layer asks of `product` for an input: autocast to its dtype, padded and in a batch."""
-        weight, bias = self.held(), self.bias
-        compute = effective(self.compute, weight)
+        weight, around, _ = self._kept()
+        if around:
+            mode: Any = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            input = nn.functional.pad(input, around, mode=mode)
+        own, compute = self._parameters, effective(self.compute, weight)
+        bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 - past `__getattr__`, the slowest step here
         if compute is not Compute.EXACT and torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))
             bias = None if bias is None else bias.to(input.dtype)
@@ -151,12 +182,12 @@ class _PackedConv(PackedLayer):
         return y[0] if self._is_single(input) else y
 
     def call(self, input: torch.Tensor) -> tuple[torch.Tensor, PackedWeight, torch.Tensor | None, Compute]:
-        x = input[None] if self._is_single(input) else input
-        around, _ = _padding(self)
-        if around:
-            mode: Any = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x = nn.functional.pad(x, around, mode=mode)
-        return super().call(x)
+        return super().call(input[None] if self._is_single(input) else input)
+
+    def _slides(self) -> tuple[Any, ...]:
+        conv: Any = self
+        around = tuple(conv._reversed_padding_repeated_twice)
+        return self.stride, self.dilation, self.groups, conv.padding_mode, around
 
     def _is_single(self, input: torch.Tensor) -> bool:
         return input.ndim == 1 + len(self.stride)

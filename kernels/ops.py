@@ -19,6 +19,9 @@ from bitpolicy.kernels.formats import format_named
 from bitpolicy.kernels.int8_compute import multiply
 from bitpolicy.kernels.kernel import Compute, Geometry, PackedWeight
 
+_ORDINARY = (torch.Tensor, torch.nn.Parameter)
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_modes = torch._C._len_torch_dispatch_stack
 _STILL = [0]  # a linear layer; autograd takes an empty list for one of tensors
 
 
@@ -32,7 +35,7 @@ def product(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, co
     """
     tracing = torch.compiler.is_compiling() or _is_traced(x)
     exact = compute is Compute.EXACT or x.dtype == torch.float64
-    if exact and (tracing or dispatch.mode() == dispatch.REFERENCE):
+    if exact and tracing:
         return multiply(x, weight.dequantize(x.dtype), weight.geometry, bias)
     if exact:
         return dispatch.run(dispatch.choose(x, weight, bias, Compute.EXACT), x, weight, bias)
@@ -43,11 +46,7 @@ def product(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, co
 
 def _is_traced(x: torch.Tensor) -> bool:
     """Whether something else than values goes through: a fake or wrapped tensor, or a mode that watches operators."""
-    return (
-        type(x) not in (torch.Tensor, torch.nn.Parameter)
-        or torch._C._functorch.is_functorch_wrapped_tensor(x)
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
+    return type(x) not in _ORDINARY or _is_wrapped(x) or _modes() > 0
 
 
 def arguments(

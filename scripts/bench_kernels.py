@@ -44,7 +44,9 @@ def conv(size: int, channels: int, out: int, kernel: int, batch: int = 1) -> Cas
 
 CASES: dict[str, Sequence[Case]] = {
     "cpu": (
-        *(linear(1, 320, 1280), linear(2, 1280, 1280), linear(77, 768, 320), linear(77, 2048, 1280)),
+        *(linear(1, 64, 256), linear(1, 320, 1280), linear(1, 640, 1280), linear(1, 5120, 1280)),
+        *(linear(2, 1280, 1280), linear(8, 1280, 1280), linear(16, 640, 640)),
+        *(linear(77, 768, 320), linear(77, 2048, 1280)),
         *(linear(4096, 320, 320), linear(4096, 320, 2560), linear(1024, 640, 640), linear(1024, 640, 5120)),
         *(linear(256, 1280, 1280), linear(1024, 1280, 1280), linear(1024, 1280, 10240), linear(1024, 5120, 1280)),
         *(conv(64, 320, 320, 3), conv(32, 640, 640, 3), conv(16, 1280, 1280, 3), conv(8, 1280, 1280, 3)),
@@ -154,7 +156,7 @@ def main() -> None:
     rows = []
     for case in (c for c in CASES[options.device] if options.only in f"{c.name} {c.shape}"):
         for row in measure(case, options, seconds):
-            row["ceiling"] = row["gops"] / ceilings[row["compute"]]
+            row["ceiling"] = row["gops"] / ceilings.get(row["compute"], ceilings[Compute.EXACT])
             rows.append(row)
             print(
                 f"{row['layer']:9} {row['shape']:28} {row['kernel']:15} {row['format']:8} {row['us']:10.1f}"

@@ -1,8 +1,9 @@
 """How fast whole UNets are with packed weights: the bundled one, and one of Stable Diffusion 1.5's shape.
 
-The same weights three times: dequantized in ordinary layers (fp32), packed and exact, packed with 8-bit inputs
-(`set_compute`). Passes alternate in one process. Prints one table and writes JSON; says whether the exact output is the
-bits of fp32's, and how far INT8 compute is from it. Random weights, where they are random, are drawn from one seed.
+The same weights four times: dequantized in ordinary layers (fp32), packed and exact, packed with sums in any order
+(float), packed with 8-bit inputs (int8; `set_compute`). Passes alternate in one process. Prints one table and writes
+JSON; says whether the exact output is the bits of fp32's, and how far the others are from it. Random weights, where
+they are random, are drawn from one seed.
 
     python scripts/bench_unet.py --json unet.json
     python scripts/bench_unet.py --models bundled --threads 4 --formats int4
@@ -74,9 +75,10 @@ def variants(model: Model, format: str) -> dict[str, Any]:
         packed = pack_layer(layer, format_named(format), format_named(format).quantize(layer.weight))
         replace_layer(exact, name, packed)
         replace_layer(plain, name, unpack_layer(packed))
-    int8 = _shell(exact)
-    set_compute(int8, "int8")
-    return {"fp32": plain, "exact": exact, "int8": int8}
+    others = {compute: _shell(exact) for compute in ("float", "int8")}
+    for compute, other in others.items():
+        set_compute(other, compute)
+    return {"fp32": plain, "exact": exact, **others}
 
 
 def _shell(model: Any) -> Any:

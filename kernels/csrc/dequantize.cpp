@@ -3,7 +3,7 @@
 // affine and nf4: rows of little-endian codes, channels fastest (kernels/packing.py), a float16 scale for each group.
 // int8 and fp8: a byte for each weight in the weight's own shape, a float32 scale for each output channel.
 
-#include "floats.h"
+#include "nine_taps.h"
 
 #include <vector>
 
@@ -68,6 +68,25 @@ void look_up(const uint8_t* codes, int64_t length, const float* levels, float sc
 #endif
     for (; i < length; i++) row[i] = levels[codes[i]] * scale;
 }
+
+#if defined(WIDE_VECTORS)
+// 16 weights of 4 bits: a group has but 16 weights, which fill one vector. Every byte is spread to eight, its high half moved
+// to the upper four, and the lowest four bits of each four choose.
+inline __m512 chosen(__m128i bytes, __m512 weights) {
+    const __m512i pairs = _mm512_cvtepu8_epi64(bytes);
+    return _mm512_permutexvar_ps(_mm512_or_si512(pairs, _mm512_slli_epi64(pairs, 28)), weights);
+}
+
+void decode_halves(const uint8_t* bytes, int64_t length, __m512 weights, float* row) {
+    int64_t i = 0;
+    for (; i + 16 <= length; i += 16, bytes += 8)
+        _mm512_storeu_ps(row + i, chosen(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)), weights));
+    if (i == length) return;
+    uint64_t rest = 0;
+    std::memcpy(&rest, bytes, (length - i + 1) / 2);
+    _mm512_mask_storeu_ps(row + i, first_lanes(length - i), chosen(_mm_cvtsi64_si128(rest), weights));
+}
+#endif
 
 // The butterflies of kernels/hadamard.py, in its order: half = 1, 2, 4, ...
 template <int HALF>
@@ -176,25 +195,21 @@ void store_row(const float* row, int64_t channels, int64_t taps, T* to, float* t
     narrow_row(taps > 1 ? turned : row, channels * taps, to);
 }
 
-struct Packed {
-    const uint8_t* codes;
-    const Half* scale;
-    const uint8_t* zero;   // null: 2^(bits-1)
-    const float* levels;  // of nf4; null: affine
-    int64_t bits, out, channels, taps, group, rotated;
-    float norm;
-};
-
-// Codes [at, at + size) of row n, `at` the first of a group.
+// Codes [at, at + size) of row n, `at` the first of a group; `codes` are packed if they are halves of bytes.
 void decode_groups(const Packed& p, const uint8_t* codes, int64_t n, int64_t groups, int64_t at, int64_t size,
                    float* to) {
+    const bool halves = p.halves();
     for (int64_t end = at + size; at < end; at += p.group, to += p.group) {
         const int64_t group = n * groups + at / p.group, run = end - at < p.group ? end - at : p.group;
-        const float scale = widen(p.scale[group]);
-        if (p.levels)
-            look_up(codes + at, run, p.levels, scale, to);
-        else
-            decode(codes + at, run, p.zero ? p.zero[group] : 1 << (p.bits - 1), scale, to);
+        if (halves) {
+#if defined(WIDE_VECTORS)
+            decode_halves(codes + at / 2, run, p.weights(group), to);
+#endif
+        } else if (p.levels) {
+            look_up(codes + at, run, p.levels, widen(p.scale[group]), to);
+        } else {
+            decode(codes + at, run, p.zero_of(group), widen(p.scale[group]), to);
+        }
         if (p.rotated) hadamard(to, run, p.norm);
     }
 }
@@ -203,30 +218,48 @@ constexpr int64_t BLOCK = 256;  // channels that are turned at once, so that all
 
 template <class T>
 void dequantize_groups(const Packed& p, T* to, int threads) {
-    const int64_t length = p.channels * p.taps, groups = (length + p.group - 1) / p.group;
+    const int64_t length = p.length(), groups = (length + p.group - 1) / p.group;
     const int64_t bytes = (length * p.bits + 7) / 8;
     const bool in_blocks = p.taps > 1 && p.channels % p.group == 0 && p.group <= BLOCK && BLOCK % p.group == 0;
     const int64_t block = in_blocks ? BLOCK : p.channels;
     PARALLEL_FOR(threads)
     for (int64_t n = 0; n < p.out; n++) {
-        static thread_local std::vector<uint8_t> codes;
+        static thread_local std::vector<uint8_t> unpacked;
         static thread_local std::vector<float> rows;
-        if (int64_t(codes.size()) < length + 8) codes.resize(length + 8);  // unpacked by eights
-        const int64_t aligned = (block * p.taps + 15) / 16 * 16;
+        const int64_t aligned = ((block > BLOCK ? block : BLOCK) * p.taps + 15) / 16 * 16;
         if (int64_t(rows.size()) < 2 * aligned + 16) rows.resize(2 * aligned + 16);
         float* row = rows.data() + (-uintptr_t(rows.data()) / 4 & 15);  // starts a cache line
-        UNPACK[p.bits](p.codes + n * bytes, length, codes.data());
+        const uint8_t* codes = p.codes + n * bytes;
+#if defined(HAS_NINE_TAPS)
+        if (suits_nine_taps(p)) {
+            if (sizeof(T) == 4) {
+                decode_nine_taps(p, codes, n * groups, 0, p.channels, reinterpret_cast<float*>(to + n * length));
+                continue;
+            }
+            for (int64_t c = 0; c < p.channels; c += BLOCK) {
+                const int64_t end = p.channels - c < BLOCK ? p.channels : c + BLOCK;
+                decode_nine_taps(p, codes, n * groups, c, end, row);
+                narrow_row(row, (end - c) * p.taps, to + n * length + c * p.taps);
+            }
+            continue;
+        }
+#endif
+        if (!p.halves()) {
+            if (int64_t(unpacked.size()) < length + 8) unpacked.resize(length + 8);  // by eights
+            UNPACK[p.bits](codes, length, unpacked.data());
+            codes = unpacked.data();
+        }
         if (sizeof(T) == 4 && p.taps == 1) {
-            decode_groups(p, codes.data(), n, groups, 0, length, reinterpret_cast<float*>(to + n * length));
+            decode_groups(p, codes, n, groups, 0, length, reinterpret_cast<float*>(to + n * length));
             continue;
         }
         for (int64_t c = 0; c < p.channels; c += block) {
             const int64_t channels = p.channels - c < block ? p.channels - c : block;
             if (in_blocks)
                 for (int64_t t = 0; t < p.taps; t++)
-                    decode_groups(p, codes.data(), n, groups, t * p.channels + c, channels, row + t * channels);
+                    decode_groups(p, codes, n, groups, t * p.channels + c, channels, row + t * channels);
             else
-                decode_groups(p, codes.data(), n, groups, 0, length, row);
+                decode_groups(p, codes, n, groups, 0, length, row);
             store_row(row, channels, p.taps, to + n * length + c * p.taps, row + aligned);
         }
     }
@@ -276,15 +309,16 @@ void dequantize_bytes(const uint8_t* codes, const float* scale, const float* val
 
 extern "C" {
 
-// rotated: runs of `group` are rotated by a Hadamard matrix and multiplied by norm = group^-1/2.
-void bitpolicy_dequantize_groups(const uint8_t* codes, const void* scale, const uint8_t* zero, const float* levels,
-                                 int64_t bits, int64_t out, int64_t channels, int64_t taps, int64_t group,
-                                 int64_t rotated, float norm, void* to, int dtype, int threads) {
-    const Packed packed{codes, static_cast<const Half*>(scale), zero, levels, bits, out, channels, taps, group, rotated,
-                        norm};
-    if (dtype == FLOAT) dequantize_groups(packed, static_cast<float*>(to), threads);
-    if (dtype == HALF) dequantize_groups(packed, static_cast<Half*>(to), threads);
-    if (dtype == BFLOAT) dequantize_groups(packed, static_cast<Bfloat*>(to), threads);
+// plan: bits, out, channels, taps, group, rotated, the bits of norm, dtype. Runs of `group` are rotated by a Hadamard matrix
+// and multiplied by norm = group^-1/2.
+void bitpolicy_dequantize_groups(const int64_t* plan, const uint8_t* codes, const void* scale, const uint8_t* zero,
+                                 const float* levels, void* to, int threads) {
+    const Half* scales = static_cast<const Half*>(scale);
+    const float norm = as_float(uint32_t(plan[6]));
+    const Packed packed{codes, scales, zero, levels, plan[0], plan[1], plan[2], plan[3], plan[4], plan[5], norm};
+    if (plan[7] == FLOAT) dequantize_groups(packed, static_cast<float*>(to), threads);
+    if (plan[7] == HALF) dequantize_groups(packed, static_cast<Half*>(to), threads);
+    if (plan[7] == BFLOAT) dequantize_groups(packed, static_cast<Bfloat*>(to), threads);
 }
 
 // values: what each of the 256 bytes stands for as a float8; null: bytes are int8.

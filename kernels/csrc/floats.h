@@ -14,6 +14,8 @@
 #define PARALLEL_FOR(threads) (void)(threads);
 #endif
 
+#define ALWAYS_INLINE inline __attribute__((always_inline))  // vectors stay in registers
+
 struct Half {
     uint16_t bits;
 };
@@ -110,4 +112,13 @@ inline void narrow_row(const float* from, int64_t length, T* to) {
     for (; i < length; i += 16) store16(to + i, load16(from + i, first_lanes(length - i)), first_lanes(length - i));
 #endif
     for (; i < length; i++) narrow(from[i], to + i);
+}
+
+template <class T>
+inline void widen_row(const T* from, int64_t length, float* to) {
+    int64_t i = 0;
+#if defined(WIDE_VECTORS)
+    for (; i < length; i += 16) store16(to + i, load16(from + i, first_lanes(length - i)), first_lanes(length - i));
+#endif
+    for (; i < length; i++) to[i] = widen(from[i]);
 }

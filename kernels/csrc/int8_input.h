@@ -12,8 +12,6 @@
 #if defined(WIDE_VECTORS) && defined(__AVX512VNNI__)
 #define HAS_INT8 1
 
-#define ALWAYS_INLINE inline __attribute__((always_inline))  // vectors stay in registers
-
 namespace {
 
 constexpr int64_t PIECE = 256;  // pixels whose codes stay in the cache

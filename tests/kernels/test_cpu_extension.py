@@ -44,7 +44,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Sources that compile at once, with the names that are looked for."""
-    functions = ("bitpolicy_dequantize_groups", "bitpolicy_dequantize_bytes", "bitpolicy_has_int8")
+    functions = tuple(cpu_extension._SIGNATURES)
     folder = tmp_path / "csrc"
     folder.mkdir()
     (folder / "small.cpp").write_text("".join(f'extern "C" int {name}() {{ return 0; }}\n' for name in functions))

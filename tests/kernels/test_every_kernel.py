@@ -158,7 +158,7 @@ def test_zeros_give_the_bias(row: Row, device: str, shape: str) -> None:
 
 
 @every_kernel
-@pytest.mark.parametrize("shape", ["linear of many rows", "conv2d 3x3", "conv3d"])
+@pytest.mark.parametrize("shape", ["linear of a few rows", "linear of many rows", "conv2d 3x3", "conv3d"])
 def test_the_same_call_gives_the_same_bits(row: Row, device: str, shape: str) -> None:
     x, weight = input_of(shape).to(device), weight_for(row, shape, "int4")
     if not takes(row, x, weight):
@@ -169,7 +169,7 @@ def test_the_same_call_gives_the_same_bits(row: Row, device: str, shape: str) ->
 
 
 @every_kernel
-@pytest.mark.parametrize("shape", ["linear of many rows", "conv2d 3x3"])
+@pytest.mark.parametrize("shape", ["linear of a few rows", "linear of many rows", "conv2d 3x3"])
 @pytest.mark.parametrize("format", ["int4", "int8"])
 def test_it_writes_to_none_of_what_it_is_given(row: Row, device: str, shape: str, format: str) -> None:
     x, weight, bias = input_of(shape).to(device), weight_for(row, shape, format), bias_of(shape).to(device)
@@ -185,7 +185,7 @@ def test_it_writes_to_none_of_what_it_is_given(row: Row, device: str, shape: str
 
 
 @every_kernel
-@pytest.mark.parametrize("shape", ["linear of many rows", "conv2d 3x3", "conv2d 1x1", "conv1d"])
+@pytest.mark.parametrize("shape", ["linear of a few rows", "linear of many rows", "conv2d 3x3", "conv2d 1x1", "conv1d"])
 @pytest.mark.parametrize("format", ["int4", "int8"])
 def test_with_little_memory_it_keeps_nothing_and_gives_the_same(row: Row, device: str, shape: str, format: str) -> None:
     x, weight = input_of(shape).to(device), weight_for(row, shape, format, low_memory=True)
@@ -209,7 +209,7 @@ def test_stored_codes_may_lie_channels_last(row: Row, device: str) -> None:
 
 
 @every_kernel
-@pytest.mark.parametrize("shape", ["linear of many rows", "conv2d 3x3"])
+@pytest.mark.parametrize("shape", ["linear of a few rows", "linear of many rows", "conv2d 3x3"])
 def test_a_sample_does_not_depend_on_the_others(row: Row, device: str, shape: str) -> None:
     x, weight = input_of(shape).to(device), weight_for(row, shape, "int4")
     if not takes(row, x, weight):

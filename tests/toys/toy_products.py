@@ -34,6 +34,7 @@ SHAPES: dict[str, Shape] = {
     "linear of one row": Shape((67,), (5, 67)),
     "linear of odd sizes": Shape((2, 3, 67), (5, 67)),
     "linear of a group and a half": Shape((7, 96), (33, 96)),
+    "linear of a few rows": Shape((3, 2, 200), (37, 200)),
     "linear of whole groups": Shape((33, 128), (48, 128)),
     "linear of many rows": Shape((2, 65, 192), (130, 192)),
     "linear of no rows": Shape((0, 64), (6, 64)),

@@ -1,0 +1,83 @@
+"""What a call of a packed layer costs beside its product: layers so small that nothing else is left.
+
+An ordinary layer of 32 channels and one row or pixel, and packed ones of each compute, by turns in one process, all of
+`Module.__call__` included. Prints one table and writes JSON.
+
+    python scripts/bench_overhead.py --json overhead.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from bench_machine import clock, description, spread
+from torch import nn
+
+from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.kernel import Compute
+from bitpolicy.kernels.layers import pack_layer
+
+LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "linear": (nn.Linear(32, 32), (1, 32)),
+    "conv 1x1": (nn.Conv2d(32, 32, 1), (1, 32, 1, 1)),
+}
+
+
+def calls(layer: Any, x: torch.Tensor, format: str) -> dict[str, Callable[[], torch.Tensor]]:
+    """The ordinary layer's call, then one a compute."""
+    found: dict[str, Callable[[], torch.Tensor]] = {"fp32": lambda: layer(x)}
+    for compute in Compute:
+        known = format_named(format)
+        packed = pack_layer(layer, known, known.quantize(layer.weight.detach()))
+        packed.compute = compute
+        found[compute.value] = _call(packed, x)
+    return found
+
+
+def _call(layer: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    return lambda: layer(x)
+
+
+def measure(name: str, format: str, repeats: int, seconds: Callable[[], float]) -> list[dict[str, Any]]:
+    layer, size = LAYERS[name]
+    found = calls(layer, torch.randn(size), format)
+    times: dict[str, list[float]] = {compute: [] for compute in found}
+    for _ in range(8):  # the first round is not counted
+        for compute, call in found.items():
+            start = seconds()
+            for _ in range(repeats):
+                call()
+            times[compute].append(1e6 * (seconds() - start) / repeats)
+    middle = {compute: median(own[1:]) for compute, own in times.items()}
+    return [
+        {"layer": name, "format": format, "compute": compute, "us": us, "more": us - middle["fp32"]}
+        | {"spread": spread(times[compute][1:])}
+        for compute, us in middle.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--format", default="int4")
+    parser.add_argument("--repeats", type=int, default=2000)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    rows = [row for name in LAYERS for row in measure(name, options.format, options.repeats, clock(1))]
+    print(f"{'layer':9} {'format':8} {'compute':8} {'us':>7} {'more':>7} {'spread':>7}")
+    for row in rows:
+        told = f"{row['us']:7.2f} {row['more']:7.2f} {row['spread']:7.0%}"
+        print(f"{row['layer']:9} {row['format']:8} {row['compute']:8} {told}")
+    if options.json:
+        options.json.write_text(json.dumps({"machine": description(1), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The product of a few rows that dequantizes in registers: every weight to the bit, every tail, with any vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bitpolicy.kernels import cpu_extension, micro_probe
+from bitpolicy.kernels.cpu_extension import why_unavailable
+from bitpolicy.kernels.cpu_float import CpuFloat
+from bitpolicy.kernels.dispatch import TABLE, choose
+from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.kernel import Compute, Geometry, PackedWeight
+
+pytestmark = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FORMATS = "int4 int4-sym int4-g32 int4-g128 int4-channel int4-channel-sym nf4 int8 int8-g64-asym int8-g32-sym".split()
+# (out, K): strips of four channels and rests of them; whole blocks of 32, rests of every kind, less than a block
+SHAPES = ((4, 64), (7, 320), (5, 67), (3, 33), (1, 31), (9, 1), (6, 130), (2, 200))
+FLAGS = {"the oldest x86-64": "-march=x86-64", "AVX2": "-march=x86-64-v3"}
+
+
+def packed(name: str, out: int, length: int) -> PackedWeight:
+    """Rows that differ in size and lie aside of zero, so that no two groups share a scale or a zero point."""
+    generator = torch.Generator().manual_seed(length)
+    size = torch.rand(out, length, generator=generator).cumsum(1).add_(0.1) * (1 + torch.arange(out))[:, None]
+    weight = (torch.randn(out, length, generator=generator) + 0.5) * size
+    format = format_named(name)
+    return PackedWeight(format, (out, length), format.quantize(weight))
+
+
+def assert_close(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, bound: float) -> None:
+    found = CpuFloat()(x, weight, bias, {})
+    wide = None if bias is None else bias.double()
+    right = torch.nn.functional.linear(x.double(), weight.dequantize(torch.float32).double(), wide)
+    assert (found.dtype, found.shape) == (x.dtype, right.shape)
+    assert (found.double() - right).norm() <= bound * right.norm()
+    assert (found.double() - right).abs().max() <= 4 * bound * right.abs().max()
+
+
+def assert_bits_of_each_weight(weight: PackedWeight) -> None:
+    """A row that is one at k and zero elsewhere gives the weights at k, as nothing is added to them."""
+    for rows in torch.eye(weight.row_length).split(7):
+        picked = weight.dequantize(torch.float32) @ rows.T  # one product, and zeros
+        assert torch.equal(CpuFloat()(rows, weight, None, {}), picked.T)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_each_weight_has_the_bits_of_the_format(name: str, shape: tuple[int, int]) -> None:
+    assert_bits_of_each_weight(packed(name, *shape))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("rows", range(1, 17))
+def test_any_number_of_rows_is_summed_right(name: str, rows: int) -> None:
+    weight, bias = packed(name, 7, 200), torch.randn(7)
+    for dtype, bound in zip(DTYPES, (2e-6, 1e-3, 8e-3), strict=True):
+        x = torch.randn(rows, 200).to(dtype)
+        assert_close(x, weight, None, bound)
+        assert_close(x, weight, bias.to(dtype), bound)
+
+
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_a_row_has_the_same_bits_in_any_company(name: str) -> None:
+    weight, x = packed(name, 7, 200), torch.randn(16, 200)
+    alone = torch.cat([CpuFloat()(row, weight, None, {}) for row in x.split(1)])
+    for rows in (2, 3, 5, 8, 16):
+        assert torch.equal(CpuFloat()(x[:rows], weight, None, {}), alone[:rows])
+
+
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_threads_change_nothing(name: str) -> None:
+    weight, x, before = packed(name, 701, 320), torch.randn(3, 320), torch.get_num_threads()
+    right = CpuFloat()(x, weight, None, {})
+    torch.set_num_threads(3)
+    try:
+        found = CpuFloat()(x, weight, None, {})
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found, right)
+
+
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+def test_processors_without_wide_vectors_compute_the_same(
+    flags: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("BITPOLICY_CACHE", str(tmp_path))
+    monkeypatch.setattr(cpu_extension, "_FLAGS", ["-std=c++17", "-O1", flags, "-fPIC", "-ffp-contract=off", "-w"])
+    try:
+        library = cpu_extension.build()
+    except cpu_extension.Unavailable as reason:
+        pytest.skip(f"this compiler does not know {flags}: {reason}")
+    monkeypatch.setattr(cpu_extension, "library", lambda: library)
+    for name in FORMATS:
+        for shape in ((7, 320), (5, 67)):
+            weight = packed(name, *shape)
+            assert_bits_of_each_weight(weight)
+            for dtype, bound in zip(DTYPES, (2e-6, 1e-3, 8e-3), strict=True):
+                assert_close(torch.randn(11, shape[1]).to(dtype), weight, torch.randn(shape[0]).to(dtype), bound)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "dtype", "why"),
+    [
+        ("int4", 17, torch.float32, "for at most 16 rows"),
+        ("int4", 2, torch.float64, "not for torch.float64"),
+        ("int3", 2, torch.float32, "not for int3"),
+        ("int4-rot", 2, torch.float32, "not for int4-rot"),
+        ("fp8", 2, torch.float32, "not for fp8"),
+    ],
+)
+def test_what_it_does_not_know_it_refuses(name: str, rows: int, dtype: torch.dtype, why: str) -> None:
+    assert CpuFloat().refuses(torch.zeros(rows, 64, dtype=dtype), packed(name, 4, 64)) == why
+
+
+def test_only_linear_layers_get_it() -> None:
+    row = next(row for row in TABLE if row.kernel.name == "cpu-float")
+    format, shape = format_named("int4"), (4, 64, 1, 1)
+    conv = PackedWeight(format, shape, format.quantize(torch.randn(shape)), Geometry((1, 1), (0, 0), (1, 1)))
+    assert row.refuses(torch.zeros(1, 64, 1, 1), conv) == "for linear"
+    assert row.refuses(torch.zeros(1, 64), packed("int4", 4, 64)) is None
+
+
+def chosen(x: torch.Tensor, compute: Compute) -> str:
+    return choose(x, packed("int4", 40, 64), None, compute).name
+
+
+def test_it_is_tried_where_sums_may_be_taken_in_another_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("BITPOLICY_CACHE", str(tmp_path))
+    monkeypatch.delenv("BITPOLICY_KERNELS", raising=False)
+    monkeypatch.setattr("bitpolicy.kernels.dispatch._chosen", {})
+    micro_probe.forget()
+    seconds: Callable[..., Any] = lambda multiply, device: 0.0 if "CpuFloat" in repr(multiply) else 1.0  # noqa: E731
+    monkeypatch.setattr(micro_probe, "_seconds", seconds)
+    few, many = torch.randn(2, 64), torch.randn(17, 64)
+    assert chosen(few, Compute.FLOAT) == "cpu-float"
+    assert chosen(few, Compute.EXACT) == "cpu-dequantize"
+    assert chosen(many, Compute.FLOAT) == "cpu-dequantize"
+    micro_probe.forget()
