@@ -91,8 +91,6 @@ def effective(compute: Compute, weight: PackedWeight) -> Compute:
     return compute
 
 
-_VARIABLE = os.environ.encodekey("BITPOLICY_KERNELS")
-_environment = os.environ._data  # type: ignore[attr-defined]
 _forced: list[str] = []
 _chosen: dict[tuple[object, ...], Kernel] = {}
 
@@ -103,10 +101,7 @@ def mode() -> str:
     Raises:
         BitPolicyError: there is no kernel of that name.
     """
-    if _forced:
-        return _forced[-1]
-    said = _environment.get(_VARIABLE)  # os.environ itself raises and catches a KeyError first, at every call
-    return _known(os.environ.decodevalue(said)) if said else AUTO
+    return _forced[-1] if _forced else _known(os.environ.get("BITPOLICY_KERNELS") or AUTO)
 
 
 @contextmanager
