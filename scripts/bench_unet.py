@@ -2,8 +2,9 @@
 
 The same weights four times: dequantized in ordinary layers (fp32), packed and exact, packed with sums in any order
 (float), packed with 8-bit inputs (int8; `set_compute`). Passes alternate in one process. Prints one table and writes
-JSON; says whether the exact output is the bits of fp32's, and how far the others are from it. Random weights, where
-they are random, are drawn from one seed.
+JSON; says whether the exact output is the bits of fp32's, and how far the others are from it. What a pass allocates at
+most, scratch included, is counted by torch's allocator; the peak (weights and that) is given as a share of what fp32's
+would be with weights of that size. Random weights, where they are random, are drawn from one seed.
 
     python scripts/bench_unet.py --json unet.json
     python scripts/bench_unet.py --models bundled --threads 4 --formats int4
@@ -28,9 +29,11 @@ from bench_machine import clock, description, spread
 from diffusers import UNet2DConditionModel
 
 from bitpolicy.kernels.computing import resident_bytes, set_compute
+from bitpolicy.kernels.cpu_scratch import release_scratch
 from bitpolicy.kernels.formats import format_named
 from bitpolicy.kernels.layers import pack_layer, packed_layers, quantizable_layers, replace_layer, unpack_layer
 from bitpolicy.loading import BUNDLED_FOLDER
+from bitpolicy.policies.footprint import metered
 
 
 @dataclass(frozen=True)
@@ -99,11 +102,26 @@ def measure(model: Model, format: str, passes: int, seconds: Any) -> list[dict[s
             start = seconds()
             unet(*inputs)
             times[name].append(seconds() - start)
-    return [_row(model, format, name, unet, times, outputs) for name, unet in models.items()]
+    most = {name: most_of_a_pass(unet, inputs) for name, unet in models.items()}
+    return [_row(model, format, name, unet, times, outputs, most) for name, unet in models.items()]
+
+
+def most_of_a_pass(unet: Any, inputs: tuple[torch.Tensor, ...]) -> int:
+    """Bytes at once beyond the weights: activations, and scratch that kernels reserve."""
+    release_scratch()
+    with metered(inputs[0].device) as meter:
+        unet(*inputs)
+    return max(span.most for span in meter.spans)
 
 
 def _row(
-    model: Model, format: str, name: str, unet: Any, times: dict[str, list[float]], outputs: dict[str, torch.Tensor]
+    model: Model,
+    format: str,
+    name: str,
+    unet: Any,
+    times: dict[str, list[float]],
+    outputs: dict[str, torch.Tensor],
+    most: dict[str, int],
 ) -> dict[str, Any]:
     resident, truth = resident_bytes(unet), outputs["fp32"]
     return {
@@ -120,6 +138,8 @@ def _row(
         "error": float((outputs[name] - truth).norm() / truth.norm()),
         "stored_mb": resident.stored / 1e6,
         "layouts_mb": resident.layouts / 1e6,
+        "pass_mb": most[name] / 1e6,
+        "peak_share": (resident.stored + most[name]) / (resident.stored + most["fp32"]),
     }
 
 
@@ -129,6 +149,7 @@ def shown(row: dict[str, Any]) -> str:
     return (
         f"{name:20} {row['format']:8} {row['compute']:6} {row['ms']:10.2f} {row['spread']:7.0%} {row['ratio']:7.2f}"
         f" {error:>10} {row['stored_mb']:9.1f} {row['layouts_mb']:9.1f}"
+        f" {row['pass_mb']:9.1f} {row['peak_share']:6.0%}"
     )
 
 
@@ -142,7 +163,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
-    numbers = f"{'ms':>10} {'spread':>7} {'x fp32':>7} {'error':>10} {'MB':>9} {'+MB':>9}"
+    numbers = f"{'ms':>10} {'spread':>7} {'x fp32':>7} {'error':>10} {'MB':>9} {'+MB':>9} {'pass MB':>9} {'peak':>6}"
     print(f"{'model':20} {'format':8} {'compute':6} {numbers}")
     rows = []
     for model in (m for m in MODELS if m.name in options.models):
