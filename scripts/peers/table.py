@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ def plot(rows: list[Row], reference: int, path: Path) -> None:
 
     metrics = list(rows[0].values) if rows else ["psnr"]
     families = dict.fromkeys(row.entry.family for row in rows)
-    colors = dict(zip(families, [*pyplot.get_cmap("tab20").colors], strict=False))
+    colors = dict(zip(families, cycle(pyplot.get_cmap("tab20").colors), strict=False))
     figure, axes = pyplot.subplots(1, len(metrics), figsize=(5.2 * len(metrics), 5.6), dpi=110, squeeze=False)
     for axis, metric in zip(axes[0], metrics, strict=True):
         for family in families:
