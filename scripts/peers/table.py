@@ -92,10 +92,16 @@ def measured_rows(scores: Scores, work: Path, images: int) -> list[Row]:
     for share in SHARES:
         for names in chosen.values():
             entry = entries.get(names.get(f"{share:.2f}", ""))
-            errors = scores.errors(entry.name, "held_out", images, make=False) if entry else []
+            errors = _evenly(scores.errors(entry.name, "held_out", images, make=False), scores) if entry else []
             if entry and errors:
                 rows.append(_row(scores, work, share, entry, errors))
     return rows
+
+
+def _evenly(errors: list[float], scores: Scores) -> list[float]:
+    """Those of an entry that was not finished, without the last images of some prompts that others do not have."""
+    prompts = len({*scores.prompts("held_out")})
+    return errors[: max(len(errors) // prompts, 1) * prompts]
 
 
 def _row(scores: Scores, work: Path, share: float, entry: Entry, errors: list[float]) -> Row:
@@ -161,7 +167,7 @@ def plot(rows: list[Row], reference: int, path: Path) -> None:
         axis.grid(alpha=0.3)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, ncols=5, loc="lower center", fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    figure.tight_layout(rect=(0, 0.16, 1, 1))
     figure.savefig(path)
 
 
