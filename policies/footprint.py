@@ -51,11 +51,19 @@ def measured_peak(pipe: DiffusionPipeline, run: Callable[[], object]) -> int:
     Raises:
         BitPolicyError: the pipeline is neither on the CPU nor on CUDA.
     """
-    resident = loaded_bytes(pipe)
+    return loaded_bytes(pipe) + most_allocated(pipe.device, run)
+
+
+def most_allocated(device: torch.device, run: Callable[[], object]) -> int:
+    """The most bytes at once that torch allocates on `device` while `run` runs, scratch of kernels included.
+
+    Raises:
+        BitPolicyError: it is neither the CPU nor CUDA.
+    """
     release_scratch()  # what an earlier run reserved is reserved anew, and counted
-    with metered(pipe.device) as meter:
+    with metered(device) as meter:
         run()
-    return resident + max(span.most for span in meter.spans)
+    return max(span.most for span in meter.spans)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import gc
 import json
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,11 +30,10 @@ from bench_machine import clock, description, spread
 from diffusers import UNet2DConditionModel
 
 from bitpolicy.kernels.computing import resident_bytes, set_compute
-from bitpolicy.kernels.cpu_scratch import release_scratch
 from bitpolicy.kernels.formats import format_named
 from bitpolicy.kernels.layers import pack_layer, packed_layers, quantizable_layers, replace_layer, unpack_layer
 from bitpolicy.loading import BUNDLED_FOLDER
-from bitpolicy.policies.footprint import metered
+from bitpolicy.policies.footprint import most_allocated
 
 
 @dataclass(frozen=True)
@@ -102,16 +102,8 @@ def measure(model: Model, format: str, passes: int, seconds: Any) -> list[dict[s
             start = seconds()
             unet(*inputs)
             times[name].append(seconds() - start)
-    most = {name: most_of_a_pass(unet, inputs) for name, unet in models.items()}
+    most = {name: most_allocated(inputs[0].device, partial(unet, *inputs)) for name, unet in models.items()}
     return [_row(model, format, name, unet, times, outputs, most) for name, unet in models.items()]
-
-
-def most_of_a_pass(unet: Any, inputs: tuple[torch.Tensor, ...]) -> int:
-    """Bytes at once beyond the weights: activations, and scratch that kernels reserve."""
-    release_scratch()
-    with metered(inputs[0].device) as meter:
-        unet(*inputs)
-    return max(span.most for span in meter.spans)
 
 
 def _row(
