@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median, quantiles
@@ -23,12 +22,10 @@ from typing import Any
 
 import torch
 from bench_case import Case
+from bench_contenders import by_comfy, by_sdnq, by_torchao, packed
 from torch import nn
 
-from bitpolicy.kernels.computing import set_compute
 from bitpolicy.kernels.dispatch import use_kernels
-from bitpolicy.kernels.formats import format_named
-from bitpolicy.kernels.layers import pack_layer, quantizable_layers, replace_layer
 
 Call = Callable[[], torch.Tensor]
 
@@ -68,52 +65,8 @@ ARITHMETIC = {
 """Contenders that do not multiply 16-bit floats, and what they multiply."""
 
 
-# Contenders: each makes a layer of the fp16 layer
-
-
-def packed(model: nn.Module, format: str, compute: str) -> nn.Module:
-    """A copy with packed layers, rounded to nearest."""
-    root = nn.ModuleDict({"model": deepcopy(model)})
-    for name, layer in list(quantizable_layers(root)):
-        tensors = format_named(format).quantize(layer.weight.detach())
-        replace_layer(root, name, pack_layer(layer, format_named(format), tensors))
-    set_compute(root, compute)
-    return root["model"].to(memory_format=torch.channels_last)
-
-
-def by_torchao(layer: nn.Module) -> nn.Module:
-    """Dynamic int8, which torchao leaves to torch.compile to make fast."""
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-    if not isinstance(layer, nn.Linear):
-        raise ValueError("linear layers only")
-    copy = nn.Sequential(deepcopy(layer))
-    quantize_(copy, Int8DynamicActivationInt8WeightConfig())
-    return torch.compile(copy, mode="max-autotune-no-cudagraphs")
-
-
-def by_sdnq(layer: nn.Module) -> nn.Module:
-    from sdnq import SDNQConfig
-    from sdnq.quantizer import sdnq_quantize_layer
-
-    config = SDNQConfig(
-        weights_dtype="int8", use_quantized_matmul=True, use_quantized_matmul_conv=True, quant_conv=True
-    )
-    return sdnq_quantize_layer(deepcopy(layer), config)[0]
-
-
-def by_comfy(layer: nn.Module) -> nn.Module:
-    from comfy_kitchen.tensor import QuantizedTensor
-
-    if not isinstance(layer, nn.Linear):
-        raise ValueError("linear layers only")
-    copy = deepcopy(layer)
-    copy.weight = nn.Parameter(QuantizedTensor.from_float(layer.weight, "TensorWiseINT8Layout"), requires_grad=False)
-    return copy
-
-
 RIVALS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "torchao-int8": by_torchao,
+    "torchao-int8": lambda model: torch.compile(by_torchao(model), mode="max-autotune-no-cudagraphs"),
     "sdnq-int8": by_sdnq,
     "comfy-int8": by_comfy,
 }
@@ -128,7 +81,7 @@ def contender(name: str, model: nn.Module) -> tuple[nn.Module, str]:
         format, compute, kernel = OURS[name]
         if ARITHMETIC.get(name) == "float8" and not multiplies_float8():
             raise ValueError("this GPU does not multiply float8")
-        return packed(model, format, compute), kernel
+        return packed(model, format, compute).to(memory_format=torch.channels_last), kernel
     return RIVALS[name](model), "auto"
 
 
@@ -320,8 +273,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results.append(measured(case.name, *layer_of(case), names, chosen.rounds) | {"layer": asdict(case)})
         print("\n".join(described(results[-1], case.operations, ceiling)), flush=True)
     if chosen.only in UNET:
-        own = [name for name in names if name not in RIVALS]
-        results.append(measured(UNET, *unet_of_sdxl(), own, chosen.rounds))
+        quick = [name for name in names if name != "torchao-int8"]  # tuning a whole model takes it longer than all else
+        results.append(measured(UNET, *unet_of_sdxl(), quick, chosen.rounds))
         print("\n".join(described(results[-1], None, ceiling)), flush=True)
     if chosen.json:
         machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
