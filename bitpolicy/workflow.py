@@ -19,6 +19,7 @@ from bitpolicy.compare import save_comparison
 from bitpolicy.curve import Point, file_name, points, save_picture, save_table
 from bitpolicy.decision import in_words, mean_db, networks_of, reaching_target, within_budget
 from bitpolicy.kernels.computing import set_compute
+from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import FP16
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import packed_layers
@@ -260,11 +261,17 @@ def swapped_denoiser(source: Source, checkpoint: Path, compute: Compute | None =
 
     Args:
         compute: of the packed layers; None is what the checkpoint records. The block is told.
+
+    Raises:
+        BitPolicyError: no layer of the checkpoint rounds what that compute rounds.
     """
     dtype = next(source.denoiser.parameters()).dtype
     reloaded = open_pipeline(checkpoint, dtype)
-    if compute is not None:
-        set_compute(reloaded, compute)
+    if compute is not None and not set_compute(reloaded, compute) and compute is not Compute.EXACT:
+        raise BitPolicyError(
+            f"no layer of {checkpoint} would be multiplied differently under compute {compute}; fp8 is for layers in "
+            "fp8, and int8 for those of 32 weights a row or more"
+        )
     originals = {name: getattr(source.pipe, name) for name in source.component.split(",")}
     try:
         for name in originals:

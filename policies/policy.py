@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import Format
-from bitpolicy.kernels.formats import format_named, from_parameters
+from bitpolicy.kernels.formats import FP8, format_named, from_parameters
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.quantizers import HESSIANS, QUANTIZERS
 from bitpolicy.policies.atomic import write_text
@@ -166,9 +166,19 @@ class Policy(_Strict):
         return copy
 
     def under(self, compute: Compute) -> Policy:
-        """The same choices under another compute; what was predicted and measured is not true of them there."""
+        """The same choices under another compute; what was predicted and measured is not true of them there.
+
+        Raises:
+            PolicyError: no layer would be multiplied so.
+        """
         if compute == self.compute:
             return self
+        named = {entry.format for entry in (self.defaults, *self.rules, *self.layers.values())}
+        if compute is Compute.FP8 and FP8.name not in named:
+            raise PolicyError(
+                "compute fp8 rounds the inputs of layers in fp8, and the policy has none; leave the compute it has, or "
+                "search with fp8 among the formats"
+            )
         result = None if self.result is None else Result(policy_bytes=self.result.policy_bytes)
         return self.model_copy(update={"compute": compute.value, "result": result})
 

@@ -147,10 +147,13 @@ def _drawn(
     real: Path | None,
     stages: Stages,
 ) -> tuple[Comparison, Compute]:
-    """The images of both, with their latents, and how the checkpoint's were computed."""
-    reference, before = _images(source, call, stages.track(samples, "reference"))
+    """The images of both, with their latents, and how the checkpoint's were computed.
+
+    The checkpoint's come first: if it cannot be loaded, that is said before any time was spent.
+    """
     with swapped_denoiser(source, checkpoint, compute) as used:
         images, after = _images(source, call, stages.track(samples, "checkpoint"))
+    reference, before = _images(source, call, stages.track(samples, "reference"))
     takes_text = "prompt" in inspect.signature(type(source.pipe).__call__).parameters
     prompts = [sample.prompt for sample in samples] if takes_text else None
     return Comparison(reference, images, (before, after), prompts, real), used

@@ -168,6 +168,11 @@ def test_a_search_under_fp8_compute_is_measured_and_recorded_so(
         (("search", "--budget", "50%", "--compute", "fast"), ("'fast'", "exact, int8 or fp8")),
         (("search", "--budget", "50%", "--compute", "int8", "--scope", "peak"), ("--scope peak", "--compute exact")),
         (("eval", "CHECKPOINT", "--compute", "fast"), ("'fast'", "exact, float, int8, fp8")),
+        (("eval", "CHECKPOINT", "--compute", "fp8"), ("no layer of", "under compute fp8")),
+        (
+            ("export", "--policy", "POLICY", "--output-dir", "new", "--compute", "fp8"),
+            ("layers in fp8", "the policy has none", "search with fp8 among the formats"),
+        ),
         (
             ("export", "--policy", "POLICY", "--output-dir", "new", "--compute", "fast"),
             ("'fast'", "exact, int8 or fp8"),

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import bitpolicy
 from bitpolicy import Policy
+from bitpolicy.cli.report import print_result
 
 SCHEMA = {
     "budget_bytes": int,
@@ -86,6 +87,20 @@ def test_people_get_a_table_on_stdout(command: Any, finished: Any) -> None:
     assert result["chosen"][:20] in outcome.out
     for shown in ("bitpolicy", f"{result['policy_bytes']:,}", "(equal)", "input_stem", "bitpolicy.load_pipeline"):
         assert shown in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("formats", "identical", "said"),
+    [("int4 int8 fp16", False, True), ("int4 int6 int8 fp16", False, False), ("int4 int8 fp16", True, False)],
+)
+def test_more_widths_are_named_where_there_are_more_to_have(
+    finished: Any, formats: str, identical: bool, said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = {**finished.outcome.result, "layers": dict.fromkeys(formats.split(), 1)}
+    if identical:
+        result["psnr_db"] = {**result["psnr_db"], "mean": None, "identical": 4}
+    print_result(result)
+    assert ("--formats all" in capsys.readouterr().out) == said
 
 
 def test_the_process_prints_nothing_beside_the_json(process: Any, small: tuple[str, ...], here: Path) -> None:

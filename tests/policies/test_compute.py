@@ -24,7 +24,7 @@ from bitpolicy.policies.apply import pack, quantized, to_storage
 from bitpolicy.policies.component import export_component
 from bitpolicy.policies.export import export_pipeline
 from bitpolicy.policies.model_card import model_card
-from bitpolicy.policies.policy import Choice, ModelReference, PolicyError, Result
+from bitpolicy.policies.policy import Choice, LayerSettings, ModelReference, PolicyError, Result, Rule
 
 INT4, INT8, NF4 = (format_named(name) for name in ("int4", "int8", "nf4"))
 F16 = torch.float16
@@ -207,6 +207,22 @@ def test_what_was_measured_under_one_compute_is_not_said_of_another() -> None:
     assert policy.under(Compute.EXACT) == policy
     assert other.under(Compute.INT8) == other
     assert other.under(Compute.EXACT).compute == "exact"
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"defaults": LayerSettings(format="fp8")},
+        {"rules": [Rule(match="*", format="fp8")]},
+        {"layers": {"a": LayerSettings(format="fp8")}},
+    ],
+    ids=lambda entries: next(iter(entries)),
+)
+def test_fp8_compute_is_for_policies_with_fp8(entries: dict[str, Any]) -> None:
+    assert Policy(model=ABOUT, **entries).under(Compute.FP8).compute == "fp8"
+    without = Policy(model=ABOUT, defaults=LayerSettings(format="int8"))
+    with pytest.raises(PolicyError, match="the policy has none"):
+        without.under(Compute.FP8)
 
 
 def test_a_model_card_says_how_layers_compute() -> None:
