@@ -208,6 +208,11 @@ class _Layouts:
             found = self._found[key] = ref(stored, lambda _: drop(key, None)), {}
         return found[1]
 
+    def made(self, stored: torch.Tensor) -> _Made:
+        """The same where it is only looked at: nothing is entered for a weight of which nothing was made."""
+        found = self._found.get(id(stored))
+        return found[1] if found is not None and found[0]() is stored else {}
+
     def __len__(self) -> int:
         return len(self._found)
 
@@ -235,7 +240,7 @@ def prepared(kernel: Kernel, weight: PackedWeight, dtype: torch.dtype) -> Prepar
 
 def prepared_bytes(stored: torch.Tensor) -> int:
     """Bytes that kernels keep beside a weight's first stored tensor, in layouts of their own."""
-    layouts = (layout for _, layout in _layouts.of(stored).values())
+    layouts = (layout for _, layout in _layouts.made(stored).values())
     tensors = dict(_place_and_bytes(t) for each in layouts for t in each.values())
     tensors.pop(stored.untyped_storage().data_ptr(), None)
     return sum(tensors.values())

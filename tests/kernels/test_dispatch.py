@@ -267,6 +267,14 @@ def test_what_is_prepared_goes_with_the_weight(table: Any) -> None:
     assert len(dispatch._layouts) == before
 
 
+def test_asking_what_is_kept_of_a_weight_enters_nothing() -> None:
+    weight: Any = weight_of(CALL, "int4")
+    gc.collect()
+    before = len(dispatch._layouts)
+    assert prepared_bytes(weight.tensors["weight_packed"]) == 0
+    assert len(dispatch._layouts) == before
+
+
 def test_with_little_memory_nothing_is_kept(table: Any) -> None:
     weight = weight_of(CALL, "int4", low_memory=True)
     assert weight is not None
