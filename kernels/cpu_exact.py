@@ -29,10 +29,15 @@ class CpuDequantize(Kernel):
     def __call__(
         self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
     ) -> torch.Tensor:
-        to = torch.empty(weight.shape, dtype=x.dtype) if _recorded(x, bias) else scratch_tensor(weight.shape, x.dtype)
-        return multiply(x, cpu_dequantize.dequantize(weight, to), weight.geometry, bias)
+        return whole(x, weight, bias)
 
 
-def _recorded(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+def whole(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """The product with a weight that is written out as a whole."""
+    to = torch.empty(weight.shape, dtype=x.dtype) if recorded(x, bias) else scratch_tensor(weight.shape, x.dtype)
+    return multiply(x, cpu_dequantize.dequantize(weight, to), weight.geometry, bias)
+
+
+def recorded(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Whether autograd keeps the weight until the backward pass."""
     return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))

@@ -22,10 +22,12 @@ from weakref import ref
 import torch
 
 from bitpolicy.kernels import fp8_compute, int8_compute, micro_probe
+from bitpolicy.kernels.cpu_blocks import CpuBlocks
 from bitpolicy.kernels.cpu_exact import CpuDequantize
 from bitpolicy.kernels.cpu_float import CpuFloat
 from bitpolicy.kernels.cpu_int8 import CpuInt8
 from bitpolicy.kernels.cpu_onednn import OneDnnInt8
+from bitpolicy.kernels.cpu_scratch import release_scratch
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.kernel import Compute, Kernel, PackedWeight, Prepared
 from bitpolicy.kernels.reference_kernels import Fp8Reference, Int8Reference, Reference
@@ -63,6 +65,7 @@ class Row:
 
 TABLE: tuple[Row, ...] = (
     Row("cpu", "linear", "int4* int8* nf4", CpuFloat()),
+    Row("cpu", _EVERY, "*", CpuBlocks()),
     Row("cpu", _EVERY, "*", CpuDequantize()),
     Row("cpu", _EVERY, "*", CpuInt8()),
     Row("cpu", _EVERY, "*", OneDnnInt8()),
@@ -165,8 +168,10 @@ def _decide(
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return able[0], False
     tried = {kernel.name: partial(run, kernel, x, weight, bias) for kernel in able}
+    thrifty = [kernel.name for kernel in able if kernel.thrifty]
     with torch.no_grad():
-        best = micro_probe.fastest(_described(x, weight, bias, compute), tried, compute, tried[fallback.name])
+        best = micro_probe.fastest(_described(x, weight, bias, compute), tried, compute, tried[fallback.name], thrifty)
+    release_scratch()  # the largest of those tried reserved most
     return next((kernel for kernel in able if kernel.name == best), fallback), True
 
 
@@ -181,10 +186,9 @@ def run(kernel: Kernel, x: torch.Tensor, weight: PackedWeight, bias: torch.Tenso
 
 
 def scratch_kept(weight: PackedWeight, dtype: torch.dtype) -> int:
-    """Bytes that stay reserved once such a weight was multiplied exactly with an input of this dtype."""
+    """The most bytes that stay reserved once such a weight was multiplied exactly with an input of this dtype."""
     x = torch.empty(0, dtype=dtype, device=next(iter(weight.tensors.values())).device)
-    able = takers(x, weight, Compute.EXACT)
-    return able[0].scratch(weight, dtype) if able[0].settled and mode() == AUTO else 0
+    return max(kernel.scratch(weight, dtype) for kernel in takers(x, weight, Compute.EXACT)) if mode() == AUTO else 0
 
 
 _NOTHING: Prepared = {}

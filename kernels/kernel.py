@@ -121,11 +121,13 @@ class Kernel(ABC):
         name: what people write to force it.
         compute: what it rounds.
         settled: it does less work than what stands below it in the table, whatever the shape, so nothing is tried.
+        thrifty: it needs less memory than others of its compute, and is taken where it is about as fast as they.
     """
 
     name: ClassVar[str]
     compute: ClassVar[Compute]
     settled: ClassVar[bool] = False
+    thrifty: ClassVar[bool] = False
 
     @abstractmethod
     def refuses(self, x: torch.Tensor, weight: PackedWeight) -> str | None:

@@ -1,8 +1,8 @@
 """Which of several kernels is the fastest for a call, found by trying, and kept on disk.
 
 A kernel is tried on the call's own input. It has to give what the reference gives, or it is out; of the others the one
-with the least median time is taken. What was found is kept by call, in one file for each machine and set of library
-versions, so that it is tried once.
+with the least median time is taken, or one that is nearly as fast and needs less memory. What was found is kept by
+call, in one file for each machine and set of library versions, so that it is tried once.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median
@@ -24,17 +24,21 @@ from bitpolicy.kernels.kernel import Compute
 
 _REPEATS = 5
 _ENOUGH = 0.05  # seconds on one kernel; long calls are steady anyway
+_THRIFT = 1.05  # times the least time that a kernel may take which needs less memory
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # relative norm, sums in another order
 
 Multiply = Callable[[], torch.Tensor]
 
 
-def fastest(call: str, tried: Mapping[str, Multiply], compute: Compute, reference: Multiply) -> str:
+def fastest(
+    call: str, tried: Mapping[str, Multiply], compute: Compute, reference: Multiply, thrifty: Collection[str] = ()
+) -> str:
     """The name of the fastest kernel that agrees with the reference; "" if none does.
 
     Args:
         call: all that the answer hangs on; what is kept on disk is kept under it.
         tried: kernel name -> does the call by it.
+        thrifty: names of those that need less memory.
     """
     kept = _kept()
     found = kept.get(call)
@@ -47,7 +51,7 @@ def fastest(call: str, tried: Mapping[str, Multiply], compute: Compute, referenc
         if multiply is reference or agrees(multiply(), expected, compute)
     }
     times = _times(sound, expected.device)
-    best = min(times, key=times.__getitem__) if times else ""
+    best = min(times, key=lambda name: times[name] / (_THRIFT if name in thrifty else 1), default="")
     kept[call] = {
         "kernel": best,
         "ms": {name: round(1e3 * times[name], 4) if name in times else None for name in tried},

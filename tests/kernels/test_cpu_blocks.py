@@ -1,0 +1,169 @@
+"""Products in blocks of output channels: torch's bits, in little memory, and taken only where both hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from toy_formats import PACKED
+
+from bitpolicy.kernels import dispatch, micro_probe
+from bitpolicy.kernels.cpu_blocks import CpuBlocks
+from bitpolicy.kernels.cpu_exact import CpuDequantize
+from bitpolicy.kernels.cpu_extension import why_unavailable
+from bitpolicy.kernels.cpu_scratch import release_scratch, scratch_bytes
+from bitpolicy.kernels.dispatch import choose
+from bitpolicy.kernels.format import Format
+from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.kernel import Compute, Geometry, PackedWeight
+from bitpolicy.kernels.reference_kernels import Reference
+from bitpolicy.policies.footprint import most_allocated
+
+pytestmark = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An input and a weight; convolutions slide by `stride` over an input padded by one."""
+
+    input: tuple[int, ...]
+    weight: tuple[int, ...]
+    stride: int = 1
+
+    def packed(self, format: Format | str) -> PackedWeight:
+        known = format_named(format) if isinstance(format, str) else format
+        drawn = torch.randn(self.weight, generator=torch.Generator().manual_seed(0))
+        n = len(self.weight) - 2
+        geometry = Geometry((self.stride,) * n, (1,) * n, (1,) * n) if n else None
+        return PackedWeight(known, self.weight, known.quantize(drawn), geometry)
+
+    def inputs(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        return torch.randn(self.input, generator=generator).to(dtype), torch.randn(self.weight[0]).to(dtype)
+
+
+SMALL = CpuBlocks(least=0, block=1)  # a block of 64 channels whatever they take
+LAYERS = {
+    "linear": Layer((5, 96), (192, 96)),
+    "linear of one row": Layer((1, 128), (320, 128)),
+    "linear of three dimensions": Layer((2, 7, 64), (128, 64)),
+    "conv1d": Layer((2, 48, 11), (128, 48, 3)),
+    "conv2d": Layer((1, 64, 8, 8), (192, 64, 3, 3)),
+    "conv2d of a batch, with stride": Layer((3, 32, 9, 8), (128, 32, 3, 3), 2),
+    "conv2d of one pixel": Layer((2, 64, 1, 1), (128, 64, 3, 3)),
+    "conv3d": Layer((1, 16, 3, 5, 4), (128, 16, 3, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_bits_are_those_of_the_whole(layer: Layer, dtype: torch.dtype) -> None:
+    x, bias = layer.inputs(dtype)
+    for format in ("int4", "int8"):
+        for b in (bias, None):
+            weight = layer.packed(format)
+            assert SMALL.refuses(x, weight) is None
+            found, right = SMALL(x, weight, b, {}), Reference()(x, weight, b, {})
+            assert torch.equal(found, right)
+            assert (found.dtype, found.stride()) == (right.dtype, right.stride())
+
+
+@pytest.mark.parametrize("format", PACKED, ids=lambda format: format.name)
+def test_every_format_is_cut_between_output_channels(format: Format) -> None:
+    layer = LAYERS["conv2d"]
+    x, bias = layer.inputs()
+    weight = layer.packed(format) if format.fits(layer.weight) else None
+    if weight is None or SMALL.refuses(x, weight) is not None:
+        pytest.skip("refused")
+    assert torch.equal(SMALL(x, weight, bias, {}), Reference()(x, weight, bias, {}))
+
+
+def test_a_block_is_all_that_is_written_out() -> None:
+    layer = Layer((1, 2048), (2048, 2048))
+    (x, bias), weight = layer.inputs(), layer.packed("int4")
+    kernel = CpuBlocks(block=2**20)
+    release_scratch()
+    kernel(x, weight, bias, {})
+    assert scratch_bytes() == kernel.scratch(weight, x.dtype) == 2**20
+    most = most_allocated(x.device, lambda: kernel(x, weight, bias, {}))
+    assert most < 1.1 * 2**20 < CpuDequantize().scratch(weight, x.dtype) / 10
+
+
+def test_gradients_pass_through() -> None:
+    layer = LAYERS["conv2d"]
+    (x, bias), weight = layer.inputs(), layer.packed("int4")
+    gradients = []
+    for kernel in (SMALL, Reference()):
+        at = x.clone().requires_grad_()
+        kernel(at, weight, bias, {}).square().sum().backward()
+        gradients.append(at.grad)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("input", "weight", "why"),
+    [
+        ((1, 512), (512, 512), "8 MiB"),
+        ((1, 2048), (2050, 2048), "whole 64s"),
+        ((1, 64 * 1024), (64, 64 * 1024), "one block"),
+    ],
+)
+def test_what_is_better_written_out_at_once_is_refused(
+    input: tuple[int, ...], weight: tuple[int, ...], why: str
+) -> None:
+    layer = Layer(input, weight)
+    assert why in str(CpuBlocks().refuses(layer.inputs()[0], layer.packed("int8")))
+
+
+def test_groups_and_channels_last_are_refused() -> None:
+    layer = LAYERS["conv2d"]
+    (x, _), weight = layer.inputs(), layer.packed("int8")
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert SMALL.refuses(last, weight) == "for contiguous inputs"
+    grouped = PackedWeight(weight.format, weight.shape, weight.tensors, Geometry((1, 1), (1, 1), (1, 1), 2))
+    assert SMALL.refuses(torch.cat([x, x], 1), grouped) == "not for channels in groups"
+
+
+class OffByABit(CpuBlocks):
+    def __call__(self, *args: Any) -> torch.Tensor:
+        return torch.nextafter(super().__call__(*args), torch.tensor(torch.inf))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "slower", "chosen"),
+    [
+        (SMALL, 1.04, "cpu-blocks"),
+        (SMALL, 1.06, "cpu-dequantize"),
+        (SMALL, 0.5, "cpu-blocks"),
+        (OffByABit(least=0, block=1), 0.5, "cpu-dequantize"),
+    ],
+)
+def test_it_is_taken_where_it_is_right_and_about_as_fast(
+    kernel: CpuBlocks, slower: float, chosen: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setenv("BITPOLICY_CACHE", str(tmp_path))
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    micro_probe.forget()
+    rows = [row for row in dispatch.TABLE if row.kernel.name in ("cpu-dequantize", "reference")]
+    first = next(row for row in dispatch.TABLE if row.kernel.name == "cpu-blocks")
+    table = (dispatch.Row(first.device, first.layers, first.formats, kernel), *rows)
+    monkeypatch.setattr(dispatch, "TABLE", table)
+    seconds = {"Blocks": slower, "OffByABit": slower, "CpuDequantize": 1.0}
+
+    def timed(multiply: Any, _: torch.device) -> float:
+        return next((s for name, s in seconds.items() if name in type(multiply.args[0]).__name__), 3.0)
+
+    monkeypatch.setattr(micro_probe, "_seconds", timed)
+    layer = LAYERS["linear"]
+    (x, bias), weight = layer.inputs(), layer.packed("int4")
+    assert choose(x, weight, bias, Compute.EXACT).name == chosen
+    assert scratch_bytes() == 0  # what trying reserved is given back
+    micro_probe.forget()
+
+
+def test_what_stays_reserved_is_counted_as_for_the_whole() -> None:
+    """The first call of all tries both."""
+    weight = Layer((1, 2048), (2048, 2048)).packed("int8")
+    assert dispatch.scratch_kept(weight, torch.float32) == 4 * 2048 * 2048
