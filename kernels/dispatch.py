@@ -167,10 +167,11 @@ def _decide(
         return able[0], True
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return able[0], False
-    tried = {kernel.name: partial(run, kernel, x, weight, bias) for kernel in able}
+    worth = able[: 1 + next((i for i, kernel in enumerate(able) if kernel.settled), len(able))]  # the others are slower
+    tried = {kernel.name: partial(run, kernel, x, weight, bias) for kernel in worth}
     thrifty = [kernel.name for kernel in able if kernel.thrifty]
     with torch.no_grad():
-        best = micro_probe.fastest(_described(x, weight, bias, compute), tried, compute, tried[fallback.name], thrifty)
+        best = micro_probe.fastest(_described(x, weight, bias, compute), tried, compute, tried[worth[-1].name], thrifty)
     release_scratch()  # the largest of those tried reserved most
     return next((kernel for kernel in able if kernel.name == best), fallback), True
 

@@ -113,7 +113,8 @@ class PackedLayer(nn.Module):
             input = nn.functional.pad(input, around, mode=mode)
         own, compute = self._parameters, effective(self.compute, weight)
         bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 - past `__getattr__`, the slowest step here
-        if compute is not Compute.EXACT and torch.is_autocast_enabled(input.device.type):
+        ours = compute is not Compute.EXACT or torch.compiler.is_compiling()  # torch casts for its own operators only
+        if ours and torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))
             bias = None if bias is None else bias.to(input.dtype)
         return input, weight, bias, compute

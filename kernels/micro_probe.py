@@ -1,7 +1,8 @@
 """Which of several kernels is the fastest for a call, found by trying, and kept on disk.
 
 A kernel is tried on the call's own input. It has to give what the reference gives, or it is out; of the others the one
-with the least median time is taken, or one that is nearly as fast and needs less memory. What was found is kept by
+with the least time is taken, or one that is nearly as fast and needs less memory. A kernel's time is the least of
+several, as what else the machine does only adds to it. What was found is kept by
 call, in one file for each machine and set of library versions, so that it is tried once.
 """
 
@@ -13,8 +14,7 @@ import platform
 from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from statistics import median
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ import torch
 from bitpolicy.kernels.cache_folder import cache_folder, keep
 from bitpolicy.kernels.kernel import Compute
 
-_REPEATS = 5
-_ENOUGH = 0.05  # seconds on one kernel; long calls are steady anyway
+_REPEATS, _FEWEST = 7, 3
+_ENOUGH = 0.05  # seconds on one kernel that has been tried the fewest times
 _THRIFT = 1.05  # times the least time that a kernel may take which needs less memory
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # relative norm, sums in another order
 
@@ -75,20 +75,21 @@ def agrees(found: torch.Tensor, expected: torch.Tensor, compute: Compute) -> boo
 
 
 def _times(kernels: Mapping[str, Multiply], device: torch.device) -> dict[str, float]:
-    """Median seconds of each, by turns."""
+    """Least seconds of each, by turns."""
     times: dict[str, list[float]] = {name: [] for name in kernels}
     for _ in range(_REPEATS):
         for name, multiply in kernels.items():
-            if sum(times[name]) < _ENOUGH:
+            if len(times[name]) < _FEWEST or sum(times[name]) < _ENOUGH:
                 times[name].append(_seconds(multiply, device))
-    return {name: median(found) for name, found in times.items()}
+    return {name: min(found) for name, found in times.items()}
 
 
 def _seconds(multiply: Multiply, device: torch.device) -> float:
     if device.type != "cuda":
-        start = perf_counter()
+        seconds = thread_time if torch.get_num_threads() == 1 else perf_counter  # one thread's own work, if that is all
+        start = seconds()
         multiply()
-        return perf_counter() - start
+        return seconds() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     multiply()
@@ -163,6 +164,6 @@ def forget() -> None:
 
 
 def times_of(call: str) -> dict[str, float | None]:
-    """Kernel name -> median milliseconds, None for those that were wrong; empty if the call was never tried."""
+    """Kernel name -> milliseconds, None for those that were wrong; empty if the call was never tried."""
     found = _kept().get(call)
     return {} if found is None else dict(found["ms"])

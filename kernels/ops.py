@@ -1,9 +1,10 @@
 """The product with a packed weight as torch sees it: eager, traced by torch.compile and torch.export, with gradients.
 
-EXACT compute traces into plain torch code, which a compiler may fuse. Every other product is one operator,
-`bitpolicy::product`, opaque to compilers and with a fake kernel that tells its shape. Its gradient with respect to the
-input and the bias is that of the product with the dequantized weight: rounding the input passes the gradient straight
-through (Bengio et al. 2013, section 2.2), so that LoRA adapters can be trained around packed layers.
+To compilers a product is one operator, `bitpolicy::product`, which they cannot look into, with a fake kernel that tells
+its shape. Its gradient with respect to the input and the bias is that of the product with the dequantized weight:
+rounding the input passes the gradient straight through (Bengio et al. 2013, section 2.2), so that LoRA adapters can be
+trained around packed layers. EXACT products are plain torch code to whatever else watches or wraps tensors (`vmap`,
+counters), which may have no rule for an operator of ours.
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ def product(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, co
         bias: shape (out), in the dtype of `x`.
         compute: what this layer may round.
     """
-    tracing = torch.compiler.is_compiling() or _is_traced(x)
-    exact = compute is Compute.EXACT or x.dtype == torch.float64
-    if exact and tracing:
+    compute = Compute.EXACT if x.dtype == torch.float64 else compute
+    compiling = torch.compiler.is_compiling()
+    tracing = compiling or _is_traced(x)
+    exact = compute is Compute.EXACT
+    if exact and tracing and not compiling:
         return multiply(x, weight.dequantize(x.dtype), weight.geometry, bias)
-    if exact:
-        return dispatch.run(dispatch.choose(x, weight, bias, Compute.EXACT), x, weight, bias)
+    if exact and not tracing:
+        return dispatch.run(dispatch.choose(x, weight, bias, compute), x, weight, bias)
     if tracing or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
         return _product(*arguments(x, weight, bias, compute))
     return dispatch.run(dispatch.choose(x, weight, bias, compute), x, weight, bias)

@@ -37,7 +37,8 @@ class Int8Reference(Kernel):
     def __call__(
         self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
     ) -> torch.Tensor:
-        return int8_product(x, weight, bias)
+        with torch.autocast(x.device.type, enabled=False):  # its sums are of integers, or of float32
+            return int8_product(x, weight, bias)
 
 
 class Fp8Reference(Kernel):
@@ -52,4 +53,5 @@ class Fp8Reference(Kernel):
     def __call__(
         self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
     ) -> torch.Tensor:
-        return fp8_product(x, weight, bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return fp8_product(x, weight, bias)

@@ -120,7 +120,28 @@ def test_the_fake_kernel_tells_shape_and_strides(shape: str, order: str, compute
 def test_it_compiles_to_one_graph(make: Callable[[], nn.Module], size: tuple[int, ...], compute: str) -> None:
     layer, x = packed(make, compute), torch.randn(size)
     with torch.no_grad():
-        assert close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+        found, right = torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x)
+    assert torch.equal(found, right) if compute == "exact" else close(found, right)
+
+
+def test_the_default_compiler_gives_the_bits_of_exact_products() -> None:
+    """It once fused the dequantization of rows that are no whole groups, and read past them."""
+    formats = ("int4", "int4-g32-sym", "nf4", "int3", "int8")
+    layers = [packed(lambda: nn.Linear(152, 152), "exact", format) for format in formats]
+    layers += [packed(lambda: nn.Conv1d(152, 152, 1), "exact", "int4")]
+    model, x = nn.Sequential(*layers), torch.randn(2, 152, 152)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, fullgraph=True)(x), model(x))
+
+
+@every_compute
+def test_autocast_decides_the_dtype_when_compiled(compute: str) -> None:
+    make, size = LAYERS["conv2d"]
+    layer, x = packed(make, compute), torch.randn(size)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        found, right = torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x)
+    assert found.dtype == right.dtype == torch.bfloat16
+    assert torch.equal(found, right) if compute == "exact" else close(found.float(), right.float())
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d"])
