@@ -25,7 +25,8 @@ _MIB = 2**20
 
 
 class CpuBlocks(Kernel):
-    """
+    """Dequantize a block of output channels, multiply, go on with the next.
+
     Args:
         least: bytes of a weight, in the dtype of the input, from which on it is cut.
         block: bytes of a block, about.
