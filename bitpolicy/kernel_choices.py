@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bitpolicy.kernels import dispatch
-from bitpolicy.kernels.kernel import Compute, PackedWeight
+from bitpolicy.kernels.kernel import Compute, Kernel, PackedWeight
 from bitpolicy.kernels.layers import PackedLayer, packed_layers
 
 
@@ -80,11 +80,11 @@ def _choice(name: str, layer: PackedLayer, input: torch.Tensor) -> KernelChoice:
     kernel = dispatch.choose(x, weight, bias, compute)
     refusals = {row.kernel.name: reason for row, reason in dispatch.explained(x, weight, compute) if reason}
     dtype = str(x.dtype).removeprefix("torch.")
-    why = _why(x, weight, bias, compute)
+    why = _why(kernel, x, weight, bias, compute)
     return KernelChoice(name, weight.format.name, tuple(x.shape), dtype, str(compute), kernel.name, why, refusals)
 
 
-def _why(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, compute: Compute) -> str:
+def _why(kernel: Kernel, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, compute: Compute) -> str:
     asked = dispatch.mode()
     if asked != dispatch.AUTO:
         return f"{asked} was asked for"
@@ -97,4 +97,6 @@ def _why(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, compu
     if not times:
         return "the first one; nothing was tried"
     told = (f"{name} {'wrong' if ms is None else f'{ms:.3g} ms'}" for name, ms in times.items())
-    return f"tried: {', '.join(told)}"
+    fastest = min((ms for ms in times.values() if ms is not None), default=0.0)
+    spares = kernel.thrifty and (times.get(kernel.name) or 0.0) > fastest
+    return f"tried: {', '.join(told)}" + ("; about as fast, and needs less memory" if spares else "")

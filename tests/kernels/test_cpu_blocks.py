@@ -9,6 +9,7 @@ import pytest
 import torch
 from toy_formats import PACKED
 
+from bitpolicy import kernel_choices
 from bitpolicy.kernels import dispatch, micro_probe
 from bitpolicy.kernels.cpu_blocks import CpuBlocks
 from bitpolicy.kernels.cpu_exact import CpuDequantize
@@ -158,7 +159,10 @@ def test_it_is_taken_where_it_is_right_and_about_as_fast(
     monkeypatch.setattr(micro_probe, "_seconds", timed)
     layer = LAYERS["linear"]
     (x, bias), weight = layer.inputs(), layer.packed("int4")
-    assert choose(x, weight, bias, Compute.EXACT).name == chosen
+    found = choose(x, weight, bias, Compute.EXACT)
+    assert found.name == chosen
+    why = kernel_choices._why(found, x, weight, bias, Compute.EXACT)
+    assert ("needs less memory" in why) == (chosen == "cpu-blocks" and slower > 1)
     assert scratch_bytes() == 0  # what trying reserved is given back
     micro_probe.forget()
 
