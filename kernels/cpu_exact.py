@@ -12,7 +12,7 @@ import torch
 from bitpolicy.kernels import cpu_dequantize
 from bitpolicy.kernels.cpu_scratch import scratch_tensor
 from bitpolicy.kernels.int8_compute import multiply
-from bitpolicy.kernels.kernel import Compute, Kernel, PackedWeight, Prepared
+from bitpolicy.kernels.kernel import Compute, Kernel, PackedWeight, Prepared, recorded
 
 
 class CpuDequantize(Kernel):
@@ -36,8 +36,3 @@ def whole(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> t
     """The product with a weight that is written out as a whole."""
     to = torch.empty(weight.shape, dtype=x.dtype) if recorded(x, bias) else scratch_tensor(weight.shape, x.dtype)
     return multiply(x, cpu_dequantize.dequantize(weight, to), weight.geometry, bias)
-
-
-def recorded(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether autograd keeps the weight until the backward pass."""
-    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))

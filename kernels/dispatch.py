@@ -163,13 +163,14 @@ def _decide(
         return fallback, True
     if asked != AUTO:
         return next((kernel for kernel in able if kernel.name == asked), fallback), True
-    if able[0].settled or len(able) == 1 or x.numel() == 0:
+    settled = next((place for place, kernel in enumerate(able) if kernel.settled), len(able) - 1)
+    worth = able[: settled + 1]  # what stands below it is slower
+    if len(worth) == 1 or x.numel() == 0:
         return able[0], True
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return able[0], False
-    worth = able[: 1 + next((i for i, kernel in enumerate(able) if kernel.settled), len(able))]  # the others are slower
     tried = {kernel.name: partial(run, kernel, x, weight, bias) for kernel in worth}
-    thrifty = [kernel.name for kernel in able if kernel.thrifty]
+    thrifty = [kernel.name for kernel in worth if kernel.thrifty]
     with torch.no_grad():
         best = micro_probe.fastest(_described(x, weight, bias, compute), tried, compute, tried[worth[-1].name], thrifty)
     release_scratch()  # the largest of those tried reserved most

@@ -153,3 +153,8 @@ class Kernel(ABC):
                 convolution. Any size may be 0.
             bias: shape (out), in the dtype of `x`.
         """
+
+
+def recorded(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether autograd records a product, and keeps its weight until the backward pass."""
+    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))

@@ -2,8 +2,8 @@
 
 A kernel is tried on the call's own input. It has to give what the reference gives, or it is out; of the others the one
 with the least time is taken, or one that is nearly as fast and needs less memory. A kernel's time is the least of
-several, as what else the machine does only adds to it. What was found is kept by
-call, in one file for each machine and set of library versions, so that it is tried once.
+several, as what else the machine does only adds to it. What was found is kept by call, in one file for each machine and
+set of library versions, so that it is tried once.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import torch
 from bitpolicy.kernels import dispatch
 from bitpolicy.kernels.formats import format_named
 from bitpolicy.kernels.int8_compute import multiply
-from bitpolicy.kernels.kernel import Compute, Geometry, PackedWeight
+from bitpolicy.kernels.kernel import Compute, Geometry, PackedWeight, recorded
 
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
@@ -35,14 +35,11 @@ def product(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, co
         compute: what this layer may round.
     """
     compute = Compute.EXACT if x.dtype == torch.float64 else compute
-    compiling = torch.compiler.is_compiling()
-    tracing = compiling or _is_traced(x)
-    exact = compute is Compute.EXACT
-    if exact and tracing and not compiling:
+    exact, compiling = compute is Compute.EXACT, torch.compiler.is_compiling()
+    traced = not compiling and _is_traced(x)
+    if exact and traced:
         return multiply(x, weight.dequantize(x.dtype), weight.geometry, bias)
-    if exact and not tracing:
-        return dispatch.run(dispatch.choose(x, weight, bias, compute), x, weight, bias)
-    if tracing or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
+    if compiling or traced or (not exact and recorded(x, bias)):
         return _product(*arguments(x, weight, bias, compute))
     return dispatch.run(dispatch.choose(x, weight, bias, compute), x, weight, bias)
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
-def bench() -> Any:
-    sys.path.insert(0, str(ROOT / "scripts"))
+def bench(scripts_importable: None) -> Any:
     import bench_cuda
 
-    yield bench_cuda
-    sys.path.remove(str(ROOT / "scripts"))
+    return bench_cuda
 
 
 def test_the_list_needs_no_gpu_and_counts_operations(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:

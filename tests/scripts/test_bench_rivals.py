@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
-def bench() -> Any:
-    sys.path.insert(0, str(ROOT / "scripts"))
+def bench(scripts_importable: None) -> Any:
     import bench_rivals
 
-    yield bench_rivals
-    sys.path.remove(str(ROOT / "scripts"))
+    return bench_rivals
 
 
 def measured(bench: Any, layer: nn.Module, x: torch.Tensor, *contenders: str) -> dict[str, dict[str, Any]]:

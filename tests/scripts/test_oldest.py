@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,10 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(enco
 
 
 @pytest.fixture(scope="module")
-def oldest() -> Any:
-    sys.path.insert(0, str(ROOT / "scripts"))
+def oldest(scripts_importable: None) -> Any:
     import oldest
 
-    yield oldest
-    sys.path.remove(str(ROOT / "scripts"))
+    return oldest
 
 
 def small(dependencies: list[str], **extras: list[str]) -> dict[str, Any]:

@@ -18,12 +18,7 @@ from bitpolicy.policies.accounting import ByteAccount
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def peers() -> Any:
-    """The scripts import each other by the folder that they lie in."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    yield
-    sys.path.remove(str(ROOT / "scripts"))
+pytestmark = pytest.mark.usefixtures("scripts_importable")
 
 
 @pytest.fixture
