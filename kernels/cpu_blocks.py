@@ -16,10 +16,10 @@ from math import prod
 import torch
 
 from bitpolicy.kernels import cpu_dequantize
-from bitpolicy.kernels.cpu_exact import recorded, whole
+from bitpolicy.kernels.cpu_exact import whole
 from bitpolicy.kernels.cpu_scratch import scratch_tensor
 from bitpolicy.kernels.int8_compute import multiply
-from bitpolicy.kernels.kernel import Compute, Kernel, PackedWeight, Prepared
+from bitpolicy.kernels.kernel import Compute, Kernel, PackedWeight, Prepared, recorded
 
 _MIB = 2**20
 
@@ -47,8 +47,8 @@ class CpuBlocks(Kernel):
             return reason
         if weight.geometry is not None and weight.geometry.groups != 1:
             return "not for channels in groups"
-        if weight.geometry is not None and not x.is_contiguous():
-            return "for contiguous inputs"  # with channels last torch adds up otherwise for few output channels
+        if weight.geometry is not None and _may_lie_channels_last(x):
+            return "for inputs that lie in channels"  # else torch adds up otherwise for few output channels
         if weight.shape[0] % self._channels:
             return f"for output channels in whole {self._channels}s"
         if prod(weight.shape) * x.dtype.itemsize < self._least:
@@ -71,7 +71,10 @@ class CpuBlocks(Kernel):
             part = _rows_of(weight, here)
             w = cpu_dequantize.dequantize(part, scratch_tensor(part.shape, x.dtype))
             found = multiply(x, w, weight.geometry, None if bias is None else bias[here])
-            y = _room_for(found, channel, out) if y is None else y
+            if y is None:
+                shape = list(found.shape)
+                shape[channel] = out
+                y = found.new_empty(shape)
             y.narrow(channel, start, found.shape[channel]).copy_(found)
         assert y is not None
         return y
@@ -88,13 +91,7 @@ def _rows_of(weight: PackedWeight, rows: slice) -> PackedWeight:
     return PackedWeight(weight.format, shape, {n: t[rows] for n, t in weight.tensors.items()}, weight.geometry)
 
 
-def _room_for(part: torch.Tensor, channel: int, channels: int) -> torch.Tensor:
-    """An empty tensor like `part` of so many channels, which lies as torch's result of all of them does."""
-    channel %= part.ndim
-    has, innermost = part.shape[channel], part.stride(channel) == 1
-    shape = [channels if d == channel else n for d, n in enumerate(part.shape)]
-    strides = [
-        s // has * channels if (d < channel or (innermost and d > channel)) and s % has == 0 else s
-        for d, s in enumerate(part.stride())
-    ]
-    return torch.empty_strided(shape, strides, dtype=part.dtype)
+def _may_lie_channels_last(x: torch.Tensor) -> bool:
+    """Whether torch may take a convolution's input to have its channels innermost: a single pixel lies both ways."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    return not x.is_contiguous() or (last is not None and x.is_contiguous(memory_format=last))
