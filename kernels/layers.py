@@ -136,7 +136,10 @@ class PackedLayer(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        view = self.dequantize(self.compute_dtype).as_subclass(_Dequantized)
+        view = self.dequantize(self.compute_dtype)
+        if torch.compiler.is_compiling():  # what is traced edits no weight, and has a tensor class of its own
+            return view
+        view = view.as_subclass(_Dequantized)
         view.owner = self
         return view
 

@@ -31,7 +31,6 @@ is expected of each cell in [operations.yaml](../tests/policies/operations.yaml)
 | pass | the test passes: outputs are those of an ordinary model with the same weights, bit for bit |
 | fail | the test fails, and is expected to; why is told below |
 | n/a | the class does not have the method; the test checks that |
-| not run | not tested for this class, as it takes long |
 """
 KINDS = """\
 ## Kinds of layers
@@ -81,7 +80,7 @@ def section(title: str, operations: Mapping[str, str], rows: Mapping[str, Mappin
 
 
 def cell(operation: str, about: Mapping[str, Any]) -> str:
-    known = {"fail": "**fail**", "not_applicable": "n/a", "not_run": "not run"}
+    known = {"fail": "**fail**", "not_applicable": "n/a"}
     return next((word for key, word in known.items() if operation in about.get(key, ())), "pass")
 
 

@@ -53,9 +53,14 @@ def every_format_in_turn() -> Callable[[torch.nn.Module], dict[str, Choice]]:
 def policy_of() -> Callable[..., Policy]:
     """The policy that gives `unet` these choices."""
 
-    def policy(unet: torch.nn.Module, choices: dict[str, Choice], storage: torch.dtype = torch.float16) -> Policy:
+    def policy(
+        unet: torch.nn.Module,
+        choices: dict[str, Choice],
+        storage: torch.dtype = torch.float16,
+        component: str = "unet",
+    ) -> Policy:
         model = ModelReference(
-            id="toy", component="unet", class_name=type(unet).__name__, sha256=weights_hash(unet, storage)
+            id="toy", component=component, class_name=type(unet).__name__, sha256=weights_hash(unet, storage)
         )
         return Policy.of(choices, model=model, storage_dtype=str(storage).removeprefix("torch."))
 

@@ -118,6 +118,51 @@ def save_and_load(model: Any, inputs: Inputs) -> None:
         assert all((first / name).read_bytes() == (second / name).read_bytes() for name in files)
 
 
+def shards(model: Any, inputs: Inputs) -> None:
+    """Saved in many files, and loaded: the same bits."""
+    nbytes = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    _require_loads(model, inputs, {"max_shard_size": nbytes // 4}, {})
+
+
+def variant(model: Any, inputs: Inputs) -> None:
+    """Saved as a variant, and loaded as one: the same bits."""
+    _require_loads(model, inputs, {"variant": "fp16"}, {"variant": "fp16"})
+
+
+def device_map(model: Any, inputs: Inputs) -> None:
+    """Loaded straight to a device."""
+    _require_loads(model, inputs, {}, {"device_map": {"": "cpu"}})
+
+
+def _require_loads(model: Any, inputs: Inputs, save: dict[str, Any], load: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, **save)
+        names = [path.name for path in Path(folder).glob("*.safetensors")]
+        assert (len(names) > 1) == ("max_shard_size" in save)
+        assert all(save.get("variant", "") in name for name in names)
+        again = type(model).from_pretrained(folder, dtype=torch.float32, **load)
+    require_same(packed(again), packed(model))
+    assert torch.equal(output(again, inputs), output(model, inputs))
+
+
+def dtypes(model: Any, inputs: Inputs) -> None:
+    """Loaded in a dtype it is what an ordinary model is that is loaded in it; loaded in none it has the stored one."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, ordinary = Path(name) / "packed", Path(name) / "ordinary"
+        model.save_pretrained(folder)
+        plain(model).save_pretrained(ordinary)
+        for dtype in (None, torch.float16, torch.bfloat16, torch.float32):
+            again = type(model).from_pretrained(folder, dtype=dtype)
+            expected = copy.deepcopy(type(model).from_pretrained(ordinary, dtype=dtype or torch.float16))
+            for one in (again, expected):
+                one.requires_grad_(False)  # torch's matmul asks for it before it decides how to add
+            require_same(packed(again), packed(model))
+            dtypes = {name: parameter.dtype for name, parameter in expected.named_parameters()}
+            assert all(dtypes[name] == parameter.dtype for name, parameter in again.named_parameters())
+            given = cast(inputs, dtype or torch.float16)
+            assert torch.equal(output(again, given), output(expected, given))
+
+
 def dequantize(model: Any, inputs: Inputs) -> None:
     """`dequantize()` gives an ordinary model that computes the same and saves as one."""
     expected = output(model, inputs)
@@ -306,6 +351,10 @@ OPERATIONS: dict[str, Operation] = {
         half,
         deepcopy,
         save_and_load,
+        shards,
+        variant,
+        dtypes,
+        device_map,
         dequantize,
         lora,
         lora_fuse,
@@ -375,6 +424,14 @@ def pipeline_saved(pipe: Any, draw: Draw) -> None:
         assert all((first / name).read_bytes() == (second / name).read_bytes() for name in files)
 
 
+def model_cpu_offload(pipe: Any, draw: Draw) -> None:
+    """Each model comes to a device for its calls, here the CPU; drawn twice, as what went away comes back."""
+    expected = draw(pipe)
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(draw(pipe), expected)
+    assert torch.equal(draw(pipe), expected)
+
+
 PIPELINE_OPERATIONS: dict[str, Callable[[Any, Draw], None]] = {
-    operation.__name__: operation for operation in (from_pipe, pipeline_to, pipeline_saved)
+    operation.__name__: operation for operation in (from_pipe, pipeline_to, pipeline_saved, model_cpu_offload)
 }

@@ -36,8 +36,11 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 
 def sample_for(kind: str) -> torch.Tensor:
     """An input that such a layer takes: (2, 8) and as many axes of 6 as it sees."""
-    axes = next((int(digit) for digit in "123" if f"{digit}d" in kind), 0)
-    return torch.randn(2, 8, *[6] * axes, generator=torch.Generator().manual_seed(1))
+    return torch.randn(2, 8, *[6] * _axes(kind), generator=torch.Generator().manual_seed(1))
+
+
+def _axes(kind: str) -> int:
+    return next((int(digit) for digit in "123" if f"{digit}d" in kind), 0)
 
 
 class ToyConvolutions(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -52,7 +55,6 @@ class ToyConvolutions(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """`sample`: shape (B, 8, 6, 6, 6); the layers of fewer axes see its first places."""
         outputs = []
         for kind, layer in zip(KINDS, self.layers, strict=True):
-            axes = sample_for(kind).ndim - 2
-            found = layer(sample[(..., *[0] * (3 - axes))]).flatten(1)
+            found = layer(sample[(..., *[0] * (3 - _axes(kind)))]).flatten(1)
             outputs.append(found / found.std())
         return (torch.cat(outputs, 1),)
