@@ -273,12 +273,13 @@ def load_pipeline(
 
 def _require_model(policy: Policy, found: str) -> None:
     model = policy.model
-    if found != model.sha256:
-        raise BitPolicyError(
-            f"the policy was made for {model.id} ({model.class_name}, "
-            f"sha256 {model.sha256[:12]}...), this {model.component} has sha256 {found[:12]}...; "
-            "give that model, or run search-policy on this one"
-        )
+    for (component, wanted), has in zip(model.hashes.items(), found.split(","), strict=True):
+        if has != wanted:
+            raise BitPolicyError(
+                f"the policy was made for {model.id} ({model.class_name}, "
+                f"sha256 {wanted[:12]}...), this {component} has sha256 {has[:12]}...; "
+                "give that model, or run search-policy on this one"
+            )
 
 
 def _calibration(policy: Policy, given: Policy | str | Path, parts: Parts) -> Calibration:

@@ -24,9 +24,10 @@ from bitpolicy.kernels.formats import FP16
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import packed_layers
 from bitpolicy.loading import Source, open_pipeline
-from bitpolicy.plan import Plan, class_name
+from bitpolicy.plan import Plan
 from bitpolicy.policies.calibration import Calibration, calibration_hash, needed_for, save_calibration
 from bitpolicy.policies.checkpoint import checkpoint_bytes
+from bitpolicy.policies.denoiser import denoisers_in
 from bitpolicy.policies.export import describe_checkpoint, export_parts
 from bitpolicy.policies.measured_compute import measured_compute
 from bitpolicy.policies.policy import BudgetRecord, Choice, ModelReference, Policy, Result
@@ -185,7 +186,7 @@ class SearchRun:
                     "id": source.id,
                     "revision": source.revision,
                     "component": source.component,
-                    "class": class_name(source.denoiser),
+                    "class": ",".join(type(part).__name__ for part in denoisers_in(source.denoiser)),
                     "sha256": source.sha256,
                 }
             ),

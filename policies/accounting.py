@@ -78,7 +78,12 @@ def stored_spec(tensor: torch.Tensor, storage_dtype: torch.dtype) -> TensorSpec:
 
 
 def weights_hash(model: nn.Module, storage_dtype: torch.dtype) -> str:
-    """SHA-256 over names, shapes and values of all tensors in the storage dtype: the identity of a denoiser."""
+    """SHA-256 over names, shapes and values of all tensors in the storage dtype: the identity of a denoiser.
+
+    Of an `nn.ModuleDict` of several models: theirs, with commas between.
+    """
+    if isinstance(model, nn.ModuleDict):
+        return ",".join(weights_hash(part, storage_dtype) for part in model.values())
     return tensors_hash(sorted(model.state_dict().items()), storage_dtype)
 
 

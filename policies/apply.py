@@ -34,14 +34,19 @@ class QuantizedLayer:
     bias: torch.Tensor | None
 
 
-def choices_for(model: nn.Module, policy: Policy) -> dict[str, Choice]:
+def choices_for(model: nn.Module, policy: Policy, component: str | None = None) -> dict[str, Choice]:
     """What a policy gives each layer of a model, which may lie on `meta`.
+
+    Args:
+        component: which one the model is, of several that the policy covers; None is all that it covers.
 
     Raises:
         PolicyError: it does not fit the model.
     """
-    unsupported = {name: type(layer).__name__ for name, layer in unsupported_layers(model)}
-    return policy.resolve((name for name, _ in quantizable_layers(model)), unsupported)
+    start = "" if component is None else f"{component}."
+    unsupported = {start + name: type(layer).__name__ for name, layer in unsupported_layers(model)}
+    choices = policy.resolve((start + name for name, _ in quantizable_layers(model)), unsupported, component)
+    return {name.removeprefix(start): choice for name, choice in choices.items()}
 
 
 def quantize_layer(

@@ -91,14 +91,13 @@ class BitPolicyQuantizer(DiffusersQuantizer):
 
     def _expect_full(self, model: Any, policy: Policy, path: Path | None) -> None:
         stored = stored_tensors(self._files)
-        self._reading = PackedWhileRead(policy, path, model)
         places = {name: name for name in stored}
         model._fix_state_dict_keys_on_load(places)  # new name -> name in the file
         lost = model.state_dict().keys() - places.keys()
         if lost:
             raise BitPolicyError(f"the files of this {type(model).__name__} lack {min(lost)}; download them again")
         with reader() as read:
-            self._reading.require_same_weights(lambda name: read(stored[places[name]]))
+            self._reading = PackedWhileRead(policy, path, model, lambda name: read(stored[places[name]]))
 
     def check_if_quantized_param(
         self, model: Any, param_value: Any, param_name: str, *args: Any, **kwargs: Any

@@ -20,55 +20,42 @@ from bitpolicy.kernels.layers import Quantizable, pack_layer, quantizable_layers
 from bitpolicy.policies.accounting import stored_spec, tensors_hash
 from bitpolicy.policies.apply import choices_for, quantize_layer
 from bitpolicy.policies.calibration import calibration_of
+from bitpolicy.policies.denoiser import of_component
 from bitpolicy.policies.packed_config import BitPolicyConfig
-from bitpolicy.policies.policy import Policy
+from bitpolicy.policies.policy import ModelReference, Policy
 
 
 class PackedWhileRead:
     """Takes the tensors of `model` as they are read and gives back those to keep.
 
     Args:
-        policy: for this model.
+        policy: for this model, or for several of which it is one.
         path: of the policy; None for one that holds its calibration.
         model: on `meta`, all layers ordinary.
+        read: gives the tensor of a state-dict name. Everything is read once, to compare its hash with the policy's.
 
     Attributes:
         config: the `quantization_config` of the packed model.
 
     Raises:
-        BitPolicyError: the policy is for another class or other layers, or its calibration is missing.
+        BitPolicyError: the policy is for another class, other layers or other weights, or its calibration is missing.
     """
 
-    def __init__(self, policy: Policy, path: Path | None, model: nn.Module) -> None:
-        self._policy = policy
-        _require_one_model(self._policy, type(model).__name__)
+    def __init__(
+        self, policy: Policy, path: Path | None, model: nn.Module, read: Callable[[str], torch.Tensor]
+    ) -> None:
         self._model = model
         self._layers: dict[str, Quantizable] = dict(quantizable_layers(model))
-        choices = choices_for(model, policy)
-        self._calibration = calibration_of(policy, path, choices.values())
+        self._storage = getattr(torch, policy.storage_dtype)
+        components = policy.model.components
+        component = _component(policy.model, model, read, self._storage)
+        choices = choices_for(model, policy, component if len(components) > 1 else None)
+        calibration = calibration_of(policy, path, choices.values())
+        self._calibration = of_component(calibration, component, components)
         self._choices = {name: choice for name, choice in choices.items() if choice.format.packed}
-        self._storage = getattr(torch, self._policy.storage_dtype)
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         self._waiting: dict[str, dict[str, torch.Tensor]] = {}
         self.config = BitPolicyConfig.of(self._choices, self._storage, compute=Compute(policy.compute))
-
-    def require_same_weights(self, read: Callable[[str], torch.Tensor]) -> None:
-        """Compare the hash of the files' weights with the policy's; reads everything once.
-
-        Args:
-            read: gives the tensor of a state-dict name.
-
-        Raises:
-            BitPolicyError: the weights are not those that the policy was made for.
-        """
-        tensors = ((name, read(name)) for name in sorted(self._model.state_dict()))
-        wanted, found = self._policy.model.sha256, tensors_hash(tensors, self._storage)
-        if found != wanted:
-            raise BitPolicyError(
-                f"the policy was made for {self._policy.model.id} ({self._policy.model.class_name}, sha256 "
-                f"{wanted[:12]}...), these weights have sha256 {found[:12]}...; load that model, or run search-policy "
-                "on this one"
-            )
 
     def take(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         """What to keep now that tensor `name` was read, by name; empty while a layer's bias or weight is still to come.
@@ -118,18 +105,26 @@ class PackedWhileRead:
         return rounded
 
 
-def _require_one_model(policy: Policy, found: str) -> None:
-    about = policy.model
-    if "," in about.component:
+def _component(
+    about: ModelReference, model: nn.Module, read: Callable[[str], torch.Tensor], storage: torch.dtype
+) -> str:
+    """Which of the policy's components `model` is, by its class and the hash of its weights."""
+    kind = type(model).__name__
+    candidates = about.components_of(kind)
+    if not candidates:
         raise BitPolicyError(
-            f"the policy covers {about.component} as one; while loading, a policy of one model can be put on: export "
-            "the pipeline with `bitpolicy export` and load that"
-        )
-    if about.class_name != found:
-        raise BitPolicyError(
-            f"the policy was made for the {about.component} of {about.id}, a {about.class_name}; this is a {found}: "
+            f"the policy was made for the {about.component} of {about.id}, a {about.class_name}; this is a {kind}: "
             "name that component in components_to_quantize, or load that model"
         )
+    found = tensors_hash(((name, read(name)) for name in sorted(model.state_dict())), storage)
+    component = next((name for name in candidates if about.hashes[name] == found), None)
+    if component is None:
+        wanted = " or ".join(f"{about.hashes[name][:12]}..." for name in candidates)
+        raise BitPolicyError(
+            f"the policy was made for {about.id} ({kind}, sha256 {wanted}), these weights have sha256 "
+            f"{found[:12]}...; load that model, or run search-policy on this one"
+        )
+    return component
 
 
 def _with_values(layer: Quantizable, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:

@@ -59,7 +59,8 @@ class _Strict(BaseModel):
 
 
 class ModelReference(_Strict):
-    """What a policy was made for: a denoiser, or several components, their names with commas.
+    """What a policy was made for: a denoiser, or several components; then all but `id` and `revision` are lists with
+    commas, one entry a component.
 
     `sha256` is of its tensors in the storage dtype.
     """
@@ -69,6 +70,28 @@ class ModelReference(_Strict):
     component: str
     class_name: str = Field(alias="class")
     sha256: str
+
+    @model_validator(mode="after")
+    def _has_an_entry_for_each_component(self) -> ModelReference:
+        counts = {name: getattr(self, name).count(",") + 1 for name in ("component", "class_name", "sha256")}
+        if len(set(counts.values())) > 1:
+            found = ", ".join(f"{count} in {name}" for name, count in counts.items())
+            raise ValueError(f"needed one entry a component in component, class and sha256, found {found}")
+        return self
+
+    @property
+    def components(self) -> list[str]:
+        return self.component.split(",")
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Component -> hash of its tensors."""
+        return dict(zip(self.components, self.sha256.split(","), strict=True))
+
+    def components_of(self, class_name: str) -> list[str]:
+        """Which of the components are of a class."""
+        classes = zip(self.components, self.class_name.split(","), strict=True)
+        return [component for component, found in classes if found == class_name]
 
 
 class BudgetRecord(_Strict):
@@ -237,11 +260,18 @@ class Policy(_Strict):
             **fields,
         )
 
-    def resolve(self, names: Iterable[str], unsupported: Mapping[str, str] = MappingProxyType({})) -> dict[str, Choice]:
+    def resolve(
+        self,
+        names: Iterable[str],
+        unsupported: Mapping[str, str] = MappingProxyType({}),
+        component: str | None = None,
+    ) -> dict[str, Choice]:
         """The choice for each layer in `names`, the layers of a model.
 
         Args:
             unsupported: other layers of the model, which cannot be packed, and what they are.
+            component: all names are of this one's layers, of several that the policy covers: what it says of others is
+                passed over.
 
         Raises:
             PolicyError: a rule matches no layer, an entry names a layer that is not there, or a format is unknown or
@@ -251,11 +281,13 @@ class Policy(_Strict):
         for name, parameters in self.formats.items():
             from_parameters(name, parameters)
         for rule in self.rules:
-            if not any(fnmatchcase(name, rule.match) for name in names):
+            if component is None and not any(fnmatchcase(name, rule.match) for name in names):
                 raise PolicyError(
                     f"rule {rule.match!r} matches none of the {len(names)} layers; `bitpolicy inspect` lists them"
                 )
         for name in self.layers:
+            if component is not None and not name.startswith(f"{component}."):
+                continue
             if name in unsupported:
                 raise PolicyError(
                     f"the policy names layer {name!r}, a {unsupported[name]}, which cannot be packed: it stays in the "

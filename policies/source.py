@@ -68,5 +68,8 @@ def source_hash(sources: Mapping[str, TensorSource], storage: torch.dtype) -> st
     Raises:
         BitPolicyError: a value is beyond the storage dtype's range.
     """
-    source = joined(sources)
+    return ",".join(_hash(source, storage) for source in sources.values())
+
+
+def _hash(source: TensorSource, storage: torch.dtype) -> str:
     return tensors_hash(((name, as_stored(name, source.read(name), storage)) for name in sorted(source.specs)), storage)

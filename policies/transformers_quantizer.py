@@ -73,10 +73,10 @@ class BitPolicyTransformersQuantizer(HfQuantizer):
             vars(layer)["_is_hf_initialized"] = True  # or transformers would draw a weight for it
 
     def _expect_full(self, model: Any, stored: Mapping[str, StoredTensor]) -> None:
-        self._reading = PackedWhileRead(*self.quantization_config.opened_policy(), model)
+        policy, path = self.quantization_config.opened_policy()
         found = places(model, stored)
         with reader() as read:
-            self._reading.require_same_weights(lambda name: read(stored[found[name]]))
+            self._reading = PackedWhileRead(policy, path, model, lambda name: read(stored[found[name]]))
         self._kept_before = model._keep_in_fp32_modules_strict
         model._keep_in_fp32_modules_strict = {"."}  # of every tensor: it then comes as exact as it is in the file
 

@@ -17,6 +17,7 @@ from bitpolicy.kernels.formats import format_named
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.accounting import weights_hash
 from bitpolicy.policies.apply import to_storage
+from bitpolicy.policies.denoiser import denoisers_in
 from bitpolicy.policies.export import export_pipeline
 from bitpolicy.policies.policy import Choice, ModelReference, Policy
 
@@ -59,9 +60,8 @@ def policy_of() -> Callable[..., Policy]:
         storage: torch.dtype = torch.float16,
         component: str = "unet",
     ) -> Policy:
-        model = ModelReference(
-            id="toy", component=component, class_name=type(unet).__name__, sha256=weights_hash(unet, storage)
-        )
+        kinds = ",".join(type(part).__name__ for part in denoisers_in(unet))
+        model = ModelReference(id="toy", component=component, class_name=kinds, sha256=weights_hash(unet, storage))
         return Policy.of(choices, model=model, storage_dtype=str(storage).removeprefix("torch."))
 
     return policy

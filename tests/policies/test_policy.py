@@ -274,3 +274,24 @@ def test_a_star_matches_dots_and_case_counts() -> None:
     model = yaml.safe_load(TEXT)["model"]
     policy = Policy(model=model, rules=[Rule(match="a*z", format="int8")], defaults=LayerSettings(format="int4"))
     assert [c.format.name for c in policy.resolve(["a.b.z", "A.z", "az"]).values()] == ["int8", "int4", "int8"]
+
+
+def test_several_components_have_a_class_and_a_hash_each(tmp_path: Path) -> None:
+    several = {"id": "m", "component": "unet,vae", "class": "UNet2DModel,AutoencoderKL", "sha256": "ab,cd"}
+    model = read(tmp_path, changed(model=several)).model
+    assert model.hashes == {"unet": "ab", "vae": "cd"}
+    assert model.components_of("AutoencoderKL") == ["vae"]
+    assert model.components_of("UNet3DConditionModel") == []
+    with pytest.raises(PolicyError, match=r"model: .*found 2 in component, 2 in class_name, 1 in sha256"):
+        read(tmp_path, changed(model=several | {"sha256": "ab"}))
+
+
+def test_of_one_component_only_what_is_said_of_it_is_looked_at(tmp_path: Path) -> None:
+    rules = [{"match": "unet.*", "format": "int8"}, {"match": "vae.*", "format": "int4"}]
+    policy = read(tmp_path, changed(rules=rules, layers={"vae.conv_in": {"format": "fp16"}}))
+    found = policy.resolve(["unet.conv_in"], component="unet")
+    assert {name: choice.format.name for name, choice in found.items()} == {"unet.conv_in": "int8"}
+    with pytest.raises(PolicyError, match=r"'vae\.conv_in', which this model does not have"):
+        policy.resolve(["vae.conv_out"], component="vae")
+    with pytest.raises(PolicyError, match=r"rule 'vae\.\*' matches none"):
+        policy.resolve(["unet.conv_in"])

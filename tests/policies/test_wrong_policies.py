@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import tracemalloc
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def test_a_gigabyte_of_yaml_is_not_read(tmp_path: Path) -> None:
 
 
 def test_a_layer_that_cannot_be_packed_is_named_with_its_kind(policy_of: Any) -> None:
-    model = nn.ModuleDict({"a": nn.Linear(4, 4), "up": nn.ConvTranspose2d(4, 4, 2)})
+    model = nn.Sequential(OrderedDict(a=nn.Linear(4, 4), up=nn.ConvTranspose2d(4, 4, 2)))
     policy = policy_of(model, {"a": Choice(FP16)})
     assert choices_for(model, policy) == {"a": Choice(FP16)}
     named = policy.model_copy(update={"layers": {"up": LayerSettings(format="int8")}})
