@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 _ENOUGH = 132  # programs that fill an H100; an A100 has 108 multiprocessors
 _MOST_SPLITS = 16
 _LEAST_STEPS = 4  # of a split, or the pipeline never fills
+_SHORTEST = 32  # step of the sum
 _FEW_ROWS = 64  # the weight is what takes the time: twice as many programs read it faster
 
 
@@ -67,13 +68,19 @@ class Product:
 
 def configs(product: Product) -> list[Config]:
     """Ways worth trying, the likeliest first."""
-    cut = [replace(c, bk=_step(c.bk, product)) for c in _tiles(product)]
+    tiles = _tiles(product)
+    narrowest = min(tile.bn for tile in tiles)
+    cut = [replace(c, bk=_step(c.bk, product)) for c in tiles if c.bn < 2 * product.out or c.bn == narrowest]
     chosen = [replace(c, splits=_splits(c, product)) for c in cut]
     return list(dict.fromkeys(sorted(chosen, key=lambda c: _waves(c, product))))
 
 
 def _tiles(product: Product) -> list[Config]:
     """Tiles whose sums and operands fit the registers, which tests check for every GPU and product."""
+    if (
+        product.rows > 16 and product.channels % _SHORTEST
+    ):  # each value of the input has an address and a mask of its own
+        return [Config(64, 128, 32, 8, 3), Config(64, 64, 32, 4, 3)]
     wide = 128 if product.integer or product.float8 else 64
     square = Config(64, 64, wide, 8 if product.float8 else 4, 4)
     if product.rows <= 16:
@@ -95,9 +102,8 @@ def _tiles(product: Product) -> list[Config]:
 
 def _step(bk: int, product: Product) -> int:
     """The largest step up to `bk` that stays within one tap, if there is one that is not too short."""
-    shortest = 32
     step = bk
-    while step > shortest and product.channels % step:
+    while step > _SHORTEST and product.channels % step:
         step //= 2
     return step if product.channels % step == 0 else min(bk, 64)
 

@@ -68,7 +68,7 @@ def requantized(format: Affine, tensors: Tensors, shape: Shape, scales: torch.Te
     codes = torch.empty((out, length), dtype=torch.int8, device=scales.device)
     _requantize[_grid(out, length)](
         *_affine(format, tensors), scales, codes, out, length, *_row(tensors),
-        RUN=format.run(length), BITS=format.bits, R=_R, K_TILE=_K,
+        RUN=format.run(length), BITS=format.bits, R=_R, K_TILE=_K, num_warps=8,
     )  # fmt: skip
     return codes
 

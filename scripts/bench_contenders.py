@@ -6,6 +6,8 @@ layer that it can quantize raises ValueError.
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
+from collections.abc import Collection, Iterable
 from copy import deepcopy
 from typing import Any, Literal
 
@@ -76,6 +78,13 @@ def by_comfy(model: nn.Module) -> nn.Module:
         weight = QuantizedTensor.from_float(layer.weight, "TensorWiseINT8Layout")
         layer.weight = nn.Parameter(weight, requires_grad=False)
     return root["model"]
+
+
+def require_known(parser: ArgumentParser, names: Iterable[str], known: Collection[str]) -> None:
+    """Refuse names of contenders that are none of `known`."""
+    unknown = set(names) - set(known)
+    if unknown:
+        parser.error(f"unknown contender {', '.join(sorted(unknown))}; write any of {', '.join(known)}")
 
 
 def _copy(model: nn.Module) -> nn.ModuleDict:

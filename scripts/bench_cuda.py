@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from bench_case import Case
-from bench_contenders import by_comfy, by_sdnq, by_torchao, packed
+from bench_contenders import by_comfy, by_sdnq, by_torchao, packed, require_known
 from torch import nn
 
 from bitpolicy.kernels.dispatch import use_kernels
@@ -246,9 +246,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     parser.add_argument("--json", type=Path, help="write the results here")
     chosen = parser.parse_args(arguments)
-    unknown = set(chosen.contenders.split(",")) - set(CONTENDERS)
-    if unknown:
-        parser.error(f"unknown contender {', '.join(sorted(unknown))}; write any of {', '.join(CONTENDERS)}")
+    require_known(parser, chosen.contenders.split(","), CONTENDERS)
     if chosen.rounds < 2:
         parser.error(f"--rounds {chosen.rounds}: a spread takes at least 2")
     if not any(chosen.only in name for name in (*(case.name for case in CASES), UNET)):

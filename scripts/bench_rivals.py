@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from bench_case import Case
-from bench_contenders import by_comfy, by_sdnq, by_torchao, packed
+from bench_contenders import by_comfy, by_sdnq, by_torchao, packed, require_known
 from bench_kernels import conv, linear, timed
 from bench_machine import clock, description, spread
 from bench_unet import MODELS, Model
@@ -144,9 +144,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=0.3, help="seconds for a contender on a case")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args(arguments)
-    unknown = set(chosen.contenders) - set(CONTENDERS)
-    if unknown:
-        parser.error(f"unknown contender {', '.join(sorted(unknown))}; write any of {', '.join(CONTENDERS)}")
+    require_known(parser, chosen.contenders, CONTENDERS)
     if not any(chosen.only in name for name, _ in cases()):
         parser.error(f"no case contains {chosen.only!r}: there are {'; '.join(name for name, _ in cases())}")
     chosen.contenders = ["torch", *(name for name in chosen.contenders if name != "torch")]

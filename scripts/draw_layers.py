@@ -2,13 +2,14 @@
 
 Lines are counted without blank lines, comments and docstrings. Prints the same as a table.
 
-    python scripts/draw_layers.py [docs/layers.svg]
+    python scripts/draw_layers.py
+    python scripts/draw_layers.py elsewhere.svg
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
-import sys
 import tokenize
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,9 @@ class Counted:
 
 
 def main() -> None:
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs" / "layers.svg"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", type=Path, nargs="?", default=ROOT / "docs" / "layers.svg", help="the picture")
+    target: Path = parser.parse_args().target
     counted = {name: count(ROOT / name) for name in (*LAYERS, *ASIDE)}
     for name, folder in counted.items():
         uses = ", ".join(f"{layer} ({n})" for layer, n in sorted(folder.imports.items()))

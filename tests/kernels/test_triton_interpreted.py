@@ -47,7 +47,7 @@ in_interpreter = pytest.mark.skipif(
 
 @in_interpreter
 def test_what_is_particular_to_triton(tmp_path: Path) -> None:
-    assert passed(tmp_path, "triton_interpreted.py") >= 350
+    assert passed(tmp_path, "triton_interpreted.py", "triton_inputs.py") >= 350
 
 
 @in_interpreter

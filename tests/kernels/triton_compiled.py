@@ -174,6 +174,49 @@ def test_a_product_runs_on_tensor_cores_from_asynchronous_copies_and_in_register
         assert code.local_memory == (0, False, False), code
 
 
+# Channels that no step of a sum divides, as of latents, and few outputs, as of the last layer
+FIRST = ((320, 9, 3, 3), (2, 9, 64, 64))
+LAST = ((4, 320, 3, 3), (2, 320, 64, 64))
+ODD = ((152, 152, 3, 3), (2, 152, 8, 8))
+NARROW = [
+    *((gpu, TritonInt8(), "int8", FIRST) for gpu in (80, 90)),
+    *((gpu, TritonFloat(), "int4", FIRST) for gpu in (80, 89, 90)),
+    (89, TritonFloat(), "int4-g32-sym", FIRST),
+    (90, TritonFp8(), "fp8", FIRST),
+    (90, TritonFloat(), "int4", LAST),
+    (89, TritonInt8(), "int4", ODD),
+]
+
+
+@pytest.mark.parametrize(("architecture", "kernel", "format", "shapes"), NARROW, ids=lambda v: getattr(v, "name", None))
+def test_every_way_to_cut_a_narrow_convolution_stays_in_registers(
+    launched: list[tuple[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: int,
+    kernel: Kernel,
+    format: str,
+    shapes: tuple[tuple[int, ...], tuple[int, ...]],
+) -> None:
+    driver.set_active(Pretended(architecture))
+    ways: list[triton_configs.Config] = []
+
+    def look(product: triton_configs.Product, *_: object) -> triton_configs.Config:
+        ways[:] = triton_configs.configs(product)
+        return ways[0]
+
+    monkeypatch.setattr(triton_layers, "choose", look)
+    call(kernel, format, half, *shapes)
+    for way in ways[1:]:
+        monkeypatch.setattr(triton_layers, "choose", lambda *_, way=way: way)
+        call(kernel, format, half, *shapes)
+    codes = [disassembled(name, compiled, tmp_path) for name, compiled in launched]
+    assert sum(code.name == "_product" for code in codes) == len(ways) > 0
+    for code in codes:
+        assert code.local_memory == (0, False, False), code
+        assert code.shared <= SHARED_MEMORY[architecture]
+
+
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_weights_and_inputs_are_converted_without_local_memory(
     launched: list[tuple[str, Any]], tmp_path: Path, architecture: int
