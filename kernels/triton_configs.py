@@ -71,7 +71,7 @@ def configs(product: Product) -> list[Config]:
     tiles = _tiles(product)
     narrowest = min(tile.bn for tile in tiles)
     cut = [replace(c, bk=_step(c.bk, product)) for c in tiles if c.bn < 2 * product.out or c.bn == narrowest]
-    chosen = [replace(c, splits=_splits(c, product)) for c in cut]
+    chosen = [c for c in (replace(c, splits=_splits(c, product)) for c in cut) if _fits(c, product)]
     return list(dict.fromkeys(sorted(chosen, key=lambda c: _waves(c, product))))
 
 
@@ -98,6 +98,11 @@ def _tiles(product: Product) -> list[Config]:
         Config(128, 64, wide, 8 if product.bits == 4 else 4, 4),
         square,
     ]
+
+
+def _fits(config: Config, product: Product) -> bool:
+    """Whether where the sums go leaves registers for them: the parts of a split sum have longer addresses."""
+    return product.warpgroups or config.splits == 1 or config.bn * config.bm < 128 * 128
 
 
 def _step(bk: int, product: Product) -> int:

@@ -174,28 +174,33 @@ def test_a_product_runs_on_tensor_cores_from_asynchronous_copies_and_in_register
         assert code.local_memory == (0, False, False), code
 
 
-# Channels that no step of a sum divides, as of latents, and few outputs, as of the last layer
+# Channels that no step of a sum divides, as of latents; few outputs, as of the last layer; sums that are split
 FIRST = ((320, 9, 3, 3), (2, 9, 64, 64))
 LAST = ((4, 320, 3, 3), (2, 320, 64, 64))
 ODD = ((152, 152, 3, 3), (2, 152, 8, 8))
+TEXT = ((640, 768), (154, 768))
 NARROW = [
-    *((gpu, TritonInt8(), "int8", FIRST) for gpu in (80, 90)),
-    *((gpu, TritonFloat(), "int4", FIRST) for gpu in (80, 89, 90)),
-    (89, TritonFloat(), "int4-g32-sym", FIRST),
-    (90, TritonFp8(), "fp8", FIRST),
-    (90, TritonFloat(), "int4", LAST),
-    (89, TritonInt8(), "int4", ODD),
+    *((gpu, TritonInt8(), "int8", half, FIRST) for gpu in (80, 90)),
+    *((gpu, TritonFloat(), "int4", half, FIRST) for gpu in (80, 89, 90)),
+    (89, TritonFloat(), "int4-g32-sym", bfloat, FIRST),
+    (90, TritonFp8(), "fp8", half, FIRST),
+    (90, TritonFloat(), "int4", half, LAST),
+    (89, TritonInt8(), "int4", half, ODD),
+    (80, TritonFloat(), "int8", bfloat, TEXT),
 ]
 
 
-@pytest.mark.parametrize(("architecture", "kernel", "format", "shapes"), NARROW, ids=lambda v: getattr(v, "name", None))
-def test_every_way_to_cut_a_narrow_convolution_stays_in_registers(
+@pytest.mark.parametrize(
+    ("architecture", "kernel", "format", "dtype", "shapes"), NARROW, ids=lambda v: getattr(v, "name", None)
+)
+def test_every_way_to_cut_a_narrow_product_stays_in_registers(
     launched: list[tuple[str, Any]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     architecture: int,
     kernel: Kernel,
     format: str,
+    dtype: torch.dtype,
     shapes: tuple[tuple[int, ...], tuple[int, ...]],
 ) -> None:
     driver.set_active(Pretended(architecture))
@@ -206,10 +211,10 @@ def test_every_way_to_cut_a_narrow_convolution_stays_in_registers(
         return ways[0]
 
     monkeypatch.setattr(triton_layers, "choose", look)
-    call(kernel, format, half, *shapes)
+    call(kernel, format, dtype, *shapes)
     for way in ways[1:]:
         monkeypatch.setattr(triton_layers, "choose", lambda *_, way=way: way)
-        call(kernel, format, half, *shapes)
+        call(kernel, format, dtype, *shapes)
     codes = [disassembled(name, compiled, tmp_path) for name, compiled in launched]
     assert sum(code.name == "_product" for code in codes) == len(ways) > 0
     for code in codes:
