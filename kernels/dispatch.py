@@ -12,11 +12,12 @@ nothing can be tried, while a CUDA graph is captured, the first one is used; and
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
+from typing import Any
 from weakref import ref
 
 import torch
@@ -94,6 +95,10 @@ def effective(compute: Compute, weight: PackedWeight) -> Compute:
     return compute
 
 
+_VARIABLE = "BITPOLICY_KERNELS"
+# Where CPython has it: looking for what is not there takes `os.environ` as long as a small layer takes to multiply.
+_environment: Mapping[Any, Any] | None = getattr(os.environ, "_data", None)
+_variable = os.environ.encodekey(_VARIABLE)
 _forced: list[str] = []
 _chosen: dict[tuple[object, ...], Kernel] = {}
 
@@ -104,7 +109,11 @@ def mode() -> str:
     Raises:
         BitPolicyError: there is no kernel of that name.
     """
-    return _forced[-1] if _forced else _known(os.environ.get("BITPOLICY_KERNELS") or AUTO)
+    if _forced:
+        return _forced[-1]
+    if _environment is not None and _variable not in _environment:
+        return AUTO
+    return _known(os.environ.get(_VARIABLE) or AUTO)
 
 
 @contextmanager

@@ -9,21 +9,19 @@ counters), which may have no rule for an operator of ours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 
 from bitpolicy.kernels import dispatch
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.call_text import in_words, read
 from bitpolicy.kernels.int8_compute import multiply
-from bitpolicy.kernels.kernel import Compute, Geometry, PackedWeight, recorded
+from bitpolicy.kernels.kernel import Compute, PackedWeight, recorded
 
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _modes = torch._C._len_torch_dispatch_stack
-_STILL = [0]  # a linear layer; autograd takes an empty list for one of tensors
+_any_requires_grad = torch._C._any_requires_grad
 
 
 def product(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, compute: Compute) -> torch.Tensor:
@@ -51,79 +49,63 @@ def _is_traced(x: torch.Tensor) -> bool:
 
 def arguments(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, compute: Compute
-) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None, str, list[int], list[int], bool, str]:
-    """What the operator is called with: it knows tensors, numbers and text."""
-    g = weight.geometry
-    slides = _STILL if g is None else [*g.stride, *g.padding, *g.dilation, g.groups]
-    tensors = list(weight.tensors.values())
-    return x, tensors, bias, weight.format.name, list(weight.shape), slides, weight.low_memory, compute.value
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None, str]:
+    """What the operator is called with: it knows tensors and text."""
+    return x, list(weight.tensors.values()), bias, in_words(weight, compute)
 
 
-def _weight(
-    tensors: Sequence[torch.Tensor], format: str, shape: Sequence[int], slides: Sequence[int], low_memory: bool = False
-) -> PackedWeight:
-    """What `arguments` took apart."""
-    known = _format(format)
-    names = known.tensors(shape, torch.float16)
-    held = dict(zip(names, tensors, strict=True))
-    return PackedWeight(known, tuple(shape), held, _geometry(slides), low_memory)
+def _multiplied(x: torch.Tensor, tensors: list[torch.Tensor], bias: torch.Tensor | None, call: str) -> torch.Tensor:
+    """The operator on any device."""
+    told = read(call)
+    weight = told.holding(tensors)
+    return dispatch.run(dispatch.choose(x, weight, bias, told.compute), x, weight, bias)
 
 
-_format = lru_cache(format_named)
-
-
-def _geometry(slides: Sequence[int]) -> Geometry | None:
-    if list(slides) == _STILL:
-        return None
-    dims = len(slides) // 3
-    stride, padding, dilation = (tuple(slides[i * dims : (i + 1) * dims]) for i in range(3))
-    return Geometry(stride, padding, dilation, slides[-1])
-
-
-@torch.library.custom_op("bitpolicy::product", mutates_args=())
-def _product(
-    x: torch.Tensor,
-    tensors: list[torch.Tensor],
-    bias: torch.Tensor | None,
-    format: str,
-    shape: list[int],
-    slides: list[int],
-    low_memory: bool,
-    compute: str,
-) -> torch.Tensor:
-    weight = _weight(tensors, format, shape, slides, low_memory)
-    return dispatch.run(dispatch.choose(x, weight, bias, Compute(compute)), x, weight, bias)
-
-
-@_product.register_fake
 def _shape_of_product(
-    x: torch.Tensor,
-    tensors: list[torch.Tensor],
-    bias: torch.Tensor | None,
-    format: str,
-    shape: list[int],
-    slides: list[int],
-    low_memory: bool,
-    compute: str,
+    x: torch.Tensor, tensors: list[torch.Tensor], bias: torch.Tensor | None, call: str
 ) -> torch.Tensor:
-    return multiply(x, x.new_empty(shape), _geometry(slides), bias)
+    """The operator of tensors without values."""
+    weight = read(call).weight
+    return multiply(x, x.new_empty(weight.shape), weight.geometry, bias)
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, tensors, bias, *weight, _, _ = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.shape, ctx.weight, ctx.bias = x.shape, weight, None if bias is None else bias.dtype
+def _with_gradient(
+    keys: torch._C.DispatchKeySet, x: torch.Tensor, tensors: list[torch.Tensor], bias: torch.Tensor | None, call: str
+) -> torch.Tensor:
+    """The operator where autograd may watch.
+
+    Args:
+        keys: whom torch asks in turn. Mostly that is autograd and then a device, and asking takes as long as getting
+            here did.
+    """
+    if torch.is_grad_enabled() and _any_requires_grad(x, tensors, bias):
+        return _Product.apply(x, bias, call, *tensors)
+    with torch._C._AutoDispatchBelowAutograd():
+        if keys.raw_repr() in _NOTHING_ELSE:
+            return _multiplied(x, tensors, bias, call)
+        return _product.redispatch(keys & torch._C._after_autograd_keyset, x, tensors, bias, call)
 
 
-def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-    tensors = ctx.saved_tensors
-    to_x = to_bias = None
-    if ctx.needs_input_grad[0]:
-        to_x = _input_gradient(gradient, ctx.shape, _weight(tensors, *ctx.weight))
-    if ctx.needs_input_grad[2]:
-        channel = gradient.ndim - 1 if list(ctx.weight[-1]) == _STILL else 1
-        to_bias = gradient.sum([dim for dim in range(gradient.ndim) if dim != channel]).to(ctx.bias)
-    return to_x, [None] * len(tensors), to_bias, None, None, None, None, None
+class _Product(torch.autograd.Function):
+    """The gradients of a product. Tensors of a list would be none to autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, call: str, *tensors: torch.Tensor) -> Any:
+        ctx.save_for_backward(*tensors)
+        ctx.call, ctx.shape, ctx.bias = read(call), x.shape, None if bias is None else bias.dtype
+        return _product(x, list(tensors), bias, call)  # nothing is recorded in here
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        tensors = ctx.saved_tensors
+        weight = ctx.call.holding(tensors)
+        to_x = to_bias = None
+        if ctx.needs_input_grad[0]:
+            to_x = _input_gradient(gradient, ctx.shape, weight)
+        if ctx.needs_input_grad[1]:
+            channel = gradient.ndim - 1 if weight.geometry is None else 1
+            to_bias = gradient.sum([dim for dim in range(gradient.ndim) if dim != channel]).to(ctx.bias)
+        return to_x, to_bias, None, *[None] * len(tensors)
 
 
 def _input_gradient(gradient: torch.Tensor, shape: torch.Size, weight: PackedWeight) -> torch.Tensor:
@@ -137,4 +119,17 @@ def _input_gradient(gradient: torch.Tensor, shape: torch.Size, weight: PackedWei
     )[0]
 
 
-_product.register_autograd(_backward, setup_context=_keep_for_backward)
+def _autograd_and(device: str) -> int:
+    keys = (getattr(torch._C.DispatchKey, name) for name in (device, f"Autograd{device}"))
+    return (torch._C.DispatchKeySet(next(keys)) | torch._C.DispatchKeySet(next(keys))).raw_repr()
+
+
+_NOTHING_ELSE = {_autograd_and(device) for device in ("CPU", "CUDA")}
+_library = torch.library.Library("bitpolicy", "FRAGMENT")
+_library.define(
+    "product(Tensor x, Tensor[] tensors, Tensor? bias, str call) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+_library.impl("product", _multiplied, "CompositeExplicitAutograd")
+_library.impl("product", _with_gradient, "Autograd", with_keyset=True)
+torch.library.register_fake("bitpolicy::product", _shape_of_product, lib=_library)
+_product = torch.ops.bitpolicy.product.default

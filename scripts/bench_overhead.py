@@ -1,9 +1,11 @@
 """What a call of a packed layer costs beside its product: layers so small that nothing else is left.
 
 An ordinary layer of 32 channels and one row or pixel, and packed ones of each compute, by turns in one process, all of
-`Module.__call__` included. Prints one table and writes JSON.
+`Module.__call__` included. With `--compile` twenty such layers in a row, compiled as one graph by torch.compile, and a
+layer's share of the time. Prints one table and writes JSON.
 
     python scripts/bench_overhead.py --json overhead.json
+    python scripts/bench_overhead.py --compile
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,37 +30,44 @@ LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "linear": (nn.Linear(32, 32), (1, 32)),
     "conv 1x1": (nn.Conv2d(32, 32, 1), (1, 32, 1, 1)),
 }
+IN_A_ROW = 20  # what calling a compiled graph takes is then little of each layer's
 
 
-def calls(layer: Any, x: torch.Tensor, format: str) -> dict[str, Callable[[], torch.Tensor]]:
-    """The ordinary layer's call, then one a compute."""
-    found: dict[str, Callable[[], torch.Tensor]] = {"fp32": lambda: layer(x)}
+def calls(layer: Any, x: torch.Tensor, format: str, layers: int) -> dict[str, Callable[[], torch.Tensor]]:
+    """The ordinary layer's call, then one a compute; of so many layers compiled, or of one as it is."""
+    found = {"fp32": _call(layer, x, layers)}
     for compute in Compute:
         known = format_named(format)
         packed = pack_layer(layer, known, known.quantize(layer.weight.detach()))
         packed.compute = compute
-        found[compute.value] = _call(packed, x)
+        found[compute.value] = _call(packed, x, layers)
     return found
 
 
-def _call(layer: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    return lambda: layer(x)
+def _call(layer: nn.Module, x: torch.Tensor, layers: int) -> Callable[[], torch.Tensor]:
+    if layers == 1:
+        return lambda: layer(x)
+    row = torch.compile(nn.Sequential(*(deepcopy(layer) for _ in range(layers))), fullgraph=True, dynamic=False)
+    return lambda: row(x)
 
 
-def measure(name: str, format: str, repeats: int, seconds: Callable[[], float]) -> list[dict[str, Any]]:
+def measure(
+    name: str, format: str, repeats: int, seconds: Callable[[], float], layers: int = 1
+) -> list[dict[str, Any]]:
+    torch.compiler.reset()  # it compiles a few models, no more
     layer, size = LAYERS[name]
-    found = calls(layer, torch.randn(size), format)
+    found = calls(layer, torch.randn(size), format, layers)
     times: dict[str, list[float]] = {compute: [] for compute in found}
     for _ in range(8):  # the first round is not counted
         for compute, call in found.items():
             start = seconds()
-            for _ in range(repeats):
+            for _ in range(repeats // layers):
                 call()
-            times[compute].append(1e6 * (seconds() - start) / repeats)
+            times[compute].append(1e6 * (seconds() - start) / (repeats // layers * layers))
     middle = {compute: median(own[1:]) for compute, own in times.items()}
     return [
         {"layer": name, "format": format, "compute": compute, "us": us, "more": us - middle["fp32"]}
-        | {"spread": spread(times[compute][1:])}
+        | {"spread": spread(times[compute][1:]), "compiled": layers > 1}
         for compute, us in middle.items()
     ]
 
@@ -66,11 +76,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--format", default="int4")
     parser.add_argument("--repeats", type=int, default=2000)
+    parser.add_argument("--compile", action="store_true", help=f"{IN_A_ROW} layers in one compiled graph")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    rows = [row for name in LAYERS for row in measure(name, options.format, options.repeats, clock(1))]
+    layers = IN_A_ROW if options.compile else 1
+    rows = [row for name in LAYERS for row in measure(name, options.format, options.repeats, clock(1), layers)]
     print(f"{'layer':9} {'format':8} {'compute':8} {'us':>7} {'more':>7} {'spread':>7}")
     for row in rows:
         told = f"{row['us']:7.2f} {row['more']:7.2f} {row['spread']:7.0%}"

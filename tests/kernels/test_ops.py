@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from toy_products import SHAPES, bias_of, input_of, weight_of
 
 from bitpolicy.kernels import ops
+from bitpolicy.kernels.call_text import read
 from bitpolicy.kernels.computing import resident_bytes, set_compute
 from bitpolicy.kernels.dispatch import use_kernels
 from bitpolicy.kernels.errors import BitPolicyError
@@ -250,15 +252,17 @@ def test_stored_bytes_are_those_of_the_tensors() -> None:
 
 
 @pytest.mark.parametrize("shape", ["linear of odd sizes", "conv2d 3x3", "conv3d"])
-def test_arguments_of_the_operator_are_taken_apart_and_put_together(shape: str) -> None:
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_arguments_of_the_operator_are_taken_apart_and_put_together(shape: str, low_memory: bool) -> None:
     weight: Any = weight_of(shape, "int6-channel-sym")
-    x, tensors, _, *rest, compute = ops.arguments(input_of(shape), weight, None, Compute.INT8)
-    again = ops._weight(tensors, *rest)
+    x, tensors, _, call = ops.arguments(input_of(shape), replace(weight, low_memory=low_memory), None, Compute.INT8)
+    again = read(call).holding(tensors)
     assert (again.format, again.shape, again.geometry, again.low_memory) == (
         weight.format,
         SHAPES[shape].weight,
         SHAPES[shape].geometry,
-        False,
+        low_memory,
     )
     assert list(again.tensors) == list(weight.tensors)
-    assert (x.shape, compute) == (SHAPES[shape].input, "int8")
+    assert again.kind == replace(weight, low_memory=low_memory).kind
+    assert (x.shape, read(call).compute) == (SHAPES[shape].input, Compute.INT8)

@@ -1,0 +1,73 @@
+"""A call of the operator in one line of text: all of it that is not a tensor.
+
+    int4 64x32x3x3 int8 stride=1x1 padding=1x1 dilation=1x1 groups=1 low-memory
+
+The format's name, the weight's shape, the compute; how a convolution slides; whether no layout may be kept. Torch turns
+every argument of an operator into an object of its own and back at each call: of lists of numbers that takes as long as
+all else that happens between a compiled model and a kernel, of text a tenth. Text is short to look up by, and says in
+what a compiler prints what a product is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.kernel import Compute, Geometry, PackedWeight
+
+_LOW_MEMORY = "low-memory"
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a line of text says.
+
+    Attributes:
+        suffixes: of the weight's tensors, in the order in which the operator gets them.
+        compute: what the product may round.
+    """
+
+    weight: PackedWeight
+    suffixes: tuple[str, ...]
+    compute: Compute
+
+    def holding(self, tensors: Sequence[torch.Tensor]) -> PackedWeight:
+        """The weight with these tensors, which nothing here keeps."""
+        return self.weight.holding(dict(zip(self.suffixes, tensors, strict=True)))
+
+
+def in_words(weight: PackedWeight, compute: Compute) -> str:
+    """The line."""
+    words = [weight.format.name, _numbers(weight.shape), compute.value]
+    g = weight.geometry
+    if g is not None:
+        slides = {"stride": g.stride, "padding": g.padding, "dilation": g.dilation, "groups": (g.groups,)}
+        words += [f"{name}={_numbers(each)}" for name, each in slides.items()]
+    return " ".join([*words, _LOW_MEMORY] if weight.low_memory else words)
+
+
+@cache  # there are as many as kinds of layers
+def read(text: str) -> Call:
+    """What the line says."""
+    name, shape, compute, *more = text.split()
+    format, sizes = format_named(name), _sizes(shape)
+    slides = dict(word.split("=") for word in more if word != _LOW_MEMORY)
+    geometry = None
+    if slides:
+        stride, padding, dilation = (_sizes(slides[each]) for each in ("stride", "padding", "dilation"))
+        geometry = Geometry(stride, padding, dilation, int(slides["groups"]))
+    weight = PackedWeight(format, sizes, {}, geometry, _LOW_MEMORY in more)
+    weight.kind  # noqa: B018 - kept by it, and by those made of it
+    return Call(weight, tuple(format.tensors(sizes, torch.float16)), Compute(compute))
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    return "x".join(str(int(n)) for n in numbers)
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in text.split("x"))
