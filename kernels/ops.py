@@ -120,8 +120,9 @@ def _input_gradient(gradient: torch.Tensor, shape: torch.Size, weight: PackedWei
 
 
 def _autograd_and(device: str) -> int:
-    keys = (getattr(torch._C.DispatchKey, name) for name in (device, f"Autograd{device}"))
-    return (torch._C.DispatchKeySet(next(keys)) | torch._C.DispatchKeySet(next(keys))).raw_repr()
+    """The key set of a plain tensor there."""
+    own, autograd = (getattr(torch._C.DispatchKey, name) for name in (device, f"Autograd{device}"))
+    return (torch._C.DispatchKeySet(own) | torch._C.DispatchKeySet(autograd)).raw_repr()
 
 
 _NOTHING_ELSE = {_autograd_and(device) for device in ("CPU", "CUDA")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +48,10 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> b
     )
 
 
-def of(found: dict[str, torch.Tensor], name: str, candidate: Candidate) -> dict[str, torch.Tensor]:
+def of(found: Mapping[str, torch.Tensor], name: str, candidate: Candidate) -> dict[str, torch.Tensor]:
     """What was rounded for one candidate, by suffix."""
     prefix = rounded_key(name, Choice(candidate.format, quantizer=candidate.quantizer), "")
-    return {key.removeprefix(prefix): tensor for key, tensor in found.items() if key.startswith(prefix)}
+    return {key.removeprefix(prefix): found[key] for key in found if key.startswith(prefix)}
 
 
 def moments(length: int, seed: int = 0) -> Moments:
@@ -210,7 +210,7 @@ def test_what_a_probe_rounds_is_what_the_moments_of_its_samples_say(finished: An
     for name in names:
         weight = layers[name].weight.detach().half()
         expected = dict(rounded(name, weight, candidates([INT4, ROTATED], QUANTIZERS), found[name]))
-        kept = {key: tensor for key, tensor in reference.calibration.items() if key.startswith(f"{name}/")}
+        kept = {key: reference.calibration[key] for key in reference.calibration if key.startswith(f"{name}/")}
         assert same(kept, expected), name
 
 
