@@ -24,7 +24,8 @@ INTRO = """\
 Each cell is one test of [test_operations.py](../tests/policies/test_operations.py), on a toy of the real class with
 every format in turn on its layers, on the CPU. The operations are in [operations.py](../tests/toys/operations.py), what
 is expected of each cell in [operations.yaml](../tests/policies/operations.yaml). This page is written from that by
-`python scripts/operations_table.py --write`, and a test compares.
+`python scripts/operations_table.py --write`, and a test compares. Going to a GPU and back, whole or offloaded, is in
+[test_cpu_offload.py](../tests/policies/test_cpu_offload.py), which runs where there is one.
 
 | | |
 |---|---|
