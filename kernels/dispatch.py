@@ -154,7 +154,8 @@ def choose(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, com
     key = (asked, id(compute), x.device, x.dtype, x.shape, _order(x), bias is None, weight.kind, threads)
     found = _chosen.get(key)
     if found is None:
-        found, lasting = _decide(asked, x, weight, bias, compute)
+        with torch.cuda.device_of(x):  # events are recorded, and kernels tried, on the current one
+            found, lasting = _decide(asked, x, weight, bias, compute)
         if lasting:
             _chosen[key] = found
     return found
@@ -193,6 +194,9 @@ def takers(x: torch.Tensor, weight: PackedWeight, compute: Compute) -> list[Kern
 
 def run(kernel: Kernel, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """The product by this kernel, with what it prepared of the weight."""
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():  # where Triton would launch
+        with torch.cuda.device_of(x):
+            return kernel(x, weight, bias, prepared(kernel, weight, x.dtype))
     return kernel(x, weight, bias, prepared(kernel, weight, x.dtype))
 
 

@@ -51,7 +51,8 @@ def _missing(device: torch.device) -> str | None:
         from bitpolicy.kernels.triton_weights import dequantized
 
         stored = INT8.quantize(torch.ones(1, 32))
-        dequantized(INT8, {name: tensor.to(device) for name, tensor in stored.items()}, (1, 32), torch.float16)
+        with torch.cuda.device(device):
+            dequantized(INT8, {name: tensor.to(device) for name, tensor in stored.items()}, (1, 32), torch.float16)
     except Exception as error:  # noqa: BLE001 # Triton runs a C compiler and ptxas, and raises whatever goes wrong there
         return f"triton does not work on this machine: {type(error).__name__}: {error}"
     return None

@@ -6,6 +6,8 @@ import gc
 import json
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +25,18 @@ from bitpolicy.kernels.reference_kernels import Int8Reference, Reference
 from bitpolicy.kernels.triton_kernels import TritonFp8
 
 CALL = "linear of odd sizes"
+
+
+class _OnCuda:
+    """What dispatching sees of an input on a GPU."""
+
+    is_cuda, dtype = True, torch.float16
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def get_device(self) -> int:
+        return self.index
 
 
 class Slow(Reference):
@@ -352,3 +366,26 @@ def test_computes_have_names() -> None:
     assert parse_compute(" INT8 ") is Compute.INT8
     with pytest.raises(BitPolicyError, match="unknown compute 'int4'; write any of exact, float, int8, fp8"):
         parse_compute("int4")
+
+
+def test_a_product_is_made_on_the_gpu_of_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current one, whichever a tensor is on."""
+    current = [0]
+
+    @contextmanager
+    def on(x: _OnCuda) -> Iterator[None]:
+        current.append(x.index)
+        yield
+        current.pop()
+
+    class Noting(Reference):
+        def __call__(self, *_: Any) -> torch.Tensor:
+            return torch.tensor(current[-1])
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device_of", on)
+    weight: Any = None
+    for index in (1, 0, 3):
+        x: Any = _OnCuda(index)
+        assert run(Noting(), x, weight, None) == index
+    assert current == [0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -145,3 +146,14 @@ def test_tuned_products_in_8_bits_stay_the_same_to_the_bit(shape: str, monkeypat
     monkeypatch.setattr(triton_configs, "_tuning", True)
     assert torch.equal(run(TritonInt8(), x, weight, bias), untuned)
     assert triton_configs._tuned
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@every_kernel("int8", "int4")
+def test_a_weight_on_another_gpu_than_the_current_one_is_multiplied_there(kernel: Kernel, format: str) -> None:
+    x, weight, bias = drawn("64 rows", format, torch.float16)
+    expected = run(kernel, x, weight, bias)
+    moved = replace(weight, tensors={name: tensor.to("cuda:1") for name, tensor in weight.tensors.items()})
+    found = run(kernel, x.to("cuda:1"), moved, bias.to("cuda:1"))
+    assert found.device == torch.device("cuda:1")
+    assert torch.equal(found.to(x.device), expected)
