@@ -52,16 +52,19 @@ def every_format_in_turn() -> Callable[[torch.nn.Module], dict[str, Choice]]:
 
 @pytest.fixture(scope="session")
 def policy_of() -> Callable[..., Policy]:
-    """The policy that gives `unet` these choices."""
+    """The policy that gives `unet`, or several models as one, these choices."""
 
     def policy(
         unet: torch.nn.Module,
         choices: dict[str, Choice],
         storage: torch.dtype = torch.float16,
-        component: str = "unet",
+        component: str | None = None,
     ) -> Policy:
+        names = ",".join(unet) if isinstance(unet, torch.nn.ModuleDict) else "unet"
         kinds = ",".join(type(part).__name__ for part in denoisers_in(unet))
-        model = ModelReference(id="toy", component=component, class_name=kinds, sha256=weights_hash(unet, storage))
+        model = ModelReference(
+            id="toy", component=component or names, class_name=kinds, sha256=weights_hash(unet, storage)
+        )
         return Policy.of(choices, model=model, storage_dtype=str(storage).removeprefix("torch."))
 
     return policy

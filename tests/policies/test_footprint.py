@@ -173,7 +173,7 @@ def test_a_measured_peak_is_the_models_and_what_comes_on_top() -> None:
 def test_the_other_models_have_the_bytes_that_their_files_have(name: str, tmp_path: Path) -> None:
     pipe: Any = TOYS[name].new()
     component = denoiser_names(pipe)
-    model = ModelReference(id="toy", component=component, class_name="toy", sha256="")
+    model = ModelReference(id="toy", component=component, class_name=component, sha256=component)  # an entry for each
     policy = Policy(
         model=model,
         formats={"int8": format_named("int8").parameters()},

@@ -142,7 +142,7 @@ def together(
         for name, choice in choices.items()
         if choice.bias_correction
     }
-    policy = policy_of(both, choices, component=names)
+    policy = policy_of(both, choices)
     rules = [Rule(match="text_encoder.*k_proj", format="int8"), Rule(match="unet.*to_k", format="int8")]
     return pipe, policy.model_copy(update={"rules": rules}).with_calibration(means)
 

@@ -208,7 +208,7 @@ def in_turn(pipe: Any, component: str, formats: Sequence[Format] = CANDIDATES) -
 
 def reloaded(pipe: Any, component: str, formats: Mapping[str, Format], folder: Path) -> Any:
     """`pipe` exported under a policy and read back, in float32."""
-    model = ModelReference(id="toy", component=component, class_name="toy", sha256="")
+    model = ModelReference(id="toy", component=component, class_name=component, sha256=component)  # an entry for each
     policy = Policy.of({name: Choice(format) for name, format in formats.items()}, model=model)
     export_pipeline(pipe, component, policy, {}, folder / "exported")
     loaded = open_pipeline(folder / "exported", torch.float32)

@@ -121,7 +121,7 @@ def test_a_transformer_with_the_same_names_keeps_them(policy_of: Any, parts_of: 
 def test_several_denoisers_get_a_file_each(even_unet: Any, policy_of: Any, parts_of: Any, tmp_path: Path) -> None:
     both = torch.nn.ModuleDict({"unet": even_unet(), "other": even_unet()})
     names = [name for name, _ in quantizable_layers(both)]
-    policy = policy_of(both, {name: Choice(FP16) for name in names}, component="unet,other")
+    policy = policy_of(both, {name: Choice(FP16) for name in names})
     export_to("comfy", parts_of(**both), policy, {}, tmp_path / "out")
     found = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert found == ["other.safetensors", "policy.yaml", "unet.safetensors"]
