@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
-from toy_inputs import SIGNS, any_sign, inputs
+from toy_inputs import SIGNS, inputs
 
 from bitpolicy.kernels import triton_configs, triton_input, triton_layers
 from bitpolicy.kernels.formats import format_named
@@ -77,8 +78,13 @@ def test_a_flat_weight_has_scale_one() -> None:
     assert sums.tolist() == [0, 0, 0]
 
 
-@any_sign
-@pytest.mark.parametrize("format", ["int4", "int4-g128", "int8", "fp8"])
+@pytest.mark.parametrize(
+    ("sign", "format"),
+    [
+        *product(["both signs", "SiLU"], ["int4", "int4-g128", "int8", "fp8"]),
+        *product(["above zero", "below zero"], ["int8"]),
+    ],
+)
 @pytest.mark.parametrize(
     ("shape", "slides"),
     [

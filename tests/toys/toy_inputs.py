@@ -13,7 +13,6 @@ SIGNS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "below zero": lambda x: -torch.abs(x),
     "SiLU": torch.nn.functional.silu,
 }
-any_sign = pytest.mark.parametrize("sign", SIGNS)
 FLOAT8 = torch.float8_e4m3fn
 any_code = pytest.mark.parametrize("code", [torch.int8, FLOAT8], ids=str)
 any_sign_and_code = pytest.mark.parametrize(
