@@ -79,7 +79,7 @@ def _tiles(product: Product) -> list[Config]:
     """Tiles whose sums and operands fit the registers, which tests check for every GPU and product."""
     # Where no step stays within a tap, each value of the input has an address and a mask of its own.
     if product.rows > 16 and product.channels % _SHORTEST:
-        return [Config(64, 128, 32, 8, 3), Config(64, 64, 32, 4, 3)]
+        return [Config(64, 128, 32, 8, 3), Config(64, 64, 32, 8, 3)]
     wide = 128 if product.integer or product.float8 else 64
     square = Config(64, 64, wide, 8 if product.float8 else 4, 4)
     if product.rows <= 16:
