@@ -214,7 +214,7 @@ def test_a_pipeline_with_a_packed_model_goes_along(pipeline: PipelineCase, opera
 def pipeline_while_read(pipeline: PipelineCase, pipe: Any) -> None:
     """The full-precision pipeline, given the policy while it is read, draws what the exported one draws."""
     policy = Policy.load(pipeline.folder / "policy.yaml")
-    names = policy.model.component.split(",")
+    names = policy.model.components
     config = PipelineQuantizationConfig(quant_mapping={name: BitPolicyConfig(policy=policy) for name in names})
     found = DiffusionPipeline.from_pretrained(pipeline.full, quantization_config=config, dtype=torch.float32)
     for name in names:
