@@ -31,6 +31,7 @@ from bitpolicy.sensitivity.reference import ReferencePass
 from bitpolicy.sensitivity.table import SensitivityTable
 
 TRUSTED_DB = 20.0  # PSNR below which the images no longer show the same picture
+LAYERS, POLICIES = "check: layers", "check: random policies"  # what the progress bars are called
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def check(run: ProbeRun, table: SensitivityTable, reference: ReferencePass, acco
             for j in range(shape[1])
         },
         reference,
-        "check: layers",
+        LAYERS,
     )
     power = reference.latent_power
     measured = torch.stack([m.power.mean() for m in layers]).reshape(shape) / power
@@ -165,7 +166,7 @@ def check(run: ProbeRun, table: SensitivityTable, reference: ReferencePass, acco
         f"policy-{i}": {table.layers[j]: table.choice(j, f) for j, f in enumerate(formats)}
         for i, formats in enumerate(drawn)
     }
-    found = run.measure(choices, reference, "check: random policies", images=True)
+    found = run.measure(choices, reference, POLICIES, images=True)
     halves = table.halves()
     half = halves[0] if halves else None
     policies = tuple(_checked(table, half, *row, account, power) for row in zip(drawn, found, strict=True))

@@ -8,12 +8,14 @@ line. Who imports bitpolicy hears them, as from diffusers itself.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_SILENT = frozenset({"--quiet", "--json", "--help", "--version"})
 _COMMANDS = ("bitpolicy", "search-policy")
 
 
@@ -32,13 +34,29 @@ def quiet_if_a_command() -> Iterator[None]:
         yield
         return
     before = logging.root.manager.disable
-    with warnings.catch_warnings():
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or counting allocations warns of those it did not see
+    with _sign_of_life(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.CRITICAL)
         try:
             yield
         finally:
             logging.disable(before)
+
+
+@contextmanager
+def _sign_of_life() -> Iterator[None]:
+    """A line on the terminal while the libraries are imported, which takes seconds; gone afterwards."""
+    if not sys.stderr.isatty() or not _SILENT.isdisjoint(sys.argv):
+        yield
+        return
+    sys.stderr.write("loading libraries ...")
+    sys.stderr.flush()
+    try:
+        yield
+    finally:
+        sys.stderr.write("\r\x1b[K")
+        sys.stderr.flush()
 
 
 def _follows(option: str, name: str) -> bool:

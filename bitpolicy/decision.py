@@ -20,7 +20,7 @@ from bitpolicy.search.problem import Problem
 from bitpolicy.search.quality import Unavailable
 from bitpolicy.search.starts import repaired
 from bitpolicy.search.study import Study, journal
-from bitpolicy.search.target import Measured, Reach
+from bitpolicy.search.target import MEASUREMENTS, Measured, Reach
 from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.records import settings_key
 from bitpolicy.sensitivity.samples import Sample
@@ -115,6 +115,20 @@ def reaching_target(
         BitPolicyError: no policy does, or the quality cannot be measured here.
     """
     measure, asked, unit = _quality(settings, plan, generations)
+    with stages.bar(MEASUREMENTS + 1, "policies measured") as advance:
+
+        def measured(choices: Mapping[str, Choice], samples: tuple[Sample, ...]) -> float:
+            quality = measure(choices, samples)
+            advance()
+            return quality
+
+        return _smallest(plan, problem, measured, asked, unit, stages)
+
+
+def _smallest(
+    plan: Plan, problem: Problem, measure: Measure, asked: float, unit: Callable[[float], str], stages: Stages
+) -> Decision:
+    """The smallest policy that reaches `asked`, tried again where fresh seeds fall short of it."""
     most = problem.solve(budget=problem.smallest).error
     search = Reach(
         problem.smallest_within,

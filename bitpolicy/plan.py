@@ -176,8 +176,11 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
     requests = list(settings.prompts) if settings.prompts else default_requests(source.pipe, bundled)
     sizes = (settings.calibration_samples, settings.search_samples, settings.confirm_samples, settings.held_out_samples)
     parts = split(requests, settings.seed, *sizes)
+    _require_steps(trajectories, trajectories.call)
     for request in requests:
-        trajectories.require(Sample.of(request, 0).arguments)
+        arguments = Sample.of(request, 0).arguments
+        trajectories.require(arguments)
+        _require_steps(trajectories, arguments)
     account = ByteAccount.of(source.denoiser, source.storage)
     scope = _scope(settings, source, account, trajectories, parts.calibration[0], formats)
     tied = shared_qkv(layers) if settings.share_qkv else []
@@ -210,6 +213,18 @@ def _require_sound(settings: Settings) -> str:
     if settings.scope != "peak" and (settings.height or settings.width or settings.batch_size != 1):
         raise BitPolicyError("--height, --width and --batch-size say what a peak is of; add --scope peak")
     return asked
+
+
+def _require_steps(trajectories: Trajectories, call: Mapping[str, Any]) -> None:
+    """Raises:
+    BitPolicyError: more sampling steps than the noise schedule has.
+    """
+    steps, trained = call.get("num_inference_steps"), trajectories.pipe.scheduler.config.get("num_train_timesteps")
+    if isinstance(steps, int) and isinstance(trained, int) and steps > trained:
+        raise BitPolicyError(
+            f"num_inference_steps is {steps:,}; the pipeline's {type(trajectories.pipe.scheduler).__name__} has "
+            f"{trained:,} timesteps, give at most as many"
+        )
 
 
 def _require_formats_of(compute: Compute, formats: Sequence[Format]) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.quantizers import DEFAULT
-from bitpolicy.policies.atomic import write_text
+from bitpolicy.policies.atomic import require_nameable, write_text
 from bitpolicy.sensitivity.samples import Request, fingerprint
 
+MOST_SEED = 2**31 - 1  # NumPy's generators take twice that, and a study adds the number of the trial
 _OURS: tuple[str, ...] = (
     "run.json",
     "result.json",
@@ -23,6 +24,30 @@ _OURS: tuple[str, ...] = (
     "sensitivity.csv",
     "frontier",
 )
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """The numbers that an option takes: from `least` to `most`, `least` itself only if `closed`."""
+
+    least: float
+    most: float
+    words: str
+    closed: bool = True
+
+    def holds(self, value: float) -> bool:
+        above = value >= self.least if self.closed else value > self.least
+        return above and value <= self.most  # NaN is neither
+
+    def __str__(self) -> str:
+        return self.words
+
+
+_LIMITS = {
+    "target_psnr": _Limit(0, 150, "dB above 0, at most 150: float32 images cannot be told apart beyond", closed=False),
+    "target_lpips": _Limit(0, 1, "a distance above 0, at most 1, e.g. 0.01", closed=False),
+    "seed": _Limit(0, MOST_SEED, f"a whole number from 0 to {MOST_SEED}"),
+}
 _COUNTS = ("calibration_samples", "vectors", "shared", "search_samples", "confirm_samples", "held_out_samples")
 _OURS += ("study.journal", "compare.png", "checkpoint", "work", "report.html")
 
@@ -116,10 +141,22 @@ class Settings:
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise BitPolicyError(f"{name} is {getattr(self, name)}; it has to be at least 1")
+        for name, limit in _LIMITS.items():
+            value = getattr(self, name)
+            if value is not None and not limit.holds(value):
+                raise BitPolicyError(f"--{name.replace('_', '-')} is {value}; give {limit}")
 
     def identity(self) -> dict[str, Any]:
         """JSON values that two runs share exactly when they ask for the same."""
         return json.loads(json.dumps(fingerprint(asdict(self))))
+
+
+def require_seed(seed: int) -> None:
+    """Raises:
+    BitPolicyError: it is not one that every generator takes.
+    """
+    if not _LIMITS["seed"].holds(seed):
+        raise BitPolicyError(f"--seed is {seed}; give {_LIMITS['seed']}")
 
 
 class OutputFolder:
@@ -173,6 +210,7 @@ class OutputFolder:
 
 def _claimed(path: Path, identity: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
     """The settings of the search that the folder holds, or None; refuses what must not be touched."""
+    require_nameable(path)
     held = _held_identity(path)
     if held is not None and held != identity and not overwrite:
         changed = ", ".join(sorted(k for k in identity if held.get(k) != identity[k]))

@@ -219,7 +219,9 @@ class SearchRun:
         source = self._plan.source
         with self._stages.timed("export"):
             folder = self._folder / "checkpoint"
-            export_parts(source.parts, policy, self.calibration, folder, card=self._plan.card)
+            with self._stages.bar(1, "writing the checkpoint") as advance:
+                export_parts(source.parts, policy, self.calibration, folder, card=self._plan.card)
+                advance()
             return sum(checkpoint_bytes(folder / name) for name in source.component.split(","))
 
     def evaluate(self, policy: Policy) -> tuple[Policy, Psnr, dict[str, Any]]:

@@ -207,7 +207,15 @@ def read(text: str) -> tuple[float, str]:
 
 def readable(nbytes: int) -> str:
     """Decimal and binary: "5 MB, 4.77 MiB"."""
-    for power, decimal, binary in ((4, "TB", "TiB"), (3, "GB", "GiB"), (2, "MB", "MiB"), (1, "kB", "KiB")):
+    for power, binary in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
         if nbytes >= 0.9995 * 1000**power:
-            return f"{nbytes / 1000**power:.3g} {decimal}, {nbytes / 1024**power:.3g} {binary}"
+            return f"{decimal(nbytes)}, {nbytes / 1024**power:.3g} {binary}"
+    return decimal(nbytes)
+
+
+def decimal(nbytes: int) -> str:
+    """ "5 MB"."""
+    for power, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")):
+        if nbytes >= 0.9995 * 1000**power:
+            return f"{nbytes / 1000**power:.3g} {unit}"
     return f"{nbytes} B"

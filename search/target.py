@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from bitpolicy.search.knapsack import Solution
 
 _CLOSE = 0.005  # relative difference of bytes at which it is not worth measuring another policy
-_MEASUREMENTS = 8  # for one target
+MEASUREMENTS = 8  # for one target
 _EDGE = 0.1  # share of the interval that a guess keeps away from its ends
 
 
@@ -55,7 +55,7 @@ class Reach:
         """The smallest policy found that reaches `target`; None where even the most accurate one does not."""
         if not self.measured:
             self._try(self.most)
-        for _ in range(_MEASUREMENTS):
+        for _ in range(MEASUREMENTS):
             good, bad = self._bracket(target)
             if bad is None or (good and good.solution.nbytes - bad.solution.nbytes <= _CLOSE * good.solution.nbytes):
                 break

@@ -39,9 +39,10 @@ from bitpolicy.sensitivity.trajectory import LoopError, Trajectories
 from bitpolicy.sensitivity.weight_error import weight_errors
 from bitpolicy.sensitivity.workers import complete
 
+SHARED = "adjoint probe, shared vectors"  # what the progress bar of `ProbeRun.split` is called
 PROBES = ("adjoint", "stepwise", "ablation", "weight")
 _LARGE = 500_000_000  # parameters; from here on models are also checkpointed inside, block by block
-_HESSIAN_SAMPLES = 8
+HESSIAN_SAMPLES = 8
 _ROUNDING = 2  # grows when quantizers make other codes than they did: what was kept before is not mixed with it
 _OUTLIER = 30.0  # times the median sketch: one that sees so much more than the others is worth a word
 
@@ -81,6 +82,12 @@ class ProbeSettings:
             )
 
 
+def is_large(trajectories: Trajectories) -> bool:
+    """Whether what is studied and run is so large that gradients take checkpoints inside the models, too."""
+    models = [*trajectories.denoisers, *trajectories.outside.values()]
+    return sum(p.numel() for model in models for p in model.parameters()) >= _LARGE
+
+
 class ProbeRun:
     """One probe of one pipeline, resumable from `folder`.
 
@@ -109,8 +116,7 @@ class ProbeRun:
         self._formats = tuple(format for format in formats if format.packed)
         self._candidates = candidates(formats, settings.quantizers)
         self._settings, self._stages = settings, stages
-        models = [*trajectories.denoisers, *trajectories.outside.values()]
-        self._large = sum(p.numel() for model in models for p in model.parameters()) >= _LARGE
+        self._large = is_large(trajectories)
         self._held: References | None = None
         self._folder = folder / settings_key(self._identity(weights))
         self._records = Records(self._folder)
@@ -150,7 +156,7 @@ class ProbeRun:
 
     @property
     def _rounding(self) -> RoundingPass:
-        samples, folder = self._settings.samples[:_HESSIAN_SAMPLES], self._folder / "rounded"
+        samples, folder = self._settings.samples[:HESSIAN_SAMPLES], self._folder / "rounded"
         about = (self._candidates, self._storage, samples, self._large, folder, self._stages)
         return RoundingPass(self._trajectories, *about)
 
@@ -194,7 +200,9 @@ class ProbeRun:
         if probe == "ablation":
             return self._ablated(reference)
         about = (self._candidates, self._storage, reference.calibration, self._settings.compute)
-        error = weight_errors(self._trajectories.denoiser, *about)
+        with self._stages.bar(1, "weight probe") as advance:
+            error = weight_errors(self._trajectories.denoiser, *about)
+            advance()
         corrected = torch.ones_like(error, dtype=torch.bool)
         return SensitivityTable("weight", tuple(names), self._formats, error, corrected, **self._one_quantizer())
 
@@ -215,16 +223,24 @@ class ProbeRun:
         return Cost(once, of_probe, measured * once, once * len(self._inventory) * len(self._formats))
 
     def _sketches(
-        self, reference: ReferencePass, directions: Sequence[Direction], wanted: Sequence[Candidate]
+        self,
+        reference: ReferencePass,
+        directions: Sequence[Direction],
+        wanted: Sequence[Candidate],
+        label: str = "adjoint probe",
     ) -> list[list[Sketch]]:
-        """The sketches of each sample in turn, one for each direction."""
+        """The sketches of each sample in turn, one for each direction.
+
+        Args:
+            label: of the progress bar.
+        """
         samples = self._settings.samples
         about = (wanted, reference.calibration, self._storage, self._large, self._settings.compute)
         probe = AdjointProbe(self._trajectories, *about)
         work = {f"sketch-{i}-{d.name}": (i, d) for i, d in itertools.product(range(len(samples)), directions)}
 
         def make(names: Sequence[str]) -> Iterator[tuple[str, Piece]]:
-            with self._stages.bar(len(names), "adjoint probe") as advance:
+            with self._stages.bar(len(names), label) as advance:
                 for i, group in itertools.groupby(names, key=lambda name: work[name][0]):
                     of_sample = list(group)
                     for name, s in zip(
@@ -267,7 +283,7 @@ class ProbeRun:
         with self._stages.timed("split"):
             directions: list[Direction] = [Shared(k) for k in range(self._settings.shared)]
             wanted = candidates(self._formats, self._settings.quantizers[:1])
-            found = self._sketches(reference, [*directions, Signal()], wanted)
+            found = self._sketches(reference, [*directions, Signal()], wanted, SHARED)
             shared, signal = [of_sample[:-1] for of_sample in found], [of_sample[-1] for of_sample in found]
             return ErrorSplit.of(shared, signal, self._local_sketches(reference, wanted), reference.latent_power)
 

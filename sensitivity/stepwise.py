@@ -71,24 +71,34 @@ class StepwiseProbe:
         """One local sketch for each random stream, one trajectory each."""
         steps = self._trajectories.end(sample).steps
         rows = steps + 1  # some loops end on a call after the last step
-        device = next(self._trajectories.denoiser.parameters()).device
         for index in vectors:
-            power = torch.zeros(self._lead + rows, device=device)
-            with (
-                only_these_require_grad(self._trajectories, self._layers),
-                self._recorder.recording(rows, device),
-                self._inputs.installed(),
-                ExitStack() as stack,
-            ):
-                streams = (stream(0x57E9, sample.seed, index, call) for call in itertools.count())
-                for denoiser in self._trajectories.studied_denoisers:
-                    stack.enter_context(replaced_method(denoiser, "forward", self._differentiated(streams, power)))
-                next(self._trajectories.latents([sample]))
+            power = self._followed(sample, index, rows)
             where = self._recorder.not_finite()
             if where is not None:
                 raise BitPolicyError(f"step {where[0] + 1}: the gradient of {where[1]} is NaN or Inf; try float32")
             used = self._lead + max(steps, max(self._recorder.reached, default=0) + 1)
             yield LocalSketch(self._recorder.sketch().rows(itemgetter(slice(used))), power[:used].cpu())
+
+    def first_steps(self, sample: Sample, steps: int) -> None:
+        """The work of `sketches` without a result, for a caller that times it and leaves the loop after `steps`."""
+        self._followed(sample, 0, steps + 1)
+
+    def _followed(self, sample: Sample, index: int, rows: int) -> torch.Tensor:
+        """Follow a trajectory, differentiate each call along its vector of random stream `index` and record what
+        arrives; returns |e_t|^2, shape (lead + rows)."""
+        device = next(self._trajectories.denoiser.parameters()).device
+        power = torch.zeros(self._lead + rows, device=device)
+        with (
+            only_these_require_grad(self._trajectories, self._layers),
+            self._recorder.recording(rows, device),
+            self._inputs.installed(),
+            ExitStack() as stack,
+        ):
+            streams = (stream(0x57E9, sample.seed, index, call) for call in itertools.count())
+            for denoiser in self._trajectories.studied_denoisers:
+                stack.enter_context(replaced_method(denoiser, "forward", self._differentiated(streams, power)))
+            next(self._trajectories.latents([sample]))
+        return power
 
     def _differentiated(
         self, streams: Iterator[torch.Generator], power: torch.Tensor

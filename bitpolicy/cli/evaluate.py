@@ -42,6 +42,7 @@ from bitpolicy.search.quality import Psnr
 from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.samples import Sample, split_samples
 from bitpolicy.sensitivity.trajectory import Trajectories
+from bitpolicy.settings import require_seed
 from bitpolicy.workflow import swapped_denoiser
 
 QUALITY = "Quality"
@@ -105,6 +106,7 @@ def evaluate(
     """How close a checkpoint's images are to the unquantized model's, same prompts and seeds."""
     asked = _asked(metrics, features, real_images)
     wanted = None if compute is None else parse_compute(compute)
+    require_seed(seed)
     source = load_source(
         model, packed_components(checkpoint), dtype=dtype, device=device, revision=revision, variant=variant
     )

@@ -38,9 +38,11 @@ from bitpolicy.cli.options import (
     Variant,
 )
 from bitpolicy.cli.settings import settings_of
+from bitpolicy.forecast import Forecast
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.quantizers import DEFAULT as DEFAULT_QUANTIZER
 from bitpolicy.plan import make_plan
+from bitpolicy.policies.atomic import require_nameable
 from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.workers import is_main, launched
@@ -101,17 +103,20 @@ def probe(
     accelerate launch -m bitpolicy probe --model M --output-dir out
     """
     settings = settings_of(locals(), budget="100%", calibration_samples=samples)
+    require_nameable(output_dir)
     if output_dir.is_file():
         raise BitPolicyError(f"--output-dir {output_dir} is a file; give a folder")
     stages = Stages(quiet or as_json or not is_main())
-    plan = make_plan(settings)
-    run = plan.probe(settings, output_dir / "work", stages)
-    reference = run.reference()
-    table = run.table(reference)
-    error_split = run.split(reference) if split else None
-    checked = check(run, table, reference, plan.account, check_policies) if check_it else None
-    if table.probe == "adjoint":
-        table = run.remeasured(table, reference, table.largest(remeasure))
+    with stages.whole_run():
+        plan = make_plan(settings)
+        stages.expect(Forecast(settings, plan).of_probe(split, check_policies if check_it else 0))
+        run = plan.probe(settings, output_dir / "work", stages)
+        reference = run.reference()
+        table = run.table(reference)
+        error_split = run.split(reference) if split else None
+        checked = check(run, table, reference, plan.account, check_policies) if check_it else None
+        if table.probe == "adjoint":
+            table = run.remeasured(table, reference, table.largest(remeasure))
     if not is_main():
         return
     table.save(output_dir, plan.layers, plan.account, plan.model)

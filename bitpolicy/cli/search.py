@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from bitpolicy.cli.dry_run import described, print_plan
 from bitpolicy.cli.options import (
     DEFAULT_FORMATS,
     RUN,
@@ -35,12 +37,12 @@ from bitpolicy.cli.options import (
 )
 from bitpolicy.cli.report import print_json, print_result
 from bitpolicy.cli.settings import settings_of
+from bitpolicy.forecast import Forecast
 from bitpolicy.kernels.quantizers import DEFAULT as DEFAULT_QUANTIZER
 from bitpolicy.plan import Plan, make_plan
 from bitpolicy.policies.exporters.targets import NAMES
-from bitpolicy.search.budget import readable
+from bitpolicy.preflight import require_disk, require_quality, require_storage
 from bitpolicy.search.samplers import require_sampler
-from bitpolicy.search.study import open_storage
 from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.settings import OutputFolder, Settings
 from bitpolicy.workflow import run_search
@@ -144,7 +146,12 @@ Resume = Annotated[
     bool, typer.Option("--resume/--no-resume", help="Go on where an equal run was stopped.", rich_help_panel=RUN)
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.", rich_help_panel=RUN)
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Say what the search would do, and the time, memory and disk it would take; write nothing.",
+        rich_help_panel=RUN,
+    ),
 ]
 
 
@@ -211,18 +218,20 @@ def search(
     settings = settings_of(locals())
     require_sampler(sampler)
     stages = Stages(quiet or as_json)
-    if dry_run:
-        _print_plan(make_plan(settings))
-        return
     held = OutputFolder.peek(output_dir, settings, overwrite=overwrite, resume=resume)
+    if dry_run:
+        with stages.whole_run():
+            plan, forecast = _checked(settings, output_dir, stages, dry_run)
+            foreseen = {"memory": asdict(forecast.memory()), "disk": asdict(forecast.disk())}
+        (print_json if as_json else print_plan)({**described(plan), "seconds": forecast.of_search(), **foreseen})
+        return
     if held is None:
-        with stages.timed("load"):
-            plan = make_plan(settings)
-        if storage is not None:
-            open_storage(storage)  # a storage that cannot be opened is said before the folder is claimed
-        output = OutputFolder(output_dir, settings, overwrite=overwrite, resume=resume)
-        _say_notices(settings, plan)
-        run_search(settings, plan, output, stages)
+        with stages.whole_run():
+            plan, forecast = _checked(settings, output_dir, stages, dry_run)
+            stages.expect(forecast.of_search())
+            output = OutputFolder(output_dir, settings, overwrite=overwrite, resume=resume)
+            _say_notices(settings, plan)
+            run_search(settings, plan, output, stages)
         held = output.finished()
     elif not quiet:
         print(
@@ -230,6 +239,17 @@ def search(
         )
     assert held is not None
     (print_json if as_json else print_result)(held)
+
+
+def _checked(settings: Settings, output_dir: Path, stages: Stages, dry_run: bool) -> tuple[Plan, Forecast]:
+    """The plan and what it will take; all that would stop the run later stops it here, with nothing written."""
+    with stages.timed("load"):
+        plan = make_plan(settings)
+        require_quality(settings, plan)
+        require_storage(settings.storage, dry_run)
+        forecast = Forecast(settings, plan)
+        require_disk(output_dir, forecast.disk())
+    return plan, forecast
 
 
 def _say_notices(settings: Settings, plan: Plan) -> None:
@@ -244,21 +264,3 @@ def _say_notices(settings: Settings, plan: Plan) -> None:
             "fewer than 8 prompts: calibration, search and held-out images share prompts and have seeds of their own",
             file=sys.stderr,
         )
-
-
-def _print_plan(plan: Plan) -> None:
-    """What --dry-run says."""
-    parts = plan.split
-    print(f"model       {plan.model}, '{plan.source.component}', {len(plan.layers)} layers")
-    print(
-        f"FP16        {plan.account.reference:,} bytes ({readable(plan.account.reference)}), "
-        f"{plan.account.parameters:,} parameters"
-    )
-    print(f"budget      {plan.budget}")
-    print(f"smallest    {plan.smallest:,} bytes with {', '.join(f.name for f in plan.formats)}")
-    print(f"call        {plan.trajectories.call}")
-    print(
-        f"samples     {len(parts.calibration)} calibration, {len(parts.search)} search, "
-        f"{len(parts.confirm)} confirm, {len(parts.held_out)} held out"
-    )
-    print("dry run: nothing was written")

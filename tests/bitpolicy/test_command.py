@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import subprocess
 import sys
@@ -40,6 +41,32 @@ def test_a_command_is_told_by_how_the_process_was_started(monkeypatch: pytest.Mo
         assert runs_a_command() == (module == "bitpolicy")
     monkeypatch.setattr(sys, "argv", [])
     assert not runs_a_command()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("line", "terminal", "shown"),
+    [
+        (["search-policy", "--budget", "5MB"], True, True),
+        (["search-policy", "--budget", "5MB"], False, False),
+        (["search-policy", "--help"], True, False),
+        (["search-policy", "--budget", "5MB", "--json"], True, False),
+        (["train.py"], True, False),
+    ],
+)
+def test_a_command_shows_at_once_that_it_has_begun(
+    line: list[str], terminal: bool, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stderr = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "argv", line)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with quiet_if_a_command():
+        assert ("loading libraries" in stderr.getvalue()) == shown
+    assert stderr.getvalue().endswith("\r\x1b[K") == shown
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,7 @@ def test_the_bundled_pipeline_brings_its_network(monkeypatch: pytest.MonkeyPatch
         (("--real-images", "nothing"), "--real-images nothing: there is no such folder"),
         (("--real-images", "empty"), "has 0 pictures"),
         (("--real-images", "broken"), "is no picture"),
+        (("--seed", str(2**63)), "give a whole number from 0 to"),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_drawn(

@@ -177,13 +177,57 @@ def test_a_storage_that_optuna_does_not_know(refused: Any) -> None:
         (("--trials", "-1"), ("--trials",)),
         (("--trials", "many"), ("--trials",)),
         (("--num-inference-steps", "0"), ("--num-inference-steps",)),
+        (("--num-inference-steps", "100000"), ("num_inference_steps is 100,000", "DDIMScheduler", "1,000 timesteps")),
         (("--seed", "-1"), ("--seed",)),
+        (("--seed", str(2**31)), ("--seed is 2147483648", "from 0 to 2147483647")),
+        (("--seed", str(2**64)), ("--seed is 18446744073709551616", "from 0 to 2147483647")),
         (("--no-such-option",), ("--no-such-option",)),
         (("--model",), ("--model", "argument")),
     ],
 )
 def test_options_of_no_sense(refused: Any, arguments: tuple[str, ...], needles: tuple[str, ...]) -> None:
     refused(needles, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "needles"),
+    [
+        ("--target-psnr", "nan", ("nan", "dB above 0, at most 150")),
+        ("--target-psnr", "-1", ("-1", "dB above 0")),
+        ("--target-psnr", "1000", ("1000", "at most 150")),
+        ("--target-lpips", "-1", ("-1", "above 0")),
+        ("--target-lpips", "inf", ("inf", "at most 1")),
+    ],
+)
+def test_a_quality_that_no_image_has(
+    command: Any, here: Path, option: str, value: str, needles: tuple[str, ...]
+) -> None:
+    """Without a model: nothing was loaded when it is said."""
+    outcome = command(option, value, "--model", "./not-looked-at")
+    outcome.assert_refused("search-policy", option, *needles)
+    assert list(here.iterdir()) == []
+
+
+def test_a_quality_whose_network_is_missing_is_refused_before_the_work(command: Any, small: Small, here: Path) -> None:
+    outcome = command("--target-lpips", "0.1", *small)
+    outcome.assert_refused("search-policy", "--target-lpips cannot be measured", "--features")
+    assert list(here.iterdir()) == []
+
+
+def test_networks_that_are_not_there(refused: Any) -> None:
+    refused(("--features nowhere", "no such file or folder"), "--features", "nowhere")
+
+
+@pytest.mark.parametrize("command_line", [("--budget", "50%"), ("probe",)])
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 250, "a/" + "y" * 300 + "/b"])
+def test_a_name_that_no_file_can_have(
+    command: Any, small: Small, here: Path, command_line: tuple[str, ...], name: str
+) -> None:
+    given = small[:-2] if command_line == ("probe",) else small
+    outcome = command(*command_line, *given, "--output-dir", name)
+    program = "bitpolicy" if command_line == ("probe",) else "search-policy"
+    outcome.assert_refused(program, "cannot hold", "characters; give a shorter one")
+    assert list(here.iterdir()) == []
 
 
 def test_no_budget(command: Any, here: Path) -> None:

@@ -72,7 +72,7 @@ def test_every_setting_counts() -> None:
     ours, theirs = SETTINGS.identity(), other.identity()
     assert [name for name in ours if ours[name] == theirs[name]] == ["config", "target_psnr", "target_lpips"]
     for aim in ("target_psnr", "target_lpips"):
-        assert Settings(None, **{aim: 30.0}).identity()[aim] == 30.0
+        assert Settings(None, **{aim: 0.5}).identity()[aim] == 0.5
 
 
 def test_looking_writes_nothing(tmp_path: Path) -> None:

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import time
 
 import pytest
 
 from bitpolicy.sensitivity.progress import Stages
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """What stands on a terminal of 120 columns, every frame of it."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    return screen
 
 
 def test_seconds_of_a_stage_add_up() -> None:
@@ -30,4 +47,41 @@ def test_a_stage_that_is_interrupted_is_timed_too() -> None:
 @pytest.mark.parametrize("quiet", [True, False])
 def test_no_bar_is_drawn_where_stderr_is_no_terminal(capsys: pytest.CaptureFixture[str], quiet: bool) -> None:
     assert list(Stages(quiet).track(["a", "b"], "work")) == ["a", "b"]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_run_shows_a_line_of_its_own_from_the_start(terminal: Terminal) -> None:
+    stages = Stages()
+    with stages.whole_run():
+        assert "whole run" in terminal.getvalue()
+        assert "getting ready" in terminal.getvalue()
+
+
+def test_then_how_long_the_rest_takes_and_the_stage_under_way(terminal: Terminal) -> None:
+    stages = Stages()
+    with stages.whole_run():
+        stages.expect({"reference": 600.0, "adjoint probe": 1200.0})
+        with stages.bar(2, "reference") as advance:
+            advance()
+            time.sleep(0.2)  # rich draws ten times a second
+            shown = terminal.getvalue()
+            assert "17%" in shown  # half of a third
+            assert "about 2" in shown
+            assert "min left" in shown
+            assert "reference" in shown
+            assert "1/2" in shown
+
+
+def test_a_run_whose_stage_fails_leaves_no_line_behind(terminal: Terminal) -> None:
+    stages = Stages()
+    with pytest.raises(KeyError), stages.whole_run(), stages.bar(2, "reference"):
+        raise KeyError
+    assert list(stages.track(["a"], "work")) == ["a"]
+
+
+def test_nothing_of_a_run_is_drawn_where_stderr_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    stages = Stages()
+    with stages.whole_run():
+        stages.expect({"work": 1.0})
+        assert list(stages.track(["a"], "work")) == ["a"]
     assert capsys.readouterr() == ("", "")
