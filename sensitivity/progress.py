@@ -63,6 +63,7 @@ class Stages:
         self._left = None
         with self._drawn(transient=True) as bars:
             bars.add_task(_WHOLE, total=None)
+            bars.refresh()  # at once, not with the next frame
             self._bars = bars
             try:
                 yield

@@ -63,7 +63,9 @@ def test_then_how_long_the_rest_takes_and_the_stage_under_way(terminal: Terminal
         stages.expect({"reference": 600.0, "adjoint probe": 1200.0})
         with stages.bar(2, "reference") as advance:
             advance()
-            time.sleep(0.2)  # rich draws ten times a second
+            until = time.monotonic() + 60
+            while "17%" not in terminal.getvalue() and time.monotonic() < until:
+                time.sleep(0.05)  # rich draws ten times a second, in a thread of its own
             shown = terminal.getvalue()
             assert "17%" in shown  # half of a third
             assert "about 2" in shown
