@@ -16,9 +16,9 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    """What stands on a terminal of 120 columns, every frame of it."""
+def on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """What is drawn on a terminal of 120 columns, every frame of it. No fixture: pytest puts its own stderr back
+    between a fixture and its test."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     screen = Terminal()
@@ -50,15 +50,15 @@ def test_no_bar_is_drawn_where_stderr_is_no_terminal(capsys: pytest.CaptureFixtu
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_run_shows_a_line_of_its_own_from_the_start(terminal: Terminal) -> None:
-    stages = Stages()
+def test_a_run_shows_a_line_of_its_own_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, stages = on_a_terminal(monkeypatch), Stages()
     with stages.whole_run():
         assert "whole run" in terminal.getvalue()
         assert "getting ready" in terminal.getvalue()
 
 
-def test_then_how_long_the_rest_takes_and_the_stage_under_way(terminal: Terminal) -> None:
-    stages = Stages()
+def test_then_how_long_the_rest_takes_and_the_stage_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, stages = on_a_terminal(monkeypatch), Stages()
     with stages.whole_run():
         stages.expect({"reference": 600.0, "adjoint probe": 1200.0})
         with stages.bar(2, "reference") as advance:
@@ -74,11 +74,12 @@ def test_then_how_long_the_rest_takes_and_the_stage_under_way(terminal: Terminal
             assert "1/2" in shown
 
 
-def test_a_run_whose_stage_fails_leaves_no_line_behind(terminal: Terminal) -> None:
-    stages = Stages()
+def test_a_run_whose_stage_fails_can_be_followed_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, stages = on_a_terminal(monkeypatch), Stages()
     with pytest.raises(KeyError), stages.whole_run(), stages.bar(2, "reference"):
         raise KeyError
     assert list(stages.track(["a"], "work")) == ["a"]
+    assert "work" in terminal.getvalue()
 
 
 def test_nothing_of_a_run_is_drawn_where_stderr_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
