@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 import time
 
@@ -68,8 +69,7 @@ def test_then_how_long_the_rest_takes_and_the_stage_under_way(monkeypatch: pytes
                 time.sleep(0.05)  # rich draws ten times a second, in a thread of its own
             shown = terminal.getvalue()
             assert "17%" in shown  # half of a third
-            assert "about 2" in shown
-            assert "min left" in shown
+            assert re.search(r"about \d+ min left", shown)
             assert "reference" in shown
             assert "1/2" in shown
 
