@@ -27,6 +27,7 @@ from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.denoiser import ALL, DENOISERS, denoiser_names, denoiser_of, denoisers_in, studied
 from bitpolicy.policies.denoiser_files import WRONG_CONFIG
 from bitpolicy.policies.folder_parts import FolderParts, has_names_of_models, is_streamable
+from bitpolicy.policies.named_classes import require_known_classes
 from bitpolicy.policies.parts import MemoryParts, Parts, require_no_adapter
 from bitpolicy.policies.pipeline_files import PipelineFiles, read_json
 from bitpolicy.sensitivity.workers import device_of_this_process
@@ -187,6 +188,7 @@ def source_of(pipe: DiffusionPipeline, component: str | None = None, storage: to
 def open_pipeline(folder: Path, dtype: torch.dtype | None = None, variant: str | None = None) -> DiffusionPipeline:
     """`DiffusionPipeline.from_pretrained` on a local folder, with errors a person can use."""
     _require_pipeline(folder)
+    require_known_classes(read_json(folder / "model_index.json"), folder / "model_index.json")
     names = inspect.signature(DiffusionPipeline.from_pretrained).parameters
     keyword = "dtype" if "dtype" in names else "torch_dtype"
     arguments: dict[str, Any] = {"variant": variant, "local_files_only": True}

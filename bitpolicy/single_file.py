@@ -8,7 +8,6 @@ time; text encoders and VAE are loaded by diffusers, which maps the file into me
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.denoiser import DENOISERS
 from bitpolicy.policies.denoiser_files import fitted, skeleton
 from bitpolicy.policies.file_source import FileSource
+from bitpolicy.policies.named_classes import class_named, require_known_classes
 from bitpolicy.policies.parts import MemoryParts
 from bitpolicy.policies.pipeline_files import PipelineFiles
 from bitpolicy.policies.source import TensorSource
@@ -64,6 +64,7 @@ class SingleFile:
             remedy = "a pickle can run code when it is read: convert it where you trust it" if pickled else _GIVE
             raise BitPolicyError(f"{path} is no safetensors file; {remedy}")
         configs = PipelineFiles(_configs(path, config))
+        require_known_classes(configs.index, configs.folder / "model_index.json")
         there = [name for name in ([component] if component else DENOISERS) if name in configs.components]
         if not there:
             raise BitPolicyError(
@@ -129,8 +130,7 @@ class SingleFile:
                 f"{self.path} has no {name}, and {self.configs.folder} has no weights of one; "
                 "give with --config a folder that has them"
             )
-        library, kind_name = self.configs.index[name]
-        kind = getattr(import_module(library), kind_name)
+        kind = class_named(*self.configs.kind(name), self.configs.folder / "model_index.json")
         return kind.from_pretrained(self.configs.folder / name, torch_dtype=dtype, local_files_only=True)
 
     def parts(self, dtype: torch.dtype) -> MemoryParts:

@@ -1,0 +1,65 @@
+"""The classes that a file may name: diffusers' and transformers' own, looked up in those libraries by name.
+
+A model_index.json names a library and a class for every component, and diffusers imports whatever library it finds
+there. So a folder could run any module on the path. Every name is therefore checked before a pipeline is made of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import diffusers
+import transformers
+from diffusers import DiffusionPipeline
+
+from bitpolicy.kernels.errors import BitPolicyError
+
+_LIBRARIES: dict[str, ModuleType] = {"diffusers": diffusers, "transformers": transformers}
+
+
+def class_named(library: str, name: str, where: Path) -> type[Any]:
+    """The class that a file names.
+
+    Args:
+        library: "diffusers", "transformers", or a module of `diffusers.pipelines`, such as "stable_diffusion".
+        where: the file, for the error.
+
+    Raises:
+        BitPolicyError: the library is another, or has no such class of its own.
+    """
+    module = _LIBRARIES.get(library) or _pipeline_module(library)
+    if module is None:
+        raise BitPolicyError(
+            f"{where} names {library}.{name}: only classes of diffusers and transformers are loaded; a pipeline with "
+            "classes of its own can be passed to bitpolicy.search from Python"
+        )
+    found = getattr(module, name, None)
+    if not isinstance(found, type) or found.__module__.partition(".")[0] not in _LIBRARIES:
+        raise BitPolicyError(
+            f"{where} names {library}.{name}: {library} of this installation has no such class; install the release "
+            "that has it"
+        )
+    return found
+
+
+def require_known_classes(index: Mapping[str, Any], where: Path) -> None:
+    """Check every class that a model_index.json names, the pipeline's own included.
+
+    Raises:
+        BitPolicyError: as `class_named`.
+    """
+    pipeline = index.get("_class_name")
+    kind = class_named("diffusers", pipeline, where) if isinstance(pipeline, str) else None
+    if kind is None or not issubclass(kind, DiffusionPipeline):
+        raise BitPolicyError(f"{where} names {pipeline!r} as its pipeline; needed a pipeline class of diffusers")
+    for value in index.values():
+        if isinstance(value, list) and len(value) == 2 and value[0] is not None:
+            class_named(str(value[0]), str(value[1]), where)
+
+
+def _pipeline_module(name: str) -> ModuleType | None:
+    found = getattr(diffusers.pipelines, name, None) if name.isidentifier() else None
+    return found if isinstance(found, ModuleType) and found.__name__.startswith("diffusers.pipelines.") else None
