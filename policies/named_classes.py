@@ -14,6 +14,7 @@ from typing import Any
 import diffusers
 import transformers
 from diffusers import DiffusionPipeline
+from diffusers.utils import deprecation_utils
 
 from bitpolicy.kernels.errors import BitPolicyError
 
@@ -36,7 +37,7 @@ def class_named(library: str, name: str, where: Path) -> type[Any]:
             f"{where} names {library}.{name}: only classes of diffusers and transformers are loaded; a pipeline with "
             "classes of its own can be passed to bitpolicy.search from Python"
         )
-    found = getattr(module, name, None)
+    found = getattr(module, name, None) or getattr(module, _renamed(name), None)
     if not isinstance(found, type) or found.__module__.partition(".")[0] not in _LIBRARIES:
         raise BitPolicyError(
             f"{where} names {library}.{name}: {library} of this installation has no such class; install the release "
@@ -58,6 +59,12 @@ def require_known_classes(index: Mapping[str, Any], where: Path) -> None:
     for value in index.values():
         if isinstance(value, list) and len(value) == 2 and value[0] is not None:
             class_named(str(value[0]), str(value[1]), where)
+
+
+def _renamed(name: str) -> str:
+    """What transformers now calls a class that older folders name; diffusers knows."""
+    known = getattr(deprecation_utils, "_maybe_remap_transformers_class", None)
+    return str((known and known(name)) or name)
 
 
 def _pipeline_module(name: str) -> ModuleType | None:

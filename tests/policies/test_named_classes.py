@@ -28,6 +28,7 @@ SOUND = {
 def test_classes_of_the_two_libraries_and_of_their_pipelines_are_found() -> None:
     require_known_classes(SOUND, INDEX)
     assert class_named("transformers", "CLIPTextModel", INDEX).__name__ == "CLIPTextModel"
+    assert class_named("transformers", "CLIPFeatureExtractor", INDEX).__name__.startswith("CLIPImageProcessor")
     assert class_named("stable_diffusion", "StableDiffusionSafetyChecker", INDEX).__module__.startswith("diffusers.")
 
 
