@@ -14,12 +14,13 @@ from bitpolicy.plan import Plan
 from bitpolicy.policies.policy import Choice
 from bitpolicy.search.finalists import Confirmed, confirm
 from bitpolicy.search.generation import Generations
+from bitpolicy.search.journal import journal
 from bitpolicy.search.metrics import perceptual_distance
 from bitpolicy.search.networks import Networks
 from bitpolicy.search.problem import Problem
 from bitpolicy.search.quality import Unavailable
 from bitpolicy.search.starts import repaired
-from bitpolicy.search.study import Study, journal
+from bitpolicy.search.study import Study
 from bitpolicy.search.target import MEASUREMENTS, Measured, Reach
 from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.records import settings_key

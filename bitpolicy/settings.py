@@ -49,7 +49,7 @@ _LIMITS = {
     "seed": _Limit(0, MOST_SEED, f"a whole number from 0 to {MOST_SEED}"),
 }
 _COUNTS = ("calibration_samples", "vectors", "shared", "search_samples", "confirm_samples", "held_out_samples")
-_OURS += ("study.journal", "compare.png", "checkpoint", "work", "report.html")
+_OURS += ("study.journal", "study.journal.torn", "compare.png", "checkpoint", "work", "report.html")
 
 
 @dataclass(frozen=True)

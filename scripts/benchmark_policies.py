@@ -29,9 +29,10 @@ from bitpolicy.policies.policy import Choice
 from bitpolicy.search.budget import Budget
 from bitpolicy.search.finalists import confirm
 from bitpolicy.search.generation import Generations
+from bitpolicy.search.journal import journal
 from bitpolicy.search.problem import Problem
 from bitpolicy.search.quality import Psnr
-from bitpolicy.search.study import Study, journal
+from bitpolicy.search.study import Study
 from bitpolicy.sensitivity.inventory import Layer
 from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.reference import ReferencePass

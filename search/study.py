@@ -22,13 +22,12 @@ import numpy as np
 import optuna
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.pruners import WilcoxonPruner
-from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import BaseStorage, GrpcStorageProxy
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.search.generation import Generations
-from bitpolicy.search.journal_lock import SleepersLock
+from bitpolicy.search.journal import journal
 from bitpolicy.search.knapsack import Solution
 from bitpolicy.search.problem import Problem
 from bitpolicy.search.samplers import Choices, Space, formats_of, policy_key, require_sampler
@@ -243,8 +242,3 @@ def _opened(url: str) -> BaseStorage:
         proxy.wait_server_ready(timeout=10)
         return proxy
     return optuna.storages.get_storage(url)
-
-
-def journal(path: str) -> BaseStorage:
-    """Optuna's journal-file storage: survives a kill, and several processes may share it."""
-    return JournalStorage(JournalFileBackend(path, lock_obj=SleepersLock(path)))

@@ -185,3 +185,19 @@ def test_a_damaged_piece_is_made_again(command: Any, finished: Any, here: Path) 
     for piece in itertools.islice(sorted((here / "out" / "work").rglob("sketch-3-*.safetensors")), 2):
         piece.write_bytes(piece.read_bytes()[:40])
     assert_same_end(command(*arguments_for(finished, here / "out")), finished, here / "out")
+
+
+def test_a_search_whose_journal_was_cut_short_goes_on(command: Any, finished: Any, here: Path) -> None:
+    """A full disk, or a power cut, inside the last line."""
+    folder = here / "out"
+    shutil.copytree(finished.folder, folder)
+    for name in ("result.json", "policy.yaml"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "checkpoint")
+    study = folder / "study.journal"
+    study.write_bytes(study.read_bytes()[:-10])
+    outcome = command(*arguments_for(finished, folder))
+    assert outcome.code == 0
+    assert "cut short" in outcome.err
+    assert without_seconds(outcome.result)["policy_bytes"] == finished.outcome.result["policy_bytes"]
+    assert (folder / "study.journal.torn").is_file()

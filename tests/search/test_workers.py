@@ -20,9 +20,10 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from bitpolicy.search import storage as storage_module
+from bitpolicy.search.journal import journal
 from bitpolicy.search.problem import Problem
 from bitpolicy.search.samplers import policy_key
-from bitpolicy.search.study import Study, journal, open_storage
+from bitpolicy.search.study import Study, open_storage
 from bitpolicy.sensitivity.samples import Sample
 
 Samples = list[Sample]
