@@ -3,9 +3,9 @@
     python -m bitpolicy.kernels.cpu_extension     builds it ahead, and says where it lies or why there is none
 
 They have a plain C interface, so they compile in seconds. The library is kept in the cache folder, named by a hash of
-sources, flags, compiler and processor, so nothing stale or made for another machine is loaded; it is written aside and
-renamed, so any number of processes may build it at once. Where it cannot be built, kernels that need it refuse their
-calls and plain torch code computes the same.
+sources, flags, compiler and processor and by its own checksum, so nothing stale, damaged or made for another machine is
+loaded; it is written aside and renamed, so any number of processes may build it at once. Where it cannot be built,
+kernels that need it refuse their calls and plain torch code computes the same.
 
 `CXX` names the compiler.
 """
@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from bitpolicy.kernels.cache_folder import cache_folder
+from bitpolicy.kernels.cache_folder import cache_folder, is_own, keep
 
 _log = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "csrc"
@@ -119,21 +119,38 @@ def find_compiler() -> list[str]:
 
 
 def _compiled(compiler: list[str], flags: list[str]) -> Path:
+    """The library for these flags, from the cache folder if a sound one is there."""
+    cache, name = cache_folder(), f"kernels-{_key(compiler, flags)}"
+    if found := next(filter(_is_sound, sorted(cache.glob(f"{name}-*.so"))), None):
+        return found
     sources = sorted(SOURCES.glob("*.cpp"))
-    path = cache_folder() / f"kernels-{_key(compiler, flags)}.so"
-    if path.is_file():
-        return path
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="building-", dir=path.parent) as folder:
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="building-", dir=cache) as folder:
             objects = [os.path.join(folder, source.stem + ".o") for source in sources]
             for source, result in zip(sources, objects, strict=True):
                 _run([*compiler, *flags, "-c", str(source), "-o", result])
-            _run([*compiler, "-shared", *objects, "-o", os.path.join(folder, "kernels.so")])
-            os.replace(os.path.join(folder, "kernels.so"), path)
+            built = Path(folder) / "kernels.so"
+            _run([*compiler, "-shared", *objects, "-o", str(built)])
+            path = cache / f"{name}-{_checksum(built)}.so"
+            if not keep(path, built.read_bytes()):
+                raise Unavailable(f"cannot write to the cache folder {cache}")
     except OSError as error:
-        raise Unavailable(f"cannot write to the cache folder {path.parent}: {error.strerror or error}") from None
+        raise Unavailable(f"cannot write to the cache folder {cache}: {error.strerror or error}") from None
     return path
+
+
+def _checksum(path: Path) -> str:
+    """The last part of a library's name: half a file that is mapped and run would kill the process."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:24]
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether a library of the cache is as it was written, by this user."""
+    try:
+        return is_own(path) and path.stem.rpartition("-")[2] == _checksum(path)
+    except OSError:
+        return False
 
 
 def _key(compiler: list[str], flags: list[str]) -> str:

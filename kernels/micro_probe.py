@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bitpolicy.kernels.cache_folder import cache_folder, keep
+from bitpolicy.kernels.cache_folder import cache_folder, is_own, keep
 from bitpolicy.kernels.kernel import Compute
 
 _REPEATS, _FEWEST = 7, 3
@@ -143,7 +143,7 @@ def _kept() -> dict[str, dict[str, Any]]:
 
 def _read() -> dict[str, dict[str, Any]]:
     try:
-        found = json.loads(_file().read_text())["fastest"]
+        found = json.loads(_file().read_text())["fastest"] if is_own(_file()) else {}
         return {str(call): {"kernel": str(x["kernel"]), "ms": dict(x["ms"])} for call, x in found.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

@@ -6,7 +6,7 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -84,11 +84,26 @@ def test_other_sources_are_another_library(fresh: Path, small: Path) -> None:
 
 
 @needs_compiler
-def test_half_a_file_in_the_cache_is_built_again(fresh: Path, small: Path) -> None:
-    fresh.mkdir()
-    for flags in ([*cpu_extension._FLAGS, *openmp] for openmp in cpu_extension._OPENMP):
-        (fresh / f"kernels-{cpu_extension._key(find_compiler(), flags)}.so").write_bytes(b"\x7fELF")
-    assert cpu_extension.library() is not None
+@pytest.mark.parametrize("damage", [lambda c: c[: len(c) // 2], lambda _: b"", lambda c: c[:-1] + b"x"])
+def test_a_damaged_library_in_the_cache_is_built_again(
+    fresh: Path, small: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    build()
+    (path,) = libraries(fresh)
+    sound = path.read_bytes()
+    path.unlink()  # this process has it mapped
+    path.write_bytes(damage(sound))
+    assert Path(build()._name).read_bytes() == sound
+
+
+@needs_compiler
+def test_a_library_that_others_may_have_written_is_not_loaded(fresh: Path, small: Path) -> None:
+    build()
+    (path,) = libraries(fresh)
+    path.chmod(0o666)
+    assert not cpu_extension._is_sound(path)
+    build()
+    assert path.stat().st_mode & 0o022 == 0
 
 
 @needs_compiler
