@@ -13,7 +13,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.apply import choices_for
-from bitpolicy.policies.atomic import write_text, written_aside
+from bitpolicy.policies.atomic import folder_written_aside, write_text
 from bitpolicy.policies.calibration import Calibration, calibration_bytes, is_rounded, save_calibration
 from bitpolicy.policies.checkpoint import MAX_SHARD_SIZE
 from bitpolicy.policies.component import export_component
@@ -76,7 +76,7 @@ def export_parts(
     choices = choices_for(parts.denoiser, policy)
     if folder.exists() and not (folder / "model_index.json").is_file() and (folder.is_file() or any(folder.iterdir())):
         raise BitPolicyError(f"{folder} holds something that is no pipeline; export to a new or an empty folder")
-    with written_aside(folder) as aside:
+    with folder_written_aside(folder) as aside:
         packed = ByteAccount.of(parts.denoiser, storage).total({name: c.format for name, c in choices.items()})
         beside = calibration_bytes(calibration) if _is_kept(calibration, choices) else 0
         require_space(aside.parent, packed + beside + parts.to_write(others, aside))

@@ -16,7 +16,7 @@ from diffusers import ModelMixin
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import as_stored, choices_for
-from bitpolicy.policies.atomic import written_aside
+from bitpolicy.policies.atomic import folder_written_aside
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoint import packed_specs, packed_tensors
 from bitpolicy.policies.denoiser import denoisers_in, of_component
@@ -78,7 +78,7 @@ def export_to(
     choices = asked | {one.name: one.after for one in changed}
     written = _policy_of(policy, choices, exporter) if changed else policy
     nbytes = 0
-    with written_aside(folder) as aside:
+    with folder_written_aside(folder) as aside:
         aside.mkdir()
         for name, model in zip(components, denoisers_in(parts.denoiser), strict=True):
             own, means = of_component(choices, name, components), of_component(calibration, name, components)

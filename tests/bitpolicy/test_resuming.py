@@ -62,7 +62,7 @@ def interrupted(command: Any, finished: Any, here: Path) -> Callable[..., Any]:
             outcome = command(*arguments_for(finished, here / "out"))
         assert (outcome.code, outcome.out) == (130, "")
         assert not (here / "out" / "result.json").exists()
-        partial = [path.name for path in (here / "out").rglob("*") if path.name.endswith((".partial", ".old"))]
+        partial = [path.name for path in (here / "out").rglob("*") if path.name.endswith(("-partial", "-old", "-lock"))]
         assert partial == []
         return outcome
 

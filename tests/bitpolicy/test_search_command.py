@@ -128,7 +128,7 @@ def test_the_folder_holds_what_the_readme_promises(finished: Any) -> None:
         "result.json",
         "work",
     }
-    assert [path for path in finished.folder.rglob("*") if ".partial" in path.name or ".old" in path.name] == []
+    assert [path for path in finished.folder.rglob("*") if path.name.startswith(".")] == []
 
 
 def test_the_picture_shows_both_rows(finished: Any) -> None:

@@ -77,8 +77,8 @@ def test_a_failure_leaves_nothing_where_nothing_was(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
-    fill(tmp_path / ".folder.partial", "half")
-    fill(tmp_path / ".folder.old", "older")
+    fill(tmp_path / ".folder.bitpolicy-partial", "half")
+    fill(tmp_path / ".folder.bitpolicy-old", "older")
     fill(tmp_path / "folder", "old")
     with written_aside(tmp_path / "folder") as aside:
         assert not aside.exists()
@@ -88,8 +88,8 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
 
 def test_what_was_moved_out_of_the_way_comes_back(tmp_path: Path) -> None:
     """A process was killed between moving the old folder away and moving the new one in."""
-    fill(tmp_path / ".folder.old", "old")
-    fill(tmp_path / ".folder.partial", "new")
+    fill(tmp_path / ".folder.bitpolicy-old", "old")
+    fill(tmp_path / ".folder.bitpolicy-partial", "new")
     with pytest.raises(RuntimeError):
         stop_half_way(tmp_path / "folder", lambda aside: fill(aside, "half"))
     assert tree(tmp_path) == {"folder/a": "old", "folder/deep/b": "old"}

@@ -42,13 +42,13 @@ def test_a_killed_export_leaves_the_old_folder_or_nothing(
         os.kill(child, signal.SIGKILL)
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
         names = {path.name for path in out.parent.iterdir()} if out.parent.exists() else set()
-        assert names <= {"out", ".out.partial", ".out.old"}
+        assert names <= {"out", ".out.bitpolicy-partial", ".out.bitpolicy-old", ".out.bitpolicy-lock"}
         seen |= names
         if out.exists():
             assert differing(out, tmp_path / "expected") == []
         elif before == "an older export":  # killed between two renames: the old one is there by its other name
-            assert differing(out.parent / ".out.old", tmp_path / "expected") == []
-    assert ".out.partial" in seen, "no process was killed while it wrote"
+            assert differing(out.parent / ".out.bitpolicy-old", tmp_path / "expected") == []
+    assert ".out.bitpolicy-partial" in seen, "no process was killed while it wrote"
     export(exported, source, out)
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     assert differing(out, tmp_path / "expected") == []

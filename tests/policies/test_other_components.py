@@ -86,8 +86,8 @@ def test_the_bytes_of_other_components_are_those_that_were_predicted(
 def test_the_disk_needs_room_for_what_is_copied_but_not_for_what_is_linked(
     exported: Any, half: Path, saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "left by a killed run").write_text("x")
+    (tmp_path / ".out.bitpolicy-partial").mkdir()
+    (tmp_path / ".out.bitpolicy-partial" / "left by a killed run").write_text("x")
     others = sum(FolderParts(half).others(F16).values())
     packed = exported.nbytes + checkpoint_bytes(exported.folder)  # the calibration lies in it
     for folder, needed in ((half, packed), (saved(F32), packed + others)):
