@@ -25,7 +25,7 @@ from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import packed_layers
 from bitpolicy.loading import Source, open_pipeline
 from bitpolicy.plan import Plan
-from bitpolicy.policies.calibration import Calibration, calibration_hash, needed_for, save_calibration
+from bitpolicy.policies.calibration import Calibration, calibration_hash, needed_for, save_calibration, stamped
 from bitpolicy.policies.checkpoint import checkpoint_bytes
 from bitpolicy.policies.denoiser import denoisers_in
 from bitpolicy.policies.export import describe_checkpoint, export_parts
@@ -85,7 +85,7 @@ class SearchRun:
                 found = reaching_target(settings, plan, problem, generations, self._stages)
             else:
                 found = within_budget(settings, plan, problem, generations, self._folder, self._stages)
-        self.calibration = needed_for(found.choices, self._rounded)
+        self.calibration = stamped(needed_for(found.choices, self._rounded), plan.source.sha256)
         save_calibration(self.calibration, self._folder / "calibration.safetensors")
         formats = [found.choices[layer.name].format for layer in plan.layers]
         about = {"probe": self._about_probe(problem), "search": found.about}
@@ -160,6 +160,7 @@ class SearchRun:
             shared: dict[str, torch.Tensor] = {}
             for point in found:
                 shared |= needed_for(point.choices, self._rounded)
+            shared = stamped(shared, plan.source.sha256)
             save_calibration(shared, folder / "calibration.safetensors")
             for point in found:
                 about = {"probe": self._about_probe(problem), "search": {"won": "the exact solution"}}

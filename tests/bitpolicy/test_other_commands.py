@@ -191,10 +191,31 @@ def test_export_refuses_another_model(command: Any, finished: Any, other_toy: Pa
     assert list(here.iterdir()) == []
 
 
+def test_export_refuses_a_policy_whose_model_was_edited_as_its_codes_are_of_another(
+    command: Any, finished: Any, toy: Path, other_toy: Path, here: Path
+) -> None:
+    """gptq rounded the first model; what it made is the first model's weights."""
+    policy = edited(finished, here / "mine")
+    hashes = {name: weights_hash(load_unet(folder), torch.float16) for name, folder in (("a", toy), ("b", other_toy))}
+    text = policy.read_text()
+    assert hashes["a"] in text
+    policy.write_text(text.replace(hashes["a"], hashes["b"]))
+    outcome = command("export", "--policy", policy, "--model", other_toy, "--output-dir", "out")
+    outcome.assert_refused("bitpolicy", "calibration was made from weights with sha256", "run search-policy on")
+    assert not (here / "out").exists()
+
+
+def load_unet(folder: Path) -> Any:
+    return diffusers.UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float16)
+
+
 def test_export_refuses_a_policy_without_its_calibration(command: Any, finished: Any, toy: Path, here: Path) -> None:
     shutil.copy(finished.folder / "policy.yaml", here)
     outcome = command("export", "--policy", "policy.yaml", "--model", toy, "--output-dir", "out")
-    outcome.assert_refused("bitpolicy", "calibration.safetensors", "keep the two together", "bias_correction: false")
+    outcome.assert_refused(
+        "bitpolicy", "calibration.safetensors is missing", "keep the two together", "bias_correction"
+    )
+    assert "git-lfs" not in outcome.err
     assert [path.name for path in here.iterdir()] == ["policy.yaml"]
 
 
