@@ -143,7 +143,7 @@ class SearchRun:
             "known, and they stay FP16; --keep 'GLOB=FORMAT' gives them another format"
         )
         try:
-            plan.budget.require(problem.smallest, [format.name for format in plan.formats])
+            plan.require_budget(problem.smallest)
         except BudgetError as error:
             raise BudgetError(f"{error}; {said}") from error
         self._stages.warn(said)
@@ -164,7 +164,9 @@ class SearchRun:
             save_calibration(shared, folder / "calibration.safetensors")
             for point in found:
                 about = {"probe": self._about_probe(problem), "search": {"won": "the exact solution"}}
-                self._policy(point.choices, point.error, about, shared).save(folder / file_name(point, plan.account))
+                policy = self._policy(point.choices, point.error, about, shared)
+                own = BudgetRecord(asked=f"{point.nbytes}B", bytes=point.nbytes)
+                policy.model_copy(update={"budget": own}).save(folder / file_name(point, plan.account))
             save_table(folder / "frontier.csv", found, plan.account)
             save_picture(folder / "frontier.png", found, plan.account)
         self.points = found

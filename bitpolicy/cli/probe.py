@@ -44,6 +44,7 @@ from bitpolicy.plan import make_plan
 from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.workers import is_main, launched
+from bitpolicy.settings import require_no_search
 
 OutputDir = Annotated[
     Path,
@@ -103,6 +104,7 @@ def probe(
     settings = settings_of(locals(), budget="100%", calibration_samples=samples)
     if output_dir.is_file():
         raise BitPolicyError(f"--output-dir {output_dir} is a file; give a folder")
+    require_no_search(output_dir)
     stages = Stages(quiet or as_json or not is_main())
     plan = make_plan(settings)
     run = plan.probe(settings, output_dir / "work", stages)
