@@ -15,6 +15,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import DEFAULT, parse_formats
 from bitpolicy.kernels.quantizers import DEFAULT as DEFAULT_QUANTIZER
 from bitpolicy.loading import open_parts, open_pipeline, source_of, stored_dtype
+from bitpolicy.over_budget import warn_if_over_budget
 from bitpolicy.plan import make_plan
 from bitpolicy.policies.apply import choices_for
 from bitpolicy.policies.calibration import Calibration, calibration_of
@@ -189,6 +190,7 @@ def export(
     parts = _parts(pipe, given, revision, variant, config)
     layers = inventory(parts.denoiser)
     warn_of_unsupported(parts.denoiser)
+    warn_if_over_budget(given, parts.denoiser)
     nbytes = export_parts(
         parts,
         given,
@@ -231,6 +233,7 @@ def export_for(
     parts = _parts(pipe, given, revision, variant, config)
     calibration = _calibration(given, policy, parts)
     warn_of_unsupported(parts.denoiser)
+    warn_if_over_budget(given, parts.denoiser)
     return export_to(target, parts, given, calibration, Path(output_dir), requantize=requantize)
 
 

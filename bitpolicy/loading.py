@@ -28,6 +28,7 @@ from bitpolicy.policies.denoiser import ALL, DENOISERS, denoiser_names, denoiser
 from bitpolicy.policies.denoiser_files import WRONG_CONFIG
 from bitpolicy.policies.folder_parts import FolderParts, has_names_of_models, is_streamable
 from bitpolicy.policies.named_classes import require_known_classes
+from bitpolicy.policies.packed_config import METHOD
 from bitpolicy.policies.parts import MemoryParts, Parts, require_no_adapter
 from bitpolicy.policies.pipeline_files import PipelineFiles, read_json
 from bitpolicy.sensitivity.workers import device_of_this_process
@@ -103,6 +104,7 @@ def load_source(
     variant: str | None = None,
     config: str | None = None,
     offload: bool = False,
+    storage: torch.dtype | None = None,
 ) -> Source:
     """Load a diffusers pipeline for probing and search.
 
@@ -113,6 +115,7 @@ def load_source(
         dtype: compute dtype; "auto" is float32 on the CPU and the storage dtype on CUDA.
         device: "auto" is CUDA where there is one.
         offload: keep the weights in main memory and stream them to the device.
+        storage: dtype that what is studied is rounded to; None is that of the files.
 
     Raises:
         BitPolicyError: there is no such folder, repository, component, dtype or device, or it is no diffusers pipeline.
@@ -123,11 +126,11 @@ def load_source(
     path = locate(model, revision, variant, config)
     if path.is_file():
         single = SingleFile.of(path, config, component)
-        storage, component, files = dtype_of_file(single), single.component, None
+        storage, component, files = storage or dtype_of_file(single), single.component, None
         pipe = single.open(storage)
     else:
         files = PipelineFiles(path, variant)
-        storage = storage_dtype(path, component, variant)
+        storage = storage or storage_dtype(path, component, variant)
         pipe = open_pipeline(path, storage, variant)
     compute = DTYPES.get(dtype) or (torch.float32 if target.type == "cpu" else storage)
     name = denoiser_names(pipe, component)
@@ -161,7 +164,7 @@ def open_parts(
     path = locate(model, revision, variant, config)
     if path.is_file():
         return SingleFile.of(path, config, component).parts(storage)
-    _require_pipeline(path)
+    require_pipeline(path)
     if component is not None and not has_names_of_models(path, component):
         pipe = open_pipeline(path, torch.float32, variant)
         return source_of(pipe, component, storage).parts
@@ -187,7 +190,7 @@ def source_of(pipe: DiffusionPipeline, component: str | None = None, storage: to
 
 def open_pipeline(folder: Path, dtype: torch.dtype | None = None, variant: str | None = None) -> DiffusionPipeline:
     """`DiffusionPipeline.from_pretrained` on a local folder, with errors a person can use."""
-    _require_pipeline(folder)
+    require_pipeline(folder)
     require_known_classes(read_json(folder / "model_index.json"), folder / "model_index.json")
     names = inspect.signature(DiffusionPipeline.from_pretrained).parameters
     keyword = "dtype" if "dtype" in names else "torch_dtype"
@@ -205,7 +208,10 @@ def open_pipeline(folder: Path, dtype: torch.dtype | None = None, variant: str |
         torch.set_default_dtype(usual)  # diffusers changes it, and leaves it so where a model cannot be made
 
 
-def _require_pipeline(folder: Path) -> None:
+def require_pipeline(folder: Path) -> None:
+    """Raises:
+    BitPolicyError: the folder is no diffusers pipeline.
+    """
     if (folder / "model_index.json").is_file():
         return
     empty = not folder.is_dir() or not any(folder.iterdir())
@@ -267,6 +273,11 @@ def packed_components(folder: Path) -> str | None:
     """The components of an exported pipeline that hold packed layers, separated by commas; None if there are none."""
     found = [path.parent.name for path in sorted(folder.glob("*/config.json")) if _packs_layers(path)]
     return ",".join(found) or None
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a pipeline's folder is one that a search or an export wrote, be there packed layers in it or none."""
+    return any(_recorded(path).get("quant_method") == METHOD for path in sorted(folder.glob("*/config.json")))
 
 
 def _packs_layers(config: Path) -> bool:

@@ -57,6 +57,7 @@ class Plan:
         asked: names of the formats that every layer may have; the others are only for layers that are pinned to them.
         barred: (layer name, format) that the program it is exported to cannot hold.
         bundled: whether it is the pipeline that comes with the package.
+        target: the program that it is exported to, if it is another.
     """
 
     source: Source
@@ -71,6 +72,7 @@ class Plan:
     asked: frozenset[str] = frozenset()
     barred: frozenset[tuple[str, Format]] = frozenset()
     bundled: bool = False
+    target: str | None = None
 
     @property
     def model(self) -> str:
@@ -137,6 +139,20 @@ class Plan:
         names = tuple(layer.name for layer in self.layers)
         return self.problem(SensitivityTable("weight", names, tuple(packed), zeros, zeros.bool())).smallest
 
+    def require_budget(self, smallest: int) -> None:
+        """Check the budget against the size of the smallest policy that is allowed.
+
+        Raises:
+            BudgetError: it is below that.
+        """
+        names = [format.name for format in self.formats]
+        if self.target is None:
+            self.budget.require(smallest, names)
+            return
+        packed = [format for format in self.formats if format.packed]
+        unpacked = sum(all((layer.name, format) in self.barred for format in packed) for layer in self.layers)
+        self.budget.require(smallest, names, exporter_named(self.target).title, unpacked)
+
     @property
     def fits_unquantized(self) -> bool:
         return self.budget.total >= self.budget.scope.reference and not self.pinned
@@ -187,8 +203,9 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
     budget = Budget.parse(asked, scope)
     barred = not_held(settings.target, layers, formats, kept) if settings.target else frozenset()
     asked_for = frozenset(format.name for format in useful)
-    plan = Plan(source, layers, formats, account, budget, parts, trajectories, kept, tied, asked_for, barred, bundled)
-    budget.require(plan.smallest, [f.name for f in formats])
+    rest = (kept, tied, asked_for, barred, bundled, settings.target)
+    plan = Plan(source, layers, formats, account, budget, parts, trajectories, *rest)
+    plan.require_budget(plan.smallest)
     return plan
 
 

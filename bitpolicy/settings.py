@@ -15,14 +15,10 @@ from bitpolicy.policies.atomic import require_nameable, write_text
 from bitpolicy.sensitivity.samples import Request, fingerprint
 
 MOST_SEED = 2**31 - 1  # NumPy's generators take twice that, and a study adds the number of the trial
-_OURS: tuple[str, ...] = (
-    "run.json",
-    "result.json",
-    "policy.yaml",
-    "calibration.safetensors",
-    "sensitivity.safetensors",
-    "sensitivity.csv",
-    "frontier",
+_OURS = (
+    *("run.json", "result.json", "policy.yaml", "calibration.safetensors", "sensitivity.safetensors"),
+    *("sensitivity.csv", "frontier", "study.journal", "study.journal.torn", "compare.png", "checkpoint", "work"),
+    "report.html",
 )
 
 
@@ -49,7 +45,7 @@ _LIMITS = {
     "seed": _Limit(0, MOST_SEED, f"a whole number from 0 to {MOST_SEED}"),
 }
 _COUNTS = ("calibration_samples", "vectors", "shared", "search_samples", "confirm_samples", "held_out_samples")
-_OURS += ("study.journal", "study.journal.torn", "compare.png", "checkpoint", "work", "report.html")
+_PROBED = ("split.safetensors", "check.json")  # what a probe leaves, and no search makes
 
 
 @dataclass(frozen=True)
@@ -174,6 +170,8 @@ class OutputFolder:
             path.mkdir(parents=True, exist_ok=True)
             if held is not None and (not resume or held != identity):
                 self._clear(keep_work=resume)
+            elif held is None:
+                self._clear_probed()
             write_text(path / "run.json", json.dumps(identity, indent=2, sort_keys=True) + "\n")
         except OSError as error:
             raise BitPolicyError(
@@ -200,12 +198,40 @@ class OutputFolder:
 
     def _clear(self, keep_work: bool) -> None:
         """Remove what an earlier search wrote here, and nothing else; the probe's records may stay, they are keyed."""
-        for name in _OURS:
+        for name in (*_OURS, *_PROBED):
             entry = self.path / name
             if entry.is_dir() and not (keep_work and name == "work"):
                 shutil.rmtree(entry)
             elif entry.is_file():
                 entry.unlink()
+
+    def _clear_probed(self) -> None:
+        """Remove what a probe found out beside its table, which the search's own is going to replace."""
+        for name in _PROBED:
+            (self.path / name).unlink(missing_ok=True)
+
+
+def require_no_search(path: Path) -> None:
+    """
+    Raises:
+        BitPolicyError: the folder holds a search, whose sensitivity table a probe would replace.
+    """
+    if holds_a_search(path):
+        raise BitPolicyError(
+            f"{path} holds a search, and a probe would replace its sensitivity table; give the probe a folder of its "
+            f"own, e.g. --output-dir {for_a_probe(path)}"
+        )
+
+
+def holds_a_search(path: Path) -> bool:
+    """Whether a search, done or stopped, lies in the folder."""
+    return (path / "run.json").is_file() or (path / "policy.yaml").is_file()
+
+
+def for_a_probe(path: Path) -> Path:
+    """A folder for a probe of what the search in `path` was of."""
+    whole = path if path.name not in ("", "..") else path.resolve()
+    return whole.with_name(f"{whole.name}-probe")
 
 
 def _claimed(path: Path, identity: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:

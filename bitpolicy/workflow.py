@@ -25,7 +25,7 @@ from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import packed_layers
 from bitpolicy.loading import Source, open_pipeline
 from bitpolicy.plan import Plan
-from bitpolicy.policies.calibration import Calibration, calibration_hash, needed_for, save_calibration
+from bitpolicy.policies.calibration import Calibration, calibration_hash, needed_for, save_calibration, stamped
 from bitpolicy.policies.checkpoint import checkpoint_bytes
 from bitpolicy.policies.denoiser import denoisers_in
 from bitpolicy.policies.export import describe_checkpoint, export_parts
@@ -85,7 +85,7 @@ class SearchRun:
                 found = reaching_target(settings, plan, problem, generations, self._stages)
             else:
                 found = within_budget(settings, plan, problem, generations, self._folder, self._stages)
-        self.calibration = needed_for(found.choices, self._rounded)
+        self.calibration = stamped(needed_for(found.choices, self._rounded), plan.source.sha256)
         save_calibration(self.calibration, self._folder / "calibration.safetensors")
         formats = [found.choices[layer.name].format for layer in plan.layers]
         about = {"probe": self._about_probe(problem), "search": found.about}
@@ -143,7 +143,7 @@ class SearchRun:
             "known, and they stay FP16; --keep 'GLOB=FORMAT' gives them another format"
         )
         try:
-            plan.budget.require(problem.smallest, [format.name for format in plan.formats])
+            plan.require_budget(problem.smallest)
         except BudgetError as error:
             raise BudgetError(f"{error}; {said}") from error
         self._stages.warn(said)
@@ -160,10 +160,13 @@ class SearchRun:
             shared: dict[str, torch.Tensor] = {}
             for point in found:
                 shared |= needed_for(point.choices, self._rounded)
+            shared = stamped(shared, plan.source.sha256)
             save_calibration(shared, folder / "calibration.safetensors")
             for point in found:
                 about = {"probe": self._about_probe(problem), "search": {"won": "the exact solution"}}
-                self._policy(point.choices, point.error, about, shared).save(folder / file_name(point, plan.account))
+                policy = self._policy(point.choices, point.error, about, shared)
+                own = BudgetRecord(asked=f"{point.nbytes}B", bytes=point.nbytes)
+                policy.model_copy(update={"budget": own}).save(folder / file_name(point, plan.account))
             save_table(folder / "frontier.csv", found, plan.account)
             save_picture(folder / "frontier.png", found, plan.account)
         self.points = found

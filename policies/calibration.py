@@ -1,8 +1,9 @@
 """What exporting needs beyond the policy and the model, measured on the reference.
 
 `calibration.safetensors` holds E[x] per layer (see `bitpolicy.kernels.bias_correction`), float32, by layer name; and,
-for layers that were not rounded to nearest, the packed tensors that their quantizer made, by `rounded_key`. Its hash is
-recorded in the policy, so what is exported is what was searched.
+for layers that were not rounded to nearest, the packed tensors that their quantizer made, by `rounded_key`. Under
+`MADE_FROM` it says which weights all this is of: what quantizers made of one model is another model's weights. Its hash
+is recorded in the policy, so what is exported is what was searched.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.accounting import tensor_bytes
 from bitpolicy.policies.atomic import written_aside
 from bitpolicy.policies.file_source import FileTensors
+from bitpolicy.policies.finite import is_finite, require_finite
 from bitpolicy.policies.policy import Choice, Policy
 
 Calibration = Mapping[str, torch.Tensor]
-"""Layer name -> E[x], float32, shape (in) or (in, *kernel); `rounded_key` -> a packed tensor."""
+"""Layer name -> E[x], float32, shape (in) or (in, *kernel); `rounded_key` -> a packed tensor; `MADE_FROM`."""
+
+MADE_FROM = "made from"
+"""Key of the hash of the weights, as a policy records it, in ASCII, uint8; no layer's name has a space."""
 
 
 def rounded_key(layer: str, choice: Choice, suffix: str) -> str:
@@ -35,9 +40,30 @@ def is_rounded(calibration: Calibration) -> bool:
 
 
 def needed_for(choices: Mapping[str, Choice], calibration: Calibration) -> dict[str, torch.Tensor]:
-    """The entries that putting `choices` on the model takes: every E[x], and what was rounded for them."""
+    """The entries that putting `choices` on the model takes: every E[x] that is finite, and what was rounded for them.
+
+    No bias is corrected by an E[x] that is not finite.
+    """
     wanted = {f"{name}/{choice.format.name}/{choice.quantizer}" for name, choice in choices.items()}
-    return {key: calibration[key] for key in calibration if "/" not in key or key.rpartition("/")[0] in wanted}
+    needed = {key: calibration[key] for key in calibration if "/" not in key or key.rpartition("/")[0] in wanted}
+    return {key: tensor for key, tensor in needed.items() if "/" in key or is_finite(tensor)}
+
+
+def stamped(calibration: Calibration, weights: str) -> dict[str, torch.Tensor]:
+    """The calibration with the hash of the weights that it was made from; one without entries stays so.
+
+    Args:
+        weights: `bitpolicy.policies.accounting.weights_hash` of what is studied.
+    """
+    if not calibration:
+        return {}
+    return {**calibration, MADE_FROM: torch.frombuffer(bytearray(weights.encode()), dtype=torch.uint8)}
+
+
+def made_from(calibration: Calibration) -> str | None:
+    """The hash of the weights that it was made from; None where it does not say, as those of older versions do not."""
+    recorded = calibration.get(MADE_FROM)
+    return None if recorded is None else bytes(recorded.tolist()).decode()
 
 
 def calibration_bytes(calibration: Calibration) -> int:
@@ -46,6 +72,13 @@ def calibration_bytes(calibration: Calibration) -> int:
 
 
 def save_calibration(calibration: Calibration, path: Path) -> None:
+    """Write the file, aside and renamed.
+
+    Raises:
+        BitPolicyError: a tensor is NaN or Inf.
+    """
+    for key in calibration:
+        require_finite(key.partition("/")[0], {key: calibration[key]})
     with written_aside(path) as aside:
         save_file(
             {name: patch.contiguous() for name, patch in sorted(calibration.items())}, aside, metadata={"format": "pt"}
@@ -61,8 +94,9 @@ def load_calibration(path: Path, expected_hash: str | None = None) -> Calibratio
     try:
         calibration = FileTensors(path)
     except BitPolicyError as error:
+        what = f"{path} is missing" if isinstance(error.__cause__, FileNotFoundError) else str(error)
         raise BitPolicyError(
-            f"{error}; the policy needs the calibration.safetensors that was written beside it: "
+            f"{what}; the policy needs the calibration.safetensors that was written beside it: "
             "keep the two together, or set bias_correction: false and quantizer: rtn"
         ) from error
     found = calibration_hash(calibration)
@@ -82,14 +116,27 @@ def calibration_of(policy: Policy, path: Path | None, choices: Iterable[Choice])
         choices: of the policy, resolved.
 
     Raises:
-        BitPolicyError: they need a calibration, and the file is missing or another than the policy's.
+        BitPolicyError: they need a calibration, and the file is missing or another than the policy's; or it was made
+            from other weights than those that the policy is for.
     """
     if policy.calibration is not None:
-        return policy.calibration
+        return _of_these_weights(policy.calibration, policy)
     if not any(choice.needs_calibration for choice in choices):
         return {}
     beside = Path("calibration.safetensors") if path is None else path.with_name("calibration.safetensors")
-    return load_calibration(beside, policy.provenance.get("calibration"))
+    return _of_these_weights(load_calibration(beside, policy.provenance.get("calibration")), policy)
+
+
+def _of_these_weights(calibration: Calibration, policy: Policy) -> Calibration:
+    """Whoever reads the weights compares them with the policy's hash; this compares that with the calibration's."""
+    found = made_from(calibration)
+    if found is None or found == policy.model.sha256:
+        return calibration
+    raise BitPolicyError(
+        f"the calibration was made from weights with sha256 {found[:12]}..., the policy is for {policy.model.id} with "
+        f"{policy.model.sha256[:12]}...: what was measured and rounded on one model is wrong for another; give the "
+        "model and the policy.yaml that belong to the calibration, or run search-policy on this model"
+    )
 
 
 def calibration_hash(calibration: Calibration) -> str:

@@ -18,6 +18,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import TensorSpec
 from bitpolicy.policies.safetensors_writer import NAMED_DTYPES
 
+_POINTER = b"version https://git-lfs"
 _MAPPED = 64 * 2**20  # bytes read from a file before it is closed
 
 
@@ -79,19 +80,37 @@ def header(path: Path) -> dict[str, TensorSpec]:
     """What a safetensors file holds, read from its header alone.
 
     Raises:
-        BitPolicyError: it is missing or damaged, or has tensors of a dtype that is not read here.
+        BitPolicyError: it is missing, may not be read or is damaged, or has tensors of a dtype that is not read here.
     """
     try:
-        with safe_open(path, "pt"):  # its header is sound, and it is as long as that says
+        with open_tensors(path):  # its header is sound, and it is as long as that says
             pass
         with path.open("rb") as file:
             entries = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    except (OSError, SafetensorError) as error:
-        raise BitPolicyError(
-            f"cannot read {path}: {error}; download it again (a git-lfs pointer is no weights)"
-        ) from error
+    except FileNotFoundError as error:
+        raise BitPolicyError(f"{path} is missing; download it again") from error
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise BitPolicyError(f"cannot read {path}: {why}; make it a file that this user may read") from error
+    except SafetensorError as error:
+        with path.open("rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                text = f"{path} is a git-lfs pointer and not the file itself; run `git lfs pull`, or download it again"
+                raise BitPolicyError(text) from error
+        raise BitPolicyError(f"cannot read {path}, which is damaged: {error}; download it again") from error
     entries.pop("__metadata__", None)
     unknown = {entry["dtype"] for entry in entries.values()} - NAMED_DTYPES.keys()
     if unknown:
         raise BitPolicyError(f"{path} has tensors of dtype {min(unknown)}; read are {', '.join(sorted(NAMED_DTYPES))}")
     return {name: TensorSpec(NAMED_DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in entries.items()}
+
+
+def open_tensors(path: Path) -> Any:
+    """`safetensors.safe_open`, which calls any file missing that it cannot open.
+
+    Raises:
+        OSError: the file cannot be opened, and why.
+        SafetensorError: it is damaged.
+    """
+    with path.open("rb"):
+        return safe_open(path, "pt")

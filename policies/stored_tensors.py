@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import TensorSpec
 from bitpolicy.policies.accounting import checksum, tensor_bytes
+from bitpolicy.policies.file_source import open_tensors
 from bitpolicy.policies.safetensors_writer import NAMED_DTYPES
 
 _AGAIN = "download or export it again"
@@ -54,7 +55,7 @@ def stored_tensors(files: Iterable[str | Path]) -> dict[str, StoredTensor]:
 
 def _in_file(path: Path) -> Iterator[StoredTensor]:
     try:
-        with safe_open(path, "pt") as file:
+        with open_tensors(path) as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 part = file.get_slice(name)
                 yield StoredTensor(path, name, TensorSpec(NAMED_DTYPES[part.get_dtype()], tuple(part.get_shape())))

@@ -142,25 +142,33 @@ class Budget:
         """Bytes for what is studied, counted by `scope.account`; negative if the rest alone takes more than `total`."""
         return self.total - self.scope.others - self.scope.activations
 
-    def require(self, smallest: int, formats: Sequence[str]) -> None:
+    def require(self, smallest: int, formats: Sequence[str], program: str = "", unpacked: int = 0) -> None:
         """Check that a policy exists.
+
+        Args:
+            program: another program that has to hold the policy, if any.
+            unpacked: layers of which it holds none of the formats, so that they stay FP16.
 
         Raises:
             BudgetError: what is studied has less than `smallest`, the size of the smallest policy with `formats`.
         """
         if self.nbytes >= smallest:
             return
-        policy = f"below the smallest policy with {', '.join(formats)}: {smallest:,} bytes"
+        there = f" that {program} can hold" if program else ""
+        policy = f"below the smallest policy{there} with {', '.join(formats)}: {smallest:,} bytes"
+        layers = f"{unpacked} of {len(self.scope.account.shapes)} layers"
+        why = f"; {program} cannot pack {layers}, which stay FP16" if unpacked else ""
+        smaller = ["add a smaller format to --formats", *(["leave out --target"] if program else [])]
         if self.scope.name == "weights":
             raise BudgetError(
-                f"budget {self.asked!r} is {self.total:,} bytes, {policy} ({readable(smallest)}); "
-                "raise --budget or add a smaller format to --formats"
+                f"budget {self.asked!r} is {self.total:,} bytes, {policy} ({readable(smallest)}){why}; "
+                f"raise --budget{',' if program else ''} {_either(smaller)}"
             )
         least = self.total - self.nbytes + smallest
-        smaller = "give a smaller --height, --width or --batch-size" if self.scope.peak else "use --scope weights"
+        smaller += ["give a smaller --height, --width or --batch-size" if self.scope.peak else "use --scope weights"]
         raise BudgetError(
-            f"budget {self.asked!r} is {self.total:,} bytes for {self.scope}; {self._parts}, {policy}; "
-            f"raise --budget to {least:,} bytes ({readable(least)}), add a smaller format to --formats, or {smaller}"
+            f"budget {self.asked!r} is {self.total:,} bytes for {self.scope}; {self._parts}, {policy}{why}; "
+            f"raise --budget to {least:,} bytes ({readable(least)}), {_either(smaller)}"
         )
 
     @property
@@ -203,6 +211,12 @@ def read(text: str) -> tuple[float, str]:
     if size[3] == "b" and size[2] and size[2] != size[2].lower():
         raise BudgetError(f"budget {text!r} counts bits; write {size[1]}{size[2]}B for bytes")
     return float(TypeAdapter(ByteSize).validate_python(f"{size[1]}{size[2]}B")), "B"
+
+
+def _either(remedies: Sequence[str]) -> str:
+    """What else would help, behind something that would."""
+    *most, last = remedies
+    return f"{', '.join(most)}, or {last}" if most else f"or {last}"
 
 
 def readable(nbytes: int) -> str:

@@ -20,11 +20,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.atomic import written_aside
+from bitpolicy.policies.file_source import open_tensors
 from bitpolicy.sensitivity.sketch import Sketch
 from bitpolicy.sensitivity.stepwise import LocalSketch
 
@@ -100,7 +101,7 @@ class ErrorSplit:
             BitPolicyError: it is missing or no such file.
         """
         try:
-            with safe_open(path, "pt") as file:
+            with open_tensors(path) as file:
                 return cls(**{field.name: file.get_tensor(field.name) for field in fields(cls)})
         except (OSError, SafetensorError) as error:
             raise BitPolicyError(f"cannot read {path}: {error}; run `bitpolicy probe --split` again") from error

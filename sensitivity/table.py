@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from bitpolicy.kernels.errors import BitPolicyError
@@ -24,6 +24,7 @@ from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.quantizers import DEFAULT, RTN
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.atomic import write_text, written_aside
+from bitpolicy.policies.file_source import open_tensors
 from bitpolicy.policies.policy import Choice
 from bitpolicy.sensitivity.candidates import Candidate
 from bitpolicy.sensitivity.cost import Cost
@@ -81,7 +82,7 @@ class ModelContext:
 
 
 def _about(path: Path) -> dict[str, Any]:
-    with safe_open(path, "pt") as file:
+    with open_tensors(path) as file:
         return json.loads((file.metadata() or {})["bitpolicy"])
 
 
@@ -266,7 +267,7 @@ class SensitivityTable:
         """
         try:
             about = _about(path)
-            with safe_open(path, "pt") as file:
+            with open_tensors(path) as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             formats = tuple(format_named(name) for name in about["formats"])
             cost = Cost(**about["cost"]) if about.get("cost") else None

@@ -23,8 +23,9 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.kernels.layers import packed_layers, quantizable_layers
 from bitpolicy.policies.denoiser import denoiser_of, denoisers_in, is_autoencoder, loop_denoisers, outside_loop
+from bitpolicy.sensitivity.compute_range import advice
 from bitpolicy.sensitivity.decoding import Decoded, Decoding, replaced_method
 from bitpolicy.sensitivity.samples import Sample
 
@@ -189,7 +190,7 @@ class Trajectories:
     def _overflow(self, part: Sequence[Sample]) -> BitPolicyError:
         return BitPolicyError(
             f"the decoded image of {part[0].prompt!r}, seed {part[0].seed}, has NaN or Inf, its latent has "
-            "none: the decoder overflows; try --dtype bfloat16 or float32"
+            f"none: the decoder overflows; {advice(next(self.denoiser.parameters()).dtype)}"
         )
 
     def latents(self, samples: Iterable[Sample]) -> Generator[torch.Tensor, None, None]:
@@ -285,7 +286,8 @@ class Trajectories:
 
             return hook
 
-        handles = [layer.register_forward_hook(look(name)) for name, layer in quantizable_layers(self.denoiser)]
+        layers = itertools.chain(quantizable_layers(self.denoiser), packed_layers(self.denoiser))
+        handles = [layer.register_forward_hook(look(name)) for name, layer in layers]
         try:
             with self._observed(part[0].seed), torch.no_grad():
                 self.pipe(**self._arguments(part), output_type=output_type)
@@ -297,7 +299,7 @@ class Trajectories:
         step, where = found[0] if found else (self.steps - 1, "the scheduler, not a layer,")
         return BitPolicyError(
             f"step {step + 1}: {where} gives NaN or Inf for {part[0].prompt!r}, seed {part[0].seed}; "
-            "try --dtype bfloat16 or float32"
+            f"{advice(next(self.denoiser.parameters()).dtype)}"
         )
 
     def _arguments(self, samples: Sequence[Sample]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from bitpolicy.kernels.bias_correction import bias_shift
+from bitpolicy.kernels.bias_correction import bias_shift, corrected_bias
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import Quantizable
 from bitpolicy.policies.apply import stored_weight
@@ -90,11 +90,17 @@ class WeightChanges:
         return multiplied_weight(layer, format, stored, torch.float32, compute).sub_(weight).flatten()
 
     def _shifts(self, name: str) -> torch.Tensor:
-        """db of each candidate, float32, shape (candidates, out)."""
+        """db of each candidate, float32, shape (candidates, out); zero where the storage dtype cannot hold b + db."""
         layer = self._layers[name]
         if name not in self._calibration:
             return torch.zeros(len(self._candidates), layer.weight.shape[0], device=layer.weight.device)
         requantized = self._compute is Compute.INT8
         deltas = self._made(name, Compute.EXACT) if requantized else self._deltas(name)
         shaped = (delta.view(layer.weight.shape) for delta in deltas)
-        return torch.stack([bias_shift(layer, delta, self._calibration[name]) for delta in shaped])
+        shifts = (bias_shift(layer, delta, self._calibration[name]) for delta in shaped)
+        return torch.stack([self._applied(layer, shift) for shift in shifts])
+
+    def _applied(self, layer: Quantizable, shift: torch.Tensor) -> torch.Tensor:
+        """`shift`, or zeros if the layer's bias stays as it is."""
+        held = layer.bias is None or corrected_bias(layer.bias.detach(), shift, self._storage) is not None
+        return shift if held else torch.zeros_like(shift)

@@ -12,6 +12,7 @@ import typer
 
 from bitpolicy.cli.metrics_table import print_metrics
 from bitpolicy.cli.options import (
+    MODEL,
     RUN,
     Call,
     Debug,
@@ -19,7 +20,6 @@ from bitpolicy.cli.options import (
     Dtype,
     Guidance,
     Json,
-    Model,
     Prompts,
     Quiet,
     Revision,
@@ -32,7 +32,8 @@ from bitpolicy.cli.report import print_json
 from bitpolicy.compare import save_comparison
 from bitpolicy.decision import networks_for
 from bitpolicy.kernels.kernel import Compute, parse_compute
-from bitpolicy.loading import BUNDLED, Source, load_source, packed_components
+from bitpolicy.loading import BUNDLED, Source
+from bitpolicy.origin import load_reference
 from bitpolicy.plan import default_call
 from bitpolicy.prompting import default_requests, load_requests
 from bitpolicy.search.features import require_pictures
@@ -48,6 +49,14 @@ from bitpolicy.workflow import swapped_denoiser
 QUALITY = "Quality"
 
 Checkpoint = Annotated[Path, typer.Argument(help="The folder that search-policy or export wrote.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="The unquantized pipeline: hub id, folder or .safetensors file. Default: what the checkpoint was made "
+        "from, as its policy.yaml records it.",
+        rich_help_panel=MODEL,
+    ),
+]
 Images = Annotated[int, typer.Option("--images", min=1, help="How many to compare.", rich_help_panel=RUN)]
 Picture = Annotated[
     Path | None, typer.Option(help="Write the first images side by side to this PNG.", rich_help_panel=RUN)
@@ -107,10 +116,8 @@ def evaluate(
     asked = _asked(metrics, features, real_images)
     wanted = None if compute is None else parse_compute(compute)
     require_seed(seed)
-    source = load_source(
-        model, packed_components(checkpoint), dtype=dtype, device=device, revision=revision, variant=variant
-    )
-    bundled = model in (None, BUNDLED)
+    source = load_reference(checkpoint, model, revision=revision, variant=variant, dtype=dtype, device=device)
+    bundled = source.id == BUNDLED
     arguments = {**default_call(bundled), **pipeline_call(num_inference_steps, guidance_scale, call)}
     requests = load_requests(prompts) if prompts else default_requests(source.pipe, bundled)
     samples = split_samples(requests, images, _SEED + seed)
@@ -123,7 +130,7 @@ def evaluate(
     if not asked:
         _print_psnr(psnr, used, as_json)
         return
-    results = measure(asked, comparison, networks_for(model, bundled, features, source))
+    results = measure(asked, comparison, networks_for(source.id, bundled, features, source))
     if as_json:
         found = {name: result.as_dict() for name, result in results.items()}
         print_json({"psnr_db": psnr.as_dict(), "compute": used, "metrics": found})

@@ -46,6 +46,7 @@ from bitpolicy.policies.atomic import require_nameable
 from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.workers import is_main, launched
+from bitpolicy.settings import require_no_search
 
 OutputDir = Annotated[
     Path,
@@ -106,6 +107,7 @@ def probe(
     require_nameable(output_dir)
     if output_dir.is_file():
         raise BitPolicyError(f"--output-dir {output_dir} is a file; give a folder")
+    require_no_search(output_dir)
     stages = Stages(quiet or as_json or not is_main())
     with stages.whole_run():
         plan = make_plan(settings)

@@ -20,7 +20,7 @@ def decisions(probed: Probed, lists: Lists | None, folder: Path) -> Section:
     small = probed.formats[0].name.upper()
     title = f"Never {small}, free at {small}"
     if lists is None:
-        command = f"bitpolicy probe --probe adjoint --output-dir {folder}"
+        command = probed.command("--probe adjoint", folder)
         return Section("lists", title, missing(f"The {probed.table.probe} probe's scores are no image error.", command))
     if lists.error <= 0:
         return Section("lists", title, paragraph(f"{_solution(lists)} Nothing errs: there is nothing to compare."))

@@ -12,11 +12,13 @@ from bitpolicy.check import Check
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.formats import FP16
+from bitpolicy.loading import BUNDLED
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.policy import Policy
 from bitpolicy.sensitivity.error_split import ErrorSplit
 from bitpolicy.sensitivity.inventory import AUTOENCODER, OUTSIDE, Layer
 from bitpolicy.sensitivity.table import ModelContext, SensitivityTable
+from bitpolicy.settings import for_a_probe, holds_a_search
 
 TABLE, SPLIT, CHECK, POLICY = "sensitivity.safetensors", "split.safetensors", "check.json", "policy.yaml"
 
@@ -48,7 +50,7 @@ class Probed:
         """
         path = folder / TABLE
         if not path.is_file():
-            remedy = f"`bitpolicy probe --split --check --output-dir {folder}` makes it"
+            remedy = f"`{probe_command('--split --check', folder)}` makes it"
             raise BitPolicyError(f"{folder} holds no {TABLE}; {remedy}")
         table = SensitivityTable.load(path)
         found = cls(
@@ -68,6 +70,10 @@ class Probed:
         names = tuple(f.name for f in self.table.formats)
         if self.check is not None and (self.check.layers, self.check.formats) != (self.table.layers, names):
             _refuse(folder / CHECK, "--check")
+
+    def command(self, options: str, folder: Path) -> str:
+        """The `bitpolicy probe` with `options` that makes what is not here."""
+        return probe_command(options, folder, BUNDLED if self.policy is None else self.policy.model.id)
 
     @property
     def layers(self) -> Sequence[Layer]:
@@ -128,6 +134,14 @@ class Probed:
     def better_bias(self, values: torch.Tensor) -> torch.Tensor:
         """Of values with the bias as it was and corrected, shape (2, ..., L, F), those the table's errors belong to."""
         return torch.where(self.table.corrected, values[1], values[0])
+
+
+def probe_command(options: str, folder: Path, model: str = BUNDLED) -> str:
+    """The command that makes what `folder` lacks, in a folder of its own where a search lies in this one: a probe
+    replaces the sensitivity table."""
+    of = "" if model == BUNDLED else f"--model {model} "
+    where = for_a_probe(folder) if holds_a_search(folder) else folder
+    return f"bitpolicy probe {options} {of}--output-dir {where}"
 
 
 def _refuse(path: Path, option: str) -> None:

@@ -75,7 +75,7 @@ def trust(probed: Probed, folder: Path) -> Section:
     """Predicted beside measured."""
     title = "Can the numbers be trusted?"
     if probed.check is None:
-        command = f"bitpolicy probe --check --output-dir {folder}"
+        command = probed.command("--check", folder)
         return Section("trust", title, missing("This folder has no comparison with real trajectories.", command))
     rows = [_agreement_row(a) for a in probed.check.agreements()]
     columns = ["predicted against measured", "pairs", "Spearman", "median predicted / measured", "within a factor of 2"]
@@ -109,7 +109,7 @@ def heat(probed: Probed, folder: Path) -> Section:
     """Layers by steps."""
     title = "Every layer at every step"
     if probed.table.by_step is None:
-        command = f"bitpolicy probe --probe adjoint --output-dir {folder}"
+        command = probed.command("--probe adjoint", folder)
         return Section("heat", title, missing(f"The {probed.table.probe} probe knows no steps.", command))
     drawn = heat_map(probed)
     caption = (
@@ -160,7 +160,7 @@ def composition(probed: Probed, folder: Path) -> Section:
     title = "Bias or noise"
     split = probed.split
     if split is None:
-        command = f"bitpolicy probe --split --output-dir {folder}"
+        command = probed.command("--split", folder)
         return Section("bias", title, missing("This folder does not say what the errors consist of.", command))
     drawn = charts.composition(probed, split)
     caption = (
@@ -211,7 +211,7 @@ def sampler(probed: Probed, folder: Path) -> Section:
     """Amplification, entry and coherence."""
     title = "What the sampler makes of it"
     if probed.table.by_step is None:
-        command = f"bitpolicy probe --probe adjoint --split --output-dir {folder}"
+        command = probed.command("--probe adjoint --split", folder)
         return Section("sampler", title, missing(f"The {probed.table.probe} probe knows no steps.", command))
     if not probed.in_loop:
         return Section("sampler", title, paragraph("Nothing that was studied is called in the sampling loop."))
@@ -224,7 +224,7 @@ def sampler(probed: Probed, folder: Path) -> Section:
     )
     body = [paragraph(_entry_sentence(probed)), figure(drawn, caption)]
     if split is None:
-        command = f"bitpolicy probe --split --output-dir {folder}"
+        command = probed.command("--split", folder)
         body.append(missing("Amplification needs the error of the denoiser's output at each step.", command))
     else:
         body = [paragraph(_amplification_sentence(probed, split), "verdict"), *body, *_coherence(probed, split)]

@@ -28,6 +28,8 @@ from bitpolicy.policies.policy import Choice, Policy
 from bitpolicy.policies.source import TensorSource, joined
 
 POLICY = "policy.yaml"
+_OTHERS = ("run.json", "sensitivity.safetensors", "calibration.safetensors", "checkpoint", "model_index.json")
+"""What a search or a pipeline has beside its policy, and no export to another program."""
 
 
 @dataclass(frozen=True)
@@ -189,5 +191,6 @@ def _require_diffusers(parts: Parts, exporter: Exporter) -> None:
 
 
 def _keep_others(folder: Path) -> None:
-    if folder.exists() and not (folder / POLICY).is_file() and (folder.is_file() or any(folder.iterdir())):
+    ours = (folder / POLICY).is_file() and not any((folder / name).exists() for name in _OTHERS)
+    if folder.exists() and not ours and (folder.is_file() or any(folder.iterdir())):
         raise BitPolicyError(f"{folder} holds something that no export wrote; export to a new or an empty folder")

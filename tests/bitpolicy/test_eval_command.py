@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,13 +13,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from bitpolicy.cli import evaluate as module
 from bitpolicy.kernels.kernel import Compute
-from bitpolicy.loading import BUNDLED_FOLDER
+from bitpolicy.loading import BUNDLED, BUNDLED_FOLDER
+from bitpolicy.policies.policy import Policy
 from bitpolicy.search import networks
 
 CALL = ("--num-inference-steps", "2", "--guidance-scale", "1")
+UNET = "unet/diffusion_pytorch_model.safetensors"
 EMOJI = BUNDLED_FOLDER / "features"
 
 
@@ -109,7 +113,11 @@ def test_the_bundled_pipeline_brings_its_network(monkeypatch: pytest.MonkeyPatch
     """With the checkpoint's denoiser left out, as it is the toy's: what is looked at is which metrics there are."""
     monkeypatch.setattr(module, "swapped_denoiser", lambda *_: nullcontext(Compute.EXACT))
     call = ("--num-inference-steps", "1", "--guidance-scale", "1", "--images", "2", "--metrics", "lpips,fid,kid")
-    found = command("eval", finished.folder / "checkpoint", *call, "--json").result["metrics"]
+    outcome = command("eval", finished.folder / "checkpoint", "--model", BUNDLED, *call, "--json")
+    (line,) = outcome.err.splitlines()
+    assert "whose unet had sha256" in line
+    assert "it is compared with another model than its own" in line
+    found = outcome.result["metrics"]
     assert [
         name for name, result in found.items() if "unavailable" not in result
     ] == "lpips-emoji fid-emoji kid-emoji".split()
@@ -136,5 +144,71 @@ def test_mistakes_are_refused_before_anything_is_drawn(
     (here / "broken").mkdir()
     for name in "ab":
         (here / "broken" / f"{name}.png").write_text(json.dumps("no picture"))
-    monkeypatch.setattr(module, "load_source", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(module, "load_reference", lambda *_, **__: pytest.fail("a model was loaded"))
     evaluate(*arguments).assert_refused("bitpolicy", needle)
+
+
+# What it is compared with
+
+
+def test_it_is_compared_with_the_model_that_the_checkpoint_was_made_from(
+    command: Any, evaluate: Any, finished: Any, prompts: Path
+) -> None:
+    arguments = ("eval", finished.folder / "checkpoint", "--prompts", prompts, *CALL, "--images", "3", "--json")
+    outcome = command(*arguments)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.result["psnr_db"] == evaluate("--json").result["psnr_db"]
+
+
+@pytest.fixture
+def moved(finished: Any, toy: Path, here: Path) -> Callable[..., Path]:
+    """`moved(id=...)`: a copy of the checkpoint whose policy records another model."""
+    shutil.copytree(finished.folder / "checkpoint", here / "copy")
+    policy = Policy.load(here / "copy" / "policy.yaml")
+
+    def changed(**entries: str) -> Path:
+        model = policy.model.model_copy(update=entries)
+        policy.model_copy(update={"model": model}).save(here / "copy" / "policy.yaml")
+        return here / "copy"
+
+    return changed
+
+
+def test_a_model_that_is_not_there_any_more_is_refused_with_the_remedy(
+    command: Any, moved: Any, toy: Path, prompts: Path
+) -> None:
+    folder = moved(id="/nowhere/toy")
+    command("eval", folder).assert_refused("bitpolicy", "was made from /nowhere/toy", "no such folder", "with --model")
+    named = command("eval", folder, "--model", toy, "--prompts", prompts, *CALL, "--images", "2")
+    assert (named.code, named.err) == (0, "")
+
+
+def test_a_model_that_has_changed_since_is_refused_and_taken_with_a_word_where_it_is_named(
+    command: Any, moved: Any, toy: Path, here: Path, prompts: Path
+) -> None:
+    shutil.copytree(toy, here / "later")
+    weights = load_file(here / "later" / UNET)
+    weights["conv_out.weight"][0, 0, 0, 0] += 1
+    save_file(weights, here / "later" / UNET, metadata={"format": "pt"})
+    folder = moved(id=str(here / "later"))
+    refused = command("eval", folder, "--prompts", prompts, *CALL, "--images", "2")
+    refused.assert_refused("bitpolicy", "made from", "later, whose unet had sha256", "it has changed since", "--model")
+    named = command("eval", folder, "--model", here / "later", "--prompts", prompts, *CALL, "--images", "2")
+    assert named.code == 0
+    assert named.err.startswith("warning: ")
+    assert named.err.endswith("it is compared with another model than its own\n")
+
+
+def test_a_checkpoint_that_records_no_model_has_to_be_given_one(
+    command: Any, moved: Any, toy: Path, prompts: Path
+) -> None:
+    folder = moved()
+    (folder / "policy.yaml").unlink()
+    command("eval", folder).assert_refused("bitpolicy", "has no policy.yaml", "with --model")
+    assert command("eval", folder, "--model", toy, "--prompts", prompts, *CALL, "--images", "2").code == 0
+
+
+@pytest.mark.parametrize("more", [(), ("--model", "toy")])
+def test_what_bitpolicy_did_not_pack_is_no_checkpoint(command: Any, toy: Path, more: tuple[str, ...]) -> None:
+    outcome = command("eval", toy, *(str(toy) if word == "toy" else word for word in more))
+    outcome.assert_refused("bitpolicy", str(toy), "bitpolicy did not pack", "`bitpolicy export` wrote")

@@ -61,6 +61,11 @@ def test_a_folder_that_is_not_there(refused: Any) -> None:
     refused(("nothing", "no such folder"), "--model", "nothing")
 
 
+def test_a_budget_that_another_program_cannot_meet(refused: Any) -> None:
+    needles = ("below the smallest policy that ComfyUI can hold", "ComfyUI cannot pack", "layers", "leave out --target")
+    refused(needles, "--budget", "45%", "--target", "comfy")
+
+
 def test_a_hub_id_without_a_network(refused: Any) -> None:
     refused(("no-one/nothing is not in the cache", "HF_HUB_OFFLINE", "local folder"), "--model", "no-one/nothing")
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,13 @@ from torch import nn
 from toy_convolutions import ToyConvolutions
 
 from bitpolicy.kernels.dispatch import TABLE
+from bitpolicy.kernels.errors import BitPolicyWarning
 from bitpolicy.kernels.formats import format_named
 from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.over_budget import warn_if_over_budget
 from bitpolicy.policies.accounting import weights_hash
 from bitpolicy.policies.apply import to_storage
-from bitpolicy.policies.policy import Choice, ModelReference, Policy
+from bitpolicy.policies.policy import BudgetRecord, Choice, ModelReference, Policy
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.trajectory import Trajectories
 
@@ -91,6 +95,36 @@ def test_probe_takes_the_formats_that_are_asked(probe: Any, here: Path) -> None:
 def test_probe_says_that_a_file_is_in_the_way(probe: Any, here: Path) -> None:
     (here / "out").write_text("x")
     probe("--output-dir", "out").assert_refused("bitpolicy", "out")
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_probe_never_replaces_what_a_search_found(probe: Any, finished: Any, here: Path) -> None:
+    shutil.copytree(finished.folder, here / "out")
+    before = tree(here / "out")
+    outcome = probe("--check", "--output-dir", "out")
+    outcome.assert_refused("bitpolicy", "out holds a search", "sensitivity table", "e.g. --output-dir out-probe")
+    assert tree(here / "out") == before
+    (here / "out" / "run.json").unlink()  # as a search from Python leaves it
+    probe("--check", "--output-dir", "out").assert_refused("bitpolicy", "out holds a search")
+    assert probe("--probe", "weight", "--output-dir", "out-probe").code == 0
+
+
+def test_a_search_never_replaces_what_a_probe_found_unless_it_is_told(
+    probe: Any, command: Any, small: tuple[str, ...], here: Path
+) -> None:
+    assert probe("--split", "--output-dir", "out").code == 0
+    (here / "out" / "check.json").write_text("{}")
+    before = tree(here / "out")
+    search = ("--budget", "50%", *small, "--trials", "0", "--output-dir", "out")
+    command(*search).assert_refused("search-policy", "out holds", "--overwrite")
+    assert tree(here / "out") == before
+    assert command(*search, "--overwrite").code == 0
+    names = {path.name for path in (here / "out").iterdir()}
+    assert names.isdisjoint({"split.safetensors", "check.json"}), "they are of another table than that of the search"
+    assert names > {"policy.yaml", "checkpoint"}
 
 
 @pytest.mark.parametrize("arguments", [("--samples", "0"), ("--vectors", "0"), ("--probe", "magic")])
@@ -174,6 +208,48 @@ def test_export_follows_a_policy_that_was_edited(command: Any, finished: Any, to
     assert "conv_in.weight" not in load_file(here / "out" / UNET)
 
 
+@pytest.mark.parametrize("more", [(), ("--target", "sdnq", "--requantize")])
+def test_an_edited_policy_over_its_budget_is_exported_with_a_word_that_says_both_sizes(
+    command: Any, finished: Any, toy: Path, here: Path, more: tuple[str, ...]
+) -> None:
+    widest = {name: {"format": "fp16"} for name in ("mid_block__resnets__0__conv1", "mid_block__resnets__0__conv2")}
+    policy = edited(finished, here / "mine", **widest)
+    outcome = command("export", "--policy", policy, "--model", toy, "--output-dir", "out", *more)
+    budget = Policy.load(policy).budget
+    assert budget is not None
+    size = re.search(r"([\d,]+) bytes in unet", outcome.out)
+    assert outcome.code == 0
+    (line,) = outcome.err.splitlines()
+    assert line.startswith("warning: the policy takes ")
+    assert f"over the budget that it records: 50%, which is {budget.bytes:,} bytes; it is exported all the same" in line
+    if size is not None:
+        assert f"takes {size[1]} bytes" in line
+        assert int(size[1].replace(",", "")) > budget.bytes
+    assert (here / "out" / UNET).is_file()
+
+
+@pytest.mark.parametrize(
+    ("record", "over"),
+    [
+        ({"asked": "1MB", "bytes": 1_000_000}, False),
+        ({"asked": "100kB", "bytes": 100_000}, True),
+        ({"asked": "45 dB", "bytes": 100_000}, False),  # no size was asked for
+        ({"asked": "400kB", "bytes": 400_000, "scope": "pipeline", "other_bytes": 100_000}, False),
+        ({"asked": "400kB", "bytes": 400_000, "scope": "pipeline", "other_bytes": 300_000}, True),
+        (None, False),
+    ],
+)
+def test_a_policy_is_over_its_budget_by_what_the_scope_counts(
+    finished: Any, half_pipeline: Any, record: dict[str, Any] | None, over: bool
+) -> None:
+    budget = None if record is None else BudgetRecord(**record)
+    policy = Policy.load(finished.folder / "policy.yaml").model_copy(update={"budget": budget})
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        warn_if_over_budget(policy, half_pipeline().unet)
+    assert [w.category for w in said] == [BitPolicyWarning] * over
+
+
 def test_export_refuses_a_policy_with_a_layer_that_is_not_there(
     command: Any, finished: Any, toy: Path, here: Path
 ) -> None:
@@ -191,10 +267,31 @@ def test_export_refuses_another_model(command: Any, finished: Any, other_toy: Pa
     assert list(here.iterdir()) == []
 
 
+def test_export_refuses_a_policy_whose_model_was_edited_as_its_codes_are_of_another(
+    command: Any, finished: Any, toy: Path, other_toy: Path, here: Path
+) -> None:
+    """gptq rounded the first model; what it made is the first model's weights."""
+    policy = edited(finished, here / "mine")
+    hashes = {name: weights_hash(load_unet(folder), torch.float16) for name, folder in (("a", toy), ("b", other_toy))}
+    text = policy.read_text()
+    assert hashes["a"] in text
+    policy.write_text(text.replace(hashes["a"], hashes["b"]))
+    outcome = command("export", "--policy", policy, "--model", other_toy, "--output-dir", "out")
+    outcome.assert_refused("bitpolicy", "calibration was made from weights with sha256", "run search-policy on")
+    assert not (here / "out").exists()
+
+
+def load_unet(folder: Path) -> Any:
+    return diffusers.UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float16)
+
+
 def test_export_refuses_a_policy_without_its_calibration(command: Any, finished: Any, toy: Path, here: Path) -> None:
     shutil.copy(finished.folder / "policy.yaml", here)
     outcome = command("export", "--policy", "policy.yaml", "--model", toy, "--output-dir", "out")
-    outcome.assert_refused("bitpolicy", "calibration.safetensors", "keep the two together", "bias_correction: false")
+    outcome.assert_refused(
+        "bitpolicy", "calibration.safetensors is missing", "keep the two together", "bias_correction"
+    )
+    assert "git-lfs" not in outcome.err
     assert [path.name for path in here.iterdir()] == ["policy.yaml"]
 
 

@@ -29,7 +29,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import FP16, format_named
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.policies.accounting import ByteAccount
-from bitpolicy.policies.policy import Policy
+from bitpolicy.policies.policy import ModelReference, Policy
 from bitpolicy.report.decisions import decisions
 from bitpolicy.report.document import Report, make_report
 from bitpolicy.report.drawing import step_ticks
@@ -507,6 +507,23 @@ def test_a_section_without_its_input_says_what_makes_it(made: Report, folder: Pa
     assert f"{remedy} {folder}" in text_of(less.html)
     parsed(less.html)
     assert (less.claims == ()) == (lost == "split.safetensors")
+
+
+@pytest.mark.parametrize("found", ["run.json", "policy.yaml"])
+def test_in_the_folder_of_a_search_the_remedy_names_another_folder(
+    made: Report, folder: Path, command: Callable[..., Outcome], found: str
+) -> None:
+    """A probe would replace the table that the search was decided by."""
+    (folder / "check.json").unlink()
+    about = ModelReference(id="owner/model", component="unet", class_name="UNet2DConditionModel", sha256="0" * 64)
+    if found == "policy.yaml":
+        Policy(model=about).save(folder / found)
+    else:
+        (folder / found).write_text("{}")
+    of = "--model owner/model " if found == "policy.yaml" else ""
+    assert f"bitpolicy probe --check {of}--output-dir {folder}-probe" in text_of(make_report(folder).html)
+    (folder / "sensitivity.safetensors").unlink()
+    assert f"--output-dir {folder}-probe` makes it" in command(folder).err
 
 
 @pytest.mark.parametrize("probe", ["weight", "stepwise", "ablation"])

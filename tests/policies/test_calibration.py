@@ -13,13 +13,16 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import FP16, format_named
 from bitpolicy.policies.calibration import (
     calibration_hash,
+    calibration_of,
     is_rounded,
     load_calibration,
+    made_from,
     needed_for,
     rounded_key,
     save_calibration,
+    stamped,
 )
-from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.policy import Choice, ModelReference, Policy
 
 MEANS = {"conv_in": torch.randn(4, 3, 3), "attn.to_q": torch.randn(16)}
 
@@ -79,8 +82,10 @@ def test_a_file_that_cannot_be_read_is_told_what_to_do(tmp_path: Path, content: 
     path = tmp_path / "calibration.safetensors"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(BitPolicyError, match="keep the two together, or set bias_correction: false"):
+    with pytest.raises(BitPolicyError, match="keep the two together, or set bias_correction: false") as found:
         load_calibration(path)
+    assert "git-lfs" not in str(found.value)
+    assert ("is missing; the policy needs the calibration" in str(found.value)) == (content is None)
 
 
 INT4, INT8, FP8 = (format_named(name) for name in ("int4", "int8", "fp8"))
@@ -144,3 +149,49 @@ def test_another_code_is_another_calibration() -> None:
 
 def test_the_order_of_the_layers_does_not_change_the_hash() -> None:
     assert calibration_hash(MEANS) == calibration_hash(dict(reversed(MEANS.items())))
+
+
+# Which weights it is of
+
+
+def a_policy(weights: str, calibration: dict[str, torch.Tensor]) -> Policy:
+    model = ModelReference(id="owner/toy", component="unet", class_name="UNet2DConditionModel", sha256=weights)
+    return Policy(model=model, provenance={"calibration": calibration_hash(calibration)})
+
+
+@pytest.mark.parametrize("kept", [MEANS, rounded(("conv_in", Choice(INT4, quantizer="gptq")))], ids=["means", "codes"])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_it_says_which_weights_it_is_of_and_is_refused_for_others(
+    tmp_path: Path, kept: dict[str, torch.Tensor], in_memory: bool
+) -> None:
+    made = stamped(kept, "a" * 64)
+    choices = [Choice(INT4, True)]
+    save_calibration(made, tmp_path / "calibration.safetensors")
+    own, other = a_policy("a" * 64, made), a_policy("b" * 64, made)
+    if in_memory:
+        own, other = own.with_calibration(made), other.with_calibration(made)
+    found = calibration_of(own, tmp_path / "policy.yaml", choices)
+    assert made_from(found) == "a" * 64
+    assert found.keys() - kept.keys() == {"made from"}
+    needles = r"made from weights with sha256 a{12}\.\.\., the policy is for owner/toy with b{12}\.\.\.: .*run search"
+    with pytest.raises(BitPolicyError, match=needles):
+        calibration_of(other, tmp_path / "policy.yaml", choices)
+
+
+def test_one_of_an_older_version_does_not_say_and_is_taken(tmp_path: Path) -> None:
+    save_calibration(MEANS, tmp_path / "calibration.safetensors")
+    found = calibration_of(a_policy("b" * 64, MEANS), tmp_path / "policy.yaml", [Choice(INT4, True)])
+    assert made_from(found) is None
+    assert found.keys() == MEANS.keys()
+
+
+def test_its_hash_is_of_the_weights_too() -> None:
+    hashes = {calibration_hash(MEANS), *(calibration_hash(stamped(MEANS, weights)) for weights in ("a", "b", "a,b"))}
+    assert len(hashes) == 4
+    assert is_rounded(stamped(MEANS, "a")) is False
+    assert stamped({}, "a") == {}
+
+
+def test_the_weights_of_several_components_are_all_said(tmp_path: Path) -> None:
+    save_calibration(stamped(MEANS, "a" * 64 + "," + "b" * 64), tmp_path / "calibration.safetensors")
+    assert made_from(load_calibration(tmp_path / "calibration.safetensors")) == "a" * 64 + "," + "b" * 64

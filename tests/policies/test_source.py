@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from torch import nn
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies import file_source as module
 from bitpolicy.policies.accounting import weights_hash
+from bitpolicy.policies.calibration import load_calibration
 from bitpolicy.policies.file_source import FileSource
 from bitpolicy.policies.source import ModuleSource, joined, source_hash
 from bitpolicy.policies.source_converted import converted
+from bitpolicy.policies.stored_tensors import stored_tensors
+from bitpolicy.sensitivity.table import SensitivityTable
 
 TENSORS = {"b.x": torch.arange(6.0).reshape(2, 3), "a": torch.tensor(3), "c": torch.randn(4, 2).bfloat16()}
 
@@ -57,8 +61,19 @@ def test_a_value_that_float16_cannot_hold_is_told() -> None:
         source_hash({"unet": ModuleSource(layer)}, torch.float16)
 
 
-@pytest.mark.parametrize("damage", ["cut", "pointer", "missing"])
-def test_a_damaged_file_is_told(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ("cut", r"cannot read .*model\.safetensors, which is damaged: .*download it again"),
+        (
+            "pointer",
+            r"model\.safetensors is a git-lfs pointer and not the file itself; run `git lfs pull`, or",
+        ),
+        ("missing", r"model\.safetensors is missing; download it again"),
+        ("a folder", r"cannot read .*model\.safetensors: Is a directory; make it a file that this user may read"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said_and_nothing_else(tmp_path: Path, damage: str, reason: str) -> None:
     path = tmp_path / "model.safetensors"
     save_file(TENSORS, path)
     if damage == "cut":
@@ -67,8 +82,41 @@ def test_a_damaged_file_is_told(tmp_path: Path, damage: str) -> None:
         path.write_text("version https://git-lfs.github.com/spec/v1\n")
     else:
         path.unlink()
-    with pytest.raises(BitPolicyError, match=r"cannot read .*model\.safetensors: .*download it again"):
+    if damage == "a folder":
+        path.mkdir()
+    with pytest.raises(BitPolicyError, match=reason) as found:
         FileSource([path])
+    assert ("git-lfs" in str(found.value)) == (damage == "pointer")
+
+
+@pytest.fixture
+def forbidden(tmp_path: Path) -> Iterator[Path]:
+    """A safetensors file that this user may not read, whoever runs the tests."""
+    path = tmp_path / "model.safetensors"
+    save_file(TENSORS, path)
+    path.chmod(0)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield path
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def test_a_file_without_permission_is_not_called_missing(forbidden: Path) -> None:
+    needles = r"model\.safetensors: Permission denied; make it a file that this user may read"
+    with pytest.raises(BitPolicyError, match=needles) as found:
+        FileSource([forbidden])
+    with pytest.raises(BitPolicyError, match="Permission denied") as calibration:
+        load_calibration(forbidden)
+    with pytest.raises(BitPolicyError, match="Permission denied") as stored:
+        stored_tensors([forbidden])
+    with pytest.raises(BitPolicyError, match="Permission denied") as table:
+        SensitivityTable.load(forbidden)
+    for error in (found, calibration, stored, table):
+        assert "No such file" not in str(error.value)
 
 
 # Checkpoints in another layout

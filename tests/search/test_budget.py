@@ -127,6 +127,16 @@ def test_a_budget_that_cannot_be_met_names_the_smallest_size_and_the_ways_out() 
     assert message.endswith("raise --budget or add a smaller format to --formats")
 
 
+def test_a_budget_for_another_program_names_the_smallest_size_there_and_why() -> None:
+    with pytest.raises(BudgetError) as caught:
+        Budget.parse("3MB", ACCOUNT).require(3_410_001, ["int4", "fp16"], "ComfyUI", 1)
+    assert str(caught.value) == (
+        "budget '3MB' is 3,000,000 bytes, below the smallest policy that ComfyUI can hold with int4, fp16: 3,410,001 "
+        f"bytes (3.41 MB, 3.25 MiB); ComfyUI cannot pack 1 of {len(ACCOUNT.shapes)} layers, which stay FP16; raise "
+        "--budget, add a smaller format to --formats, or leave out --target"
+    )
+
+
 def test_both_units_are_echoed() -> None:
     assert str(Budget.parse("3GB", ACCOUNT)) == "3,000,000,000 bytes (3 GB, 2.79 GiB)"
     assert str(Budget.parse("4.5bit", ACCOUNT)) == "483,750,000 bytes (484 MB, 461 MiB)"

@@ -277,6 +277,13 @@ def test_a_foreign_folder_is_never_replaced_and_an_older_export_is(written: Writ
     (tmp_path / "mine" / "thesis.tex").write_text("mine")
     with pytest.raises(BitPolicyError, match="no export wrote"):
         written.again(tmp_path / "mine")
+    for kind in ("sensitivity.safetensors", "model_index.json"):  # a search, a checkpoint
+        (tmp_path / kind).mkdir()
+        for name in ("policy.yaml", kind):
+            (tmp_path / kind / name).write_text("mine")
+        with pytest.raises(BitPolicyError, match="no export wrote"):
+            written.again(tmp_path / kind)
+        assert (tmp_path / kind / kind).read_text() == "mine"
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "policy.yaml").write_text("old")
     (tmp_path / "old" / "left.safetensors").write_text("old")
