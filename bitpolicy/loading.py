@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -187,11 +186,9 @@ def source_of(pipe: DiffusionPipeline, component: str | None = None, storage: to
 def open_pipeline(folder: Path, dtype: torch.dtype | None = None, variant: str | None = None) -> DiffusionPipeline:
     """`DiffusionPipeline.from_pretrained` on a local folder, with errors a person can use."""
     _require_pipeline(folder)
-    names = inspect.signature(DiffusionPipeline.from_pretrained).parameters
-    keyword = "dtype" if "dtype" in names else "torch_dtype"
     arguments: dict[str, Any] = {"variant": variant, "local_files_only": True}
     if dtype is not None:
-        arguments[keyword] = dtype
+        arguments["dtype"] = dtype
     usual = torch.get_default_dtype()
     try:
         return DiffusionPipeline.from_pretrained(str(folder), **arguments)

@@ -24,7 +24,10 @@ _OURS: tuple[str, ...] = (
     "frontier",
 )
 _COUNTS = ("calibration_samples", "vectors", "shared", "search_samples", "confirm_samples", "held_out_samples")
-_OURS += ("study.journal", "compare.png", "checkpoint", "work", "report.html")
+_LEAST = dict.fromkeys((*_COUNTS, "batch_size", "height", "width"), 1)
+_LEAST |= dict.fromkeys(("trials", "frontier", "remeasure", "remeasure_close", "timeout", "seed"), 0)
+_GOES_ON = ("trials", "timeout")  # with more trials or another time limit a search goes on with what it has
+_OURS += ("study.journal", "trials.csv", "compare.png", "checkpoint", "work", "report.html")
 
 
 @dataclass(frozen=True)
@@ -113,9 +116,9 @@ class Settings:
                 f"asked for {found}; give one of --budget SIZE, --target-psnr DB, --target-lpips DISTANCE, "
                 "or --frontier"
             )
-        for name in _COUNTS:
-            if getattr(self, name) < 1:
-                raise BitPolicyError(f"{name} is {getattr(self, name)}; it has to be at least 1")
+        for name, least in _LEAST.items():
+            if (value := getattr(self, name)) is not None and not value >= least:
+                raise BitPolicyError(f"{name} is {value}; it has to be at least {least}")
 
     def identity(self) -> dict[str, Any]:
         """JSON values that two runs share exactly when they ask for the same."""
@@ -135,8 +138,10 @@ class OutputFolder:
         held = _claimed(path, identity, overwrite)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if held is not None and (not resume or held != identity):
+            if held is not None and not (resume and _same_study(held, identity)):
                 self._clear(keep_work=resume)
+            elif held is not None and held != identity:
+                (path / "result.json").unlink(missing_ok=True)  # of fewer trials
             write_text(path / "run.json", json.dumps(identity, indent=2, sort_keys=True) + "\n")
         except OSError as error:
             raise BitPolicyError(
@@ -174,16 +179,22 @@ class OutputFolder:
 def _claimed(path: Path, identity: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
     """The settings of the search that the folder holds, or None; refuses what must not be touched."""
     held = _held_identity(path)
-    if held is not None and held != identity and not overwrite:
-        changed = ", ".join(sorted(k for k in identity if held.get(k) != identity[k]))
-        raise BitPolicyError(
-            f"{path} holds a search with another {changed}; choose another --output-dir, or --overwrite it"
-        )
+    if held is not None and not overwrite and not _same_study(held, identity):
+        changed = ", ".join(sorted(k for k in identity if held.get(k) != identity[k] and k not in _GOES_ON))
+        found = f"another {changed}" if changed else f"{held['trials']} trials, which are not made fewer"
+        raise BitPolicyError(f"{path} holds a search with {found}; choose another --output-dir, or --overwrite it")
     if held is None and path.exists() and (foreign := _foreign(path)) and not overwrite:
         raise BitPolicyError(
             f"{path} holds something else ({foreign[0]}); choose another --output-dir, or --overwrite it"
         )
     return held
+
+
+def _same_study(held: dict[str, Any], asked: dict[str, Any]) -> bool:
+    """Whether what is asked goes on with what is held: the same search, with as many trials or more."""
+    if any(held.get(name) != value for name, value in asked.items() if name not in _GOES_ON):
+        return False
+    return isinstance(held.get("trials"), int) and held["trials"] <= asked["trials"]
 
 
 def _finished(path: Path) -> dict[str, Any] | None:

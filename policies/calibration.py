@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -17,9 +18,10 @@ from safetensors.torch import save_file
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.accounting import tensor_bytes
 from bitpolicy.policies.atomic import written_aside
+from bitpolicy.policies.choice import Choice
 from bitpolicy.policies.file_source import FileTensors
-from bitpolicy.policies.policy import Choice, Policy
 
+FILE = "calibration.safetensors"  # in the folder of the policy file
 Calibration = Mapping[str, torch.Tensor]
 """Layer name -> E[x], float32, shape (in) or (in, *kernel); `rounded_key` -> a packed tensor."""
 
@@ -74,21 +76,34 @@ def load_calibration(path: Path, expected_hash: str | None = None) -> Calibratio
     return calibration
 
 
-def calibration_of(policy: Policy, path: Path | None, choices: Iterable[Choice]) -> Calibration:
+class Calibrated(Protocol):
+    """What a policy says of its calibration."""
+
+    provenance: dict[str, Any]
+
+    @property
+    def calibration(self) -> Calibration | None: ...
+
+    @property
+    def calibration_path(self) -> Path | None: ...
+
+
+def calibration_of(policy: Calibrated, path: Path | None, choices: Iterable[Choice]) -> Calibration:
     """What putting `choices` on a model takes: held by the policy, or in the file beside it.
 
     Args:
-        path: of the policy; None for one in memory.
+        path: of the policy's file; None for a policy in memory, or for the file that it was loaded from.
         choices: of the policy, resolved.
 
     Raises:
         BitPolicyError: they need a calibration, and the file is missing or another than the policy's.
     """
-    if policy.calibration is not None:
+    needed = any(choice.needs_calibration for choice in choices)
+    if policy.calibration_path is None and policy.calibration is not None:
         return policy.calibration
-    if not any(choice.needs_calibration for choice in choices):
+    if not needed:
         return {}
-    beside = Path("calibration.safetensors") if path is None else path.with_name("calibration.safetensors")
+    beside = (policy.calibration_path or Path(FILE)) if path is None else path.with_name(FILE)
     return load_calibration(beside, policy.provenance.get("calibration"))
 
 
