@@ -140,7 +140,8 @@ def _trials(rows: Sequence[TrialRow], policy: Policy) -> Picture:
         axes.margins(x=0.08, y=0.15)
         axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[attr-defined]
         axes.grid(axis="y")
-        axes.legend(loc="lower right")
+        if shown:
+            axes.legend(loc="lower right")
         figure.tight_layout()
 
     best = max((row.psnr_db for row in shown if row.psnr_db is not None and not row.stopped), default=None)

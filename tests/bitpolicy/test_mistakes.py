@@ -236,7 +236,6 @@ def test_the_folder_of_the_model(refused: Any, toy: Path) -> None:
     [
         ("--budget", "51%", "budget"),
         ("--seed", "1", "seed"),
-        ("--trials", "3", "trials"),
         ("--formats", "int8", "formats"),
         ("--num-inference-steps", "3", "call"),
         ("--probe", "weight", "probe"),
@@ -249,6 +248,13 @@ def test_a_folder_of_a_search_with_other_settings_says_which(
     result = (finished.folder / "result.json").read_bytes()
     outcome = command(*finished.arguments, option, value)
     outcome.assert_refused("search-policy", f"holds a search with another {changed};", "--overwrite")
+    assert (finished.folder / "result.json").read_bytes() == result
+
+
+def test_a_folder_of_a_search_with_more_trials_keeps_them(command: Any, finished: Any) -> None:
+    result = (finished.folder / "result.json").read_bytes()
+    outcome = command(*finished.arguments, "--trials", "1")
+    outcome.assert_refused("search-policy", "holds a search with 2 trials, which are not made fewer", "--overwrite")
     assert (finished.folder / "result.json").read_bytes() == result
 
 
