@@ -110,10 +110,9 @@ def checked_value(name: str, value: Any, hint: Any) -> Any:
     Raises:
         BitPolicyError: it is not of the type `hint`.
     """
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        value = int(value)
-    elif isinstance(value, numbers.Real) and not isinstance(value, int | float):
-        value = float(value)
+    kind: Any = type(value)
+    if issubclass(kind, numbers.Real) and kind not in (bool, int, float):
+        value = int(value) if issubclass(kind, numbers.Integral) else float(value)
     try:
         _adapter(hint).validate_python(value)
     except ValidationError as error:

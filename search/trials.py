@@ -54,7 +54,7 @@ def load_trials(path: Path) -> list[TrialRow]:
     """
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            return [_row(**row) for row in csv.DictReader(file)]  # type: ignore[arg-type]
+            return [_row(**row) for row in csv.DictReader(file)]
     except (OSError, TypeError, ValueError, csv.Error) as error:
         raise BitPolicyError(f"cannot read {path}: {error}; give the same search again, which writes it") from error
 

@@ -16,7 +16,8 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given, _, _ = self.make_parser(ctx).parse_args(list(args))
-        for param in self.get_params(ctx):
+        params: list[Any] = self.get_params(ctx)
+        for param in params:
             value = given.get(str(param.name))
             if value == "" or (isinstance(value, list | tuple) and "" in value):
                 leave = "" if param.required else ", or leave it out"

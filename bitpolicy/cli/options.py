@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-import bitpolicy
+from bitpolicy import __version__
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import DEFAULT, WRITE
 
@@ -130,7 +130,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.", rich_h
 
 def _print_version(asked: bool) -> None:
     if asked:
-        print(f"bitpolicy {bitpolicy.__version__}")
+        print(f"bitpolicy {__version__}")
         raise typer.Exit
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from bitpolicy.decision import in_words
 from bitpolicy.kernels.errors import BitPolicyError
@@ -125,11 +126,11 @@ def _trials(rows: Sequence[TrialRow], policy: Policy) -> Picture:
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         for whole, fill in ((True, FORMAT_COLORS[1]), (False, "white")):
-            of_kind = [(row.number, row.psnr_db) for row in shown if row.stopped != whole]
+            of_kind = [(row.number, row.psnr_db or 0.0) for row in shown if row.stopped != whole]
             if of_kind:
                 label = "scored on all samples" if whole else "stopped early"
-                style = {"ls": "none", "mec": FORMAT_COLORS[1], "mfc": fill, "ms": 5, "label": label}
-                axes.plot(*zip(*of_kind, strict=True), "o", **style)
+                numbers, values = zip(*of_kind, strict=True)
+                axes.plot(numbers, values, "o", ls="none", mec=FORMAT_COLORS[1], mfc=fill, ms=5, label=label)
         _draw_best(axes, [row for row in shown if not row.stopped])
         for row in shown:
             name = row.start or f"trial {row.number}"
@@ -138,7 +139,7 @@ def _trials(rows: Sequence[TrialRow], policy: Policy) -> Picture:
                 axes.annotate(text, (row.number, row.psnr_db or 0.0), (4, 5), textcoords="offset points", fontsize=7.5)
         axes.set(xlabel="trial", ylabel="PSNR over the search samples, dB")
         axes.margins(x=0.08, y=0.15)
-        axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[attr-defined]
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="y")
         if shown:
             axes.legend(loc="lower right")
@@ -151,7 +152,8 @@ def _trials(rows: Sequence[TrialRow], policy: Policy) -> Picture:
 
 def _draw_best(axes: Axes, whole: Sequence[TrialRow]) -> None:
     """The best so far, as a staircase."""
-    numbers, best = [], []
+    numbers: list[int] = []
+    best: list[float] = []
     for row in whole:
         numbers.append(row.number)
         best.append(max([*best[-1:], row.psnr_db or 0.0]))
