@@ -47,7 +47,7 @@ _IN_PYTHON = {
     "guidance-scale": "call",
     "samples": "calibration_samples",
 }
-_OPTION = re.compile(r"--([a-z][a-z-]*[a-z])(?: (\w(?:[\w.%,-]*[\w%])?))?")  # and the word behind it
+_OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*[a-z])(?: (\w(?:[\w.%,-]*[\w%])?))?")  # and the word behind it
 _FORMAT = re.compile(r"(int\d|nf\d|fp\d+)(-\w+)*|all")
 _NUMBER = re.compile(r"\d+(\.\d+)?")
 _CHOICES = {*PROBES, *SCOPES, *DTYPES, *Compute, *QUANTIZERS, *TARGETS, *SAMPLERS, *SPACES, "auto", "cpu", "cuda"}

@@ -278,7 +278,7 @@ def test_an_export_replaces_nothing_unless_it_is_told(pipe: Any, policy: Policy,
         ("try --dtype bfloat16 or float32", 'try dtype="bfloat16" or float32'),
         ("--target comfy --formats int4,int8-sym", 'target="comfy" formats="int4,int8-sym"'),
         ("`bitpolicy probe --check` makes it; --vectors 4", "`bitpolicy probe --check` makes it; vectors=4"),
-        ("a--b is no option, nor is --", "a--b is no option, nor is --"),
+        ("a--budget is no option, nor is --", "a--budget is no option, nor is --"),
     ],
 )
 def test_options_become_arguments_and_commands_stay(text: str, python: str) -> None:
