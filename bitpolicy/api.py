@@ -10,23 +10,28 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from bitpolicy.arguments import Named, python_call, settings_for
+from bitpolicy.forecast import Forecast
 from bitpolicy.hub import push, require_login
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import DEFAULT, parse_formats
 from bitpolicy.kernels.quantizers import DEFAULT as DEFAULT_QUANTIZER
-from bitpolicy.loading import open_parts, open_pipeline, source_of, stored_dtype
+from bitpolicy.loading import DTYPES, open_parts, open_pipeline, source_of, stored_dtype
 from bitpolicy.over_budget import warn_if_over_budget
-from bitpolicy.plan import make_plan
+from bitpolicy.plan import Plan, make_plan
 from bitpolicy.policies.apply import choices_for
 from bitpolicy.policies.calibration import Calibration, calibration_of
 from bitpolicy.policies.checkpoint import MAX_SHARD_SIZE
 from bitpolicy.policies.export import export_parts
 from bitpolicy.policies.exporters.export import Exported, export_to
+from bitpolicy.policies.exporters.targets import exporter_named
 from bitpolicy.policies.measured_compute import measured_compute
 from bitpolicy.policies.model_card import Card
 from bitpolicy.policies.parts import Parts
 from bitpolicy.policies.policy import Policy
 from bitpolicy.policies.source import source_hash
+from bitpolicy.prompting import requests_of
+from bitpolicy.search.budget import read_bytes
 from bitpolicy.sensitivity.inventory import inventory, warn_of_unsupported
 from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.samples import Request
@@ -34,12 +39,15 @@ from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.settings import Settings
 from bitpolicy.workflow import SearchRun
 
+Prompts = str | Path | Mapping[str, Any] | Sequence[str | int | Mapping[str, Any]] | None
 
+
+@python_call
 def probe(
-    pipe: DiffusionPipeline,
+    pipe: DiffusionPipeline | Named | Path,
     *,
     call: Mapping[str, Any] | None = None,
-    prompts: Sequence[Request] | None = None,
+    prompts: Prompts = None,
     formats: str | Sequence[str] = DEFAULT,
     probe: str = "adjoint",
     quantizer: str = DEFAULT_QUANTIZER,
@@ -49,76 +57,90 @@ def probe(
     seed: int = 0,
     component: str | None = None,
     quiet: bool = False,
+    **options: Any,
 ) -> SensitivityTable:
     """Score what quantizing each layer of a pipeline does to its final latent.
 
     Args:
-        pipe: an unquantized diffusers pipeline. Its denoiser is rounded, in place, to the storage dtype.
+        pipe: an unquantized diffusers pipeline, its folder, a single .safetensors file, or a hub id; "bitpolicy/emoji"
+            is the one that comes with the package. The denoiser of one in memory is rounded, in place, to the storage
+            dtype.
         call: arguments of every pipeline call, e.g. {"num_inference_steps": 20}.
         prompts: what to draw: prompts, class labels, or mappings of call arguments such as {"prompt": "a cat", "image":
-            picture}, of which a part is calibrated on; None is a built-in list.
+            picture}, of which a part is calibrated on; one string is one prompt, a Path is a file of prompts; None is
+            a built-in list.
         formats: candidates, as names.
         probe: "adjoint", "stepwise", "ablation" or "weight".
         quantizer: who rounds weights: "gptq", "rtn", "mse", "hqq", "gptq-trajectory" or "auto".
         compute: "exact", "int8": packed layers round their inputs to 8 bits, too, and that is part of the scores; or
             "fp8": those in `fp8` round theirs to float8.
-        samples: calibration trajectories.
-        vectors: random directions a sample (adjoint, stepwise).
+        samples: calibration trajectories, at least 1.
+        vectors: random directions a sample (adjoint, stepwise), at least 1.
+        options: as for `search`.
 
     Raises:
         BitPolicyError: an argument is wrong, or a trajectory is not finite.
     """
-    settings = Settings(
+    settings = settings_for(
+        options,
         budget="100%",
-        prompts=tuple(prompts) if prompts else None,
+        model=_name(pipe),
+        prompts=_requests(prompts),
         call=tuple((call or {}).items()),
         formats=tuple(format.name for format in parse_formats(formats)),
         probe=probe,
         quantizer=quantizer,
         compute=compute,
+        component=component,
         calibration_samples=samples,
         vectors=vectors,
         seed=seed,
     )
-    plan = make_plan(settings, source_of(pipe, component))
-    with tempfile.TemporaryDirectory() as folder:
-        run = plan.probe(settings, Path(folder), Stages(quiet))
+    stages = Stages(quiet)
+    with stages.whole_run(), tempfile.TemporaryDirectory() as folder:
+        plan = _plan(pipe, settings)
+        stages.expect(Forecast(settings, plan).of_probe())
+        run = plan.probe(settings, Path(folder), stages)
         return run.table(run.reference())
 
 
+@python_call
 def search(
-    pipe: DiffusionPipeline,
-    budget: str | None = None,
+    pipe: DiffusionPipeline | Named | Path,
+    budget: int | float | str | None = None,
     *,
     target_psnr: float | None = None,
     call: Mapping[str, Any] | None = None,
-    prompts: Sequence[Request] | None = None,
+    prompts: Prompts = None,
     formats: str | Sequence[str] = DEFAULT,
     probe: str = "adjoint",
     quantizer: str = DEFAULT_QUANTIZER,
     compute: str = "exact",
+    samples: int = 16,
     trials: int = 24,
     seed: int = 0,
     component: str | None = None,
-    output_dir: str | Path | None = None,
+    output_dir: Named | Path | None = None,
     quiet: bool = False,
     **options: Any,
 ) -> Policy:
     """Find the policy that harms the finished image least within `budget`, or the smallest that reaches a quality.
 
     Args:
-        pipe: an unquantized diffusers pipeline. Its denoiser is rounded, in place, to the storage dtype.
-        budget: "3GB", "3GiB", "700MB", "45%" or "4.5bit".
+        pipe, call, prompts: as for `probe`.
+        budget: bytes, as a number or as text: 5000000, "3GB", "3GiB", "700MB", "45%" or "4.5bit".
         target_psnr: dB against the unquantized pipeline, instead of a budget.
         quantizer: who rounds weights: "gptq", "rtn", "mse", "hqq", "gptq-trajectory" or "auto".
         compute: "exact", "int8": packed layers round their inputs to 8 bits, too: faster on CPUs with VNNI and on
             GPUs, for some accuracy; or "fp8": those in `fp8` round theirs to float8, for GPUs from Ada on. All that is
             predicted and measured is under it, and the policy records it.
+        samples: calibration trajectories, at least 1.
         trials: Optuna trials; 0 keeps the exact solution of the knapsack.
         output_dir: keep policy.yaml, calibration, sensitivity table and journal here, and resume from them; None keeps
             none.
-        options: other fields of `bitpolicy.settings.Settings`, e.g. calibration_samples=8, keep=("conv_in=fp16",),
-            target_lpips=0.01, share_qkv=True.
+        options: other fields of `bitpolicy.settings.Settings`, e.g. keep={"conv_in": "fp16"}, target_lpips=0.01,
+            share_qkv=True; and, for a pipeline that is given by its path or hub id, dtype="float32", device="cpu",
+            revision="main".
 
     Returns:
         The policy, holding its calibration, ready for `export`.
@@ -126,42 +148,85 @@ def search(
     Raises:
         BitPolicyError: an argument is wrong, or no policy fits the budget.
     """
-    settings = Settings(
-        budget=budget,
+    settings = settings_for(
+        {"calibration_samples": samples, **options},
+        budget=_budget(budget),
         target_psnr=target_psnr,
+        model=_name(pipe),
         quantizer=quantizer,
         compute=compute,
         component=component,
         formats=tuple(f.name for f in parse_formats(formats)),
-        prompts=tuple(prompts) if prompts else None,
+        prompts=_requests(prompts),
         call=tuple(sorted((call or {}).items())),
         seed=seed,
         trials=trials,
         probe=probe,
-        **options,
     )
-    plan = make_plan(settings, source_of(pipe, component))
-    with tempfile.TemporaryDirectory() as temporary:
+    if settings.budget is None and settings.target_psnr is None and settings.target_lpips is None:
+        raise BitPolicyError("--frontier alone makes no policy; give --budget or --target-psnr with it")
+    stages = Stages(quiet)
+    with stages.whole_run(), tempfile.TemporaryDirectory() as temporary:
+        plan = _plan(pipe, settings)
         folder = Path(output_dir or temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        run = SearchRun(settings, plan, folder, Stages(quiet))
+        stages.expect(Forecast(settings, plan).of_search(evaluated=False))
+        run = SearchRun(settings, plan, folder, stages)
         policy = run.decide()
         assert policy is not None  # only a run without a budget and a target has none
         return policy.with_calibration({key: tensor.clone() for key, tensor in run.calibration.items()})
 
 
+def _budget(budget: int | float | str | None) -> str | None:
+    """As the command line writes it."""
+    if isinstance(budget, float) and not budget.is_integer():
+        raise BitPolicyError(f'--budget {budget:g} is no number of bytes; write 5000000, "3GB", "45%" or "4.5bit"')
+    return budget if budget is None or isinstance(budget, str) else str(int(budget))
+
+
+def _name(pipe: DiffusionPipeline | str | Path) -> str | None:
+    """Path or hub id of a pipeline that is not in memory."""
+    return None if isinstance(pipe, DiffusionPipeline) else str(pipe)
+
+
+def _requests(prompts: Prompts) -> tuple[Request, ...] | None:
+    return None if prompts is None else tuple(requests_of(prompts))
+
+
+def _plan(pipe: DiffusionPipeline | str | Path, settings: Settings) -> Plan:
+    if not isinstance(pipe, DiffusionPipeline):
+        return make_plan(settings)
+    default = Settings(budget="100%")
+    names = ("dtype", "device", "offload", "revision", "variant", "config")
+    _require_path(**{name: getattr(settings, name) != getattr(default, name) for name in names})
+    return make_plan(settings, source_of(pipe, settings.component))
+
+
+def _require_path(**given: bool) -> None:
+    """Raises:
+    BitPolicyError: something is given that says how a pipeline in memory is to be loaded.
+    """
+    for name in (name for name, is_given in given.items() if is_given):
+        raise BitPolicyError(
+            f"{name} says how a pipeline is loaded, and this one is in memory; leave it out, or give the folder or hub "
+            "id in place of the pipeline"
+        )
+
+
+@python_call
 def export(
-    pipe: DiffusionPipeline | str | Path,
-    policy: Policy | str | Path,
-    output_dir: str | Path,
+    pipe: DiffusionPipeline | Named | Path,
+    policy: Policy | Named | Path,
+    output_dir: Named | Path,
     *,
-    component_dtype: torch.dtype | None = None,
-    max_shard_size: int = MAX_SHARD_SIZE,
+    component_dtype: torch.dtype | str | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
     revision: str | None = None,
     variant: str | None = None,
-    config: str | None = None,
+    config: str | Path | None = None,
     push_to_hub: str | None = None,
     compute: str | None = None,
+    overwrite: bool = False,
 ) -> int:
     """Write a pipeline as a diffusers folder whose denoiser is packed as `policy` says.
 
@@ -169,19 +234,28 @@ def export(
         pipe: the unquantized pipeline that the policy was made for: in memory, or a hub id, a folder or a single
             .safetensors file, which is then not loaded but read layer by layer. Both ways write the same bytes.
         policy: a policy, or the path of a policy.yaml with calibration.safetensors beside it.
-        component_dtype: dtype the other components are stored in; None is the policy's storage dtype.
-        max_shard_size: bytes; a larger denoiser is split into files of at most so many.
+        output_dir: the folder to write.
+        component_dtype: dtype the other components are stored in, torch.float16 or "float16"; None is the policy's
+            storage dtype.
+        max_shard_size: bytes, as a number or as text such as "10GB"; a larger denoiser is split into files of at most
+            so many.
         revision, variant: of what is on the hub or in a folder.
         config: folder or hub id with the configs of a single file.
         push_to_hub: OWNER/NAME of a model repository that the folder is uploaded to.
         compute: "exact", "int8" or "fp8", of the packed layers once the checkpoint is loaded; None is the policy's own.
+        overwrite: replace a pipeline that is in `output_dir`, once the new one is complete.
 
     Returns:
         Tensor bytes of the packed denoiser.
 
     Raises:
-        BitPolicyError: the policy is for another model, its calibration is missing, or the hub refuses.
+        BitPolicyError: an argument is wrong, `output_dir` is there already, the policy is for another model, its
+            calibration is missing, or the hub refuses.
     """
+    shard = read_bytes(str(max_shard_size), "--max-shard-size")
+    if shard < 1:
+        raise BitPolicyError(f"--max-shard-size is {max_shard_size}; write a size such as 10GB")
+    _require_free(Path(output_dir), overwrite)
     given = policy if isinstance(policy, Policy) else Policy.load(policy)
     if compute is not None:
         given = given.under(measured_compute(compute))
@@ -196,8 +270,8 @@ def export(
         given,
         _calibration(given, policy, parts),
         Path(output_dir),
-        component_dtype=component_dtype,
-        max_shard_size=max_shard_size,
+        component_dtype=_dtype("component_dtype", component_dtype),
+        max_shard_size=shard,
         card=Card(push_to_hub or "this/folder", {layer.name: layer.role for layer in layers}),
     )
     if push_to_hub is not None:
@@ -205,21 +279,23 @@ def export(
     return nbytes
 
 
+@python_call
 def export_for(
-    pipe: DiffusionPipeline | str | Path,
-    policy: Policy | str | Path,
-    output_dir: str | Path,
+    pipe: DiffusionPipeline | Named | Path,
+    policy: Policy | Named | Path,
+    output_dir: Named | Path,
     target: str,
     *,
     requantize: bool = False,
     revision: str | None = None,
     variant: str | None = None,
-    config: str | None = None,
+    config: str | Path | None = None,
+    overwrite: bool = False,
 ) -> Exported:
     """Write the denoiser of a pipeline, packed as `policy` says, in the files of another program.
 
     Args:
-        pipe, policy, revision, variant, config: as for `export`.
+        pipe, policy, output_dir, revision, variant, config, overwrite: as for `export`.
         target: "comfy", "comfy-int8", "sdnq", "torchao" or "modelopt"; see docs/exporters.md.
         requantize: round layers anew whose format the target does not have, instead of refusing.
 
@@ -229,6 +305,8 @@ def export_for(
     Raises:
         BitPolicyError: as `export`; or the target does not hold the policy, or does not know this class of model.
     """
+    exporter_named(target)
+    _require_free(Path(output_dir), overwrite)
     given = policy if isinstance(policy, Policy) else Policy.load(policy)
     parts = _parts(pipe, given, revision, variant, config)
     calibration = _calibration(given, policy, parts)
@@ -242,7 +320,7 @@ def _parts(
     policy: Policy,
     revision: str | None,
     variant: str | None,
-    config: str | None,
+    config: str | Path | None,
 ) -> Parts:
     """Where what is exported lies.
 
@@ -251,27 +329,52 @@ def _parts(
     """
     storage = getattr(torch, policy.storage_dtype)
     if isinstance(pipe, str | Path):
-        parts = open_parts(str(pipe), policy.model.component, storage, revision, variant, config)
+        where = None if config is None else str(config)
+        parts = open_parts(str(pipe), policy.model.component, storage, revision, variant, where)
     else:
+        _require_path(revision=revision is not None, variant=variant is not None, config=config is not None)
         parts = source_of(pipe, policy.model.component, storage).parts
     _require_model(policy, source_hash(parts.sources, storage))
     return parts
 
 
+@python_call
 def load_pipeline(
-    folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+    folder: Named | Path, dtype: torch.dtype | str | None = None, device: str | torch.device | None = None
 ) -> DiffusionPipeline:
     """Load an exported pipeline; its layers stay packed in memory.
 
     Args:
         folder: what `export` or search-policy's checkpoint/ wrote.
-        dtype: compute dtype; None keeps the storage dtype.
+        dtype: compute dtype, torch.float32 or "float32"; None keeps the storage dtype.
+        device: where to; None leaves it on the CPU.
 
     Raises:
-        BitPolicyError: it is no such folder.
+        BitPolicyError: it is no such folder, or there is no such dtype or device.
     """
-    pipe = open_pipeline(Path(folder), dtype or stored_dtype(Path(folder)))
-    return pipe.to(device) if device is not None else pipe
+    compute = _dtype("dtype", dtype)
+    try:
+        target = None if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise BitPolicyError(f"device is {device!r}; give a device of torch's, such as cpu or cuda:0") from error
+    pipe = open_pipeline(Path(folder), compute or stored_dtype(Path(folder)))
+    return pipe.to(target) if target is not None else pipe
+
+
+def _dtype(name: str, dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if isinstance(dtype, torch.dtype) or dtype is None:
+        return dtype
+    if dtype not in DTYPES:
+        raise BitPolicyError(f"{name} is {dtype!r}; give {', '.join(DTYPES)}, or a dtype of torch's")
+    return DTYPES[dtype]
+
+
+def _require_free(folder: Path, overwrite: bool) -> None:
+    """Raises:
+    BitPolicyError: something is in the folder, and may not be replaced.
+    """
+    if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
+        raise BitPolicyError(f"{folder} is there already; choose another --output-dir, or give --overwrite")
 
 
 def _require_model(policy: Policy, found: str) -> None:

@@ -81,9 +81,12 @@ def save_picture(path: Path, curve: Sequence[Point], account: ByteAccount) -> No
         axes = figure.add_subplot()
         values = [point.psnr_db if measured else point.error for point in curve]
         known = [(point.nbytes / 1e6, value) for point, value in zip(curve, values, strict=True) if value]
-        axes.plot(*zip(*known, strict=True), "o-", color="#0072B2")
-        if not measured:
-            axes.set_yscale("log")
+        if known:
+            axes.plot(*zip(*known, strict=True), "o-", color="#0072B2")
+            axes.set_yscale("linear" if measured else "log")
+        else:
+            why = "the probe predicts no error of the image,\nand with 0 trials nothing was drawn"
+            axes.text(0.5, 0.5, why, ha="center", va="center", transform=axes.transAxes)
         axes.set_ylabel("PSNR against FP16, dB" if measured else "predicted relative error of the latent")
         axes.set_xlabel(f"denoiser, MB (FP16: {account.reference / 1e6:.4g} MB)")
         axes.set_title("The best policy of every size, from one probe")

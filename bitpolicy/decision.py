@@ -22,6 +22,8 @@ from bitpolicy.search.quality import Unavailable
 from bitpolicy.search.starts import repaired
 from bitpolicy.search.study import Study
 from bitpolicy.search.target import MEASUREMENTS, Measured, Reach
+from bitpolicy.search.trials import FILE as TRIALS
+from bitpolicy.search.trials import save_trials
 from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.records import settings_key
 from bitpolicy.sensitivity.samples import Sample
@@ -72,6 +74,7 @@ def within_budget(
         for _ in study.finished:
             advance()
         study.run(settings.trials, after_each=advance)
+    save_trials(study.rows, folder / TRIALS)
     finalists = stages.track(study.best(_FINALISTS), "confirming on fresh seeds")
     found = confirm(finalists, generations, plan.split.confirm)
     return Decision(found.choices, {**about, **_told(study, found, repaired=start is not None)})

@@ -91,11 +91,15 @@ class Forecast:
         self._large = is_large(plan.trajectories)
         self._sample = sample
 
-    def of_search(self) -> dict[str, float]:
-        """Name of a stage's progress bar -> seconds, in the order of the run."""
-        return _rounded(self._search())
+    def of_search(self, evaluated: bool = True) -> dict[str, float]:
+        """Name of a stage's progress bar -> seconds, in the order of the run.
 
-    def of_probe(self, split: bool, policies: int) -> dict[str, float]:
+        Args:
+            evaluated: whether the result is written, reloaded and compared on held-out samples in the end.
+        """
+        return _rounded([*self._decision(), *(self._evaluation() if evaluated and self._decides else ())])
+
+    def of_probe(self, split: bool = False, policies: int = 0) -> dict[str, float]:
         """The same of `bitpolicy probe`.
 
         Args:
@@ -124,10 +128,15 @@ class Forecast:
             most = settings.remeasure + settings.remeasure_close
             yield "re-measuring", most * len(plan.split.calibration) * self._each
 
-    def _search(self) -> Iterator[tuple[str, float]]:
+    @property
+    def _decides(self) -> bool:
+        """Whether a policy comes out, and not only the curve."""
+        settings = self._settings
+        return any(aim is not None for aim in (settings.budget, settings.target_psnr, settings.target_lpips))
+
+    def _decision(self) -> Iterator[tuple[str, float]]:
         settings, plan = self._settings, self._plan
         if settings.budget is not None and plan.fits_unquantized and not settings.frontier:
-            yield from self._evaluation()
             return
         yield from self._scores()
         if settings.frontier and settings.trials:
@@ -136,10 +145,8 @@ class Forecast:
             trials = (settings.trials + 1) * len(plan.split.search) * self._each
             yield "search trials", trials if settings.timeout is None else min(trials, settings.timeout)
             yield "confirming on fresh seeds", (_FINALISTS + 1) * len(plan.split.confirm) * self._each
-        elif settings.budget is None and (settings.target_psnr is not None or settings.target_lpips is not None):
+        elif settings.budget is None and self._decides:
             yield "policies measured", (MEASUREMENTS + 1) * len(plan.split.search) * self._each
-        if settings.budget is not None or settings.target_psnr is not None or settings.target_lpips is not None:
-            yield from self._evaluation()
 
     def _evaluation(self) -> Iterator[tuple[str, float]]:
         yield "writing the checkpoint", self._requantized(1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -192,11 +191,9 @@ def open_pipeline(folder: Path, dtype: torch.dtype | None = None, variant: str |
     """`DiffusionPipeline.from_pretrained` on a local folder, with errors a person can use."""
     require_pipeline(folder)
     require_known_classes(read_json(folder / "model_index.json"), folder / "model_index.json")
-    names = inspect.signature(DiffusionPipeline.from_pretrained).parameters
-    keyword = "dtype" if "dtype" in names else "torch_dtype"
     arguments: dict[str, Any] = {"variant": variant, "local_files_only": True}
     if dtype is not None:
-        arguments[keyword] = dtype
+        arguments["dtype"] = dtype
     usual = torch.get_default_dtype()
     try:
         return DiffusionPipeline.from_pretrained(str(folder), **arguments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -61,6 +61,22 @@ def load_requests(path: Path) -> list[Request]:
     if path.suffix != ".jsonl":
         return list(dict.fromkeys(line for _, line in lines))
     return _different([_call_arguments(path, i, line) for i, line in lines])
+
+
+def requests_of(prompts: str | Path | Mapping[str, Any] | Sequence[str | int | Mapping[str, Any]]) -> list[Request]:
+    """What a caller from Python asks for: a file of prompts; or a prompt, a class label, the arguments of one call, or
+    several of these.
+
+    Raises:
+        BitPolicyError: there is none among them, or the file cannot be read.
+    """
+    if isinstance(prompts, Path):
+        return load_requests(prompts)
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if not prompts:
+        raise BitPolicyError("--prompts has no prompt in it; give at least one, or leave it out for a built-in list")
+    return [prompt if isinstance(prompt, str | Mapping) else str(prompt) for prompt in prompts]
 
 
 def _call_arguments(path: Path, number: int, line: str) -> Request:

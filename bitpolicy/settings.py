@@ -17,7 +17,16 @@ from bitpolicy.sensitivity.samples import Request, fingerprint
 MOST_SEED = 2**31 - 1  # NumPy's generators take twice that, and a study adds the number of the trial
 _OURS = (
     *("run.json", "result.json", "policy.yaml", "calibration.safetensors", "sensitivity.safetensors"),
-    *("sensitivity.csv", "frontier", "study.journal", "study.journal.torn", "compare.png", "checkpoint", "work"),
+    *(
+        "sensitivity.csv",
+        "frontier",
+        "study.journal",
+        "study.journal.torn",
+        "trials.csv",
+        "compare.png",
+        "checkpoint",
+        "work",
+    ),
     "report.html",
 )
 
@@ -46,6 +55,9 @@ _LIMITS = {
 }
 _COUNTS = ("calibration_samples", "vectors", "shared", "search_samples", "confirm_samples", "held_out_samples")
 _PROBED = ("split.safetensors", "check.json")  # what a probe leaves, and no search makes
+_LEAST = dict.fromkeys((*_COUNTS, "batch_size", "height", "width"), 1)
+_LEAST |= dict.fromkeys(("trials", "frontier", "remeasure", "remeasure_close", "timeout"), 0)
+_GOES_ON = ("trials", "timeout")  # with more trials or another time limit a search goes on with what it has
 
 
 @dataclass(frozen=True)
@@ -134,9 +146,9 @@ class Settings:
                 f"asked for {found}; give one of --budget SIZE, --target-psnr DB, --target-lpips DISTANCE, "
                 "or --frontier"
             )
-        for name in _COUNTS:
-            if getattr(self, name) < 1:
-                raise BitPolicyError(f"{name} is {getattr(self, name)}; it has to be at least 1")
+        for name, least in _LEAST.items():
+            if (value := getattr(self, name)) is not None and not value >= least:
+                raise BitPolicyError(f"{name} is {value}; it has to be at least {least}")
         for name, limit in _LIMITS.items():
             value = getattr(self, name)
             if value is not None and not limit.holds(value):
@@ -168,10 +180,12 @@ class OutputFolder:
         held = _claimed(path, identity, overwrite)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if held is not None and (not resume or held != identity):
+            if held is not None and not (resume and _same_study(held, identity)):
                 self._clear(keep_work=resume)
             elif held is None:
                 self._clear_probed()
+            elif held is not None and held != identity:
+                (path / "result.json").unlink(missing_ok=True)  # of fewer trials
             write_text(path / "run.json", json.dumps(identity, indent=2, sort_keys=True) + "\n")
         except OSError as error:
             raise BitPolicyError(
@@ -238,16 +252,22 @@ def _claimed(path: Path, identity: dict[str, Any], overwrite: bool) -> dict[str,
     """The settings of the search that the folder holds, or None; refuses what must not be touched."""
     require_nameable(path)
     held = _held_identity(path)
-    if held is not None and held != identity and not overwrite:
-        changed = ", ".join(sorted(k for k in identity if held.get(k) != identity[k]))
-        raise BitPolicyError(
-            f"{path} holds a search with another {changed}; choose another --output-dir, or --overwrite it"
-        )
+    if held is not None and not overwrite and not _same_study(held, identity):
+        changed = ", ".join(sorted(k for k in identity if held.get(k) != identity[k] and k not in _GOES_ON))
+        found = f"another {changed}" if changed else f"{held['trials']} trials, which are not made fewer"
+        raise BitPolicyError(f"{path} holds a search with {found}; choose another --output-dir, or --overwrite it")
     if held is None and path.exists() and (foreign := _foreign(path)) and not overwrite:
         raise BitPolicyError(
             f"{path} holds something else ({foreign[0]}); choose another --output-dir, or --overwrite it"
         )
     return held
+
+
+def _same_study(held: dict[str, Any], asked: dict[str, Any]) -> bool:
+    """Whether what is asked goes on with what is held: the same search, with as many trials or more."""
+    if any(held.get(name) != value for name, value in asked.items() if name not in _GOES_ON):
+        return False
+    return isinstance(held.get("trials"), int) and held["trials"] <= asked["trials"]
 
 
 def _finished(path: Path) -> dict[str, Any] | None:

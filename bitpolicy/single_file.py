@@ -103,7 +103,7 @@ class SingleFile:
         if not hasattr(kind, "from_single_file"):
             raise BitPolicyError(f"{name} cannot be read from a single file; convert it to a folder with diffusers")
         components |= {name: self._from_folder(name, dtype) for name in self._lacking() if name not in components}
-        arguments = {"config": str(self.configs.folder), "torch_dtype": dtype, "local_files_only": True}
+        arguments = {"config": str(self.configs.folder), "dtype": dtype, "local_files_only": True}
         try:
             return kind.from_single_file(str(self.path), **arguments, **components)  # type: ignore[union-attr]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
@@ -131,7 +131,7 @@ class SingleFile:
                 "give with --config a folder that has them"
             )
         kind = class_named(*self.configs.kind(name), self.configs.folder / "model_index.json")
-        return kind.from_pretrained(self.configs.folder / name, torch_dtype=dtype, local_files_only=True)
+        return kind.from_pretrained(self.configs.folder / name, dtype=dtype, local_files_only=True)
 
     def parts(self, dtype: torch.dtype) -> MemoryParts:
         """For export: the denoiser stays in the file, the rest is loaded."""

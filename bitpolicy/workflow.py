@@ -305,6 +305,7 @@ def run_search(settings: Settings, plan: Plan, output: OutputFolder, stages: Sta
     choices = policy.resolve(layer.name for layer in plan.layers)
     counts = Counter(choice.format.name for choice in choices.values())
     result = {
+        **({} if settings.budget or policy.budget is None else {"target": policy.budget.asked}),
         "budget_bytes": plan.budget.total if settings.budget else policy.result.policy_bytes,
         "policy_bytes": policy.result.policy_bytes,
         "checkpoint_bytes": nbytes,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -18,10 +19,11 @@ from safetensors.torch import save_file
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.accounting import tensor_bytes
 from bitpolicy.policies.atomic import written_aside
+from bitpolicy.policies.choice import Choice
 from bitpolicy.policies.file_source import FileTensors
 from bitpolicy.policies.finite import is_finite, require_finite
-from bitpolicy.policies.policy import Choice, Policy
 
+FILE = "calibration.safetensors"  # in the folder of the policy file
 Calibration = Mapping[str, torch.Tensor]
 """Layer name -> E[x], float32, shape (in) or (in, *kernel); `rounded_key` -> a packed tensor; `MADE_FROM`."""
 
@@ -108,26 +110,46 @@ def load_calibration(path: Path, expected_hash: str | None = None) -> Calibratio
     return calibration
 
 
-def calibration_of(policy: Policy, path: Path | None, choices: Iterable[Choice]) -> Calibration:
+class _Model(Protocol):
+    id: str
+    sha256: str
+
+
+class Calibrated(Protocol):
+    """What a policy says of its calibration, and of the model that both were made from."""
+
+    provenance: dict[str, Any]
+
+    @property
+    def model(self) -> _Model: ...
+
+    @property
+    def calibration(self) -> Calibration | None: ...
+
+    @property
+    def calibration_path(self) -> Path | None: ...
+
+
+def calibration_of(policy: Calibrated, path: Path | None, choices: Iterable[Choice]) -> Calibration:
     """What putting `choices` on a model takes: held by the policy, or in the file beside it.
 
     Args:
-        path: of the policy; None for one in memory.
+        path: of the policy's file; None for a policy in memory, or for the file that it was loaded from.
         choices: of the policy, resolved.
 
     Raises:
         BitPolicyError: they need a calibration, and the file is missing or another than the policy's; or it was made
             from other weights than those that the policy is for.
     """
-    if policy.calibration is not None:
+    if policy.calibration_path is None and policy.calibration is not None:
         return _of_these_weights(policy.calibration, policy)
     if not any(choice.needs_calibration for choice in choices):
         return {}
-    beside = Path("calibration.safetensors") if path is None else path.with_name("calibration.safetensors")
+    beside = (policy.calibration_path or Path(FILE)) if path is None else path.with_name(FILE)
     return _of_these_weights(load_calibration(beside, policy.provenance.get("calibration")), policy)
 
 
-def _of_these_weights(calibration: Calibration, policy: Policy) -> Calibration:
+def _of_these_weights(calibration: Calibration, policy: Calibrated) -> Calibration:
     """Whoever reads the weights compares them with the policy's hash; this compares that with the calibration's."""
     found = made_from(calibration)
     if found is None or found == policy.model.sha256:

@@ -97,7 +97,7 @@ def export_parts(
 
 def describe_checkpoint(folder: Path, policy: Policy, denoiser: nn.Module, card: Card = PLAIN) -> None:
     """Write policy.yaml and the model card of an exported folder anew, after its quality was measured."""
-    policy.save(folder / "policy.yaml")
+    write_text(folder / "policy.yaml", policy.to_yaml())  # whether its calibration goes along, `export_parts` decides
     choices = choices_for(denoiser, policy)
     write_text(folder / "README.md", model_card(policy, denoiser, choices, card))
 

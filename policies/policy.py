@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
@@ -20,11 +19,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.formats import FP8, format_named, from_parameters
 from bitpolicy.kernels.kernel import Compute
-from bitpolicy.kernels.quantizers import HESSIANS, QUANTIZERS
+from bitpolicy.kernels.quantizers import QUANTIZERS
 from bitpolicy.policies.atomic import write_text
+from bitpolicy.policies.calibration import FILE, load_calibration, save_calibration
+from bitpolicy.policies.choice import Choice
 from bitpolicy.policies.plain_yaml import YamlError, read_yaml
 
 SCHEMA: Final = 1
@@ -32,26 +32,6 @@ SCHEMA: Final = 1
 
 class PolicyError(BitPolicyError):
     """A policy file that cannot be read, or that does not fit the model."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What one layer gets.
-
-    Attributes:
-        format: storage format of its weight.
-        bias_correction: whether its bias takes up the mean error of the weight.
-        quantizer: who picks codes and scales, one of `bitpolicy.kernels.quantizers`; "rtn" is round to nearest.
-    """
-
-    format: Format
-    bias_correction: bool = False
-    quantizer: str = "rtn"
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether it cannot be made from the weight alone."""
-        return self.bias_correction or self.quantizer in HESSIANS
 
 
 class _Strict(BaseModel):
@@ -176,16 +156,36 @@ class Policy(_Strict):
     result: Result | None = None
     provenance: dict[str, Any] = Field(default_factory=dict)
     _calibration: Mapping[str, torch.Tensor] | None = PrivateAttr(default=None)
+    _path: Path | None = PrivateAttr(default=None)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both files would say the same, wherever they are; a calibration counts by the hash they record."""
+        return isinstance(other, Policy) and self.model_dump() == other.model_dump()
 
     @property
     def calibration(self) -> Mapping[str, torch.Tensor] | None:
-        """E[x] per layer while the policy is in memory; a file keeps it beside itself in calibration.safetensors."""
+        """What exporting it takes: E[x] per layer, and packed tensors of layers that were not rounded to nearest.
+
+        A policy that a search returned holds it; one that was loaded finds it in calibration.safetensors, in the folder
+        of its file. None where there is none.
+
+        Raises:
+            BitPolicyError: the file there is damaged, or of another policy.
+        """
+        beside = self.calibration_path
+        if self._calibration is None and beside is not None and beside.is_file():
+            self._calibration = load_calibration(beside, self.provenance.get("calibration"))
         return self._calibration
+
+    @property
+    def calibration_path(self) -> Path | None:
+        """Where the calibration of a policy that was loaded should be; None for a policy that was made in memory."""
+        return None if self._path is None else self._path.with_name(FILE)
 
     def with_calibration(self, calibration: Mapping[str, torch.Tensor]) -> Policy:
         """The same policy, holding its calibration."""
         copy = self.model_copy()
-        copy._calibration = calibration
+        copy._calibration, copy._path = calibration, None
         return copy
 
     def under(self, compute: Compute) -> Policy:
@@ -207,7 +207,7 @@ class Policy(_Strict):
 
     @classmethod
     def load(cls, path: str | Path) -> Policy:
-        """Read a policy file.
+        """Read a policy file; the calibration in its folder is read when it is asked for.
 
         Raises:
             PolicyError: it is missing, not YAML, or has unknown or malformed entries.
@@ -225,14 +225,23 @@ class Policy(_Strict):
                 f"{path} is not a policy: found {type(data).__name__}, needed a mapping with 'bitpolicy: {SCHEMA}'"
             )
         try:
-            return cls.model_validate(data)
+            found = cls.model_validate(data)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise PolicyError(f"{path}: {where}: {first['msg']}; mend that entry or make the policy anew") from error
+        found._path = Path(path)
+        return found
 
     def save(self, path: str | Path) -> None:
-        """Write the file, aside and renamed."""
+        """Write the file, aside and renamed, and its calibration, if it has one, to calibration.safetensors next to it.
+
+        Raises:
+            BitPolicyError: it was loaded, and the calibration there is damaged or of another policy.
+        """
+        beside, loaded = Path(path).with_name(FILE), self.calibration_path
+        if (loaded is None or loaded.resolve() != beside.resolve()) and self.calibration:
+            save_calibration(self.calibration, beside)
         write_text(Path(path), self.to_yaml())
 
     def to_yaml(self) -> str:

@@ -99,7 +99,7 @@ def measure(subject: str, args: argparse.Namespace) -> Iterator[Row]:
         predicted = {key: _observed(pipe, subject, *key) for key in sizes}
         print(f"{subject}: {len(sizes)} calls observed in {time.perf_counter() - started:.0f} s", file=sys.stderr)
         for name, formats in policies.items():
-            unet = UNet2DConditionModel.from_pretrained(Path(folder) / name / "unet", torch_dtype=compute).to(device)
+            unet = UNet2DConditionModel.from_pretrained(Path(folder) / name / "unet", dtype=compute).to(device)
             packed = StableDiffusionPipeline(**{**pipe.components, "unet": unet}, requires_safety_checker=False)
             packed.set_progress_bar_config(disable=True)
             for (pixels, batch), peak in predicted.items():

@@ -52,7 +52,7 @@ class Model:
     def build(self) -> Any:
         torch.manual_seed(0)
         if self.name == "bundled":
-            return UNet2DConditionModel.from_pretrained(BUNDLED_FOLDER / "unet", torch_dtype=torch.float32)
+            return UNet2DConditionModel.from_pretrained(BUNDLED_FOLDER / "unet", dtype=torch.float32)
         with torch.device("meta"):
             unet = UNet2DConditionModel(cross_attention_dim=768)  # the defaults are Stable Diffusion 1's
         unet = unet.to_empty(device="cpu")

@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--prompts", nargs="*", help="draw these instead of random names; no figure is printed")
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
-    pipe = StableDiffusionPipeline.from_pretrained(args.model, torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(args.model, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     emoji = load(fetch(args.work / "emoji"))
     prompts = args.prompts or _draw_names(emoji, args.count, args.seed)

@@ -4,6 +4,7 @@ A budget is written the way people say it and means one exact number of bytes:
 
     3GB      3 * 10**9 bytes        3GiB     3 * 2**30 bytes
     45%      of the reference       4.5bit   a parameter, on average
+    5000000  bytes, without a unit
 
 Shares and bits are matched first; what is left goes to pydantic's `ByteSize`, which alone would read "45%" as 45 bytes.
 Decimal and binary units differ by 7% at the gigabyte, so both are echoed back.
@@ -31,8 +32,10 @@ ScopeName = Literal["weights", "pipeline", "peak"]
 SCOPES: Final[tuple[ScopeName, ...]] = ("weights", "pipeline", "peak")
 _SHARE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|bits?)", re.IGNORECASE)
 _SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*((?:[kmgt]i?)?)(b)", re.IGNORECASE)
+_BYTES = re.compile(r"\d+")
 _LONGEST = 40  # characters
 _FORMS = "write 3GB, 3GiB, 700MB, 45% or 4.5bit"
+_SIZES = "write a size such as 10GB"
 
 
 class BudgetError(BitPolicyError):
@@ -201,16 +204,33 @@ def read(text: str) -> tuple[float, str]:
     Raises:
         BudgetError: as `Budget.parse`.
     """
-    if len(text) > _LONGEST:
-        raise BudgetError(f"budget {text[:_LONGEST]!r}... is not a size; {_FORMS}")
-    share, size = _SHARE.fullmatch(text.strip()), _SIZE.fullmatch(text.strip())
-    if share:
+    share = _SHARE.fullmatch(text.strip())
+    if share and len(text) <= _LONGEST:
         return float(share[1]), "%" if share[2] == "%" else "bit"
+    return float(read_bytes(text, "budget", _FORMS)), "B"
+
+
+def read_bytes(text: str, what: str, forms: str = _SIZES) -> int:
+    """The bytes of a size such as "3GB", "3GiB" or "5000000".
+
+    Args:
+        text: as it was written.
+        what: what it is the size of, as messages name it.
+        forms: how it can be written, for a message.
+
+    Raises:
+        BudgetError: it is no size, or counts bits.
+    """
+    if len(text) > _LONGEST:
+        raise BudgetError(f"{what} {text[:_LONGEST]!r}... is not a size; {forms}")
+    if _BYTES.fullmatch(text.strip()):
+        return int(text)
+    size = _SIZE.fullmatch(text.strip())
     if size is None:
-        raise BudgetError(f"budget {text!r} is not a size; {_FORMS}")
+        raise BudgetError(f"{what} {text!r} is not a size; {forms}")
     if size[3] == "b" and size[2] and size[2] != size[2].lower():
-        raise BudgetError(f"budget {text!r} counts bits; write {size[1]}{size[2]}B for bytes")
-    return float(TypeAdapter(ByteSize).validate_python(f"{size[1]}{size[2]}B")), "B"
+        raise BudgetError(f"{what} {text!r} counts bits; write {size[1]}{size[2]}B for bytes")
+    return int(TypeAdapter(ByteSize).validate_python(f"{size[1]}{size[2]}B"))
 
 
 def _either(remedies: Sequence[str]) -> str:

@@ -32,6 +32,7 @@ from bitpolicy.search.knapsack import Solution
 from bitpolicy.search.problem import Problem
 from bitpolicy.search.samplers import Choices, Space, formats_of, policy_key, require_sampler
 from bitpolicy.search.storage import Crew
+from bitpolicy.search.trials import TrialRow
 from bitpolicy.sensitivity.samples import Sample
 
 _POLL = 0.2  # seconds between looks at what other workers do, while there is nothing else left to do
@@ -115,6 +116,22 @@ class Study:
     def finished(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
+    @property
+    def rows(self) -> list[TrialRow]:
+        """Every finished trial, in the order in which they began."""
+        starts = [policy_key(start) for start in self._space.starts]
+        found = []
+        for trial in self.finished:
+            about, value = trial.user_attrs, trial.value
+            assert value is not None  # of a finished trial
+            place = starts.index(about["policy"]) if about["policy"] in starts and "repeats" not in about else None
+            start = "" if place is None else _start_name(place)
+            stopped = about["samples"] < len(self._samples)
+            found.append(
+                TrialRow(trial.number, start, value, about["psnr_db"], about["samples"], stopped, about.get("repeats"))
+            )
+        return found
+
     def best(self, count: int) -> list[Choices]:
         """The `count` best different policies scored on every sample, best first.
 
@@ -129,7 +146,7 @@ class Study:
         key = policy_key(self._space.formats(choices))
         starts = [policy_key(start) for start in self._space.starts]
         if key in starts:
-            return f"start {starts.index(key)}" if starts.index(key) else "the exact solution"
+            return _start_name(starts.index(key))
         return f"trial {min(trial.number for trial in self._ranked() if trial.user_attrs['policy'] == key)}"
 
     def _ranked(self) -> list[FrozenTrial]:
@@ -208,6 +225,10 @@ class Study:
         }
         for key, value in described.items():
             self._study.set_user_attr(key, value)
+
+
+def _start_name(place: int) -> str:
+    return f"start {place}" if place else "the exact solution"
 
 
 def _psnr(errors: Sequence[float]) -> float | None:

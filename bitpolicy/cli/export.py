@@ -9,13 +9,14 @@ import typer
 
 from bitpolicy.api import export as export_policy
 from bitpolicy.api import export_for
-from bitpolicy.cli.options import RUN, Config, Debug, Model, Revision, Variant
+from bitpolicy.cli.options import RUN, Config, Debug, Json, Model, Revision, Variant
+from bitpolicy.cli.report import print_json
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.loading import BUNDLED
 from bitpolicy.policies.exporters.export import Exported
 from bitpolicy.policies.exporters.targets import NAMES, exporter_named
 from bitpolicy.policies.policy import Policy
-from bitpolicy.search.budget import read, readable
+from bitpolicy.search.budget import readable
 
 PolicyFile = Annotated[
     Path, typer.Option(help="The policy.yaml; calibration.safetensors is read from beside it.", rich_help_panel=RUN)
@@ -69,6 +70,7 @@ def export(
     requantize: Requantize = False,
     compute: Compute = None,
     overwrite: Overwrite = False,
+    as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Write a packed checkpoint, a whole diffusers folder, from a policy file and the model it was made for.
@@ -77,7 +79,6 @@ def export(
     memory does not grow with the model. Same input, same bytes. A stopped export leaves the folder as it was.
     """
     loaded = Policy.load(policy)
-    shard = _shard_bytes(max_shard_size)
     if requantize and target is None:
         raise BitPolicyError("--requantize is for another program's formats; add --target, or leave it out")
     if target is not None and compute is not None:
@@ -86,15 +87,20 @@ def export(
         exporter_named(target)
     if target is not None and push_to_hub is not None:
         raise BitPolicyError("--push-to-hub is for a whole pipeline; leave out --target, or upload the folder yourself")
-    if output_dir.exists() and not overwrite and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise BitPolicyError(f"{output_dir} is there already; choose another --output-dir, or --overwrite it")
-    where: dict[str, Any] = {"revision": revision, "variant": variant, "config": config}
+    where: dict[str, Any] = {"revision": revision, "variant": variant, "config": config, "overwrite": overwrite}
     if target is not None:
         exported = export_for(model or BUNDLED, policy, output_dir, target, requantize=requantize, **where)
-        _describe(exported, output_dir, target)
+        if as_json:
+            print_json({**_facts(exported), "target": target, "output_dir": str(output_dir)})
+        else:
+            _describe(exported, output_dir, target)
         return
-    about: dict[str, Any] = {"max_shard_size": shard, "push_to_hub": push_to_hub, "compute": compute}
+    about: dict[str, Any] = {"max_shard_size": max_shard_size, "push_to_hub": push_to_hub, "compute": compute}
     nbytes = export_policy(model or BUNDLED, policy, output_dir, **about, **where)
+    if as_json:
+        found = {"bytes": nbytes, "component": loaded.model.component, "compute": compute or loaded.compute}
+        print_json({**found, "pushed_to": push_to_hub, "output_dir": str(output_dir)})
+        return
     print(
         f"{output_dir}: {nbytes:,} bytes in {loaded.model.component} ({readable(nbytes)}), "
         f"policy of {len(loaded.layers)} own entries"
@@ -103,11 +109,18 @@ def export(
         print(f"pushed to https://huggingface.co/{push_to_hub}")
 
 
-def _shard_bytes(text: str) -> int:
-    amount, unit = read(text)
-    if unit != "B" or amount < 1:
-        raise BitPolicyError(f"--max-shard-size {text}: write a size in bytes, such as 10GB")
-    return int(amount)
+def _facts(exported: Exported) -> dict[str, Any]:
+    """What `_describe` says, as JSON."""
+    anew = [
+        {
+            "layer": one.name,
+            "from": one.before.format.name,
+            "to": one.after.format.name,
+            "weight_error": [one.error_before, one.error_after],
+        }
+        for one in exported.requantized
+    ]
+    return {"bytes": exported.nbytes, "requantized": anew, "notes": list(exported.notes)}
 
 
 def _describe(exported: Exported, output_dir: Path, target: str) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
@@ -28,6 +26,7 @@ from bitpolicy.cli.options import (
     Variant,
     pipeline_call,
 )
+from bitpolicy.cli.tables import print_table
 from bitpolicy.kernel_choices import watching
 from bitpolicy.kernels.computing import resident_bytes, set_compute
 from bitpolicy.kernels.errors import BitPolicyError
@@ -66,8 +65,6 @@ LowMemory = Annotated[
     bool,
     typer.Option("--low-memory", help="With --kernels: kernels keep no layouts of their own.", rich_help_panel=RUN),
 ]
-
-_WIDE = 240  # columns where nobody looks through a window
 
 
 def inspect(
@@ -118,7 +115,7 @@ def _print(rows: list[dict[str, Any]], title: str, as_json: bool) -> None:
     table = Table(*columns, title=title, title_justify="left")
     for row in rows:
         table.add_row(*(str(row.get(column, "")) for column in columns))
-    Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
+    print_table(table)
 
 
 @dataclass(frozen=True)

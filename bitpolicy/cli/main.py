@@ -11,11 +11,14 @@ from typing import Any
 import typer
 from safetensors import SafetensorError
 
+from bitpolicy.arguments import as_options
+from bitpolicy.cli.command_line import Command
 from bitpolicy.cli.draw import report
 from bitpolicy.cli.evaluate import evaluate
 from bitpolicy.cli.export import export
 from bitpolicy.cli.formats import formats
 from bitpolicy.cli.inspect import inspect
+from bitpolicy.cli.options import Version
 from bitpolicy.cli.probe import probe
 from bitpolicy.cli.search import search
 from bitpolicy.kernels.errors import BitPolicyError, BitPolicyWarning
@@ -29,21 +32,26 @@ _DISK = {
 }
 _DISK[errno.EACCES] = "permission denied"
 
-_settings: dict[str, Any] = {"pretty_exceptions_enable": False, "add_completion": False, "rich_markup_mode": "markdown"}
+_settings: dict[str, Any] = {"pretty_exceptions_enable": False, "rich_markup_mode": "markdown"}
 app = typer.Typer(
     help="Mixed-precision quantization of diffusion models, chosen by the finished image.",
     no_args_is_help=True,
     **_settings,
 )
-app.command("search")(search)
-app.command("probe")(probe)
-app.command("export")(export)
-app.command("eval")(evaluate)
-app.command("inspect")(inspect)
-app.command("report")(report)
-app.command("formats")(formats)
+app.command("search", cls=Command)(search)
+app.command("probe", cls=Command)(probe)
+app.command("export", cls=Command)(export)
+app.command("eval", cls=Command)(evaluate)
+app.command("inspect", cls=Command)(inspect)
+app.command("report", cls=Command)(report)
+app.command("formats", cls=Command)(formats)
 search_app = typer.Typer(**_settings)
-search_app.command()(search)
+search_app.command(cls=Command)(search)
+
+
+@app.callback()
+def _bitpolicy(version: Version = False) -> None:
+    """Options of `bitpolicy` itself."""
 
 
 def main() -> None:
@@ -62,7 +70,8 @@ def _run(commands: typer.Typer, name: str) -> int:
     if not debug:
         _hush()
     try:
-        code = int(commands(args=sys.argv[1:], prog_name=name, standalone_mode=False) or 0)
+        with as_options():
+            code = int(commands(args=sys.argv[1:], prog_name=name, standalone_mode=False) or 0)
     except (KeyboardInterrupt, typer.Abort):
         code = _STOPPED
     except _UsageError as error:

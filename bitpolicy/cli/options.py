@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bitpolicy import __version__
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import DEFAULT, WRITE
 
@@ -97,6 +98,7 @@ Call = Annotated[
         rich_help_panel=CALL,
     ),
 ]
+Samples = Annotated[int, typer.Option(min=1, help="Calibration trajectories.", rich_help_panel=RUN)]
 Seed = Annotated[
     int, typer.Option(min=0, help="Of samples, split and sampler: same seed, same policy.", rich_help_panel=RUN)
 ]
@@ -124,6 +126,17 @@ Debug = Annotated[  # `bitpolicy.cli.main` looks for it before any command runs
     typer.Option("--debug", help="Show the traceback of an error and other libraries' messages.", rich_help_panel=RUN),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.", rich_help_panel=RUN)]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"bitpolicy {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and exit.")
+]
 
 
 def pipeline_call(steps: int | None, guidance: float | None, others: Sequence[str] | None = None) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from bitpolicy.check import Check, check
@@ -33,11 +32,13 @@ from bitpolicy.cli.options import (
     Quiet,
     Remeasure,
     Revision,
+    Samples,
     Seed,
     Steps,
     Variant,
 )
 from bitpolicy.cli.settings import settings_of
+from bitpolicy.cli.tables import print_table
 from bitpolicy.forecast import Forecast
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.quantizers import DEFAULT as DEFAULT_QUANTIZER
@@ -52,7 +53,6 @@ OutputDir = Annotated[
     Path,
     typer.Option(help="Gets sensitivity.safetensors and .csv, split.safetensors, check.json.", rich_help_panel=RUN),
 ]
-Samples = Annotated[int, typer.Option(min=1, help="Calibration trajectories.", rich_help_panel=RUN)]
 Vectors = Annotated[int, typer.Option(min=1, help="Random directions a sample.", rich_help_panel=RUN)]
 Split = Annotated[
     bool,
@@ -103,7 +103,7 @@ def probe(
 
     accelerate launch -m bitpolicy probe --model M --output-dir out
     """
-    settings = settings_of(locals(), budget="100%", calibration_samples=samples)
+    settings = settings_of(locals(), budget="100%")
     require_nameable(output_dir)
     if output_dir.is_file():
         raise BitPolicyError(f"--output-dir {output_dir} is a file; give a folder")
@@ -147,7 +147,6 @@ def _print(table: SensitivityTable, checked: Check | None, stages: Stages, folde
     """Args:
     signal: what errors are errors of.
     """
-    console = Console()
     worst = table.error.amax(1).argsort(descending=True)[:_SHOWN].tolist()
     what = "denoiser's outputs" if table.probe == "stepwise" else signal
     shown = Table(
@@ -163,9 +162,9 @@ def _print(table: SensitivityTable, checked: Check | None, stages: Stages, folde
         ]
         of_inputs = [] if table.inputs is None else [f"{float(table.inputs[i].max()):.2e}"]
         shown.add_row(table.layers[i], *numbers, *of_inputs)
-    console.print(shown)
+    print_table(shown)
     if checked is not None:
-        console.print(_agreement(checked))
+        print_table(_agreement(checked))
     if table.cost is not None:
         print(f"cost: {table.cost}")
     if launched():

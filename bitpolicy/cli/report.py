@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bitpolicy.cli.tables import print_table
 from bitpolicy.kernels.formats import DEFAULT
 from bitpolicy.search.budget import readable
 
@@ -16,6 +17,7 @@ _COMPUTES = {
     "int8": "int8: inputs of packed layers are rounded, too",
     "fp8": "fp8: inputs of layers in fp8 are rounded, too",
 }
+LOADING = 'import bitpolicy\npipe = bitpolicy.load_pipeline("{folder}")'
 _PRIVATE = ("roles",)  # in result.json and the table, not in --json
 
 
@@ -29,20 +31,21 @@ def print_result(result: Mapping[str, Any]) -> None:
     console = Console()
     folder = result["output_dir"]
     if result.get("frontier"):
-        console.print(_curve(result["frontier"], result["reference_bytes"]))
+        print_table(_curve(result["frontier"], result["reference_bytes"]))
+        for line in _empty_columns(result["frontier"]):
+            console.print(line, soft_wrap=True, highlight=False)
         console.print(f"{folder}/frontier has the policies, frontier.csv and frontier.png", soft_wrap=True)
     if "policy_bytes" not in result:
         return
-    console.print(_bytes_and_quality(result))
+    print_table(_bytes_and_quality(result))
     if result.get("roles"):
-        console.print(_layers(result["roles"], list(result["layers"])))
+        print_table(_layers(result["roles"], list(result["layers"])))
     console.print(
         f"{folder}/compare.png shows both, {folder}/policy.yaml has every choice, {folder}/checkpoint loads with",
         soft_wrap=True,
     )
-    console.print(
-        f'  import bitpolicy; pipe = bitpolicy.load_pipeline("{folder}/checkpoint")', soft_wrap=True, highlight=False
-    )
+    for line in LOADING.splitlines():
+        console.print("  " + line.format(folder=f"{folder}/checkpoint"), soft_wrap=True, highlight=False)
     if set(result["layers"]) == set(DEFAULT) and result["psnr_db"]["mean"] is not None:
         console.print(
             "--formats all chooses among every width from 2 to 8 bits: closer images in as many bytes, for a few times "
@@ -59,6 +62,16 @@ def _curve(points: list[list[Any]], reference: int) -> Table:
     return table
 
 
+def _empty_columns(points: list[list[Any]]) -> list[str]:
+    """Why a column of the curve has nothing in it."""
+    said = []
+    if all(error is None for _, error, _ in points):
+        said.append("no predicted error: this probe's scores are no error of the image; --probe adjoint predicts one")
+    if all(psnr is None for *_, psnr in points):
+        said.append("no PSNR: with --trials 0 nothing is drawn; with more, it is measured on real images")
+    return said
+
+
 def _bytes_and_quality(result: Mapping[str, Any]) -> Table:
     table = Table(show_header=False, title="bitpolicy", title_justify="left")
     share = result["policy_bytes"] / result["reference_bytes"]
@@ -68,7 +81,7 @@ def _bytes_and_quality(result: Mapping[str, Any]) -> Table:
     same_images = f", {psnr['identical']} identical" if psnr["identical"] else ""
     error = result["predicted_error"]
     rows = [
-        ("asked", f"{result['budget_bytes']:,} bytes ({readable(result['budget_bytes'])})"),
+        ("asked", result.get("target") or f"{result['budget_bytes']:,} bytes ({readable(result['budget_bytes'])})"),
         ("predicted", f"{result['policy_bytes']:,} bytes, {share:.1%} of FP16's {result['reference_bytes']:,}"),
         ("on disk", f"{result['checkpoint_bytes']:,} bytes ({same})"),
         ("layers", ", ".join(f"{count} {name}" for name, count in result["layers"].items())),

@@ -31,9 +31,11 @@ from bitpolicy.cli.options import (
     Quiet,
     Remeasure,
     Revision,
+    Samples,
     Seed,
     Steps,
     Variant,
+    Version,
 )
 from bitpolicy.cli.report import print_json, print_result
 from bitpolicy.cli.settings import settings_of
@@ -97,7 +99,7 @@ Keep = Annotated[
     list[str] | None,
     typer.Option(
         metavar="GLOB=FORMAT",
-        help="Layers that keep a format, e.g. --keep '*time_embedding*=fp16'. May be repeated; later ones win.",
+        help="Layers that keep a format, e.g. `--keep '*time_embedding*=fp16'`. May be repeated; later ones win.",
         rich_help_panel=AIM,
     ),
 ]
@@ -175,6 +177,7 @@ def search(
     num_inference_steps: Steps = None,
     guidance_scale: Guidance = None,
     call: Call = None,
+    samples: Samples = 16,
     seed: Seed = 0,
     trials: Trials = 24,
     sampler: Sampler = "tpe",
@@ -199,6 +202,7 @@ def search(
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
+    version: Version = False,
 ) -> None:
     """Shrink a diffusion model to the size you ask for, with the least harm to its images.
 

@@ -21,8 +21,8 @@ def settings_of(options: Mapping[str, Any], **more: Any) -> Settings:
     """The settings that a command's options ask for.
 
     Args:
-        options: option name -> value, among them formats, prompts, num_inference_steps, guidance_scale and call; those
-            that are no field of `Settings` are passed over.
+        options: option name -> value, among them formats, prompts, samples, num_inference_steps, guidance_scale and
+            call; those that are no field of `Settings` are passed over.
         more: fields that have no option of their name.
     """
     known = {field.name for field in fields(Settings)}
@@ -32,6 +32,7 @@ def settings_of(options: Mapping[str, Any], **more: Any) -> Settings:
         "formats": _names(options["formats"]),
         "prompts": tuple(load_requests(prompts)) if prompts else None,
         "call": tuple(call.items()),
+        "calibration_samples": options["samples"],
         "keep": tuple(options.get("keep") or ()),
         "features": str(options["features"]) if options.get("features") else None,
     }

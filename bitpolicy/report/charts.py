@@ -249,8 +249,16 @@ def _finish(axes: Axes, title: str, ylabel: str) -> None:
 
 
 def _legend_below(figure: Figure, axes: Axes, across: float, inches: float) -> None:
-    """The legend of `axes` under the picture, its middle `across` of the way from left to right."""
+    """The legend of `axes` under the picture, in as many rows as it takes, its middle `across` of the way from left to
+    right, or as near to that as it fits."""
     lines, names = axes.get_legend_handles_labels()
-    style = {"ncols": len(names), "handlelength": 2.6, "borderaxespad": 0.3}
-    figure.legend(lines, names, loc="lower center", bbox_to_anchor=(across, 0.0), **style)
-    figure.tight_layout(w_pad=2, rect=(0, 0.26 / inches, 1, 1))
+    for columns in range(len(names), 0, -1):
+        style = {"ncols": columns, "handlelength": 2.6, "borderaxespad": 0.3}
+        legend = figure.legend(lines, names, loc="lower center", bbox_to_anchor=(across, 0.0), **style)
+        half = legend.get_window_extent().width / figure.bbox.width / 2
+        if half <= 0.5 or columns == 1:
+            break
+        legend.remove()
+    legend.set_bbox_to_anchor((min(max(across, half), 1 - half), 0.0))
+    height = legend.get_window_extent().height / figure.dpi
+    figure.tight_layout(w_pad=2, rect=(0, (height + 0.05) / inches, 1, 1))

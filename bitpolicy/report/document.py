@@ -8,6 +8,7 @@ from pathlib import Path
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.atomic import write_text, written_aside
 from bitpolicy.report import decisions, sections
+from bitpolicy.report.chosen import chosen
 from bitpolicy.report.drawing import Picture
 from bitpolicy.report.inputs import Probed
 from bitpolicy.report.lists import Lists, make_lists
@@ -73,6 +74,7 @@ def make_report(folder: Path, budget: str | None = None) -> Report:
     lists = None if probed.table.probe in NO_IMAGE_ERROR else make_lists(probed, budget)
     found: list[Section] = [
         sections.overview(probed, folder),
+        *([] if probed.policy is None else [chosen(probed, probed.policy, folder)]),
         sections.trust(probed, folder),
         sections.heat(probed, folder),
         sections.roles(probed),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ import bitpolicy
 from bitpolicy import BitPolicyError, Policy
 from bitpolicy.kernels.formats import format_named
 from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.loading import load_source
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.apply import pack, quantized
 from bitpolicy.policies.policy import Choice
@@ -105,6 +107,13 @@ def test_loading_without_a_dtype_keeps_what_is_stored(exported: Path) -> None:
     pipe = bitpolicy.load_pipeline(exported)
     assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.float16}
     assert torch.isfinite(draw(pipe)).all()
+
+
+def test_loading_passes_no_argument_that_is_deprecated(exported: Path, toy: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        bitpolicy.load_pipeline(exported, torch.float32)
+        load_source(str(toy), dtype="float32")
 
 
 def test_loading_onto_a_device(exported: Path) -> None:
@@ -276,7 +285,7 @@ def test_exporting_twice_gives_the_same_bytes(
     half_pipeline: NewPipeline, policy: Policy, exported: Path, tmp_path: Path
 ) -> None:
     for _ in range(2):
-        bitpolicy.export(half_pipeline(), policy, tmp_path / "again")
+        bitpolicy.export(half_pipeline(), policy, tmp_path / "again", overwrite=True)
         assert digests(tmp_path / "again") == digests(exported)
     assert [path.name for path in tmp_path.iterdir()] == ["again"]
 
@@ -293,6 +302,7 @@ def test_a_policy_without_its_calibration_is_refused_with_the_remedy(
     half_pipeline: NewPipeline, policy: Policy, tmp_path: Path
 ) -> None:
     policy.save(tmp_path / "policy.yaml")
+    (tmp_path / "calibration.safetensors").unlink()
     with pytest.raises(BitPolicyError, match=r"calibration\.safetensors .* keep the two together"):
         bitpolicy.export(half_pipeline(), tmp_path / "policy.yaml", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["policy.yaml"]
@@ -319,7 +329,7 @@ def test_an_interrupted_export_leaves_what_was_there(
 
     monkeypatch.setattr("bitpolicy.policies.export.describe_checkpoint", stop)
     with pytest.raises(KeyboardInterrupt):
-        bitpolicy.export(half_pipeline(), policy, tmp_path / "out")
+        bitpolicy.export(half_pipeline(), policy, tmp_path / "out", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert digests(tmp_path / "out") == digests(exported)
 
@@ -329,7 +339,7 @@ def test_an_export_does_not_remove_what_it_did_not_write(
 ) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with suppress(BitPolicyError):
-        bitpolicy.export(half_pipeline(), policy, tmp_path)
+        bitpolicy.export(half_pipeline(), policy, tmp_path, overwrite=True)
     assert (tmp_path / "thesis.tex").exists()
 
 

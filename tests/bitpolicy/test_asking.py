@@ -122,10 +122,10 @@ def _stored(*models: torch.nn.Module) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ({}, "asked for nothing; give one of --budget SIZE"),
-        ({"budget": "50%", "target_psnr": 30.0}, "asked for --budget and --target-psnr"),
+        ({}, "asked for nothing; give one of budget=SIZE"),
+        ({"budget": "50%", "target_psnr": 30.0}, "asked for budget and target_psnr"),
         ({"budget": "50%", "scope": "disk"}, "unknown scope 'disk'; write any of weights, pipeline, peak"),
-        ({"budget": "50%", "height": 64}, "add --scope peak"),
+        ({"budget": "50%", "height": 64}, 'add scope="peak"'),
         ({"budget": "50%", "quantizer": "awq"}, "unknown quantizer 'awq'; write any of rtn, mse, hqq, gptq"),
         ({"budget": "50%", "quantizer": "auto", "probe": "weight"}, "does not choose between quantizers"),
         ({"target_lpips": -1.0}, "is no distance"),

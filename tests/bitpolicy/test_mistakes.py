@@ -36,7 +36,7 @@ def refused(command: Any, small: Small, here: Path) -> Callable[..., None]:
 # The budget
 
 
-@pytest.mark.parametrize("budget", ["three", "", "5", "-5MB", "0", "0MB", "0%", "3Gb", "nan%"])
+@pytest.mark.parametrize("budget", ["three", "5.5", "-5MB", "0", "0MB", "0%", "3Gb", "nan%"])
 def test_a_budget_without_sense(refused: Any, budget: str) -> None:
     refused("write", "--budget", budget)
 
@@ -147,7 +147,7 @@ def test_a_model_without_weights_is_one_line_in_a_process_too(process: Any, toy:
     [
         ("--formats", "int9", ("'int9'", "int2 to int8", "nf4, fp8, fp16; or all")),
         ("--formats", "int4,,int9", ("'int9'",)),
-        ("--formats", "", ("--formats int4,int8,fp16",)),
+        ("--formats", ",", ("--formats int4,int8,fp16",)),
         ("--component", "decoder", ("'decoder'", "vae, text_encoder, unet")),
         ("--component", "scheduler", ("'scheduler'",)),
         ("--device", "tpu", ("'tpu'", "auto, cpu or cuda")),
@@ -285,7 +285,6 @@ def test_the_folder_of_the_model(refused: Any, toy: Path) -> None:
     [
         ("--budget", "51%", "budget"),
         ("--seed", "1", "seed"),
-        ("--trials", "3", "trials"),
         ("--formats", "int8", "formats"),
         ("--num-inference-steps", "3", "call"),
         ("--probe", "weight", "probe"),
@@ -298,6 +297,13 @@ def test_a_folder_of_a_search_with_other_settings_says_which(
     result = (finished.folder / "result.json").read_bytes()
     outcome = command(*finished.arguments, option, value)
     outcome.assert_refused("search-policy", f"holds a search with another {changed};", "--overwrite")
+    assert (finished.folder / "result.json").read_bytes() == result
+
+
+def test_a_folder_of_a_search_with_more_trials_keeps_them(command: Any, finished: Any) -> None:
+    result = (finished.folder / "result.json").read_bytes()
+    outcome = command(*finished.arguments, "--trials", "1")
+    outcome.assert_refused("search-policy", "holds a search with 2 trials, which are not made fewer", "--overwrite")
     assert (finished.folder / "result.json").read_bytes() == result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import shutil
 from collections.abc import Callable
@@ -116,6 +117,34 @@ def test_the_study_goes_on_after_the_trials_that_are_done(
     finalists = len(_finalists(here / "out"))
     assert len(tried) == 2 - calls + finalists
     assert_same_end(outcome, finished, here / "out")
+
+
+def test_more_trials_go_on_and_end_as_if_they_had_been_asked_at_once(
+    command: Any, finished: Any, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished.folder, here / "out")
+    _probed_already(finished, here / "anew")
+    (here / "anew" / "run.json").unlink()
+    tried, errors = [], Generations.errors
+
+    def counted(this: Generations, choices: Any, samples: Any) -> Any:
+        tried.append(len(samples))
+        return errors(this, choices, samples)
+
+    monkeypatch.setattr(Generations, "errors", counted)
+    outcome = command(*arguments_for(finished, here / "out"), "--trials", "3")
+    assert outcome.code == 0
+    assert len(tried) <= 1 + len(_finalists(here / "out"))  # a third trial that repeats a policy draws nothing
+    whole = command(*arguments_for(finished, here / "anew"), "--trials", "3", "--overwrite")
+    assert without_seconds(outcome.result) == without_seconds(whole.result)
+    assert _csv(here / "out" / "trials.csv") == _csv(here / "anew" / "trials.csv")
+    assert len(_csv(here / "out" / "trials.csv")) == 3
+    assert (here / "out" / "policy.yaml").read_bytes() == (here / "anew" / "policy.yaml").read_bytes()
+
+
+def _csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def _finalists(folder: Path) -> list[float]:

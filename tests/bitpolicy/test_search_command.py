@@ -123,6 +123,7 @@ def test_the_folder_holds_what_the_readme_promises(finished: Any) -> None:
         "checkpoint",
         "compare.png",
         "study.journal",
+        "trials.csv",
     } | tables | {
         "run.json",
         "result.json",

@@ -97,6 +97,53 @@ def test_a_search_with_other_settings_is_refused_with_what_differs(tmp_path: Pat
     assert json.loads((tmp_path / "run.json").read_text()) == SETTINGS.identity()
 
 
+def test_more_trials_go_on_with_what_there_is(tmp_path: Path) -> None:
+    """All but the result, which is of fewer trials, stays: probe, study and what was written of it."""
+    claim(tmp_path).finish(RESULT)
+    for name in ("policy.yaml", "study.journal", "trials.csv"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "work").mkdir()
+    more = replace(SETTINGS, trials=SETTINGS.trials + 1, timeout=60.0)
+    assert peek(tmp_path, more) is None
+    folder = claim(tmp_path, more)
+    assert folder.finished() is None
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "run.json",
+        "policy.yaml",
+        "study.journal",
+        "trials.csv",
+        "work",
+    }
+    assert json.loads((tmp_path / "run.json").read_text()) == more.identity()
+    folder.finish(RESULT)
+    assert peek(tmp_path, more) == RESULT
+
+
+def test_trials_are_not_made_fewer(tmp_path: Path) -> None:
+    claim(tmp_path).finish(RESULT)
+    for look in (claim, peek):
+        with pytest.raises(BitPolicyError, match="holds a search with 24 trials, which are not made fewer; choose"):
+            look(tmp_path, replace(SETTINGS, trials=23))
+        with pytest.raises(BitPolicyError, match="holds a search with another seed; choose"):
+            look(tmp_path, replace(SETTINGS, trials=25, seed=1))
+    assert peek(tmp_path) == RESULT
+    claim(tmp_path, replace(SETTINGS, trials=23), overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json"}
+
+
+def test_without_resuming_more_trials_begin_from_nothing(tmp_path: Path) -> None:
+    claim(tmp_path)
+    (tmp_path / "study.journal").write_text("x")
+    claim(tmp_path, replace(SETTINGS, trials=25), resume=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json"}
+
+
+@pytest.mark.parametrize("name", ["trials", "remeasure", "remeasure_close", "frontier", "timeout", "seed"])
+def test_numbers_are_not_negative(name: str) -> None:
+    with pytest.raises(BitPolicyError, match=f"{name} is -1"):
+        Settings("5MB", **{name: -1})
+
+
 def test_overwriting_another_search_removes_what_it_made_and_keeps_the_probe(tmp_path: Path) -> None:
     claim(tmp_path).finish(RESULT)
     for name in ("policy.yaml", "sensitivity.csv", "study.journal", "mine.txt"):

@@ -14,7 +14,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import FP16, format_named
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.policy import BudgetRecord, ModelReference, Policy
-from bitpolicy.search.budget import Budget, BudgetError, Scope, readable
+from bitpolicy.search.budget import Budget, BudgetError, Scope, read_bytes, readable
 from bitpolicy.sensitivity.peak_memory import LayerCall, PeakMemory
 
 ACCOUNT = ByteAccount(torch.float16, {}, fixed=1_700_000_000, parameters=860_000_000)
@@ -44,6 +44,8 @@ def account(reference: int, parameters: int = 1000) -> ByteAccount:
         ("1TB", 10**12),
         ("1TiB", 2**40),
         ("1000B", 1000),
+        ("3000", 3000),
+        (" 5000000 ", 5_000_000),
         ("4.35kB", 4350),
         ("45%", 765_000_000),
         ("45 %", 765_000_000),
@@ -64,7 +66,7 @@ def test_a_budget_means_exactly_so_many_bytes(text: str, nbytes: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    "|three|GB|%|bit|3|3000|0|-3GB|-45%|+3GB|3GB!|3 000MB|1_000MB|3,5GB|1e9B|0x10MB|nan%|infGB|3G|3M|3PB|3GB 4GB"
+    "|three|GB|%|bit|3.5|-3|-3GB|-45%|+3GB|3GB!|3 000MB|1_000MB|3,5GB|1e9B|0x10MB|nan%|infGB|3G|3M|3PB|3GB 4GB"
     "|3.5.1GB|45%%|4.5bit/s| ".split("|"),
 )
 def test_what_is_not_a_size_is_refused_with_the_forms_that_are(text: str) -> None:
@@ -84,7 +86,7 @@ def test_a_number_beyond_all_numbers_is_refused() -> None:
             Budget.parse("9" * 400 + unit, ACCOUNT)
 
 
-@pytest.mark.parametrize("text", ["0MB", "0%", "0bit", "0.0GB", "0.3B", "0.00000001%"])
+@pytest.mark.parametrize("text", ["0", "0MB", "0%", "0bit", "0.0GB", "0.3B", "0.00000001%"])
 def test_nothing_is_refused_with_the_size_at_fp16(text: str) -> None:
     with pytest.raises(BudgetError, match="is zero bytes; the FP16 denoiser has 1,700,000,000 bytes"):
         Budget.parse(text, ACCOUNT)
@@ -94,6 +96,15 @@ def test_nothing_is_refused_with_the_size_at_fp16(text: str) -> None:
 def test_bits_are_refused_with_the_bytes_that_are_meant(text: str, instead: str) -> None:
     with pytest.raises(BudgetError, match=f"budget '{text}' counts bits; write {instead} for bytes"):
         Budget.parse(text, ACCOUNT)
+
+
+def test_a_size_of_something_else_is_named_as_that() -> None:
+    assert read_bytes("10GB", "--max-shard-size") == 10**10
+    for text, message in (("many", "is not a size; write a size such as 10GB"), ("3Gb", "counts bits; write 3GB")):
+        with pytest.raises(BudgetError, match=f"^--max-shard-size '{text}' {message}"):
+            read_bytes(text, "--max-shard-size")
+    with pytest.raises(BudgetError, match="is not a size"):
+        read_bytes("45%", "--max-shard-size")
 
 
 def test_a_hundred_percent_is_the_whole_reference() -> None:
