@@ -17,17 +17,8 @@ from bitpolicy.sensitivity.samples import Request, fingerprint
 MOST_SEED = 2**31 - 1  # NumPy's generators take twice that, and a study adds the number of the trial
 _OURS = (
     *("run.json", "result.json", "policy.yaml", "calibration.safetensors", "sensitivity.safetensors"),
-    *(
-        "sensitivity.csv",
-        "frontier",
-        "study.journal",
-        "study.journal.torn",
-        "trials.csv",
-        "compare.png",
-        "checkpoint",
-        "work",
-    ),
-    "report.html",
+    *("sensitivity.csv", "frontier", "study.journal", "study.journal.torn", "trials.csv", "compare.png"),
+    *("checkpoint", "work", "report.html"),
 )
 
 
@@ -184,7 +175,7 @@ class OutputFolder:
                 self._clear(keep_work=resume)
             elif held is None:
                 self._clear_probed()
-            elif held is not None and held != identity:
+            elif held != identity:
                 (path / "result.json").unlink(missing_ok=True)  # of fewer trials
             write_text(path / "run.json", json.dumps(identity, indent=2, sort_keys=True) + "\n")
         except OSError as error:

@@ -10,16 +10,15 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bitpolicy.kernels.errors import BitPolicyError
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows, where nothing is locked
-    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
@@ -33,7 +32,7 @@ def locked(lock: Path, folder: Path) -> Iterator[None]:
     Raises:
         BitPolicyError: another process holds it.
     """
-    if fcntl is None:
+    if sys.platform == "win32":  # nothing is locked there
         yield
         return
     descriptor = _acquired(lock, folder)
@@ -49,6 +48,7 @@ def locked(lock: Path, folder: Path) -> Iterator[None]:
 
 def _acquired(lock: Path, folder: Path) -> int:
     """A descriptor of the lock's file, held."""
+    assert sys.platform != "win32"
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
         try:
