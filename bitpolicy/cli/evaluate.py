@@ -33,7 +33,7 @@ from bitpolicy.compare import save_comparison
 from bitpolicy.decision import networks_for
 from bitpolicy.kernels.kernel import Compute, parse_compute
 from bitpolicy.loading import BUNDLED, Source, load_source, packed_components
-from bitpolicy.plan import default_call
+from bitpolicy.plan import default_call, warn_of_idle_arguments
 from bitpolicy.prompting import default_requests, load_requests
 from bitpolicy.search.features import require_pictures
 from bitpolicy.search.metrics import Comparison, measure, parse_metrics
@@ -109,10 +109,12 @@ def evaluate(
         model, packed_components(checkpoint), dtype=dtype, device=device, revision=revision, variant=variant
     )
     bundled = model in (None, BUNDLED)
-    arguments = {**default_call(bundled), **pipeline_call(num_inference_steps, guidance_scale, call)}
+    given = pipeline_call(num_inference_steps, guidance_scale, call)
+    arguments = {**default_call(source.pipe, bundled), **given}
     requests = load_requests(prompts) if prompts else default_requests(source.pipe, bundled)
     samples = split_samples(requests, images, _SEED + seed)
     stages = Stages(quiet or as_json)
+    warn_of_idle_arguments(Trajectories(source.pipe, source.component, arguments), samples[0], given, stages)
     comparison, used = _drawn(source, checkpoint, wanted, arguments, samples, real_images, stages)
     psnr = Psnr.of(comparison.reference, comparison.images)
     if picture is not None:
