@@ -61,3 +61,16 @@ def bias_shift(layer: Quantizable, delta: torch.Tensor, patch: torch.Tensor) -> 
     per_group = delta.double().flatten(1).unflatten(0, (groups, -1))  # float64: the same bits on every device
     shift = torch.einsum("gok,gk->go", per_group, patch.to(delta.device).double().reshape(groups, -1))
     return -shift.flatten().float()
+
+
+def corrected_bias(bias: torch.Tensor, shift: torch.Tensor, storage: torch.dtype) -> torch.Tensor | None:
+    """The bias with `shift` added, in the storage dtype, or None if one of its values leaves the range of that dtype.
+
+    A layer whose inputs are large has a large mean error: float16 ends at 65504. Such a layer keeps its bias.
+
+    Args:
+        bias: shape (out), any float dtype.
+        shift: float32, shape (out), from `bias_shift`.
+    """
+    corrected = (bias.float() + shift).to(storage)
+    return corrected if torch.isfinite(corrected).all() else None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from bitpolicy.kernels.bias_correction import bias_shift
+from bitpolicy.kernels.bias_correction import bias_shift, corrected_bias
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.grid import GridFormat
@@ -22,16 +22,24 @@ from bitpolicy.kernels.layers import Quantizable, pack_layer, quantizable_layers
 from bitpolicy.kernels.quantizers import HESSIANS, quantize_data_free
 from bitpolicy.kernels.row_chunks import each_chunk
 from bitpolicy.policies.calibration import Calibration, rounded_key
+from bitpolicy.policies.finite import is_finite
 from bitpolicy.policies.policy import Choice, Policy
 from bitpolicy.policies.rounded_layers import multiplied_weight, round_inputs, rounds_inputs
 
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """One layer as it is stored: the tensors of its format, and its bias in the storage dtype (None without one)."""
+    """One layer as it is stored.
+
+    Attributes:
+        tensors: of its format, by suffix.
+        bias: in the storage dtype; None without one.
+        left_as_it_was: whether the bias was to be corrected, and was not: it would leave the storage dtype's range.
+    """
 
     tensors: dict[str, torch.Tensor]
     bias: torch.Tensor | None
+    left_as_it_was: bool = False
 
 
 def choices_for(model: nn.Module, policy: Policy, component: str | None = None) -> dict[str, Choice]:
@@ -78,13 +86,18 @@ def quantize_tensors(
         bias: in any float dtype, if the layer has one.
     """
     tensors = stored_weight(name, weight, choice, calibration)
-    if bias is not None and choice.bias_correction:
-        if name not in calibration:
-            raise BitPolicyError(
-                f"layer {name}: bias correction needs its mean input, and the calibration has none; measure it anew"
-            )
-        bias = bias.float() + _mean_error(layer, weight, choice.format, tensors, calibration[name])
-    return QuantizedLayer(tensors, None if bias is None else bias.to(weight.dtype))
+    if bias is None:
+        return QuantizedLayer(tensors, None)
+    plain = as_stored(f"{name}.bias", bias, weight.dtype)
+    if not choice.bias_correction:
+        return QuantizedLayer(tensors, plain)
+    if name not in calibration:
+        raise BitPolicyError(
+            f"layer {name}: bias correction needs its mean input, and the calibration has none; measure it anew"
+        )
+    shift = _mean_error(layer, weight, choice.format, tensors, calibration[name])
+    corrected = corrected_bias(plain, shift, weight.dtype)
+    return QuantizedLayer(tensors, plain if corrected is None else corrected, left_as_it_was=corrected is None)
 
 
 def _mean_error(
@@ -197,12 +210,14 @@ def as_stored(name: str, tensor: torch.Tensor, storage: torch.dtype) -> torch.Te
     """A tensor as it is stored: floats in the storage dtype, everything else as it is.
 
     Raises:
-        BitPolicyError: a value is beyond the storage dtype's range.
+        BitPolicyError: a value is beyond the storage dtype's range; what is NaN or Inf already stays so.
     """
     if not tensor.is_floating_point() or tensor.dtype == storage:
         return tensor
     found = tensor.to(storage)
-    suspect = not torch.isfinite(found.sum(dtype=torch.float32))  # one cheap pass tells almost always
-    if suspect and not torch.isfinite(found[torch.isfinite(tensor)]).all():
-        raise BitPolicyError(f"{name} has values that {storage} cannot hold; load the model in bfloat16")
+    if not is_finite(found) and not torch.isfinite(found[torch.isfinite(tensor)]).all():
+        raise BitPolicyError(
+            f"{name} has values that {storage} cannot hold; save the pipeline in bfloat16, which has a wider range "
+            "(pipe.to(torch.bfloat16).save_pretrained(FOLDER)), and give that"
+        )
     return found

@@ -18,6 +18,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.accounting import tensor_bytes
 from bitpolicy.policies.atomic import written_aside
 from bitpolicy.policies.file_source import FileTensors
+from bitpolicy.policies.finite import is_finite, require_finite
 from bitpolicy.policies.policy import Choice, Policy
 
 Calibration = Mapping[str, torch.Tensor]
@@ -35,9 +36,13 @@ def is_rounded(calibration: Calibration) -> bool:
 
 
 def needed_for(choices: Mapping[str, Choice], calibration: Calibration) -> dict[str, torch.Tensor]:
-    """The entries that putting `choices` on the model takes: every E[x], and what was rounded for them."""
+    """The entries that putting `choices` on the model takes: every E[x] that is finite, and what was rounded for them.
+
+    No bias is corrected by an E[x] that is not finite.
+    """
     wanted = {f"{name}/{choice.format.name}/{choice.quantizer}" for name, choice in choices.items()}
-    return {key: calibration[key] for key in calibration if "/" not in key or key.rpartition("/")[0] in wanted}
+    needed = {key: calibration[key] for key in calibration if "/" not in key or key.rpartition("/")[0] in wanted}
+    return {key: tensor for key, tensor in needed.items() if "/" in key or is_finite(tensor)}
 
 
 def calibration_bytes(calibration: Calibration) -> int:
@@ -46,6 +51,13 @@ def calibration_bytes(calibration: Calibration) -> int:
 
 
 def save_calibration(calibration: Calibration, path: Path) -> None:
+    """Write the file, aside and renamed.
+
+    Raises:
+        BitPolicyError: a tensor is NaN or Inf.
+    """
+    for key in calibration:
+        require_finite(key.partition("/")[0], {key: calibration[key]})
     with written_aside(path) as aside:
         save_file(
             {name: patch.contiguous() for name, patch in sorted(calibration.items())}, aside, metadata={"format": "pt"}

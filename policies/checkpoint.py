@@ -16,9 +16,10 @@ from bitpolicy.kernels.format import TensorSpec
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import Quantizable, quantizable_layers
 from bitpolicy.policies.accounting import stored_spec
-from bitpolicy.policies.apply import as_stored, quantize_tensors
+from bitpolicy.policies.apply import QuantizedLayer, as_stored, quantize_tensors
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.file_source import header
+from bitpolicy.policies.finite import is_finite, require_finite, warn_of_biases, warn_of_source
 from bitpolicy.policies.packed_config import BitPolicyConfig
 from bitpolicy.policies.pipeline_files import DIFFUSERS, shard_names, weights_index
 from bitpolicy.policies.policy import Choice
@@ -141,16 +142,33 @@ def packed_tensors(
     storage: torch.dtype,
     left_out: Collection[str] = (),
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Every stored tensor, those of one layer at a time."""
+    """Every stored tensor, those of one layer at a time.
+
+    Warns at the end, in a line each, of biases that could not be corrected and of what is NaN or Inf in the source.
+
+    Raises:
+        BitPolicyError: a tensor that is made here would be NaN or Inf.
+    """
     done = set(left_out)
+    uncorrected, not_finite = [], []
     for name, layer in quantizable_layers(denoiser):
         if name in choices and choices[name].format.packed:
             stored = _quantized(name, layer, source, choices[name], calibration, storage)
-            done |= {f"{name}.weight", *stored}
-            yield stored
+            made = {f"{name}.{suffix}": tensor for suffix, tensor in stored.tensors.items()}
+            require_finite(name, made)
+            if stored.bias is not None:
+                made[f"{name}.bias"] = stored.bias
+                uncorrected += [name] * stored.left_as_it_was
+                not_finite += [f"{name}.bias"] * (not is_finite(stored.bias))
+            done |= {f"{name}.weight", *made}
+            yield made
     for name in denoiser.state_dict():
         if name not in done:
-            yield {name: as_stored(name, source.read(name), storage)}
+            tensor = as_stored(name, source.read(name), storage)
+            not_finite += [name] * (not is_finite(tensor))
+            yield {name: tensor}
+    warn_of_biases(uncorrected, storage)
+    warn_of_source(not_finite)
 
 
 def _quantized(
@@ -160,13 +178,11 @@ def _quantized(
     choice: Choice,
     calibration: Calibration,
     storage: torch.dtype,
-) -> dict[str, torch.Tensor]:
-    """The stored tensors of one layer, by their names in the file."""
+) -> QuantizedLayer:
+    """One layer as it is stored, read from the source."""
     weight = as_stored(f"{name}.weight", source.read(f"{name}.weight"), storage)
     bias = None if layer.bias is None else source.read(f"{name}.bias")
-    stored = quantize_tensors(name, layer, weight, bias, choice, calibration)
-    tensors = {f"{name}.{suffix}": tensor for suffix, tensor in stored.tensors.items()}
-    return tensors if stored.bias is None else {**tensors, f"{name}.bias": stored.bias}
+    return quantize_tensors(name, layer, weight, bias, choice, calibration)
 
 
 def _shards(specs: Mapping[str, TensorSpec], most: int, stem: str) -> dict[str, list[str]]:

@@ -21,6 +21,7 @@ from bitpolicy.policies.accounting import stored_spec, tensors_hash
 from bitpolicy.policies.apply import choices_for, quantize_layer
 from bitpolicy.policies.calibration import calibration_of
 from bitpolicy.policies.denoiser import of_component
+from bitpolicy.policies.finite import require_finite, warn_of_biases
 from bitpolicy.policies.packed_config import BitPolicyConfig
 from bitpolicy.policies.policy import ModelReference, Policy
 
@@ -55,6 +56,7 @@ class PackedWhileRead:
         self._choices = {name: choice for name, choice in choices.items() if choice.format.packed}
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         self._waiting: dict[str, dict[str, torch.Tensor]] = {}
+        self._uncorrected: list[str] = []
         self.config = BitPolicyConfig.of(self._choices, self._storage, compute=Compute(policy.compute))
 
     def take(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -81,21 +83,25 @@ class PackedWhileRead:
         return self._pack(layer, **self._waiting.pop(layer))
 
     def require_all_taken(self) -> None:
-        """
+        """The end; warns of biases that could not be corrected.
+
         Raises:
             BitPolicyError: a layer's weight or bias did not come.
         """
         unpacked = [name for name, layer in quantizable_layers(self._model) if name in self._choices]
         if unpacked:
             raise BitPolicyError(f"the model's files lack the weight or bias of {unpacked[0]}; download them again")
+        warn_of_biases(self._uncorrected, self._storage)
 
     def _pack(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         layer = self._layers[name]
         choice = self._choices[name]
         stored = quantize_layer(name, _with_values(layer, weight, bias), choice, self._calibration, self._storage)
+        self._uncorrected += [name] * stored.left_as_it_was
         packed = pack_layer(layer, choice.format, stored.tensors)
         replace_layer(self._model, name, packed)
         found = {f"{name}.{suffix}": tensor for suffix, tensor in stored.tensors.items()}
+        require_finite(name, found)
         return found if stored.bias is None else {f"{name}.bias": stored.bias, **found}
 
     def _rounded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:

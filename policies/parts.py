@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.policies.apply import as_stored
 from bitpolicy.policies.checkpoint import rewrite_json, write_config
 from bitpolicy.policies.denoiser import denoiser_of
 from bitpolicy.policies.footprint import stored_others
@@ -39,7 +40,11 @@ class Parts(Protocol):
         """How many of these bytes take up space if they are written to `folder`."""
 
     def write_others(self, dtype: torch.dtype, folder: Path) -> None:
-        """Write model_index.json and all components but the denoisers."""
+        """Write model_index.json and all components but the denoisers.
+
+        Raises:
+            BitPolicyError: a value is beyond the range of `dtype`.
+        """
 
 
 class MemoryParts:
@@ -72,6 +77,7 @@ class MemoryParts:
         for name, other in self._pipe.components.items():
             if name not in self.sources and hasattr(other, "save_pretrained"):
                 _forget_last_call(other)
+                _require_range(name, other, dtype)
                 with _stored_as(other, dtype):
                     other.save_pretrained(folder / name)
                 if isinstance(other, ModelMixin):
@@ -100,6 +106,15 @@ def _forget_last_call(component: Any) -> None:
     if backend is not None:
         backend.no_padding()
         backend.no_truncation()
+
+
+def _require_range(name: str, component: Any, dtype: torch.dtype) -> None:
+    """Raises:
+    BitPolicyError: the dtype that the component is stored in cannot hold one of its values.
+    """
+    if isinstance(component, nn.Module):
+        for key, tensor in component.state_dict().items():
+            as_stored(f"{name}: {key}", tensor, dtype)
 
 
 @contextmanager

@@ -168,7 +168,9 @@ class Study:
         with closing(self._generations.errors(self._space.choices(formats), wanted)) as errors:
             for index, error in zip(order, errors, strict=True):
                 if not np.isfinite(error):
-                    raise BitPolicyError("a policy's images are not finite; try --dtype bfloat16 or float32")
+                    raise BitPolicyError(
+                        "a policy's images have NaN or Inf; keep layers that overflow at fp16 with --keep 'GLOB=fp16'"
+                    )
                 scores.append(error)
                 trial.report(error, index)
                 trial.set_user_attr("psnr_db", _psnr(scores))

@@ -24,6 +24,7 @@ from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.sensitivity.candidates import Candidate
 from bitpolicy.sensitivity.checkpointed_calls import CheckpointedCalls
+from bitpolicy.sensitivity.compute_range import advice
 from bitpolicy.sensitivity.directions import Direction, signal_of
 from bitpolicy.sensitivity.input_rounding import InputRounding
 from bitpolicy.sensitivity.samples import Sample
@@ -100,9 +101,8 @@ class AdjointProbe:
                 return self._recorder.sketch(scale, along=float((v * signal_of(signal)).sum()))
         assert where is not None
         place = f"step {where[0] + 1}" if where[0] >= 0 else "outside the loop"
-        raise BitPolicyError(
-            f"{place}: the gradient of {where[1]} is NaN or Inf; try --dtype bfloat16 or float32, or --probe ablation"
-        )
+        remedy = advice(next(self._trajectories.denoiser.parameters()).dtype)
+        raise BitPolicyError(f"{place}: the gradient of {where[1]} is NaN or Inf; {remedy}, or take --probe ablation")
 
 
 def require_reached(missed: set[str]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.errors import BitPolicyError, BitPolicyWarning
 from bitpolicy.kernels.layers import PackedLayer, quantizable_layers, unsupported_layers
 from bitpolicy.policies.denoiser import is_autoencoder
 from bitpolicy.sensitivity.outside_roles import autoencoder_role, conditioner_role
@@ -73,7 +73,7 @@ def inventory(model: nn.Module) -> list[Layer]:
     return layers
 
 
-class UnsupportedLayers(UserWarning):
+class UnsupportedLayers(BitPolicyWarning):
     """Layers that no format can be given to."""
 
 

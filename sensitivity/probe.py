@@ -17,12 +17,15 @@ import torch
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.kernel import Compute
+from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.kernels.quantizers import RTN
+from bitpolicy.policies.finite import left_as_they_were
 from bitpolicy.policies.policy import Choice
 from bitpolicy.sensitivity.ablation import Measured, References, ablate
 from bitpolicy.sensitivity.adjoint import AdjointProbe
 from bitpolicy.sensitivity.calls.watched_loop import schedulers
 from bitpolicy.sensitivity.candidates import Candidate, candidates
+from bitpolicy.sensitivity.corrections import beyond_range
 from bitpolicy.sensitivity.cost import Cost, adjoint_forwards, stepwise_forwards
 from bitpolicy.sensitivity.directions import Direction, Random, Shared, Signal
 from bitpolicy.sensitivity.error_split import ErrorSplit
@@ -175,6 +178,7 @@ class ProbeRun:
         self._warn_of_outliers(table)
         corrected = table.corrected.clone()
         corrected[[not self._correctable(layer, reference) for layer in self._inventory]] = False
+        corrected = self._storable(replace(table, corrected=corrected), reference)
         cost = self._cost(table.probe, reference, 0)
         return replace(table, corrected=corrected, cost=cost, compute=self._settings.compute)
 
@@ -182,6 +186,17 @@ class ProbeRun:
     def _correctable(layer: Layer, reference: ReferencePass) -> bool:
         """Whether correcting can do no harm: there is no bias, or its mean input is known."""
         return not layer.has_bias or layer.name in reference.calibration
+
+    def _storable(self, table: SensitivityTable, reference: ReferencePass) -> torch.Tensor:
+        """`table.corrected` without the biases that the storage dtype cannot hold once they are corrected."""
+        layers, corrected = dict(quantizable_layers(self._trajectories.denoiser)), table.corrected.clone()
+        names = []
+        for place in beyond_range(table, layers, reference.calibration, self._storage):
+            corrected[place] = False
+            names.append(table.layers[place[0]])
+        if names:
+            self._stages.warn(left_as_they_were(list(dict.fromkeys(names)), self._storage))
+        return corrected
 
     def _scores(self, probe: str, reference: ReferencePass) -> SensitivityTable:
         names = [layer.name for layer in self._inventory]

@@ -16,6 +16,7 @@ import torch
 from bitpolicy.kernels.format import TensorSpec
 from bitpolicy.kernels.layers import Quantizable, quantizable_layers
 from bitpolicy.sensitivity.candidates import Candidate
+from bitpolicy.sensitivity.compute_range import advice
 from bitpolicy.sensitivity.hessians import Moments, measure_moments
 from bitpolicy.sensitivity.kept_calibration import is_whole, write_rounded
 from bitpolicy.sensitivity.progress import Stages
@@ -106,5 +107,5 @@ class RoundingPass:
             others = f" and {len(bad) - 1} other layers" if bad[1:] else ""
             self.stages.warn(
                 f"the gradient at {bad[0]}{others} is NaN or Inf: rounded by what is given there alone; "
-                "--dtype bfloat16 or float32 has a wider range"
+                f"{advice(next(self.trajectories.denoiser.parameters()).dtype)}"
             )

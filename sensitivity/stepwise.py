@@ -26,6 +26,7 @@ from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.sensitivity.candidates import Candidate
+from bitpolicy.sensitivity.compute_range import advice
 from bitpolicy.sensitivity.decoding import replaced_method
 from bitpolicy.sensitivity.directions import stream
 from bitpolicy.sensitivity.input_rounding import InputRounding
@@ -86,7 +87,11 @@ class StepwiseProbe:
                 next(self._trajectories.latents([sample]))
             where = self._recorder.not_finite()
             if where is not None:
-                raise BitPolicyError(f"step {where[0] + 1}: the gradient of {where[1]} is NaN or Inf; try float32")
+                dtype = next(self._trajectories.denoiser.parameters()).dtype
+                raise BitPolicyError(
+                    f"step {where[0] + 1}: the gradient of {where[1]} is NaN or Inf; {advice(dtype)}, or take "
+                    "--probe ablation"
+                )
             used = self._lead + max(steps, max(self._recorder.reached, default=0) + 1)
             yield LocalSketch(self._recorder.sketch().rows(itemgetter(slice(used))), power[:used].cpu())
 

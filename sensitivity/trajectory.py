@@ -21,7 +21,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.kernels.layers import packed_layers, quantizable_layers
 from bitpolicy.policies.denoiser import denoiser_of, denoisers_in, is_autoencoder, loop_denoisers, outside_loop
 from bitpolicy.sensitivity.calls.caller import Caller
 from bitpolicy.sensitivity.calls.effects import without_effect
@@ -29,6 +29,7 @@ from bitpolicy.sensitivity.calls.form import Form
 from bitpolicy.sensitivity.calls.outputs import drawn, rows
 from bitpolicy.sensitivity.calls.rehearsal import REFUSALS, Rehearsal, is_refusal, refused
 from bitpolicy.sensitivity.calls.watched_loop import Finished, NotFinite
+from bitpolicy.sensitivity.compute_range import advice
 from bitpolicy.sensitivity.decoding import Decoded, Decoding, replaced_method
 from bitpolicy.sensitivity.samples import Sample
 
@@ -200,7 +201,7 @@ class Trajectories:
     def _overflow(self, part: Sequence[Sample]) -> BitPolicyError:
         return BitPolicyError(
             f"the decoded image of {part[0].prompt!r}, seed {part[0].seed}, has NaN or Inf, its latent has "
-            "none: the decoder overflows; try --dtype bfloat16 or float32"
+            f"none: the decoder overflows; {advice(next(self.denoiser.parameters()).dtype)}"
         )
 
     def latents(self, samples: Iterable[Sample]) -> Generator[torch.Tensor, None, None]:
@@ -305,7 +306,8 @@ class Trajectories:
 
             return hook
 
-        handles = [layer.register_forward_hook(look(name)) for name, layer in quantizable_layers(self.denoiser)]
+        layers = itertools.chain(quantizable_layers(self.denoiser), packed_layers(self.denoiser))
+        handles = [layer.register_forward_hook(look(name)) for name, layer in layers]
         try:
             self.caller.run(part, self.learn(part[0]).writing, asked)
         except NotFinite:
@@ -316,5 +318,5 @@ class Trajectories:
         step, where = found[0] if found else (self.steps - 1, "the scheduler, not a layer,")
         return BitPolicyError(
             f"step {step + 1}: {where} gives NaN or Inf for {part[0].prompt!r}, seed {part[0].seed}; "
-            "try --dtype bfloat16 or float32"
+            f"{advice(next(self.denoiser.parameters()).dtype)}"
         )

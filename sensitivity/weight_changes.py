@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from bitpolicy.kernels.bias_correction import bias_shift
+from bitpolicy.kernels.bias_correction import bias_shift, corrected_bias
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import Quantizable
 from bitpolicy.policies.apply import stored_weight
@@ -90,11 +90,15 @@ class WeightChanges:
         return multiplied_weight(layer, format, stored, torch.float32, compute).sub_(weight).flatten()
 
     def _shifts(self, name: str) -> torch.Tensor:
-        """db of each candidate, float32, shape (candidates, out)."""
+        """db of each candidate, float32, shape (candidates, out); zero where the storage dtype cannot hold b + db."""
         layer = self._layers[name]
-        if name not in self._calibration:
+        if name not in self._calibration or layer.bias is None:
             return torch.zeros(len(self._candidates), layer.weight.shape[0], device=layer.weight.device)
         requantized = self._compute is Compute.INT8
         deltas = self._made(name, Compute.EXACT) if requantized else self._deltas(name)
         shaped = (delta.view(layer.weight.shape) for delta in deltas)
-        return torch.stack([bias_shift(layer, delta, self._calibration[name]) for delta in shaped])
+        shifts = [bias_shift(layer, delta, self._calibration[name]) for delta in shaped]
+        fits = [corrected_bias(layer.bias.detach(), shift, self._storage) is not None for shift in shifts]
+        return torch.stack(
+            [shift if held else torch.zeros_like(shift) for shift, held in zip(shifts, fits, strict=True)]
+        )

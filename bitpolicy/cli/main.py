@@ -18,8 +18,7 @@ from bitpolicy.cli.formats import formats
 from bitpolicy.cli.inspect import inspect
 from bitpolicy.cli.probe import probe
 from bitpolicy.cli.search import search
-from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.sensitivity.inventory import UnsupportedLayers
+from bitpolicy.kernels.errors import BitPolicyError, BitPolicyWarning
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's own, which typer does not name
 _STOPPED = 130  # as a shell counts SIGINT; typer returns it, too
@@ -98,7 +97,7 @@ def _hush() -> None:
     import transformers
 
     warnings.filterwarnings("ignore")
-    warnings.filterwarnings("always", category=UnsupportedLayers)
+    warnings.filterwarnings("always", category=BitPolicyWarning)
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     logging.getLogger("torch").setLevel(logging.ERROR)
     for library in (diffusers, transformers):

@@ -15,6 +15,7 @@ import torch
 from bitpolicy.kernels.format import TensorSpec
 from bitpolicy.policies.disk_space import require_space
 from bitpolicy.policies.exporters.exporter import Layer, Source
+from bitpolicy.policies.finite import require_finite
 from bitpolicy.policies.safetensors_writer import SafetensorsWriter
 
 
@@ -48,7 +49,7 @@ def write_translated(
         metadata: of the file's header.
 
     Raises:
-        BitPolicyError: the disk is full.
+        BitPolicyError: the disk is full, or the target's layout of a layer would be NaN or Inf.
     """
     packed, storage = source.packed, source.storage
     specs = {rename(name): spec for name, spec in source.others.items()}
@@ -66,7 +67,9 @@ def write_translated(
             parts = gathered.setdefault(owner, {})
             parts[suffix] = tensor
             if parts.keys() == packed[owner].format.tensors(packed[owner].shape, storage).keys():
-                made = translation.convert(packed[owner], gathered.pop(owner), storage)
+                converted = translation.convert(packed[owner], gathered.pop(owner), storage)
+                made = {f"{owner}.{own}": value for own, value in converted.items()}
+                require_finite(owner, made)
                 for own, value in made.items():
-                    writer.write(rename(f"{owner}.{own}"), value)
+                    writer.write(rename(own), value)
     return nbytes

@@ -304,3 +304,47 @@ def test_equal_commands_in_two_folders_make_equal_files(
         assert a.pop(different) != b.pop(different)
     assert [name for name in a if a[name] != b.get(name)] == []
     assert set(a) == set(b)
+
+
+# A model whose corrected biases leave the storage dtype's range
+
+
+@pytest.fixture
+def wild(half_pipeline: Any, here: Path) -> Path:
+    """A toy whose middle convolution is given 6e4 everywhere; the norm after it takes that off again."""
+    pipe = half_pipeline()
+    resnet = pipe.unet.mid_block.resnets[0]
+    resnet.norm1.weight.data.zero_()
+    resnet.norm1.bias.data.fill_(6e4)
+    resnet.conv1.weight.data.mul_(256.0)
+    for model in (pipe.unet, pipe.vae, pipe.text_encoder):
+        torch.nn.Module.to(model, torch.float16)
+    pipe.save_pretrained("wild")
+    return here / "wild"
+
+
+def test_a_bias_that_float16_cannot_hold_stays_as_it_is_from_the_probe_to_the_checkpoint(
+    command: Any, small: tuple[str, ...], wild: Path, here: Path
+) -> None:
+    name = "mid_block.resnets.0.conv1"
+    rest = (*small[2:], "--model", wild, "--output-dir", here / "out", "--keep", f"{name}=int4")
+    outcome = command("--budget", "40%", *rest, "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.err.splitlines() == [
+        f"warning: 1 layer keeps its bias, {name}: corrected for the weight's mean error, it would leave the range of "
+        "float16"
+    ]
+    assert outcome.result["psnr_db"]["min"] > 10
+    policy = Policy.load(here / "out" / "policy.yaml")
+    choices = policy.resolve([name], component="unet")
+    assert (choices[name].format.name, choices[name].bias_correction) == ("int4", False)
+    written = load_file(here / "out" / "checkpoint" / "unet" / "diffusion_pytorch_model.safetensors")
+    before = load_file(wild / "unet" / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(written[f"{name}.bias"], before[f"{name}.bias"])
+    assert [key for key, t in written.items() if t.is_floating_point() and not torch.isfinite(t).all()] == []
+    hand = yaml.safe_load((here / "out" / "policy.yaml").read_text())  # a person turns the correction on
+    hand["layers"][name] = {"format": "int4", "bias_correction": True}
+    (here / "out" / "hand.yaml").write_text(yaml.safe_dump(hand))
+    again = command("export", "--model", wild, "--policy", here / "out" / "hand.yaml", "--output-dir", here / "hand")
+    assert (again.code, again.err) == (0, outcome.err)
+    assert load_file(here / "hand" / "unet" / "diffusion_pytorch_model.safetensors").keys() == written.keys()

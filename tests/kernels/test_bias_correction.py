@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from bitpolicy.kernels.bias_correction import bias_shift, mean_patch
+from bitpolicy.kernels.bias_correction import bias_shift, corrected_bias, mean_patch
 from bitpolicy.kernels.formats import format_named
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -108,3 +108,22 @@ def test_a_shift_undoes_what_the_change_adds_on_average() -> None:
 
 def test_no_change_of_the_weight_shifts_nothing() -> None:
     assert not bias_shift(nn.Conv2d(4, 6, 3, groups=2), torch.zeros(6, 2, 3, 3), torch.ones(4, 3, 3)).any()
+
+
+@pytest.mark.parametrize(
+    ("shift", "storage", "fits"),
+    [
+        ([65000.0, 0.0], torch.float16, True),
+        ([65504.0, 16.0], torch.float16, False),  # 65520 rounds to Inf
+        ([-70000.0, 0.0], torch.float16, False),
+        ([70000.0, 0.0], torch.bfloat16, True),
+        ([float("inf"), 0.0], torch.bfloat16, False),
+        ([float("nan"), 0.0], torch.float16, False),
+    ],
+)
+def test_a_bias_is_corrected_as_a_whole_or_not_at_all(shift: list[float], storage: torch.dtype, fits: bool) -> None:
+    bias = torch.tensor([16.0, 1.0])
+    found = corrected_bias(bias, torch.tensor(shift), storage)
+    assert (found is not None) == fits
+    if found is not None:
+        assert torch.equal(found, (bias + torch.tensor(shift)).to(storage))

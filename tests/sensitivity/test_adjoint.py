@@ -258,14 +258,24 @@ def test_half_precision_agrees_with_full(
     assert error < {torch.float16: 0.02, torch.bfloat16: 0.15}[dtype]
 
 
-def test_a_gradient_that_is_not_finite_is_refused_with_a_way_out(
-    new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration
+@pytest.mark.parametrize(
+    ("dtype", "remedy"),
+    [
+        (torch.float16, "try --dtype bfloat16 or float32"),
+        (torch.bfloat16, "try --dtype float32"),
+        (torch.float32, "float32 has the widest range there is: check the model's weights"),
+    ],
+    ids=str,
+)
+def test_a_gradient_that_is_not_finite_is_refused_with_a_way_out_that_is_not_in_use(
+    new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration, dtype: torch.dtype, remedy: str
 ) -> None:
-    trajectories = new_trajectories()
+    trajectories = new_trajectories(dtype=dtype)
     calibration = random_calibration(trajectories.denoiser)
     trajectories.denoiser.get_parameter("conv_out.weight").data[0, 0, 0, 0] = float("nan")
-    with pytest.raises(BitPolicyError, match=r"step 1: conv_out gives NaN or Inf.*try --dtype bfloat16 or float32"):
+    with pytest.raises(BitPolicyError, match=rf"step 1: conv_out gives NaN or Inf.*{remedy}") as found:
         sketches(trajectories, nudge, calibration)
+    assert str(dtype).removeprefix("torch.") not in str(found.value).partition("--dtype")[2].split()
 
 
 # What must be as before

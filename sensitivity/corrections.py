@@ -1,0 +1,42 @@
+"""Which corrected biases the storage dtype can hold: those of the others stay as they are, and the table says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from bitpolicy.kernels.layers import Quantizable
+from bitpolicy.policies.apply import quantize_layer
+from bitpolicy.policies.calibration import Calibration
+from bitpolicy.sensitivity.table import SensitivityTable
+
+_WORST = 4.0  # |Q(W) - W| / |W| of a row: no rounding that is of any use errs so much
+
+
+def beyond_range(
+    table: SensitivityTable, layers: Mapping[str, Quantizable], calibration: Calibration, storage: torch.dtype
+) -> Iterator[tuple[int, int]]:
+    """(layer, column of the format) where `table` has the bias corrected and the storage dtype cannot hold it.
+
+    Args:
+        calibration: E[x], and what was rounded.
+    """
+    for i, name in enumerate(table.layers):
+        layer = layers[name]
+        if name not in calibration or not _may_leave(layer, calibration[name], storage):
+            continue
+        for j, format in enumerate(table.formats):
+            choice = table.choice(i, format)
+            wanted = choice.bias_correction and format.fits(layer.weight.shape)
+            if wanted and quantize_layer(name, layer, choice, calibration, storage).left_as_it_was:
+                yield i, j
+
+
+def _may_leave(layer: Quantizable, mean: torch.Tensor, storage: torch.dtype) -> bool:
+    """Whether |b| + |dW| |E[x]| can be more than the dtype holds, by the Cauchy-Schwarz inequality."""
+    if layer.bias is None:
+        return False
+    rows = layer.weight.detach().float().flatten(1).norm(dim=1).max()
+    most = layer.bias.detach().float().abs().max() + _WORST * rows * mean.float().norm().to(rows.device)
+    return not bool(most <= torch.finfo(storage).max)
