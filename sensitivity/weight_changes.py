@@ -92,13 +92,15 @@ class WeightChanges:
     def _shifts(self, name: str) -> torch.Tensor:
         """db of each candidate, float32, shape (candidates, out); zero where the storage dtype cannot hold b + db."""
         layer = self._layers[name]
-        if name not in self._calibration or layer.bias is None:
+        if name not in self._calibration:
             return torch.zeros(len(self._candidates), layer.weight.shape[0], device=layer.weight.device)
         requantized = self._compute is Compute.INT8
         deltas = self._made(name, Compute.EXACT) if requantized else self._deltas(name)
         shaped = (delta.view(layer.weight.shape) for delta in deltas)
-        shifts = [bias_shift(layer, delta, self._calibration[name]) for delta in shaped]
-        fits = [corrected_bias(layer.bias.detach(), shift, self._storage) is not None for shift in shifts]
-        return torch.stack(
-            [shift if held else torch.zeros_like(shift) for shift, held in zip(shifts, fits, strict=True)]
-        )
+        shifts = (bias_shift(layer, delta, self._calibration[name]) for delta in shaped)
+        return torch.stack([self._applied(layer, shift) for shift in shifts])
+
+    def _applied(self, layer: Quantizable, shift: torch.Tensor) -> torch.Tensor:
+        """`shift`, or zeros if the layer's bias stays as it is."""
+        held = layer.bias is None or corrected_bias(layer.bias.detach(), shift, self._storage) is not None
+        return shift if held else torch.zeros_like(shift)
