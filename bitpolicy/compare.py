@@ -145,8 +145,9 @@ def fitted(text: str, length: Callable[[str], float]) -> str:
     Args:
         length: pixels that a line of text takes.
     """
-    line = " ".join(text[:_LONGEST].split())
-    if len(text) <= _LONGEST and length(line) <= _CELL:
+    line = " ".join(text.split())
+    if len(line) <= _LONGEST and length(line) <= _CELL:
         return line
+    line = line[:_LONGEST]
     kept = bisect_right(range(1, len(line) + 1), _CELL, key=lambda count: length(f"{line[:count]}…"))
     return f"{line[:kept].rstrip()}…"

@@ -18,19 +18,25 @@ def without_effect(caller: Caller, form: Form, sample: Sample, names: Sequence[s
     """Those of the arguments `names` without which `sample` comes out the same.
 
     It takes a run of two steps, and one more for each argument; what makes no difference there is tried in runs of full
-    length. An argument that has the value of its default is none of them, nor is one that has to be given.
+    length. None of them are an argument that has the value of its default, one that has to be given, and a size that
+    the images have, as a height of 512 where that is usual.
     """
     defaults = caller.signature.defaults
     wanted = [name for name in names if name in caller.call and _differs(caller.call[name], defaults, name)]
     for whole in (False, True):
         if wanted:
             plain = _image(caller, form, sample, whole)
+            wanted = [name for name in wanted if not _is_size(caller.call[name], plain)]
             wanted = [name for name in wanted if _same(plain, _image(_without(caller, name), form, sample, whole))]
     return wanted
 
 
 def _differs(value: Any, defaults: Any, name: str) -> bool:
     return name in defaults and not (type(value) is type(defaults[name]) and value == defaults[name])
+
+
+def _is_size(value: Any, image: torch.Tensor | None) -> bool:
+    return isinstance(value, int) and image is not None and value in image.shape[-2:] + image.shape[:-3]
 
 
 def _without(caller: Caller, name: str) -> Caller:
