@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
@@ -26,6 +27,7 @@ from bitpolicy.prompting import Split, default_requests, split
 from bitpolicy.search.budget import SCOPES, Budget, Scope, read
 from bitpolicy.search.constraints import not_held, pinned, shared_qkv
 from bitpolicy.search.problem import Problem
+from bitpolicy.sensitivity.calls.signature import STEPS, Signature
 from bitpolicy.sensitivity.candidates import useful_formats
 from bitpolicy.sensitivity.inventory import Layer, inventory, warn_of_unsupported
 from bitpolicy.sensitivity.peak_memory import observe
@@ -34,6 +36,7 @@ from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.trajectory import Trajectories
+from bitpolicy.sensitivity.workers import is_main
 from bitpolicy.settings import Settings
 
 BUNDLED_CALL = {"num_inference_steps": 20, "guidance_scale": 3.0}
@@ -85,7 +88,14 @@ class Plan:
         return Card(roles={layer.name: layer.role for layer in self.layers})
 
     def probe(self, settings: Settings, folder: Path, stages: Stages) -> ProbeRun:
-        """A probe over the calibration samples; `folder` keeps its records."""
+        """A probe over the calibration samples; `folder` keeps its records. A call argument that changes nothing is
+        told on stderr.
+
+        Raises:
+            BitPolicyError: the pipeline refuses the call.
+        """
+        if is_main():
+            warn_of_idle_arguments(self.trajectories, self.split.calibration[0], dict(settings.call), stages)
         how = (parse_quantizer(settings.quantizer), measured_compute(settings.compute))
         wanted = ProbeSettings(settings.probe, self.split.calibration, settings.vectors, settings.shared, *how)
         weights, storage = self.source.everything_sha256, self.source.storage
@@ -183,7 +193,8 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
     kept = pinned(settings.keep, layers)
     formats = (*dict.fromkeys(f for f in kept.values() if f not in useful), *useful)
     _require_formats_of(measured_compute(settings.compute), formats)
-    trajectories = Trajectories(source.pipe, source.component, {**default_call(bundled), **dict(settings.call)})
+    call = {**default_call(source.pipe, bundled), **dict(settings.call)}
+    trajectories = Trajectories(source.pipe, source.component, call)
     if trajectories.outside and settings.probe == "stepwise":
         raise BitPolicyError(
             f"the stepwise probe differentiates denoisers alone; for {', '.join(trajectories.outside)} take "
@@ -275,11 +286,34 @@ def _scope(
     return Scope.of_peak(peak, formats, source.studied)
 
 
+def warn_of_idle_arguments(
+    trajectories: Trajectories, sample: Sample, given: Mapping[str, Any], stages: Stages
+) -> None:
+    """Say on stderr which arguments, but for the usual ones, change nothing; without others it takes no run."""
+    names = [name for name in given if name not in BUNDLED_CALL]
+    for name in trajectories.without_effect(sample, names) if names else ():
+        stages.warn(
+            f"the call argument {name}={given[name]} changes nothing: the images are the same without it; some "
+            "arguments count only together, such as height and width"
+        )
+
+
 def class_name(denoiser: nn.Module) -> str:
     """Of what is studied, or of each of several components."""
     return ",".join(dict.fromkeys(type(part).__name__ for part in denoisers_in(denoiser)))
 
 
-def default_call(bundled: bool) -> dict[str, Any]:
-    """Arguments of the pipeline call where none are given."""
-    return dict(BUNDLED_CALL) if bundled else {"num_inference_steps": DEFAULT_STEPS}
+def default_call(pipe: DiffusionPipeline, bundled: bool) -> dict[str, Any]:
+    """Arguments of the pipeline call where none are given: 20 steps, or fewer where the pipeline takes fewer by itself,
+    as consistency models do."""
+    if bundled:
+        return dict(BUNDLED_CALL)
+    signature = Signature.of(pipe)
+    own = signature.defaults.get(STEPS)
+    steps = min(own, DEFAULT_STEPS) if isinstance(own, int) else DEFAULT_STEPS
+    return {STEPS: steps} if STEPS in signature else {}
+
+
+def short_call(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """Arguments of a call that only shows which layers are called, and how."""
+    return {STEPS: 2} if STEPS in Signature.of(pipe) else {}

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from diffusers import DiffusionPipeline
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.policies.denoiser import denoiser_name
+from bitpolicy.policies.denoiser import class_count
+from bitpolicy.sensitivity.calls.signature import Signature
 from bitpolicy.sensitivity.samples import Request, Sample, beside, split_samples, takes_pictures
 
 _DEFAULT_LABELS = 32
+_USUAL_CLASSES = 1000  # of a model that does not say how many it knows
 _SPLIT_FROM = 8  # prompts; with fewer, all parts use the same prompts with seeds of their own
 _APART = 1_000_000  # between the seeds of two parts: they never meet
 
@@ -99,10 +99,10 @@ def _different(requests: Sequence[Request]) -> list[Request]:
 
 def default_requests(pipe: DiffusionPipeline, bundled: bool) -> list[Request]:
     """What is asked for where nobody says: 32 prompts, 32 class labels, or nothing for an unconditional pipeline."""
-    accepted = inspect.signature(type(pipe).__call__).parameters
-    if "class_labels" in accepted:
+    signature = Signature.of(pipe)
+    if signature.labels is not None:
         return [*map(str, _labels(pipe))]
-    if "prompt" in accepted:
+    if signature.takes_text:
         name = "emoji.txt" if bundled else "general.txt"
         return [*(files("bitpolicy") / "prompts" / name).read_text(encoding="utf-8").splitlines()]
     return [""]
@@ -110,8 +110,7 @@ def default_requests(pipe: DiffusionPipeline, bundled: bool) -> list[Request]:
 
 def _labels(pipe: DiffusionPipeline) -> list[int]:
     """Class labels over the whole range; the last class of a DiT is none at all, for guidance."""
-    component: Any = getattr(pipe, denoiser_name(pipe))
-    classes = int(component.config.get("num_embeds_ada_norm") or component.config.get("num_class_embeds") or 1000)
+    classes = class_count(pipe) or _USUAL_CLASSES
     count = min(_DEFAULT_LABELS, classes)
     return [i * classes // count for i in range(count)]
 

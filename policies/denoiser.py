@@ -7,8 +7,9 @@ the image of the final latent. A *conditioner*, a text or image encoder, is call
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
@@ -21,6 +22,7 @@ T = TypeVar("T")
 ALL = "all"  # stands for every component with layers that can be quantized
 DENOISERS = ("unet", "transformer")
 SECOND_DENOISERS = ("transformer_2",)  # Wan 2.2 has one denoiser for high and one for low noise
+_CLASSES = ("num_embeds_ada_norm", "num_class_embeds", "num_classes")  # what configs call the number of classes
 _NO_SAY = ("safety_checker",)  # it looks at images and makes none
 
 
@@ -34,13 +36,29 @@ def is_denoiser(model: object) -> bool:
     return isinstance(model, ModelMixin) and not hasattr(model, "decode")
 
 
+def is_told_the_time(model: object) -> bool:
+    """Whether it is a model that works on latents at a time of the noise schedule: its forward takes one."""
+    return is_denoiser(model) and any("time" in name for name in inspect.signature(type(model).forward).parameters)
+
+
+def class_count(pipe: DiffusionPipeline) -> int:
+    """How many classes the denoiser knows; 0 where it knows none, or does not say."""
+    for model in pipe.components.values():
+        config: Any = getattr(model, "config", {}) if is_denoiser(model) else {}
+        for name in _CLASSES:
+            if config.get(name):
+                return int(config[name])
+    return 0
+
+
 def denoiser_name(pipe: DiffusionPipeline, component: str | None = None) -> str:
-    """The denoiser: `component` if given, else the pipeline's `unet` or `transformer`.
+    """The denoiser: `component` if given, else the pipeline's `unet` or `transformer`, else the first that is told the
+    time.
 
     Raises:
         BitPolicyError: the pipeline has no such component, or it is no model that works on latents.
     """
-    candidates = [component] if component else DENOISERS
+    candidates = [component] if component else [*DENOISERS, *_told_the_time(pipe)]
     for name in candidates:
         if is_denoiser(getattr(pipe, name, None)):
             return name
@@ -65,7 +83,8 @@ def denoiser_names(pipe: DiffusionPipeline, components: str | None = None) -> st
         for name in names:
             _require_component(pipe, name)
         return ",".join(names)
-    return ",".join([denoiser_name(pipe), *_present(pipe, SECOND_DENOISERS)])
+    first = denoiser_name(pipe)
+    return ",".join(dict.fromkeys([first, *(name for name in _own_denoisers(pipe) if name not in DENOISERS)]))
 
 
 def _require_component(pipe: DiffusionPipeline, name: str) -> None:
@@ -94,8 +113,14 @@ def _has_packed(model: nn.Module) -> bool:
     return any(isinstance(module, PackedLayer) for module in model.modules())
 
 
-def _present(pipe: DiffusionPipeline, names: Sequence[str]) -> list[str]:
-    return [name for name in names if isinstance(getattr(pipe, name, None), nn.Module)]
+def _own_denoisers(pipe: DiffusionPipeline) -> list[str]:
+    """Those that have a denoiser's usual name; where none has, all that are told the time, as those of unCLIP are."""
+    named = [name for name in (*DENOISERS, *SECOND_DENOISERS) if isinstance(getattr(pipe, name, None), nn.Module)]
+    return named or _told_the_time(pipe)
+
+
+def _told_the_time(pipe: DiffusionPipeline) -> list[str]:
+    return [name for name, model in pipe.components.items() if is_told_the_time(model)]
 
 
 def _lacks(pipe: DiffusionPipeline, wanted: str) -> BitPolicyError:
@@ -118,7 +143,7 @@ def loop_denoisers(pipe: DiffusionPipeline, components: str) -> list[nn.Module]:
         BitPolicyError: there is none.
     """
     studied = [name for name in components.split(",") if is_denoiser(getattr(pipe, name))]
-    names = dict.fromkeys([*studied, *_present(pipe, (*DENOISERS, *SECOND_DENOISERS))])
+    names = dict.fromkeys([*studied, *_own_denoisers(pipe)])
     if not names:
         raise _lacks(pipe, f"component named {' or '.join(DENOISERS)}")
     return [getattr(pipe, name) for name in names]

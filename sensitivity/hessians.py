@@ -190,6 +190,7 @@ def measure_moments(
     """
     if not names:
         return
+    trajectories.learn(sample)  # whose short runs are not measured
     layers = dict(quantizable_layers(trajectories.denoiser))
     watch = _Watch(moments, sample.seed, seen)
     with _hooked(watch.hook, {name: layers[name] for name in names}):

@@ -156,6 +156,7 @@ def observe(
         BitPolicyError: the pipeline takes no such arguments, or it is neither on the CPU nor on CUDA.
     """
     trajectories = Trajectories(pipe, component, call)
+    trajectories.learn(sample)  # the only call that is observed is the one below
     resident = loaded_bytes(pipe)
     account = ByteAccount.of(trajectories.denoiser, next(trajectories.denoiser.parameters()).dtype)
     with metered(pipe.device) as meter, _marked(trajectories.denoiser, meter):

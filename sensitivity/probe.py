@@ -23,6 +23,7 @@ from bitpolicy.policies.finite import left_as_they_were
 from bitpolicy.policies.policy import Choice
 from bitpolicy.sensitivity.ablation import Measured, References, ablate
 from bitpolicy.sensitivity.adjoint import AdjointProbe
+from bitpolicy.sensitivity.calls.watched_loop import schedulers
 from bitpolicy.sensitivity.candidates import Candidate, candidates
 from bitpolicy.sensitivity.corrections import beyond_range
 from bitpolicy.sensitivity.cost import Cost, adjoint_forwards, stepwise_forwards
@@ -126,14 +127,15 @@ class ProbeRun:
 
     def _identity(self, weights: str) -> dict[str, Any]:
         """Everything the numbers depend on."""
-        pipe, scheduler = self._trajectories.pipe, self._trajectories.pipe.scheduler
+        pipe = self._trajectories.pipe
+        steppers = [part for one in schedulers(pipe) for part in (type(one).__name__, dict(one.config))]
         quantizers = {"quantizers": list(self._settings.quantizers), "rounding": _ROUNDING}
         compute = self._settings.compute
         return {
             "weights": weights,
             "compute": str(next(self._trajectories.denoiser.parameters()).dtype),
             "pipeline": type(pipe).__name__,
-            "scheduler": [type(scheduler).__name__, dict(scheduler.config)],
+            "scheduler": steppers,
             "call": fingerprint(self._trajectories.call),
             "samples": [sample.identity() for sample in self._settings.samples],
             "formats": [f.parameters() for f in self._formats],

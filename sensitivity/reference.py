@@ -56,6 +56,8 @@ def reference_part(trajectories: Trajectories, samples: Sequence[Sample]) -> dic
     """Sums over the trajectories of `samples`, float64, for `ReferencePass.merged`."""
     sums = _Sums()
     layers = quantizable_layers(trajectories.denoiser)
+    for sample in samples[:1]:
+        trajectories.learn(sample)  # whose short runs are none of those that are added up
     handles: list[Any] = [
         layer.register_forward_pre_hook(sums.of_inputs(name, layer), with_kwargs=True) for name, layer in layers
     ]

@@ -3,21 +3,19 @@
 No sampler code is needed: `type(pipe).__call__` is the loop, with whatever scheduler the pipeline has, and the function
 that diffusers' `torch.no_grad` decorator wraps is differentiable end to end. What is studied is the *signal*: the
 latents that the pipeline returns; where it returns none (DDIM, DDPM and DiT decode at once), the sample that the last
-scheduler step gives, and the loop is left there. Where an autoencoder is studied it is the image instead.
+scheduler step gives, and the loop is left there. Where an autoencoder is studied it is the image instead. How the
+pipeline is called is learned from its signature and from short runs (`bitpolicy.sensitivity.calls.rehearsal`).
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import itertools
-import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -25,26 +23,21 @@ from torch import nn
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.layers import packed_layers, quantizable_layers
 from bitpolicy.policies.denoiser import denoiser_of, denoisers_in, is_autoencoder, loop_denoisers, outside_loop
+from bitpolicy.sensitivity.calls.caller import Caller
+from bitpolicy.sensitivity.calls.effects import without_effect
+from bitpolicy.sensitivity.calls.form import Form
+from bitpolicy.sensitivity.calls.outputs import drawn, rows
+from bitpolicy.sensitivity.calls.rehearsal import REFUSALS, Rehearsal, is_refusal, refused
+from bitpolicy.sensitivity.calls.watched_loop import Finished, NotFinite
 from bitpolicy.sensitivity.compute_range import advice
 from bitpolicy.sensitivity.decoding import Decoded, Decoding, replaced_method
 from bitpolicy.sensitivity.samples import Sample
 
-_OURS = re.compile(r"prompt|class_labels|batch_size|generator|output_type|return_dict|latents|num_\w+_per_prompt")
-_ONE_EACH = re.compile(r"(negative_)?prompt(_\d)?")  # texts of which a call takes one for each sample
 _SMALL, _SMALL_BATCH = 100_000_000, 4  # parameters below which several samples share one call, and how many
-_REFUSALS = (TypeError, ValueError, AttributeError, KeyError, NotImplementedError)
 
 
 class LoopError(BitPolicyError):
     """The sampling loop cannot be differentiated from end to end."""
-
-
-class _Finished(BaseException):
-    """Leaves a sampling loop after its last step."""
-
-
-class _NotFinite(Exception):
-    """A scheduler step gave NaN or Inf."""
 
 
 @dataclass(frozen=True)
@@ -87,19 +80,45 @@ class Trajectories:
         self.denoisers = loop_denoisers(pipe, component)
         self.outside = outside_loop(pipe, component)
         self._decoding = self._watch_autoencoder()
-        self._accepted = inspect.signature(type(pipe).__call__).parameters
+        self.caller = Caller(pipe, self.call, self._decoding)
         self.require(self.call)
-        self.steps = 0
-        self._last = torch.empty(0)
+        self._form: Form | None = None
         self._end: _End | None = None  # of the last run that came to it
-        self.batch = _SMALL_BATCH if self._may_share_calls() else 1
+        self._batch: int | None = None
+        self._small = sum(p.numel() for model in self.denoisers for p in model.parameters()) < _SMALL
         pipe.set_progress_bar_config(disable=True)
+
+    @property
+    def steps(self) -> int:
+        return self.caller.loop.steps
+
+    @property
+    def batch(self) -> int:
+        if self._batch is not None:
+            return self._batch
+        return _SMALL_BATCH if self._form is not None and self._form.shares else 1
+
+    @batch.setter
+    def batch(self, count: int) -> None:
+        self._batch = count
+
+    def learn(self, sample: Sample) -> Form:
+        """How the pipeline is called; the first time it takes short runs of `sample`. Hooks see them, too: who counts
+        calls, or looks at what layers are given, lets it learn before.
+
+        Raises:
+            BitPolicyError: the pipeline refuses the call.
+        """
+        if self._form is None:
+            dtype = next(self.denoisers[0].parameters()).dtype
+            self._form = Rehearsal(self.caller, sample, dtype).form(self._small and self._batch is None)
+        return self._form
 
     def _watch_autoencoder(self) -> Decoding | None:
         found = {name: model for name, model in self.outside.items() if is_autoencoder(model)}
         if len(found) > 1:
             raise BitPolicyError(f"{' and '.join(found)} each make something of a latent; name one of them only")
-        return next((Decoding(model, lambda: self.steps) for model in found.values()), None)
+        return next((Decoding(model, lambda: self.caller.loop.steps) for model in found.values()), None)
 
     @property
     def draws(self) -> bool:
@@ -121,25 +140,17 @@ class Trajectories:
             for name, _ in quantizable_layers(model)
         }
 
-    def _may_share_calls(self) -> bool:
-        """Small models gain by it; but noise that the loop draws has to come from each sample's own generator."""
-        small = sum(p.numel() for model in self.denoisers for p in model.parameters()) < _SMALL
-        own_noise = hasattr(self.pipe, "prepare_extra_step_kwargs") or "batch_size" in self._accepted
-        return small and own_noise and "num_frames" not in self._accepted  # frames are a batch of their own
-
-    def require(self, arguments: Iterable[str]) -> None:
-        """Check the names of call arguments.
+    def require(self, arguments: Mapping[str, Any]) -> None:
+        """Check names and values of call arguments.
 
         Raises:
-            BitPolicyError: the pipeline takes none of that name, or it is set here.
+            BitPolicyError: the pipeline takes none of that name, it is set here, or the value is of a wrong type.
         """
-        names = list(arguments)
-        unknown = [name for name in names if name not in self._accepted]
-        if unknown:
-            raise BitPolicyError(f"{self._class} does not take {', '.join(unknown)}; leave it out")
-        ours = [name for name in names if _OURS.fullmatch(name)]
-        if ours:
-            raise BitPolicyError(f"{', '.join(ours)} cannot be given: every sample sets its own; leave it out")
+        self.caller.signature.require(arguments)
+
+    def without_effect(self, sample: Sample, names: Sequence[str]) -> list[str]:
+        """Which of the call arguments `names` change nothing: the images of `sample` are the same without them."""
+        return without_effect(self.caller, self.learn(sample), sample, names)
 
     def images(self, samples: Iterable[Sample]) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
         """(decoded image, final latent) of each sample without gradients; `batch` samples share one pipeline call.
@@ -171,18 +182,18 @@ class Trajectories:
     ) -> Generator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], None, None]:
         """Image, latent, and what was decoded where that is watched, of each sample."""
         for part in self.parts(samples):
-            pixels = _pixels(self._run(part, "pt"))
-            if not torch.isfinite(pixels).all():
+            images = drawn(self._run(part, self.learn(part[0]).finished), len(part))
+            if not all(torch.isfinite(image).all() for image in images):
                 raise self._overflow(part)
-            latents = _rows(self._last, len(part)).float().cpu()
-            yield from zip(pixels.float().cpu(), latents, self._decoded(part), strict=True)
+            latents = list(rows(self.caller.loop.last, len(part)).float().cpu()) if self.steps else images
+            yield from zip(images, latents, self._decoded(part), strict=True)
 
     def _decoded(self, part: Sequence[Sample]) -> Sequence[torch.Tensor | None]:
         """What was decoded in the last run, for each sample of it; None of each where that is not watched."""
         if self._decoding is None:
             return [None] * len(part)
         self._end = _End(part[0].arguments, self.steps, 0, self._decoding.calls)
-        images = _rows(self._decoding.images(), len(part))
+        images = rows(self._decoding.images(), len(part))
         if not torch.isfinite(images).all():
             raise self._overflow(part)
         return list(images.float().cpu())
@@ -197,11 +208,20 @@ class Trajectories:
         """The final latent of each sample without gradients, float32 on the CPU, shape (C, h, w) or as the pipeline
         has it."""
         for part in self.parts(samples):
-            output = self._run(part, "latent")
-            returned = isinstance(output, torch.Tensor)
-            if not self.draws:
-                self._end = _End(part[0].arguments, self.steps, 0 if returned else self.steps)
-            yield from (output if returned else _rows(self._last, len(part))).float().cpu()
+            yield from self._latents(part).float().cpu()
+
+    def _latents(self, part: Sequence[Sample]) -> torch.Tensor:
+        form, end = self.learn(part[0]), self._end
+        leave_after = end.leave_after if end is not None and end.holds_for(part[0]) else 0
+        try:
+            found = self._run(part, form.finished if form.latent is None else form.latent, leave_after)
+        except Finished:
+            return rows(self.caller.loop.last, len(part))
+        if not self.draws:
+            self._end = _End(part[0].arguments, self.steps, self.steps if form.latent is None else 0)
+        if form.latent is not None:
+            return rows(found, len(part))
+        return rows(self.caller.loop.last, len(part)) if self.steps else torch.stack(drawn(found, len(part)))
 
     def differentiable_signal(self, sample: Sample) -> torch.Tensor:
         """The signal with its graph, shape (1, ...), in the compute dtype.
@@ -209,22 +229,23 @@ class Trajectories:
         Raises:
             LoopError: the pipeline's loop cannot be differentiated.
         """
-        end = self.end(sample)
-        undecorated: Callable[..., Any] = inspect.unwrap(type(self.pipe).__call__)
-        output_type = "pt" if self.draws else "latent"
-        with self._observed(sample.seed, end.leave_after, end.decodes), self._encoding(), torch.enable_grad():
+        end, form = self.end(sample), self.learn(sample)
+        asked = form.finished if self.draws or form.latent is None else form.latent
+        with self._encoding():
             try:
-                signal = _first(undecorated(self.pipe, **self._arguments([sample]), output_type=output_type))
-            except _Finished:
-                signal = _rows(self._last, 1)
+                signal = self.caller.run_with_graph(sample, form.writing, asked, end.leave_after, end.decodes)
+            except Finished:
+                signal = rows(self.caller.loop.last, 1)
             except Decoded:
                 assert self._decoding is not None
-                signal = _rows(self._decoding.images(), 1)
+                signal = rows(self._decoding.images(), 1)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # torch's word for in-place changes and for numpy() on a graph
                 raise LoopError(f"the sampling loop of {self._class} cannot be differentiated: {error}") from error
-        self._last = torch.empty(0)  # it would keep the graph
+        self.caller.loop.forget()
+        if not isinstance(signal, torch.Tensor):
+            raise LoopError(f"the sampling loop of {self._class} gives no tensor")
         if not signal.requires_grad:
             raise LoopError(f"the sampling loop of {self._class} detaches its result")
         return signal
@@ -255,27 +276,26 @@ class Trajectories:
     def parts(self, samples: Iterable[Sample]) -> Iterator[list[Sample]]:
         """What shares a pipeline call: up to `batch` samples; one with arguments of its own stays alone."""
         waiting = iter(samples)
+        for first in itertools.islice(waiting, 1):
+            if self._batch is None and self._small:
+                self.learn(first)
+            waiting = itertools.chain([first], waiting)
         while part := list(itertools.islice(waiting, self.batch)):
             yield from [[sample] for sample in part] if any(sample.arguments for sample in part) else [part]
 
-    def _run(self, part: Sequence[Sample], output_type: str) -> Any:
-        """The pipeline's images, frames or latents for `part`, without a graph."""
+    def _run(self, part: Sequence[Sample], asked: Mapping[str, Any], leave_after: int = 0) -> Any:
+        """The pipeline's images, frames, sounds or latents for `part`, without a graph."""
+        writing = self.learn(part[0]).writing
         try:
-            with self._observed(part[0].seed), torch.no_grad():
-                return _first(self.pipe(**self._arguments(part), output_type=output_type))
-        except _NotFinite:
-            raise self._located(part, output_type) from None
-        except BitPolicyError:
-            raise
-        except _REFUSALS as error:
-            if self.steps:  # the loop had begun: the pipeline took the call
+            return self.caller.run(part, writing, asked, leave_after)
+        except NotFinite:
+            raise self._located(part, asked) from None
+        except REFUSALS as error:
+            if self.steps or not is_refusal(error):  # the loop had begun: the pipeline took the call
                 raise
-            raise BitPolicyError(
-                f"{self._class} refused the call: {' '.join(str(error).split())}; what it needs beyond a prompt can be "
-                'given in --prompts FILE.jsonl, one JSON object of call arguments a line: {"prompt": ..., "image": ...}'
-            ) from error
+            raise refused(self._class, error) from error
 
-    def _located(self, part: Sequence[Sample], output_type: str) -> BitPolicyError:
+    def _located(self, part: Sequence[Sample], asked: Mapping[str, Any]) -> BitPolicyError:
         """Which layer is the first to give NaN or Inf: run again and look at each."""
         found: list[tuple[int, str]] = []
 
@@ -289,9 +309,8 @@ class Trajectories:
         layers = itertools.chain(quantizable_layers(self.denoiser), packed_layers(self.denoiser))
         handles = [layer.register_forward_hook(look(name)) for name, layer in layers]
         try:
-            with self._observed(part[0].seed), torch.no_grad():
-                self.pipe(**self._arguments(part), output_type=output_type)
-        except _NotFinite:
+            self.caller.run(part, self.learn(part[0]).writing, asked)
+        except NotFinite:
             pass  # found as before, with the layer's name now
         finally:
             for handle in handles:
@@ -301,92 +320,3 @@ class Trajectories:
             f"step {step + 1}: {where} gives NaN or Inf for {part[0].prompt!r}, seed {part[0].seed}; "
             f"{advice(next(self.denoiser.parameters()).dtype)}"
         )
-
-    def _arguments(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        count = len(samples)
-        own = samples[0].call_arguments() if count == 1 else {}
-        arguments = {
-            name: [value] * count if isinstance(value, str) and _ONE_EACH.fullmatch(name) else value
-            for name, value in {**self.call, **own}.items()
-        }
-        generators = [torch.Generator("cpu").manual_seed(sample.seed) for sample in samples]
-        if "generator" in self._accepted:
-            arguments["generator"] = generators if count > 1 else generators[0]
-        if "class_labels" in self._accepted:
-            arguments["class_labels"] = [self._label(sample.prompt) for sample in samples]
-        elif "prompt" in self._accepted and "prompt_embeds" not in samples[0].arguments:
-            arguments["prompt"] = [sample.prompt for sample in samples]
-        elif "batch_size" in self._accepted:
-            arguments["batch_size"] = count
-        return arguments
-
-    def _label(self, prompt: str) -> int:
-        """A class label from its digits, or from a class name where the pipeline knows names."""
-        config: Any = self.denoisers[0].config
-        classes = int(config.get("num_embeds_ada_norm") or config.get("num_class_embeds") or 0)
-        if prompt.isdigit() and (not classes or int(prompt) < classes):
-            return int(prompt)
-        try:
-            return int(self.pipe.get_label_ids([prompt])[0])
-        except (AttributeError, ValueError) as error:
-            raise BitPolicyError(
-                f"{prompt!r} is no class of {self._class}; give a label from 0 to {classes - 1}, or a class's name"
-            ) from error
-
-    @contextmanager
-    def _observed(self, seed: int, leave_after: int = 0, decodes: int = 0) -> Iterator[None]:
-        """Count the scheduler's steps and remember the sample that the last one made, with its graph if it has one;
-        watch the autoencoder where it is studied.
-
-        The scheduler is afterwards as it was: its history would keep the graph of a whole trajectory alive.
-
-        Args:
-            seed: of random numbers that the pipeline does not take from its generator.
-            leave_after: raise `_Finished` after so many steps; 0 never does.
-            decodes: raise `Decoded` after so many images; 0 never does.
-        """
-        scheduler: Any = self.pipe.scheduler
-        before, original = dict(vars(scheduler)), scheduler.step
-        self.steps, self._last = 0, torch.empty(0)
-
-        @functools.wraps(original)
-        def step(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            self.steps += 1
-            self._last = result[0]
-            if not torch.isfinite(self._last).all():
-                raise _NotFinite
-            if self.steps == leave_after:
-                raise _Finished
-            return result
-
-        scheduler.step = step
-        try:
-            with ExitStack() as stack:
-                if self._decoding is not None:
-                    stack.enter_context(self._decoding.watched(decodes))
-                stack.enter_context(torch.random.fork_rng())
-                torch.manual_seed(seed)
-                yield
-        finally:
-            vars(scheduler).clear()
-            vars(scheduler).update(before)
-
-
-def _rows(sample: torch.Tensor, count: int) -> torch.Tensor:
-    """A scheduler's sample with one row for each of `count` trajectories."""
-    if len(sample) == 2 * count and torch.equal(sample[:count], sample[count:]):
-        return sample[:count]  # DiT carries every sample twice, for guidance
-    return sample if len(sample) == count else sample.unflatten(0, (count, -1))  # video U-Nets: frames in the batch
-
-
-def _pixels(output: Any) -> torch.Tensor:
-    """Images as (B, C, H, W), videos as (B, frames, C, H, W), from what a pipeline gives for "pt"."""
-    if isinstance(output, np.ndarray):  # DDIM, DDPM, DiT: channels last
-        output = torch.from_numpy(output).movedim(-1, -3)
-    return output if isinstance(output, torch.Tensor) else torch.stack(list(output))
-
-
-def _first(output: Any) -> Any:
-    """The images, frames or latents of a pipeline's output."""
-    return output[0]

@@ -34,7 +34,7 @@ from bitpolicy.decision import networks_for
 from bitpolicy.kernels.kernel import Compute, parse_compute
 from bitpolicy.loading import BUNDLED, Source
 from bitpolicy.origin import load_reference
-from bitpolicy.plan import default_call
+from bitpolicy.plan import default_call, warn_of_idle_arguments
 from bitpolicy.prompting import default_requests, load_requests
 from bitpolicy.search.features import require_pictures
 from bitpolicy.search.metrics import Comparison, measure, parse_metrics
@@ -118,10 +118,12 @@ def evaluate(
     require_seed(seed)
     source = load_reference(checkpoint, model, revision=revision, variant=variant, dtype=dtype, device=device)
     bundled = source.id == BUNDLED
-    arguments = {**default_call(bundled), **pipeline_call(num_inference_steps, guidance_scale, call)}
+    given = pipeline_call(num_inference_steps, guidance_scale, call)
+    arguments = {**default_call(source.pipe, bundled), **given}
     requests = load_requests(prompts) if prompts else default_requests(source.pipe, bundled)
     samples = split_samples(requests, images, _SEED + seed)
     stages = Stages(quiet or as_json)
+    warn_of_idle_arguments(Trajectories(source.pipe, source.component, arguments), samples[0], given, stages)
     comparison, used = _drawn(source, checkpoint, wanted, arguments, samples, real_images, stages)
     psnr = Psnr.of(comparison.reference, comparison.images)
     if picture is not None:

@@ -34,7 +34,7 @@ from bitpolicy.kernels.format import Format
 from bitpolicy.kernels.formats import FP16
 from bitpolicy.kernels.layers import PackedLayer
 from bitpolicy.loading import DTYPES, device_named, load_source, open_pipeline, packed_components
-from bitpolicy.plan import class_name
+from bitpolicy.plan import class_name, short_call
 from bitpolicy.policies.accounting import ByteAccount, stored_tensors
 from bitpolicy.policies.denoiser import denoiser_names, denoiser_of, denoisers_in
 from bitpolicy.policies.policy import Policy
@@ -138,8 +138,11 @@ class _Drawn:
         if self.compute is not None or self.low_memory:
             set_compute(model, self.compute, self.low_memory)
         asked = load_requests(prompts) if prompts else default_requests(pipe, bundled=False)
+        sample = Sample.of(asked[0], 0)
+        trajectories = Trajectories(pipe, names, {**short_call(pipe), **call})
+        trajectories.learn(sample)
         with watching(model) as seen:
-            next(Trajectories(pipe, names, {"num_inference_steps": 2, **call}).images([Sample.of(asked[0], 0)]))
+            next(trajectories.images([sample]))
         held = resident_bytes(model)
         title = (
             f"{self.folder}: {len(seen)} packed layers on {target}; {held.stored:,} bytes as stored, "

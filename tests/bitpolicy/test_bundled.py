@@ -43,7 +43,7 @@ def bundled() -> Any:
 def images(bundled: Any) -> dict[str, torch.Tensor]:
     """Four guided steps of three prompts."""
     samples = [Sample(prompt, 0) for prompt in ("red heart", "cat face", "pizza")]
-    loop = Trajectories(bundled.pipe, "unet", default_call(bundled=True) | {"num_inference_steps": 4})
+    loop = Trajectories(bundled.pipe, "unet", default_call(bundled.pipe, bundled=True) | {"num_inference_steps": 4})
     return {sample.prompt: image for sample, (image, _) in zip(samples, loop.images(samples), strict=True)}
 
 

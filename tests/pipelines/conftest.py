@@ -122,8 +122,8 @@ class Subject:
         made: list[torch.Tensor] = []
         with self._each_step(lambda result: (made.append(result[0]), watch(len(made)))):
             watch(0)
-            output = self.own_call(sample, "latent")
-        if isinstance(output, torch.Tensor):
+            output = self.own_call(sample, "latent" if self.toy.gives_latents else "pt")
+        if isinstance(output, torch.Tensor) and self.toy.gives_latents:
             return output
         return made[-1][:1]  # of DiT, which carries every sample twice, the half that becomes the image
 

@@ -29,13 +29,14 @@ def taps(layer: Any, x: torch.Tensor) -> torch.Tensor:
 def caught_means(trajectories: Trajectories, samples: list[Any]) -> dict[str, torch.Tensor]:
     """E[x] of each layer over all rows of all calls, each sample in a call of its own."""
     rows: dict[str, list[torch.Tensor]] = defaultdict(list)
+    trajectories.batch = 1
+    trajectories.learn(samples[0])  # in runs of its own
     hooks = [
         layer.register_forward_hook(
             lambda layer, args, _, name=name: rows[name].append(taps(layer, args[0].double()).mean(0))
         )
         for name, layer in quantizable_layers(trajectories.denoiser)
     ]
-    trajectories.batch = 1
     list(trajectories.latents(samples))
     for hook in hooks:
         hook.remove()

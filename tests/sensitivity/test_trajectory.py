@@ -80,6 +80,7 @@ def test_samples_share_calls_and_come_back_in_order(
     new_trajectories: NewTrajectories, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trajectories, calls = new_trajectories(num_inference_steps=1), []
+    trajectories.learn(SAMPLES[0])  # in runs of its own
     own = type(trajectories.pipe).__call__
 
     def counted(pipe: Any, **arguments: Any) -> Any:

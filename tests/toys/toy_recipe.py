@@ -26,6 +26,7 @@ class Toy:
         call: arguments of `pipe(...)` that make it fast and valid; no prompt, generator or output type.
         takes: what a sample has to name: a prompt, a class label, or nothing.
         extra: arguments of one sample beyond that, e.g. the image that Stable Video Diffusion animates.
+        gives_latents: whether it takes output_type="latent"; some that take it give images all the same.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Toy:
     call: dict[str, Any]
     takes: Literal["prompt", "class_labels", "nothing"] = "prompt"
     extra: dict[str, Any] = field(default_factory=dict)
+    gives_latents: bool = True
 
 
 def reproducible(build: Callable[[], DiffusionPipeline]) -> Callable[[], DiffusionPipeline]:

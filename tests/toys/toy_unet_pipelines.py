@@ -41,6 +41,24 @@ def _ddpm() -> DiffusionPipeline:
     return diffusers.DDPMPipeline(unet=_pixel_unet(), scheduler=diffusers.DDPMScheduler(variance_type="fixed_large"))
 
 
+def _consistency() -> DiffusionPipeline:
+    """Grey images of a class, in one step or a few; the batch size and the labels go into one call."""
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        resnet_time_scale_shift="scale_shift",
+        norm_num_groups=8,
+        num_class_embeds=1000,
+    )
+    scheduler = diffusers.CMStochasticIterativeScheduler(num_train_timesteps=40, sigma_max=2.0, rho=1.0)
+    return diffusers.ConsistencyModelPipeline(unet=unet, scheduler=scheduler)
+
+
 # Stable Diffusion
 
 
@@ -120,11 +138,19 @@ def _stable_diffusion_xl() -> DiffusionPipeline:
 
 
 _PIXELS = {"num_inference_steps": 4}
+_FEW = {"num_inference_steps": 2}
 _GUIDED = {"num_inference_steps": 4, "guidance_scale": 3.0}
 _SMALL = {**_GUIDED, "height": 16, "width": 16}
 UNET_TOYS = [
     Toy("DDIMPipeline", reproducible(_ddim), _PIXELS, "nothing"),
     Toy("DDPMPipeline", reproducible(_ddpm), _PIXELS, "nothing"),
+    Toy(
+        "ConsistencyModelPipeline",
+        reproducible(_consistency),
+        {"num_inference_steps": 2},
+        "class_labels",
+        gives_latents=False,
+    ),
     Toy("StableDiffusionPipeline", reproducible(_stable_diffusion), _SMALL),
     Toy("StableDiffusionXLPipeline", reproducible(_stable_diffusion_xl), _SMALL),
     Toy(

@@ -1,0 +1,85 @@
+"""Calls a pipeline for samples, with or without a graph, and with its loop watched."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from bitpolicy.sensitivity.calls.form import Writing, arguments
+from bitpolicy.sensitivity.calls.outputs import first
+from bitpolicy.sensitivity.calls.signature import STEPS, Signature
+from bitpolicy.sensitivity.calls.watched_loop import WatchedLoop
+from bitpolicy.sensitivity.decoding import Decoding
+from bitpolicy.sensitivity.samples import Sample
+
+_SHORT = 2  # steps of a run that only shows how the pipeline takes a call
+_SCHEDULES = ("timesteps", "sigmas")  # arguments that set the steps one by one
+
+
+class Caller:
+    """One pipeline with the arguments of every call.
+
+    Attributes:
+        pipe: the pipeline.
+        call: arguments of every call.
+        signature: of its call.
+        loop: its scheduler steps, watched while it runs.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, call: Mapping[str, Any], decoding: Decoding | None = None) -> None:
+        self.pipe, self.call, self.decoding = pipe, call, decoding
+        self.signature, self.loop = Signature.of(pipe), WatchedLoop(pipe)
+
+    def run(self, samples: Sequence[Sample], writing: Writing, asked: Mapping[str, Any], leave_after: int = 0) -> Any:
+        """The first thing that the pipeline gives for `samples`, without a graph.
+
+        Args:
+            asked: arguments that say what to give.
+            leave_after: raise `Finished` after so many steps of the loop; 0 never does.
+
+        Raises:
+            Finished: the loop was left.
+            NotFinite: a step gave NaN or Inf.
+        """
+        given = arguments(self.pipe, self.signature, self.call, samples, writing)
+        with self._watched(samples[0].seed, leave_after), torch.no_grad():
+            return first(self.pipe(**given, **asked))
+
+    def run_with_graph(
+        self, sample: Sample, writing: Writing, asked: Mapping[str, Any], leave_after: int, decodes: int
+    ) -> Any:
+        """The same with a graph, by the function that diffusers decorates with `torch.no_grad`.
+
+        Args:
+            decodes: raise `Decoded` after so many images; 0 never does.
+        """
+        undecorated: Callable[..., Any] = inspect.unwrap(type(self.pipe).__call__)
+        given = arguments(self.pipe, self.signature, self.call, [sample], writing)
+        with self._watched(sample.seed, leave_after, decodes), torch.enable_grad():
+            return first(undecorated(self.pipe, **given, **asked))
+
+    def trial(
+        self, samples: Sequence[Sample], writing: Writing, asked: Mapping[str, Any], *, whole: bool = False
+    ) -> Any:
+        """As `run`, in two steps where the pipeline takes a number of steps, unless `whole`; NaN and Inf pass."""
+        given = arguments(self.pipe, self.signature, self.call, samples, writing)
+        if not whole:
+            given |= self._short(given)
+        with self.loop.watched(samples[0].seed, finite=False), torch.no_grad():
+            return first(self.pipe(**given, **asked))
+
+    def _short(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        steps = given.get(STEPS, self.signature.defaults.get(STEPS))
+        shorter = isinstance(steps, int) and steps > _SHORT and not any(given.get(name) for name in _SCHEDULES)
+        return {STEPS: _SHORT} if shorter and STEPS in self.signature else {}
+
+    @contextmanager
+    def _watched(self, seed: int, leave_after: int, decodes: int = 0) -> Iterator[None]:
+        watched = nullcontext() if self.decoding is None else self.decoding.watched(decodes)
+        with watched, self.loop.watched(seed, leave_after):
+            yield

@@ -1,0 +1,57 @@
+"""Which arguments of a pipeline call change nothing: the images are the same without them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from bitpolicy.sensitivity.calls.caller import Caller
+from bitpolicy.sensitivity.calls.form import Form
+from bitpolicy.sensitivity.calls.outputs import drawn
+from bitpolicy.sensitivity.calls.rehearsal import REFUSALS
+from bitpolicy.sensitivity.samples import Sample
+
+
+def without_effect(caller: Caller, form: Form, sample: Sample, names: Sequence[str]) -> list[str]:
+    """Those of the arguments `names` without which `sample` comes out the same.
+
+    It takes a run of two steps, and one more for each argument; what makes no difference there is tried in runs of full
+    length. None of them are an argument that has the value of its default, one that has to be given, and a size that
+    the images have, as a height of 512 where that is usual.
+    """
+    defaults = caller.signature.defaults
+    wanted = [name for name in names if name in caller.call and _differs(caller.call[name], defaults, name)]
+    for whole in (False, True):
+        if wanted:
+            plain = _image(caller, form, sample, whole)
+            wanted = [name for name in wanted if not _is_size(caller.call[name], plain)]
+            wanted = [name for name in wanted if _same(plain, _image(_without(caller, name), form, sample, whole))]
+    return wanted
+
+
+def _differs(value: Any, defaults: Any, name: str) -> bool:
+    return name in defaults and not (type(value) is type(defaults[name]) and value == defaults[name])
+
+
+def _is_size(value: Any, image: torch.Tensor | None) -> bool:
+    return isinstance(value, int) and image is not None and value in image.shape[-2:] + image.shape[:-3]
+
+
+def _without(caller: Caller, name: str) -> Caller:
+    return Caller(caller.pipe, {key: value for key, value in caller.call.items() if key != name})
+
+
+def _image(caller: Caller, form: Form, sample: Sample, whole: bool) -> torch.Tensor | None:
+    """What is drawn; None where the pipeline cannot draw so."""
+    try:
+        return drawn(caller.trial([sample], form.writing, form.finished, whole=whole), 1)[0]
+    except REFUSALS as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return None
+
+
+def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    return one is not None and other is not None and one.shape == other.shape and torch.equal(one, other)

@@ -1,0 +1,90 @@
+"""Whether a value fits a type hint, and a type hint in words.
+
+Only plain values are judged, those that an option or a JSON file can hold: numbers, texts, booleans, null, lists and
+mappings. Only hints that say something of these are judged, too; any other hint fits every value.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, Literal, Union, get_args, get_origin
+
+_PLAIN = (str, Real, Sequence, Mapping, type(None))
+_UNIONS = (Union, types.UnionType)
+_LISTS = (list, tuple, Sequence)
+_MAPPINGS = (dict, Mapping)
+
+
+def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """Argument name -> type hint; none of a function whose hints cannot be resolved."""
+    try:
+        return typing.get_type_hints(function)
+    except (NameError, TypeError, AttributeError, SyntaxError):
+        return {}
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether an argument with this hint takes `value`; an integer is a number, True and False are neither."""
+    if not isinstance(value, _PLAIN):
+        return True
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in _UNIONS:
+        return any(fits(value, part) for part in parts)
+    if origin is Literal:
+        return value in parts
+    if (origin or hint) in _LISTS:
+        return _is_list(value) and _items_fit(value, parts)
+    if (origin or hint) in _MAPPINGS:
+        return isinstance(value, Mapping)
+    return _fits_one(value, hint)
+
+
+def _fits_one(value: Any, hint: Any) -> bool:
+    match hint:
+        case types.NoneType:
+            return value is None
+        case _ if hint is bool or hint is str:
+            return isinstance(value, hint)
+        case _ if hint is int:
+            return isinstance(value, Integral) and not isinstance(value, bool)
+        case _ if hint is float:
+            return isinstance(value, Real) and not isinstance(value, bool)
+    return True
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _items_fit(value: Sequence[Any], parts: tuple[Any, ...]) -> bool:
+    """Of `list[X]` and `tuple[X, ...]` every item is an X; `tuple[X, Y]` has as many items as it names."""
+    if len(parts) > 1 and parts[-1] is not Ellipsis:
+        return len(value) == len(parts) and all(map(fits, value, parts))
+    return not parts or all(fits(item, parts[0]) for item in value)
+
+
+_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"}
+
+
+def in_words(hint: Any) -> str:
+    """E.g. "an integer, or a list of integers"."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in _UNIONS:
+        named = dict.fromkeys(in_words(part) for part in parts if part is not types.NoneType)
+        return ", or ".join(named)
+    if origin is Literal:
+        return " or ".join(map(repr, parts))
+    if (origin or hint) in _LISTS:
+        return _list_in_words(parts)
+    if (origin or hint) in _MAPPINGS:
+        return "a mapping"
+    return _WORDS.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _list_in_words(parts: tuple[Any, ...]) -> str:
+    if len(parts) > 1 and parts[-1] is not Ellipsis:
+        return f"a list of {len(parts)}: {', '.join(map(in_words, parts))}"
+    return f"a list, each item {in_words(parts[0])}" if parts else "a list"

@@ -1,0 +1,170 @@
+"""Learn from short runs how a pipeline is called: nothing is assumed of its class.
+
+The signature says which arguments there are. What they take, what the pipeline can be asked for and how many samples
+come out is seen in runs of two steps, as long as it takes a number of steps: one plain run; one that asks for the final
+latent; and, of a small model, those of two samples, alone and in one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.sensitivity.calls.caller import Caller
+from bitpolicy.sensitivity.calls.form import Form, Writing, writings
+from bitpolicy.sensitivity.calls.outputs import drawn, in_range, rows
+from bitpolicy.sensitivity.samples import Sample
+
+REFUSALS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+_IMAGE_DIMS = 4  # of a batch; a video has more, and gains nothing by company
+_PLAIN: dict[str, Any] = {}
+_FLOATS, _ARRAY, _LATENT = ({"output_type": name} for name in ("pt", "np", "latent"))
+
+
+class Rehearsal:
+    """Short runs of one pipeline.
+
+    Args:
+        caller: of the pipeline.
+        sample: what to draw.
+        dtype: that the models compute in.
+    """
+
+    def __init__(self, caller: Caller, sample: Sample, dtype: torch.dtype) -> None:
+        self._caller, self._sample, self._dtype = caller, sample, dtype
+        self._whole = False  # whether runs of two steps fail and those of full length do not
+        self._asks = "output_type" in caller.signature
+
+    def form(self, may_share: bool) -> Form:
+        """How the pipeline is called.
+
+        Args:
+            may_share: whether calls may be shared at all; if not, that costs no run.
+
+        Raises:
+            BitPolicyError: the pipeline refuses the plain call.
+        """
+        form, images = self._plain()
+        form = replace(form, latent=self._latent(form.writing, images))
+        return replace(form, shares=may_share and not self._sample.arguments and self._shares(form))
+
+    def _plain(self) -> tuple[Form, list[torch.Tensor]]:
+        """The first form in which the pipeline draws, and what it draws."""
+        refusals: list[Exception] = []
+        for self._whole in (False, True):
+            refusals.clear()
+            for writing in writings(self._caller.signature):
+                try:
+                    return self._finished(writing)
+                except REFUSALS as error:
+                    if not is_refusal(error):
+                        raise
+                    refusals.append(error)
+        raise refused(self._caller.signature.pipeline, refusals[0]) from refusals[0]
+
+    def _finished(self, writing: Writing) -> tuple[Form, list[torch.Tensor]]:
+        """Floats in [0, 1] are preferred to those out of that range, and both to pictures of 8 bits."""
+        if not self._asks:
+            return Form(writing, _PLAIN), self._drawn(writing, _PLAIN)
+        floats = self._tried(writing, _FLOATS)
+        if floats is not None and all(map(in_range, floats)):
+            return Form(writing, _FLOATS), floats
+        plain = self._drawn(writing, _PLAIN) if floats is None else floats
+        array = self._tried(writing, _ARRAY)
+        if array is not None and (floats is None or all(map(in_range, array))):
+            return Form(writing, _ARRAY), array
+        return Form(writing, _PLAIN if floats is None else _FLOATS), plain
+
+    def _drawn(self, writing: Writing, asked: Mapping[str, Any]) -> list[torch.Tensor]:
+        return drawn(self._caller.trial([self._sample], writing, asked, whole=self._whole), 1)
+
+    def _tried(self, writing: Writing, asked: Mapping[str, Any]) -> list[torch.Tensor] | None:
+        """What is drawn; None where the pipeline does not give that."""
+        try:
+            return self._drawn(writing, asked)
+        except REFUSALS as error:
+            if not is_refusal(error):
+                raise
+            return None
+
+    def _latent(self, writing: Writing, images: list[torch.Tensor]) -> Mapping[str, Any] | None:
+        """What asks for the latent, where it makes a difference: some pipelines pass over what they do not know."""
+        if not self._asks:
+            return None
+        try:
+            found = self._caller.trial([self._sample], writing, _LATENT, whole=self._whole)
+        except REFUSALS as error:
+            if not is_refusal(error):
+                raise
+            return None
+        if not isinstance(found, torch.Tensor) or not found.is_floating_point():
+            return None
+        return None if _same(found, torch.stack(images)) and not _same(found, self._caller.loop.last) else _LATENT
+
+    def _shares(self, form: Form) -> bool:
+        """Whether two samples in one call are what they are alone: the same noise, the same padding."""
+        first, prompt = self._sample, self._sample.prompt
+        text = f"{prompt}, {prompt}" if self._caller.signature.takes_text else prompt
+        second = replace(first, prompt=text, seed=first.seed ^ 1)
+        try:
+            found = [self._last_rows(1) if self._caller.loop.steps else self._last(form, [first])]
+            found += [self._last(form, [second]), self._last(form, [first, second])]
+        except REFUSALS as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            return False
+        known = [one for one in found if one is not None]
+        if len(known) < len(found):
+            return False
+        *alone, together = known
+        wanted = torch.cat(alone)
+        return wanted.shape == together.shape and self._close(together, wanted)
+
+    def _last(self, form: Form, samples: Sequence[Sample]) -> torch.Tensor | None:
+        asked = form.finished if form.latent is None else form.latent
+        self._caller.trial(samples, form.writing, asked, whole=self._whole)
+        return self._last_rows(len(samples))
+
+    def _last_rows(self, count: int) -> torch.Tensor | None:
+        """The last sample, a row each; None where it is a video's, or the loop takes no scheduler steps."""
+        loop = self._caller.loop
+        if not loop.steps or len(loop.last) not in (count, 2 * count) or loop.last.dim() > _IMAGE_DIMS:
+            return None
+        return rows(loop.last, count)
+
+    def _close(self, found: torch.Tensor, wanted: torch.Tensor) -> bool:
+        """Nearer than other noise would be, and no nearer than rounding allows."""
+        error = (found.double() - wanted.double()).flatten(1).norm(dim=1)
+        rounding = max(torch.finfo(self._dtype).eps, torch.finfo(torch.float32).eps)
+        return bool((error <= rounding**0.5 * wanted.double().flatten(1).norm(dim=1)).all())
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether the pipeline did not take the call: not what we say ourselves, and not a lack of memory."""
+    return not isinstance(error, BitPolicyError | torch.OutOfMemoryError)
+
+
+def refused(pipeline: str, error: Exception) -> BitPolicyError:
+    """The pipeline's words on one line, and where to give what may be missing."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return BitPolicyError(
+        f"{pipeline} refused the call: {said}; what it needs beyond a prompt can be given in --prompts FILE.jsonl, one "
+        'JSON object of call arguments a line: {"prompt": ..., "image": ...}'
+    )
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.float().cpu(), other.float().cpu())

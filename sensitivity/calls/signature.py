@@ -1,0 +1,103 @@
+"""What the signature of a pipeline's `__call__` says: which arguments it takes, and of which types."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Union
+
+from diffusers import DiffusionPipeline
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.policies.denoiser import class_count
+from bitpolicy.sensitivity.calls.hints import fits, hints_of, in_words
+from bitpolicy.sensitivity.samples import takes_pictures
+
+STEPS = "num_inference_steps"
+_LABELS = re.compile(r"(class_)?labels?|class_ids?|classes")
+_ONE_EACH = re.compile(r"(negative_)?prompt(_\d)?")
+_OURS = re.compile(r"prompt|batch_size|generator|output_type|return_dict|latents|num_\w+_per_prompt")
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The arguments of one pipeline's call.
+
+    Attributes:
+        pipeline: name of the class.
+        hints: argument name -> type hint, of all arguments; `Any` where nothing is known.
+        defaults: argument name -> default, of those that have one.
+        labels: name of the argument that takes class labels; None where there is none, or where the denoiser knows no
+            classes and the argument can be left out.
+    """
+
+    pipeline: str
+    hints: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    labels: str | None
+
+    @classmethod
+    def of(cls, pipe: DiffusionPipeline) -> Signature:
+        call = type(pipe).__call__
+        named = {
+            name: parameter
+            for name, parameter in inspect.signature(call).parameters.items()
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name != "self"
+        }
+        defaults = {name: p.default for name, p in named.items() if p.default is not p.empty}
+        known = hints_of(call)
+        hints = {name: _widened(known.get(name, Any), defaults.get(name)) for name in named}
+        return cls(type(pipe).__name__, hints, defaults, _labels(pipe, hints, defaults))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.hints
+
+    @property
+    def takes_text(self) -> bool:
+        return self.labels is None and "prompt" in self
+
+    def require(self, arguments: Mapping[str, Any]) -> None:
+        """Check names and values of call arguments.
+
+        Raises:
+            BitPolicyError: the pipeline takes none of that name, it is set here, or the value is of another type than
+                the signature says.
+        """
+        unknown = [name for name in arguments if name not in self]
+        if unknown:
+            raise BitPolicyError(f"{self.pipeline} does not take {', '.join(unknown)}; leave it out")
+        ours = [name for name in arguments if _OURS.fullmatch(name) or _LABELS.fullmatch(name)]
+        if ours:
+            raise BitPolicyError(f"{', '.join(ours)} cannot be given: every sample sets its own; leave it out")
+        for name, value in arguments.items():
+            if not self._takes(name, value):
+                needed = in_words(self.hints[name])
+                raise BitPolicyError(f"{name} is {value!r}; {self.pipeline} needs {needed} for it")
+
+    def _takes(self, name: str, value: Any) -> bool:
+        """None is nothing, whatever the hint says; a text that names a picture is read before the call, and one for
+        each sample goes into a list."""
+        hint = self.hints[name]
+        return (
+            value is None
+            or takes_pictures(name)
+            or fits(value, hint)
+            or (is_of_each_sample(name) and fits([value], hint))
+        )
+
+
+def is_of_each_sample(name: str) -> bool:
+    """Whether the argument is a text of which a call takes one for each sample."""
+    return _ONE_EACH.fullmatch(name) is not None
+
+
+def _widened(hint: Any, default: Any) -> Any:
+    """The hint, and the type of the default where that says something else, as `eta: int = 0.5` does."""
+    return hint if default is None or fits(default, hint) else Union[hint, type(default)]  # noqa: UP007
+
+
+def _labels(pipe: DiffusionPipeline, hints: Mapping[str, Any], defaults: Mapping[str, Any]) -> str | None:
+    name = next((name for name in hints if _LABELS.fullmatch(name)), None)
+    return name if name is not None and (name not in defaults or class_count(pipe)) else None
