@@ -56,16 +56,21 @@ def time_plain(trajectories: Trajectories, samples: Sequence[Sample]) -> Timing:
     Raises:
         BitPolicyError: the pipeline refuses the call, or a step gives NaN or Inf.
     """
+    trajectories.learn(samples[0])
     return _timed(trajectories, lambda: next(trajectories.latents(samples)))
 
 
 def time_probed(trajectories: Trajectories, probe: StepwiseProbe, sample: Sample) -> Timing:
     """The time of a call in which each denoiser call is differentiated and every candidate's score taken."""
+    trajectories.learn(sample)
     return _timed(trajectories, lambda: probe.first_steps(sample, _TIMED))
 
 
 def peak_of_step(trajectories: Trajectories, run: Callable[[], object]) -> int:
     """The most bytes that `run` allocates at once until its first step is done, beyond what is there before.
+
+    Args:
+        run: calls the pipeline; how it is called has been learned before.
 
     Raises:
         BitPolicyError: the pipeline is neither on the CPU nor on CUDA.
