@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from bitpolicy.policies.checkpoint import MAX_SHARD_SIZE
 from bitpolicy.policies.export import export_parts
 from bitpolicy.policies.exporters.export import Exported, export_to
 from bitpolicy.policies.exporters.targets import exporter_named
+from bitpolicy.policies.folder_lock import working_in
 from bitpolicy.policies.measured_compute import measured_compute
 from bitpolicy.policies.model_card import Card
 from bitpolicy.policies.parts import Parts
@@ -166,11 +168,11 @@ def search(
     if settings.budget is None and settings.target_psnr is None and settings.target_lpips is None:
         raise BitPolicyError("--frontier alone makes no policy; give --budget or --target-psnr with it")
     stages = Stages(quiet)
-    with stages.whole_run(), tempfile.TemporaryDirectory() as temporary:
+    with stages.whole_run(), ExitStack() as stack:
         plan = _plan(pipe, settings)
-        folder = Path(output_dir or temporary)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         stages.expect(Forecast(settings, plan).of_search(evaluated=False))
+        stack.enter_context(working_in(folder))
         run = SearchRun(settings, plan, folder, stages)
         policy = run.decide()
         assert policy is not None  # only a run without a budget and a target has none

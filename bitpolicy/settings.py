@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.quantizers import DEFAULT
 from bitpolicy.policies.atomic import require_nameable, write_text
+from bitpolicy.policies.folder_lock import NAME as LOCK
+from bitpolicy.policies.folder_lock import working_in
 from bitpolicy.sensitivity.samples import Request, fingerprint
 
 MOST_SEED = 2**31 - 1  # NumPy's generators take twice that, and a study adds the number of the trial
@@ -179,19 +183,36 @@ class OutputFolder:
                 (path / "result.json").unlink(missing_ok=True)  # of fewer trials
             write_text(path / "run.json", json.dumps(identity, indent=2, sort_keys=True) + "\n")
         except OSError as error:
-            raise BitPolicyError(
-                f"cannot write to {path}: {error.strerror}; choose an --output-dir that can be written"
-            ) from error
+            raise _not_writable(path, error) from error
+
+    @classmethod
+    @contextmanager
+    def claimed(cls, path: Path, settings: Settings, *, overwrite: bool, resume: bool) -> Iterator[OutputFolder]:
+        """The folder, for this process alone while the block runs.
+
+        Raises:
+            BitPolicyError: as on opening; or another process works in it.
+        """
+        _claimed(path, settings.identity(), overwrite)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _not_writable(path, error) from error
+        with working_in(path):
+            yield cls(path, settings, overwrite=overwrite, resume=resume)
 
     @staticmethod
     def peek(path: Path, settings: Settings, *, overwrite: bool, resume: bool) -> dict[str, Any] | None:
         """The result of this very search if `path` holds it, finished; nothing is written.
 
         Raises:
-            BitPolicyError: the folder holds something else.
+            BitPolicyError: the folder holds something else, or another process works in it.
         """
         identity = settings.identity()
         held = _claimed(path, identity, overwrite)
+        if (path / LOCK).exists():
+            with working_in(path):  # or it is somebody else's, and they are still at it
+                pass
         return _finished(path) if resume and held == identity else None
 
     def finished(self) -> dict[str, Any] | None:
@@ -214,6 +235,10 @@ class OutputFolder:
         """Remove what a probe found out beside its table, which the search's own is going to replace."""
         for name in _PROBED:
             (self.path / name).unlink(missing_ok=True)
+
+
+def _not_writable(path: Path, error: OSError) -> BitPolicyError:
+    return BitPolicyError(f"cannot write to {path}: {error.strerror}; choose an --output-dir that can be written")
 
 
 def require_no_search(path: Path) -> None:
@@ -277,4 +302,4 @@ def _held_identity(path: Path) -> dict[str, Any] | None:
 def _foreign(path: Path) -> list[str]:
     if not path.is_dir():
         return [f"{path.name} is a file"]
-    return sorted(p.name for p in path.iterdir() if not p.name.startswith(".run.json"))
+    return sorted(p.name for p in path.iterdir() if not p.name.startswith((".run.json", LOCK)))

@@ -20,6 +20,20 @@ from bitpolicy.kernels.errors import BitPolicyError
 if sys.platform != "win32":
     import fcntl
 
+NAME = ".bitpolicy-lock"  # of the lock in a folder that a process works in
+
+
+@contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """While the block runs, no other process works in the folder, which is made if it is not there.
+
+    Raises:
+        BitPolicyError: another process does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / NAME, folder):
+        yield
+
 
 @contextmanager
 def locked(lock: Path, folder: Path) -> Iterator[None]:

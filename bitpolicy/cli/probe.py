@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +45,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.quantizers import DEFAULT as DEFAULT_QUANTIZER
 from bitpolicy.plan import make_plan
 from bitpolicy.policies.atomic import require_nameable
+from bitpolicy.policies.folder_lock import working_in
 from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.workers import is_main, launched
@@ -109,9 +111,11 @@ def probe(
         raise BitPolicyError(f"--output-dir {output_dir} is a file; give a folder")
     require_no_search(output_dir)
     stages = Stages(quiet or as_json or not is_main())
-    with stages.whole_run():
+    with stages.whole_run(), ExitStack() as stack:
         plan = make_plan(settings)
         stages.expect(Forecast(settings, plan).of_probe(split, check_policies if check_it else 0))
+        if is_main():
+            stack.enter_context(working_in(output_dir))
         run = plan.probe(settings, output_dir / "work", stages)
         reference = run.reference()
         table = run.table(reference)
@@ -119,13 +123,13 @@ def probe(
         checked = check(run, table, reference, plan.account, check_policies) if check_it else None
         if table.probe == "adjoint":
             table = run.remeasured(table, reference, table.largest(remeasure))
-    if not is_main():
-        return
-    table.save(output_dir, plan.layers, plan.account, plan.model)
-    if error_split is not None:
-        error_split.save(output_dir / "split.safetensors")
-    if checked is not None:
-        checked.save(output_dir / "check.json")
+        if not is_main():
+            return
+        table.save(output_dir, plan.layers, plan.account, plan.model)
+        if error_split is not None:
+            error_split.save(output_dir / "split.safetensors")
+        if checked is not None:
+            checked.save(output_dir / "check.json")
     if as_json:
         _print_json(table, checked, stages, output_dir)
         return

@@ -233,9 +233,9 @@ def search(
         with stages.whole_run():
             plan, forecast = _checked(settings, output_dir, stages, dry_run)
             stages.expect(forecast.of_search())
-            output = OutputFolder(output_dir, settings, overwrite=overwrite, resume=resume)
-            _say_notices(settings, plan)
-            run_search(settings, plan, output, stages)
+            with OutputFolder.claimed(output_dir, settings, overwrite=overwrite, resume=resume) as output:
+                _say_notices(settings, plan)
+                run_search(settings, plan, output, stages)
         held = output.finished()
     elif not quiet:
         print(

@@ -144,6 +144,7 @@ def test_a_step_is_timed_without_running_the_rest(
     half_pipeline: Callable[[], Any],
 ) -> None:
     trajectories, sample = Trajectories(half_pipeline(), "unet", {"num_inference_steps": 20}), Sample("cat", 0)
+    trajectories.learn(sample)
     calls = 0
 
     def count(*_: Any) -> None:

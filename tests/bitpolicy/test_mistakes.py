@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from diffusers import StableCascadePriorPipeline
+
+from bitpolicy.policies.folder_lock import working_in
 
 Small = tuple[str, ...]
 
@@ -325,6 +328,35 @@ def test_a_file_in_the_way(refused: Any, here: Path) -> None:
 def test_a_folder_that_may_not_be_written(refused: Any, here: Path) -> None:
     (here / "locked").mkdir(mode=0o500)
     refused("cannot write to locked/out", "--output-dir", "locked/out")
+
+
+@pytest.mark.parametrize("arguments", [("--budget", "50%"), ("probe",)])
+def test_a_folder_that_another_process_works_in(
+    command: Any, small: Small, here: Path, arguments: tuple[str, ...]
+) -> None:
+    """Told at once, before a model is loaded; and what the owner wrote stays."""
+    reader, writer = os.pipe()
+    owner = os.fork()
+    if owner == 0:
+        try:
+            with working_in(here / "out"):
+                os.write(writer, b"in it")
+                signal.pause()
+        finally:
+            os._exit(0)
+    try:
+        os.read(reader, 5)
+        given = small[:-2] if arguments == ("probe",) else small
+        outcome = command(*arguments, *given, "--output-dir", "out")
+        name = "bitpolicy" if arguments == ("probe",) else "search-policy"
+        outcome.assert_refused(name, f"out is being written by process {owner}", "choose another --output-dir")
+    finally:
+        os.kill(owner, signal.SIGKILL)
+        os.waitpid(owner, 0)
+    assert [path.name for path in (here / "out").iterdir()] == [".bitpolicy-lock"]
+    if arguments != ("probe",):
+        assert command(*arguments, *small, "--output-dir", "out", "--probe", "weight", "--json").code == 0
+        assert ".bitpolicy-lock" not in {path.name for path in (here / "out").iterdir()}
 
 
 # Whose fault it is
