@@ -21,7 +21,7 @@ from bitpolicy.kernels.formats import FP16
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.kernels.quantizers import HESSIANS, QUANTIZERS
 from bitpolicy.policies.apply import quantized
-from bitpolicy.policies.calibration import load_calibration
+from bitpolicy.policies.calibration import MADE_FROM, load_calibration, made_from
 from bitpolicy.policies.policy import Choice
 from bitpolicy.sensitivity import rounding_pass
 from bitpolicy.sensitivity.kept_calibration import write_rounded
@@ -184,7 +184,8 @@ def test_the_calibration_keeps_what_the_policy_needs_and_no_more(auto: Searched,
         if choice.quantizer != "rtn"
         for suffix in choice.format.tensors((4, 64), torch.float16)
     }
-    assert set(kept) == {*layer_names, *needed}
+    assert set(kept) == {*layer_names, *needed, MADE_FROM}
+    assert made_from(kept) == auto.policy.model.sha256
 
 
 def test_what_was_rounded_lies_in_the_checkpoint_as_it_was(auto: Searched) -> None:
