@@ -149,5 +149,5 @@ def fitted(text: str, length: Callable[[str], float]) -> str:
     if len(line) <= _LONGEST and length(line) <= _CELL:
         return line
     line = line[:_LONGEST]
-    kept = bisect_right(range(1, len(line) + 1), _CELL, key=lambda count: length(f"{line[:count]}…"))
+    kept = bisect_right(range(1, len(line) + 1), False, key=lambda count: length(f"{line[:count]}…") > _CELL)
     return f"{line[:kept].rstrip()}…"

@@ -38,7 +38,9 @@ def is_denoiser(model: object) -> bool:
 
 def is_told_the_time(model: object) -> bool:
     """Whether it is a model that works on latents at a time of the noise schedule: its forward takes one."""
-    return is_denoiser(model) and any("time" in name for name in inspect.signature(type(model).forward).parameters)
+    if not isinstance(model, ModelMixin) or not is_denoiser(model):
+        return False
+    return any("time" in name for name in inspect.signature(type(model).forward).parameters)
 
 
 def class_count(pipe: DiffusionPipeline) -> int:

@@ -247,7 +247,9 @@ def test_no_file_loads_what_can_run_code() -> None:
     assert unsafe_loads(ROOT) == []
 
 
-@pytest.mark.parametrize("folder", [*FOLDERS, "bitpolicy/cli", "bitpolicy/report", "policies/exporters"])
+@pytest.mark.parametrize(
+    "folder", [*FOLDERS, "bitpolicy/cli", "bitpolicy/report", "policies/exporters", "sensitivity/calls"]
+)
 def test_every_folder_has_sources(folder: str) -> None:
     assert list((ROOT / folder).glob("*.py")), f"{folder}/ holds no module"
 
@@ -290,6 +292,7 @@ def small(tmp_path: Path) -> Path:
     write(root, "bitpolicy/cli/main.py", "import yaml\n\nyaml.safe_load('1')\n")
     write(root, "bitpolicy/report/page.py", "")
     write(root, "policies/exporters/comfy.py", "")
+    write(root, "sensitivity/calls/form.py", "")
     write(root, "README.md", "")
     shutil.copyfile(ROOT / "pyproject.toml", root / "pyproject.toml")
     return root

@@ -36,7 +36,7 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return value in parts
     if (origin or hint) in _LISTS:
-        return _is_list(value) and _items_fit(value, parts)
+        return isinstance(value, Sequence) and not isinstance(value, str | bytes) and _items_fit(value, parts)
     if (origin or hint) in _MAPPINGS:
         return isinstance(value, Mapping)
     return _fits_one(value, hint)
@@ -53,10 +53,6 @@ def _fits_one(value: Any, hint: Any) -> bool:
         case _ if hint is float:
             return isinstance(value, Real) and not isinstance(value, bool)
     return True
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def _items_fit(value: Sequence[Any], parts: tuple[Any, ...]) -> bool:

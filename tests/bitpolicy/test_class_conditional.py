@@ -15,10 +15,10 @@ from bitpolicy.policies.policy import Policy
 
 @pytest.fixture(scope="module")
 def grey(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The toy in a folder, and a file of six of its classes beside it."""
+    """The toy in a folder, and a file of eight of its classes beside it."""
     folder = tmp_path_factory.mktemp("grey")
     TOYS["ConsistencyModelPipeline"].new().save_pretrained(folder / "model")
-    (folder / "labels.txt").write_text("0\n17\n207\n3\n998\n999\n", encoding="utf-8")
+    (folder / "labels.txt").write_text("0\n17\n207\n3\n998\n999\n500\n64\n", encoding="utf-8")
     return folder
 
 
