@@ -247,7 +247,9 @@ def test_no_file_loads_what_can_run_code() -> None:
     assert unsafe_loads(ROOT) == []
 
 
-@pytest.mark.parametrize("folder", [*FOLDERS, "bitpolicy/cli", "bitpolicy/report", "policies/exporters", "sensitivity/calls"])
+@pytest.mark.parametrize(
+    "folder", [*FOLDERS, "bitpolicy/cli", "bitpolicy/report", "policies/exporters", "sensitivity/calls"]
+)
 def test_every_folder_has_sources(folder: str) -> None:
     assert list((ROOT / folder).glob("*.py")), f"{folder}/ holds no module"
 
