@@ -1,5 +1,8 @@
 """Read YAML that anyone may have written: plain values only, of a size that a person's file has.
 
+A file that was cut short may still be YAML, with other choices. So a document that begins with `---`, as those that we
+write do, has to end with `...`.
+
 Beyond what `yaml.safe_load` refuses (tags that name Python objects), nothing is repeated by reference, so a few lines
 cannot stand for gigabytes; nesting and size are bounded before anything is built; and a key stands once.
 """
@@ -52,13 +55,27 @@ def read_yaml(path: Path) -> Any:
 
     Raises:
         OSError: the file cannot be read.
-        YamlError: it is too large, not YAML, or more than plain values.
+        YamlError: it is too large, cut short, not YAML, or more than plain values.
     """
     with path.open("rb") as file:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise YamlError(f"{path} is larger than {MAX_BYTES:,} bytes, which no policy is; give the policy.yaml itself")
     try:
-        return _PlainLoader(data.decode("utf-8")).get_single_data()
+        text = data.decode("utf-8")
+        _require_whole(text, path)
+        return _PlainLoader(text).get_single_data()
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # a number or a date that is none is a ValueError
         raise YamlError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def _require_whole(text: str, path: Path) -> None:
+    """Raises:
+    YamlError: the document has YAML's mark of a beginning and not that of an end, which is the last line.
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    if lines and lines[0] == "---" and lines[-1] != "...":
+        raise YamlError(
+            f"{path} is cut short: it begins with --- and does not end with a line of ...; take the whole file, or "
+            "leave the --- out of one that you wrote yourself"
+        )

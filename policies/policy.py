@@ -251,7 +251,7 @@ class Policy(_Strict):
                 del data[empty]
         if self.compute == "exact":
             del data["compute"]
-        return yaml.dump(data, Dumper=_Readable, sort_keys=False, width=120)
+        return yaml.dump(data, Dumper=_Readable, sort_keys=False, width=120, explicit_start=True, explicit_end=True)
 
     @classmethod
     def of(cls, choices: Mapping[str, Choice], **fields: Any) -> Policy:

@@ -295,3 +295,14 @@ def test_of_one_component_only_what_is_said_of_it_is_looked_at(tmp_path: Path) -
         policy.resolve(["vae.conv_out"], component="vae")
     with pytest.raises(PolicyError, match=r"rule 'vae\.\*' matches none"):
         policy.resolve(["unet.conv_in"])
+
+
+def test_a_file_that_was_cut_short_is_refused_wherever_it_ends(tmp_path: Path) -> None:
+    text = read(tmp_path, TEXT).to_yaml()
+    whole = text.rstrip("\n")
+    assert read(tmp_path, text) == read(tmp_path, whole) == read(tmp_path, TEXT)
+    for end in range(len(whole)):
+        with pytest.raises(PolicyError):
+            read(tmp_path, text[:end])
+    with pytest.raises(PolicyError, match=r"cut short: .* take the whole file"):
+        read(tmp_path, text[: len(text) // 2])
