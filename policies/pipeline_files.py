@@ -110,11 +110,25 @@ class PipelineFiles:
         return bool(_weights(self.folder / component, stem, self.variant))
 
     def others(self, component: str) -> Iterator[Path]:
-        """The files of a component that hold no weights: configs, vocabularies and the like."""
+        """The files of a component that hold no weights: configs, vocabularies and the like.
+
+        Raises:
+            BitPolicyError: one is a link to something outside: whatever it is, it would be copied and published.
+        """
         for path in sorted((self.folder / component).iterdir()):
             weights = path.suffix in _WEIGHTS or ".index." in path.name
             if path.is_file() and not weights and not path.name.startswith("."):
+                self._require_inside(path)
                 yield path
+
+    def _require_inside(self, path: Path) -> None:
+        folder, target = self.folder.resolve(), path.resolve()
+        blobs = folder.parent.parent / "blobs"  # where the hub's cache keeps what a snapshot links to
+        if not target.is_relative_to(folder) and not (folder.parent.name == "snapshots" and target.parent == blobs):
+            raise BitPolicyError(
+                f"{path} is a link to {target}, outside of {self.folder}; put the file itself there, or remove the link "
+                "if it does not belong to the model"
+            )
 
 
 def read_json(path: Path) -> dict[str, Any]:

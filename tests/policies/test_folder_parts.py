@@ -14,6 +14,7 @@ import torch
 from pipeline_folders import differing, export, files, tensors
 from safetensors.torch import load_file, save_file
 
+from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import FP16, format_named
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.checkpoint import export_denoiser
@@ -83,6 +84,28 @@ def test_nothing_but_the_pipeline_is_taken_along(exported: Any, half: Path, tmp_
         "vae/.hidden",
     ):
         (folder / name).write_text("not wanted")
+    export(exported, folder, tmp_path / "out")
+    assert differing(tmp_path / "out", exported.folder) == []
+
+
+def test_a_link_out_of_the_folder_is_not_followed(exported: Any, half: Path, tmp_path: Path) -> None:
+    folder, secret = tmp_path / "source", tmp_path / "secret.json"
+    shutil.copytree(half, folder)
+    secret.write_text("{}")
+    (folder / "tokenizer" / "leak.json").symlink_to(secret)
+    with pytest.raises(BitPolicyError, match=r"leak\.json is a link to .*secret\.json, outside of"):
+        export(exported, folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_links_of_the_hub_cache_are(exported: Any, half: Path, tmp_path: Path) -> None:
+    blobs, folder = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0123"
+    blobs.mkdir(parents=True)
+    for i, path in enumerate(sorted(path for path in half.rglob("*") if path.is_file())):
+        shutil.copyfile(path, blobs / str(i))
+        link = folder / path.relative_to(half)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blobs / str(i))
     export(exported, folder, tmp_path / "out")
     assert differing(tmp_path / "out", exported.folder) == []
 
