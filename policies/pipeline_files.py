@@ -126,8 +126,8 @@ class PipelineFiles:
         blobs = folder.parent.parent / "blobs"  # where the hub's cache keeps what a snapshot links to
         if not target.is_relative_to(folder) and not (folder.parent.name == "snapshots" and target.parent == blobs):
             raise BitPolicyError(
-                f"{path} is a link to {target}, outside of {self.folder}; put the file itself there, or remove the link "
-                "if it does not belong to the model"
+                f"{path} is a link to {target}, outside of {self.folder}; put the file itself there, or remove the "
+                "link if it does not belong to the model"
             )
 
 
