@@ -87,16 +87,20 @@ def _timed(trajectories: Trajectories, run: Callable[[], object]) -> Timing:
     start = time.perf_counter()
     with _leaving_after(trajectories, _TIMED) as watch:
         run()
+    if not watch.times:  # a loop that takes no scheduler steps: all of it was timed
+        whole = time.perf_counter() - start
+        return Timing(whole, whole, 1)
     first, last = watch.times[0] - start, watch.times[-1] - watch.times[-2] if len(watch.times) > 1 else 0.0
     return Timing(first, last or first, watch.steps)
 
 
 @dataclass
 class _Watch:
-    """When each step was done, and how many there would be."""
+    """When each step was done, how many there would be, and whether all samples were finite."""
 
     times: list[float]
     steps: int = 1
+    finite: bool = True
 
 
 @contextmanager
@@ -114,7 +118,8 @@ def _leaving_after(trajectories: Trajectories, count: int) -> Iterator[_Watch]:
             watch.times.append(time.perf_counter())
             timesteps = getattr(scheduler, "timesteps", None)
             watch.steps = max(len(watch.times), 0 if timesteps is None else len(timesteps))
-            if len(watch.times) == count:
+            watch.finite &= bool(torch.isfinite(result[0]).all())
+            if len(watch.times) == count and watch.finite:  # else whoever runs the loop has a word to say
                 raise _Enough
             return result
 
