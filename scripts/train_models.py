@@ -21,6 +21,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import AttnProcessor
 from scene_judge import train_judge
 from scenes import COLOURS, NAMES, SIZE, SIZES, Scene, draw_scene
+from shipped_models import assemble_unet, examine, write
 from small_models import GRID, LayoutReader, ddim, new_unet, new_vae
 from torch import nn
 from train_reference import Run, new_text_encoder
@@ -37,6 +38,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=tuple(STAGES), required=True)
     parser.add_argument("--work", type=Path, default=Path("build/models"), help="pictures, checkpoints and logs")
+    parser.add_argument("--assemble", type=Path, help="write the fp16 pipeline of --model to this folder and stop")
+    parser.add_argument(
+        "--examine", type=Path, help="score the pipeline in this folder and stop"
+    )
     parser.add_argument("--steps", type=int, help="of the model named; a run can be lengthened while it is under way")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; at most the cores that are free")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -45,8 +50,14 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     random.seed(0)
-    train, steps = STAGES[args.model]
-    train(Workshop(args.work, args.device), args.steps or steps)
+    shop = Workshop(args.work, args.device)
+    if args.assemble:
+        write(assemble_unet(shop), args.assemble)
+    elif args.examine:
+        print(examine(shop, args.examine))
+    else:
+        train, steps = STAGES[args.model]
+        train(shop, args.steps or steps)
 
 
 def decibels(y: torch.Tensor, x: torch.Tensor) -> float:
@@ -181,12 +192,18 @@ def text_encoder(shop: Workshop) -> CLIPTextModel:
 
 
 class Pool:
-    """Latents and tokens of many scenes, a few of them replaced at each step."""
+    """Latents and tokens of many scenes, kept in the work folder; a few of them are replaced at each step."""
 
     def __init__(self, shop: Workshop, teacher: Teacher, size: int = POOL) -> None:
         self.shop, self.teacher = shop, teacher
-        parts = [self._encoded(256) for _ in range(size // 256)]
-        self.latents, self.tokens = (torch.cat(part) for part in zip(*parts, strict=True))
+        kept = shop.work / "pool.pt"
+        if not kept.exists():
+            parts = [self._encoded(256) for _ in range(size // 256)]
+            latents, tokens = (torch.cat(part) for part in zip(*parts, strict=True))
+            torch.save({"latents": latents, "tokens": tokens}, kept.with_suffix(".partial"))
+            kept.with_suffix(".partial").replace(kept)
+        pool = torch.load(kept, weights_only=True, map_location=shop.device)
+        self.latents, self.tokens = pool["latents"], pool["tokens"]
 
     def _encoded(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         scenes = drawn(count)
