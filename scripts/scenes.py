@@ -64,6 +64,8 @@ SIZES = {"small": 20, "": 28, "large": 36}  # pixels
 PLACES = {"": (32, 32), "at the left": (20, 32), "at the right": (44, 32), "at the top": (32, 20),
           "at the bottom": (32, 44)}  # fmt: skip
 BESIDE = {"left of": ((17, 32), (47, 32)), "above": ((32, 17), (32, 47))}
+WAYS = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
+SPEED = 1.5  # pixels a frame, of things that move
 TRIANGLE = ((17, 18), (47, 18), (32, 46))
 
 
@@ -147,6 +149,20 @@ def jittered(scene: Scene, rng: random.Random) -> Scene:
         return replace(thing, centre=(x, y))
 
     return replace(scene, things=tuple(map(moved, scene.things)))
+
+
+def clip(scene: Scene, way: str, rng: random.Random, frames: int = 8) -> tuple[Scene, ...]:
+    """The scene while all its things move `way`, a key of WAYS, by SPEED pixels a frame; halfway it is the scene."""
+    right, down = WAYS[way]
+    still = jittered(scene, rng)
+    caption = scene.caption.replace(" on ", f" to the {way} on ")
+
+    def at(frame: int) -> Scene:
+        shift = SPEED * (frame - (frames - 1) / 2)
+        things = (replace(t, centre=(t.centre[0] + right * shift, t.centre[1] + down * shift)) for t in still.things)
+        return replace(scene, things=tuple(things), caption=caption)
+
+    return tuple(map(at, range(frames)))
 
 
 class Painter:

@@ -6,32 +6,97 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import (
+    DiffusionPipeline,
+    LCMScheduler,
+    PixArtSigmaPipeline,
+    SchedulerMixin,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    TextToVideoSDPipeline,
+)
 from PIL import Image
 from scene_judge import Score, score
 from scenes import Scene, unseen_captions
-from small_models import Judge, ddim, new_unet, new_vae
+from small_models import WIDTH, Judge, ddim, flow, new_dit, new_mmdit, new_unet, new_vae, new_video_unet
 from torch import nn
-from train_reference import new_text_encoder
-from training_stage import Workshop
+from training_stage import Workshop, text_encoder
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 GUIDANCE, STEPS = 4.0, 25
 MOST_BYTES = 12_000_000
 
 
-def assemble_unet(shop: Workshop) -> StableDiffusionPipeline:
-    """The EMA weights, float32."""
-    both = nn.ModuleDict({"unet": new_unet(), "text_encoder": new_text_encoder(len(shop.tokenizer))})
-    shop.finished("unet", both)
+def assembled(shop: Workshop, model: str) -> DiffusionPipeline:
+    """The EMA weights of a denoiser with the shared VAE and text encoder, float32."""
+    builders = {"unet": _unet, "lcm": _lcm, "dit": _dit, "mmdit": _mmdit, "video": _video}
+    if model not in builders:
+        raise SystemExit(f"{model} has no pipeline; choose one of {', '.join(builders)}")
+    return builders[model](shop)
+
+
+def _unet(shop: Workshop) -> StableDiffusionPipeline:
+    return _stable_diffusion(shop, shop.finished("unet", new_unet()), ddim())
+
+
+def _lcm(shop: Workshop) -> StableDiffusionPipeline:
+    """To be drawn with four steps and guidance_scale=1, since guidance is built in."""
+    return _stable_diffusion(shop, shop.finished("lcm", new_unet()), LCMScheduler.from_config(ddim().config))
+
+
+def _stable_diffusion(shop: Workshop, unet: nn.Module, scheduler: SchedulerMixin) -> StableDiffusionPipeline:
     return StableDiffusionPipeline(
+        vae=shop.finished("vae", new_vae()),
+        text_encoder=text_encoder(shop),
+        tokenizer=shop.tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _dit(shop: Workshop) -> PixArtSigmaPipeline:
+    """PixArt's pipeline, whose T5 is our CLIP: draw with use_resolution_binning=False and max_sequence_length=16."""
+    return PixArtSigmaPipeline(
+        tokenizer=shop.tokenizer,
+        text_encoder=text_encoder(shop),
+        vae=shop.finished("vae", new_vae()),
+        transformer=shop.finished("dit", new_dit()),
+        scheduler=ddim(),
+    )
+
+
+def _mmdit(shop: Workshop) -> StableDiffusion3Pipeline:
+    """The shared text encoder stands for both of SD3's; its pooled state is taken as it is."""
+    text, vae = text_encoder(shop), shop.finished("vae", new_vae())
+    vae.register_to_config(shift_factor=0.0)
+    both = CLIPTextModelWithProjection(CLIPTextConfig(**{**text.config.to_dict(), "projection_dim": WIDTH}))
+    both.text_model.load_state_dict(text.state_dict())
+    nn.init.eye_(both.text_projection.weight)
+    return StableDiffusion3Pipeline(
+        transformer=shop.finished("mmdit", new_mmdit()),
+        scheduler=flow(),
+        vae=vae,
+        text_encoder=both,
+        tokenizer=shop.tokenizer,
+        text_encoder_2=both,
+        tokenizer_2=shop.tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+def _video(shop: Workshop) -> TextToVideoSDPipeline:
+    both = nn.ModuleDict({"unet": new_video_unet(), "text_encoder": text_encoder(shop)})
+    shop.finished("video", both)
+    return TextToVideoSDPipeline(
         vae=shop.finished("vae", new_vae()),
         text_encoder=both["text_encoder"],
         tokenizer=shop.tokenizer,
         unet=both["unet"],
         scheduler=ddim(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
     )
 
 

@@ -5,9 +5,18 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    UNet3DConditionModel,
+)
 from scenes import COLOURS, NAMES, SIZE
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 LATENT = 16  # latents have shape (4, LATENT, LATENT)
 WIDTH = 128  # of the text encoder
@@ -41,6 +50,71 @@ def new_unet() -> UNet2DConditionModel:
         attention_head_dim=4,  # diffusers' historical name for the number of heads
         norm_num_groups=8,
     )
+
+
+def new_dit() -> PixArtTransformer2DModel:
+    """A DiT with cross attention to the caption, patches of 2 x 2."""
+    return PixArtTransformer2DModel(
+        sample_size=LATENT,
+        num_layers=7,
+        num_attention_heads=4,
+        attention_head_dim=48,
+        in_channels=4,
+        out_channels=4,
+        cross_attention_dim=192,
+        caption_channels=WIDTH,
+        use_additional_conditions=False,
+        interpolation_scale=1,
+    )
+
+
+def new_mmdit() -> SD3Transformer2DModel:
+    """Stable Diffusion 3's joint transformer; it reads the shared text encoder twice, as SD3 reads its two."""
+    return SD3Transformer2DModel(
+        sample_size=LATENT,
+        num_layers=5,
+        num_attention_heads=4,
+        attention_head_dim=40,
+        in_channels=4,
+        out_channels=4,
+        joint_attention_dim=2 * WIDTH,
+        caption_projection_dim=160,
+        pooled_projection_dim=2 * WIDTH,
+        pos_embed_max_size=LATENT,
+    )
+
+
+def new_video_unet() -> UNet3DConditionModel:
+    """Stable Diffusion's U-Net with temporal convolutions and attention between its blocks."""
+    return UNet3DConditionModel(
+        sample_size=LATENT,
+        block_out_channels=(32, 80, 96),
+        layers_per_block=1,
+        down_block_types=("DownBlock3D", "CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D", "UpBlock3D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=16,
+        norm_num_groups=8,
+    )
+
+
+def new_gpt(vocabulary: int, context: int) -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=vocabulary,
+            n_positions=context,
+            n_embd=192,
+            n_layer=9,
+            n_head=6,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
+
+
+def flow() -> FlowMatchEulerDiscreteScheduler:
+    """Rectified flow with equal steps."""
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
 
 
 def ddim() -> DDIMScheduler:
