@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +21,21 @@ from scene_judge import Score, score
 from scenes import Scene, unseen_captions
 from small_models import WIDTH, Judge, ddim, flow, new_dit, new_mmdit, new_unet, new_vae, new_video_unet
 from torch import nn
+from train_reference import TOKENS
 from training_stage import Workshop, text_encoder
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-GUIDANCE, STEPS = 4.0, 25
+CALLS: dict[str, dict[str, Any]] = {  # how each model is drawn from when it is scored
+    "unet": {"num_inference_steps": 25, "guidance_scale": 4.0},
+    "dit": {
+        "num_inference_steps": 25,
+        "guidance_scale": 4.0,
+        "use_resolution_binning": False,
+        "max_sequence_length": TOKENS,
+    },
+    "mmdit": {"num_inference_steps": 25, "guidance_scale": 4.0},
+    "lcm": {"num_inference_steps": 4, "guidance_scale": 1.0},
+}
 MOST_BYTES = 12_000_000
 
 
@@ -108,25 +120,25 @@ def write(pipeline: DiffusionPipeline, folder: Path) -> None:
         raise SystemExit(f"{folder} has {size} bytes, at most {MOST_BYTES} are allowed; make the model smaller")
 
 
-def drawings(pipeline: DiffusionPipeline, scenes: list[Scene], batch: int = 20) -> torch.Tensor:
+def drawings(pipeline: DiffusionPipeline, scenes: list[Scene], call: dict[str, Any], batch: int = 20) -> torch.Tensor:
     """One picture for each scene, seeds 0, 1, ...; float32 in [-1, 1], shape (len(scenes), 3, 64, 64)."""
     parts = []
     for start in range(0, len(scenes), batch):
         prompts = [scene.caption for scene in scenes[start : start + batch]]
         seeds = [torch.Generator().manual_seed(start + i) for i in range(len(prompts))]
-        images = pipeline(
-            prompts, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=seeds, output_type="np"
-        ).images
+        images = pipeline(prompts, generator=seeds, output_type="np", **call).images
         parts.append(torch.from_numpy(np.asarray(images)).permute(0, 3, 1, 2).float() * 2 - 1)
     return torch.cat(parts)
 
 
-def examine(shop: Workshop, folder: Path, count: int = 100) -> Score:
+def examine(shop: Workshop, model: str, folder: Path, count: int = 100) -> Score:
     """Draw unseen captions, keep the drawings as unseen.png in the work folder, and judge them."""
+    if model not in CALLS:
+        raise SystemExit(f"{model} draws no single pictures; choose one of {', '.join(CALLS)}")
     pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(shop.device)
     pipeline.set_progress_bar_config(disable=True)
     scenes = unseen_captions(count)
-    pictures = drawings(pipeline, scenes)
+    pictures = drawings(pipeline, scenes, CALLS[model])
     sheet(pictures).save(shop.work / "unseen.png")
     return score(shop.finished("judge", Judge()), pictures.to(shop.device), scenes)
 

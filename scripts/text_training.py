@@ -22,15 +22,15 @@ from transformers import PreTrainedTokenizerFast
 
 VOCABULARY, CONTEXT = 4096, 256
 END = "<|endoftext|>"
+LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 
 
 def held_out(path: Path) -> bool:
     return zlib.crc32(path.name.encode()) % 20 == 0
 
 
-def texts(test: bool) -> Iterator[str]:
+def texts(test: bool, library: Path = LIBRARY) -> Iterator[str]:
     """Docstrings, one file at a time, then the licence."""
-    library = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(library.rglob("*.py")):
         if "site-packages" not in path.parts and held_out(path) == test:
             yield from _docstrings(path)
@@ -51,10 +51,10 @@ def _docstrings(path: Path) -> Iterator[str]:
                 yield found
 
 
-def train_gpt(shop: Workshop, steps: int, batch: int = 16) -> None:
+def train_gpt(shop: Workshop, steps: int, batch: int = 16, library: Path = LIBRARY) -> None:
     """Next-token prediction; prints the perplexity of the held-out files at the end."""
-    tokenizer = gpt_tokenizer(shop.work / "gpt-tokenizer.json")
-    train, test = (_ids(tokenizer, wanted) for wanted in (False, True))
+    tokenizer = gpt_tokenizer(shop.work / "gpt-tokenizer.json", library)
+    train, test = (_ids(tokenizer, texts(wanted, library)) for wanted in (False, True))
     gpt = new_gpt(VOCABULARY, CONTEXT).to(shop.device)
     run = Run(shop.work / "gpt.pt", gpt, 2e-3, steps)
     for step in run:
@@ -81,12 +81,12 @@ def _windows(tokens: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
     return tokens[starts[:, None] + torch.arange(CONTEXT)]
 
 
-def _ids(tokenizer: Tokenizer, test: bool) -> torch.Tensor:
-    encoded = tokenizer.encode_batch([f"{text}{END}" for text in texts(test)])
+def _ids(tokenizer: Tokenizer, found: Iterator[str]) -> torch.Tensor:
+    encoded = tokenizer.encode_batch([f"{text}{END}" for text in found])
     return torch.tensor([i for text in encoded for i in text.ids])
 
 
-def gpt_tokenizer(path: Path) -> Tokenizer:
+def gpt_tokenizer(path: Path, library: Path = LIBRARY) -> Tokenizer:
     """Byte-level BPE, trained once on the training texts."""
     if not path.exists():
         tokenizer = Tokenizer(models.BPE())
@@ -96,7 +96,7 @@ def gpt_tokenizer(path: Path) -> Tokenizer:
         trainer = trainers.BpeTrainer(
             vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
         )
-        tokenizer.train_from_iterator(texts(test=False), trainer)
+        tokenizer.train_from_iterator(texts(False, library), trainer)
         path.parent.mkdir(parents=True, exist_ok=True)
         tokenizer.save(str(path))
     return Tokenizer.from_file(str(path))

@@ -1,7 +1,11 @@
 """Train the small models of the experiments on scenes that cannot be memorised.
 
-    python scripts/train_models.py --model unet --work build/models            # with the stages it needs, each resumed
-    python scripts/train_models.py --model unet --work build/models --assemble scripts/trained/unet
+    python scripts/train_models.py --model unet                                    # after the shared stages
+    python scripts/train_models.py --model all                                     # every stage and every model
+    python scripts/train_models.py --model unet --assemble scripts/trained/unet    # write the fp16 folder
+    python scripts/train_models.py --model unet --examine scripts/trained/unet     # score it on unseen captions
+
+A run that was stopped, SIGKILL included, goes on from its last checkpoint.
 
 Shared stages, in this order: `teacher`, the bundled pipeline's VAE tuned on scenes; `vae`, a quarter of its size,
 taught to encode and decode the teacher's latents; `text`, a CLIP text encoder that learns the layouts captions describe
@@ -28,7 +32,7 @@ from scene_judge import train_judge
 from scenes import COLOURS, NAMES, SIZE, SIZES, Scene
 from shipped_models import assembled, examine, write
 from small_models import GRID, LayoutReader, new_vae
-from text_training import train_gpt
+from text_training import train_gpt, write_gpt
 from torch import nn
 from train_reference import Run, new_text_encoder
 from training_stage import TEACHER, Teacher, Workshop, drawn
@@ -36,7 +40,7 @@ from training_stage import TEACHER, Teacher, Workshop, drawn
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=tuple(STAGES), required=True)
+    parser.add_argument("--model", choices=("all", *STAGES), required=True)
     parser.add_argument("--work", type=Path, default=Path("build/models"), help="pictures, checkpoints and logs")
     parser.add_argument("--assemble", type=Path, help="write the fp16 pipeline of --model to this folder and stop")
     parser.add_argument("--examine", type=Path, help="score the pipeline in this folder and stop")
@@ -49,13 +53,26 @@ def main() -> None:
     torch.manual_seed(0)
     random.seed(0)
     shop = Workshop(args.work, args.device)
-    if args.assemble:
+    if args.assemble and args.model == "gpt":
+        write_gpt(shop, args.assemble)
+    elif args.assemble:
         write(assembled(shop, args.model), args.assemble)
     elif args.examine:
-        print(examine(shop, args.examine))
+        print(examine(shop, args.model, args.examine))
     else:
-        train, steps = STAGES[args.model]
-        train(shop, args.steps or steps)
+        for stage in order(args.model):
+            train, steps = STAGES[stage]
+            train(shop, args.steps if args.steps and stage == args.model else steps)
+
+
+def order(model: str) -> list[str]:
+    """The stages that `model` needs, itself last; finished ones have nothing left to do."""
+    names = list(STAGES)
+    if model == "all":
+        return names
+    if model in SHARED or model == "gpt":
+        return names[: names.index(model) + 1] if model in SHARED else [model]
+    return [*SHARED, *(["unet"] if model == "lcm" else []), model]
 
 
 def decibels(y: torch.Tensor, x: torch.Tensor) -> float:
@@ -115,7 +132,7 @@ def layouts(scenes: list[Scene]) -> torch.Tensor:
         for thing in scene.things:
             half = SIZES[thing.size] / 2
             left, top = (max(math.ceil((c - half) / cell - 0.5), 0) for c in thing.centre)
-            right, bottom = (math.floor((c + half) / cell - 0.5) + 1 for c in thing.centre)
+            right, bottom = (max(math.ceil((c + half) / cell - 0.5), 0) for c in thing.centre)
             grid[top:bottom, left:right] = NAMES.index(thing.name)
     return grids.flatten(1)
 
@@ -135,11 +152,12 @@ def train_text(shop: Workshop, steps: int, batch: int = 128) -> None:
             print(f"text {step}: {(logits.argmax(-1) == target).float().mean():.3f} of the cells right", flush=True)
 
 
+SHARED = ("teacher", "vae", "text", "judge")
 STAGES: dict[str, tuple[Callable[[Workshop, int], None], int]] = {
-    "teacher": (train_teacher, 200),
-    "vae": (train_vae, 1200),
-    "text": (train_text, 500),
-    "judge": (train_judge, 600),
+    "teacher": (train_teacher, 400),
+    "vae": (train_vae, 1700),
+    "text": (train_text, 250),
+    "judge": (train_judge, 500),
     "unet": (train_unet, 6000),
     "dit": (train_dit, 6000),
     "mmdit": (train_mmdit, 6000),
