@@ -23,7 +23,7 @@ from small_models import WIDTH, Judge, ddim, flow, new_dit, new_mmdit, new_unet,
 from torch import nn
 from train_reference import TOKENS
 from training_stage import Workshop, text_encoder
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 CALLS: dict[str, dict[str, Any]] = {  # how each model is drawn from when it is scored
     "unet": {"num_inference_steps": 25, "guidance_scale": 4.0},
@@ -33,7 +33,7 @@ CALLS: dict[str, dict[str, Any]] = {  # how each model is drawn from when it is 
         "use_resolution_binning": False,
         "max_sequence_length": TOKENS,
     },
-    "mmdit": {"num_inference_steps": 25, "guidance_scale": 4.0},
+    "mmdit": {"num_inference_steps": 25, "guidance_scale": 4.0, "max_sequence_length": TOKENS},
     "lcm": {"num_inference_steps": 4, "guidance_scale": 1.0},
 }
 MOST_BYTES = 12_000_000
@@ -81,12 +81,20 @@ def _dit(shop: Workshop) -> PixArtSigmaPipeline:
 
 
 def _mmdit(shop: Workshop) -> StableDiffusion3Pipeline:
-    """The shared text encoder stands for both of SD3's; its pooled state is taken as it is."""
+    """The shared text encoder stands for both of SD3's CLIPs; its pooled state is taken as it is.
+
+    There is no T5, but diffusers loads no SD3 folder without one: this one returns zeros, as SD3 does for None.
+    Draw with max_sequence_length=16, the number of those zeros in training.
+    """
     text, vae = text_encoder(shop), shop.finished("vae", new_vae())
     vae.register_to_config(shift_factor=0.0)
     both = CLIPTextModelWithProjection(CLIPTextConfig(**{**text.config.to_dict(), "projection_dim": WIDTH}))
     both.text_model.load_state_dict(text.state_dict())
     nn.init.eye_(both.text_projection.weight)
+    silent = T5EncoderModel(
+        T5Config(vocab_size=len(shop.tokenizer), d_model=2 * WIDTH, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
+    )
+    nn.init.zeros_(silent.encoder.final_layer_norm.weight)
     return StableDiffusion3Pipeline(
         transformer=shop.finished("mmdit", new_mmdit()),
         scheduler=flow(),
@@ -95,8 +103,8 @@ def _mmdit(shop: Workshop) -> StableDiffusion3Pipeline:
         tokenizer=shop.tokenizer,
         text_encoder_2=both,
         tokenizer_2=shop.tokenizer,
-        text_encoder_3=None,
-        tokenizer_3=None,
+        text_encoder_3=silent,
+        tokenizer_3=shop.tokenizer,
     )
 
 

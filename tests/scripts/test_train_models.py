@@ -159,7 +159,7 @@ CALLS = {
     "unet": {"guidance_scale": 4.0},
     "lcm": {"guidance_scale": 1.0},
     "dit": {"use_resolution_binning": False, "max_sequence_length": 16},
-    "mmdit": {"guidance_scale": 4.0},
+    "mmdit": {"guidance_scale": 4.0, "max_sequence_length": 16},
     "video": {"num_frames": 8},
 }
 
