@@ -13,6 +13,7 @@ from train_reference import Run
 from training_stage import Pool, Workshop, caption_mask, pool_of_clips, pool_of_scenes, text_encoder
 
 Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # of latents, timesteps and token ids
+BATCH = 64  # of pictures; a batch of clips is smaller
 GUIDANCE = 4.0  # that the distilled model has built in
 SKIP = 20  # timesteps that the distilled model's teacher takes in one DDIM step
 
@@ -62,7 +63,7 @@ def train_epsilon(
     predict: Predict,
     steps: int,
     rate: float,
-    batch: int = 64,
+    batch: int | None = None,
     pool: Pool | None = None,
 ) -> None:
     """The loss of epsilon is weighted by min(SNR, 5) / SNR (Hang et al. 2023)."""
@@ -163,7 +164,7 @@ def _descend(
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     steps: int,
     rate: float,
-    batch: int = 64,
+    batch: int | None = None,
     pool: Pool | None = None,
 ) -> None:
     """Train on batches of the pool, of scenes by default; one prompt in ten is empty, for classifier-free guidance."""
@@ -171,10 +172,10 @@ def _descend(
     for group in run.optimizer.param_groups:
         group["fused"] = True  # half the time on a CPU
     pool, empty, average = pool or pool_of_scenes(shop), shop.tokens([""])[0], 0.0
-    first = run.step
+    first, count = run.step, batch or BATCH
     for step in run:
-        x, prompts = (part.to(shop.device) for part in pool.batch(batch))
-        prompts[torch.rand(batch) < 0.1] = empty
+        x, prompts = (part.to(shop.device) for part in pool.batch(count))
+        prompts[torch.rand(count) < 0.1] = empty
         value = loss(x, prompts)
         run.descend(value)
         average += (value.item() - average) * max(0.01, 1 / (step - first + 1))

@@ -80,7 +80,7 @@ def new_mmdit() -> SD3Transformer2DModel:
         joint_attention_dim=2 * WIDTH,
         caption_projection_dim=160,
         pooled_projection_dim=2 * WIDTH,
-        pos_embed_max_size=LATENT,
+        pos_embed_max_size=LATENT // 2,
     )
 
 

@@ -168,12 +168,14 @@ CALLS = {
 def test_a_model_trains_resumes_and_is_written_as_a_pipeline_that_draws(
     model: str, stages: Any, shop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import denoiser_training
     import training_stage
     from diffusers import DiffusionPipeline
     from shipped_models import assembled, write
 
     for pool, size in (("pool_of_scenes", 32), ("pool_of_clips", 8)):
         monkeypatch.setattr(getattr(training_stage, pool), "__defaults__", (size,))
+    monkeypatch.setattr(denoiser_training, "BATCH", 4)
     if model == "lcm" and not (shop.work / "unet.pt").exists():
         stages["unet"][0](shop, 1)
     stages[model][0](shop, 1)
