@@ -1,0 +1,89 @@
+"""Does a picture show what its caption says? A small classifier of renders, and the share of captions it finds right.
+
+A caption counts as right if the judge sees each of its things, no other, and its ground. Where it sees them gives a
+second, stricter figure: the things also stand in the order that the caption says.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+from scenes import COLOURS, NAMES, Scene
+from small_models import Judge
+from torch import nn
+from train_reference import Run
+from training_stage import Workshop, drawn
+
+
+@dataclass(frozen=True)
+class Score:
+    """Shares, in [0, 1], of the captions whose things, ground, both, and both in their places are right."""
+
+    things: float
+    ground: float
+    both: float
+    placed: float
+
+
+def train_judge(shop: Workshop, steps: int, batch: int = 48) -> None:
+    """Multiple instances: a name's score is that of its best cell, so the map says where without labels of places."""
+    judge = Judge().to(shop.device, memory_format=torch.channels_last)
+    run = Run(shop.work / "judge.pt", judge, 2e-3, steps)
+    for step in run:
+        scenes = drawn(batch)
+        cells, ground = judge(blurred(shop.pictures(scenes)))
+        here, colour = (label.to(shop.device) for label in labels(scenes))
+        seen = cells.amax(dim=(2, 3))
+        loss = nn.functional.binary_cross_entropy_with_logits(seen, here, pos_weight=torch.tensor(4.0))
+        run.descend(loss + 0.3 * nn.functional.cross_entropy(ground, colour))
+        if step % 50 == 0:
+            right = ((seen > 0) == (here > 0)).all(dim=1) & (ground.argmax(1) == colour)
+            print(f"judge {step}: {right.float().mean():.3f} of the scenes right", flush=True)
+
+
+def blurred(pictures: torch.Tensor) -> torch.Tensor:
+    """Half of the pictures as a small autoencoder might return them: softer, noisier, a little off in colour."""
+    count = len(pictures) // 2
+    side = random.choice((28, 36, 48))
+    small = nn.functional.interpolate(pictures[:count], size=(side, side), mode="area")
+    soft = nn.functional.interpolate(small, size=pictures.shape[-2:], mode="bilinear")
+    soft = soft * (1 + 0.1 * torch.randn(count, 3, 1, 1, device=soft.device))
+    soft = soft + 0.05 * torch.randn(count, 3, 1, 1, device=soft.device) + 0.05 * torch.randn_like(soft)
+    return torch.cat([soft, pictures[count:]]).clamp(-1, 1)
+
+
+def labels(scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which names are there, float32 of shape (B, names) with 0 and 1, and which ground, int64 of shape (B,)."""
+    here = torch.zeros(len(scenes), len(NAMES))
+    for row, scene in zip(here, scenes, strict=True):
+        row[[NAMES.index(thing.name) for thing in scene.things]] = 1
+    return here, torch.tensor([COLOURS.index(scene.ground) for scene in scenes])
+
+
+@torch.no_grad()
+def score(judge: Judge, pictures: torch.Tensor, scenes: list[Scene]) -> Score:
+    """How many of the pictures, float32 in [-1, 1] of shape (B, 3, 64, 64), show their scenes."""
+    cells, ground = judge(pictures)
+    here, colour = labels(scenes)
+    things = ((cells.amax(dim=(2, 3)) > 0).cpu() == (here > 0)).all(dim=1)
+    grounds = ground.argmax(1).cpu() == colour
+    placed = torch.tensor([_in_place(each, scene) for each, scene in zip(cells.cpu(), scenes, strict=True)])
+    each = (things, grounds, things & grounds, things & grounds & placed)
+    return Score(*(part.float().mean().item() for part in each))
+
+
+def _in_place(cells: torch.Tensor, scene: Scene) -> bool:
+    """Whether things whose centres differ by more than 16 pixels along an axis are seen in that order."""
+    found = []
+    for thing in scene.things:
+        best = int(cells[NAMES.index(thing.name)].flatten().argmax())
+        found.append((best % cells.shape[-1], best // cells.shape[-1]))
+    for i, one in enumerate(scene.things):
+        for j in range(i):
+            for axis in (0, 1):
+                apart = one.centre[axis] - scene.things[j].centre[axis]
+                if abs(apart) > 16 and apart * (found[i][axis] - found[j][axis]) <= 0:
+                    return False
+    return True
