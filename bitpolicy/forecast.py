@@ -73,10 +73,8 @@ class Disk:
 class Forecast:
     """What one run will take.
 
-    Measuring draws a few steps of the reference and differentiates a few, and rounds a few layers; nothing is written.
-
-    Raises:
-        BitPolicyError: the pipeline refuses the call.
+    Measuring draws a few steps of the reference and differentiates a few, and rounds a few layers, when it is asked;
+    nothing is written. Where the pipeline refuses the call, asking raises BitPolicyError.
     """
 
     def __init__(self, settings: Settings, plan: Plan) -> None:
@@ -84,12 +82,18 @@ class Forecast:
         self._layers = dict(quantizable_layers(plan.trajectories.denoiser))
         self._quantizers = parse_quantizer(settings.quantizer)
         self._candidates = candidates(plan.formats, self._quantizers)
-        sample, *_ = plan.split.calibration
-        self._alone = time_plain(plan.trajectories, [sample])
-        shared = next(plan.trajectories.parts(plan.split.calibration))
-        self._each = time_plain(plan.trajectories, shared).trajectory / len(shared)
         self._large = is_large(plan.trajectories)
-        self._sample = sample
+        self._sample = plan.split.calibration[0]
+
+    @cached_property
+    def _alone(self) -> Timing:
+        return time_plain(self._plan.trajectories, [self._sample])
+
+    @cached_property
+    def _each(self) -> float:
+        """Seconds of one trajectory where several share a call."""
+        shared = next(self._plan.trajectories.parts(self._plan.split.calibration))
+        return time_plain(self._plan.trajectories, shared).trajectory / len(shared)
 
     def of_search(self, evaluated: bool = True) -> dict[str, float]:
         """Name of a stage's progress bar -> seconds, in the order of the run.

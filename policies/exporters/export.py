@@ -16,7 +16,7 @@ from diffusers import ModelMixin
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import as_stored, choices_for
-from bitpolicy.policies.atomic import folder_written_aside
+from bitpolicy.policies.atomic import folder_written_aside, write_text
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoint import packed_specs, packed_tensors
 from bitpolicy.policies.denoiser import denoisers_in, of_component
@@ -86,7 +86,7 @@ def export_to(
             own, means = of_component(choices, name, components), of_component(calibration, name, components)
             source = _source(model, parts.sources[name], name, own, means, storage, written)
             nbytes += exporter.write(source, aside)
-        written.save(aside / POLICY)
+        write_text(aside / POLICY, written.to_yaml())  # without a calibration: the codes are in the target's own files
     return Exported(nbytes, changed, (*_notes(exporter, choices), *_compute_note(exporter, policy)))
 
 

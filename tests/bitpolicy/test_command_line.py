@@ -22,7 +22,7 @@ from bitpolicy.cli.report import LOADING, print_result
 from bitpolicy.cli.tables import print_table
 
 COMMANDS = ["search", "probe", "export", "eval", "inspect", "report", "formats"]
-ROOT = Path(bitpolicy.__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def squeezed(text: str) -> str:

@@ -128,7 +128,7 @@ def test_the_bundled_pipeline_brings_its_network(monkeypatch: pytest.MonkeyPatch
     ("arguments", "needle"),
     [
         (("--metrics", "fit"), "psnr, ssim, lpips, latent, fid, kid, clip"),
-        (("--metrics", ""), "separated by commas"),
+        (("--metrics", ""), "'--metrics': it is empty"),
         (("--features", "nothing"), "--features nothing: there is no such file or folder"),
         (("--features", "empty"), "inception-2015-12-05.pt"),
         (("--real-images", "nothing"), "--real-images nothing: there is no such folder"),

@@ -133,7 +133,9 @@ def test_a_picture_named_in_a_file_gives_what_the_picture_itself_gives(lines: Ca
 
 @pytest.mark.parametrize("name", NEED_A_PICTURE)
 def test_a_pipeline_that_needs_a_picture_and_has_none_says_where_to_name_one(name: str) -> None:
-    with pytest.raises(BitPolicyError, match=rf"^{name} refused the call: .*--prompts FILE\.jsonl.*\"image\"") as error:
+    with pytest.raises(
+        BitPolicyError, match=rf"^{name} refused the call: .* in prompts FILE\.jsonl.*\"image\""
+    ) as error:
         bitpolicy.probe(TOYS[name].new(), call=new_trajectories(name).call, samples=1, vectors=1, quiet=True)
     assert "\n" not in str(error.value)
 

@@ -274,7 +274,7 @@ def test_a_policy_for_another_model_is_refused(
 
 def test_a_needed_calibration_that_is_missing_is_asked_for(unrounded: Path, policy_file: Path, tmp_path: Path) -> None:
     alone = shutil.copy(policy_file, tmp_path / "policy.yaml")
-    with pytest.raises(BitPolicyError, match=r"cannot read .*calibration\.safetensors.*keep the two together"):
+    with pytest.raises(BitPolicyError, match=r"calibration\.safetensors is missing.*keep the two together"):
         load(unrounded, alone)
 
 

@@ -292,7 +292,7 @@ def test_a_foreign_folder_is_never_replaced_and_an_older_export_is(written: Writ
 
 
 def test_an_export_that_fails_leaves_nothing(written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Policy, "save", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(Policy, "to_yaml", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         written.again(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
