@@ -178,7 +178,7 @@ class PipelineCase(NamedTuple):
     def draw(self, pipe: Any) -> torch.Tensor:
         """Latents where the pipeline hands them out, else pixels."""
         pipe.set_progress_bar_config(disable=True)
-        kind = "np" if self.toy.name in ("DDIMPipeline", "DDPMPipeline", "DiTPipeline") else "latent"
+        kind = "latent" if self.toy.gives_latents else "np"
         asked = {**ASKED[self.toy.takes], **self.toy.call, **self.toy.extra, "output_type": kind, "return_dict": False}
         return torch.as_tensor(pipe(**asked, generator=torch.Generator().manual_seed(0))[0])
 
