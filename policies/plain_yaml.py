@@ -74,6 +74,8 @@ def _require_whole(text: str, path: Path) -> None:
     YamlError: the document has YAML's mark of a beginning and not that of an end, which is the last line.
     """
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    if "..." in lines[:-1]:
+        raise YamlError(f"{path} has lines after its end, a line of ...; move them above it")
     if lines and lines[0] == "---" and lines[-1] != "...":
         raise YamlError(
             f"{path} is cut short: it begins with --- and does not end with a line of ...; take the whole file, or "

@@ -306,3 +306,8 @@ def test_a_file_that_was_cut_short_is_refused_wherever_it_ends(tmp_path: Path) -
             read(tmp_path, text[:end])
     with pytest.raises(PolicyError, match=r"cut short: .* take the whole file"):
         read(tmp_path, text[: len(text) // 2])
+
+
+def test_lines_after_the_end_of_a_file_are_not_passed_over(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match=r"lines after its end, a line of \.\.\.; move them above"):
+        read(tmp_path, read(tmp_path, TEXT).to_yaml() + "share_qkv: true\n")
