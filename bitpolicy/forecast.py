@@ -48,10 +48,6 @@ class Memory:
     probe: int
     rounding: int
 
-    @property
-    def most(self) -> int:
-        return self.weights + max(self.probe, self.rounding)
-
 
 @dataclass(frozen=True)
 class Disk:
@@ -118,8 +114,7 @@ class Forecast:
             stages[SHARED] = samples * self._sample_seconds("adjoint", shared)
             stages["stepwise probe"] = samples * self._sample_seconds("stepwise", self._settings.vectors)
         if policies:
-            packed = sum(1 for candidate in self._candidates)
-            stages[LAYERS] = (len(self._layers) * packed + 1) * samples * self._each
+            stages[LAYERS] = (len(self._layers) * len(self._candidates) + 1) * samples * self._each
             stages[POLICIES] = (policies + 2) * samples * self._each
         return _rounded([*stages.items(), ("re-measuring", remeasuring)])
 

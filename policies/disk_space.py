@@ -8,11 +8,10 @@ from pathlib import Path
 from bitpolicy.kernels.errors import BitPolicyError
 
 
-def require_space(folder: Path, nbytes: int, what: str = "the checkpoint") -> None:
+def require_space(folder: Path, nbytes: int) -> None:
     """
     Args:
         folder: on the file system in question.
-        what: needs them.
 
     Raises:
         BitPolicyError: fewer bytes than `nbytes` are free.
@@ -20,7 +19,7 @@ def require_space(folder: Path, nbytes: int, what: str = "the checkpoint") -> No
     free = free_bytes(folder)
     if free < nbytes:
         raise BitPolicyError(
-            f"{folder} has {free:,} bytes free, {what} needs at least {nbytes:,}; "
+            f"{folder} has {free:,} bytes free, the checkpoint needs at least {nbytes:,}; "
             "free some space or choose another --output-dir"
         )
 
