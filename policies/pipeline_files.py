@@ -123,8 +123,9 @@ class PipelineFiles:
 
     def _require_inside(self, path: Path) -> None:
         folder, target = self.folder.resolve(), path.resolve()
-        blobs = folder.parent.parent / "blobs"  # where the hub's cache keeps what a snapshot links to
-        if not target.is_relative_to(folder) and not (folder.parent.name == "snapshots" and target.parent == blobs):
+        snapshots = [parent for parent in folder.parents if parent.name == "snapshots"]
+        blobs = [parent.parent / "blobs" for parent in snapshots[:1]]  # what a snapshot of the hub's cache links to
+        if not any(target.is_relative_to(inside) for inside in (folder, *blobs)):
             raise BitPolicyError(
                 f"{path} is a link to {target}, outside of {self.folder}; put the file itself there, or remove the "
                 "link if it does not belong to the model"

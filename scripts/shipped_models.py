@@ -19,10 +19,10 @@ from diffusers import (
 from PIL import Image
 from scene_judge import Score, score
 from scenes import Scene, unseen_captions
-from small_models import WIDTH, Judge, ddim, flow, new_dit, new_mmdit, new_unet, new_vae, new_video_unet
+from small_models import WIDTH, Judge, ddim, flow, new_dit, new_mmdit, new_unet, new_video_unet
 from torch import nn
 from train_reference import TOKENS
-from training_stage import Workshop, text_encoder
+from training_stage import Workshop, small_vae, text_encoder
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 CALLS: dict[str, dict[str, Any]] = {  # how each model is drawn from when it is scored
@@ -58,7 +58,7 @@ def _lcm(shop: Workshop) -> StableDiffusionPipeline:
 
 def _stable_diffusion(shop: Workshop, unet: nn.Module, scheduler: SchedulerMixin) -> StableDiffusionPipeline:
     return StableDiffusionPipeline(
-        vae=shop.finished("vae", new_vae()),
+        vae=small_vae(shop),
         text_encoder=text_encoder(shop),
         tokenizer=shop.tokenizer,
         unet=unet,
@@ -74,7 +74,7 @@ def _dit(shop: Workshop) -> PixArtSigmaPipeline:
     return PixArtSigmaPipeline(
         tokenizer=shop.tokenizer,
         text_encoder=text_encoder(shop),
-        vae=shop.finished("vae", new_vae()),
+        vae=small_vae(shop),
         transformer=shop.finished("dit", new_dit()),
         scheduler=ddim(),
     )
@@ -86,7 +86,7 @@ def _mmdit(shop: Workshop) -> StableDiffusion3Pipeline:
     There is no T5, but diffusers loads no SD3 folder without one: this one returns zeros, as SD3 does for None.
     Draw with max_sequence_length=16, the number of those zeros in training.
     """
-    text, vae = text_encoder(shop), shop.finished("vae", new_vae())
+    text, vae = text_encoder(shop), small_vae(shop)
     vae.register_to_config(shift_factor=0.0)
     both = CLIPTextModelWithProjection(CLIPTextConfig(**{**text.config.to_dict(), "projection_dim": WIDTH}))
     both.text_model.load_state_dict(text.state_dict())
@@ -112,7 +112,7 @@ def _video(shop: Workshop) -> TextToVideoSDPipeline:
     both = nn.ModuleDict({"unet": new_video_unet(), "text_encoder": text_encoder(shop)})
     shop.finished("video", both)
     return TextToVideoSDPipeline(
-        vae=shop.finished("vae", new_vae()),
+        vae=small_vae(shop),
         text_encoder=both["text_encoder"],
         tokenizer=shop.tokenizer,
         unet=both["unet"],

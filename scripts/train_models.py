@@ -44,6 +44,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/models"), help="pictures, checkpoints and logs")
     parser.add_argument("--assemble", type=Path, help="write the fp16 pipeline of --model to this folder and stop")
     parser.add_argument("--examine", type=Path, help="score the pipeline in this folder and stop")
+    parser.add_argument(
+        "--shared", type=Path, help="a finished pipeline: its VAE and text encoder are used, none are trained"
+    )
     parser.add_argument("--steps", type=int, help="of the model named; a run can be lengthened while it is under way")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; at most the cores that are free")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -52,7 +55,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     random.seed(0)
-    shop = Workshop(args.work, args.device)
+    shop = Workshop(args.work, args.device, args.shared)
     if args.assemble and args.model == "gpt":
         write_gpt(shop, args.assemble)
     elif args.assemble:
@@ -60,19 +63,27 @@ def main() -> None:
     elif args.examine:
         print(examine(shop, args.model, args.examine))
     else:
-        for stage in order(args.model):
+        for stage in order(args.model, args.shared is not None):
             train, steps = STAGES[stage]
             train(shop, args.steps if args.steps and stage == args.model else steps)
 
 
-def order(model: str) -> list[str]:
-    """The stages that `model` needs, itself last; finished ones have nothing left to do."""
-    names = list(STAGES)
+def order(model: str, shared: bool = False) -> list[str]:
+    """The stages that `model` needs, itself last; finished ones have nothing left to do.
+
+    Args:
+        shared: whether VAE and text encoder are there already.
+    """
+    needed = [name for name in SHARED if not shared or name == "judge"]
     if model == "all":
-        return names
-    if model in SHARED or model == "gpt":
-        return names[: names.index(model) + 1] if model in SHARED else [model]
-    return [*SHARED, *(["unet"] if model == "lcm" else []), model]
+        return [*needed, *(name for name in STAGES if name not in SHARED)]
+    if model == "gpt":
+        return [model]
+    if model in needed:
+        return needed[: needed.index(model) + 1]
+    if model in SHARED:
+        raise SystemExit(f"--shared brings what {model} would train; leave one of them out")
+    return [*needed, *(["unet"] if model == "lcm" else []), model]
 
 
 def decibels(y: torch.Tensor, x: torch.Tensor) -> float:

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from emoji_data import Emoji, fetch
 from scenes import WAYS, Painter, Scene, clip, draw_scene, jittered
-from small_models import LayoutReader
+from small_models import LayoutReader, new_vae
 from torch import nn
 from train_reference import Run, new_text_encoder, tokenize, train_tokenizer
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -20,14 +20,23 @@ TEACHER = ROOT / "bitpolicy" / "models" / "emoji" / "vae"
 
 
 class Workshop:
-    """Where a run finds its pictures, its captions' tokens and the finished stages."""
+    """Where a run finds its pictures, its captions' tokens and the finished stages.
 
-    def __init__(self, work: Path, device: str) -> None:
-        self.work, self.device = work, device
+    Args:
+        work: pictures, checkpoints and logs.
+        device: to train on.
+        shared: a finished pipeline, whose VAE, text encoder and tokenizer stand for the stages that train them.
+    """
+
+    def __init__(self, work: Path, device: str, shared: Path | None = None) -> None:
+        self.work, self.device, self.shared = work, device, shared
         self.painter = Painter(fetch(work / "emoji"))
+        if shared:
+            self.tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(shared / "tokenizer")
+            return
         rng = random.Random(0)
         captions = tuple(draw_scene(rng).caption for _ in range(4000))
-        self.tokenizer: CLIPTokenizer = train_tokenizer([Emoji(torch.empty(0), captions, "")], work / "tokenizer")
+        self.tokenizer = train_tokenizer([Emoji(torch.empty(0), captions, "")], work / "tokenizer")
 
     def pictures(self, scenes: list[Scene]) -> torch.Tensor:
         """float32 in [-1, 1], shape (len(scenes), 3, 64, 64)."""
@@ -42,7 +51,7 @@ class Workshop:
         if not run.step:
             raise SystemExit(f"no {stage} in {self.work}; run with --model {stage} first")
         run.ema.copy_to(module.parameters())
-        return module.requires_grad_(False).eval().to(self.device)
+        return _frozen(module, self)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(torch.device(self.device).type, torch.bfloat16)
@@ -54,8 +63,21 @@ def drawn(count: int) -> list[Scene]:
 
 def text_encoder(shop: Workshop) -> CLIPTextModel:
     """The one that all models share: frozen."""
+    if shop.shared:
+        return _frozen(CLIPTextModel.from_pretrained(shop.shared / "text_encoder", dtype=torch.float32), shop)
     both = nn.ModuleDict({"text_encoder": new_text_encoder(len(shop.tokenizer)), "reader": LayoutReader()})
     return shop.finished("text", both)["text_encoder"]
+
+
+def small_vae(shop: Workshop) -> AutoencoderKL:
+    """The one that all models share: frozen."""
+    if shop.shared:
+        return _frozen(AutoencoderKL.from_pretrained(shop.shared / "vae", torch_dtype=torch.float32), shop)
+    return shop.finished("vae", new_vae())
+
+
+def _frozen(module: nn.Module, shop: Workshop) -> nn.Module:
+    return module.requires_grad_(False).eval().to(shop.device)
 
 
 def caption_mask(prompts: torch.Tensor) -> torch.Tensor:
@@ -87,6 +109,19 @@ class Teacher:
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return self.vae.decode(latents * self.scale + self.mean).sample
+
+
+def encoder(shop: Workshop) -> Callable[[torch.Tensor], torch.Tensor]:
+    """From pictures to latents: the teacher's, or those of the shared pipeline's VAE, which learned the teacher's."""
+    if shop.shared is None:
+        return Teacher(shop).encode
+    vae = small_vae(shop).to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def encode(pictures: torch.Tensor) -> torch.Tensor:
+        return torch.cat([vae.encode(part).latent_dist.mean for part in pictures.split(32)])
+
+    return encode
 
 
 class Pool:
@@ -122,23 +157,23 @@ class Pool:
 
 def pool_of_scenes(shop: Workshop, size: int = 8192) -> Pool:
     """Latents of shape (4, 16, 16)."""
-    teacher = Teacher(shop)
+    encode = encoder(shop)
 
     def draw(count: int) -> tuple[torch.Tensor, torch.Tensor]:
         scenes = drawn(count)
-        return teacher.encode(shop.pictures(scenes)), shop.tokens([s.caption for s in scenes])
+        return encode(shop.pictures(scenes)), shop.tokens([s.caption for s in scenes])
 
     return Pool(shop.work / "pool.pt", draw, size)
 
 
 def pool_of_clips(shop: Workshop, size: int = 1024) -> Pool:
     """Latents of shape (4, frames, 16, 16)."""
-    teacher = Teacher(shop)
+    encode = encoder(shop)
 
     def draw(count: int) -> tuple[torch.Tensor, torch.Tensor]:
         clips = [clip(scene, random.choice(tuple(WAYS)), random) for scene in drawn(count)]
         frames = shop.painter.batch([frame for each in clips for frame in each]).to(shop.device)
-        latents = teacher.encode(frames).unflatten(0, (count, -1)).transpose(1, 2).contiguous()
+        latents = encode(frames).unflatten(0, (count, -1)).transpose(1, 2).contiguous()
         return latents, shop.tokens([each[0].caption for each in clips])
 
     return Pool(shop.work / "clips.pt", draw, size, at_once=8)
