@@ -23,6 +23,7 @@ from bitpolicy.plan import Plan, make_plan
 from bitpolicy.policies.apply import choices_for
 from bitpolicy.policies.calibration import Calibration, calibration_of
 from bitpolicy.policies.checkpoint import MAX_SHARD_SIZE
+from bitpolicy.policies.denoiser import denoisers_in
 from bitpolicy.policies.export import export_parts
 from bitpolicy.policies.exporters.export import Exported, export_to
 from bitpolicy.policies.exporters.targets import exporter_named
@@ -31,7 +32,7 @@ from bitpolicy.policies.measured_compute import measured_compute
 from bitpolicy.policies.model_card import Card
 from bitpolicy.policies.parts import Parts
 from bitpolicy.policies.policy import Policy
-from bitpolicy.policies.source import source_hash
+from bitpolicy.policies.source import Unchanged, source_hash
 from bitpolicy.prompting import requests_of
 from bitpolicy.search.budget import read_bytes
 from bitpolicy.sensitivity.inventory import inventory, warn_of_unsupported
@@ -336,7 +337,7 @@ def _parts(
     else:
         _require_path(revision=revision is not None, variant=variant is not None, config=config is not None)
         parts = source_of(pipe, policy.model.component, storage).parts
-    _require_model(policy, source_hash(parts.sources, storage))
+    _require_model(policy, parts, storage)
     return parts
 
 
@@ -379,8 +380,11 @@ def _require_free(folder: Path, overwrite: bool) -> None:
         raise BitPolicyError(f"{folder} is there already; choose another --output-dir, or give --overwrite")
 
 
-def _require_model(policy: Policy, found: str) -> None:
+def _require_model(policy: Policy, parts: Parts, storage: torch.dtype) -> None:
+    """What is read later has to be the same still."""
     model = policy.model
+    parts.sources = {name: Unchanged(source, storage) for name, source in parts.sources.items()}
+    found = source_hash(parts.sources, storage)
     for (component, wanted), has in zip(model.hashes.items(), found.split(","), strict=True):
         if has != wanted:
             raise BitPolicyError(
@@ -388,6 +392,8 @@ def _require_model(policy: Policy, found: str) -> None:
                 f"sha256 {wanted[:12]}...), this {component} has sha256 {has[:12]}...; "
                 "give that model, or run search-policy on this one"
             )
+    for component, part in zip(model.components, denoisers_in(parts.denoiser), strict=True):
+        model.require_config(component, part)
 
 
 def _calibration(policy: Policy, given: Policy | str | Path, parts: Parts) -> Calibration:

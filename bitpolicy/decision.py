@@ -83,7 +83,7 @@ def within_budget(
 def study_name(settings: Settings, plan: Plan) -> str:
     """The same for all that is the same study: more trials, another time limit or another storage go on with it."""
     asked = {name: value for name, value in settings.identity().items() if name not in ("trials", "timeout", "storage")}
-    return settings_key({**asked, "weights": plan.source.sha256})
+    return settings_key({**asked, "weights": plan.source.everything_sha256})
 
 
 def _told(study: Study, found: Confirmed, repaired: bool) -> dict[str, Any]:

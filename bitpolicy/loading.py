@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -21,15 +22,16 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import TensorSpec
 from bitpolicy.kernels.layers import PackedLayer
 from bitpolicy.offload import stream_weights
-from bitpolicy.policies.accounting import weights_hash
 from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.denoiser import ALL, DENOISERS, denoiser_names, denoiser_of, denoisers_in, studied
 from bitpolicy.policies.denoiser_files import WRONG_CONFIG
 from bitpolicy.policies.folder_parts import FolderParts, has_names_of_models, is_streamable
+from bitpolicy.policies.identity import configured, weights_hash
 from bitpolicy.policies.named_classes import require_known_classes
 from bitpolicy.policies.packed_config import METHOD
 from bitpolicy.policies.parts import MemoryParts, Parts, require_no_adapter
 from bitpolicy.policies.pipeline_files import PipelineFiles, read_json
+from bitpolicy.policies.source import ModuleSource, Unchanged
 from bitpolicy.sensitivity.workers import device_of_this_process
 from bitpolicy.single_file import SingleFile
 
@@ -53,6 +55,7 @@ class Source:
         id: hub id or folder, for the policy file.
         revision: of a hub model.
         files: the folder it was loaded from, if it was.
+        stamps: of these files before they were read.
     """
 
     pipe: DiffusionPipeline
@@ -61,6 +64,7 @@ class Source:
     id: str
     revision: str | None = None
     files: PipelineFiles | None = None
+    stamps: Mapping[Path, tuple[int, int]] | None = None
 
     @property
     def denoiser(self) -> nn.Module:
@@ -75,7 +79,12 @@ class Source:
     def parts(self) -> Parts:
         """What is exported: the files that it was loaded from, where they can be streamed, else what is in memory."""
         if self.files is not None and is_streamable(self.files.folder, self.component):
-            return FolderParts(self.files.folder, self.component, self.files.variant)
+            parts = FolderParts(self.files.folder, self.component, self.files.variant, self.stamps)
+            parts.sources = {
+                name: Unchanged(source, self.storage, ModuleSource(getattr(self.pipe, name)))
+                for name, source in parts.sources.items()
+            }
+            return parts
         return MemoryParts(self.pipe, self.component)
 
     @cached_property
@@ -85,9 +94,10 @@ class Source:
 
     @cached_property
     def everything_sha256(self) -> str:
-        """Identity of the whole pipeline: text encoders and the like have a say in what a denoiser makes, too."""
+        """Identity of the whole pipeline: text encoders, schedulers and configs have a say in what is drawn, too."""
         digest = hashlib.sha256(self.sha256.encode())
         for name, other in sorted(self.pipe.components.items()):
+            digest.update(json.dumps(configured(other), sort_keys=True, default=str).encode())
             if isinstance(other, nn.Module) and name not in self.component.split(","):
                 digest.update(f"{name}{weights_hash(other, next(iter(_floats(other)), self.storage))}".encode())
         return digest.hexdigest()
@@ -125,10 +135,12 @@ def load_source(
     path = locate(model, revision, variant, config)
     if path.is_file():
         single = SingleFile.of(path, config, component)
-        storage, component, files = storage or dtype_of_file(single), single.component, None
+        storage, component, files, stamps = storage or dtype_of_file(single), single.component, None, None
         pipe = single.open(storage)
     else:
         files = PipelineFiles(path, variant)
+        require_pipeline(path)
+        stamps = files.stamps()
         storage = storage or storage_dtype(path, component, variant)
         pipe = open_pipeline(path, storage, variant)
     compute = DTYPES.get(dtype) or (torch.float32 if target.type == "cpu" else storage)
@@ -141,7 +153,7 @@ def load_source(
     pipe.to(compute) if offload else pipe.to(target, compute)
     if offload:
         stream_weights(pipe, name, target)
-    return Source(pipe, name, storage, model or BUNDLED, revision, files)
+    return Source(pipe, name, storage, model or BUNDLED, revision, files, stamps)
 
 
 def open_parts(

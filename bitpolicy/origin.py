@@ -10,7 +10,7 @@ import torch
 
 from bitpolicy.kernels.errors import BitPolicyError, BitPolicyWarning
 from bitpolicy.loading import Source, is_ours, load_source, locate, packed_components, require_pipeline
-from bitpolicy.policies.accounting import weights_hash
+from bitpolicy.policies.identity import config_hash, weights_hash
 from bitpolicy.policies.policy import ModelReference, Policy
 
 
@@ -75,15 +75,18 @@ def _require_there(checkpoint: Path, recorded: ModelReference, revision: str | N
 
 def _compare(checkpoint: Path, source: Source, recorded: ModelReference, named: bool) -> None:
     """Raises:
-    BitPolicyError: the weights are others than those that the checkpoint was made from, and nobody named the model.
+    BitPolicyError: weights or config are others than those that were packed, and nobody named the model.
     """
     for component, wanted in recorded.hashes.items():
-        found = weights_hash(getattr(source.pipe, component), source.storage)
-        if found == wanted:
+        model, config = getattr(source.pipe, component), recorded.configs[component]
+        both = [("", wanted, weights_hash(model, source.storage))]
+        both += [] if config is None else [("a config with ", config, config_hash(model))]
+        what, then, now = next((found for found in both if found[1] != found[2]), ("", "", ""))
+        if then == now:
             continue
         text = (
-            f"{checkpoint} was made from {recorded.id}, whose {component} had sha256 {wanted[:12]}...; that of "
-            f"{source.id} has {found[:12]}..."
+            f"{checkpoint} was made from {recorded.id}, whose {component} had {what}sha256 {then[:12]}...; that of "
+            f"{source.id} has {now[:12]}..."
         )
         if not named:
             raise BitPolicyError(f"{text}: it has changed since; give the pipeline as it was with --model")

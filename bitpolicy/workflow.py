@@ -29,6 +29,7 @@ from bitpolicy.policies.calibration import Calibration, calibration_hash, needed
 from bitpolicy.policies.checkpoint import checkpoint_bytes
 from bitpolicy.policies.denoiser import denoisers_in
 from bitpolicy.policies.export import describe_checkpoint, export_parts
+from bitpolicy.policies.identity import config_hash
 from bitpolicy.policies.measured_compute import measured_compute
 from bitpolicy.policies.policy import BudgetRecord, Choice, ModelReference, Policy, Result
 from bitpolicy.search.budget import BudgetError
@@ -191,6 +192,7 @@ class SearchRun:
                     "component": source.component,
                     "class": ",".join(type(part).__name__ for part in denoisers_in(source.denoiser)),
                     "sha256": source.sha256,
+                    "config": config_hash(source.denoiser),
                 }
             ),
             budget=self._budget_record(nbytes),

@@ -6,9 +6,7 @@ and all that no format touches (biases, norms, embeddings, buffers) in the stora
 
 from __future__ import annotations
 
-import hashlib
-import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -75,33 +73,3 @@ def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 def stored_spec(tensor: torch.Tensor, storage_dtype: torch.dtype) -> TensorSpec:
     """How a tensor that no format touches is stored: floats in the storage dtype, everything else as it is."""
     return TensorSpec(storage_dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
-
-
-def weights_hash(model: nn.Module, storage_dtype: torch.dtype) -> str:
-    """SHA-256 over names, shapes and values of all tensors in the storage dtype: the identity of a denoiser.
-
-    Of an `nn.ModuleDict` of several models: theirs, with commas between.
-    """
-    if isinstance(model, nn.ModuleDict):
-        return ",".join(weights_hash(part, storage_dtype) for part in model.values())
-    return tensors_hash(sorted(model.state_dict().items()), storage_dtype)
-
-
-def tensors_hash(tensors: Iterable[tuple[str, torch.Tensor]], storage_dtype: torch.dtype) -> str:
-    """The same of (name, tensor) pairs, sorted by name; one is held at a time."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        spec = stored_spec(tensor, storage_dtype)
-        digest.update(f"{name}{spec.dtype}{spec.shape}".encode())
-        digest.update(tensor_bytes(tensor.to(spec.dtype)))
-    return digest.hexdigest()
-
-
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The raw little-endian bytes of a tensor."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def checksum(data: memoryview) -> str:
-    """CRC-32 of a tensor's raw bytes, 8 hex digits."""
-    return f"{zlib.crc32(data):08x}"

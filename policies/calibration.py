@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import save_file
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.policies.accounting import tensor_bytes
 from bitpolicy.policies.atomic import written_aside
 from bitpolicy.policies.choice import Choice
 from bitpolicy.policies.file_source import FileTensors
 from bitpolicy.policies.finite import is_finite, require_finite
+from bitpolicy.policies.identity import tensor_bytes
 
 FILE = "calibration.safetensors"  # in the folder of the policy file
 Calibration = Mapping[str, torch.Tensor]
@@ -55,7 +55,7 @@ def stamped(calibration: Calibration, weights: str) -> dict[str, torch.Tensor]:
     """The calibration with the hash of the weights that it was made from; one without entries stays so.
 
     Args:
-        weights: `bitpolicy.policies.accounting.weights_hash` of what is studied.
+        weights: `bitpolicy.policies.identity.weights_hash` of what is studied.
     """
     if not calibration:
         return {}

@@ -31,12 +31,22 @@ from bitpolicy.policies.transformers_files import TextEncoderSource, places, tex
 class FolderParts:
     """A diffusers folder.
 
+    Args:
+        stamps: of its files when they were first read (`PipelineFiles.stamps`); None is now.
+
     Raises:
         BitPolicyError: it is no pipeline, has no such denoiser, its weights are only pickles or do not fit its config.
     """
 
-    def __init__(self, folder: Path, component: str | None = None, variant: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        component: str | None = None,
+        variant: str | None = None,
+        stamps: Mapping[Path, tuple[int, int]] | None = None,
+    ) -> None:
         self._files = PipelineFiles(folder, variant)
+        self._stamps = self._files.stamps() if stamps is None else stamps
         self._files.require_variant()
         models: dict[str, Any] = {}
         sources: dict[str, TensorSource] = {}
@@ -59,6 +69,16 @@ class FolderParts:
         rewrite_json(folder / "model_index.json", _diffusers_version=diffusers.__version__)
         for name in self._others:
             self._write(name, dtype, folder / name)
+        self._require_unchanged()
+
+    def _require_unchanged(self) -> None:
+        now = self._files.stamps()
+        differing = sorted(path for path in {*now, *self._stamps} if now.get(path) != self._stamps.get(path))
+        if differing:
+            raise BitPolicyError(
+                f"{differing[0]} was written to while the model was used, so what was measured may be of another one; "
+                "run the command again, and what still holds is kept"
+            )
 
     def _links(self, component: str, folder: Path) -> bool:
         return all(can_link(path, folder) for path in self._files.weights(component).values())

@@ -17,11 +17,12 @@ from torch import nn
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import Quantizable, pack_layer, quantizable_layers, replace_layer
-from bitpolicy.policies.accounting import stored_spec, tensors_hash
+from bitpolicy.policies.accounting import stored_spec
 from bitpolicy.policies.apply import choices_for, quantize_layer
 from bitpolicy.policies.calibration import calibration_of
 from bitpolicy.policies.denoiser import of_component
 from bitpolicy.policies.finite import require_finite, warn_of_biases
+from bitpolicy.policies.identity import tensors_hash
 from bitpolicy.policies.packed_config import BitPolicyConfig
 from bitpolicy.policies.policy import ModelReference, Policy
 
@@ -50,6 +51,7 @@ class PackedWhileRead:
         self._storage = getattr(torch, policy.storage_dtype)
         components = policy.model.components
         component = _component(policy.model, model, read, self._storage)
+        policy.model.require_config(component, model)
         choices = choices_for(model, policy, component if len(components) > 1 else None)
         calibration = calibration_of(policy, path, choices.values())
         self._calibration = of_component(calibration, component, components)

@@ -121,6 +121,15 @@ class PipelineFiles:
                 self._require_inside(path)
                 yield path
 
+    def stamps(self) -> dict[Path, tuple[int, int]]:
+        """When each file of the components was last written, in nanoseconds, and its bytes."""
+        found = {self.folder / "model_index.json": (self.folder / "model_index.json").stat()}
+        for name in self.components:
+            for path in sorted((self.folder / name).iterdir()):
+                if path.is_file() and not path.name.startswith("."):
+                    found[path] = path.stat()
+        return {path: (about.st_mtime_ns, about.st_size) for path, about in found.items()}
+
     def _require_inside(self, path: Path) -> None:
         folder, target = self.folder.resolve(), path.resolve()
         snapshots = [parent for parent in folder.parents if parent.name == "snapshots"]

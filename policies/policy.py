@@ -17,6 +17,7 @@ from typing import Any, Final, Literal
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats import FP8, format_named, from_parameters
@@ -25,6 +26,7 @@ from bitpolicy.kernels.quantizers import QUANTIZERS
 from bitpolicy.policies.atomic import write_text
 from bitpolicy.policies.calibration import FILE, load_calibration, save_calibration
 from bitpolicy.policies.choice import Choice
+from bitpolicy.policies.identity import config_hash
 from bitpolicy.policies.plain_yaml import YamlError, read_yaml
 
 SCHEMA: Final = 1
@@ -42,7 +44,8 @@ class ModelReference(_Strict):
     """What a policy was made for: a denoiser, or several components; then all but `id` and `revision` are lists with
     commas, one entry a component.
 
-    `sha256` is of its tensors in the storage dtype.
+    `sha256` is of its tensors in the storage dtype, `config` of what its config says beyond the defaults of its class
+    (`bitpolicy.policies.identity`); older files have none.
     """
 
     id: str
@@ -50,13 +53,15 @@ class ModelReference(_Strict):
     component: str
     class_name: str = Field(alias="class")
     sha256: str
+    config: str | None = None
 
     @model_validator(mode="after")
     def _has_an_entry_for_each_component(self) -> ModelReference:
-        counts = {name: getattr(self, name).count(",") + 1 for name in ("component", "class_name", "sha256")}
+        lists = ("component", "class_name", "sha256", *(("config",) if self.config is not None else ()))
+        counts = {name: getattr(self, name).count(",") + 1 for name in lists}
         if len(set(counts.values())) > 1:
             found = ", ".join(f"{count} in {name}" for name, count in counts.items())
-            raise ValueError(f"needed one entry a component in component, class and sha256, found {found}")
+            raise ValueError(f"needed one entry a component in component, class, sha256 and config, found {found}")
         return self
 
     @property
@@ -67,6 +72,24 @@ class ModelReference(_Strict):
     def hashes(self) -> dict[str, str]:
         """Component -> hash of its tensors."""
         return dict(zip(self.components, self.sha256.split(","), strict=True))
+
+    @property
+    def configs(self) -> dict[str, str | None]:
+        """Component -> hash of its config; None where none is recorded."""
+        found = [None] * len(self.components) if self.config is None else self.config.split(",")
+        return dict(zip(self.components, found, strict=True))
+
+    def require_config(self, component: str, model: nn.Module) -> None:
+        """Raises:
+        PolicyError: the config of one of the components is another than the one that the policy was made with.
+        """
+        wanted, found = self.configs[component], config_hash(model)
+        if wanted is not None and found != wanted:
+            raise PolicyError(
+                f"the policy was made for {self.id}, whose {component} had a config with sha256 {wanted[:12]}...; this "
+                f"config has {found[:12]}..., so it draws otherwise: give the model as it was, or run search-policy on "
+                "this one"
+            )
 
     def components_of(self, class_name: str) -> list[str]:
         """Which of the components are of a class."""

@@ -17,7 +17,7 @@ from types import TracebackType
 import torch
 
 from bitpolicy.kernels.format import TensorSpec
-from bitpolicy.policies.accounting import checksum, tensor_bytes
+from bitpolicy.policies.identity import checksum, tensor_bytes
 
 DTYPE_NAMES = {  # in the order in which safetensors' own writer places them, which keeps each aligned
     torch.int64: "I64",

@@ -12,9 +12,10 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import TensorSpec
-from bitpolicy.policies.accounting import tensors_hash
 from bitpolicy.policies.apply import as_stored
+from bitpolicy.policies.identity import checksum, tensor_bytes, tensors_hash
 
 
 class TensorSource(Protocol):
@@ -42,6 +43,42 @@ class ModuleSource:
         return self._tensors[name].detach()
 
 
+class Unchanged:
+    """Another source, none of whose tensors may change between two readings.
+
+    Args:
+        storage: the dtype that counts.
+        first: what was read of it before, and may have been cast to another dtype since; None is what is read first.
+    """
+
+    def __init__(self, source: TensorSource, storage: torch.dtype, first: TensorSource | None = None) -> None:
+        self._source, self._storage, self._first = source, storage, first
+        self._checksums: dict[str, str] = {}
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return self._source.specs
+
+    def read(self, name: str) -> torch.Tensor:
+        """
+        Raises:
+            BitPolicyError: it is not as it was.
+        """
+        tensor = self._source.read(name)
+        found = self._checksum(name, tensor)
+        if name not in self._checksums:
+            self._checksums[name] = found if self._first is None else self._checksum(name, self._first.read(name))
+        if found != self._checksums[name]:
+            raise BitPolicyError(
+                f"the model's files have changed while they were used: {name} is another than it was; run the command "
+                "again, and what still holds is kept"
+            )
+        return tensor
+
+    def _checksum(self, name: str, tensor: torch.Tensor) -> str:
+        return checksum(tensor_bytes(as_stored(name, tensor, self._storage)))
+
+
 class _Joined:
     """Several models as one; the names of tensors begin with their model's."""
 
@@ -63,7 +100,7 @@ def joined(sources: Mapping[str, TensorSource]) -> TensorSource:
 
 
 def source_hash(sources: Mapping[str, TensorSource], storage: torch.dtype) -> str:
-    """`bitpolicy.policies.accounting.weights_hash` of a denoiser, or of several as one.
+    """`bitpolicy.policies.identity.weights_hash` of a denoiser, or of several as one.
 
     Raises:
         BitPolicyError: a value is beyond the storage dtype's range.

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import TensorSpec
-from bitpolicy.policies.accounting import checksum, tensor_bytes
 from bitpolicy.policies.file_source import open_tensors
+from bitpolicy.policies.identity import checksum, tensor_bytes
 from bitpolicy.policies.safetensors_writer import NAMED_DTYPES
 
 _AGAIN = "download or export it again"

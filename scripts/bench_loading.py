@@ -46,7 +46,7 @@ from bitpolicy.api import export, export_for
 from bitpolicy.kernels.formats import format_named
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.loading import BUNDLED_FOLDER
-from bitpolicy.policies.accounting import weights_hash
+from bitpolicy.policies.identity import weights_hash
 from bitpolicy.policies.policy import Choice, ModelReference, Policy
 
 COLUMNS = {  # name -> unit in the table, how many of what is measured that is

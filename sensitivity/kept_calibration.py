@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from bitpolicy.kernels.format import TensorSpec
-from bitpolicy.policies.accounting import tensor_bytes
 from bitpolicy.policies.atomic import written_aside
+from bitpolicy.policies.identity import tensor_bytes
 from bitpolicy.policies.safetensors_writer import SafetensorsWriter
 
 _CHECKSUM = "checksum"  # of the other tensors; their names have slashes

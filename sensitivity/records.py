@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from bitpolicy.policies.accounting import tensor_bytes
 from bitpolicy.policies.atomic import written_aside
+from bitpolicy.policies.identity import tensor_bytes
 
 Piece = Mapping[str, torch.Tensor]
 

@@ -14,7 +14,7 @@ from diffusers.utils import load_image
 from PIL import Image
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.policies.accounting import tensor_bytes
+from bitpolicy.policies.identity import tensor_bytes
 
 Request = str | Mapping[str, Any]
 """A prompt, or a mapping of call arguments such as {"prompt": "a cat", "image": "photo.png"}."""

@@ -28,8 +28,8 @@ from bitpolicy.kernels.errors import BitPolicyWarning
 from bitpolicy.kernels.formats import format_named
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.over_budget import warn_if_over_budget
-from bitpolicy.policies.accounting import weights_hash
 from bitpolicy.policies.apply import to_storage
+from bitpolicy.policies.identity import weights_hash
 from bitpolicy.policies.policy import BudgetRecord, Choice, ModelReference, Policy
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.trajectory import Trajectories

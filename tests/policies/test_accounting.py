@@ -11,7 +11,8 @@ from torch import nn
 from toy_formats import FEW
 
 from bitpolicy.kernels.formats import FP16, format_named
-from bitpolicy.policies.accounting import ByteAccount, stored_spec, tensor_bytes, weights_hash
+from bitpolicy.policies.accounting import ByteAccount, stored_spec
+from bitpolicy.policies.identity import tensor_bytes, weights_hash
 
 
 class Small(nn.Module):

@@ -19,10 +19,10 @@ from bitpolicy.kernels.formats import FP8, FP16, format_named
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import packed_layers, quantizable_layers
 from bitpolicy.offload import stream_weights
-from bitpolicy.policies.accounting import weights_hash
 from bitpolicy.policies.apply import pack, quantized, to_storage
 from bitpolicy.policies.component import export_component
 from bitpolicy.policies.export import export_pipeline
+from bitpolicy.policies.identity import weights_hash
 from bitpolicy.policies.model_card import model_card
 from bitpolicy.policies.policy import Choice, LayerSettings, ModelReference, PolicyError, Result, Rule
 

@@ -14,9 +14,9 @@ from diffusers import DiTTransformer2DModel
 
 from bitpolicy.kernels.formats import format_named
 from bitpolicy.kernels.layers import quantizable_layers
-from bitpolicy.policies.accounting import weights_hash
 from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.checkpoint import checkpoint_bytes
+from bitpolicy.policies.identity import weights_hash
 from bitpolicy.policies.packed_config import BitPolicyConfig
 from bitpolicy.policies.packed_model import expected_tensors, make_shells
 from bitpolicy.policies.policy import Choice, ModelReference, Policy

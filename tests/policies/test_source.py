@@ -15,9 +15,9 @@ from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies import file_source as module
-from bitpolicy.policies.accounting import weights_hash
 from bitpolicy.policies.calibration import load_calibration
 from bitpolicy.policies.file_source import FileSource
+from bitpolicy.policies.identity import weights_hash
 from bitpolicy.policies.source import ModuleSource, joined, source_hash
 from bitpolicy.policies.source_converted import converted
 from bitpolicy.policies.stored_tensors import stored_tensors

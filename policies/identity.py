@@ -1,0 +1,97 @@
+"""What a model is: a hash of its weights, and one of its config, which changes images as well (an epsilon, a schedule).
+
+A config counts by what it says beyond the defaults of its class, so that a release which adds an entry with a default
+does not make another model of it. What only records a file's history does not count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from bitpolicy.policies.accounting import stored_spec
+
+_HISTORY = ("architectures", "dtype", "torch_dtype", "transformers_version", "quantization_config")
+
+
+def weights_hash(model: nn.Module, storage_dtype: torch.dtype) -> str:
+    """SHA-256 over names, shapes and values of all tensors in the storage dtype: the identity of a denoiser.
+
+    Of an `nn.ModuleDict` of several models: theirs, with commas between.
+    """
+    if isinstance(model, nn.ModuleDict):
+        return ",".join(weights_hash(part, storage_dtype) for part in model.values())
+    return tensors_hash(sorted(model.state_dict().items()), storage_dtype)
+
+
+def tensors_hash(tensors: Iterable[tuple[str, torch.Tensor]], storage_dtype: torch.dtype) -> str:
+    """The same of (name, tensor) pairs, sorted by name; one is held at a time."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        spec = stored_spec(tensor, storage_dtype)
+        digest.update(f"{name}{spec.dtype}{spec.shape}".encode())
+        digest.update(tensor_bytes(tensor.to(spec.dtype)))
+    return digest.hexdigest()
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The raw little-endian bytes of a tensor."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def checksum(data: memoryview) -> str:
+    """CRC-32 of a tensor's raw bytes, 8 hex digits."""
+    return f"{zlib.crc32(data):08x}"
+
+
+def config_hash(model: nn.Module) -> str:
+    """SHA-256 over what the config of a model says. Of an `nn.ModuleDict` of several: theirs, with commas between."""
+    if isinstance(model, nn.ModuleDict):
+        return ",".join(config_hash(part) for part in model.values())
+    return _of_json(configured(model))
+
+
+def configured(component: Any) -> dict[str, Any]:
+    """What a part of a pipeline was told, beyond the defaults of its class: a model, a scheduler or a tokenizer."""
+    said: dict[str, Any] = {}
+    if isinstance(component, PreTrainedModel):
+        said = _differing(component.config.to_dict(), _defaults_of_config(component.config))
+    elif isinstance(component, ConfigMixin):
+        said = _differing(component.config, _defaults_of_class(type(component)))
+    elif isinstance(component, PreTrainedTokenizerBase):
+        said = {"longest": component.model_max_length, "special": component.special_tokens_map}
+        said["vocabulary"] = _of_json(component.get_vocab())
+    kept = {name: value for name, value in said.items() if name not in _HISTORY and not name.startswith("_")}
+    return {"class": type(component).__name__, **kept}
+
+
+def _differing(said: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: v for name, v in said.items() if name not in defaults or _as_json(v) != _as_json(defaults[name])}
+
+
+def _defaults_of_class(kind: type[Any]) -> dict[str, Any]:
+    return {name: parameter.default for name, parameter in inspect.signature(kind.__init__).parameters.items()}
+
+
+def _defaults_of_config(config: PreTrainedConfig) -> dict[str, Any]:
+    try:
+        return type(config)().to_dict()
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError):  # it has parts that must be given
+        return {}
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def _of_json(value: Any) -> str:
+    return hashlib.sha256(_as_json(value).encode()).hexdigest()
