@@ -343,7 +343,11 @@ def _parts(
 
 @python_call
 def load_pipeline(
-    folder: Named | Path, dtype: torch.dtype | str | None = None, device: str | torch.device | None = None
+    folder: Named | Path,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device | None = None,
+    *,
+    verify: str = "quick",
 ) -> DiffusionPipeline:
     """Load an exported pipeline; its layers stay packed in memory.
 
@@ -351,16 +355,21 @@ def load_pipeline(
         folder: what `export` or search-policy's checkpoint/ wrote.
         dtype: compute dtype, torch.float32 or "float32"; None keeps the storage dtype.
         device: where to; None leaves it on the CPU.
+        verify: "quick" compares the lengths of all files with the folder's bitpolicy.json, the checksums of packed
+            tensors, and the SHA-256 of files up to 32 MiB; "all" the SHA-256 of every file.
 
     Raises:
-        BitPolicyError: it is no such folder, or there is no such dtype or device.
+        BitPolicyError: it is no such folder, something in it is not as it was exported, or there is no such dtype or
+            device.
     """
+    if verify not in ("quick", "all"):
+        raise BitPolicyError(f"verify is {verify!r}; give quick or all")
     compute = _dtype("dtype", dtype)
     try:
         target = None if device is None else torch.device(device)
     except RuntimeError as error:
         raise BitPolicyError(f"device is {device!r}; give a device of torch's, such as cpu or cuda:0") from error
-    pipe = open_pipeline(Path(folder), compute or stored_dtype(Path(folder)))
+    pipe = open_pipeline(Path(folder), compute or stored_dtype(Path(folder)), everything=verify == "all")
     return pipe.to(target) if target is not None else pipe
 
 

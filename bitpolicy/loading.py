@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError
 from torch import nn
 
 from bitpolicy.hub import download
@@ -24,10 +23,12 @@ from bitpolicy.kernels.layers import PackedLayer
 from bitpolicy.offload import stream_weights
 from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.denoiser import ALL, DENOISERS, denoiser_names, denoiser_of, denoisers_in, studied
-from bitpolicy.policies.denoiser_files import WRONG_CONFIG
+from bitpolicy.policies.denoiser_files import bounded
 from bitpolicy.policies.folder_parts import FolderParts, has_names_of_models, is_streamable
 from bitpolicy.policies.identity import configured, weights_hash
+from bitpolicy.policies.manifest import verify
 from bitpolicy.policies.named_classes import require_known_classes
+from bitpolicy.policies.nothing_missing import nothing_missing
 from bitpolicy.policies.packed_config import METHOD
 from bitpolicy.policies.parts import MemoryParts, Parts, require_no_adapter
 from bitpolicy.policies.pipeline_files import PipelineFiles, read_json
@@ -199,19 +200,34 @@ def source_of(pipe: DiffusionPipeline, component: str | None = None, storage: to
     return Source(pipe, name, storage, str(pipe.config.get("_name_or_path") or type(pipe).__name__))
 
 
-def open_pipeline(folder: Path, dtype: torch.dtype | None = None, variant: str | None = None) -> DiffusionPipeline:
-    """`DiffusionPipeline.from_pretrained` on a local folder, with errors a person can use."""
+def open_pipeline(
+    folder: Path, dtype: torch.dtype | None = None, variant: str | None = None, everything: bool = False
+) -> DiffusionPipeline:
+    """`DiffusionPipeline.from_pretrained` on a local folder, with errors a person can use.
+
+    Args:
+        everything: compare all of an exported folder with its manifest, large files too.
+
+    Raises:
+        BitPolicyError: it is no pipeline, its weights are pickles, a file is not as it was exported, or a model's files
+            lack tensors.
+    """
     require_pipeline(folder)
+    verify(folder, everything)
     require_known_classes(read_json(folder / "model_index.json"), folder / "model_index.json")
-    arguments: dict[str, Any] = {"variant": variant, "local_files_only": True}
+    files = PipelineFiles(folder, variant)
+    for name in files.components:
+        files.weights(name)  # which refuses pickles
+    arguments: dict[str, Any] = {"variant": variant, "local_files_only": True, "use_safetensors": True}
     if dtype is not None:
         arguments["dtype"] = dtype
     usual = torch.get_default_dtype()
     try:
-        return DiffusionPipeline.from_pretrained(str(folder), **arguments)
+        with bounded(), nothing_missing():
+            return DiffusionPipeline.from_pretrained(str(folder), **arguments)
     except BitPolicyError:
         raise
-    except (*WRONG_CONFIG, ImportError, SafetensorError) as error:
+    except Exception as error:  # whatever a folder makes it raise; tokenizers raises Exception itself
         raise BitPolicyError(f"cannot load the pipeline in {folder}: {' '.join(str(error).split())}") from error
     finally:
         torch.set_default_dtype(usual)  # diffusers changes it, and leaves it so where a model cannot be made

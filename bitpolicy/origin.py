@@ -11,6 +11,7 @@ import torch
 from bitpolicy.kernels.errors import BitPolicyError, BitPolicyWarning
 from bitpolicy.loading import Source, is_ours, load_source, locate, packed_components, require_pipeline
 from bitpolicy.policies.identity import config_hash, weights_hash
+from bitpolicy.policies.manifest import verify
 from bitpolicy.policies.policy import ModelReference, Policy
 
 
@@ -36,6 +37,7 @@ def load_reference(
             has other weights than it had.
     """
     require_pipeline(checkpoint)
+    verify(checkpoint)
     if not is_ours(checkpoint):
         raise BitPolicyError(
             f"{checkpoint} is a pipeline that bitpolicy did not pack; give the checkpoint that search-policy or "

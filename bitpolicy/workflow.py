@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from bitpolicy.compare import save_comparison
 from bitpolicy.curve import Point, file_name, points, save_picture, save_table
@@ -29,7 +30,7 @@ from bitpolicy.policies.calibration import Calibration, calibration_hash, needed
 from bitpolicy.policies.checkpoint import checkpoint_bytes
 from bitpolicy.policies.denoiser import denoisers_in
 from bitpolicy.policies.export import describe_checkpoint, export_parts
-from bitpolicy.policies.identity import config_hash
+from bitpolicy.policies.identity import config_hash, configured
 from bitpolicy.policies.measured_compute import measured_compute
 from bitpolicy.policies.policy import BudgetRecord, Choice, ModelReference, Policy, Result
 from bitpolicy.search.budget import BudgetError
@@ -239,7 +240,7 @@ class SearchRun:
         samples = plan.split.held_out
         with self._stages.timed("evaluate"):
             before = list(plan.trajectories.images(self._stages.track(samples, "held-out, reference")))
-            with swapped_denoiser(source, self._folder / "checkpoint"):
+            with swapped_components(source, self._folder / "checkpoint"):
                 reloaded = Trajectories(source.pipe, source.component, plan.trajectories.call)
                 after = list(reloaded.images(self._stages.track(samples, "held-out, checkpoint")))
             (reference, latents), (images, found) = zip(*before, strict=True), zip(*after, strict=True)
@@ -264,31 +265,47 @@ class SearchRun:
 
 
 @contextmanager
-def swapped_denoiser(source: Source, checkpoint: Path, compute: Compute | None = None) -> Iterator[Compute]:
-    """While the block runs, the source pipeline computes with the checkpoint's packed components, read from disk.
+def swapped_components(source: Source, checkpoint: Path, compute: Compute | None = None) -> Iterator[Compute]:
+    """While the block runs, the source pipeline draws with the checkpoint's components, read from disk and compared
+    with its manifest; of those that are equal it keeps its own.
 
     Args:
         compute: of the packed layers; None is what the checkpoint records. The block is told.
 
     Raises:
-        BitPolicyError: no layer of the checkpoint rounds what that compute rounds.
+        BitPolicyError: a file of the checkpoint is not as it was written, or no layer rounds what that compute rounds.
     """
     dtype = next(source.denoiser.parameters()).dtype
-    reloaded = open_pipeline(checkpoint, dtype)
+    reloaded = open_pipeline(checkpoint, dtype, everything=True)
     if compute is not None and not set_compute(reloaded, compute) and compute is not Compute.EXACT:
         raise BitPolicyError(
             f"no layer of {checkpoint} would be multiplied differently under compute {compute}; fp8 is for layers in "
             "fp8, and int8 for those of 32 weights a row or more"
         )
-    originals = {name: getattr(source.pipe, name) for name in source.component.split(",")}
+    packed = (layer for name in source.component.split(",") for _, layer in packed_layers(getattr(reloaded, name)))
+    used = next((layer.compute for layer in packed), Compute.EXACT)
+    device, originals = source.pipe._execution_device, {}
     try:
-        for name in originals:
-            setattr(source.pipe, name, getattr(reloaded, name).to(source.pipe._execution_device))
-        packed = (layer for name in originals for _, layer in packed_layers(getattr(reloaded, name)))
-        yield next((layer.compute for layer in packed), Compute.EXACT)
+        for name, own in reloaded.components.items():
+            original = getattr(source.pipe, name)
+            if not _equal(own, original):
+                originals[name] = original
+                setattr(source.pipe, name, own.to(device) if isinstance(own, nn.Module) else own)
+        del reloaded, own
+        yield used
     finally:
         for name, original in originals.items():
             setattr(source.pipe, name, original)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two parts of pipelines do the same."""
+    if configured(one) != configured(other):
+        return False
+    if not isinstance(one, nn.Module):
+        return True
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(t.to(theirs[n].device), theirs[n]) for n, t in ours.items())
 
 
 def run_search(settings: Settings, plan: Plan, output: OutputFolder, stages: Stages) -> dict[str, Any]:

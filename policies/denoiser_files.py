@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import diffusers
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import TensorSpec
@@ -21,6 +23,7 @@ WRONG_CONFIG = (
     AssertionError,
     AttributeError,
     LookupError,
+    MemoryError,
     OSError,
     RuntimeError,
     TypeError,
@@ -28,6 +31,34 @@ WRONG_CONFIG = (
     StrictDataclassError,
 )
 """What models raise whose configs say something that they were not made for."""
+
+MOST_MODULES = 200_000  # of a model or a pipeline; a large one has some ten thousand
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """While the block runs, models are built that have a sane number of modules: a config can ask for billions, and
+    building them would fill the memory long before anything compared it with the weights.
+
+    Raises:
+        BitPolicyError: in the block, as said.
+    """
+    built = 0
+
+    def count(*_: Any) -> None:
+        nonlocal built
+        built += 1
+        if built > MOST_MODULES:
+            raise BitPolicyError(
+                f"a config asks for a model of more than {MOST_MODULES:,} modules; it is damaged or no model's, "
+                "download it again"
+            )
+
+    counting = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        counting.remove()
 
 
 def skeleton(class_name: str, config: Path | Mapping[str, Any]) -> Any:
@@ -47,8 +78,10 @@ def skeleton(class_name: str, config: Path | Mapping[str, Any]) -> Any:
         )
     try:
         given = kind.load_config(str(config), local_files_only=True) if isinstance(config, Path) else dict(config)
-        with init_empty_weights():
+        with bounded(), init_empty_weights():
             return kind.from_config(given).eval()
+    except BitPolicyError:
+        raise
     except WRONG_CONFIG as error:
         where = f" in {config}" if isinstance(config, Path) else ""
         raise BitPolicyError(

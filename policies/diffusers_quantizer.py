@@ -20,6 +20,7 @@ from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.kernel import Compute
+from bitpolicy.policies.manifest import verify
 from bitpolicy.policies.packed_config import METHOD, BitPolicyConfig
 from bitpolicy.policies.packed_model import (
     expected_tensors,
@@ -78,6 +79,7 @@ class BitPolicyQuantizer(DiffusersQuantizer):
     def _expect_packed(self, model: Any) -> None:
         config = self.quantization_config
         make_shells(model, config)
+        verify(Path(self._files[0]).parent.parent)
         stored = stored_tensors(self._files)
         require_stored(stored, expected_tensors(model), packed_names(model), config.storage)
         require_checksums(stored, config.checksums)

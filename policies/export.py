@@ -19,6 +19,7 @@ from bitpolicy.policies.checkpoint import MAX_SHARD_SIZE
 from bitpolicy.policies.component import export_component
 from bitpolicy.policies.denoiser import denoisers_in, of_component
 from bitpolicy.policies.disk_space import require_space
+from bitpolicy.policies.manifest import write_manifest
 from bitpolicy.policies.model_card import PLAIN, Card, model_card
 from bitpolicy.policies.parts import MemoryParts, Parts
 from bitpolicy.policies.policy import Choice, Policy
@@ -92,6 +93,7 @@ def export_parts(
         if _is_kept(calibration, choices):
             save_calibration(calibration, aside / "calibration.safetensors")
         describe_checkpoint(aside, policy, parts.denoiser, card)
+        write_manifest(aside)
     return nbytes
 
 

@@ -28,7 +28,7 @@ def working_in(folder: Path) -> Iterator[None]:
     """While the block runs, no other process works in the folder, which is made if it is not there.
 
     Raises:
-        BitPolicyError: another process does.
+        BitPolicyError: another process does; or, at the end, the folder was removed meanwhile.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / NAME, folder):
@@ -44,7 +44,7 @@ def locked(lock: Path, folder: Path) -> Iterator[None]:
         folder: what it stands for, to name in the error.
 
     Raises:
-        BitPolicyError: another process holds it.
+        BitPolicyError: another process holds it; or, at the end, it was removed meanwhile.
     """
     if sys.platform == "win32":  # nothing is locked there
         yield
@@ -54,6 +54,10 @@ def locked(lock: Path, folder: Path) -> Iterator[None]:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}".encode(), 0)
         yield
+        if not os.fstat(descriptor).st_nlink:
+            raise BitPolicyError(
+                f"{folder} was removed while it was being written, and what was in it with it; run the command again"
+            )
     finally:
         with suppress(FileNotFoundError):  # the folder may have been removed meanwhile
             lock.unlink()

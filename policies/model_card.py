@@ -39,6 +39,9 @@ pipe = DiffusionPipeline.from_pretrained("{location}")
 | PSNR against the unquantized pipeline, held-out prompts and seeds | {psnr} |
 | predicted relative error of {signal} | {error} |
 
+On the disk where this folder was made, weights of components that were not packed may be hard links to the base model's
+files. Replace such a file; do not write into it or change its permissions.
+
 Layers by role and format:
 
 {table}

@@ -15,7 +15,7 @@ import transformers
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.format import TensorSpec
-from bitpolicy.policies.denoiser_files import WRONG_CONFIG
+from bitpolicy.policies.denoiser_files import WRONG_CONFIG, bounded
 from bitpolicy.policies.source import TensorSource
 
 
@@ -36,8 +36,10 @@ def text_encoder_skeleton(class_name: str, folder: Path) -> Any:
         )
     try:
         config = kind.config_class.from_pretrained(folder, local_files_only=True)
-        with torch.device("meta"):  # accelerate's way would part weights that two layers share
+        with bounded(), torch.device("meta"):  # accelerate's way would part weights that two layers share
             return kind(config).eval()
+    except BitPolicyError:
+        raise
     except WRONG_CONFIG as error:
         raise BitPolicyError(
             f"the config in {folder} makes no {class_name}: {' '.join(str(error).split())[:300]}; download it again"

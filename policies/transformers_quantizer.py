@@ -19,6 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.kernel import Compute
+from bitpolicy.policies.manifest import verify
 from bitpolicy.policies.packed_config import METHOD, BitPolicyConfig
 from bitpolicy.policies.packed_model import (
     expected_tensors,
@@ -59,6 +60,8 @@ class BitPolicyTransformersQuantizer(HfQuantizer):
         with torch.device("cpu"):  # transformers makes everything on meta here
             stored = stored_tensors(checkpoint_files or ())
             if self.pre_quantized:
+                for path in list(checkpoint_files or ())[:1]:
+                    verify(Path(path).parent.parent)
                 self._expect_packed(model, stored)
             else:
                 self._expect_full(model, stored)

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.atomic import written_aside
 from bitpolicy.policies.identity import tensor_bytes
 
@@ -49,6 +50,12 @@ class Records:
         return tensors if whole else None
 
     def put(self, name: str, tensors: Piece) -> None:
+        """
+        Raises:
+            BitPolicyError: the folder was removed since it was opened, and all earlier pieces with it.
+        """
+        if not self._folder.is_dir():
+            raise BitPolicyError(f"{self._folder} was removed while it was being written; run the command again")
         kept = {key: tensor.contiguous() for key, tensor in tensors.items()}
         with written_aside(self._folder / f"{name}.safetensors") as aside:
             save_file(kept, aside, metadata={"sha256": _checksum(kept)})

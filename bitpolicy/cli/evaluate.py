@@ -44,7 +44,7 @@ from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.samples import Sample, split_samples
 from bitpolicy.sensitivity.trajectory import Trajectories
 from bitpolicy.settings import require_seed
-from bitpolicy.workflow import swapped_denoiser
+from bitpolicy.workflow import swapped_components
 
 QUALITY = "Quality"
 
@@ -162,7 +162,7 @@ def _drawn(
 
     The checkpoint's come first: if it cannot be loaded, that is said before any time was spent.
     """
-    with swapped_denoiser(source, checkpoint, compute) as used:
+    with swapped_components(source, checkpoint, compute) as used:
         images, after = _images(source, call, stages.track(samples, "checkpoint"))
     reference, before = _images(source, call, stages.track(samples, "reference"))
     takes_text = "prompt" in inspect.signature(type(source.pipe).__call__).parameters

@@ -111,7 +111,7 @@ def test_the_unquantized_model_has_no_distance(
 
 def test_the_bundled_pipeline_brings_its_network(monkeypatch: pytest.MonkeyPatch, finished: Any, command: Any) -> None:
     """With the checkpoint's denoiser left out, as it is the toy's: what is looked at is which metrics there are."""
-    monkeypatch.setattr(module, "swapped_denoiser", lambda *_: nullcontext(Compute.EXACT))
+    monkeypatch.setattr(module, "swapped_components", lambda *_: nullcontext(Compute.EXACT))
     call = ("--num-inference-steps", "1", "--guidance-scale", "1", "--images", "2", "--metrics", "lpips,fid,kid")
     outcome = command("eval", finished.folder / "checkpoint", "--model", BUNDLED, *call, "--json")
     (line,) = outcome.err.splitlines()
@@ -172,6 +172,22 @@ def moved(finished: Any, toy: Path, here: Path) -> Callable[..., Path]:
         return here / "copy"
 
     return changed
+
+
+def test_the_images_are_those_of_all_that_is_in_the_checkpoint(
+    command: Any, finished: Any, toy: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """Its text encoder and its scheduler, too, and not those of the model it is compared with."""
+    checkpoint = shutil.copytree(finished.folder / "checkpoint", tmp_path / "checkpoint")
+    arguments = ("eval", checkpoint, "--model", toy, "--prompts", prompts, *CALL, "--images", "2", "--json")
+    before = command(*arguments).result["psnr_db"]["mean"]
+    weights = checkpoint / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor * 1.1 for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    refused = command(*arguments)
+    assert refused.code == 2
+    assert "is not as it was written" in refused.err
+    (checkpoint / "bitpolicy.json").unlink()
+    assert command(*arguments).result["psnr_db"]["mean"] < before - 3
 
 
 def test_a_model_that_is_not_there_any_more_is_refused_with_the_remedy(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import torch
 from pipeline_folders import differing, export
 
 from bitpolicy import BitPolicyError
-from bitpolicy.policies.folder_lock import locked
+from bitpolicy.policies.folder_lock import locked, working_in
 
 
 @contextmanager
@@ -79,11 +80,26 @@ def test_a_lock_that_was_removed_is_no_lock(tmp_path: Path, monkeypatch: pytest.
         assert lock.exists()
 
 
-def test_a_folder_that_is_gone_in_the_end_is_no_error(tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    with locked(tmp_path / "folder" / "lock", tmp_path / "folder"):
-        (tmp_path / "folder" / "lock").unlink()
-        (tmp_path / "folder").rmdir()
+def test_a_folder_that_was_removed_meanwhile_is_told(tmp_path: Path) -> None:
+    """Or a part of what was to be in it would be made anew, and called done."""
+
+    def removed_and_made_anew() -> None:
+        with working_in(tmp_path / "run"):
+            shutil.rmtree(tmp_path / "run")
+            (tmp_path / "run").mkdir()
+
+    with pytest.raises(BitPolicyError, match="was removed while it was being written"):
+        removed_and_made_anew()
+
+
+def test_an_error_inside_is_the_error(tmp_path: Path) -> None:
+    def fails() -> None:
+        with working_in(tmp_path / "run"):
+            shutil.rmtree(tmp_path / "run")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
 
 
 def test_two_exports_into_one_folder_leave_a_whole_one(

@@ -16,12 +16,20 @@ from pipeline_folders import TEXT, VAE, differing, export, files, tensors
 from safetensors.torch import save_file
 
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.policies import linking
 from bitpolicy.policies.checkpoint import checkpoint_bytes
 from bitpolicy.policies.export import export_parts
 from bitpolicy.policies.folder_parts import FolderParts
 from bitpolicy.policies.parts import MemoryParts
 
 F16, F32 = torch.float16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def no_clones(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """As on a file system that has none."""
+    if "clone" not in request.node.name:
+        monkeypatch.setattr(linking, "_clone", lambda *_: False)
 
 
 def test_weights_of_the_wanted_dtype_are_the_same_file_and_text_is_a_copy(
@@ -44,6 +52,36 @@ def test_links_of_a_hub_cache_are_followed(exported: Any, half: Path, tmp_path: 
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_symlink()] == []
     assert (tmp_path / "out" / VAE).samefile(blobs / VAE)
     assert differing(tmp_path / "out", exported.folder) == []
+
+
+def test_a_clone_is_a_file_of_its_own(
+    exported: Any, half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writing into it, or changing who may read it, leaves the source alone. The system call is played: most file
+    systems have none."""
+
+    def ficlone(new: Any, code: int, old: int) -> int:
+        assert code == 0x40049409
+        while piece := os.read(old, 2**20):
+            new.write(piece)
+        return 0
+
+    monkeypatch.setattr(linking.fcntl, "ioctl", ficlone)
+    before = (half / VAE).read_bytes()
+    export(exported, half, tmp_path / "out")
+    assert (tmp_path / "out" / VAE).read_bytes() == before
+    assert not (tmp_path / "out" / VAE).samefile(half / VAE)
+
+
+def test_without_clones_it_is_a_link(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking for a clone leaves nothing behind where there is none."""
+
+    def refuse(*_: Any) -> int:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(linking.fcntl, "ioctl", refuse)
+    linking.link_or_copy(half / VAE, tmp_path / "clone")
+    assert (tmp_path / "clone").samefile(half / VAE)
 
 
 def test_what_cannot_be_linked_is_copied(

@@ -18,7 +18,7 @@ from bitpolicy.policies import file_source as module
 from bitpolicy.policies.calibration import load_calibration
 from bitpolicy.policies.file_source import FileSource
 from bitpolicy.policies.identity import weights_hash
-from bitpolicy.policies.source import ModuleSource, joined, source_hash
+from bitpolicy.policies.source import ModuleSource, Unchanged, joined, source_hash
 from bitpolicy.policies.source_converted import converted
 from bitpolicy.policies.stored_tensors import stored_tensors
 from bitpolicy.sensitivity.table import SensitivityTable
@@ -45,6 +45,29 @@ def test_the_hash_of_files_is_that_of_the_model(toy_unet: Any, tmp_path: Path, s
     files = FileSource(sorted(tmp_path.glob("*.safetensors")))
     assert source_hash({"unet": files}, storage) == weights_hash(toy_unet, storage)
     assert source_hash({"unet": ModuleSource(toy_unet)}, storage) == weights_hash(toy_unet, storage)
+
+
+def test_a_tensor_that_changes_between_two_readings_is_told() -> None:
+    layer = nn.Linear(3, 2)
+    source = Unchanged(ModuleSource(layer), torch.float16)
+    before = source_hash({"unet": source}, torch.float16)
+    assert source_hash({"unet": source}, torch.float16) == before == weights_hash(layer, torch.float16)
+    layer.weight.data[0, 0] += 1
+    source.read("bias")
+    with pytest.raises(BitPolicyError, match="changed while they were used: weight is another than it was"):
+        source.read("weight")
+
+
+def test_what_is_read_is_compared_with_the_model_in_memory_in_the_storage_dtype(tmp_path: Path) -> None:
+    layer = nn.Linear(3, 2)
+    save_file(layer.half().state_dict(), tmp_path / "model.safetensors")
+    source = Unchanged(FileSource([tmp_path / "model.safetensors"]), torch.float16, ModuleSource(layer.float()))
+    assert torch.equal(source.read("weight"), layer.weight.half())
+    save_file({**layer.half().state_dict(), "bias": torch.ones(2).half()}, tmp_path / "model.safetensors")
+    changed = Unchanged(FileSource([tmp_path / "model.safetensors"]), torch.float16, ModuleSource(layer.float()))
+    changed.read("weight")
+    with pytest.raises(BitPolicyError, match="bias is another than it was"):
+        changed.read("bias")
 
 
 def test_several_models_hash_as_one() -> None:

@@ -12,6 +12,8 @@ import torch
 from pipeline_folders import change
 
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.loading import open_pipeline
+from bitpolicy.policies import denoiser_files
 from bitpolicy.policies.folder_parts import FolderParts, is_streamable
 
 F16 = torch.float16
@@ -36,6 +38,38 @@ def test_weights_that_do_not_fit_the_config_are_refused(saved: Callable[..., Pat
     change(path, conv_out__weight=None)
     with pytest.raises(BitPolicyError, match=r"lacks 1 of the \d+ tensors of UNet2DConditionModel, e\.g\. conv_out"):
         FolderParts(folder)
+
+
+@pytest.mark.parametrize(("component", "entry"), [("unet", "layers_per_block"), ("text_encoder", "num_hidden_layers")])
+def test_a_config_that_asks_for_billions_of_layers_is_refused_before_they_are_built(
+    saved: Callable[..., Path], component: str, entry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(denoiser_files, "MOST_MODULES", 2000)
+    folder = saved(F16)
+    path = folder / component / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), entry: 2**31}))
+    with pytest.raises(BitPolicyError, match="a config asks for a model of more than 2,000 modules"):
+        FolderParts(folder, component)
+    with pytest.raises(BitPolicyError, match="a config asks for a model of more than 2,000 modules"):
+        open_pipeline(folder)
+
+
+def test_pickles_are_loaded_on_no_road(saved: Callable[..., Path]) -> None:
+    folder = saved(F16)
+    torch.save({}, folder / "vae" / "diffusion_pytorch_model.bin")
+    open_pipeline(folder)
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(BitPolicyError, match=r"vae has its weights only as .*\.bin, a pickle"):
+        open_pipeline(folder)
+
+
+def test_a_damaged_tokenizer_is_told(saved: Callable[..., Path]) -> None:
+    folder = saved(F16)
+    found = [path for path in (folder / "tokenizer").iterdir() if path.suffix == ".json"]
+    for path in found:
+        path.write_text("{")
+    with pytest.raises(BitPolicyError, match=f"cannot load the pipeline in {folder}"):
+        open_pipeline(folder)
 
 
 def test_a_missing_shard_is_told(saved: Callable[..., Path]) -> None:
