@@ -247,11 +247,18 @@ def test_no_file_loads_what_can_run_code() -> None:
     assert unsafe_loads(ROOT) == []
 
 
-@pytest.mark.parametrize(
-    "folder", [*FOLDERS, "bitpolicy/cli", "bitpolicy/report", "policies/exporters", "sensitivity/calls"]
-)
-def test_every_folder_has_sources(folder: str) -> None:
-    assert list((ROOT / folder).glob("*.py")), f"{folder}/ holds no module"
+def rooms() -> list[str]:
+    """The folders of the package, as pyproject.toml lists them."""
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    found = tools["setuptools"]["package-dir"]
+    return [found.get(name, name.replace(".", "/")) for name in tools["setuptools"]["packages"]]
+
+
+@pytest.mark.parametrize("folder", rooms())
+def test_every_folder_has_sources_and_is_read_at_a_glance(folder: str) -> None:
+    modules = list((ROOT / folder).glob("*.py"))
+    assert modules, f"{folder}/ holds no module"
+    assert len(modules) <= 16, f"{folder}/ holds {len(modules)} modules; give some of them a room of their own"
 
 
 def test_every_configured_folder_exists() -> None:
@@ -281,18 +288,18 @@ def test_a_wheel_holds_the_whole_tree_and_nothing_else(tmp_path: Path) -> None:
 def small(tmp_path: Path) -> Path:
     """A tree in our layout, with a module in each folder, that passes every check."""
     root = tmp_path / "small"
-    above = "bitpolicy.kernels.format"
+    above = "bitpolicy.kernels.formats.format"
     for layer in LAYERS:
         write(root, f"{layer}/first.py", f"from {above} import name\n")
         above = f"bitpolicy.{layer}.first"
-    write(root, "kernels/format.py", "name = 1\n")
+    write(root, "kernels/formats/format.py", "name = 1\n")
     write(root, "bitpolicy/__init__.py", "from bitpolicy.search.first import name\n")
     write(root, "bitpolicy/py.typed", "")
     write(root, "bitpolicy/models/emoji/unet/config.json", "{}")
     write(root, "bitpolicy/cli/main.py", "import yaml\n\nyaml.safe_load('1')\n")
     write(root, "bitpolicy/report/page.py", "")
-    write(root, "policies/exporters/comfy.py", "")
-    write(root, "sensitivity/calls/form.py", "")
+    for room in rooms():
+        write(root, f"{room}/room.py", "")
     write(root, "README.md", "")
     shutil.copyfile(ROOT / "pyproject.toml", root / "pyproject.toml")
     return root
@@ -353,10 +360,10 @@ def test_a_broken_rule_is_named(small: Path, name: str, text: str, complaint: st
 
 
 def test_a_circle_is_named_in_the_order_of_its_imports(small: Path) -> None:
-    write(small, "kernels/format.py", "from bitpolicy.kernels import packing\n")
-    write(small, "kernels/packing.py", "def f():\n    from bitpolicy.kernels.first import name\n")
+    write(small, "kernels/formats/format.py", "from bitpolicy.kernels.formats import packing\n")
+    write(small, "kernels/formats/packing.py", "def f():\n    from bitpolicy.kernels.first import name\n")
     (circle,) = import_cycles(small)
-    names = [name.removeprefix("bitpolicy.kernels.") for name in circle.split(" -> ")]
+    names = [name.rpartition(".")[2] for name in circle.split(" -> ")]
     assert " ".join(names + names[1:]).count("first format packing first") == 1
 
 
