@@ -1,40 +1,45 @@
 """bitpolicy: mixed-precision quantization of diffusion models, chosen by what it does to the finished image.
 
-Importing it teaches diffusers and transformers to load packed checkpoints.
+Importing it teaches diffusers and transformers to load packed checkpoints, whether they are imported already or later.
+What it offers is listed in `__init__.pyi` and imported when it is first used: torch and diffusers take seconds.
 """
 
+from importlib import import_module as _import_module
 from pathlib import Path as _Path
+from typing import Any as _Any
 
 _root = _Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").exists() and (_root / "kernels").is_dir():
     __path__.append(str(_root))  # in a source tree the subpackages lie beside this folder, not in it
 
-from bitpolicy.command import quiet_if_a_command as _quiet_if_a_command
+from bitpolicy.policies.loading.registration import register as _register
 
-with _quiet_if_a_command():
-    from bitpolicy.api import export, export_for, load_pipeline, probe, search
-    from bitpolicy.kernels.compute.setting import resident_bytes, set_compute
-    from bitpolicy.kernels.dispatch import use_kernels
-    from bitpolicy.kernels.errors import BitPolicyError
-    from bitpolicy.policies.loading import diffusers_quantizer as _diffusers
-    from bitpolicy.policies.loading import transformers_quantizer as _transformers
-    from bitpolicy.policies.loading.packed_config import BitPolicyConfig
-    from bitpolicy.policies.policy import Policy
-
-_diffusers.register()
-_transformers.register()
+_register()
 
 __version__ = "0.1.0"
-__all__ = [
-    "BitPolicyConfig",
-    "BitPolicyError",
-    "Policy",
-    "export",
-    "export_for",
-    "load_pipeline",
-    "probe",
-    "resident_bytes",
-    "search",
-    "set_compute",
-    "use_kernels",
-]
+_PLACES = {
+    "BitPolicyConfig": "bitpolicy.policies.loading.packed_config",
+    "BitPolicyError": "bitpolicy.kernels.errors",
+    "Policy": "bitpolicy.policies.policy",
+    "export": "bitpolicy.api",
+    "export_for": "bitpolicy.api",
+    "load_pipeline": "bitpolicy.api",
+    "probe": "bitpolicy.api",
+    "resident_bytes": "bitpolicy.kernels.compute.setting",
+    "search": "bitpolicy.api",
+    "set_compute": "bitpolicy.kernels.compute.setting",
+    "use_kernels": "bitpolicy.kernels.dispatch",
+}
+__all__ = list(_PLACES)
+
+
+def __getattr__(name: str) -> _Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'bitpolicy' has no attribute {name!r}")
+    found = getattr(_import_module(_PLACES[name]), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES})

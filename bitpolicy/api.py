@@ -13,8 +13,8 @@ from diffusers import DiffusionPipeline
 
 from bitpolicy.arguments import Named, python_call, settings_for
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats.named import DEFAULT, parse_formats
-from bitpolicy.kernels.quantizers.named import DEFAULT as DEFAULT_QUANTIZER
+from bitpolicy.kernels.formats.named import parse_formats
+from bitpolicy.kernels.names import DEFAULT_FORMATS, DEFAULT_QUANTIZER
 from bitpolicy.pipelines.hub import push, require_login
 from bitpolicy.pipelines.loading import DTYPES, open_parts, open_pipeline, source_of, stored_dtype
 from bitpolicy.pipelines.prompting import requests_of
@@ -51,7 +51,7 @@ def probe(
     *,
     call: Mapping[str, Any] | None = None,
     prompts: Prompts = None,
-    formats: str | Sequence[str] = DEFAULT,
+    formats: str | Sequence[str] = DEFAULT_FORMATS,
     probe: str = "adjoint",
     quantizer: str = DEFAULT_QUANTIZER,
     compute: str = "exact",
@@ -115,7 +115,7 @@ def search(
     target_psnr: float | None = None,
     call: Mapping[str, Any] | None = None,
     prompts: Prompts = None,
-    formats: str | Sequence[str] = DEFAULT,
+    formats: str | Sequence[str] = DEFAULT_FORMATS,
     probe: str = "adjoint",
     quantizer: str = DEFAULT_QUANTIZER,
     compute: str = "exact",

@@ -13,7 +13,6 @@ import numbers
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import fields
 from functools import cache, wraps
 from pathlib import Path
@@ -24,11 +23,12 @@ import torch
 from diffusers import DiffusionPipeline
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from bitpolicy.command import in_a_command
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.quantizers.named import QUANTIZERS
 from bitpolicy.pipelines.loading import DTYPES
-from bitpolicy.policies.exporters.targets import NAMES as TARGETS
+from bitpolicy.policies.exporters.names import NAMES as TARGETS
 from bitpolicy.policies.policy import Policy
 from bitpolicy.search.budget import SCOPES
 from bitpolicy.search.study.samplers import SAMPLERS, SPACES
@@ -40,7 +40,6 @@ R = TypeVar("R")
 Named = Annotated[str, Field(min_length=1)]
 """A path or hub id: never empty, which would be the folder one stands in."""
 
-_as_options: ContextVar[bool] = ContextVar("as_options", default=False)
 _IN_PYTHON = {
     "model": "pipe",
     "num-inference-steps": "call",
@@ -92,16 +91,6 @@ def python_call(function: Callable[P, R]) -> Callable[P, R]:
             return function(*bound.args, **bound.kwargs)
 
     return checked
-
-
-@contextmanager
-def as_options() -> Iterator[None]:
-    """While the block runs, functions of the Python interface are called by a command: messages keep its spelling."""
-    before = _as_options.set(True)
-    try:
-        yield
-    finally:
-        _as_options.reset(before)
 
 
 def checked_value(name: str, value: Any, hint: Any) -> Any:
@@ -185,7 +174,7 @@ def _text(path: Any) -> Any:
 @contextmanager
 def _told(names: Sequence[str]) -> Iterator[None]:
     """Spell the mistakes of the block as Python does."""
-    if _as_options.get():
+    if in_a_command():
         yield
         return
     try:

@@ -1,8 +1,9 @@
-"""Whether this process runs one of our commands, and then: imports that print nothing.
+"""What sets a command apart from a call in Python: it answers at once, and other libraries are quiet in it.
 
-Importing diffusers imports every quantization library that is installed, and some print warnings about each other, as
-torchao 0.18 does beside torch 2.14 or newer. Who runs a command can do nothing about them, and an error has to stay one
-line. Who imports bitpolicy hears them, as from diffusers itself.
+Importing diffusers takes seconds and imports every quantization library that is installed, some of which print warnings
+about each other, as torchao 0.18 does beside torch 2.14 or newer. Who runs a command can do nothing about them, and an
+error has to stay one line. So a command reads its options first, and imports what carries it out then, and quietly. Who
+imports bitpolicy in Python hears everything, as from diffusers itself.
 """
 
 from __future__ import annotations
@@ -11,43 +12,58 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from contextvars import ContextVar
+from typing import Any
 
-_SILENT = frozenset({"--quiet", "--json", "--help", "--version"})
-_COMMANDS = ("bitpolicy", "search-policy")
+from bitpolicy.kernels.errors import BitPolicyWarning
+
+_in_a_command: ContextVar[bool] = ContextVar("in_a_command", default=False)
 
 
-def runs_a_command() -> bool:
-    """Whether this process was started as `bitpolicy`, `search-policy` or `python -m bitpolicy`."""
-    if sys.argv[:1] == ["-m"]:  # the name comes when the package has been imported
-        return _follows("-m", "bitpolicy")
-    name = Path(sys.argv[0]) if sys.argv else Path()
-    return name.stem in _COMMANDS or (name.name == "__main__.py" and name.parent.name == "bitpolicy")
+def in_a_command() -> bool:
+    """Whether a command calls: messages then spell options as the command line does."""
+    return _in_a_command.get()
 
 
 @contextmanager
-def quiet_if_a_command() -> Iterator[None]:
-    """Neither warnings nor log records while a command imports what it needs; --debug lets them through."""
-    if not runs_a_command() or "--debug" in sys.argv:
+def command() -> Iterator[None]:
+    """While the block runs, functions of the Python interface are called by a command."""
+    before = _in_a_command.set(True)
+    try:
+        yield
+    finally:
+        _in_a_command.reset(before)
+
+
+@contextmanager
+def importing(options: Mapping[str, Any]) -> Iterator[None]:
+    """Neither warnings nor log records while a command imports what carries it out, and little of them afterwards.
+
+    Args:
+        options: of the command; `debug` lets everything through, `quiet` and `as_json` show no sign of life.
+    """
+    if options.get("debug"):
         yield
         return
     before = logging.root.manager.disable
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or counting allocations warns of those it did not see
-    with _sign_of_life(), warnings.catch_warnings():
+    shown = not (options.get("quiet") or options.get("as_json"))
+    with _sign_of_life(shown), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.CRITICAL)
         try:
             yield
         finally:
             logging.disable(before)
+    _hush()
 
 
 @contextmanager
-def _sign_of_life() -> Iterator[None]:
+def _sign_of_life(shown: bool) -> Iterator[None]:
     """A line on the terminal while the libraries are imported, which takes seconds; gone afterwards."""
-    if not sys.stderr.isatty() or not _SILENT.isdisjoint(sys.argv):
+    if not shown or not sys.stderr.isatty():
         yield
         return
     sys.stderr.write("loading libraries ...")
@@ -59,6 +75,13 @@ def _sign_of_life() -> Iterator[None]:
         sys.stderr.flush()
 
 
-def _follows(option: str, name: str) -> bool:
-    pairs = zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
-    return (option, name) in pairs
+def _hush() -> None:
+    """Other libraries' chatter would bury the progress bars. Our own warnings are a line each."""
+    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("always", category=BitPolicyWarning)
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    for library in (sys.modules.get("diffusers"), sys.modules.get("transformers")):
+        if library is not None:
+            library.utils.logging.set_verbosity(logging.CRITICAL)
+            library.utils.logging.disable_progress_bar()

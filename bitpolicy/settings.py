@@ -12,7 +12,7 @@ from typing import Any
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.kernel import Compute
-from bitpolicy.kernels.quantizers.named import DEFAULT
+from bitpolicy.kernels.names import DEFAULT_QUANTIZER
 from bitpolicy.policies.storage.atomic import require_nameable, write_text
 from bitpolicy.policies.storage.folder_lock import NAME as LOCK
 from bitpolicy.policies.storage.folder_lock import working_in
@@ -113,7 +113,7 @@ class Settings:
     shared: int = 8
     remeasure: int = 8
     remeasure_close: int = 0
-    quantizer: str = DEFAULT
+    quantizer: str = DEFAULT_QUANTIZER
     compute: str = Compute.EXACT.value
     target_psnr: float | None = None
     target_lpips: float | None = None

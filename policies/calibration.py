@@ -2,8 +2,8 @@
 
 `calibration.safetensors` holds E[x] per layer (see `bitpolicy.kernels.quantizers.bias_correction`), float32, by layer
 name; and, for layers that were not rounded to nearest, the packed tensors that their quantizer made, by `rounded_key`.
-Under `MADE_FROM` it says which weights all this is of: what quantizers made of one model is another model's weights. Its hash
-is recorded in the policy, so what is exported is what was searched.
+Under `MADE_FROM` it says which weights all this is of: what quantizers made of one model is another model's weights.
+Its hash is recorded in the policy, so what is exported is what was searched.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.format import Format
 from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.kernel import Compute
-from bitpolicy.kernels.quantizers.named import DEFAULT, RTN
+from bitpolicy.kernels.names import DEFAULT_QUANTIZER
+from bitpolicy.kernels.quantizers.named import RTN
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.policy import Choice
 from bitpolicy.policies.storage.atomic import write_text, written_aside
@@ -147,7 +148,7 @@ class SensitivityTable:
         of_candidate = torch.where(corrected, squares[1], squares[0])
         formats = list(dict.fromkeys(candidate.format for candidate in candidates))
         quantizers = list(dict.fromkeys(candidate.quantizer for candidate in candidates))
-        usual = quantizers.index(DEFAULT) if DEFAULT in quantizers else 0
+        usual = quantizers.index(DEFAULT_QUANTIZER) if DEFAULT_QUANTIZER in quantizers else 0
         best = chosen(of_candidate.unflatten(2, (len(formats), len(quantizers))), usual)
         column = best + torch.arange(len(formats)) * len(quantizers)
         by_step = torch.where(corrected, fixed, plain).gather(3, column.expand(*plain.shape[:2], *column.shape))

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
-from rich.table import Table
-from torch import nn
 
-from bitpolicy.api import load_pipeline
 from bitpolicy.cli.options import (
     RUN,
     Call,
@@ -24,24 +17,8 @@ from bitpolicy.cli.options import (
     Prompts,
     Revision,
     Variant,
-    pipeline_call,
 )
-from bitpolicy.cli.tables import print_table
-from bitpolicy.kernel_choices import watching
-from bitpolicy.kernels.compute.setting import resident_bytes, set_compute
-from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats.format import Format
-from bitpolicy.kernels.formats.named import FP16
-from bitpolicy.kernels.layers import PackedLayer
-from bitpolicy.pipelines.loading import DTYPES, device_named, load_source, open_pipeline, packed_components
-from bitpolicy.pipelines.prompting import default_requests, load_requests
-from bitpolicy.policies.accounting import ByteAccount, stored_tensors
-from bitpolicy.policies.denoiser import denoiser_names, denoiser_of, denoisers_in
-from bitpolicy.policies.policy import Policy
-from bitpolicy.sensitivity.inventory import inventory
-from bitpolicy.sensitivity.samples import Sample
-from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
-from bitpolicy.workflow.plan import class_name, short_call
+from bitpolicy.command import importing
 
 What = Annotated[
     str | None,
@@ -83,118 +60,7 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """List every layer with its role, stage, shape, format and bytes; or with --kernels, how it is multiplied."""
-    folder = what is not None and (Path(what) / "policy.yaml").is_file()
-    if kernels:
-        if not folder:
-            raise BitPolicyError(
-                f"--kernels is of a checkpoint, and {what or 'the bundled pipeline'} is none; give the folder that "
-                "search-policy or export wrote"
-            )
-        drawn = _Drawn(Path(str(what)), component, compute, low_memory, dtype, device)
-        rows, title = drawn.kernels(prompts, pipeline_call(None, None, call))
-        shown = [{key: value for key, value in row.items() if as_json or key != "passed over"} for row in rows]
-        _print(shown, title, as_json)
-        return
-    if what and Path(what).is_file():
-        policy = Policy.load(what)
-        rows = [{"layer": name, **entry.model_dump(exclude_none=True)} for name, entry in policy.layers.items()]
-        default = ", ".join(f"{k} {v}" for k, v in policy.defaults.model_dump(exclude_none=True).items())
-        title = f"policy for {policy.model.id} ({policy.model.class_name}); all other layers: {default}"
-    elif folder:
-        rows, title = _of_checkpoint(Path(str(what)), component)
-    else:
-        rows, title = _of_model(what, component, revision, variant)
-    _print(rows, title, as_json)
-
-
-def _print(rows: list[dict[str, Any]], title: str, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({"title": title, "layers": rows}))
-        return
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = Table(*columns, title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*(str(row.get(column, "")) for column in columns))
-    print_table(table)
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    """A checkpoint that is drawn with, to see which kernels its layers get."""
-
-    folder: Path
-    component: str | None
-    compute: str | None
-    low_memory: bool
-    dtype: str
-    device: str
-
-    def kernels(self, prompts: Path | None, call: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
-        target = device_named(self.device)
-        dtype = DTYPES.get(self.dtype) or (torch.float32 if target.type == "cpu" else None)
-        pipe = load_pipeline(self.folder, dtype, target)
-        names = denoiser_names(pipe, self.component or packed_components(self.folder))
-        model = denoiser_of(pipe, names)
-        if self.compute is not None or self.low_memory:
-            set_compute(model, self.compute, self.low_memory)
-        asked = load_requests(prompts) if prompts else default_requests(pipe, bundled=False)
-        sample = Sample.of(asked[0], 0)
-        trajectories = Trajectories(pipe, names, {**short_call(pipe), **call})
-        trajectories.learn(sample)
-        with watching(model) as seen:
-            next(trajectories.images([sample]))
-        held = resident_bytes(model)
-        title = (
-            f"{self.folder}: {len(seen)} packed layers on {target}; {held.stored:,} bytes as stored, "
-            f"{held.layouts:,} bytes of kernels' own layouts"
-        )
-        return [choice.as_row() for choice in seen.values()], title
-
-
-def _of_model(
-    what: str | None, component: str | None, revision: str | None, variant: str | None
-) -> tuple[list[dict[str, Any]], str]:
-    source = load_source(what, component, dtype="auto", device="cpu", revision=revision, variant=variant)
-    account = ByteAccount.of(source.denoiser, source.storage)
-    rows = [
-        _row(layer.name, layer.role, layer.stage, layer.shape, FP16, account.layer(layer.name, FP16))
-        for layer in inventory(source.denoiser)
-    ]
-    return (
-        rows,
-        f"{source.id}: {class_name(source.denoiser)}, {len(rows)} layers, {account.reference:,} bytes at FP16",
-    )
-
-
-def _of_checkpoint(folder: Path, component: str | None) -> tuple[list[dict[str, Any]], str]:
-    pipe = open_pipeline(folder)
-    denoiser: Any = denoiser_of(pipe, denoiser_names(pipe, component or packed_components(folder)))
-    formats = {name: module for name, module in denoiser.named_modules() if isinstance(module, PackedLayer)}
-    total = sum(tensor.nbytes for tensor in stored_tensors(denoiser).values())
-    packed_bytes = {name: sum(t.nbytes for t in module.packed_tensors().values()) for name, module in formats.items()}
-    layers = inventory(_unpacked_view(denoiser, formats))
-    rows = []
-    for layer in layers:
-        format = formats[layer.name].format if layer.name in formats else FP16
-        nbytes = packed_bytes.get(layer.name) or denoiser.get_submodule(layer.name).weight.nbytes
-        rows.append(_row(layer.name, layer.role, layer.stage, layer.shape, format, nbytes))
-    return rows, f"{folder}: {class_name(denoiser)}, {len(rows)} layers, {total:,} bytes"
-
-
-def _unpacked_view(denoiser: Any, packed: dict[str, PackedLayer]) -> nn.Module:
-    """The same model with ordinary layers, so that roles are told as they are for the model it was made from."""
-    parts: list[Any] = denoisers_in(denoiser) if packed else []
-    for part in parts:
-        part.dequantize()
-    return denoiser
-
-
-def _row(name: str, role: str, stage: str, shape: tuple[int, ...], format: Format, nbytes: int) -> dict[str, Any]:
-    return {
-        "layer": name,
-        "role": role,
-        "stage": stage,
-        "shape": "x".join(map(str, shape)),
-        "format": format.name,
-        "bytes": nbytes,
-    }
+    options = locals()
+    with importing(options):
+        from bitpolicy.cli.running.inspect import run
+    run(**options)

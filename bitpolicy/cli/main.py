@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import errno
-import logging
 import sys
-import warnings
 from typing import Any
 
 import typer
 from safetensors import SafetensorError
 
-from bitpolicy.arguments import as_options
 from bitpolicy.cli.command_line import Command
-from bitpolicy.cli.draw import report
 from bitpolicy.cli.evaluate import evaluate
 from bitpolicy.cli.export import export
 from bitpolicy.cli.formats import formats
 from bitpolicy.cli.inspect import inspect
 from bitpolicy.cli.options import Version
 from bitpolicy.cli.probe import probe
+from bitpolicy.cli.report import report
 from bitpolicy.cli.search import search
-from bitpolicy.kernels.errors import BitPolicyError, BitPolicyWarning
+from bitpolicy.command import command
+from bitpolicy.kernels.errors import BitPolicyError
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's own, which typer does not name
 _STOPPED = 130  # as a shell counts SIGINT; typer returns it, too
@@ -67,10 +65,8 @@ def search_policy() -> None:
 def _run(commands: typer.Typer, name: str) -> int:
     """Run a command line; returns its exit code."""
     debug = "--debug" in sys.argv
-    if not debug:
-        _hush()
     try:
-        with as_options():
+        with command():
             code = int(commands(args=sys.argv[1:], prog_name=name, standalone_mode=False) or 0)
     except (KeyboardInterrupt, typer.Abort):
         code = _STOPPED
@@ -98,17 +94,3 @@ def _mistake(name: str, message: str, error: Exception, debug: bool) -> int:
         raise error
     print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
     return 2
-
-
-def _hush() -> None:
-    """Other libraries' chatter would bury the progress bars; --debug shows it. Our own warnings are a line each."""
-    import diffusers
-    import transformers
-
-    warnings.filterwarnings("ignore")
-    warnings.filterwarnings("always", category=BitPolicyWarning)
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    logging.getLogger("torch").setLevel(logging.ERROR)
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity(logging.CRITICAL)
-        library.utils.logging.disable_progress_bar()

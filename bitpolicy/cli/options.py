@@ -11,14 +11,14 @@ from typing import Annotated, Any
 import typer
 
 from bitpolicy import __version__
+from bitpolicy.kernels import names
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats.named import DEFAULT, WRITE
 
 MODEL = "Model"
 CALL = "Pipeline call"
 RUN = "Run"
 
-DEFAULT_FORMATS = ",".join(DEFAULT)
+DEFAULT_FORMATS = ",".join(names.DEFAULT_FORMATS)
 
 Model = Annotated[
     str | None,
@@ -59,7 +59,7 @@ Offload = Annotated[
         "--offload", help="Keep weights in main memory, for a model larger than the GPU.", rich_help_panel=MODEL
     ),
 ]
-Formats = Annotated[str, typer.Option(help=f"Candidates: {WRITE}.", rich_help_panel=RUN)]
+Formats = Annotated[str, typer.Option(help=f"Candidates: {names.WRITE}.", rich_help_panel=RUN)]
 Quantizer = Annotated[
     str,
     typer.Option(

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from bitpolicy.check import Check, check
 from bitpolicy.cli.options import (
     DEFAULT_FORMATS,
     RUN,
@@ -38,18 +33,8 @@ from bitpolicy.cli.options import (
     Steps,
     Variant,
 )
-from bitpolicy.cli.settings import settings_of
-from bitpolicy.cli.tables import print_table
-from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.quantizers.named import DEFAULT as DEFAULT_QUANTIZER
-from bitpolicy.policies.storage.atomic import require_nameable
-from bitpolicy.policies.storage.folder_lock import working_in
-from bitpolicy.sensitivity.cost.progress import Stages
-from bitpolicy.sensitivity.table import SensitivityTable
-from bitpolicy.sensitivity.workers import is_main, launched
-from bitpolicy.settings import require_no_search
-from bitpolicy.workflow.forecast import Forecast
-from bitpolicy.workflow.plan import make_plan
+from bitpolicy.command import importing
+from bitpolicy.kernels.names import DEFAULT_QUANTIZER
 
 OutputDir = Annotated[
     Path,
@@ -66,7 +51,6 @@ CheckIt = Annotated[
     typer.Option("--check", help="Compare with the truth: every layer, random policies. Slow.", rich_help_panel=RUN),
 ]
 CheckPolicies = Annotated[int, typer.Option(min=2, help="Random policies of --check.", rich_help_panel=RUN)]
-_SHOWN = 15  # layers in the printed table
 
 
 def probe(
@@ -105,85 +89,7 @@ def probe(
 
     accelerate launch -m bitpolicy probe --model M --output-dir out
     """
-    settings = settings_of(locals(), budget="100%")
-    require_nameable(output_dir)
-    if output_dir.is_file():
-        raise BitPolicyError(f"--output-dir {output_dir} is a file; give a folder")
-    require_no_search(output_dir)
-    stages = Stages(quiet or as_json or not is_main())
-    with stages.whole_run(), ExitStack() as stack:
-        plan = make_plan(settings)
-        stages.expect(Forecast(settings, plan).of_probe(split, check_policies if check_it else 0))
-        if is_main():
-            stack.enter_context(working_in(output_dir))
-        run = plan.probe(settings, output_dir / "work", stages)
-        reference = run.reference()
-        table = run.table(reference)
-        error_split = run.split(reference) if split else None
-        checked = check(run, table, reference, plan.account, check_policies) if check_it else None
-        if table.probe == "adjoint":
-            table = run.remeasured(table, reference, table.largest(remeasure))
-        if not is_main():
-            return
-        table.save(output_dir, plan.layers, plan.account, plan.model)
-        if error_split is not None:
-            error_split.save(output_dir / "split.safetensors")
-        if checked is not None:
-            checked.save(output_dir / "check.json")
-    if as_json:
-        _print_json(table, checked, stages, output_dir)
-        return
-    _print(table, checked, stages, output_dir, "image" if plan.trajectories.draws else "final latent")
-    if never := plan.never_called(table, reference.calibration):
-        print(f"{len(never)} layers were never called, e.g. {never[0]}: their scores of 0 say nothing")
-
-
-def _print_json(table: SensitivityTable, checked: Check | None, stages: Stages, folder: Path) -> None:
-    result: dict[str, object] = {"layers": len(table.layers), "probe": table.probe}
-    if table.cost is not None:
-        result["forwards"], result["times_below_ablation"] = table.cost.total, round(table.cost.gain, 2)
-    if checked is not None:
-        result["check"] = {a.what: [a.spearman, a.median_ratio] for a in checked.agreements()}
-    print(json.dumps({**result, "seconds": stages.seconds, "output_dir": str(folder)}, allow_nan=False))
-
-
-def _print(table: SensitivityTable, checked: Check | None, stages: Stages, folder: Path, signal: str) -> None:
-    """Args:
-    signal: what errors are errors of.
-    """
-    worst = table.error.amax(1).argsort(descending=True)[:_SHOWN].tolist()
-    what = "denoiser's outputs" if table.probe == "stepwise" else signal
-    shown = Table(
-        "layer",
-        *(f.name for f in table.formats),
-        *(["of it inputs"] if table.inputs is not None else []),
-        title=f"relative error of the {what} ({table.probe} probe), worst first; * measured",
-    )
-    for i in worst:
-        numbers = [
-            f"{float(error):.2e}{'*' if table.source(i, j) != table.probe else ''}"
-            for j, error in enumerate(table.error[i])
-        ]
-        of_inputs = [] if table.inputs is None else [f"{float(table.inputs[i].max()):.2e}"]
-        shown.add_row(table.layers[i], *numbers, *of_inputs)
-    print_table(shown)
-    if checked is not None:
-        print_table(_agreement(checked))
-    if table.cost is not None:
-        print(f"cost: {table.cost}")
-    if launched():
-        print(f"work shared by {os.environ['WORLD_SIZE']} processes")
-    print(f"seconds: {', '.join(f'{stage} {seconds:.0f}' for stage, seconds in stages.seconds.items())}")
-    print(f"{folder}/sensitivity.csv has all {len(table.layers)} layers; `bitpolicy report {folder}` draws them")
-
-
-def _agreement(checked: Check) -> Table:
-    shown = Table(
-        "predicted against measured", "n", "Spearman", "median ratio", "within 2x", title="check", title_justify="left"
-    )
-    for a in checked.agreements():
-        rank = "" if a.spearman is None else f"{a.spearman:.3f}"
-        shown.add_row(a.what, str(a.n), rank, f"{a.median_ratio:.2f}", f"{a.within_2x:.0%}")
-    null = checked.policies[0]
-    shown.add_row("nothing quantized", "1", "", "", f"predicted {null.predicted:g}, measured {null.measured:g}")
-    return shown
+    options = locals()
+    with importing(options):
+        from bitpolicy.cli.running.probe import run
+    run(options)

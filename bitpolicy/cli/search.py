@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from bitpolicy.cli.dry_run import described, print_plan
 from bitpolicy.cli.options import (
     DEFAULT_FORMATS,
     RUN,
@@ -37,17 +34,9 @@ from bitpolicy.cli.options import (
     Variant,
     Version,
 )
-from bitpolicy.cli.report import print_json, print_result
-from bitpolicy.cli.settings import settings_of
-from bitpolicy.kernels.quantizers.named import DEFAULT as DEFAULT_QUANTIZER
-from bitpolicy.policies.exporters.targets import NAMES
-from bitpolicy.search.study.samplers import require_sampler
-from bitpolicy.sensitivity.cost.progress import Stages
-from bitpolicy.settings import OutputFolder, Settings
-from bitpolicy.workflow.forecast import Forecast
-from bitpolicy.workflow.plan import Plan, make_plan
-from bitpolicy.workflow.preflight import require_disk, require_quality, require_storage
-from bitpolicy.workflow.search_run import run_search
+from bitpolicy.command import importing
+from bitpolicy.kernels.names import DEFAULT_QUANTIZER
+from bitpolicy.policies.exporters.names import NAMES
 
 AIM = "What to ask for"
 STUDY = "Study"
@@ -219,52 +208,7 @@ def search(
 
     search-policy --frontier 20 --trials 0 --output-dir curve
     """
-    settings = settings_of(locals())
-    require_sampler(sampler)
-    stages = Stages(quiet or as_json)
-    held = OutputFolder.peek(output_dir, settings, overwrite=overwrite, resume=resume)
-    if dry_run:
-        with stages.whole_run():
-            plan, forecast = _checked(settings, output_dir, stages, dry_run)
-            foreseen = {"memory": asdict(forecast.memory()), "disk": asdict(forecast.disk())}
-        (print_json if as_json else print_plan)({**described(plan), "seconds": forecast.of_search(), **foreseen})
-        return
-    if held is None:
-        with stages.whole_run():
-            plan, forecast = _checked(settings, output_dir, stages, dry_run)
-            stages.expect(forecast.of_search())
-            with OutputFolder.claimed(output_dir, settings, overwrite=overwrite, resume=resume) as output:
-                _say_notices(settings, plan)
-                run_search(settings, plan, output, stages)
-        held = output.finished()
-    elif not quiet:
-        print(
-            f"{output_dir} holds this search, finished; here is its result (--no-resume makes it anew)", file=sys.stderr
-        )
-    assert held is not None
-    (print_json if as_json else print_result)(held)
-
-
-def _checked(settings: Settings, output_dir: Path, stages: Stages, dry_run: bool) -> tuple[Plan, Forecast]:
-    """The plan and what it will take; all that would stop the run later stops it here, with nothing written."""
-    with stages.timed("load"):
-        plan = make_plan(settings)
-        require_quality(settings, plan)
-        require_storage(settings.storage, dry_run)
-        forecast = Forecast(settings, plan)
-        require_disk(output_dir, forecast.disk())
-    return plan, forecast
-
-
-def _say_notices(settings: Settings, plan: Plan) -> None:
-    """What the user should know before the work begins, on stderr."""
-    if plan.fits_unquantized and settings.budget is not None:
-        print(
-            f"{plan.budget.scope.at_fp16}, which fits {plan.budget}: every layer stays FP16",
-            file=sys.stderr,
-        )
-    if not plan.split.by_prompt:
-        print(
-            "fewer than 8 prompts: calibration, search and held-out images share prompts and have seeds of their own",
-            file=sys.stderr,
-        )
+    options = locals()
+    with importing(options):
+        from bitpolicy.cli.running.search import run
+    run(options)

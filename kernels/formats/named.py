@@ -21,11 +21,11 @@ from bitpolicy.kernels.formats.float_codes import Float8, NormalFloat4
 from bitpolicy.kernels.formats.format import Format
 from bitpolicy.kernels.formats.int8 import Int8
 from bitpolicy.kernels.formats.plain import Plain
+from bitpolicy.kernels.names import DEFAULT_FORMATS, WRITE
 
 FP16 = Plain("fp16")
 INT8 = Int8("int8")
 FP8 = Float8("fp8")
-DEFAULT = ("int4", "int8", "fp16")
 _OTHERS: dict[str, Format] = {f.name: f for f in (FP16, INT8, NormalFloat4("nf4"), FP8)}
 CONVROT: tuple[Format, ...] = tuple(
     ConvRot(f"int{bits}-convrot{'' if size == 256 else size}", bits, size) for bits in (4, 8) for size in (256, 64)
@@ -34,10 +34,6 @@ _OTHERS |= {f.name: f for f in CONVROT}
 _AFFINE = re.compile(r"int([2-8])(?:-(g32|g64|g128|channel))?(?:-(a?sym))?(-rot)?")
 _BITS = (2, 3, 4, 5, 6, 7, 8)
 _GROUPS = (32, 64, 128, None)
-WRITE = (
-    "int2 to int8, each with -g32, -g64, -g128 or -channel, -sym or -asym, and -rot; nf4, fp8, fp16; or all; "
-    "for ComfyUI int4-convrot, int8-convrot"
-)
 
 
 def format_named(name: str) -> Format:
@@ -89,7 +85,7 @@ def parse_formats(text: str | Sequence[str]) -> tuple[Format, ...]:
     """
     names = re.split(r"[,\s]+", text.strip(", \t\n")) if isinstance(text, str) else list(text)
     if not names or names == [""]:
-        raise FormatError(f"no format given; write for example --formats {','.join(DEFAULT)}")
+        raise FormatError(f"no format given; write for example --formats {','.join(DEFAULT_FORMATS)}")
     if any(name.strip().lower() == "all" for name in names):
         return all_formats()
     chosen = dict.fromkeys(format_named(name) for name in names)

@@ -24,7 +24,6 @@ from bitpolicy.kernels.quantizers.range_search import mse
 
 RTN = "rtn"
 AUTO = "auto"
-DEFAULT = "gptq"  # docs/decisions.md says why
 _DATA_FREE: dict[str, Callable[[GridFormat, torch.Tensor], dict[str, torch.Tensor]]] = {
     RTN: lambda format, weight: format.quantize(weight),
     "mse": mse,

@@ -8,6 +8,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.exporters.comfy import Comfy
 from bitpolicy.policies.exporters.exporter import Exporter
 from bitpolicy.policies.exporters.modelopt import ModelOpt
+from bitpolicy.policies.exporters.names import NAMES
 from bitpolicy.policies.exporters.sdnq import Sdnq
 from bitpolicy.policies.exporters.torchao import TorchAo
 
@@ -18,7 +19,6 @@ EXPORTERS: Final[tuple[Exporter, ...]] = (
     TorchAo(),
     ModelOpt(),
 )
-NAMES: Final = tuple(exporter.name for exporter in EXPORTERS)
 
 
 def exporter_named(name: str) -> Exporter:

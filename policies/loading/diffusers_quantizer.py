@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from accelerate.utils import set_module_tensor_to_device
 from diffusers.configuration_utils import FrozenDict
-from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.policies.checkpoints.manifest import verify
-from bitpolicy.policies.loading.packed_config import METHOD, BitPolicyConfig
+from bitpolicy.policies.loading.packed_config import BitPolicyConfig
 from bitpolicy.policies.loading.packed_model import (
     expected_tensors,
     finish,
@@ -165,9 +164,3 @@ class BitPolicyQuantizer(DiffusersQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
-
-
-def register() -> None:
-    """Make diffusers know the method. Importing bitpolicy does it."""
-    auto.AUTO_QUANTIZER_MAPPING[METHOD] = BitPolicyQuantizer
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = BitPolicyConfig

@@ -23,10 +23,10 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.format import Format
 from bitpolicy.kernels.formats.named import from_parameters
 from bitpolicy.kernels.kernel import Compute
+from bitpolicy.policies.loading.registration import METHOD
 from bitpolicy.policies.measured_compute import measured_compute
 from bitpolicy.policies.policy import Choice, Policy
 
-METHOD = "bitpolicy"
 FORMAT_VERSION = 1
 _STORAGE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _MODULE_PATH = re.compile(r"\w+(\.\w+)*")

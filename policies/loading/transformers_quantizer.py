@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.policies.checkpoints.manifest import verify
-from bitpolicy.policies.loading.packed_config import METHOD, BitPolicyConfig
+from bitpolicy.policies.loading.packed_config import BitPolicyConfig
 from bitpolicy.policies.loading.packed_model import (
     expected_tensors,
     finish,
@@ -176,9 +175,3 @@ def _restore_dtypes(layer: Any) -> None:
     for suffix, tensor in layer.packed_tensors().items():
         if tensor.dtype == torch.float32:
             layer._buffers[suffix] = tensor.to(specs[suffix].dtype)
-
-
-def register() -> None:
-    """Make transformers know the method. Importing bitpolicy does it."""
-    auto.AUTO_QUANTIZER_MAPPING[METHOD] = BitPolicyTransformersQuantizer
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = BitPolicyConfig

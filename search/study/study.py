@@ -2,9 +2,10 @@
 
 A trial suggests how far to bend the errors of each group of layers; the knapsack decodes that into a policy, so every
 trial fits the budget (`bitpolicy.search.study.samplers`). A trial is scored by its mean image error over the search
-samples, reported sample by sample, and `WilcoxonPruner` (made for paired scores) stops losers early. The exact solution, and
-whatever other policies there are to start from, are the first trials: the result is never worse than they are on the
-samples the study saw. Any number of processes may run trials of one study (`bitpolicy.search.study.storage`).
+samples, reported sample by sample, and `WilcoxonPruner` (made for paired scores) stops losers early. The exact
+solution, and whatever other policies there are to start from, are the first trials: the result is never worse than they
+are on the samples the study saw. Any number of processes may run trials of one study
+(`bitpolicy.search.study.storage`).
 """
 
 from __future__ import annotations

@@ -7,12 +7,15 @@ import logging
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
+import transformers
 
-from bitpolicy.command import quiet_if_a_command, runs_a_command
+from bitpolicy.command import command, importing, in_a_command
 
 NOISY = '''
 import importlib.abc, logging, sys, warnings
@@ -30,17 +33,10 @@ sys.meta_path.insert(0, Noisy())
 LINES = ("a line of a logger", "a line of a warning")
 
 
-def test_a_command_is_told_by_how_the_process_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = ["/usr/bin/bitpolicy", "search-policy", "C:/Scripts/bitpolicy.exe", "/site-packages/bitpolicy/__main__.py"]
-    for name in [*ours, "", "-c", "train.py", "/usr/bin/pytest", "/site-packages/pytest/__main__.py"]:
-        monkeypatch.setattr(sys, "argv", [name])
-        assert runs_a_command() == (name in ours), name
-    for module in ("bitpolicy", "pytest"):
-        monkeypatch.setattr(sys, "argv", ["-m"])
-        monkeypatch.setattr(sys, "orig_argv", ["python", "-m", module])
-        assert runs_a_command() == (module == "bitpolicy")
-    monkeypatch.setattr(sys, "argv", [])
-    assert not runs_a_command()
+def test_only_what_a_command_calls_is_in_a_command() -> None:
+    with command():
+        assert in_a_command()
+    assert not in_a_command()
 
 
 class Terminal(io.StringIO):
@@ -48,44 +44,56 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A command quietens other libraries for good; a test must not."""
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    level = logging.getLogger("torch").level
+    with warnings.catch_warnings():
+        yield
+    logging.getLogger("torch").setLevel(level)
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_warning()
+        library.utils.logging.enable_progress_bar()
+
+
 @pytest.mark.parametrize(
-    ("line", "terminal", "shown"),
-    [
-        (["search-policy", "--budget", "5MB"], True, True),
-        (["search-policy", "--budget", "5MB"], False, False),
-        (["search-policy", "--help"], True, False),
-        (["search-policy", "--budget", "5MB", "--json"], True, False),
-        (["train.py"], True, False),
-    ],
+    ("options", "terminal", "shown"),
+    [({}, True, True), ({}, False, False), ({"as_json": True}, True, False), ({"quiet": True}, True, False)],
 )
 def test_a_command_shows_at_once_that_it_has_begun(
-    line: list[str], terminal: bool, shown: bool, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, bool], terminal: bool, shown: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stderr = Terminal() if terminal else io.StringIO()
-    monkeypatch.setattr(sys, "argv", line)
     monkeypatch.setattr(sys, "stderr", stderr)
-    with quiet_if_a_command():
+    with importing(options):
         assert ("loading libraries" in stderr.getvalue()) == shown
     assert stderr.getvalue().endswith("\r\x1b[K") == shown
 
 
-@pytest.mark.parametrize(
-    ("line", "heard"), [(["bitpolicy"], False), (["bitpolicy", "--debug"], True), (["train.py"], True)]
-)
-def test_afterwards_everything_is_heard_as_before(
-    line: list[str], heard: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(sys, "argv", line)
+@pytest.mark.parametrize("heard", [False, True])
+def test_loggers_are_heard_afterwards_as_before(heard: bool, caplog: pytest.LogCaptureFixture) -> None:
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        with quiet_if_a_command():
+        with importing({"debug": heard}):
             logging.getLogger("some.library").warning("within")
             warnings.warn("within", stacklevel=1)
         logging.getLogger("some.library").warning("after")
-        warnings.warn("after", stacklevel=1)
-    expected = ["within", "after"] if heard else ["after"]
-    assert [record.getMessage() for record in caplog.records] == expected
-    assert [str(one.message) for one in warned] == expected
+    assert [record.getMessage() for record in caplog.records] == (["within", "after"] if heard else ["after"])
+    assert [str(one.message) for one in warned] == (["within"] if heard else [])
+
+
+@pytest.mark.parametrize("line", [["search-policy", "--help"], ["bitpolicy", "--version"], ["bitpolicy", "exprot"]])
+def test_what_needs_no_model_imports_no_library_that_takes_seconds(line: list[str]) -> None:
+    code = f"""import sys
+sys.argv = {line!r}
+from bitpolicy.cli import main
+try:
+    main.{"search_policy" if line[0] == "search-policy" else "main"}()
+finally:
+    print(sorted({{"torch", "diffusers", "transformers", "scipy", "matplotlib", "optuna"}} & sys.modules.keys()))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.endswith("[]\n"), done.stdout
 
 
 def test_a_mistake_is_one_line_though_libraries_talk_when_imported(process: Any, here: Path) -> None:
@@ -101,7 +109,7 @@ def test_the_module_run_as_a_command_is_as_quiet(here: Path) -> None:
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
 
 
-def test_who_imports_bitpolicy_hears_them(here: Path) -> None:
-    line = [sys.executable, "-c", f"{NOISY}\nimport bitpolicy"]
+def test_who_uses_bitpolicy_in_python_hears_them(here: Path) -> None:
+    line = [sys.executable, "-c", f"{NOISY}\nimport bitpolicy\nbitpolicy.search"]
     done = subprocess.run(line, capture_output=True, text=True, check=True)
     assert all(line in done.stderr for line in LINES)

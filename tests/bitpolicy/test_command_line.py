@@ -18,8 +18,8 @@ from typer.main import get_command
 
 import bitpolicy
 from bitpolicy.cli import main
-from bitpolicy.cli.report import LOADING, print_result
-from bitpolicy.cli.tables import print_table
+from bitpolicy.cli.running.results import LOADING, print_result
+from bitpolicy.cli.running.tables import print_table
 
 COMMANDS = ["search", "probe", "export", "eval", "inspect", "report", "formats"]
 ROOT = Path(__file__).resolve().parents[2]

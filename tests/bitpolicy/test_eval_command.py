@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from bitpolicy.cli import evaluate as module
+from bitpolicy.cli.running import evaluate as module
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.pipelines.loading import BUNDLED, BUNDLED_FOLDER
 from bitpolicy.policies.policy import Policy

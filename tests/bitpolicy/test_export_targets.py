@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from bitpolicy.policies.exporters.targets import EXPORTERS, NAMES
+from bitpolicy.policies.exporters.names import NAMES
+from bitpolicy.policies.exporters.targets import EXPORTERS
 
 
 @pytest.fixture

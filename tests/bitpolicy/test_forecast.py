@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bitpolicy.cli import probe, search
+from bitpolicy.cli.running import probe, search
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.cost.step_cost import Timing, time_plain
 from bitpolicy.sensitivity.samples import Sample

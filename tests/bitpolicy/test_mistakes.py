@@ -374,7 +374,7 @@ def test_a_bug_keeps_its_traceback(command: Any, small: Small, here: Path, monke
     def broken(*_: Any) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("bitpolicy.cli.search.make_plan", broken)
+    monkeypatch.setattr("bitpolicy.cli.running.search.make_plan", broken)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         command("--budget", "50%", *small)
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import bitpolicy
 from bitpolicy import Policy
-from bitpolicy.cli.report import print_result
+from bitpolicy.cli.running.results import print_result
 
 SCHEMA = {
     "budget_bytes": int,
@@ -176,7 +176,7 @@ def test_the_checkpoint_loads_and_draws(finished: Any) -> None:
 def test_the_same_command_again_prints_the_same_without_any_work(
     command: Any, finished: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bitpolicy.cli.search.make_plan", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("bitpolicy.cli.running.search.make_plan", lambda *_: pytest.fail("the model was loaded"))
     before = tree(finished.folder)
     again = command(*finished.arguments)
     assert (again.code, again.result) == (0, finished.outcome.result)

@@ -10,7 +10,6 @@ import torch
 
 from bitpolicy.kernels.errors import BitPolicyError, FormatError
 from bitpolicy.kernels.formats.named import (
-    DEFAULT,
     FP16,
     INT8,
     affine,
@@ -19,6 +18,7 @@ from bitpolicy.kernels.formats.named import (
     from_parameters,
     parse_formats,
 )
+from bitpolicy.kernels.names import DEFAULT_FORMATS
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ from bitpolicy.kernels.formats.named import (
         ("int4-g64-asym,int4,int4-g64,int4-asym", ["int4", "fp16"]),
         (["int8", "int4"], ["int8", "int4", "fp16"]),
         ("nf4,fp8,int3-channel-sym,int6-rot", ["nf4", "fp8", "int3-channel-sym", "int6-rot", "fp16"]),
-        (DEFAULT, ["int4", "int8", "fp16"]),
+        (DEFAULT_FORMATS, ["int4", "int8", "fp16"]),
         ("fp16", ["fp16"]),
     ],
 )

@@ -28,8 +28,9 @@ from bitpolicy.policies.checkpoints.folder_parts import FolderParts
 from bitpolicy.policies.checkpoints.parts import Parts
 from bitpolicy.policies.exporters.export import Exported, export_to
 from bitpolicy.policies.exporters.exporter import Exporter, Layer
+from bitpolicy.policies.exporters.names import NAMES
 from bitpolicy.policies.exporters.requantize import TargetError
-from bitpolicy.policies.exporters.targets import EXPORTERS, NAMES, exporter_named
+from bitpolicy.policies.exporters.targets import EXPORTERS, exporter_named
 from bitpolicy.policies.policy import Choice, Policy
 
 F16 = torch.float16
@@ -102,6 +103,10 @@ def _weights(unet: Any, choices: dict[str, Choice], means: dict[str, torch.Tenso
 def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest difference, as a share of the largest weight."""
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+def test_help_names_the_targets_that_there_are() -> None:
+    assert tuple(exporter.name for exporter in EXPORTERS) == NAMES
 
 
 def test_every_target_has_a_reader_and_is_found_by_its_name() -> None:

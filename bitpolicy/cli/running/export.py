@@ -1,0 +1,92 @@
+"""Carries out `bitpolicy export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bitpolicy.api import export as export_policy
+from bitpolicy.api import export_for
+from bitpolicy.cli.running.results import print_json
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.pipelines.loading import BUNDLED
+from bitpolicy.policies.exporters.export import Exported
+from bitpolicy.policies.exporters.targets import exporter_named
+from bitpolicy.policies.policy import Policy
+from bitpolicy.search.budget import readable
+
+
+def run(
+    *,
+    policy: Path,
+    output_dir: Path,
+    model: str | None,
+    revision: str | None,
+    variant: str | None,
+    config: str | None,
+    max_shard_size: str,
+    push_to_hub: str | None,
+    target: str | None,
+    requantize: bool,
+    compute: str | None,
+    overwrite: bool,
+    as_json: bool,
+    **_: object,
+) -> None:
+    """As the command's options say."""
+    loaded = Policy.load(policy)
+    if requantize and target is None:
+        raise BitPolicyError("--requantize is for another program's formats; add --target, or leave it out")
+    if target is not None and compute is not None:
+        raise BitPolicyError("--compute is recorded in a pipeline of ours; leave out --target, or leave --compute out")
+    if target is not None:
+        exporter_named(target)
+    if target is not None and push_to_hub is not None:
+        raise BitPolicyError("--push-to-hub is for a whole pipeline; leave out --target, or upload the folder yourself")
+    where: dict[str, Any] = {"revision": revision, "variant": variant, "config": config, "overwrite": overwrite}
+    if target is not None:
+        exported = export_for(model or BUNDLED, policy, output_dir, target, requantize=requantize, **where)
+        if as_json:
+            print_json({**_facts(exported), "target": target, "output_dir": str(output_dir)})
+        else:
+            _describe(exported, output_dir, target)
+        return
+    about: dict[str, Any] = {"max_shard_size": max_shard_size, "push_to_hub": push_to_hub, "compute": compute}
+    nbytes = export_policy(model or BUNDLED, policy, output_dir, **about, **where)
+    if as_json:
+        found = {"bytes": nbytes, "component": loaded.model.component, "compute": compute or loaded.compute}
+        print_json({**found, "pushed_to": push_to_hub, "output_dir": str(output_dir)})
+        return
+    print(
+        f"{output_dir}: {nbytes:,} bytes in {loaded.model.component} ({readable(nbytes)}), "
+        f"policy of {len(loaded.layers)} own entries"
+    )
+    if push_to_hub:
+        print(f"pushed to https://huggingface.co/{push_to_hub}")
+
+
+def _facts(exported: Exported) -> dict[str, Any]:
+    """What `_describe` says, as JSON."""
+    anew = [
+        {
+            "layer": one.name,
+            "from": one.before.format.name,
+            "to": one.after.format.name,
+            "weight_error": [one.error_before, one.error_after],
+        }
+        for one in exported.requantized
+    ]
+    return {"bytes": exported.nbytes, "requantized": anew, "notes": list(exported.notes)}
+
+
+def _describe(exported: Exported, output_dir: Path, target: str) -> None:
+    """Say what was written, what was rounded anew, and what was left behind."""
+    size = f"{exported.nbytes:,} bytes of weights ({readable(exported.nbytes)})" if exported.nbytes else "a recipe"
+    print(f"{output_dir}: {size} for {exporter_named(target).title}")
+    if exported.requantized:
+        print(f"{len(exported.requantized)} layers were rounded anew; weight error before and after, added:")
+    for one in exported.requantized:
+        errors = f"{one.error_before:7.3%} {one.error_after:7.3%} {one.error_after - one.error_before:+8.3%}"
+        print(f"  {errors}  {one.name}: {one.before.format.name} -> {one.after.format.name}")
+    for note in exported.notes:
+        print(note)

@@ -1,0 +1,114 @@
+"""What the commands print: a table for people on stdout, or one JSON object."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bitpolicy.cli.running.tables import print_table
+from bitpolicy.kernels.names import DEFAULT_FORMATS
+from bitpolicy.search.budget import readable
+
+_COMPUTES = {
+    "int8": "int8: inputs of packed layers are rounded, too",
+    "fp8": "fp8: inputs of layers in fp8 are rounded, too",
+}
+LOADING = 'import bitpolicy\npipe = bitpolicy.load_pipeline("{folder}")'
+_PRIVATE = ("roles",)  # in result.json and the table, not in --json
+
+
+def print_json(result: Mapping[str, Any]) -> None:
+    """Strict JSON: no NaN, no Infinity."""
+    print(json.dumps({k: v for k, v in result.items() if k not in _PRIVATE}, allow_nan=False))
+
+
+def print_result(result: Mapping[str, Any]) -> None:
+    """The closing tables of a search."""
+    console = Console()
+    folder = result["output_dir"]
+    if result.get("frontier"):
+        print_table(_curve(result["frontier"], result["reference_bytes"]))
+        for line in _empty_columns(result["frontier"]):
+            console.print(line, soft_wrap=True, highlight=False)
+        console.print(f"{folder}/frontier has the policies, frontier.csv and frontier.png", soft_wrap=True)
+    if "policy_bytes" not in result:
+        return
+    print_table(_bytes_and_quality(result))
+    if result.get("roles"):
+        print_table(_layers(result["roles"], list(result["layers"])))
+    console.print(
+        f"{folder}/compare.png shows both, {folder}/policy.yaml has every choice, {folder}/checkpoint loads with",
+        soft_wrap=True,
+    )
+    for line in LOADING.splitlines():
+        console.print("  " + line.format(folder=f"{folder}/checkpoint"), soft_wrap=True, highlight=False)
+    if set(result["layers"]) == set(DEFAULT_FORMATS) and result["psnr_db"]["mean"] is not None:
+        console.print(
+            "--formats all chooses among every width from 2 to 8 bits: closer images in as many bytes, for a few times "
+            "the time",
+            soft_wrap=True,
+        )
+
+
+def _curve(points: list[list[Any]], reference: int) -> Table:
+    table = Table("bytes", "of FP16", "predicted error", "PSNR", title="frontier", title_justify="left")
+    for nbytes, error, psnr in points:
+        predicted = "" if error is None else f"{error:.3g}"
+        table.add_row(f"{nbytes:,}", f"{nbytes / reference:.1%}", predicted, "" if psnr is None else f"{psnr:.2f} dB")
+    return table
+
+
+def _empty_columns(points: list[list[Any]]) -> list[str]:
+    """Why a column of the curve has nothing in it."""
+    said = []
+    if all(error is None for _, error, _ in points):
+        said.append("no predicted error: this probe's scores are no error of the image; --probe adjoint predicts one")
+    if all(psnr is None for *_, psnr in points):
+        said.append("no PSNR: with --trials 0 nothing is drawn; with more, it is measured on real images")
+    return said
+
+
+def _bytes_and_quality(result: Mapping[str, Any]) -> Table:
+    table = Table(show_header=False, title="bitpolicy", title_justify="left")
+    share = result["policy_bytes"] / result["reference_bytes"]
+    same = "equal" if result["policy_bytes"] == result["checkpoint_bytes"] else "NOT EQUAL"
+    psnr = result["psnr_db"]
+    quality = f"mean {psnr['mean']:.2f} dB, worst {psnr['min']:.2f} dB" if psnr["mean"] is not None else "all identical"
+    same_images = f", {psnr['identical']} identical" if psnr["identical"] else ""
+    error = result["predicted_error"]
+    rows = [
+        ("asked", result.get("target") or f"{result['budget_bytes']:,} bytes ({readable(result['budget_bytes'])})"),
+        ("predicted", f"{result['policy_bytes']:,} bytes, {share:.1%} of FP16's {result['reference_bytes']:,}"),
+        ("on disk", f"{result['checkpoint_bytes']:,} bytes ({same})"),
+        ("layers", ", ".join(f"{count} {name}" for name, count in result["layers"].items())),
+        *([("chosen", result["chosen"])] if "chosen" in result else []),
+        (
+            f"predicted {result.get('error_of', 'latent')} error",
+            "not predicted" if error is None else f"{error:.3g} (relative power)",
+        ),
+        *([("compute", words)] if (words := _COMPUTES.get(result.get("compute", ""))) else []),
+        ("held-out PSNR", f"{quality} over {psnr['n']} images{same_images}"),
+        *((name, _one_line(found)) for name, found in result.get("quality", {}).items()),
+        ("seconds", ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in result["seconds"].items())),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _one_line(found: Mapping[str, Any]) -> str:
+    """One measure of quality."""
+    if "to_reference" in found:
+        return f"{found['to_reference']:.4g} to the reference's images"
+    return f"mean {found['mean']:.6g}, worst {found['worst']:.6g}"
+
+
+def _layers(roles: Mapping[str, Mapping[str, int]], formats: list[str]) -> Table:
+    table = Table("role", *formats, title="layers by role and format", title_justify="left")
+    for role, counts in roles.items():
+        table.add_row(role, *(str(counts.get(name, "")) for name in formats))
+    return table

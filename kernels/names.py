@@ -1,0 +1,8 @@
+"""What people may write for a format and a quantizer, without the code that carries it out: `--help` needs no more."""
+
+DEFAULT_FORMATS = ("int4", "int8", "fp16")
+WRITE = (
+    "int2 to int8, each with -g32, -g64, -g128 or -channel, -sym or -asym, and -rot; nf4, fp8, fp16; or all; "
+    "for ComfyUI int4-convrot, int8-convrot"
+)
+DEFAULT_QUANTIZER = "gptq"  # docs/decisions.md says why

@@ -1,0 +1,94 @@
+"""Teach diffusers and transformers the quantization method "bitpolicy" without importing them.
+
+Each library has two dicts by the method's name: of quantizers and of their configs. As soon as the module that holds
+them has been imported, ours are entered, as stand-ins that import the real classes when they are first used. Importing
+bitpolicy therefore costs nothing, in either order.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+METHOD = "bitpolicy"
+_CONFIG = ("bitpolicy.policies.loading.packed_config", "BitPolicyConfig")
+_QUANTIZERS = {
+    "diffusers.quantizers.auto": ("bitpolicy.policies.loading.diffusers_quantizer", "BitPolicyQuantizer"),
+    "transformers.quantizers.auto": (
+        "bitpolicy.policies.loading.transformers_quantizer",
+        "BitPolicyTransformersQuantizer",
+    ),
+}
+
+
+def register() -> None:
+    """Enter the method wherever it is missing, now or once the library is imported."""
+    for name in _QUANTIZERS:
+        if name in sys.modules:
+            _enter(sys.modules[name])
+    if not any(isinstance(finder, _Watching) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Watching())
+
+
+def _enter(module: ModuleType) -> None:
+    module.AUTO_QUANTIZER_MAPPING[METHOD] = _Later(*_QUANTIZERS[module.__name__])
+    module.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = _Later(*_CONFIG)
+
+
+class _Later:
+    """Stands for a class that is imported when it is called or asked for anything."""
+
+    def __init__(self, module: str, name: str) -> None:
+        self._place = (module, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._real()(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real(), name)
+
+    def _real(self) -> Any:
+        module, name = self._place
+        return getattr(import_module(module), name)
+
+
+class _Watching(MetaPathFinder):
+    """Finds the two modules as usual, and enters the method once they are loaded."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in _QUANTIZERS or self not in sys.meta_path:
+            return None
+        place = sys.meta_path.index(self)
+        sys.meta_path.remove(self)
+        try:
+            spec = find_spec(fullname)
+        finally:
+            sys.meta_path.insert(place, self)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Entering(spec.loader)
+        return spec
+
+
+class _Entering(Loader):
+    """Loads a module as another loader does, and enters the method in it."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        _enter(module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)

@@ -1,0 +1,48 @@
+"""diffusers and transformers know packed checkpoints once bitpolicy is imported, whichever comes first."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from diffusers.quantizers import auto as diffusers_auto
+from transformers.quantizers import auto as transformers_auto
+
+import bitpolicy
+from bitpolicy.policies.loading.diffusers_quantizer import BitPolicyQuantizer
+from bitpolicy.policies.loading.registration import register
+from bitpolicy.policies.loading.transformers_quantizer import BitPolicyTransformersQuantizer
+
+ASKED = """
+from {library}.quantizers import auto
+config = auto.AUTO_QUANTIZATION_CONFIG_MAPPING["bitpolicy"].from_dict({{"quant_method": "bitpolicy", "layers": {{}}}})
+quantizer = auto.AUTO_QUANTIZER_MAPPING["bitpolicy"](config, pre_quantized=True)
+print(type(config).__name__, type(quantizer).__name__)
+"""
+
+
+@pytest.mark.parametrize("library", ["diffusers", "transformers"])
+@pytest.mark.parametrize("first", ["bitpolicy", "the library"])
+def test_either_may_be_imported_first(library: str, first: str) -> None:
+    lines = ["import bitpolicy", f"import {library}.quantizers.auto"]
+    code = "\n".join(lines if first == "bitpolicy" else reversed(lines)) + ASKED.format(library=library)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    own = BitPolicyQuantizer if library == "diffusers" else BitPolicyTransformersQuantizer
+    assert done.stdout == f"BitPolicyConfig {own.__name__}\n"
+
+
+def test_registering_twice_changes_nothing() -> None:
+    watching = list(sys.meta_path)
+    register()
+    assert sys.meta_path == watching
+    assert list(diffusers_auto.AUTO_QUANTIZER_MAPPING).count("bitpolicy") == 1
+    assert transformers_auto.AUTO_QUANTIZER_MAPPING["bitpolicy"].is_trainable is not None  # a class's own attribute
+
+
+def test_everything_that_is_offered_is_there() -> None:
+    assert {name for name in bitpolicy.__all__ if getattr(bitpolicy, name) is None} == set()
+    assert set(bitpolicy.__all__) <= set(dir(bitpolicy))
+    with pytest.raises(AttributeError, match="no attribute 'serach'"):
+        bitpolicy.serach  # noqa: B018
