@@ -5,4 +5,4 @@ WRITE = (
     "int2 to int8, each with -g32, -g64, -g128 or -channel, -sym or -asym, and -rot; nf4, fp8, fp16; or all; "
     "for ComfyUI int4-convrot, int8-convrot"
 )
-DEFAULT_QUANTIZER = "gptq"  # docs/decisions.md says why
+DEFAULT_QUANTIZER = "gptq"  # docs/decisions/rounding.md says why

@@ -6,7 +6,7 @@ convolution into a layout of its own on the way, which makes another trip. So th
 and needs a few megabytes where the whole takes a hundred.
 
 A sum's order is torch's own choice, and nobody promises that it is the same for fewer output channels. It was in every
-product tried (docs/decisions.md); where it is not, the micro-probe sees other bits and leaves this kernel out.
+product tried (docs/decisions/kernels.md); where it is not, the micro-probe sees other bits and leaves this kernel out.
 """
 
 from __future__ import annotations

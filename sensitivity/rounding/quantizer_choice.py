@@ -13,7 +13,7 @@ such the best is taken. First the formats leave the usual quantizer, judged by t
 
 Nothing is taken off for the number of tests: a layer that deviates by chance does so for a near equal, which costs next
 to nothing, while a level that keeps all layers right at once (Benjamini and Hochberg 1995, 5%) lets none deviate.
-docs/decisions.md has the numbers.
+docs/decisions/rounding.md has the numbers.
 """
 
 from __future__ import annotations
