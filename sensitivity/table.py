@@ -225,7 +225,7 @@ class SensitivityTable:
         """E|dx_0|^2 / E|x_0|^2 of a whole policy if its layers' errors add up as powers, given one format a layer in
         order; None where scores are no image error.
 
-        With fewer sketches than layers this predicts better than `vector_error`: docs/decisions/probe.md has the figures.
+        With fewer sketches than layers this predicts better than `vector_error` (docs/decisions/probe.md).
         """
         if self.probe in NO_IMAGE_ERROR:
             return None

@@ -88,8 +88,16 @@ def export_parts(
         for name, model in zip(components, denoisers_in(parts.denoiser), strict=True):
             own, means = of_component(choices, name, components), of_component(calibration, name, components)
             source = parts.sources[name]
-            about = (storage, aside / name, max_shard_size, source, Compute(policy.compute))
-            nbytes += export_component(model, own, means, *about)
+            nbytes += export_component(
+                model,
+                own,
+                means,
+                storage,
+                aside / name,
+                max_shard_size=max_shard_size,
+                source=source,
+                compute=Compute(policy.compute),
+            )
         if _is_kept(calibration, choices):
             save_calibration(calibration, aside / "calibration.safetensors")
         describe_checkpoint(aside, policy, parts.denoiser, card)

@@ -162,8 +162,9 @@ class ProbeRun:
     @property
     def _rounding(self) -> RoundingPass:
         samples, folder = self._settings.samples[:HESSIAN_SAMPLES], self._folder / "rounded"
-        about = (self._candidates, self._storage, samples, self._large, folder, self._stages)
-        return RoundingPass(self._trajectories, *about)
+        return RoundingPass(
+            self._trajectories, self._candidates, self._storage, samples, self._large, folder, self._stages
+        )
 
     def table(self, reference: ReferencePass) -> SensitivityTable:
         """The scores of every layer in every packed format.
@@ -216,9 +217,14 @@ class ProbeRun:
             return SensitivityTable.from_sketches(names, self._candidates, [s.sketch for s in local], power, "stepwise")
         if probe == "ablation":
             return self._ablated(reference)
-        about = (self._candidates, self._storage, reference.calibration, self._settings.compute)
         with self._stages.bar(1, "weight probe") as advance:
-            error = weight_errors(self._trajectories.denoiser, *about)
+            error = weight_errors(
+                self._trajectories.denoiser,
+                self._candidates,
+                self._storage,
+                reference.calibration,
+                self._settings.compute,
+            )
             advance()
         corrected = torch.ones_like(error, dtype=torch.bool)
         return SensitivityTable("weight", tuple(names), self._formats, error, corrected, **self._one_quantizer())
@@ -252,8 +258,14 @@ class ProbeRun:
             label: of the progress bar.
         """
         samples = self._settings.samples
-        about = (wanted, reference.calibration, self._storage, self._large, self._settings.compute)
-        probe = AdjointProbe(self._trajectories, *about)
+        probe = AdjointProbe(
+            self._trajectories,
+            wanted,
+            reference.calibration,
+            self._storage,
+            recompute_inside=self._large,
+            compute=self._settings.compute,
+        )
         work = {f"sketch-{i}-{d.name}": (i, d) for i, d in itertools.product(range(len(samples)), directions)}
 
         def make(names: Sequence[str]) -> Iterator[tuple[str, Piece]]:
@@ -273,8 +285,7 @@ class ProbeRun:
     def _local_sketches(self, reference: ReferencePass, wanted: Sequence[Candidate]) -> list[LocalSketch]:
         """Every stepwise sketch, in sample order."""
         samples, vectors = self._settings.samples, range(self._settings.vectors)
-        about = (wanted, reference.calibration, self._storage, self._settings.compute)
-        probe = StepwiseProbe(self._trajectories, *about)
+        probe = StepwiseProbe(self._trajectories, wanted, reference.calibration, self._storage, self._settings.compute)
         work = {f"local-{i}-{k}": (i, k) for i, k in itertools.product(range(len(samples)), vectors)}
 
         def make(names: Sequence[str]) -> Iterator[tuple[str, Piece]]:
