@@ -4,8 +4,10 @@ Importing it teaches diffusers and transformers to load packed checkpoints, whet
 What it offers is listed in `__init__.pyi` and imported when it is first used: torch and diffusers take seconds.
 """
 
+import sys as _sys
 from importlib import import_module as _import_module
 from pathlib import Path as _Path
+from types import ModuleType as _ModuleType
 from typing import Any as _Any
 
 _root = _Path(__file__).resolve().parent.parent
@@ -39,6 +41,17 @@ def __getattr__(name: str) -> _Any:
     found = getattr(_import_module(_PLACES[name]), name)
     globals()[name] = found
     return found
+
+
+class _Package(_ModuleType):
+    """`bitpolicy.search` is the function, though the modules of search/ lie below that name, too."""
+
+    def __setattr__(self, name: str, value: _Any) -> None:
+        if name != "search" or not isinstance(value, _ModuleType):
+            super().__setattr__(name, value)
+
+
+_sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

@@ -41,6 +41,12 @@ def test_registering_twice_changes_nothing() -> None:
     assert transformers_auto.AUTO_QUANTIZER_MAPPING["bitpolicy"].is_trainable is not None  # a class's own attribute
 
 
+def test_search_is_the_function_whatever_was_imported_before() -> None:
+    code = "import bitpolicy; from bitpolicy.search import budget; print(callable(bitpolicy.search), budget.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True bitpolicy.search.budget\n"
+
+
 def test_everything_that_is_offered_is_there() -> None:
     assert {name for name in bitpolicy.__all__ if getattr(bitpolicy, name) is None} == set()
     assert set(bitpolicy.__all__) <= set(dir(bitpolicy))
