@@ -19,7 +19,7 @@ from bitpolicy.cli.running import evaluate as module
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.pipelines.loading import BUNDLED, BUNDLED_FOLDER
 from bitpolicy.policies.policy import Policy
-from bitpolicy.search.quality.psnr import networks
+from bitpolicy.search.quality import networks
 
 CALL = ("--num-inference-steps", "2", "--guidance-scale", "1")
 UNET = "unet/diffusion_pytorch_model.safetensors"

@@ -16,7 +16,7 @@ from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.cost.step_cost import Timing, time_plain
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
-from bitpolicy.workflow.search_run import forecast
+from bitpolicy.workflow import forecast
 
 
 class Seen(Stages):

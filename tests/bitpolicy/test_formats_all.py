@@ -24,8 +24,8 @@ from bitpolicy.policies.apply import quantized
 from bitpolicy.policies.calibration import MADE_FROM, load_calibration, made_from
 from bitpolicy.policies.policy import Choice
 from bitpolicy.sensitivity.records import Records
+from bitpolicy.sensitivity.rounding import rounding_pass
 from bitpolicy.sensitivity.rounding.kept_calibration import write_rounded
-from bitpolicy.sensitivity.rounding.rounding import rounding_pass
 from bitpolicy.sensitivity.samples import split_samples
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories

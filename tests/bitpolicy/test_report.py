@@ -612,7 +612,6 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
     def run(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
-        monkeypatch.setattr(main, "_hush", lambda: None)
         code = main._run(app, "bitpolicy")
         return Outcome(code, *capsys.readouterr())
 

@@ -17,8 +17,8 @@ from bitpolicy.search.generation import Generations
 from bitpolicy.sensitivity.records import Records
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 from bitpolicy.settings import OutputFolder
-from bitpolicy.workflow.search_run import decision
-from bitpolicy.workflow.search_run import search_run as workflow
+from bitpolicy.workflow import decision
+from bitpolicy.workflow import search_run as workflow
 
 PIECES = 4 + 16 * 2  # the reference, four samples a call, and two sketches for each calibration sample
 

@@ -25,20 +25,14 @@ from bitpolicy.sensitivity.inventory import inventory
 from bitpolicy.sensitivity.probes import probe
 from bitpolicy.sensitivity.probes.probe import ProbeRun, ProbeSettings
 from bitpolicy.sensitivity.probes.weight_changes import WeightChanges
+from bitpolicy.sensitivity.rounding import hessians, rounding, rounding_pass
 from bitpolicy.sensitivity.rounding.candidates import Candidate, candidates
 from bitpolicy.sensitivity.rounding.hessians import Moments, measure_moments
 from bitpolicy.sensitivity.rounding.kept_calibration import write_rounded
-from bitpolicy.sensitivity.rounding.rounding import (
-    announced,
-    hessians,
-    needs_hessian,
-    parts,
-    rounded,
-    rounding,
-    rounding_pass,
-)
+from bitpolicy.sensitivity.rounding.rounding import announced, needs_hessian, parts, rounded
 from bitpolicy.sensitivity.samples import split_samples
-from bitpolicy.sensitivity.trajectory.trajectories import Trajectories, scaled_backward
+from bitpolicy.sensitivity.trajectory import scaled_backward
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
 NewTrajectories = Callable[..., Trajectories]
 F16 = torch.float16
