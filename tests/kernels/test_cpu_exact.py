@@ -11,14 +11,13 @@ from toy_formats import PACKED
 from bitpolicy.kernels.compute.reference import Reference
 from bitpolicy.kernels.cpu import dequantize as cpu_dequantize
 from bitpolicy.kernels.cpu.exact import CpuDequantize
-from bitpolicy.kernels.cpu.extension import why_unavailable
 from bitpolicy.kernels.cpu.scratch import release_scratch, scratch, scratch_bytes, scratch_tensor
 from bitpolicy.kernels.formats.convrot import ConvRot
 from bitpolicy.kernels.formats.format import Format
 from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.kernel import Geometry, PackedWeight
 
-pytestmark = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
+pytestmark = pytest.mark.usefixtures("cpp_kernels")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = (
     *((6, 128), (5, 101), (3, 7), (2, 1), (1, 513), (4, 6, 3), (8, 16, 3, 3), (8, 24, 1, 1), (3, 128, 1, 3)),

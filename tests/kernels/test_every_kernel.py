@@ -3,34 +3,76 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import pytest
 import torch
-from toy_products import FORMATS, SHAPES, bias_of, input_of, layouts, weight_of
+from toy_products import DTYPES_OF, FORMATS, SHAPES, bias_of, input_of, layouts, weight_of
 
+from bitpolicy.kernels.compute import fp8 as fp8_compute
+from bitpolicy.kernels.compute import int8 as int8_compute
 from bitpolicy.kernels.compute.fp8 import fp8_product
-from bitpolicy.kernels.compute.int8 import int8_product, multiply
+from bitpolicy.kernels.compute.int8 import int8_product, multiply, shared, weight_codes
 from bitpolicy.kernels.cpu.blocks import CpuBlocks
-from bitpolicy.kernels.dispatch import TABLE, Row, effective, prepared, run
+from bitpolicy.kernels.dispatch import TABLE, Row, prepared, run
 from bitpolicy.kernels.kernel import Compute, PackedWeight
 
+NAMES = [format.name for format in FORMATS]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROUNDING = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # relative norm
 SMALL_BLOCKS = CpuBlocks(least=0, block=1, channels=16)  # in the table it is for weights larger than any here
 AWKWARD = 4.0  # how much worse a single value may be, against the largest
+READ_WORDS = ("cpu-float", "cpu-blocks", "cpu-dequantize")  # of stored tensors, so these have to be contiguous
+REFERENCES = ("reference", "int8-reference", "fp8-reference")
+
+# What each kernel is for. Said again here, or one that refused everything would pass.
 
 
-def _params() -> list[Any]:
-    """Each kernel on each device it is for."""
+def is_for(kernel: str, shape: str, format: str, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether a kernel has to take such a call, whatever it says of itself."""
+    call = SHAPES[shape]
+    one_group = call.geometry is None or call.geometry.groups == 1
+    in_words = format == "int8" or (format.startswith(("int4", "int8")) and "rot" not in format)
+    few_rows = call.geometry is None and prod(call.input[:-1]) <= 16
+    return {
+        "cpu-float": few_rows and (in_words or format == "nf4"),
+        "cpu-blocks": call.weight[0] % 16 == 0 and call.weight[0] > 16 and one_group,
+        "cpu-dequantize": True,
+        "cpu-int8": one_group,
+        "onednn-int8": one_group,
+        "triton-int8": one_group,
+        "triton-fp8": one_group and format == "fp8",
+        "triton-float": one_group and in_words and not format.startswith("int8-") and dtype != torch.float32,
+        "triton-dequantize": in_words,
+        "reference": True,
+        "int8-reference": one_group,
+        "fp8-reference": one_group and format == "fp8",
+    }[kernel]
+
+
+def _rows() -> list[tuple[Row, str]]:
+    """Each kernel on each device it is for, of those that are here."""
     rows = [replace(row, kernel=SMALL_BLOCKS) if isinstance(row.kernel, CpuBlocks) else row for row in TABLE]
-    pairs = [(row, device) for row in rows for device in ("cpu", "cuda") if row.device in ("any", device)]
-    marks = {"cpu": (), "cuda": (pytest.mark.gpu,)}
-    return [pytest.param(row, device, id=f"{row.kernel.name}-{device}", marks=marks[device]) for row, device in pairs]
+    here = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    return [(row, device) for row in rows for device in here if row.device in ("any", device)]
 
 
-every_kernel = pytest.mark.parametrize(("row", "device"), _params())
-every_shape = pytest.mark.parametrize("shape", SHAPES)
+def _param(row: Row, device: str, *more: str) -> Any:
+    marks = (pytest.mark.gpu,) if device == "cuda" else ()
+    return pytest.param(row, device, *more, id="-".join((row.kernel.name, device, *more)), marks=marks)
+
+
+every_kernel = pytest.mark.parametrize(("row", "device"), [_param(*each) for each in _rows()])
+every_kernel_and_shape = pytest.mark.parametrize(
+    ("row", "device", "shape"),
+    [
+        _param(row, device, shape)
+        for row, device in _rows()
+        for shape in SHAPES
+        if any(is_for(row.kernel.name, shape, name, dtype) for name in NAMES for dtype in DTYPES_OF[shape])
+    ],
+)
 
 
 def on(device: str, weight: PackedWeight) -> PackedWeight:
@@ -38,189 +80,212 @@ def on(device: str, weight: PackedWeight) -> PackedWeight:
     return PackedWeight(weight.format, weight.shape, tensors, weight.geometry, weight.low_memory)
 
 
+def dtype_for(row: Row) -> torch.dtype:
+    """One that the kernel takes."""
+    return torch.float16 if row.kernel.name == "triton-float" else torch.float32
+
+
+def given(
+    row: Row, device: str, shape: str, format: str, low_memory: bool = False
+) -> tuple[torch.Tensor, PackedWeight, torch.Tensor] | None:
+    """Input, weight and bias of a call that the kernel is for; None where it is not.
+
+    The weight is in that format, or in the only one that the kernel's compute is for.
+    """
+    format = "fp8" if row.kernel.compute is Compute.FP8 else format
+    dtype = dtype_for(row)
+    if not is_for(row.kernel.name, shape, format, dtype):
+        return None
+    found = weight_of(shape, format, low_memory)
+    assert found is not None
+    x, weight = input_of(shape, dtype).to(device), on(device, found)
+    require(row, x, weight)
+    return x, weight, bias_of(shape, dtype).to(device)
+
+
+def calls(row: Row, device: str, shapes: str, formats: str = "int4", **how: bool) -> list[Any]:
+    """Those of `given` for shapes, separated by commas, and formats, separated by spaces; each with its name.
+
+    Of a shape that every kernel is for, where it is for none of them.
+    """
+    pairs = [(shape.strip(), format) for shape in shapes.split(",") for format in formats.split()]
+    found = [(f"{shape}, {format}", given(row, device, shape, format, **how)) for shape, format in pairs]
+    taken = [(about, *call) for about, call in found if call is not None]
+    return taken or calls(row, device, "linear of whole groups", formats, **how)
+
+
+def require(row: Row, x: torch.Tensor, weight: PackedWeight) -> None:
+    """The kernel takes the call; skips where it is the machine that cannot."""
+    reason = row.refuses(x, weight)
+    if reason is not None and "this machine" in reason:
+        pytest.skip(reason)
+    assert reason is None, (weight.shape, weight.format.name, x.dtype)
+
+
 def expected(row: Row, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """The answer by other means: torch on dequantized weights, the definition of INT8 or FP8, or float64."""
-    if row.kernel.compute is Compute.EXACT:
-        return multiply(x, weight.dequantize(x.dtype), weight.geometry, bias)
+    if row.kernel.compute is Compute.FLOAT or row.kernel.name in REFERENCES:
+        return in_float64(row.kernel.compute, x, weight, bias).to(x.dtype)
     if row.kernel.compute is Compute.INT8:
         return int8_product(x, weight, bias)
     if row.kernel.compute is Compute.FP8:
         return fp8_product(x, weight, bias)
-    wide = None if bias is None else bias.double()
-    return multiply(x.double(), weight.dequantize(torch.float32).double(), weight.geometry, wide).to(x.dtype)
+    return multiply(x, weight.dequantize(x.dtype), weight.geometry, bias)
 
 
-def assert_right(row: Row, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> None:
+def in_float64(compute: Compute, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """The product of what the codes of input and weight stand for."""
+    seen, w = x.double(), weight.dequantize(torch.float32).double()
+    if compute.rounds_inputs:
+        quantize_input = (fp8_compute if compute is Compute.FP8 else int8_compute).quantize_input
+        steps, s_x = quantize_input(x, shared(x.ndim, weight.shape, weight.geometry))
+        seen = steps.double() * s_x.double()
+    if compute is Compute.INT8:
+        codes, s_w = weight_codes(weight)
+        w = codes.double() * s_w.double().view(-1, *[1] * (codes.ndim - 1))
+    return multiply(seen, w, weight.geometry, None if bias is None else bias.double())
+
+
+def assert_right(row: Row, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, about: object) -> None:
     with torch.no_grad():
         found, right = run(row.kernel, x, weight, bias), expected(row, x, weight, bias)
-    assert (found.shape, found.dtype, found.device) == (right.shape, right.dtype, right.device)
-    if row.kernel.compute is Compute.EXACT:
-        torch.testing.assert_close(found, right, rtol=0, atol=0, equal_nan=True)
-        assert found.stride() == right.stride()
+    assert (found.shape, found.dtype, found.device) == (right.shape, right.dtype, right.device), about
+    if row.kernel.compute is Compute.EXACT and row.kernel.name not in REFERENCES:
+        assert found.stride() == right.stride(), about
+        torch.testing.assert_close(found, right, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{about}: {text}")
         return
     wrong = (found.double() - right.double()).abs()
     bound = ROUNDING[x.dtype]
-    assert wrong.norm() <= bound * right.double().norm()
-    assert right.numel() == 0 or wrong.max() <= AWKWARD * bound * right.double().abs().max()
-
-
-def takes(row: Row, x: torch.Tensor, weight: PackedWeight | None) -> bool:
-    suited = weight is not None and effective(row.kernel.compute, weight) is row.kernel.compute
-    return suited and weight is not None and row.refuses(x, weight) is None
-
-
-def weight_for(row: Row, shape: str, format: str, low_memory: bool = False) -> PackedWeight | None:
-    """A weight in that format, or in the only one that the kernel's compute is for."""
-    return weight_of(shape, "fp8" if row.kernel.compute is Compute.FP8 else format, low_memory)
+    assert wrong.norm() <= bound * right.double().norm(), about
+    assert right.numel() == 0 or wrong.max() <= AWKWARD * bound * right.double().abs().max(), about
 
 
 @every_kernel
-@every_shape
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_it_gives_the_right_product_in_every_format(row: Row, device: str, shape: str, dtype: torch.dtype) -> None:
-    x, bias = input_of(shape, dtype).to(device), bias_of(shape, dtype).to(device)
-    weights = [weight_of(shape, format.name) for format in FORMATS]
-    taken = [on(device, weight) for weight in weights if takes(row, x, weight)]
-    if not taken:
-        pytest.skip("refused")
-    for weight in taken:
-        assert_right(row, x, weight, bias)
+def test_it_takes_the_calls_it_is_for_and_no_others(row: Row, device: str) -> None:
+    """Of 8-bit computes, those are asked for layers of one group only."""
+    for shape in SHAPES:
+        for name in NAMES:
+            weight = weight_of(shape, name)
+            if weight is None or (row.kernel.compute.rounds_inputs and not int8_compute.suits(weight)):
+                continue
+            for dtype in DTYPES:
+                x = input_of(shape, dtype).to(device)
+                if is_for(row.kernel.name, shape, name, dtype):
+                    require(row, x, on(device, weight))
+                else:
+                    assert row.refuses(x, on(device, weight)) is not None, (shape, name, dtype)
+
+
+@every_kernel_and_shape
+def test_it_gives_the_right_product_in_every_format(row: Row, device: str, shape: str) -> None:
+    """And without a bias."""
+    for name in NAMES:
+        weight = weight_of(shape, name)
+        weight = None if weight is None else on(device, weight)
+        for dtype in DTYPES_OF[shape]:
+            if weight is None or not is_for(row.kernel.name, shape, name, dtype):
+                continue
+            x, bias = input_of(shape, dtype).to(device), bias_of(shape, dtype).to(device)
+            require(row, x, weight)
+            assert_right(row, x, weight, bias, (name, dtype))
+            if name in ("int8", "fp8"):
+                assert_right(row, x, weight, None, (name, dtype, "no bias"))
+
+
+@every_kernel_and_shape
+def test_the_input_may_lie_in_any_order(row: Row, device: str, shape: str) -> None:
+    for about, contiguous, weight, bias in calls(row, device, shape, "int4 int8"):
+        for order, x in layouts(contiguous):
+            require(row, x, weight)
+            torch_gives = multiply(x, weight.dequantize(x.dtype), weight.geometry, bias).stride()
+            found = row.kernel(x, weight, bias, prepared(row.kernel, weight, x.dtype))
+            assert found.stride() == torch_gives, (about, order)
+            assert_right(row, x, weight, bias, (about, order))
+
+
+TWO = "linear of a group and a half, conv2d 3x3"
+IN_ROWS_AND_PIXELS = "linear of a few rows, linear of many rows, conv2d 3x3"
 
 
 @every_kernel
-def test_it_takes_some_calls(row: Row, device: str) -> None:
-    """Or none of these tests would say anything; a kernel that this machine cannot run says why."""
-    inputs = [(shape, input_of(shape, dtype).to(device)) for shape in SHAPES for dtype in DTYPES]
-    calls = [(x, weight_of(shape, format.name)) for shape, x in inputs for format in FORMATS]
-    reasons = [row.refuses(x, on(device, weight)) for x, weight in calls if weight is not None]
-    if None not in reasons and any("this machine" in str(reason) for reason in reasons):
-        pytest.skip(str(next(r for r in reasons if "this machine" in str(r))))
-    assert None in reasons, set(reasons)
+def test_values_may_be_huge_or_tiny(row: Row, device: str) -> None:
+    sizes = (1e-30, 1e-5, 1e4, 1e30) if dtype_for(row) == torch.float32 else (1e-3, 100.0)
+    for about, x, weight, _ in calls(row, device, TWO):
+        for size in sizes:
+            assert_right(row, x * size, weight, None, (about, size))
 
 
 @every_kernel
-@every_shape
-def test_it_does_without_a_bias(row: Row, device: str, shape: str) -> None:
-    x, weight = input_of(shape).to(device), weight_for(row, shape, "int8")
-    if not takes(row, x, weight):
-        pytest.skip("refused")
-    assert_right(row, x, on(device, weight), None)
+def test_nan_and_infinity_come_out_where_they_should(row: Row, device: str) -> None:
+    for about, x, weight, _ in calls(row, device, f"{TWO}, conv2d 1x1, conv3d 1x3x3"):
+        for value in (float("nan"), float("inf")):
+            bad = x.clone()
+            bad[1, 3] = value
+            found, right = run(row.kernel, bad, weight, None), expected(row, bad, weight, None)
+            assert torch.isnan(right[1]).any() or torch.isinf(right[1]).any(), about
+            assert torch.equal(torch.isfinite(found), torch.isfinite(right)), (about, value)
+            assert torch.isfinite(found[0]).all(), (about, value)
 
 
 @every_kernel
-@every_shape
-@pytest.mark.parametrize("format", ["int4", "int8"])
-def test_the_input_may_lie_in_any_order(row: Row, device: str, shape: str, format: str) -> None:
-    weight, bias = weight_for(row, shape, format), bias_of(shape).to(device)
-    for about, x in layouts(input_of(shape).to(device)):
-        if takes(row, x, weight):
-            found = row.kernel(x, on(device, weight), bias, prepared(row.kernel, on(device, weight), x.dtype))
-            right = expected(row, x, on(device, weight), bias)
-            assert found.stride() == right.stride(), about
-            assert_right(row, x, on(device, weight), bias)
+def test_zeros_give_the_bias(row: Row, device: str) -> None:
+    for about, x, weight, bias in calls(row, device, TWO):
+        y = run(row.kernel, torch.zeros_like(x), weight, bias)
+        shown = bias if y.ndim == 2 else bias.view(1, -1, *[1] * (y.ndim - 2))
+        assert torch.equal(y, shown.expand_as(y)), about
 
 
 @every_kernel
-@pytest.mark.parametrize("size", [1e-30, 1e-5, 1e4, 1e30])
-@pytest.mark.parametrize("shape", ["linear of a group and a half", "conv2d 3x3"])
-def test_values_may_be_huge_or_tiny(row: Row, device: str, shape: str, size: float) -> None:
-    x, weight = input_of(shape).to(device) * size, weight_for(row, shape, "int4")
-    if not takes(row, x, weight):
-        pytest.skip("refused")
-    assert_right(row, x, on(device, weight), None)
+def test_the_same_call_gives_the_same_bits(row: Row, device: str) -> None:
+    for about, x, weight, _ in calls(row, device, f"{IN_ROWS_AND_PIXELS}, conv3d"):
+        first = run(row.kernel, x, weight, None)
+        assert all(torch.equal(run(row.kernel, x, weight, None), first) for _ in range(3)), about
 
 
 @every_kernel
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("shape", ["linear of a group and a half", "conv2d 3x3", "conv2d 1x1", "conv3d 1x3x3"])
-def test_nan_and_infinity_come_out_where_they_should(row: Row, device: str, shape: str, value: float) -> None:
-    x, weight = input_of(shape).to(device), weight_for(row, shape, "int4")
-    if not takes(row, x, weight):
-        pytest.skip("refused")
-    x[1, 3] = value
-    weight = on(device, weight)
-    found, right = run(row.kernel, x, weight, None), expected(row, x, weight, None)
-    assert torch.isnan(right[1]).any() or torch.isinf(right[1]).any()
-    assert torch.equal(torch.isfinite(found), torch.isfinite(right))
-    assert torch.isfinite(found[0]).all()
+def test_it_writes_to_none_of_what_it_is_given(row: Row, device: str) -> None:
+    for about, x, weight, bias in calls(row, device, IN_ROWS_AND_PIXELS, "int4 int8"):
+        before = [t.clone() for t in (x, bias, *weight.tensors.values())]
+        first = run(row.kernel, x, weight, bias)
+        kept = first.clone()
+        run(row.kernel, x + 1, weight, bias)
+        assert torch.equal(first, kept), about  # a reused buffer is never handed out
+        after = (x, bias, *weight.tensors.values())
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), about
 
 
 @every_kernel
-@pytest.mark.parametrize("shape", ["linear of a group and a half", "conv2d 3x3"])
-def test_zeros_give_the_bias(row: Row, device: str, shape: str) -> None:
-    x, weight, bias = (
-        torch.zeros_like(input_of(shape)).to(device),
-        weight_for(row, shape, "int4"),
-        bias_of(shape).to(device),
-    )
-    if not takes(row, x, weight):
-        pytest.skip("refused")
-    y = run(row.kernel, x, on(device, weight), bias)
-    shown = bias if y.ndim == 2 else bias.view(1, -1, *[1] * (y.ndim - 2))
-    assert torch.equal(y, shown.expand_as(y))
-
-
-@every_kernel
-@pytest.mark.parametrize("shape", ["linear of a few rows", "linear of many rows", "conv2d 3x3", "conv3d"])
-def test_the_same_call_gives_the_same_bits(row: Row, device: str, shape: str) -> None:
-    x, weight = input_of(shape).to(device), weight_for(row, shape, "int4")
-    if not takes(row, x, weight):
-        pytest.skip("refused")
-    weight = on(device, weight)
-    first = run(row.kernel, x, weight, None)
-    assert all(torch.equal(run(row.kernel, x, weight, None), first) for _ in range(3))
-
-
-@every_kernel
-@pytest.mark.parametrize("shape", ["linear of a few rows", "linear of many rows", "conv2d 3x3"])
-@pytest.mark.parametrize("format", ["int4", "int8"])
-def test_it_writes_to_none_of_what_it_is_given(row: Row, device: str, shape: str, format: str) -> None:
-    x, weight, bias = input_of(shape).to(device), weight_for(row, shape, format), bias_of(shape).to(device)
-    if not takes(row, x, weight):
-        pytest.skip("refused")
-    weight = on(device, weight)
-    before = [t.clone() for t in (x, bias, *weight.tensors.values())]
-    first = run(row.kernel, x, weight, bias)
-    kept = first.clone()
-    run(row.kernel, x + 1, weight, bias)
-    assert torch.equal(first, kept)  # a reused buffer is never handed out
-    assert all(torch.equal(a, b) for a, b in zip(before, (x, bias, *weight.tensors.values()), strict=True))
-
-
-@every_kernel
-@pytest.mark.parametrize("shape", ["linear of a few rows", "linear of many rows", "conv2d 3x3", "conv2d 1x1", "conv1d"])
-@pytest.mark.parametrize("format", ["int4", "int8"])
-def test_with_little_memory_it_keeps_nothing_and_gives_the_same(row: Row, device: str, shape: str, format: str) -> None:
-    x, weight = input_of(shape).to(device), weight_for(row, shape, format, low_memory=True)
-    if not takes(row, x, weight):
-        pytest.skip("refused")
-    weight = on(device, weight)
-    assert row.kernel.prepare(weight, x.dtype) == {}
-    assert_right(row, x, weight, None)
+def test_with_little_memory_it_keeps_nothing_and_gives_the_same(row: Row, device: str) -> None:
+    shapes = f"{IN_ROWS_AND_PIXELS}, conv2d 1x1, conv1d"
+    for about, x, weight, _ in calls(row, device, shapes, "int4 int8", low_memory=True):
+        assert row.kernel.prepare(weight, x.dtype) == {}, about
+        assert_right(row, x, weight, None, about)
 
 
 @every_kernel
 def test_stored_codes_may_lie_channels_last(row: Row, device: str) -> None:
-    """As `model.to(memory_format=torch.channels_last)` leaves those of `int8` and `fp8`."""
-    weight = weight_for(row, "conv2d 3x3", "int8")
+    """As `model.to(memory_format=torch.channels_last)` leaves those of `int8` and `fp8`: taken, or refused outright."""
+    format, reads_words = ("fp8" if row.kernel.compute is Compute.FP8 else "int8"), row.kernel.name in READ_WORDS
+    weight = weight_of("conv2d 3x3", format)
+    assert weight is not None
     codes = weight.tensors["weight_packed"].contiguous(memory_format=torch.channels_last)
     weight = on(device, replace(weight, tensors={**weight.tensors, "weight_packed": codes}))
     for dtype in DTYPES:
         x = input_of("conv2d 3x3", dtype).to(device)
-        if takes(row, x, weight):
-            assert_right(row, x, weight, None)
+        if reads_words or not is_for(row.kernel.name, "conv2d 3x3", format, dtype):
+            assert row.refuses(x, weight) is not None, dtype
+            continue
+        require(row, x, weight)
+        assert_right(row, x, weight, None, dtype)
 
 
 @every_kernel
-@pytest.mark.parametrize("shape", ["linear of a few rows", "linear of many rows", "conv2d 3x3"])
-def test_a_sample_does_not_depend_on_the_others(row: Row, device: str, shape: str) -> None:
-    x, weight = input_of(shape).to(device), weight_for(row, shape, "int4")
-    if not takes(row, x, weight):
-        pytest.skip("refused")
-    weight = on(device, weight)
-    other = x.clone()
-    other[1] *= 100
-    assert torch.equal(run(row.kernel, x, weight, None)[0], run(row.kernel, other, weight, None)[0])
+def test_a_sample_does_not_depend_on_the_others(row: Row, device: str) -> None:
+    for about, x, weight, _ in calls(row, device, IN_ROWS_AND_PIXELS):
+        other = x.clone()
+        other[1] *= 100
+        first, again = (run(row.kernel, each, weight, None)[0] for each in (x, other))
+        assert torch.equal(first, again), about
 
 
 def test_names_are_unique() -> None:

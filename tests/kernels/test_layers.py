@@ -44,15 +44,15 @@ PACKED = [format for format in FEW if format.packed]
 
 every_layer = pytest.mark.parametrize(("make", "size"), LAYERS.values(), ids=LAYERS)
 every_packed_format = pytest.mark.parametrize("format", PACKED, ids=lambda format: format.name)
-every_packed_layer = pytest.mark.parametrize(
-    ("make", "size", "format"),
-    [
-        pytest.param(make, size, format, id=f"{about}-{format.name}")
-        for about, (make, size) in LAYERS.items()
-        for format in PACKED
-        if format.fits(make().weight.shape)
-    ],
-)
+Twins = dict[str, tuple[PackedLayer, nn.Module]]
+
+
+@pytest.fixture(scope="module", params=LAYERS.items(), ids=lambda item: item[0])
+def case(request: pytest.FixtureRequest) -> tuple[Twins, tuple[int, ...]]:
+    """A kind of layer: its twins in each format that it fits, and the size of an input. No test changes them."""
+    _, (make, size) = request.param
+    fitting = [format for format in PACKED if format.fits(make().weight.shape)]
+    return {format.name: twins(make, format) for format in fitting}, size
 
 
 def packed(layer: nn.Module, format: Format) -> PackedLayer:
@@ -79,17 +79,19 @@ def announced(layer: PackedLayer) -> dict[str, torch.dtype]:
     return {suffix: spec.dtype for suffix, spec in specs.items()}
 
 
-@every_packed_layer
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@every_layer
 def test_it_gives_the_bits_of_the_ordinary_layer(
-    make: Callable[[], nn.Module], size: tuple[int, ...], format: Format, dtype: torch.dtype
+    make: Callable[[], nn.Module], size: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    layer, plain = twins(make, format, dtype)
     x = torch.randn(size).to(dtype)
-    with torch.no_grad():
-        found, expected = layer(x), plain(x)
-    assert torch.equal(found, expected)
-    assert found.stride() == expected.stride()
+    for format in PACKED:
+        if format.fits(make().weight.shape):
+            layer, plain = twins(make, format, dtype)
+            with torch.no_grad():
+                found, expected = layer(x), plain(x)
+            assert torch.equal(found, expected), format.name
+            assert found.stride() == expected.stride(), format.name
 
 
 @every_layer
@@ -101,27 +103,22 @@ def test_it_passes_the_gradient_to_its_input(make: Callable[[], nn.Module], size
     assert torch.equal(given.grad, expected.grad)
 
 
-@every_packed_layer
-def test_it_is_read_like_the_ordinary_layer(
-    make: Callable[[], nn.Module], size: tuple[int, ...], format: Format
-) -> None:
-    layer, plain = twins(make, format)
-    assert isinstance(layer, type(plain))
-    assert torch.equal(layer.weight, plain.weight)
-    assert layer.weight_shape == tuple(plain.weight.shape)
-    assert layer.bias is plain.bias
-    assert f"format={format.name}" in repr(layer)
-    assert repr(plain)[:-1] in repr(layer)  # its geometry too
+def test_it_is_read_like_the_ordinary_layer(case: tuple[Twins, tuple[int, ...]]) -> None:
+    for name, (layer, plain) in case[0].items():
+        assert isinstance(layer, type(plain)), name
+        assert torch.equal(layer.weight, plain.weight), name
+        assert layer.weight_shape == tuple(plain.weight.shape), name
+        assert layer.bias is plain.bias, name
+        assert f"format={name}" in repr(layer)
+        assert repr(plain)[:-1] in repr(layer)  # its geometry too
 
 
-@every_packed_layer
-def test_only_the_packed_tensors_and_the_bias_are_in_memory(
-    make: Callable[[], nn.Module], size: tuple[int, ...], format: Format
-) -> None:
-    layer, plain = twins(make, format)
-    names = {*format.tensors(layer.weight_shape, torch.float16), *(["bias"] if plain.bias is not None else [])}
-    assert set(layer.state_dict()) == names
-    assert {name for name, _ in [*layer.named_parameters(), *layer.named_buffers()]} == names
+def test_only_the_packed_tensors_and_the_bias_are_in_memory(case: tuple[Twins, tuple[int, ...]]) -> None:
+    for name, (layer, plain) in case[0].items():
+        stored = layer.format.tensors(layer.weight_shape, torch.float16)
+        names = {*stored, *(["bias"] if plain.bias is not None else [])}
+        assert set(layer.state_dict()) == names, name
+        assert {n for n, _ in [*layer.named_parameters(), *layer.named_buffers()]} == names, name
 
 
 @pytest.mark.parametrize(
@@ -241,16 +238,14 @@ def test_calling_its_class_makes_an_ordinary_layer(make: Callable[[], nn.Module]
     assert made.bias is None
 
 
-@every_packed_layer
-def test_unpacking_gives_an_ordinary_layer_that_computes_the_same(
-    make: Callable[[], nn.Module], size: tuple[int, ...], format: Format
-) -> None:
-    layer, plain = twins(make, format)
-    back = unpack_layer(layer)
-    assert type(back) is type(plain)
-    assert set(back.state_dict()) == set(plain.state_dict())
-    x = torch.randn(size)
-    assert torch.equal(back(x), plain(x))
+def test_unpacking_gives_an_ordinary_layer_that_computes_the_same(case: tuple[Twins, tuple[int, ...]]) -> None:
+    held, size = case
+    for name, (layer, plain) in held.items():
+        back = unpack_layer(layer)
+        assert type(back) is type(plain), name
+        assert set(back.state_dict()) == set(plain.state_dict()), name
+        x = torch.randn(size)
+        assert torch.equal(back(x), plain(x)), name
 
 
 def test_what_a_library_put_on_a_layer_stays_behind() -> None:

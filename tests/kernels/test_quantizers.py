@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 
 import numpy as np
 import pytest
@@ -23,15 +24,19 @@ SMALL = [format_named(name) for name in "int2 int3-channel-sym int4 int4-g32 int
 WITH_ZEROS = [format for format in GRIDS if format.parameters().get("symmetric") is False]
 SHAPES = [(6, 128), (5, 101), (3, 7), (2, 1), (4, 6, 3), (4, 16, 3, 3), (3, 128, 1, 3)]
 DAMPING = 0.1
+ROUNDERS = [name for name in QUANTIZERS if name not in HESSIANS] + ["gptq"]
+"""Those that round in a way of their own: quantizers with a Hessian differ in which one it is."""
 
 every_grid = pytest.mark.parametrize("format", GRIDS, ids=lambda f: f.name)
 every_small = pytest.mark.parametrize("format", SMALL, ids=lambda f: f.name)
 Stored = Mapping[str, torch.Tensor]
 
 
-def on_shapes(formats: list[GridFormat], shapes: list[tuple[int, ...]] = SHAPES) -> pytest.MarkDecorator:
-    fitting = [(format, shape) for format in formats for shape in shapes if format.fits(shape)]
-    return pytest.mark.parametrize(("format", "shape"), fitting, ids=lambda v: getattr(v, "name", str(v)))
+def fitting(format: GridFormat, shapes: list[tuple[int, ...]] = SHAPES) -> list[tuple[int, ...]]:
+    """Those of the shapes that the format fits."""
+    found = [shape for shape in shapes if format.fits(shape)]
+    assert found
+    return found
 
 
 def heavy_tailed(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
@@ -75,43 +80,44 @@ def codes_of(format: GridFormat, stored: Stored, shape: tuple[int, ...]) -> torc
     return format.load(stored, shape)[0]
 
 
-@on_shapes(GRIDS, [(6, 128), (3, 7), (2, 1), (3, 128, 1, 3)])
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_every_quantizer_makes_what_the_format_announces(
-    quantizer: str, format: GridFormat, shape: tuple[int, ...]
-) -> None:
-    weight = heavy_tailed(shape)
-    stored = quantized(quantizer, format, weight, inputs_hessian(weight[0].numel()))
-    assert {name: (t.dtype, tuple(t.shape)) for name, t in stored.items()} == {
-        name: (spec.dtype, spec.shape) for name, spec in format.tensors(shape, torch.float16).items()
-    }
-    assert list(stored) == list(format.tensors(shape, torch.float16))
-    assert all(tensor.is_contiguous() for tensor in stored.values())
-    assert torch.isfinite(format.dequantize(stored, shape, torch.float32)).all()
+@every_grid
+@pytest.mark.parametrize("quantizer", ROUNDERS)
+def test_every_quantizer_makes_what_the_format_announces(quantizer: str, format: GridFormat) -> None:
+    for shape in fitting(format, [(6, 128), (3, 7), (2, 1), (3, 128, 1, 3)]):
+        weight = heavy_tailed(shape)
+        stored = quantized(quantizer, format, weight, inputs_hessian(weight[0].numel()))
+        assert {name: (t.dtype, tuple(t.shape)) for name, t in stored.items()} == {
+            name: (spec.dtype, spec.shape) for name, spec in format.tensors(shape, torch.float16).items()
+        }
+        assert list(stored) == list(format.tensors(shape, torch.float16))
+        assert all(tensor.is_contiguous() for tensor in stored.values()), shape
+        back = format.dequantize(stored, shape, torch.float32)
+        assert torch.isfinite(back).all(), shape
+        assert (back - weight).norm() < weight.float().norm(), shape  # nearer than zeros
 
 
-@on_shapes(GRIDS, [(3, 128), (3, 7), (2, 1)])
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_a_weight_of_zeros_stays_one(quantizer: str, format: GridFormat, shape: tuple[int, ...]) -> None:
-    weight = torch.zeros(shape)
-    stored = quantized(quantizer, format, weight, inputs_hessian(weight[0].numel()))
-    assert (stored["weight_scale"] == 1).all()
-    assert not format.dequantize(stored, shape, torch.float32).any()
+@every_grid
+def test_a_weight_of_zeros_stays_one(format: GridFormat) -> None:
+    for shape in fitting(format, [(3, 128), (3, 7), (2, 1)]):
+        for quantizer in ROUNDERS:
+            stored = quantized(quantizer, format, torch.zeros(shape), inputs_hessian(shape[1]))
+            assert (stored["weight_scale"] == 1).all(), (quantizer, shape)
+            assert not format.dequantize(stored, shape, torch.float32).any(), (quantizer, shape)
 
 
 @every_small
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_a_quantizer_gives_the_same_twice_and_leaves_the_weight_alone(quantizer: str, format: GridFormat) -> None:
+def test_a_quantizer_gives_the_same_twice_and_leaves_the_weight_alone(format: GridFormat) -> None:
     weight, hessian = heavy_tailed((6, 128)), inputs_hessian(128)
     before = weight.clone(), hessian.clone()
-    first, second = (quantized(quantizer, format, weight, hessian) for _ in range(2))
-    assert all(torch.equal(first[name].view(torch.uint8), second[name].view(torch.uint8)) for name in first)
-    assert torch.equal(weight, before[0])
-    assert torch.equal(hessian, before[1])
+    for quantizer in ROUNDERS:
+        first, second = (quantized(quantizer, format, weight, hessian) for _ in range(2))
+        assert all(torch.equal(first[n].view(torch.uint8), second[n].view(torch.uint8)) for n in first), quantizer
+        assert torch.equal(weight, before[0]), quantizer
+        assert torch.equal(hessian, before[1]), quantizer
 
 
 @every_small
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("quantizer", ROUNDERS)
 def test_a_weight_that_is_not_finite_is_refused(quantizer: str, format: GridFormat) -> None:
     weight = heavy_tailed((6, 128))
     weight[3, 5] = float("nan")
@@ -120,7 +126,7 @@ def test_a_weight_that_is_not_finite_is_refused(quantizer: str, format: GridForm
 
 
 def quantized(quantizer: str, format: GridFormat, weight: torch.Tensor, hessian: torch.Tensor) -> Stored:
-    if quantizer in HESSIANS:
+    if quantizer == "gptq":
         return gptq(format, weight, Curvature.of(format.rotated_hessian(hessian)))
     return quantize_data_free(quantizer, format, weight)
 
@@ -128,17 +134,15 @@ def quantized(quantizer: str, format: GridFormat, weight: torch.Tensor, hessian:
 # mse
 
 
-@on_shapes(GRIDS)
-@pytest.mark.parametrize("seed", range(2))
-def test_mse_errs_in_no_group_more_than_rounding_to_nearest(
-    format: GridFormat, shape: tuple[int, ...], seed: int
-) -> None:
-    weight = heavy_tailed(shape, seed)
-    found, nearest = (
-        group_sums(format, error_rows(format, stored, weight).square())
-        for stored in (mse(format, weight), format.quantize(weight))
-    )
-    assert (found <= nearest * (1 + 1e-4) + 1e-12).all()
+@every_grid
+def test_mse_errs_in_no_group_more_than_rounding_to_nearest(format: GridFormat) -> None:
+    for shape, seed in product(fitting(format), range(2)):
+        weight = heavy_tailed(shape, seed)
+        found, nearest = (
+            group_sums(format, error_rows(format, stored, weight).square())
+            for stored in (mse(format, weight), format.quantize(weight))
+        )
+        assert (found <= nearest * (1 + 1e-4) + 1e-12).all(), (shape, seed)
 
 
 @pytest.mark.parametrize("name", ["int2", "int3", "int4", "int4-sym", "int4-rot", "nf4", "int3-channel"])
@@ -173,19 +177,17 @@ def levels_of(format: GridFormat, codes: torch.Tensor, grid: Grid) -> torch.Tens
 # hqq
 
 
-@on_shapes(GRIDS)
-@pytest.mark.parametrize("seed", range(2))
-def test_hqq_has_in_no_group_a_larger_lp_loss_than_rounding_to_nearest(
-    format: GridFormat, shape: tuple[int, ...], seed: int
-) -> None:
-    weight = heavy_tailed(shape, seed)
-    rows = format.rows(weight).double()
-    found, nearest = (
-        group_sums(format, (format.rows(format.dequantize(s, shape, torch.float32)).double() - rows).abs().pow(0.7))
-        for s in (hqq(format, weight), format.quantize(weight))
-    )
+@every_grid
+def test_hqq_has_in_no_group_a_larger_lp_loss_than_rounding_to_nearest(format: GridFormat) -> None:
     noise = 1e-3 if "rotation" in format.parameters() else 1e-5  # |1e-7|^0.7 is 1e-5, and rotating back costs that much
-    assert (found <= nearest * (1 + noise) + noise).all()
+    for shape, seed in product(fitting(format), range(2)):
+        weight = heavy_tailed(shape, seed)
+        rows = format.rows(weight).double()
+        found, nearest = (
+            group_sums(format, (format.rows(format.dequantize(s, shape, torch.float32)).double() - rows).abs().pow(0.7))
+            for s in (hqq(format, weight), format.quantize(weight))
+        )
+        assert (found <= nearest * (1 + noise) + noise).all(), (shape, seed)
 
 
 def test_hqq_finds_better_grids_than_rounding_to_nearest() -> None:
@@ -236,13 +238,13 @@ def grid_levels(format: GridFormat, stored: Stored, shape: tuple[int, ...]) -> n
 
 @pytest.mark.parametrize("format", [f for f in SMALL if f.name != "int5-g32-rot"], ids=lambda f: f.name)
 @pytest.mark.parametrize("length", [5, 64, 70, 130], ids="K = {}".format)
-@pytest.mark.parametrize("seed", range(2))
-def test_gptq_takes_the_levels_of_the_textbook(format: GridFormat, length: int, seed: int) -> None:
-    weight, hessian = heavy_tailed((4, length), seed), inputs_hessian(length, seed)
-    stored = gptq(format, weight, Curvature.of(hessian))
-    expected = by_the_textbook(format, stored, weight, hessian)
-    back = format.dequantize(stored, weight.shape, torch.float32).double().numpy()
-    np.testing.assert_allclose(back, expected, rtol=1e-6, atol=1e-9)
+def test_gptq_takes_the_levels_of_the_textbook(format: GridFormat, length: int) -> None:
+    for seed in range(2):
+        weight, hessian = heavy_tailed((4, length), seed), inputs_hessian(length, seed)
+        stored = gptq(format, weight, Curvature.of(hessian))
+        expected = by_the_textbook(format, stored, weight, hessian)
+        back = format.dequantize(stored, weight.shape, torch.float32).double().numpy()
+        np.testing.assert_allclose(back, expected, rtol=1e-6, atol=1e-9, err_msg=f"seed {seed}")
 
 
 def test_gptq_of_a_convolution_takes_the_hessian_in_wire_order() -> None:
@@ -281,11 +283,12 @@ def test_a_rotated_hessian_sees_a_rotated_change_as_before(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("format", [f for f in GRIDS if "rotation" not in f.parameters()], ids=lambda f: f.name)
-def test_what_is_not_rotated_takes_the_hessian_as_it_is(format: GridFormat) -> None:
+def test_what_is_not_rotated_takes_the_hessian_as_it_is() -> None:
     hessian = inputs_hessian(8)
-    assert format.rotation == 0
-    assert torch.equal(format.rotated_hessian(hessian), hessian)
+    for format in GRIDS:
+        if "rotation" not in format.parameters():
+            assert format.rotation == 0, format.name
+            assert torch.equal(format.rotated_hessian(hessian), hessian), format.name
 
 
 @every_small
@@ -332,17 +335,17 @@ def test_without_any_input_gptq_is_mse(format: GridFormat) -> None:
     torch.testing.assert_close(back, wanted, rtol=1e-6, atol=0)
 
 
-@on_shapes(GRIDS)
-@pytest.mark.parametrize("rank", [0, 1, 2])
-def test_a_hessian_of_few_inputs_is_enough(rank: int, format: GridFormat, shape: tuple[int, ...]) -> None:
-    weight = heavy_tailed(shape)
-    length = weight[0].numel()
-    x = torch.randn(rank, length, generator=torch.Generator().manual_seed(5)) * 100
-    hessian = x.T @ x
-    stored = gptq(format, weight, Curvature.of(format.rotated_hessian(hessian)))
-    error = error_rows(format, stored, weight)
-    assert torch.isfinite(error).all()
-    assert error.norm() < 2 * wire_rows(weight).norm()
+@every_grid
+def test_a_hessian_of_few_inputs_is_enough(format: GridFormat) -> None:
+    for shape, rank in product(fitting(format), range(3)):
+        weight = heavy_tailed(shape)
+        x = torch.randn(rank, weight[0].numel(), generator=torch.Generator().manual_seed(5)) * 100
+        hessian = x.T @ x
+        stored = gptq(format, weight, Curvature.of(format.rotated_hessian(hessian)))
+        error, nearest = (error_rows(format, s, weight) for s in (stored, format.quantize(weight)))
+        assert torch.isfinite(error).all(), (shape, rank)
+        assert weighted(error, hessian) <= weighted(nearest, hessian) * (1 + 1e-6) + 1e-12, (shape, rank)
+        assert error.norm() < 0.6 * wire_rows(weight).norm(), (shape, rank)  # of zeros it is the norm itself
 
 
 def test_an_input_that_is_always_zero_does_no_harm() -> None:
@@ -381,38 +384,38 @@ def test_blocks_of_a_long_row_take_the_levels_of_the_textbook_on_the_block_diago
     assert all(torch.equal(stored[name].view(torch.uint8), whole[name].view(torch.uint8)) for name in whole)
 
 
-@on_shapes(GRIDS, [(4, 200), (3, 384), (3, 128, 1, 3)])
-def test_a_last_block_may_be_short(format: GridFormat, shape: tuple[int, ...]) -> None:
-    weight, length = heavy_tailed(shape), int(np.prod(shape[1:]))
-    blocks, k = -(-length // 128), 128
-    hessian = torch.zeros(1, blocks, k, k)
-    whole = inputs_hessian(length)
-    for i in range(blocks):
-        part = whole[i * k : (i + 1) * k, i * k : (i + 1) * k]
-        hessian[0, i, : len(part), : len(part)] = part
-    curvature = Curvature.of(format.rotated_hessian(hessian))
-    stored = gptq(format, weight, curvature)
-    seen = torch.block_diag(*[hessian[0, i] for i in range(blocks)])[:length, :length]
-    assert weighted(error_rows(format, stored, weight), seen) <= weighted(
-        error_rows(format, mse(format, weight), weight), seen
-    )
+@every_grid
+def test_a_last_block_may_be_short(format: GridFormat) -> None:
+    for shape in fitting(format, [(4, 200), (3, 384), (3, 128, 1, 3)]):
+        weight, length = heavy_tailed(shape), int(np.prod(shape[1:]))
+        blocks, k = -(-length // 128), 128
+        hessian = torch.zeros(1, blocks, k, k)
+        whole = inputs_hessian(length)
+        for i in range(blocks):
+            part = whole[i * k : (i + 1) * k, i * k : (i + 1) * k]
+            hessian[0, i, : len(part), : len(part)] = part
+        curvature = Curvature.of(format.rotated_hessian(hessian))
+        stored = gptq(format, weight, curvature)
+        seen = torch.block_diag(*[hessian[0, i] for i in range(blocks)])[:length, :length]
+        found, searched = (weighted(error_rows(format, s, weight), seen) for s in (stored, mse(format, weight)))
+        assert found <= searched, shape
 
 
-@on_shapes(SMALL, [(6, 128), (6, 5, 3, 3), (8, 1, 3, 3), (6, 64, 2)])
-def test_each_group_of_rows_is_rounded_as_alone_with_its_own_hessian(
-    format: GridFormat, shape: tuple[int, ...]
-) -> None:
+@every_small
+def test_each_group_of_rows_is_rounded_as_alone_with_its_own_hessian(format: GridFormat) -> None:
     """Of a convolution in 2 groups; one with a group for each channel has as many as rows."""
-    groups = shape[0] if shape[1] == 1 else 2
-    weight, length = heavy_tailed(shape), int(np.prod(shape[1:]))
-    hessians = [inputs_hessian(length, seed) * 3.0**seed for seed in range(groups)]
-    together = gptq(format, weight, Curvature.of(format.rotated_hessian(torch.stack(hessians)[:, None])))
-    alone = [
-        gptq(format, part, Curvature.of(format.rotated_hessian(hessian)))
-        for part, hessian in zip(weight.chunk(groups), hessians, strict=True)
-    ]
-    for name, tensor in together.items():
-        assert torch.equal(tensor.view(torch.uint8), torch.cat([a[name] for a in alone]).view(torch.uint8)), name
+    for shape in fitting(format, [(6, 128), (6, 5, 3, 3), (8, 1, 3, 3), (6, 64, 2)]):
+        groups = shape[0] if shape[1] == 1 else 2
+        weight, length = heavy_tailed(shape), int(np.prod(shape[1:]))
+        hessians = [inputs_hessian(length, seed) * 3.0**seed for seed in range(groups)]
+        together = gptq(format, weight, Curvature.of(format.rotated_hessian(torch.stack(hessians)[:, None])))
+        alone = [
+            gptq(format, part, Curvature.of(format.rotated_hessian(hessian)))
+            for part, hessian in zip(weight.chunk(groups), hessians, strict=True)
+        ]
+        for name, tensor in together.items():
+            apart = torch.cat([a[name] for a in alone])
+            assert torch.equal(tensor.view(torch.uint8), apart.view(torch.uint8)), (name, shape)
 
 
 # names

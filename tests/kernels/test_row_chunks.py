@@ -23,20 +23,18 @@ def threads() -> object:
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("chunk", [1, 700, 128 * 9 * 4])
 @pytest.mark.parametrize("quantizer", ["rtn", "mse", "hqq"])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_bits_do_not_depend_on_the_chunks(
-    monkeypatch: pytest.MonkeyPatch, name: str, quantizer: str, chunk: int
-) -> None:
+def test_the_bits_do_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch, name: str, quantizer: str) -> None:
     weight = torch.randn(13, 128, 3, 3, generator=torch.Generator().manual_seed(1)).half()
     format = format_named(name)
     whole = quantize_data_free(quantizer, format, weight)  # type: ignore[arg-type]
-    monkeypatch.setattr(row_chunks, "_CHUNK", chunk)
-    found = quantize_data_free(quantizer, format, weight)  # type: ignore[arg-type]
-    assert found.keys() == whole.keys()
-    as_bytes = {key: (tensor.view(torch.uint8), whole[key].view(torch.uint8)) for key, tensor in found.items()}
-    assert [key for key, (one, other) in as_bytes.items() if not torch.equal(one, other)] == []
+    for chunk in (1, 700, 128 * 9 * 4):
+        monkeypatch.setattr(row_chunks, "_CHUNK", chunk)
+        found = quantize_data_free(quantizer, format, weight)  # type: ignore[arg-type]
+        assert found.keys() == whole.keys()
+        as_bytes = {key: (tensor.view(torch.uint8), whole[key].view(torch.uint8)) for key, tensor in found.items()}
+        assert [key for key, (one, other) in as_bytes.items() if not torch.equal(one, other)] == [], chunk
 
 
 def _note(seen: list[int], rows: slice) -> None:

@@ -16,6 +16,8 @@ from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.kernel import Compute, Geometry, Kernel, PackedWeight
 from bitpolicy.kernels.triton.kernels import TritonDequantize, TritonFloat, TritonFp8, TritonInt8
 
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
 pytestmark = pytest.mark.gpu
 
 KERNELS = (TritonInt8(), TritonFloat(), TritonDequantize())
@@ -35,7 +37,7 @@ SHAPES = {
 }
 
 FORMATS = ("int8", "int4", "int4-g32-sym", "int4-channel")
-before_ada = not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9)
+before_ada = torch.cuda.get_device_capability() < (8, 9)
 of_float8 = pytest.param(
     TritonFp8(), "fp8", marks=pytest.mark.skipif(before_ada, reason="needs a GPU that multiplies float8")
 )

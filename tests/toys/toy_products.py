@@ -53,6 +53,9 @@ SHAPES: dict[str, Shape] = {
     "conv3d 1x3x3": Shape((2, 32, 3, 5, 5), (8, 32, 1, 3, 3), Geometry((1, 2, 2), (0, 1, 1), (1, 1, 1))),
 }
 
+DTYPES_OF: dict[str, tuple[torch.dtype, ...]] = dict.fromkeys(SHAPES, (torch.float32, torch.float16, torch.bfloat16))
+"""Dtypes of the input of each shape; `interpreted_triton`, where a product takes seconds, leaves fewer."""
+
 _GROUPED = "int4 int4-g32 int4-g128-sym int4-channel int8-g64-asym int3 int6-channel-sym int4-rot"
 FORMATS = tuple(format_named(name) for name in (*_GROUPED.split(), "int8", "nf4", "fp8"))
 
