@@ -1,0 +1,239 @@
+"""What a user does with the files that bitpolicy wrote, and the values that come of it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ordeals.artefacts import Artefacts, without_times
+from ordeals.commands import files_in
+from ordeals.judge import KnownDifference, Mistake, Values
+
+TEXT = "A cat!"
+WORDS = [TEXT, "dog & pizza (1/2) ~ {z}", "".join(map(chr, range(33, 127)))]
+_UNIMPORTANT = ("dtype", "torch_dtype", "transformers_version", "architectures")  # of a model's config
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def command_values(arguments: Sequence[str]) -> str:
+    """What a command line prints to stdout, run in this process.
+
+    Raises:
+        Mistake: it ended with exit code 2 and one line.
+        RuntimeError: it ended in another way.
+    """
+    from bitpolicy.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    sys.argv = ["bitpolicy", *arguments]
+    code: Any = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main.main()
+        except SystemExit as ended:
+            code = ended.code
+    lines = [line for line in err.getvalue().splitlines() if not line.startswith("warning: ")]
+    if code == 2 and len(lines) == 1 and lines[0].startswith("bitpolicy: ") and not out.getvalue():
+        raise Mistake(lines[0])
+    if code:
+        raise RuntimeError(f"exit code {code}, stdout {out.getvalue()[:200]!r}, stderr {err.getvalue()[-1000:]!r}")
+    return out.getvalue()
+
+
+def _tensors(tensors: dict[str, Any]) -> str:
+    import torch
+
+    sha = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        sha.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def pipeline_values(pipe: Any) -> Values:
+    """Every component's class, tensors and settings; the tokenizer's tokens; the picture drawn."""
+    import torch
+
+    found: dict[str, str] = {"class": type(pipe).__name__}
+    for name, part in pipe.components.items():
+        found[f"{name} class"] = type(part).__name__
+        if isinstance(part, torch.nn.Module):
+            found[f"{name} tensors"] = _tensors({**part.state_dict(), **dict(part.named_buffers())})
+        if hasattr(part, "config"):
+            found[f"{name} config"] = _config(part.config)
+    tokenizer = pipe.components.get("tokenizer")
+    if tokenizer is not None:
+        found["tokens"] = _or_error(lambda: [tokenizer(w, padding="max_length", truncation=True).input_ids for w in WORDS])
+        found["token settings"] = _or_error(
+            lambda: [tokenizer.model_max_length, sorted(map(str, tokenizer.special_tokens_map.items()))]
+        )
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    call = {"num_inference_steps": 2, "guidance_scale": 2.0, "generator": generator, "output_type": "np"}
+    found["picture"] = _or_error(lambda: digest(pipe(TEXT, **call).images.tobytes()))
+    return found
+
+
+def _config(config: Any) -> str:
+    held = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    known = {k: v for k, v in held.items() if not k.startswith("_") and k not in _UNIMPORTANT}
+    known.pop("quantization_config", None)
+    return json.dumps(known, sort_keys=True, default=str)
+
+
+def _or_error(value: Any) -> str:
+    """What a pipeline that was loaded without complaint cannot do is another value, too."""
+    try:
+        return str(value())
+    except Exception as error:  # noqa: BLE001
+        return f"raises {type(error).__name__}: {error}"[:200]
+
+
+def loaded(folder: Path) -> Values:
+    import bitpolicy
+
+    return pipeline_values(bitpolicy.load_pipeline(folder))
+
+
+def loaded_by_diffusers(folder: Path) -> Values:
+    from diffusers import DiffusionPipeline
+
+    import bitpolicy  # noqa: F401 - registers the quantizer
+
+    return pipeline_values(DiffusionPipeline.from_pretrained(str(folder), local_files_only=True))
+
+
+def evaluated(made: Artefacts, folder: Path) -> Values:
+    return {"psnr": command_values(made.evaluate(folder))}
+
+
+def inspected(folder: Path) -> Values:
+    return {"layers": json.dumps(json.loads(command_values(["inspect", str(folder), "--json"]))["layers"])}
+
+
+def policy_values(path: Path, names: Sequence[str], whole: Path) -> Values:
+    """What a policy file says of each layer.
+
+    Raises:
+        KnownDifference: it is another policy than that of `whole`, and means what an independent reader finds in it.
+    """
+    from bitpolicy import Policy
+
+    found, before = _choices(Policy.load(path), names), _choices(Policy.load(whole), names)
+    if found != before and found == _read_independently(path, names):
+        raise KnownDifference("another valid policy, read as it stands in the file")
+    return found
+
+
+def _choices(policy: Any, names: Sequence[str]) -> dict[str, str]:
+    choices = policy.resolve(names)
+    return {name: f"{c.format.name} {c.quantizer} {c.bias_correction}" for name, c in choices.items()}
+
+
+def _read_independently(path: Path, names: Sequence[str]) -> dict[str, str]:
+    """The same by PyYAML alone, for a policy without rules."""
+    import yaml
+
+    data = yaml.safe_load(path.read_text())
+    found = {}
+    for name in names:
+        usual = {"format": "fp16", "quantizer": "rtn", "bias_correction": False}
+        for entry in (data.get("defaults") or {}, (data.get("layers") or {}).get(name) or {}):
+            usual |= {key: value for key, value in entry.items() if value is not None}
+        packed = usual["format"] != "fp16"
+        found[name] = f"{usual['format']} {usual['quantizer'] if packed else 'rtn'} {packed and usual['bias_correction']}"
+    return found
+
+
+def calibration_values(policy: Path) -> Values:
+    from bitpolicy import Policy
+
+    calibration = Policy.load(policy).calibration
+    return {"calibration": _tensors({key: calibration[key] for key in calibration} if calibration is not None else {})}
+
+
+def exported(made: Artefacts, folder: Path, out: Path) -> Values:
+    """The checkpoint that the policy and the calibration in `folder` make."""
+    command_values(["export", "--policy", str(folder / "policy.yaml"), "--model", str(made.toy), "--output-dir", str(out)])
+    return {name: digest(data) for name, data in files_in(out).items() if name.endswith(".safetensors")}
+
+
+def probed(folder: Path) -> Values:
+    """Everything that a report would read."""
+    from bitpolicy.report.inputs import Probed
+
+    held = Probed.load(folder)
+    found = {"model": str(held.model), "check": str(held.check), "policy": "" if held.policy is None else held.policy.to_yaml()}
+    for name, part in (("table", held.table), ("split", held.split)):
+        for field, value in sorted(vars(part).items()) if part is not None else ():
+            found[f"{name} {field}"] = _tensors({field: value}) if hasattr(value, "numpy") else str(value)
+    return found
+
+
+def reported(folder: Path) -> Values:
+    said = json.loads(command_values(["report", str(folder), "--json"]))
+    del said["report"]
+    return {"report": json.dumps(said), "page": digest((folder / "report.html").read_bytes())}
+
+
+def resumed(made: Artefacts, folder: Path, reset: bool) -> Values:
+    """What the same search gives; with `reset` its end was not reached yet, so it goes on with what it has."""
+    if reset:
+        for name in ("result.json", "policy.yaml"):
+            if not (folder / name).is_dir():
+                (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+    said = command_values(made.search(folder))
+    found = {"result": json.dumps(without_times(said), sort_keys=True)}
+    if reset:
+        held = files_in(folder)
+        names = [n for n in held if n.startswith("checkpoint/") or n in ("policy.yaml", "calibration.safetensors")]
+        found |= {name: digest(held[name]) for name in names}
+    return found
+
+
+def piece_values(path: Path, whole: Path) -> Values:
+    """A piece of a probe is there as it was written, or counts as not there and is made again."""
+    from bitpolicy.sensitivity.kept_calibration import is_whole
+    from bitpolicy.sensitivity.records import Records
+
+    original = Records(whole.parent).get(whole.stem)
+    if original is None:
+        from safetensors import safe_open
+
+        with safe_open(whole, "pt") as file:
+            keys = set(file.keys()) - {"checksum"}
+            if not is_whole(path, keys):
+                return {"piece": "is made again, or is as it was"}
+            with safe_open(path, "pt") as other:
+                same = all(other.get_tensor(key).equal(file.get_tensor(key)) for key in keys)
+        return {"piece": "is made again, or is as it was" if same else "other tensors"}
+    found = Records(path.parent).get(path.stem)
+    same = found is None or _tensors(found) == _tensors(original)
+    return {"piece": "is made again, or is as it was" if same else "other tensors"}
+
+
+def computed(cache: Path, checkpoint: Path) -> Values:
+    """What is drawn with the kernels of a cache, and which of two tried kernels is taken."""
+    import torch
+
+    from bitpolicy.kernels import cpu_extension, micro_probe
+    from bitpolicy.kernels.kernel import Compute
+
+    os.environ["BITPOLICY_CACHE"] = str(cache)
+    cpu_extension.library()
+    tried = dict.fromkeys(("one", "other"), lambda: torch.ones(2, 2) @ torch.ones(2, 2))
+    taken = [micro_probe.fastest(call, tried, Compute.EXACT, tried["one"]) for call in ("a", "b")]
+    known = all(name in tried for name in taken)
+    return {**loaded(checkpoint), "kernels": "known" if known else str(taken)}
