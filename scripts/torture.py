@@ -1,4 +1,4 @@
-"""Does what bitpolicy promises hold on the worst day? Damages its files, kills it, fills its disk, runs it twice at once.
+"""What bitpolicy promises, on its worst day: its files are damaged, it is killed, the disk is full, it runs twice.
 
     python scripts/torture.py                                  10,000 damaged files, 60 kills, 60 full disks, 60 pairs
     python scripts/torture.py --only files --cases 500         a part, or a few with commas: files,kills,disks,pairs
@@ -11,8 +11,8 @@ disks: the disk is full after so many pages, then it is made larger. pairs: two 
 
 Allowed are: refused (one BitPolicyError, or exit code 2 with one line); same values (the damage did no harm); differs
 knowingly (a policy.yaml that is another valid one, read as it stands); refused by diffusers (from_pretrained, with an
-error of its own); memory (stopped by a limit of 3 GiB). Forbidden are: other values, hang, crash, raw exception. The exit
-code is 1 if one of those was seen. Ctrl-C prints the table so far.
+error of its own); memory (stopped by a limit of 3 GiB). Forbidden are: other values, hang, crash, raw exception. The
+exit code is 1 if one of those was seen. Ctrl-C prints the table so far.
 
 A case is made from --seed and its number alone. Nothing outside a temporary folder is written; --work keeps it.
 """
@@ -104,10 +104,16 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=60, help="SIGKILLs")
     parser.add_argument("--disks", type=int, default=60, help="sizes of a full disk; takes root, for a small tmpfs")
     parser.add_argument("--pairs", type=int, default=60, help="rounds of two processes in one folder")
-    parser.add_argument("--only", type=_parts, default=list(PARTS), metavar="PARTS", help="some of files,kills,disks,pairs")
+    parser.add_argument(
+        "--only", type=_parts, default=list(PARTS), metavar="PARTS", help="some of files,kills,disks,pairs"
+    )
     parser.add_argument("--case", type=int, metavar="N", help="damaged file number N alone, and what came of it")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="counts and bad cases; a run that was stopped goes on")
-    parser.add_argument("--work", type=Path, metavar="FOLDER", help="keeps the artefacts, so that the next run has them")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="counts and bad cases; a run that was stopped goes on"
+    )
+    parser.add_argument(
+        "--work", type=Path, metavar="FOLDER", help="keeps the artefacts, so that the next run has them"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress")
     return parser.parse_args(arguments)
 
@@ -128,7 +134,9 @@ def main(arguments: list[str] | None = None) -> int:
             tally.notes.append("Stopped early by Ctrl-C.")
         print(tally.table())
         for case in tally.bad[:20]:
-            print(f"{case['outcome']}: {', '.join(f'{k} {v}' for k, v in case.items() if k not in ('outcome', 'detail'))}")
+            print(
+                f"{case['outcome']}: {', '.join(f'{k} {v}' for k, v in case.items() if k not in ('outcome', 'detail'))}"
+            )
         return int(tally.failed)
 
 

@@ -114,7 +114,9 @@ def journal(path: str, alone: bool = False) -> BaseStorage:
         BitPolicyError: what is there is no file.
     """
     if os.path.lexists(path) and not os.path.isfile(path):
-        raise BitPolicyError(f"{path} is to be the study's journal, and is no file; move it away, or give another folder")
+        raise BitPolicyError(
+            f"{path} is to be the study's journal, and is no file; move it away, or give another folder"
+        )
     lock = SleepersLock(path)
     if alone:
         Path(lock._lock_file).unlink(missing_ok=True)
@@ -157,9 +159,10 @@ def _whole_length(content: bytes) -> int:
         if not end or not _is_record(line):
             return start
         mark = _MARK.search(line)
-        if mark is None and before or mark is not None and mark[1] != _mark(before, line[: mark.start()]):
+        found = mark[1] if mark else b""
+        if (found or before) and found != _mark(before, line[: mark.start()] if mark else line):
             return start
-        start, before = end, mark[1] if mark is not None else b""
+        start, before = end, found
     return start
 
 

@@ -100,11 +100,15 @@ def _wrong_entry(data: bytes, draw: Random) -> bytes:
         case 0:
             entry["data_offsets"][draw.randrange(2)] = draw.choice(_HUGE)
         case 1:
-            entry["data_offsets"] = draw.choice((other["data_offsets"], [], None, "x", [0], entry["data_offsets"][::-1]))
+            entry["data_offsets"] = draw.choice(
+                (other["data_offsets"], [], None, "x", [0], entry["data_offsets"][::-1])
+            )
         case 2:
             entry["dtype"] = draw.choice(_DTYPES)
         case 3:
-            entry["shape"] = draw.choice((entry["shape"][::-1], [], [draw.choice(_HUGE)], None, [-1], "x", [1.5], [[1]]))
+            entry["shape"] = draw.choice(
+                (entry["shape"][::-1], [], [draw.choice(_HUGE)], None, [-1], "x", [1.5], [[1]])
+            )
         case 4:
             entry["shape"] = [*entry["shape"], draw.choice((1, 0, 2**62))]
         case 5:
@@ -121,7 +125,9 @@ def _wrong_name(data: bytes, draw: Random) -> bytes:
     name = draw.choice([name for name in header if name != "__metadata__"])
     match draw.randrange(3):
         case 0:
-            header[draw.choice((f"{name}x", "", "../../x", "a" * 10_000, "\ud800", f"{name}\0", "weight"))] = header.pop(name)
+            header[draw.choice((f"{name}x", "", "../../x", "a" * 10_000, "\ud800", f"{name}\0", "weight"))] = (
+                header.pop(name)
+            )
         case 1:
             del header[name]
         case _:

@@ -100,7 +100,7 @@ def start(
     arguments: Sequence[str], run: Callable[[], Any] | None = None, first: Callable[[], Any] | None = None
 ) -> Running:
     """Begin a command line, or `run`, in a fork of this process; `first` is called there before it."""
-    out, err = TemporaryFile(), TemporaryFile()
+    out, err = TemporaryFile(), TemporaryFile()  # noqa: SIM115 - closed by `wait`
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -142,7 +142,7 @@ def _commanded(arguments: Sequence[str]) -> int:
 
 def start_fresh(arguments: Sequence[str]) -> Running:
     """The same in an interpreter of its own, as a user's shell starts it."""
-    out, err = TemporaryFile(), TemporaryFile()
+    out, err = TemporaryFile(), TemporaryFile()  # noqa: SIM115
     line = [sys.executable, "-m", "bitpolicy", *arguments]
     process = subprocess.Popen(line, stdout=out, stderr=err, start_new_session=True)
     process.returncode = 0  # it is waited for here, not by subprocess
@@ -161,8 +161,6 @@ def warm_up() -> None:
 
     torch.set_num_threads(1)
     import diffusers
-    import matplotlib.pyplot
-    import optuna
     import scipy.optimize  # noqa: F401
     import transformers
 

@@ -33,7 +33,7 @@ class Kind:
         files: globs of what may be damaged in it.
         operations: each with its weight.
         weight: how often the row is drawn.
-        by_file: whether the values hang on which file it is, and are not those of the whole folder.
+        only_damaged: whether operations are given the damaged file, and not its folder.
     """
 
     name: str
@@ -142,8 +142,15 @@ def kinds(made: Artefacts) -> list[Kind]:
         Kind("manifest, policy, card", checkpoint, ("*.json", "*.yaml", "*.md"), load, 3),
         Kind("packed models, from_pretrained", made.whole, ("*/*.safetensors", "*/config.json"), plain, 6),
         Kind("other files, from_pretrained", checkpoint, ("[tsv]*/*", "*.json"), plain, 6),
+        Kind("source pipeline", made.toy, ("**/*.*",), (("export", 1, partial(_source, made)),), 6),
         Kind("policy.yaml", run, ("policy.yaml",), (("load", 5, partial(_policy, names, run)), _export(made)), 8),
-        Kind("calibration", run, ("calibration.safetensors",), (("load", 3, _calibration), _export(made)), 5),
+        Kind(
+            "calibration",
+            run,
+            ("calibration.safetensors",),
+            (("load", 3, partial(_calibration, names)), _export(made)),
+            5,
+        ),
         Kind("table, split, check", made.probed, ("s*.safetensors", "check.json"), (("load", 40, do.probed),), 6),
         Kind("report", made.probed, ("s*.safetensors", "check.json"), (("report", 1, do.reported),), 1),
         Kind("run.json", run, ("run.json",), (again,), 3),
@@ -156,6 +163,10 @@ def kinds(made: Artefacts) -> list[Kind]:
     return found
 
 
+def _source(made: Artefacts, folder: Path) -> Values:
+    return do.source_exported(made, folder, folder.parent / "out")
+
+
 def _export(made: Artefacts) -> tuple[str, int, Operation]:
     return "export", 1, lambda folder: do.exported(made, folder, folder.parent / "out")
 
@@ -164,8 +175,8 @@ def _policy(names: list[str], whole: Path, folder: Path) -> Values:
     return do.policy_values(folder / "policy.yaml", names, whole / "policy.yaml")
 
 
-def _calibration(folder: Path) -> Values:
-    return do.calibration_values(folder / "policy.yaml")
+def _calibration(names: list[str], folder: Path) -> Values:
+    return do.calibration_values(folder / "policy.yaml", names)
 
 
 def _piece(run: Path, path: Path) -> Values:

@@ -74,7 +74,9 @@ def pipeline_values(pipe: Any) -> Values:
             found[f"{name} config"] = _config(part.config)
     tokenizer = pipe.components.get("tokenizer")
     if tokenizer is not None:
-        found["tokens"] = _or_error(lambda: [tokenizer(w, padding="max_length", truncation=True).input_ids for w in WORDS])
+        found["tokens"] = _or_error(
+            lambda: [tokenizer(w, padding="max_length", truncation=True).input_ids for w in WORDS]
+        )
         found["token settings"] = _or_error(
             lambda: [tokenizer.model_max_length, sorted(map(str, tokenizer.special_tokens_map.items()))]
         )
@@ -152,21 +154,44 @@ def _read_independently(path: Path, names: Sequence[str]) -> dict[str, str]:
         for entry in (data.get("defaults") or {}, (data.get("layers") or {}).get(name) or {}):
             usual |= {key: value for key, value in entry.items() if value is not None}
         packed = usual["format"] != "fp16"
-        found[name] = f"{usual['format']} {usual['quantizer'] if packed else 'rtn'} {packed and usual['bias_correction']}"
+        found[name] = (
+            f"{usual['format']} {usual['quantizer'] if packed else 'rtn'} {packed and usual['bias_correction']}"
+        )
     return found
 
 
-def calibration_values(policy: Path) -> Values:
+def calibration_values(path: Path, names: Sequence[str]) -> Values:
+    """What an export would take from beside the policy."""
     from bitpolicy import Policy
+    from bitpolicy.policies.calibration import calibration_of
 
-    calibration = Policy.load(policy).calibration
-    return {"calibration": _tensors({key: calibration[key] for key in calibration} if calibration is not None else {})}
+    policy = Policy.load(path)
+    calibration = calibration_of(policy, None, policy.resolve(names).values())
+    return {"calibration": _tensors({key: calibration[key] for key in calibration})}
 
 
 def exported(made: Artefacts, folder: Path, out: Path) -> Values:
     """The checkpoint that the policy and the calibration in `folder` make."""
-    command_values(["export", "--policy", str(folder / "policy.yaml"), "--model", str(made.toy), "--output-dir", str(out)])
+    command_values(
+        ["export", "--policy", str(folder / "policy.yaml"), "--model", str(made.toy), "--output-dir", str(out)]
+    )
     return {name: digest(data) for name, data in files_in(out).items() if name.endswith(".safetensors")}
+
+
+def source_exported(made: Artefacts, folder: Path, out: Path) -> Values:
+    """The checkpoint that the policy makes of a damaged pipeline.
+
+    Raises:
+        KnownDifference: the denoiser that the policy is for is as it was; other files of the pipeline are the user's.
+    """
+    command_values(
+        ["export", "--policy", str(made.run / "policy.yaml"), "--model", str(folder), "--output-dir", str(out)]
+    )
+    found, whole = files_in(out), files_in(made.run / "checkpoint")
+    same = [found.get(name) == data for name, data in whole.items() if name.startswith("unet/")]
+    if all(same) and any(found.get(name) != data for name, data in whole.items() if name.endswith(".safetensors")):
+        raise KnownDifference("another pipeline around the same denoiser")
+    return {name: digest(data) for name, data in found.items() if name.endswith(".safetensors")}
 
 
 def probed(folder: Path) -> Values:
@@ -174,7 +199,11 @@ def probed(folder: Path) -> Values:
     from bitpolicy.report.inputs import Probed
 
     held = Probed.load(folder)
-    found = {"model": str(held.model), "check": str(held.check), "policy": "" if held.policy is None else held.policy.to_yaml()}
+    found = {
+        "model": str(held.model),
+        "check": str(held.check),
+        "policy": "" if held.policy is None else held.policy.to_yaml(),
+    }
     for name, part in (("table", held.table), ("split", held.split)):
         for field, value in sorted(vars(part).items()) if part is not None else ():
             found[f"{name} {field}"] = _tensors({field: value}) if hasattr(value, "numpy") else str(value)

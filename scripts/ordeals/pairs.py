@@ -30,12 +30,18 @@ class Pairs:
     def rounds(self, first: int, count: int) -> Iterator[tuple[str, Verdict, dict[str, Any]]]:
         for number in range(first, count):
             draw = Random(f"{self._seed} pair {number}")
-            name = draw.choice(("two searches", "two searches", "two exports", "two probes", "search and eval", "export and eval"))
+            name = draw.choice(
+                ("two searches", "two searches", "two exports", "two probes", "search and eval", "export and eval")
+            )
             later = draw.choice((0.0, draw.uniform(0, 0.3), draw.uniform(0, 3)))
             folder = self._made.work / "paired" / "folder"
             shutil.rmtree(folder.parent, ignore_errors=True)
             folder.parent.mkdir()
-            yield f"pair: {name}", self._pair(name, folder, later), {"seed": self._seed, "pair": number, "later": round(later, 3)}
+            yield (
+                f"pair: {name}",
+                self._pair(name, folder, later),
+                {"seed": self._seed, "pair": number, "later": round(later, 3)},
+            )
 
     def _pair(self, name: str, folder: Path, later: float) -> Verdict:
         kinds = {"two searches": "search", "two exports": "export", "two probes": "probe", "search and eval": "search"}

@@ -46,7 +46,10 @@ class Tally:
     def table(self) -> str:
         """Markdown: a row for each kind of artefact, a column for each outcome."""
         head = ["", "cases", *OUTCOMES]
-        rows = [[name, str(sum(row.values())), *(str(row.get(o, 0) or "") for o in OUTCOMES)] for name, row in self.counts.items()]
+        rows = [
+            [name, str(sum(row.values())), *(str(row.get(o, 0) or "") for o in OUTCOMES)]
+            for name, row in self.counts.items()
+        ]
         sums = [sum(row.get(outcome, 0) for row in self.counts.values()) for outcome in OUTCOMES]
         rows.append(["all", str(self.total), *map(str, sums)])
         lines = ["| " + " | ".join(row) + " |" for row in [head, ["---", *["---:"] * (len(head) - 1)], *rows]]
@@ -85,7 +88,9 @@ class Progress:
             left = (now - since) / max(over - first, 1) * (of - over)
             bad = len(self._tally.bad)
             end = "\n" if over == of or not sys.stderr.isatty() else ""
-            print(f"\r{part}: {over} of {of}, {left / 60:.1f} min left, {bad} bad  ", end=end, file=sys.stderr, flush=True)
+            print(
+                f"\r{part}: {over} of {of}, {left / 60:.1f} min left, {bad} bad  ", end=end, file=sys.stderr, flush=True
+            )
 
     def save(self) -> None:
         now = time.monotonic()

@@ -6,12 +6,39 @@ import json
 from random import Random
 from typing import Any
 
-_STRINGS = ("", "..", "../../x", "/etc/passwd", "int4", "float32", "x" * 5000, "\u0000", "null", "os.system", "a/b", "é")
+_STRINGS = (
+    "",
+    "..",
+    "../../x",
+    "/etc/passwd",
+    "int4",
+    "float32",
+    "x" * 5000,
+    "\u0000",
+    "null",
+    "os.system",
+    "a/b",
+    "é",
+)
 _NUMBERS = (0, -1, 1, 2, 7, 2**31, 2**63, 2**64, 10**12, 1e308, 0.5, -0.0, float("nan"), float("inf"))
 _OTHERS = (None, True, False, [], {}, [1], [[]], {"a": 1}, [None, None], ["diffusers", "UNet2DConditionModel"])
 _CLASSES = (
-    *("UNet2DModel", "AutoencoderKL", "FluxTransformer2DModel", "CLIPTextModel", "DDIMScheduler", "EulerDiscreteScheduler"),
-    *("StableDiffusionXLPipeline", "FlaxUNet2DConditionModel", "OnnxRuntimeModel", "Popen", "LlamaModel", "NoSuchClass"),
+    *(
+        "UNet2DModel",
+        "AutoencoderKL",
+        "FluxTransformer2DModel",
+        "CLIPTextModel",
+        "DDIMScheduler",
+        "EulerDiscreteScheduler",
+    ),
+    *(
+        "StableDiffusionXLPipeline",
+        "FlaxUNet2DConditionModel",
+        "OnnxRuntimeModel",
+        "Popen",
+        "LlamaModel",
+        "NoSuchClass",
+    ),
 )
 _LIBRARIES = ("diffusers", "transformers", "os", "subprocess", "builtins", "torch", "bitpolicy", "no_such_library", "")
 
@@ -115,14 +142,71 @@ def yaml_damaged(data: bytes, draw: Random) -> bytes:
     return ("\n".join(lines) + "\n").encode()
 
 
-_WORDS = ("int4", "int8", "fp16", "nf4", "int99", "gptq", "rtn", "true", "false", "float16", "bfloat16", "unet", "vae", "null")
+_WORDS = (
+    "int4",
+    "int8",
+    "fp16",
+    "nf4",
+    "int99",
+    "gptq",
+    "rtn",
+    "true",
+    "false",
+    "float16",
+    "bfloat16",
+    "unet",
+    "vae",
+    "null",
+)
 _YAML_VALUES = (
-    *("[]", "{}", "null", "~", "1e999", "-1", "2147483648", "9223372036854775808", ".nan", ".inf", "&a b", "*a", "!!binary x"),
-    *("!!python/name:os.system x", "!!python/object/apply:os.system ['true']", "!!float 1", "'", '"', "int99", "../../x"),
-    *("<<: *a", "!!set {a, b}", "2026-01-01", "0o17", "1:2:3", "yes", "{format: int4, format: int8}", "[[[[[[]]]]]]", "|"),
+    *(
+        "[]",
+        "{}",
+        "null",
+        "~",
+        "1e999",
+        "-1",
+        "2147483648",
+        "9223372036854775808",
+        ".nan",
+        ".inf",
+        "&a b",
+        "*a",
+        "!!binary x",
+    ),
+    *(
+        "!!python/name:os.system x",
+        "!!python/object/apply:os.system ['true']",
+        "!!float 1",
+        "'",
+        '"',
+        "int99",
+        "../../x",
+    ),
+    *(
+        "<<: *a",
+        "!!set {a, b}",
+        "2026-01-01",
+        "0o17",
+        "1:2:3",
+        "yes",
+        "{format: int4, format: int8}",
+        "[[[[[[]]]]]]",
+        "|",
+    ),
 )
 _ODD_YAML = (
-    *(b"", b"---\n...\n", b"[]", b"- a\n- b\n", b"bitpolicy: 1\n", b"a: b: c", b"\0", b"\xff\xfea\0", b"%YAML 9.9\n---\n"),
+    *(
+        b"",
+        b"---\n...\n",
+        b"[]",
+        b"- a\n- b\n",
+        b"bitpolicy: 1\n",
+        b"a: b: c",
+        b"\0",
+        b"\xff\xfea\0",
+        b"%YAML 9.9\n---\n",
+    ),
     b"a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\n",
     *(b"[" * 50_000, b"{a: " * 50_000, b"? " * 20_000, b"- " * 20_000, b"a: " + b"9" * 200_000, b"--- a\n--- b\n"),
 )

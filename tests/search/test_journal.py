@@ -124,9 +124,7 @@ def test_a_lock_can_be_followed_wherever_its_folder_is(tmp_path: Path, monkeypat
     assert os.path.samefile("moved/journal.lock", "moved/journal")
 
 
-def test_a_lock_that_leads_nowhere_is_nobodys_after_a_while(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_that_leads_nowhere_is_nobodys_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a killed process of an older version left it, which was given a relative path."""
     path = tmp_path / "journal"
     path.touch()
