@@ -6,6 +6,7 @@ may compute in this process itself: threads do not survive a fork.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import select
@@ -20,6 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
 
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 BUG = 70  # exit code of a command that raised: sysexits' EX_SOFTWARE
 
 
@@ -72,7 +74,7 @@ class Running:
 
     def wait(self, patience: float) -> Finished:
         """Wait for its end; after so many seconds it is killed, and its code is None."""
-        end, hung = time.monotonic() + patience, False
+        end, hung = time.monotonic() + patient(patience), False
         while self.poll() is None:
             if time.monotonic() > end:
                 self.kill()
@@ -108,7 +110,7 @@ def start(
         return Running(tuple(arguments), pid, out, err)
     code = BUG
     try:
-        os.setsid()
+        alone()
         for file, descriptor in ((out, 1), (err, 2)):
             os.dup2(file.fileno(), descriptor)
         sys.stdout, sys.stderr = (os.fdopen(os.dup(n), "w", buffering=1) for n in (1, 2))
@@ -173,9 +175,21 @@ def warm_up() -> None:
         getattr(transformers, name)
 
 
+def patient(seconds: float) -> float:
+    """Seconds to wait for what takes so many at most on a machine that does nothing else."""
+    return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+def alone() -> None:
+    """Begin a group of processes of one's own, which is killed as a whole, and ends when this script does."""
+    os.setsid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def read_all(descriptor: int, patience: float) -> bytes | None:
     """What is written to a pipe until its end; None if that takes longer than so many seconds."""
-    end, found = time.monotonic() + patience, b""
+    end, found = time.monotonic() + patient(patience), b""
     while True:
         ready, _, _ = select.select([descriptor], [], [], max(0.0, end - time.monotonic()))
         if not ready:

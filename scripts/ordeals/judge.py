@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ordeals.commands import read_all
+from ordeals.commands import alone, read_all
 from ordeals.damage import NOBODY
 
 REFUSED, SAME, KNOWN, THEIRS, MEMORY = "refused", "same values", "differs knowingly", "refused by diffusers", "memory"
@@ -116,7 +116,7 @@ def _differs(name: str, found: str | None, expected: str | None) -> bool:
 
 def _in_child(operation: Callable[[], Values], inlet: int, as_nobody: bool) -> None:
     try:
-        os.setsid()
+        alone()
         silent = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):
             os.dup2(silent, descriptor)

@@ -56,7 +56,9 @@ def _tensors(tensors: dict[str, Any]) -> str:
 
     sha = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device}".encode())
+        if tensor.is_meta:  # it was never loaded
+            continue
         sha.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()[:16]
 
@@ -140,15 +142,19 @@ def policy_values(path: Path, names: Sequence[str], whole: Path) -> Values:
 
 def _choices(policy: Any, names: Sequence[str]) -> dict[str, str]:
     choices = policy.resolve(names)
-    return {name: f"{c.format.name} {c.quantizer} {c.bias_correction}" for name, c in choices.items()}
+    found = {name: f"{c.format.name} {c.quantizer} {c.bias_correction}" for name, c in choices.items()}
+    return {**found, "storage": policy.storage_dtype, "compute": policy.compute, "model": str(policy.model)}
 
 
 def _read_independently(path: Path, names: Sequence[str]) -> dict[str, str]:
     """The same by PyYAML alone, for a policy without rules."""
     import yaml
 
+    from bitpolicy.policies.policy import ModelReference
+
     data = yaml.safe_load(path.read_text())
-    found = {}
+    found = {"storage": data.get("storage_dtype") or "float16", "compute": data.get("compute") or "exact"}
+    found["model"] = str(ModelReference.model_validate(data["model"]))
     for name in names:
         usual = {"format": "fp16", "quantizer": "rtn", "bias_correction": False}
         for entry in (data.get("defaults") or {}, (data.get("layers") or {}).get(name) or {}):
@@ -199,6 +205,8 @@ def probed(folder: Path) -> Values:
     from bitpolicy.report.inputs import Probed
 
     held = Probed.load(folder)
+    if held.split is None or held.check is None:
+        raise KnownDifference("a probe without --split or --check, as the files are not there")
     found = {
         "model": str(held.model),
         "check": str(held.check),
@@ -212,6 +220,7 @@ def probed(folder: Path) -> Values:
 
 def reported(folder: Path) -> Values:
     said = json.loads(command_values(["report", str(folder), "--json"]))
+    probed(folder)
     del said["report"]
     return {"report": json.dumps(said), "page": digest((folder / "report.html").read_bytes())}
 
