@@ -48,7 +48,7 @@ class Disks:
     def _on_tmpfs(self, work: Work, draw: Random) -> tuple[str, Verdict, str]:
         needed, files = _size(self._whole.folder(work))
         if draw.random() < 0.75:
-            limit = f"size={draw.randint(1, 2 * needed // _PAGE) * _PAGE},nr_inodes=100k"
+            limit = f"size={draw.randint(1, 11 * needed // (10 * _PAGE)) * _PAGE},nr_inodes=100k"
         else:
             limit = f"size=256m,nr_inodes={draw.randint(2, 2 * files)}"
         if work.over:  # the older export has to fit
