@@ -102,6 +102,8 @@ def make(work: Path) -> Artefacts:
     _environment(made)
     if (work / "made").exists():
         return made
+    for name in ("toy", "run", "sharded", "whole", "whole-run", "probed", "cache", "undisturbed"):
+        shutil.rmtree(work / name, ignore_errors=True)  # of a run that was stopped here
     work.chmod(0o755)
     (work / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     command(["pipeline"], run=lambda: _save_toy(made.toy)).require()
@@ -110,7 +112,7 @@ def make(work: Path) -> Artefacts:
     search = [*made.search(work / "whole-run"), "--component", "unet,text_encoder,vae", "--trials", "0"]
     command(search, patience=300).require()
     shutil.move(work / "whole-run" / "checkpoint", made.whole)
-    shown = ("--split", "--shared", "1", "--check", "--check-policies", "1")
+    shown = ("--split", "--shared", "1", "--check", "--check-policies", "2")
     command([*made.probe(made.probed), *shown], patience=300).require()
     command(["kernels"], run=_use_kernels, patience=600).require()
     (work / "made").touch()

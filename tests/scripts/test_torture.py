@@ -140,7 +140,7 @@ def test_a_broken_loader_is_caught(
 
     monkeypatch.setattr(bitpolicy, "load_pipeline", badly)
     monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
-    assert judged(lambda: loaded(checkpoint), expected, patience=20).outcome == outcome
+    assert judged(lambda: loaded(checkpoint), expected, patience=6 if broken == "no end" else 60).outcome == outcome
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".json", ".yaml", ".journal", ".md"])
@@ -159,28 +159,19 @@ def test_damage_is_the_same_for_a_seed_and_leaves_no_file_as_it_was(tmp_path: Pa
     for number in range(150):
         kept = []
         for again in ("one", "two"):
-            path = tmp_path / again / f"file{suffix}"
-            path.parent.mkdir(exist_ok=True)
+            path = tmp_path / again / str(number) / f"file{suffix}"
+            path.parent.mkdir(parents=True)
             (path.parent / "beside").write_text("another")
             path.write_bytes(contents[suffix])
             done = damage(path, Random(number))
             kept.append((done, path.read_bytes() if path.is_file() and not path.is_symlink() else None))
             seen.add(done)
-            if done == "unreadable":
-                path.chmod(0o600)
-            elif path.is_file() and not path.is_symlink():
+            if done != "unreadable" and path.is_file() and not path.is_symlink():
                 assert path.read_bytes() != contents[suffix], done
-            path.unlink() if path.is_symlink() or not path.is_dir() else _emptied(path)
         assert kept[0][0] == kept[1][0]
         if kept[0][0] != "a pickle":  # torch.save names the file by a number of its own
             assert kept[0] == kept[1]
     assert len(seen) > 10
-
-
-def _emptied(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
 
 
 def test_a_tally_goes_on_where_it_was_saved(tmp_path: Path) -> None:
