@@ -18,6 +18,7 @@ from ordeals import operations as do
 from ordeals.artefacts import Artefacts
 from ordeals.damage import NOBODY, damage
 from ordeals.judge import SAME, Values, Verdict, judged
+from ordeals.values import loaded_by_diffusers
 
 Operation = Callable[[Path], Values]
 """What is done with a copy of an artefact's folder."""
@@ -125,7 +126,7 @@ def _removed(folder: Path) -> None:
 def kinds(made: Artefacts) -> list[Kind]:
     """The rows of the table. Resumed searches take seconds, so they are few."""
     load = (("load_pipeline", 8, do.loaded), ("inspect", 1, do.inspected), ("eval", 1, partial(do.evaluated, made)))
-    plain = (("from_pretrained", 1, do.loaded_by_diffusers),)
+    plain = (("from_pretrained", 1, loaded_by_diffusers),)
     run, checkpoint = made.run, made.run / "checkpoint"
     names = _layers(checkpoint)
     resume = ("resume", 1, partial(do.resumed, made, reset=True))
