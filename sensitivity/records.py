@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from bitpolicy.policies.atomic import written_aside
 from bitpolicy.policies.sealed import tensors_digest
+from bitpolicy.policies.storage.atomic import written_aside
 
 Piece = Mapping[str, torch.Tensor]
 

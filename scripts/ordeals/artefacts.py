@@ -135,7 +135,8 @@ def _use_kernels() -> None:
     """Have the kernels compiled, and a choice among some of them kept."""
     import torch
 
-    from bitpolicy.kernels import cpu_extension, micro_probe
+    from bitpolicy.kernels import micro_probe
+    from bitpolicy.kernels.cpu import extension as cpu_extension
     from bitpolicy.kernels.kernel import Compute
 
     cpu_extension.library()

@@ -168,8 +168,8 @@ def resumed(made: Artefacts, folder: Path, reset: bool) -> Values:
 
 def piece_values(path: Path, whole: Path) -> Values:
     """A piece of a probe is there as it was written, or counts as not there and is made again."""
-    from bitpolicy.sensitivity.kept_calibration import is_whole
     from bitpolicy.sensitivity.records import Records
+    from bitpolicy.sensitivity.rounding.kept_calibration import is_whole
 
     original = Records(whole.parent).get(whole.stem)
     if original is None:
@@ -191,7 +191,8 @@ def computed(cache: Path, checkpoint: Path) -> Values:
     """What is drawn with the kernels of a cache, and which of two tried kernels is taken."""
     import torch
 
-    from bitpolicy.kernels import cpu_extension, micro_probe
+    from bitpolicy.kernels import micro_probe
+    from bitpolicy.kernels.cpu import extension as cpu_extension
     from bitpolicy.kernels.kernel import Compute
 
     os.environ["BITPOLICY_CACHE"] = str(cache)
