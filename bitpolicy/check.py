@@ -25,6 +25,7 @@ from bitpolicy.kernels.formats.format import Format
 from bitpolicy.kernels.formats.named import FP16
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.storage.atomic import write_text
+from bitpolicy.policies.storage.sealed import read_sealed, sealed
 from bitpolicy.sensitivity.probes.ablation import Measured
 from bitpolicy.sensitivity.probes.probe import ProbeRun, alone_name
 from bitpolicy.sensitivity.table import SensitivityTable
@@ -123,7 +124,7 @@ class Check:
     def save(self, path: Path) -> None:
         """Write JSON, agreements included."""
         content = {**asdict(self), "agreements": [asdict(a) for a in self.agreements()]}
-        write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+        write_text(path, json.dumps(sealed(content), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Check:
@@ -133,7 +134,7 @@ class Check:
             BitPolicyError: it is missing or no such file.
         """
         try:
-            found = json.loads(path.read_text())
+            found = read_sealed(path)
             found.pop("agreements")
             policies = tuple(CheckedPolicy(**policy) for policy in found["policies"])
             names: dict[str, Any] = {key: tuple(found[key]) for key in ("layers", "formats")}

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.errors import BitPolicyError, BitPolicyWarning
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.names import DEFAULT_QUANTIZER
 from bitpolicy.policies.storage.atomic import require_nameable, write_text
 from bitpolicy.policies.storage.folder_lock import NAME as LOCK
 from bitpolicy.policies.storage.folder_lock import working_in
+from bitpolicy.policies.storage.sealed import read_sealed, sealed
 from bitpolicy.sensitivity.samples import Request, fingerprint
 
+RESULT = "result.json"
 MOST_SEED = 2**31 - 1  # NumPy's generators take twice that, and a study adds the number of the trial
 _OURS = (
     *("run.json", "result.json", "policy.yaml", "calibration.safetensors", "sensitivity.safetensors"),
@@ -220,7 +223,7 @@ class OutputFolder:
         return _finished(self.path)
 
     def finish(self, result: dict[str, Any]) -> None:
-        write_text(self.path / "result.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
+        write_text(self.path / RESULT, json.dumps(sealed(result), indent=2, allow_nan=False) + "\n")
 
     def _clear(self, keep_work: bool) -> None:
         """Remove what an earlier search wrote here, and nothing else; the probe's records may stay, they are keyed."""
@@ -287,14 +290,35 @@ def _same_study(held: dict[str, Any], asked: dict[str, Any]) -> bool:
 
 
 def _finished(path: Path) -> dict[str, Any] | None:
-    result = path / "result.json"
-    return json.loads(result.read_text()) if result.is_file() else None
+    """What `result.json` says; None where it is not there, or not as it was written: the search then goes on with what
+    it has, and writes it again."""
+    try:
+        return read_result(path)
+    except BitPolicyError as error:
+        warnings.warn(str(error), BitPolicyWarning, stacklevel=2)
+        return None
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """The result of the search in a folder; None while it is not finished.
+
+    Raises:
+        BitPolicyError: the file is damaged, or of an older version.
+    """
+    try:
+        return read_sealed(path / RESULT, required=True)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise BitPolicyError(
+            f"cannot read {path / RESULT}: {error}; give the same search again, which writes it"
+        ) from error
 
 
 def _held_identity(path: Path) -> dict[str, Any] | None:
     try:
-        held = json.loads((path / "run.json").read_text())
-    except (OSError, ValueError):
+        held = json.loads((path / "run.json").read_text()) if (path / "run.json").is_file() else None
+    except (OSError, ValueError, RecursionError):
         return None
     return held if isinstance(held, dict) else None
 

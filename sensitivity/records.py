@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.policies.identity import tensor_bytes
 from bitpolicy.policies.storage.atomic import written_aside
+from bitpolicy.policies.storage.sealed import tensors_digest
 
 Piece = Mapping[str, torch.Tensor]
 
@@ -39,12 +39,12 @@ class Records:
     def get(self, name: str) -> dict[str, torch.Tensor] | None:
         """The finished piece, or None; a file that does not read, or not as it was written, counts as not there."""
         path = self._folder / f"{name}.safetensors"
-        if not path.exists():
+        if not path.is_file():  # a pipe would be waited for
             return None
         try:
             with safe_open(path, "pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-                whole = (file.metadata() or {}).get("sha256") == _checksum(tensors)
+                whole = (file.metadata() or {}).get("sha256") == tensors_digest(tensors)
         except (OSError, SafetensorError):
             return None
         return tensors if whole else None
@@ -58,12 +58,4 @@ class Records:
             raise BitPolicyError(f"{self._folder} was removed while it was being written; run the command again")
         kept = {key: tensor.contiguous() for key, tensor in tensors.items()}
         with written_aside(self._folder / f"{name}.safetensors") as aside:
-            save_file(kept, aside, metadata={"sha256": _checksum(kept)})
-
-
-def _checksum(tensors: Piece) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()
+            save_file(kept, aside, metadata={"sha256": tensors_digest(kept)})

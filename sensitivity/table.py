@@ -27,6 +27,7 @@ from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.policy import Choice
 from bitpolicy.policies.storage.atomic import write_text, written_aside
 from bitpolicy.policies.storage.file_source import open_tensors
+from bitpolicy.policies.storage.sealed import sealed, unsealed
 from bitpolicy.sensitivity.cost.forwards import Cost
 from bitpolicy.sensitivity.inventory import Layer
 from bitpolicy.sensitivity.probes.sketch import Sketch
@@ -71,20 +72,22 @@ class ModelContext:
             BitPolicyError: it is missing or no such table.
         """
         try:
-            found = _about(path)["model"]
+            found = _read(path)[0]["model"]
             layers = [Layer(**{**layer, "shape": tuple(layer["shape"])}) for layer in found["layers"]]
             shapes = {layer.name: layer.shape for layer in layers}
             storage = getattr(torch, found["storage_dtype"])
             return cls(layers, ByteAccount(storage, shapes, found["fixed"], found["parameters"]), found["name"])
-        except (OSError, KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+        except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
             raise BitPolicyError(
                 f"cannot read sensitivity table {path}: {error}; run `bitpolicy probe` again"
             ) from error
 
 
-def _about(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What a table's file says, and its tensors, as they were written; those of older versions have no checksum."""
     with open_tensors(path) as file:
-        return json.loads((file.metadata() or {})["bitpolicy"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        return unsealed(json.loads((file.metadata() or {})["bitpolicy"]), tensors), tensors
 
 
 @dataclass(frozen=True)
@@ -256,7 +259,7 @@ class SensitivityTable:
         }
         with written_aside(folder / "sensitivity.safetensors") as aside:
             kept = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
-            save_file(kept, aside, metadata={"bitpolicy": json.dumps(about)})
+            save_file(kept, aside, metadata={"bitpolicy": json.dumps(sealed(about, kept))})
         write_text(folder / "sensitivity.csv", self._csv(inventory, account))
 
     @classmethod
@@ -267,9 +270,7 @@ class SensitivityTable:
             BitPolicyError: it is missing or no such table.
         """
         try:
-            about = _about(path)
-            with open_tensors(path) as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            about, tensors = _read(path)
             formats = tuple(format_named(name) for name in about["formats"])
             cost = Cost(**about["cost"]) if about.get("cost") else None
             quantizers = tuple(about.get("quantizers", (RTN,)))
@@ -283,7 +284,7 @@ class SensitivityTable:
                 quantizers=quantizers,
                 compute=compute,
             )
-        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        except (OSError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
             raise BitPolicyError(
                 f"cannot read sensitivity table {path}: {error}; run `bitpolicy probe` again"
             ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import sys
 from typing import Any
 
@@ -27,8 +28,10 @@ _DISK = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EROFS: "the disk is read-only",
+    errno.EFBIG: "the disk, or a limit of this user, takes no file of this size",
 }
 _DISK[errno.EACCES] = "permission denied"
+_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors' own errors name it
 
 _settings: dict[str, Any] = {"pretty_exceptions_enable": False, "rich_markup_mode": "markdown"}
 app = typer.Typer(
@@ -76,9 +79,10 @@ def _run(commands: typer.Typer, name: str) -> int:
     except BitPolicyError as error:
         return _mistake(name, str(error), error, debug)
     except SafetensorError as error:
-        if "No space left" not in str(error):
+        found = _SYSTEM_ERROR.search(str(error))
+        if found is None or int(found[1]) not in _DISK:
             raise
-        return _mistake(name, f"{_DISK[errno.ENOSPC]}; mend that and run the same command again", error, debug)
+        return _mistake(name, f"{_DISK[int(found[1])]}; mend that and run the same command again", error, debug)
     except OSError as error:
         if error.errno not in _DISK:
             raise

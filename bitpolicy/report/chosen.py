@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.policy import Policy
 from bitpolicy.report.drawing import FAINT, FORMAT_COLORS, Picture, picture
 from bitpolicy.report.inputs import Probed
@@ -20,6 +18,7 @@ from bitpolicy.report.page import Section, figure, folded, heading, paragraph, t
 from bitpolicy.report.policy_map import policy_map
 from bitpolicy.search.study.trials import FILE as TRIALS
 from bitpolicy.search.study.trials import TrialRow, load_trials
+from bitpolicy.settings import read_result
 from bitpolicy.workflow.decision import in_words
 
 _COMPARISON, _CURVE = "compare.png", "frontier/frontier.png"
@@ -72,12 +71,7 @@ def chosen(probed: Probed, policy: Policy, folder: Path) -> Section:
 
 def _result(folder: Path) -> Mapping[str, Any]:
     """result.json; empty while the search is not finished."""
-    path = folder / "result.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise BitPolicyError(f"cannot read {path}: {error}; give the same search again, which writes it") from error
-    return found if isinstance(found, dict) else {}
+    return read_result(folder) or {}
 
 
 def _facts(policy: Policy, counts: Mapping[str, int], result: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -56,8 +56,8 @@ class Probed:
         found = cls(
             table,
             ModelContext.load(path),
-            ErrorSplit.load(folder / SPLIT) if (folder / SPLIT).is_file() else None,
-            Check.load(folder / CHECK) if (folder / CHECK).is_file() else None,
+            ErrorSplit.load(folder / SPLIT) if (folder / SPLIT).exists() else None,
+            Check.load(folder / CHECK) if (folder / CHECK).exists() else None,
             Policy.load(folder / POLICY) if (folder / POLICY).is_file() else None,
         )
         found._require_one_probe(folder)

@@ -62,7 +62,8 @@ def within_budget(
         problem,
         generations,
         plan.split.search,
-        settings.storage or journal(str(folder / "study.journal")),
+        settings.storage
+        or journal(str(folder / "study.journal"), alone=True),  # whoever searches has locked the folder
         study_name(settings, plan),
         settings.seed,
         sampler=settings.sampler,

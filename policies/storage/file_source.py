@@ -112,5 +112,7 @@ def open_tensors(path: Path) -> Any:
         OSError: the file cannot be opened, and why.
         SafetensorError: it is damaged.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is no file")  # a pipe would be waited for
     with path.open("rb"):
         return safe_open(path, "pt")

@@ -9,6 +9,7 @@ cannot stand for gigabytes; nesting and size are bounded before anything is buil
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ def read_yaml(path: Path) -> Any:
         OSError: the file cannot be read.
         YamlError: it is too large, cut short, not YAML, or more than plain values.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no file")  # a pipe would be waited for
     with path.open("rb") as file:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:

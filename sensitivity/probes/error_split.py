@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.storage.atomic import written_aside
 from bitpolicy.policies.storage.file_source import open_tensors
+from bitpolicy.policies.storage.sealed import sealed, unsealed
 from bitpolicy.sensitivity.probes.sketch import Sketch
 from bitpolicy.sensitivity.probes.stepwise import LocalSketch
 
@@ -91,7 +92,7 @@ class ErrorSplit:
         """Write a safetensors file."""
         with written_aside(path) as aside:
             kept = {field.name: getattr(self, field.name).contiguous() for field in fields(self)}
-            save_file(kept, aside, metadata={"bitpolicy": json.dumps({"kind": "split"})})
+            save_file(kept, aside, metadata={"bitpolicy": json.dumps(sealed({"kind": "split"}, kept))})
 
     @classmethod
     def load(cls, path: Path) -> ErrorSplit:
@@ -102,8 +103,10 @@ class ErrorSplit:
         """
         try:
             with open_tensors(path) as file:
-                return cls(**{field.name: file.get_tensor(field.name) for field in fields(cls)})
-        except (OSError, SafetensorError) as error:
+                tensors = {field.name: file.get_tensor(field.name) for field in fields(cls)}
+                unsealed(json.loads((file.metadata() or {}).get("bitpolicy", "{}")), tensors)
+                return cls(**tensors)
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:
             raise BitPolicyError(f"cannot read {path}: {error}; run `bitpolicy probe --split` again") from error
 
 

@@ -83,7 +83,7 @@ def write_rounded(path: Path, specs: Mapping[str, TensorSpec], tensors: Iterable
 
 def is_whole(path: Path, keys: Iterable[str]) -> bool:
     """Whether the file is there as it was written, and holds `keys`."""
-    if not path.exists():
+    if not path.is_file():  # a pipe would be waited for
         return False
     try:
         with safe_open(path, "pt") as file:

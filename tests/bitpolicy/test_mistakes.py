@@ -391,3 +391,15 @@ def test_a_full_disk_is_said_in_one_line(
     outcome = command("--budget", "99GB", *small, "--output-dir", "out", "--quiet", "--json")
     assert outcome.code == 2
     assert "search-policy: the disk is full (out/policy.yaml)" in outcome.err.splitlines()[-1]
+
+
+def test_a_limit_on_the_size_of_a_file_is_one_line(process: Any, finished: Any, here: Path) -> None:
+    """As `ulimit -f` sets it, and as a memory stick has it; it is safetensors' own writer that hits it."""
+    first = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    first += "import bitpolicy.cli.main; resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))"
+    shutil.copytree(finished.folder / "work", here / "out" / "work")
+    shutil.copy(finished.folder / "run.json", here / "out" / "run.json")
+    outcome = process(*finished.arguments, "--output-dir", here / "out", first=first)
+    assert outcome.code == 2, outcome.err[-2000:]
+    assert "takes no file of this size; mend that and run the same command again" in outcome.err.splitlines()[-1]
+    assert "Traceback" not in outcome.err

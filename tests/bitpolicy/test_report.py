@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -694,4 +695,25 @@ def test_files_of_two_probes_are_refused(folder: Path, tmp_path: Path, name: str
 def test_a_damaged_file_is_named(folder: Path, name: str) -> None:
     (folder / name).write_bytes((folder / name).read_bytes()[:100])
     with pytest.raises(BitPolicyError, match=re.escape(name)):
+        make_report(folder)
+
+
+@pytest.mark.parametrize("name", ["sensitivity.safetensors", "split.safetensors", "check.json"])
+def test_a_file_with_another_number_is_refused(folder: Path, name: str) -> None:
+    """It reads as before."""
+    content = bytearray((folder / name).read_bytes())
+    at = content.index(b'"forwards": ') + 12 if name == "check.json" else len(content) - 1
+    content[at] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.raises(
+        BitPolicyError, match=rf"cannot read .*{re.escape(name)}: its checksum .*; run `bitpolicy probe"
+    ):
+        make_report(folder)
+
+
+@pytest.mark.parametrize("name", ["sensitivity.safetensors", "split.safetensors", "check.json"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(BitPolicyError, match=rf"holds no sensitivity|cannot read .*{re.escape(name)} is no file"):
         make_report(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -231,3 +232,29 @@ def test_a_search_whose_journal_was_cut_short_goes_on(command: Any, finished: An
     assert "cut short" in outcome.err
     assert without_seconds(outcome.result)["policy_bytes"] == finished.outcome.result["policy_bytes"]
     assert (folder / "study.journal.torn").is_file()
+
+
+@pytest.mark.parametrize("damage", ["another number", "empty", "a folder", "of an older version"])
+def test_a_result_that_is_not_as_it_was_written_is_made_again(
+    command: Any, finished: Any, here: Path, damage: str
+) -> None:
+    folder = here / "out"
+    shutil.copytree(finished.folder, folder)
+    path = folder / "result.json"
+    text = path.read_text()
+    if damage == "another number":
+        path.write_text(text.replace('"policy_bytes": ', '"policy_bytes": 1'))
+    elif damage == "empty":
+        path.write_text("")
+    elif damage == "a folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        path.write_text(json.dumps({key: value for key, value in json.loads(text).items() if key != "sha256"}))
+    outcome = command(*arguments_for(finished, folder))
+    assert_same_end(outcome, finished, folder)
+    (warning,) = [line for line in outcome.err.splitlines() if line.startswith("warning: ")]
+    assert f"cannot read {path}" in warning
+    again = command(*arguments_for(finished, folder))
+    assert again.out == outcome.out
+    assert "warning" not in again.err

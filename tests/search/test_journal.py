@@ -1,14 +1,19 @@
-"""The journal: a worker that slept while it held the lock goes on, and a record that was cut short is put aside."""
+"""The journal: workers that slept or were killed while they held the lock, records that were cut short or damaged."""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
-from optuna.storages.journal import JournalFileSymlinkLock
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
+from bitpolicy import BitPolicyError
 from bitpolicy.search.study.journal import SleepersLock, journal
 
 
@@ -106,3 +111,96 @@ def test_a_record_is_not_taken_for_torn_while_another_process_writes_it(
     monkeypatch.setattr(SleepersLock, "acquire", finished_meanwhile)
     journal(str(path))
     assert path.read_bytes() == content
+
+
+def test_a_lock_can_be_followed_wherever_its_folder_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optuna asks for its age through the link: one that leads nowhere is waited for for ever."""
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    Path("out/journal").touch()
+    lock = SleepersLock("out/journal")
+    lock.acquire()
+    Path("out").rename("moved")
+    assert os.path.samefile("moved/journal.lock", "moved/journal")
+
+
+def test_a_lock_that_leads_nowhere_is_nobodys_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a killed process of an older version left it, which was given a relative path."""
+    path = tmp_path / "journal"
+    path.touch()
+    os.symlink("out/journal", f"{path}.lock")
+    lock = SleepersLock(str(path))
+    lock.grace_period = 0.3  # type: ignore[assignment]
+    lock.acquire()
+    assert os.path.samefile(f"{path}.lock", path)
+
+
+def test_who_is_alone_does_not_wait_for_a_lock_that_was_left_behind(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    path.touch()
+    SleepersLock(str(path)).acquire()
+    study = optuna.create_study(storage=journal(str(path), alone=True))
+    study.tell(study.ask(), 1.0)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["journal"]
+
+
+def records(content: bytes) -> list[bytes]:
+    return content.splitlines(keepends=True)
+
+
+@pytest.mark.parametrize("at", [0, 2, 5])
+@pytest.mark.parametrize("damage", ["another value", "gone", "twice", "exchanged"])
+def test_records_that_are_not_as_they_were_written_are_put_aside(
+    told: tuple[Path, bytes], at: int, damage: str
+) -> None:
+    """All of these are JSON objects, which Optuna would replay."""
+    path, content = told
+    lines = records(content)
+    if damage == "another value":
+        lines[at] = re.sub(rb'"op_code":.', b'"op_code":7', lines[at])
+    elif damage == "gone":
+        del lines[at]
+    elif damage == "twice":
+        lines.insert(at, lines[at])
+    else:
+        lines[at], lines[at + 1] = lines[at + 1], lines[at]
+    path.write_bytes(b"".join(lines))
+    journal(str(path))
+    kept = records(path.read_bytes())
+    assert kept == records(content)[: at + (damage == "twice")]
+    assert path.with_name("journal.torn").read_bytes() == b"".join(lines[len(kept) :])
+
+
+def test_a_journal_of_an_older_version_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "journal"
+    older = optuna.create_study(study_name="s", storage=JournalStorage(JournalFileBackend(str(path))))
+    older.tell(older.ask(), 3.0)
+    unmarked = records(path.read_bytes())
+    study = optuna.load_study(study_name="s", storage=journal(str(path)))
+    study.tell(study.ask(), 1.0)
+    assert [t.value for t in optuna.load_study(study_name="s", storage=journal(str(path))).trials] == [3.0, 1.0]
+    assert capsys.readouterr().err == ""
+    lines = records(path.read_bytes())
+    assert [b'"mark"' in line for line in lines] == [False] * len(unmarked) + [True] * (len(lines) - len(unmarked))
+
+
+def test_a_full_disk_leaves_no_half_record(told: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    path, content = told
+    study = optuna.load_study(study_name="s", storage=journal(str(path)))
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        study.ask()
+    monkeypatch.undo()
+    assert path.read_bytes() == content
+    assert not os.path.lexists(f"{path}.lock")
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["a folder", "a pipe"])
+def test_what_is_no_file_is_refused(tmp_path: Path, make: Any) -> None:
+    make(tmp_path / "journal")
+    with pytest.raises(BitPolicyError, match="journal is to be the study's journal, and is no file; move it away"):
+        journal(str(tmp_path / "journal"))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from bitpolicy.sensitivity.records import Records, settings_key
+from bitpolicy.sensitivity.rounding.kept_calibration import is_whole
 
 PIECE = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.tensor([1, 2])}
 
@@ -66,3 +68,9 @@ def test_equal_settings_have_one_key_in_any_order_and_others_another() -> None:
         settings | {"call": {}},
     ]
     assert len({settings_key(other) for other in [settings, *others]}) == 5
+
+
+def test_a_pipe_in_place_of_a_piece_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "piece.safetensors")
+    assert Records(tmp_path).get("piece") is None
+    assert not is_whole(tmp_path / "piece.safetensors", ["a"])

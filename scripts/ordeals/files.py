@@ -1,0 +1,215 @@
+"""The ordeal of files: one file of one artefact is damaged, and a user does with it what users do.
+
+A case is a number: with the seed it says which artefact, file, damage and operation.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from random import Random
+
+from ordeals import operations as do
+from ordeals.artefacts import Artefacts
+from ordeals.damage import NOBODY, damage
+from ordeals.judge import SAME, Values, Verdict, judged
+from ordeals.values import loaded_by_diffusers
+
+Operation = Callable[[Path], Values]
+"""What is done with a copy of an artefact's folder."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A row of the table.
+
+    Attributes:
+        name: of the row.
+        root: the folder that is copied.
+        files: globs of what may be damaged in it.
+        operations: each with its weight.
+        weight: how often the row is drawn.
+        only_damaged: whether operations are given the damaged file, and not its folder.
+    """
+
+    name: str
+    root: Path
+    files: tuple[str, ...]
+    operations: tuple[tuple[str, int, Operation], ...]
+    weight: int
+    only_damaged: bool = False
+
+    def choose(self, draw: Random) -> tuple[str, Path]:
+        """An operation's name and a file of the folder, by its relative path."""
+        name = draw.choices([n for n, _, _ in self.operations], [w for _, w, _ in self.operations])[0]
+        found = sorted({p for glob in self.files for p in self.root.glob(glob) if p.is_file()})
+        return name, draw.choice(found).relative_to(self.root)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case and what came of it."""
+
+    number: int
+    row: str
+    file: str
+    done: str
+    operation: str
+    verdict: Verdict
+
+
+class Files:
+    """All cases of one seed.
+
+    Args:
+        work: for copies; those of a case are removed when it is over.
+    """
+
+    def __init__(self, made: Artefacts, seed: int, work: Path) -> None:
+        self._made, self._seed, self._work = made, seed, work
+        self.kinds = kinds(made)
+        self._expected: dict[tuple[str, str, str], Values] = {}
+
+    def case(self, number: int) -> Case:
+        """Run one."""
+        draw = Random(f"{self._seed} {number}")
+        kind = draw.choices(self.kinds, [kind.weight for kind in self.kinds])[0]
+        name, file = kind.choose(draw)
+        expected = self._whole(kind, name, file)
+        copy = self._copy(kind, "case")
+        done = damage(copy / file, draw)
+        act = partial(self._act, kind, name, file, copy)
+        verdict = judged(act, expected, as_nobody=done == "unreadable")
+        _removed(copy.parent)
+        return Case(number, kind.name, str(file), done, name, verdict)
+
+    def cases(self, first: int, count: int) -> Iterator[Case]:
+        for number in range(first, count):
+            yield self.case(number)
+
+    def _whole(self, kind: Kind, name: str, file: Path) -> Values:
+        """What the operation gives where nothing is damaged."""
+        key = (kind.name, name, str(file) if kind.only_damaged else "")
+        if key not in self._expected:
+            copy = self._copy(kind, "whole")
+            verdict = judged(partial(self._act, kind, name, file, copy), None)
+            _removed(copy.parent)
+            if verdict.outcome != SAME:
+                raise RuntimeError(f"{kind.name}, {name}: with whole files it is {verdict.outcome}: {verdict.detail}")
+            self._expected[key] = json.loads(verdict.detail)
+        return self._expected[key]
+
+    def _act(self, kind: Kind, name: str, file: Path, copy: Path) -> Values:
+        operation = next(act for n, _, act in kind.operations if n == name)
+        return operation(copy / file if kind.only_damaged else copy)
+
+    def _copy(self, kind: Kind, name: str) -> Path:
+        copy = self._work / name / kind.root.name
+        _removed(copy.parent)
+        shutil.copytree(kind.root, copy)
+        if os.geteuid() == 0:  # the user of the case writes to it
+            for path in (copy.parent, copy, *copy.rglob("*")):
+                os.chown(path, NOBODY, NOBODY)
+        return copy
+
+
+def _removed(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def kinds(made: Artefacts) -> list[Kind]:
+    """The rows of the table. Resumed searches take seconds, so they are few."""
+    load = (("load_pipeline", 8, do.loaded), ("inspect", 1, do.inspected), ("eval", 1, partial(do.evaluated, made)))
+    plain = (("from_pretrained", 1, loaded_by_diffusers),)
+    run, checkpoint = made.run, made.run / "checkpoint"
+    names = _layers(checkpoint)
+    resume = ("resume", 1, partial(do.resumed, made, reset=True))
+    again = ("the same command", 1, partial(do.resumed, made, reset=False))
+    found = [
+        Kind("denoiser", checkpoint, ("unet/*",), load, 14),
+        Kind("denoiser in shards", made.sharded, ("unet/*",), load, 8),
+        Kind("all components packed", made.whole, ("*/*.safetensors", "*/config.json"), load, 10),
+        Kind("text encoder", checkpoint, ("text_encoder/*",), load, 6),
+        Kind("VAE", checkpoint, ("vae/*",), load, 6),
+        Kind("tokenizer", checkpoint, ("tokenizer/*",), load, 6),
+        Kind("scheduler", checkpoint, ("scheduler/*",), load, 4),
+        Kind("model_index.json", checkpoint, ("model_index.json",), load, 6),
+        Kind("manifest, policy, card", checkpoint, ("*.json", "*.yaml", "*.md"), load, 3),
+        Kind("packed models, from_pretrained", made.whole, ("*/*.safetensors", "*/config.json"), plain, 6),
+        Kind("other files, from_pretrained", checkpoint, ("[tsv]*/*", "*.json"), plain, 6),
+        Kind("source pipeline", made.toy, ("**/*.*",), (("export", 1, partial(_source, made)),), 6),
+        Kind(
+            "policy.yaml",
+            run,
+            ("policy.yaml",),
+            (("load", 5, partial(_policy, names, run)), ("export", 1, partial(_by_policy, made, names))),
+            8,
+        ),
+        Kind(
+            "calibration",
+            run,
+            ("calibration.safetensors",),
+            (("load", 3, partial(_calibration, names)), _export(made)),
+            5,
+        ),
+        Kind("table, split, check", made.probed, ("s*.safetensors", "check.json"), (("load", 40, do.probed),), 6),
+        Kind("report", made.probed, ("s*.safetensors", "check.json"), (("report", 1, do.reported),), 1),
+        Kind("run.json", run, ("run.json",), (again,), 3),
+        Kind("result.json", run, ("result.json",), (again,), 3),
+        Kind("study.journal", run, ("study.journal",), (resume,), 2),
+        Kind("pieces of a probe", run, ("work/**/*.safetensors",), (("get", 1, partial(_piece, run)),), 4, True),
+        Kind("a search's folder, resumed", run, ("*.*", "work/**/*.safetensors"), (resume,), 1),
+        Kind("kernel cache", made.cache, ("*",), (("draw", 1, partial(_computed, checkpoint)),), 3),
+    ]
+    return found
+
+
+def _source(made: Artefacts, folder: Path) -> Values:
+    return do.source_exported(made, folder, folder.parent / "out")
+
+
+def _export(made: Artefacts) -> tuple[str, int, Operation]:
+    return "export", 1, lambda folder: do.exported(made, folder, folder.parent / "out")
+
+
+def _policy(names: list[str], whole: Path, folder: Path) -> Values:
+    return do.policy_values(folder / "policy.yaml", names, whole / "policy.yaml")
+
+
+def _by_policy(made: Artefacts, names: list[str], folder: Path) -> Values:
+    found = do.exported(made, folder, folder.parent / "out")
+    _policy(names, made.run, folder)  # another valid policy makes another checkpoint, and says so
+    return found
+
+
+def _calibration(names: list[str], folder: Path) -> Values:
+    return do.calibration_values(folder / "policy.yaml", names)
+
+
+def _piece(run: Path, path: Path) -> Values:
+    inside = path.parts[path.parts.index("work") :] if "work" in path.parts else path.parts
+    return do.piece_values(path, run.joinpath(*inside))
+
+
+def _computed(checkpoint: Path, folder: Path) -> Values:
+    return do.computed(folder, checkpoint)
+
+
+def _layers(checkpoint: Path) -> list[str]:
+    """Names of the layers of the denoiser, from what its config records or what its policy names."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from bitpolicy.kernels.layers import quantizable_layers
+
+    config = json.loads((checkpoint / "unet" / "config.json").read_text())
+    config.pop("quantization_config", None)
+    with torch.device("meta"):
+        model = UNet2DConditionModel.from_config(config)
+    return [name for name, _ in quantizable_layers(model)]
