@@ -101,10 +101,10 @@ def load_calibration(path: Path, expected_hash: str | None = None) -> Calibratio
             f"{what}; the policy needs the calibration.safetensors that was written beside it: "
             "keep the two together, or set bias_correction: false and quantizer: rtn"
         ) from error
-    found = calibration_hash(calibration)
-    if expected_hash is not None and found != expected_hash:
+    if expected_hash is not None and not _is_hash(expected_hash, calibration):
         raise BitPolicyError(
-            f"{path} has hash {found[:19]}..., the policy was made with {expected_hash[:19]}...; "
+            f"{path} has hash {calibration_hash(calibration)[:19]}..., the policy was made with "
+            f"{expected_hash[:19]}...; "
             "use the file written beside it"
         )
     return calibration
@@ -162,10 +162,19 @@ def _of_these_weights(calibration: Calibration, policy: Calibrated) -> Calibrati
 
 
 def calibration_hash(calibration: Calibration) -> str:
-    """ "sha256:..." over names, shapes and values."""
+    """ "sha256:..." over names, dtypes, shapes and values."""
+    return f"sha256:{_digest(calibration, with_dtypes=True)}"
+
+
+def _is_hash(recorded: str, calibration: Calibration) -> bool:
+    """Whether it is the calibration's; older policies record one that leaves out dtypes."""
+    return any(recorded == f"sha256:{_digest(calibration, with_dtypes)}" for with_dtypes in (True, False))
+
+
+def _digest(calibration: Calibration, with_dtypes: bool) -> str:
     digest = hashlib.sha256()
     for name in sorted(calibration):
-        patch = calibration[name]
-        digest.update(f"{name}{tuple(patch.shape)}".encode())
-        digest.update(tensor_bytes(patch))
-    return f"sha256:{digest.hexdigest()}"
+        tensor = calibration[name]
+        digest.update(f"{name}{tensor.dtype if with_dtypes else ''}{tuple(tensor.shape)}".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()

@@ -74,8 +74,11 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise BitPolicyError(f"cannot read {path}: {error.strerror}; make it a file that this user may read") from error
 
 
 def _listed(path: Path) -> dict[str, tuple[int, str]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import FP16, format_named
@@ -149,6 +151,22 @@ def test_another_code_is_another_calibration() -> None:
 
 def test_the_order_of_the_layers_does_not_change_the_hash() -> None:
     assert calibration_hash(MEANS) == calibration_hash(dict(reversed(MEANS.items())))
+
+
+def test_the_same_bytes_under_another_dtype_are_another_calibration(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.safetensors"
+    save_calibration(MEANS, path)
+    save_file({name: tensor.view(torch.int32) for name, tensor in MEANS.items()}, path)
+    with pytest.raises(BitPolicyError, match="the policy was made with"):
+        load_calibration(path, calibration_hash(MEANS))
+
+
+def test_hashes_of_older_policies_leave_out_dtypes(tmp_path: Path) -> None:
+    save_calibration(MEANS, tmp_path / "calibration.safetensors")
+    old = hashlib.sha256()
+    for name, tensor in sorted(MEANS.items()):
+        old.update(f"{name}{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    load_calibration(tmp_path / "calibration.safetensors", f"sha256:{old.hexdigest()}")
 
 
 # Which weights it is of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -122,6 +123,13 @@ def test_packed_weights_without_their_quantization_are_no_ordinary_model(folder:
 def test_a_manifest_that_is_none_is_an_error(folder: Path, text: str) -> None:
     (folder / FILE).write_text(text)
     with pytest.raises(BitPolicyError, match=r"cannot read .*bitpolicy\.json"):
+        verify(folder)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
+def test_a_file_that_may_not_be_read_is_told(folder: Path) -> None:
+    (folder / VAE).chmod(0)
+    with pytest.raises(BitPolicyError, match=r"cannot read .*: Permission denied; make it a file that this user may"):
         verify(folder)
 
 
