@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
+from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
@@ -22,6 +23,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.policies.packed_config import METHOD, BitPolicyConfig
 from bitpolicy.policies.packed_model import (
+    count_packed_weights,
     expected_tensors,
     finish,
     make_shells,
@@ -169,3 +171,4 @@ def register() -> None:
     """Make diffusers know the method. Importing bitpolicy does it."""
     auto.AUTO_QUANTIZER_MAPPING[METHOD] = BitPolicyQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = BitPolicyConfig
+    count_packed_weights(ModelMixin)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
@@ -21,6 +22,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.policies.packed_config import METHOD, BitPolicyConfig
 from bitpolicy.policies.packed_model import (
+    count_packed_weights,
     expected_tensors,
     finish,
     make_shells,
@@ -173,3 +175,4 @@ def register() -> None:
     """Make transformers know the method. Importing bitpolicy does it."""
     auto.AUTO_QUANTIZER_MAPPING[METHOD] = BitPolicyTransformersQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = BitPolicyConfig
+    count_packed_weights(PreTrainedModel)
