@@ -123,7 +123,8 @@ class BitPolicyQuantizer(DiffusersQuantizer):
         for name, kept in self._reading.take(param_name, tensor.to(target_device)).items():
             if kept.is_floating_point() and not self._reading.config.packs(name):
                 kept = kept.to(param_value.dtype)
-            set_module_tensor_to_device(model, name, target_device, value=kept)
+            # Without a dtype it would be cast to that of the empty model: modules that are kept in float32 were not.
+            set_module_tensor_to_device(model, name, target_device, value=kept, dtype=kept.dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self._reading is not None:
