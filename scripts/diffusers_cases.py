@@ -49,6 +49,7 @@ from tests.models.testing_utils import (  # noqa: E402 # its decorators ask what
 from tests.models.testing_utils.common import cast_inputs_to_dtype  # noqa: E402
 from tests.models.transformers.test_models_transformer_flux import FluxTransformerTesterConfig  # noqa: E402
 from tests.models.transformers.test_models_transformer_sd3 import SD3TransformerTesterConfig  # noqa: E402
+from tests.models.transformers.test_models_transformer_wan import WanTransformer3DTesterConfig  # noqa: E402
 
 FORMATS = ("int8", "mixed")
 MIXED = tuple(map(format_named, ("int4", "int4-g32", "int5-sym", "int3-channel", "nf4", "fp8", "int8")))
@@ -86,6 +87,7 @@ MODELS = {
     "UNet2DConditionModel": UNetConfig,
     "FluxTransformer2DModel": FluxTransformerTesterConfig,
     "SD3Transformer2DModel": SD3TransformerTesterConfig,
+    "WanTransformer3DModel": WanTransformer3DTesterConfig,
 }
 
 
