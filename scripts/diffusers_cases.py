@@ -22,7 +22,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from bitpolicy import BitPolicyConfig
-from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.kernels.layers import PackedLayer, quantizable_layers
 from bitpolicy.policies.accounting import weights_hash
 from bitpolicy.policies.apply import to_storage

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from bitpolicy.policies.accounting import tensor_bytes
-from bitpolicy.policies.atomic import written_aside
+from bitpolicy.policies.storage.atomic import written_aside
 
 Piece = Mapping[str, torch.Tensor]
 

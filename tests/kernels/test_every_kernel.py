@@ -9,10 +9,10 @@ import pytest
 import torch
 from toy_products import FORMATS, SHAPES, bias_of, input_of, layouts, weight_of
 
-from bitpolicy.kernels.cpu_blocks import CpuBlocks
+from bitpolicy.kernels.compute.fp8 import fp8_product
+from bitpolicy.kernels.compute.int8 import int8_product, multiply
+from bitpolicy.kernels.cpu.blocks import CpuBlocks
 from bitpolicy.kernels.dispatch import TABLE, Row, effective, prepared, run
-from bitpolicy.kernels.fp8_compute import fp8_product
-from bitpolicy.kernels.int8_compute import int8_product, multiply
 from bitpolicy.kernels.kernel import Compute, PackedWeight
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -12,7 +12,7 @@ import torch
 from pipeline_folders import change
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.policies.folder_parts import FolderParts, is_streamable
+from bitpolicy.policies.checkpoints.folder_parts import FolderParts, is_streamable
 
 F16 = torch.float16
 

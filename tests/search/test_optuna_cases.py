@@ -24,8 +24,8 @@ from optuna.testing.pytest_samplers import (
 from optuna.testing.pytest_storages import StorageTestCase
 from optuna.trial import FrozenTrial
 
-from bitpolicy.search.journal import journal
-from bitpolicy.search.samplers import SAMPLERS, sampler_named
+from bitpolicy.search.study.journal import journal
+from bitpolicy.search.study.samplers import SAMPLERS, sampler_named
 
 
 class TestJournal(StorageTestCase):
