@@ -41,6 +41,35 @@ All else stays in the storage dtype and counts with that in every budget: transp
 layers, a layer that shares its weight with another. A search warns once which layers these are.
 """
 
+SUITE = """\
+## diffusers' own tests
+
+diffusers tests bitsandbytes, quanto, torchao and others by the cases of its `tests/models/testing_utils/`. On packed
+models they are run by
+
+    python scripts/diffusers_suite.py --diffusers CHECKOUT -k "not Compile"
+
+which prints a row for each case. CHECKOUT is one of diffusers, of the installed version. With diffusers 0.40.0 on the
+CPU, tiny models of `UNet2DConditionModel`, `FluxTransformer2DModel`, `SD3Transformer2DModel`, `WanTransformer3DModel`,
+in INT8 and in seven formats in turn: 158 pass, 20 fail as is known, 70 are skipped, and no other fails.
+
+| cases | outcome |
+| --- | --- |
+| inference, with and without LoRA; training of an adapter | pass |
+| serialization, of the config, too, and in shards; `device_map`; `dequantize` | pass |
+| counts of layers, parameters and bytes; layers left out; the dtype before | pass |
+| modules kept in float32 | pass for Wan, skipped where the class has none |
+| LoRA: saved and loaded, with DoRA, a bias, other ranks, in little memory; metadata; warnings | pass |
+| layerwise casting: memory | pass |
+| `.to(dtype)`, `.half()` | known: they ask for a ValueError, where a packed model is cast |
+| LoRA under layerwise casting | known: they ask for weights in float8, where packed ones stay as they are |
+| LoRA fused with infinities | known: diffusers expects that to fail on the CPU |
+| layerwise casting: training | skipped by diffusers on the CPU |
+| offloading by groups, to the CPU, to disk | skipped: they split a model between a GPU and the CPU |
+
+The cases of `torch.compile` build C++ for minutes and are not in this count.
+"""
+
 
 def main() -> None:
     if sys.argv[1:] == ["--write"]:
@@ -58,6 +87,7 @@ def page() -> str:
         *section("Pipelines", expected["pipeline_operations"], expected["pipelines"]),
         KINDS,
         table(("layer", "outcome"), [(kind, outcome) for kind, outcome in expected["kinds"].items()]),
+        SUITE,
     ]
     return "\n".join(parts)
 

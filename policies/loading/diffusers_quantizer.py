@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
+from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import nn
@@ -22,6 +23,7 @@ from bitpolicy.kernels.kernel import Compute
 from bitpolicy.policies.checkpoints.manifest import verify
 from bitpolicy.policies.loading.packed_config import BitPolicyConfig
 from bitpolicy.policies.loading.packed_model import (
+    count_packed_weights,
     expected_tensors,
     finish,
     make_shells,
@@ -122,7 +124,8 @@ class BitPolicyQuantizer(DiffusersQuantizer):
         for name, kept in self._reading.take(param_name, tensor.to(target_device)).items():
             if kept.is_floating_point() and not self._reading.config.packs(name):
                 kept = kept.to(param_value.dtype)
-            set_module_tensor_to_device(model, name, target_device, value=kept)
+            # Without a dtype it would be cast to that of the empty model: modules that are kept in float32 were not.
+            set_module_tensor_to_device(model, name, target_device, value=kept, dtype=kept.dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self._reading is not None:
@@ -130,6 +133,7 @@ class BitPolicyQuantizer(DiffusersQuantizer):
             self.quantization_config, self.pre_quantized = self._reading.config, True
         self._given = self._reading = None
         self._files = ()
+        count_packed_weights(ModelMixin)
         finish(model, self._compute_dtype, Compute(self.quantization_config.compute))
         model.config["quantization_config"] = self.quantization_config
         model.is_quantized = False  # packed layers survive .to(dtype): lifts diffusers' refusal of it

@@ -6,6 +6,8 @@ there and as its format says, so nothing random and nothing empty is ever comput
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -88,6 +90,26 @@ def finish(model: nn.Module, compute_dtype: Callable[[str], torch.dtype], comput
                     "offload_state_dict"
                 )
         layer.compute_dtype, layer.compute = compute_dtype(name), compute
+
+
+def count_packed_weights(kind: type[Any]) -> None:
+    """Let a library's base class of models count packed weights in `num_parameters`, as they were before packing.
+
+    They are no parameters of torch, so the library would leave them out and say thousands where there are billions. The
+    class's method is wrapped and not an instance's, which would hold its model in a circle.
+    """
+    counted = kind.num_parameters
+    if getattr(counted, "counts_packed_weights", False):
+        return
+
+    @functools.wraps(counted)
+    def num_parameters(self: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        packed = () if only_trainable else packed_layers(self)  # none of them is trained, and none is an embedding
+        weights = sum(math.prod(layer.weight_shape) for _, layer in packed)
+        return int(counted(self, only_trainable, exclude_embeddings)) + weights
+
+    num_parameters.counts_packed_weights = True  # type: ignore[attr-defined]
+    kind.num_parameters = num_parameters
 
 
 def refuse_disk(device_map: object) -> None:

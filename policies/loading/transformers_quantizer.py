@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer
 
@@ -21,6 +22,7 @@ from bitpolicy.kernels.kernel import Compute
 from bitpolicy.policies.checkpoints.manifest import verify
 from bitpolicy.policies.loading.packed_config import BitPolicyConfig
 from bitpolicy.policies.loading.packed_model import (
+    count_packed_weights,
     expected_tensors,
     finish,
     make_shells,
@@ -116,6 +118,7 @@ class BitPolicyTransformersQuantizer(HfQuantizer):
         self._reading = None
         for _, layer in packed_layers(model):
             _restore_dtypes(layer)
+        count_packed_weights(PreTrainedModel)
         finish(model, self._dtype_of, Compute(self.quantization_config.compute))
         model.config.quantization_config = self.quantization_config
         model.is_quantized = False  # packed layers survive .half(): lifts transformers' refusal of it

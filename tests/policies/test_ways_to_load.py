@@ -166,6 +166,7 @@ def test_text_encoders(choose: Any, tmp_path: Path, kind: type, shards: int, dty
         choice.format.packed for choice in choices.values()
     )
     assert torch.equal(encode(found), encode(ordinary))
+    assert found.num_parameters() == ordinary.num_parameters()
     assert nbytes == sum(sum(t.nbytes for t in load_file(file).values()) for file in files)
 
 

@@ -165,8 +165,9 @@ def dtypes(model: Any, inputs: Inputs) -> None:
 
 def dequantize(model: Any, inputs: Inputs) -> None:
     """`dequantize()` gives an ordinary model that computes the same and saves as one."""
-    expected = output(model, inputs)
+    expected, counted = output(model, inputs), model.num_parameters()
     ordinary = model.dequantize()
+    assert ordinary.num_parameters() == counted
     assert not any(isinstance(module, PackedLayer) for module in ordinary.modules())
     assert torch.equal(output(ordinary, inputs), expected)
     with tempfile.TemporaryDirectory() as folder:
