@@ -24,9 +24,9 @@ from torch import nn
 from bitpolicy import BitPolicyConfig
 from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.kernels.layers import PackedLayer, quantizable_layers
-from bitpolicy.policies.accounting import weights_hash
 from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.choice import Choice
+from bitpolicy.policies.identity import weights_hash
 from bitpolicy.policies.policy import ModelReference, Policy
 
 ON_CPU = testing.torch_device == "cpu"
