@@ -208,3 +208,23 @@ def test_the_gpt_learns_from_docstrings_and_keeps_some_files_for_testing(shop: A
     write_gpt(shop, tmp_path / "gpt")
     tokens = AutoTokenizer.from_pretrained(tmp_path / "gpt")(train[0], return_tensors="pt").input_ids
     assert GPT2LMHeadModel.from_pretrained(tmp_path / "gpt")(tokens[:, :CONTEXT]).logits.shape[-1] == 4096
+
+
+def test_a_finished_pipeline_stands_for_the_stages_that_train_its_parts(work: Path) -> None:
+    from safetensors.torch import load_file
+    from train_models import order
+    from training_stage import Workshop, drawn, encoder, small_vae, text_encoder
+
+    assert order("mmdit", shared=True) == ["judge", "mmdit"]
+    assert order("lcm", shared=True) == ["judge", "unet", "lcm"]
+    assert order("mmdit") == ["teacher", "vae", "text", "judge", "mmdit"]
+    with pytest.raises(SystemExit, match="--shared brings what vae would train"):
+        order("vae", shared=True)
+    folder = Path(__file__).parents[2] / "scripts" / "trained" / "unet"
+    shop = Workshop(work, "cpu", folder)
+    for model, file in ((small_vae(shop), "vae/diffusion_pytorch_model"), (text_encoder(shop), "text_encoder/model")):
+        stored = load_file(folder / f"{file}.safetensors")
+        assert {n for n, t in model.state_dict().items() if not torch.equal(t, stored[n].float())} == set()
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert encoder(shop)(shop.pictures(drawn(2))).shape == (2, 4, 16, 16)
+    assert shop.tokens(["a cat on blue"]).max() < text_encoder(shop).config.vocab_size
