@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -34,6 +35,13 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Compiling takes minutes, each worker collects all tests, and most runs want a few."""
+    extension = sys.modules.get("bitpolicy.kernels.cpu_extension")
+    if extension is not None and extension._loaded.cache_info().currsize:
+        raise pytest.UsageError("the C++ kernels were compiled while tests were collected; do it in a fixture")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
