@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 # Read by these libraries when they are imported, so set before any test module is.
@@ -37,11 +37,18 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
     """Compiling takes minutes, each worker collects all tests, and most runs want a few."""
-    extension = sys.modules.get("bitpolicy.kernels.cpu_extension")
-    if extension is not None and extension._loaded.cache_info().currsize:
+    before = _are_compiled()
+    yield
+    if _are_compiled() and not before:
         raise pytest.UsageError("the C++ kernels were compiled while tests were collected; do it in a fixture")
+
+
+def _are_compiled() -> bool:
+    extension = sys.modules.get("bitpolicy.kernels.cpu_extension")
+    return extension is not None and extension._loaded.cache_info().currsize > 0
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
