@@ -12,8 +12,9 @@ import json
 import math
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 # Read by these libraries when they are imported, so set before any test module is.
@@ -34,6 +35,20 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Compiling takes minutes, each worker collects all tests, and most runs want a few."""
+    before = _are_compiled()
+    yield
+    if _are_compiled() and not before:
+        raise pytest.UsageError("the C++ kernels were compiled while tests were collected; do it in a fixture")
+
+
+def _are_compiled() -> bool:
+    extension = sys.modules.get("bitpolicy.kernels.cpu.extension")
+    return extension is not None and extension._loaded.cache_info().currsize > 0
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

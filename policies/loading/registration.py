@@ -48,14 +48,18 @@ class _Later:
         self._place = (module, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._real()(*args, **kwargs)
+        return _real(self)(*args, **kwargs)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._real(), name)
+    def __getattribute__(self, name: str) -> Any:
+        return object.__getattribute__(self, name) if name == "_place" else getattr(_real(self), name)
 
-    def _real(self) -> Any:
-        module, name = self._place
-        return getattr(import_module(module), name)
+    def __instancecheck__(self, instance: object) -> bool:
+        return self._place[0] in sys.modules and isinstance(instance, _real(self))  # else there can be no instance
+
+
+def _real(stand_in: _Later) -> Any:
+    module, name = stand_in._place
+    return getattr(import_module(module), name)
 
 
 class _Watching(MetaPathFinder):

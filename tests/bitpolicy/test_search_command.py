@@ -8,16 +8,21 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
 import bitpolicy
 from bitpolicy import Policy
 from bitpolicy.cli.running.results import print_result
+from bitpolicy.pipelines.prompting import split
+from bitpolicy.workflow.compare import _CELL, _GAP, _LEFT, _LINE
 
+PROMPTS = "cat dog pizza heart star moon tree ball".split()
 SCHEMA = {
     "budget_bytes": int,
     "policy_bytes": int,
@@ -132,10 +137,32 @@ def test_the_folder_holds_what_the_readme_promises(finished: Any) -> None:
     assert [path for path in finished.folder.rglob("*") if path.name.startswith(".")] == []
 
 
-def test_the_picture_shows_both_rows(finished: Any) -> None:
+def test_the_picture_shows_the_reference_above_the_checkpoint(finished: Any, toy: Path) -> None:
+    """Each held-out sample as diffusers draws it, first with the model as it was, then with the checkpoint."""
+    pipes = [DiffusionPipeline.from_pretrained(toy, dtype=torch.float32)]
+    pipes.append(bitpolicy.load_pipeline(finished.folder / "checkpoint", torch.float32))
+    held_out = split(PROMPTS, 0, 16, 16, 16, 16).held_out
     with Image.open(finished.folder / "compare.png") as picture:
-        assert picture.width > picture.height > 2 * 160
-        assert len(set(picture.convert("L").getdata())) > 20
+        sheet = np.asarray(picture.convert("RGB")).astype(int)
+    for column in (0, 7):
+        drawn = [cell_of(pipe, held_out[column]) for pipe in pipes]
+        for row in (0, 1):
+            shown = cell_at(sheet, column, row)
+            own, other = (abs(shown - drawn[i]) for i in (row, 1 - row))
+            assert own.max() <= 1, (column, row)
+            assert own.sum() < other.sum() / 4, (column, row)
+
+
+def cell_of(pipe: Any, sample: Any) -> np.ndarray:
+    pipe.set_progress_bar_config(disable=True)
+    seeded = torch.Generator().manual_seed(sample.seed)
+    (image,) = pipe(sample.prompt, num_inference_steps=2, guidance_scale=1.0, generator=seeded).images
+    return np.asarray(image.resize((_CELL, _CELL), Image.Resampling.BICUBIC)).astype(int)
+
+
+def cell_at(sheet: np.ndarray, column: int, row: int) -> np.ndarray:
+    y, x = 2 * _LINE + row * (_CELL + _GAP), _LEFT + column * (_CELL + _GAP)
+    return sheet[y : y + _CELL, x : x + _CELL]
 
 
 def test_the_policy_records_what_it_was_made_from(finished: Any, toy: Path) -> None:

@@ -203,7 +203,7 @@ def test_the_input_may_lie_in_any_order(row: Row, device: str, shape: str) -> No
             assert_right(row, x, weight, bias, (about, order))
 
 
-TWO = "linear of a group and a half, conv2d 3x3"
+TWO = "linear of a group and a half, conv2d 3x3 with stride"
 IN_ROWS_AND_PIXELS = "linear of a few rows, linear of many rows, conv2d 3x3"
 
 

@@ -146,18 +146,16 @@ def test_only_the_packed_tensors_and_the_bias_are_in_memory(case: tuple[Twins, t
         "copy",
     ],
 )
-@every_packed_format
-def test_packed_tensors_never_change(
-    move: Callable[[nn.Module], nn.Module], compute: torch.dtype, format: Format
-) -> None:
-    layer, _ = twins(lambda: nn.Conv2d(64, 4, 3), format)
-    before = {suffix: tensor.clone() for suffix, tensor in layer.packed_tensors().items()}
-    moved = move(nn.Sequential(layer))[0]
-    assert isinstance(moved, PackedLayer)
-    assert dtypes(moved) == announced(moved)
-    assert all(torch.equal(tensor, before[suffix]) for suffix, tensor in moved.packed_tensors().items())
-    assert moved.bias.dtype == moved.weight.dtype == moved.compute_dtype == compute
-    moved(torch.randn(1, 64, 4, 4, dtype=compute))
+def test_packed_tensors_never_change(move: Callable[[nn.Module], nn.Module], compute: torch.dtype) -> None:
+    for format in PACKED:
+        layer, _ = twins(lambda: nn.Conv2d(64, 4, 3), format)
+        before = {suffix: tensor.clone() for suffix, tensor in layer.packed_tensors().items()}
+        moved = move(nn.Sequential(layer))[0]
+        assert isinstance(moved, PackedLayer), format.name
+        assert dtypes(moved) == announced(moved), format.name
+        assert all(torch.equal(tensor, before[suffix]) for suffix, tensor in moved.packed_tensors().items()), format
+        assert moved.bias.dtype == moved.weight.dtype == moved.compute_dtype == compute, format.name
+        moved(torch.randn(1, 64, 4, 4, dtype=compute))
 
 
 def test_a_copy_shares_nothing() -> None:
@@ -182,14 +180,14 @@ def test_its_state_goes_through_a_file_of_plain_tensors(format: Format, tmp_path
 
 
 @every_packed_format
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_setting_the_data_of_its_weight_quantizes_anew(format: Format, dtype: torch.dtype) -> None:
-    layer, _ = twins(lambda: nn.Conv2d(64, 4, 3), format, dtype)
-    wanted = torch.randn(4, 64, 3, 3).to(dtype)
-    layer.weight.data = wanted
-    expected = format.quantize(wanted)
-    assert all(torch.equal(tensor, expected[suffix]) for suffix, tensor in layer.packed_tensors().items())
-    assert torch.equal(layer.weight, format.dequantize(expected, layer.weight_shape, dtype))
+def test_setting_the_data_of_its_weight_quantizes_anew(format: Format) -> None:
+    for dtype in FLOATS:
+        layer, _ = twins(lambda: nn.Conv2d(64, 4, 3), format, dtype)
+        wanted = torch.randn(4, 64, 3, 3).to(dtype)
+        layer.weight.data = wanted
+        expected = format.quantize(wanted)
+        assert all(torch.equal(tensor, expected[suffix]) for suffix, tensor in layer.packed_tensors().items()), dtype
+        assert torch.equal(layer.weight, format.dequantize(expected, layer.weight_shape, dtype)), dtype
 
 
 def test_adding_to_the_data_of_its_weight_quantizes_anew() -> None:

@@ -33,6 +33,29 @@ def test_either_may_be_imported_first(library: str, first: str) -> None:
     assert done.stdout == f"BitPolicyConfig {own.__name__}\n"
 
 
+def test_diffusers_takes_the_stand_ins_for_classes() -> None:
+    """It asks for instances of every config that it knows, and for the arguments of the one that is named."""
+    code = """import sys, bitpolicy
+from diffusers import PipelineQuantizationConfig, QuantoConfig
+PipelineQuantizationConfig(quant_mapping={"transformer": QuantoConfig("int8")})
+print("bitpolicy.policies.loading.packed_config" in sys.modules)
+PipelineQuantizationConfig(quant_mapping={"transformer": bitpolicy.BitPolicyConfig()})
+PipelineQuantizationConfig(quant_backend="bitpolicy", quant_kwargs={"compute": "int8"})
+try:
+    PipelineQuantizationConfig(quant_backend="bitpolicy", quant_kwargs={"bits": 8})
+except (TypeError, ValueError) as error:
+    print("refused")
+try:
+    PipelineQuantizationConfig(quant_mapping={"transformer": 3})
+except ValueError as error:
+    print("refused")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["False", *["refused"] * (done.stdout.count("refused"))], done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("refused")
+
+
 def test_registering_twice_changes_nothing() -> None:
     watching = list(sys.meta_path)
     register()

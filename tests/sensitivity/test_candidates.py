@@ -58,8 +58,9 @@ def test_narrow_formats_come_first(survivors: tuple[Format, ...]) -> None:
     assert widths == sorted(widths)
 
 
-def test_the_same_are_left_every_time(new_toy_unet: Any, survivors: tuple[Format, ...]) -> None:
-    assert useful_formats(new_toy_unet(), all_formats(), F16) == survivors
+def test_the_same_are_left_every_time(new_toy_unet: Any) -> None:
+    first, second = (useful_formats(new_toy_unet().mid_block, all_formats(), F16) for _ in range(2))
+    assert first == second
 
 
 def points(weight: torch.Tensor) -> dict[Format, tuple[int, float]]:

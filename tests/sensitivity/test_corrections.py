@@ -34,8 +34,9 @@ def wild(new_trajectories: Callable[..., Trajectories]) -> Trajectories:
 
 
 def run(trajectories: Trajectories, probe: str, quantizers: tuple[str, ...], folder: Path) -> ProbeRun:
-    settings = ProbeSettings(probe, SAMPLES, quantizers=quantizers)
-    formats = parse_formats("int4,int8")
+    many = probe == "ablation"  # a trajectory for each layer, format and sample
+    settings = ProbeSettings(probe, SAMPLES[:1] if many else SAMPLES, quantizers=quantizers)
+    formats = parse_formats("int4" if many else "int4,int8")
     layers = inventory(trajectories.denoiser)
     return ProbeRun(trajectories, layers, formats, torch.float16, "toy", settings, folder, Stages(quiet=True))
 

@@ -344,6 +344,7 @@ def test_what_is_outside_the_loop_is_scored_like_the_rest(new_toy_pipeline: Call
     outside = of_inputs(sketches[0])[:, kept]
     assert outside[0].count_nonzero() > 10
     assert not outside[1:].any()
+    kept = kept[::2]  # what follows draws anew for each
     references = References.of(trajectories, samples, images=False)
     about = ({}, torch.float16, samples, references, Compute.INT8)
     truth = [float(ablate(trajectories, {table.layers[i]: Choice(INT8)}, *about).power.mean()) / power for i in kept]
