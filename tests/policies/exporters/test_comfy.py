@@ -189,12 +189,46 @@ def test_layers_whose_width_tells_the_model_keep_it(name: str, halved: bool) -> 
     assert held == {"int8": True, "int4": halved, "int4-convrot": halved}
 
 
+def in_kitchen(made: dict[str, torch.Tensor], shape: tuple[int, ...], storage: torch.dtype) -> Any:
+    """What we wrote for one layer as comfy-kitchen's own tensor."""
+    kitchen = pytest.importorskip("comfy_kitchen.tensor", reason="pip install comfy-kitchen")
+    marker = json.loads(bytes(made["comfy_quant"].numpy()))
+    kind = {"int8_tensorwise": "TensorWiseINT8Layout", "convrot_w4a4": "TensorCoreConvRotW4A4Layout"}
+    layout = kind.get(marker.pop("format"), "TensorCoreAWQW4A16Layout")
+    zeros = {"zeros": made["weight_zeros"]} if "weight_zeros" in made else {}
+    params = getattr(kitchen, layout).Params(
+        scale=made["weight_scale"], orig_dtype=storage, orig_shape=shape, **marker, **zeros
+    )
+    return kitchen.QuantizedTensor(made["weight"], layout, params)
+
+
+@pytest.mark.parametrize("name", MARKERS)
+def test_its_tensors_keep_our_codes_through_all_that_its_own_tests_do_to_them(name: str) -> None:
+    weight, format = torch.randn(48, 512, generator=torch.Generator().manual_seed(1)), format_named(name)
+    made = Comfy("comfy-int8", quantize_inputs=True).convert(
+        Layer("a", "Linear", (48, 512), format), format.quantize(weight), torch.float16
+    )
+    tensor = in_kitchen(made, (48, 512), torch.float16)
+    stored = tensor.state_dict("weight")
+    assert stored.keys() == made.keys() - {"comfy_quant"}
+    assert all(torch.equal(stored[key], made[key]) for key in stored)
+    expected = tensor.dequantize()
+    assert expected.shape == weight.shape
+    for same in (tensor.detach(), tensor.clone(), tensor.contiguous(), tensor.to("cpu")):
+        assert torch.equal(same.dequantize(), expected)
+    assert torch.allclose(
+        tensor.to(torch.float32).dequantize(), expected.float(), atol=1e-2 * float(expected.abs().max())
+    )
+    inner, about = tensor.__tensor_flatten__()
+    again = type(tensor).__tensor_unflatten__({key: getattr(tensor, key) for key in inner}, about, None, None)
+    assert torch.equal(again.dequantize(), expected)
+
+
 @pytest.mark.parametrize("name", MARKERS)
 @pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16], ids=str)
 def test_its_own_multiplication_gives_what_ours_does_within_its_rounding(name: str, storage: torch.dtype) -> None:
     """Inputs of 8 bits cost a hundredth; comfy-kitchen's plain code gives `convrot_w4a4` inputs of 4 bits, whatever the
     marker says; where inputs stay whole, the storage dtype rounds."""
-    kitchen = pytest.importorskip("comfy_kitchen.tensor", reason="pip install comfy-kitchen")
     draw = torch.Generator().manual_seed(1)
     weight, inputs = torch.randn(48, 512, generator=draw), torch.randn(5, 512, generator=draw)
     layer, format = Layer("a", "Linear", (48, 512), format_named(name)), format_named(name)
@@ -202,17 +236,11 @@ def test_its_own_multiplication_gives_what_ours_does_within_its_rounding(name: s
     made = Comfy("comfy-int8", quantize_inputs=True).convert(layer, tensors, storage)
     specs = Comfy("comfy-int8", quantize_inputs=True).specs(layer, storage)
     assert {n: (t.dtype, tuple(t.shape)) for n, t in made.items()} == {n: (s.dtype, s.shape) for n, s in specs.items()}
-    marker = json.loads(bytes(made["comfy_quant"].numpy()))
-    kind = {"int8_tensorwise": "TensorWiseINT8Layout", "convrot_w4a4": "TensorCoreConvRotW4A4Layout"}
-    layout = kind.get(marker.pop("format"), "TensorCoreAWQW4A16Layout")
-    zeros = {"zeros": made["weight_zeros"]} if "weight_zeros" in made else {}
-    params = getattr(kitchen, layout).Params(
-        scale=made["weight_scale"], orig_dtype=storage, orig_shape=(48, 512), **marker, **zeros
-    )
-    theirs = torch.nn.functional.linear(inputs.to(storage), kitchen.QuantizedTensor(made["weight"], layout, params))
+    tensor = in_kitchen(made, (48, 512), storage)
+    theirs = torch.nn.functional.linear(inputs.to(storage), tensor)
     expected = inputs @ format.dequantize(tensors, weight.shape, torch.float32).mT
     share = float((theirs.float() - expected).norm() / expected.norm())
-    bound = (
-        0.15 if layout == "TensorCoreConvRotW4A4Layout" else 0.012 if storage == torch.bfloat16 or not zeros else 0.002
-    )
+    whole = "weight_zeros" in made  # inputs stay whole
+    rotated = tensor._layout_cls == "TensorCoreConvRotW4A4Layout"
+    bound = 0.15 if rotated else 0.012 if storage == torch.bfloat16 or not whole else 0.002
     assert share < bound
