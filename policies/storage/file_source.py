@@ -6,6 +6,7 @@ every `_MAPPED` bytes, and reading takes no more memory than that and a tensor, 
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -113,6 +114,6 @@ def open_tensors(path: Path) -> Any:
         SafetensorError: it is damaged.
     """
     if path.exists() and not path.is_file():
-        raise OSError(f"{path} is no file")  # a pipe would be waited for
+        raise OSError(errno.EINVAL, "it is no plain file", str(path))  # a pipe would be waited for
     with path.open("rb"):
         return safe_open(path, "pt")

@@ -115,7 +115,7 @@ def test_two_processes_may_build_it_at_once(
     together = f'touch {tmp_path}/$PPID; while [ $(ls {tmp_path} | grep -c "^[0-9]") -lt 2 ]; do sleep 0.1; done'
     monkeypatch.setenv("CXX", compiler(tmp_path, f'{together}\nexec {real} "$@"'))
     code = (
-        "import sys, pathlib; from bitpolicy.kernels import cpu_extension as e; e.SOURCES = pathlib.Path(sys.argv[1]);"
+        "import sys, pathlib; from bitpolicy.kernels.cpu import extension as e; e.SOURCES = pathlib.Path(sys.argv[1]);"
     )
     command = [sys.executable, "-c", f"{code} sys.exit(e.main())", str(small)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}

@@ -267,7 +267,7 @@ def test_only_the_config_and_the_words_tell_the_two_checkpoints_apart(exported: 
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     assert names == {str(p.relative_to(exported.folder)) for p in exported.folder.rglob("*") if p.is_file()}
     other = {name for name in names if (folder / name).read_bytes() != (exported.folder / name).read_bytes()}
-    assert other == {"unet/config.json", "policy.yaml", "README.md"}
+    assert other == {"unet/config.json", "policy.yaml", "README.md", "bitpolicy.json"}
     assert recorded(folder / "unet") == recorded(exported.folder / "unet") | {"compute": "int8"}
 
 

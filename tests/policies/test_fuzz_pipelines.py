@@ -63,6 +63,7 @@ def test_a_damaged_source_is_exported_or_refused(exported: Any, source: Path, tm
 def test_a_damaged_checkpoint_is_loaded_or_refused(exported: Any, tmp_path: Path, file: str) -> None:
     draw, refused = random.Random(file), 0
     folder = shutil.copytree(exported.folder, tmp_path / "copy")
+    (folder / "bitpolicy.json").unlink()  # which would tell at once
     whole = (folder / file).read_bytes()
     for i in range(TIMES):
         damaged(folder / file, whole, draw, i)
