@@ -13,12 +13,12 @@ from bitpolicy.command import quiet_if_a_command as _quiet_if_a_command
 
 with _quiet_if_a_command():
     from bitpolicy.api import export, export_for, load_pipeline, probe, search
-    from bitpolicy.kernels.computing import resident_bytes, set_compute
+    from bitpolicy.kernels.compute.setting import resident_bytes, set_compute
     from bitpolicy.kernels.dispatch import use_kernels
     from bitpolicy.kernels.errors import BitPolicyError
-    from bitpolicy.policies import diffusers_quantizer as _diffusers
-    from bitpolicy.policies import transformers_quantizer as _transformers
-    from bitpolicy.policies.packed_config import BitPolicyConfig
+    from bitpolicy.policies.loading import diffusers_quantizer as _diffusers
+    from bitpolicy.policies.loading import transformers_quantizer as _transformers
+    from bitpolicy.policies.loading.packed_config import BitPolicyConfig
     from bitpolicy.policies.policy import Policy
 
 _diffusers.register()

@@ -12,35 +12,35 @@ import torch
 from diffusers import DiffusionPipeline
 
 from bitpolicy.arguments import Named, python_call, settings_for
-from bitpolicy.forecast import Forecast
-from bitpolicy.hub import push, require_login
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats import DEFAULT, parse_formats
-from bitpolicy.kernels.quantizers import DEFAULT as DEFAULT_QUANTIZER
-from bitpolicy.loading import DTYPES, open_parts, open_pipeline, source_of, stored_dtype
-from bitpolicy.over_budget import warn_if_over_budget
-from bitpolicy.plan import Plan, make_plan
+from bitpolicy.kernels.formats.named import DEFAULT, parse_formats
+from bitpolicy.kernels.quantizers.named import DEFAULT as DEFAULT_QUANTIZER
+from bitpolicy.pipelines.hub import push, require_login
+from bitpolicy.pipelines.loading import DTYPES, open_parts, open_pipeline, source_of, stored_dtype
+from bitpolicy.pipelines.prompting import requests_of
 from bitpolicy.policies.apply import choices_for
 from bitpolicy.policies.calibration import Calibration, calibration_of
-from bitpolicy.policies.checkpoint import MAX_SHARD_SIZE
+from bitpolicy.policies.checkpoints.checkpoint import MAX_SHARD_SIZE
+from bitpolicy.policies.checkpoints.model_card import Card
+from bitpolicy.policies.checkpoints.parts import Parts
+from bitpolicy.policies.checkpoints.pipeline import export_parts
 from bitpolicy.policies.denoiser import denoisers_in
-from bitpolicy.policies.export import export_parts
 from bitpolicy.policies.exporters.export import Exported, export_to
 from bitpolicy.policies.exporters.targets import exporter_named
-from bitpolicy.policies.folder_lock import working_in
 from bitpolicy.policies.measured_compute import measured_compute
-from bitpolicy.policies.model_card import Card
-from bitpolicy.policies.parts import Parts
 from bitpolicy.policies.policy import Policy
-from bitpolicy.policies.source import Unchanged, source_hash
-from bitpolicy.prompting import requests_of
+from bitpolicy.policies.storage.folder_lock import working_in
+from bitpolicy.policies.storage.source import Unchanged, source_hash
 from bitpolicy.search.budget import read_bytes
+from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import inventory, warn_of_unsupported
-from bitpolicy.sensitivity.progress import Stages
 from bitpolicy.sensitivity.samples import Request
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.settings import Settings
-from bitpolicy.workflow import SearchRun
+from bitpolicy.workflow.forecast import Forecast
+from bitpolicy.workflow.over_budget import warn_if_over_budget
+from bitpolicy.workflow.plan import Plan, make_plan
+from bitpolicy.workflow.search_run import SearchRun
 
 Prompts = str | Path | Mapping[str, Any] | Sequence[str | int | Mapping[str, Any]] | None
 

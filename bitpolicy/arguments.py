@@ -26,13 +26,13 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.kernel import Compute
-from bitpolicy.kernels.quantizers import QUANTIZERS
-from bitpolicy.loading import DTYPES
+from bitpolicy.kernels.quantizers.named import QUANTIZERS
+from bitpolicy.pipelines.loading import DTYPES
 from bitpolicy.policies.exporters.targets import NAMES as TARGETS
 from bitpolicy.policies.policy import Policy
 from bitpolicy.search.budget import SCOPES
-from bitpolicy.search.samplers import SAMPLERS, SPACES
-from bitpolicy.sensitivity.probe import PROBES
+from bitpolicy.search.study.samplers import SAMPLERS, SPACES
+from bitpolicy.sensitivity.probes.probe import PROBES
 from bitpolicy.settings import Settings
 
 P = ParamSpec("P")

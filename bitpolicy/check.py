@@ -1,6 +1,6 @@
 """The probe against the truth: layer by layer, and over random policies.
 
-The truth is `bitpolicy.sensitivity.ablation`: quantize, run the real trajectory, take the distance of the final latent
+The truth is `bitpolicy.sensitivity.probes.ablation`: quantize, run the real trajectory, take the distance of the final latent
 from the reference's, on the samples the probe used. Layers are compared by Spearman's rank correlation and by the
 median ratio of predicted to measured error; policies likewise, over the whole range of sizes. A policy's prediction
 adds the layers' sketches up as vectors. With fewer sketches than layers the off-diagonal part of that quadratic form is
@@ -21,14 +21,14 @@ import torch
 from scipy.stats import spearmanr
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.format import Format
-from bitpolicy.kernels.formats import FP16
+from bitpolicy.kernels.formats.format import Format
+from bitpolicy.kernels.formats.named import FP16
 from bitpolicy.policies.accounting import ByteAccount
-from bitpolicy.policies.atomic import write_text
-from bitpolicy.sensitivity.ablation import Measured
-from bitpolicy.sensitivity.probe import ProbeRun, alone_name
-from bitpolicy.sensitivity.reference import ReferencePass
+from bitpolicy.policies.storage.atomic import write_text
+from bitpolicy.sensitivity.probes.ablation import Measured
+from bitpolicy.sensitivity.probes.probe import ProbeRun, alone_name
 from bitpolicy.sensitivity.table import SensitivityTable
+from bitpolicy.sensitivity.trajectory.reference import ReferencePass
 
 TRUSTED_DB = 20.0  # PSNR below which the images no longer show the same picture
 LAYERS, POLICIES = "check: layers", "check: random policies"  # what the progress bars are called

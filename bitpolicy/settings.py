@@ -12,10 +12,10 @@ from typing import Any
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.kernel import Compute
-from bitpolicy.kernels.quantizers import DEFAULT
-from bitpolicy.policies.atomic import require_nameable, write_text
-from bitpolicy.policies.folder_lock import NAME as LOCK
-from bitpolicy.policies.folder_lock import working_in
+from bitpolicy.kernels.quantizers.named import DEFAULT
+from bitpolicy.policies.storage.atomic import require_nameable, write_text
+from bitpolicy.policies.storage.folder_lock import NAME as LOCK
+from bitpolicy.policies.storage.folder_lock import working_in
 from bitpolicy.sensitivity.samples import Request, fingerprint
 
 MOST_SEED = 2**31 - 1  # NumPy's generators take twice that, and a study adds the number of the trial
@@ -76,7 +76,7 @@ class Settings:
         storage: Optuna storage URL; None is a journal file in the output folder.
         remeasure: how many estimates too large for first order are at most measured by ablation.
         remeasure_close: the same for estimates that close choices hang on.
-        quantizer: who rounds weights, or "auto"; see `bitpolicy.kernels.quantizers`.
+        quantizer: who rounds weights, or "auto"; see `bitpolicy.kernels.quantizers.named`.
         compute: of packed layers, "exact", "int8" or "fp8": in all that is predicted and measured, and in the
             checkpoint.
         target_psnr, target_lpips: a quality to reach with as few bytes as possible, instead of a budget.
@@ -86,7 +86,7 @@ class Settings:
         target: a program that has to hold the policy, e.g. "comfy"; see `bitpolicy.policies.exporters.targets`.
         scope: what the budget covers: "weights", "pipeline" or "peak".
         height, width, batch_size: of the call whose peak is meant.
-        sampler, space: of the study; see `bitpolicy.search.samplers`.
+        sampler, space: of the study; see `bitpolicy.search.study.samplers`.
         timeout: seconds after which no trial is begun.
         features: file or folder of the networks that measure quality.
         calibration_samples, vectors, shared, search_samples, confirm_samples, held_out_samples: sizes of the parts.

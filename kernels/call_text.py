@@ -16,7 +16,7 @@ from functools import cache
 
 import torch
 
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.kernel import Compute, Geometry, PackedWeight
 
 _LOW_MEMORY = "low-memory"

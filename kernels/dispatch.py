@@ -22,17 +22,19 @@ from weakref import ref
 
 import torch
 
-from bitpolicy.kernels import fp8_compute, int8_compute, micro_probe
-from bitpolicy.kernels.cpu_blocks import CpuBlocks
-from bitpolicy.kernels.cpu_exact import CpuDequantize
-from bitpolicy.kernels.cpu_float import CpuFloat
-from bitpolicy.kernels.cpu_int8 import CpuInt8
-from bitpolicy.kernels.cpu_onednn import OneDnnInt8
-from bitpolicy.kernels.cpu_scratch import release_scratch
+from bitpolicy.kernels import micro_probe
+from bitpolicy.kernels.compute import fp8 as fp8_compute
+from bitpolicy.kernels.compute import int8 as int8_compute
+from bitpolicy.kernels.compute.reference import Fp8Reference, Int8Reference, Reference
+from bitpolicy.kernels.cpu.blocks import CpuBlocks
+from bitpolicy.kernels.cpu.exact import CpuDequantize
+from bitpolicy.kernels.cpu.float import CpuFloat
+from bitpolicy.kernels.cpu.int8 import CpuInt8
+from bitpolicy.kernels.cpu.onednn import OneDnnInt8
+from bitpolicy.kernels.cpu.scratch import release_scratch
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.kernel import Compute, Kernel, PackedWeight, Prepared
-from bitpolicy.kernels.reference_kernels import Fp8Reference, Int8Reference, Reference
-from bitpolicy.kernels.triton_kernels import TritonDequantize, TritonFloat, TritonFp8, TritonInt8
+from bitpolicy.kernels.triton.kernels import TritonDequantize, TritonFloat, TritonFp8, TritonInt8
 
 _EVERY = "linear conv1d conv2d conv3d"
 AUTO, REFERENCE = "auto", "reference"

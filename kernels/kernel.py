@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.format import Format
+from bitpolicy.kernels.formats.format import Format
 
 
 class Compute(StrEnum):
@@ -29,8 +29,8 @@ class Compute(StrEnum):
 
     EXACT: nothing; the bits of an ordinary layer that holds the dequantized weight.
     FLOAT: nothing, but sums may be taken in another order.
-    INT8: inputs, to 8 bits (`bitpolicy.kernels.int8_compute`); sums are of integers.
-    FP8: inputs, to float8 (`bitpolicy.kernels.fp8_compute`), of layers in `fp8`; all others as under FLOAT.
+    INT8: inputs, to 8 bits (`bitpolicy.kernels.compute.int8`); sums are of integers.
+    FP8: inputs, to float8 (`bitpolicy.kernels.compute.fp8`), of layers in `fp8`; all others as under FLOAT.
     """
 
     EXACT = "exact"

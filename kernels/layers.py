@@ -17,7 +17,7 @@ from torch import nn
 
 from bitpolicy.kernels.dispatch import effective
 from bitpolicy.kernels.errors import FormatError
-from bitpolicy.kernels.format import Format
+from bitpolicy.kernels.formats.format import Format
 from bitpolicy.kernels.kernel import Compute, Geometry, PackedWeight
 from bitpolicy.kernels.ops import product
 

@@ -15,7 +15,7 @@ import torch
 
 from bitpolicy.kernels import dispatch
 from bitpolicy.kernels.call_text import in_words, read
-from bitpolicy.kernels.int8_compute import multiply
+from bitpolicy.kernels.compute.int8 import multiply
 from bitpolicy.kernels.kernel import Compute, PackedWeight, recorded
 
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from bitpolicy.kernels.format import Format, TensorSpec
-from bitpolicy.kernels.formats import FP16
+from bitpolicy.kernels.formats.format import Format, TensorSpec
+from bitpolicy.kernels.formats.named import FP16
 from bitpolicy.kernels.layers import quantizable_layers
 
 

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from bitpolicy.kernels.bias_correction import bias_shift, corrected_bias
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.format import Format
-from bitpolicy.kernels.grid import GridFormat
+from bitpolicy.kernels.formats.format import Format
+from bitpolicy.kernels.formats.grid import GridFormat
+from bitpolicy.kernels.formats.row_chunks import each_chunk
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import Quantizable, pack_layer, quantizable_layers, replace_layer, unsupported_layers
-from bitpolicy.kernels.quantizers import HESSIANS, quantize_data_free
-from bitpolicy.kernels.row_chunks import each_chunk
+from bitpolicy.kernels.quantizers.bias_correction import bias_shift, corrected_bias
+from bitpolicy.kernels.quantizers.named import HESSIANS, quantize_data_free
 from bitpolicy.policies.calibration import Calibration, rounded_key
 from bitpolicy.policies.finite import is_finite
 from bitpolicy.policies.policy import Choice, Policy

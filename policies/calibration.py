@@ -1,6 +1,6 @@
 """What exporting needs beyond the policy and the model, measured on the reference.
 
-`calibration.safetensors` holds E[x] per layer (see `bitpolicy.kernels.bias_correction`), float32, by layer name; and,
+`calibration.safetensors` holds E[x] per layer (see `bitpolicy.kernels.quantizers.bias_correction`), float32, by layer name; and,
 for layers that were not rounded to nearest, the packed tensors that their quantizer made, by `rounded_key`. Under
 `MADE_FROM` it says which weights all this is of: what quantizers made of one model is another model's weights. Its hash
 is recorded in the policy, so what is exported is what was searched.
@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import save_file
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.policies.atomic import written_aside
 from bitpolicy.policies.choice import Choice
-from bitpolicy.policies.file_source import FileTensors
 from bitpolicy.policies.finite import is_finite, require_finite
 from bitpolicy.policies.identity import tensor_bytes
+from bitpolicy.policies.storage.atomic import written_aside
+from bitpolicy.policies.storage.file_source import FileTensors
 
 FILE = "calibration.safetensors"  # in the folder of the policy file
 Calibration = Mapping[str, torch.Tensor]

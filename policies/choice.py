@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bitpolicy.kernels.format import Format
-from bitpolicy.kernels.quantizers import HESSIANS
+from bitpolicy.kernels.formats.format import Format
+from bitpolicy.kernels.quantizers.named import HESSIANS
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Choice:
     Attributes:
         format: storage format of its weight.
         bias_correction: whether its bias takes up the mean error of the weight.
-        quantizer: who picks codes and scales, one of `bitpolicy.kernels.quantizers`; "rtn" is round to nearest.
+        quantizer: who picks codes and scales, one of `bitpolicy.kernels.quantizers.named`; "rtn" is round to nearest.
     """
 
     format: Format

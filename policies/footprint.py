@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bitpolicy.kernels.cpu_scratch import release_scratch
+from bitpolicy.kernels.cpu.scratch import release_scratch
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.accounting import stored_spec
 

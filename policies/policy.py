@@ -20,14 +20,14 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats import FP8, format_named, from_parameters
+from bitpolicy.kernels.formats.named import FP8, format_named, from_parameters
 from bitpolicy.kernels.kernel import Compute
-from bitpolicy.kernels.quantizers import QUANTIZERS
-from bitpolicy.policies.atomic import write_text
+from bitpolicy.kernels.quantizers.named import QUANTIZERS
 from bitpolicy.policies.calibration import FILE, load_calibration, save_calibration
 from bitpolicy.policies.choice import Choice
 from bitpolicy.policies.identity import config_hash
-from bitpolicy.policies.plain_yaml import YamlError, read_yaml
+from bitpolicy.policies.storage.atomic import write_text
+from bitpolicy.policies.storage.plain_yaml import YamlError, read_yaml
 
 SCHEMA: Final = 1
 

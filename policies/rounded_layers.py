@@ -2,7 +2,7 @@
 
     y = Q(x) W_q^T + b,    Q(x) = s_x (x_q - z),    W_q = s_w w_q
 
-with the codes and scales of `bitpolicy.kernels.int8_compute`, or of `fp8_compute`, where z = 0. Results are those of a
+with the codes and scales of `bitpolicy.kernels.compute.int8`, or of `fp8_compute`, where z = 0. Results are those of a
 kernel of that compute up to the rounding of float sums; where that moves a later input across a tie, one of its codes
 is another.
 """
@@ -16,11 +16,12 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from bitpolicy.kernels import fp8_compute, int8_compute
+from bitpolicy.kernels.compute import fp8 as fp8_compute
+from bitpolicy.kernels.compute import int8 as int8_compute
+from bitpolicy.kernels.compute.int8 import shared, weight_codes
 from bitpolicy.kernels.dispatch import effective
-from bitpolicy.kernels.format import Format
-from bitpolicy.kernels.formats import INT8
-from bitpolicy.kernels.int8_compute import shared, weight_codes
+from bitpolicy.kernels.formats.format import Format
+from bitpolicy.kernels.formats.named import INT8
 from bitpolicy.kernels.kernel import Compute, PackedWeight
 from bitpolicy.kernels.layers import Quantizable, slides
 

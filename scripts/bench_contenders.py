@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from bitpolicy.kernels.computing import set_compute
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.compute.setting import set_compute
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.layers import pack_layer, quantizable_layers, replace_layer
 
 

@@ -263,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("\n".join([*(f"{c.name:45} {c.operations / 1e9:8.1f} GFLOP" for c in cases), UNET]))
         return
     if chosen.tune:
-        from bitpolicy.kernels.triton_configs import tune
+        from bitpolicy.kernels.triton.configs import tune
 
         tune()
     names, ceiling, results = chosen.contenders.split(","), ceilings(), []

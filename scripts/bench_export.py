@@ -27,14 +27,14 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from bitpolicy.api import export
-from bitpolicy.kernels.format import TensorSpec
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.formats.format import TensorSpec
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.layers import quantizable_layers
-from bitpolicy.loading import BUNDLED_FOLDER, open_parts
-from bitpolicy.policies.checkpoint import export_denoiser
-from bitpolicy.policies.denoiser_files import skeleton
+from bitpolicy.pipelines.loading import BUNDLED_FOLDER, open_parts
+from bitpolicy.policies.checkpoints.checkpoint import export_denoiser
+from bitpolicy.policies.loading.denoiser_files import skeleton
 from bitpolicy.policies.policy import Choice, ModelReference, Policy
-from bitpolicy.policies.source import source_hash
+from bitpolicy.policies.storage.source import source_hash
 
 SHARD = 10**9  # bytes
 FORMATS = ("int8", "int4")  # in turn

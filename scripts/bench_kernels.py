@@ -22,9 +22,9 @@ import torch
 from bench_case import Case
 from bench_machine import clock, description, spread
 
+from bitpolicy.kernels.compute.int8 import multiply
 from bitpolicy.kernels.dispatch import TABLE, prepared
-from bitpolicy.kernels.formats import format_named
-from bitpolicy.kernels.int8_compute import multiply
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.kernel import Compute, Kernel, PackedWeight
 
 _REFERENCES = (

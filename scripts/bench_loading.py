@@ -43,9 +43,9 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from bitpolicy.api import export, export_for
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.layers import quantizable_layers
-from bitpolicy.loading import BUNDLED_FOLDER
+from bitpolicy.pipelines.loading import BUNDLED_FOLDER
 from bitpolicy.policies.identity import weights_hash
 from bitpolicy.policies.policy import Choice, ModelReference, Policy
 

@@ -22,7 +22,7 @@ import torch
 from bench_machine import clock, description, spread
 from torch import nn
 
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import pack_layer
 

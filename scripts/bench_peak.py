@@ -25,15 +25,15 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from published_configs import published
 
-from bitpolicy.kernels.format import Format
-from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.kernels.formats.format import Format
+from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.kernels.layers import quantizable_layers
-from bitpolicy.loading import BUNDLED_FOLDER, open_pipeline
+from bitpolicy.pipelines.loading import BUNDLED_FOLDER, open_pipeline
 from bitpolicy.policies.apply import to_storage
-from bitpolicy.policies.export import export_pipeline
+from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.footprint import measured_peak
 from bitpolicy.policies.policy import Choice, ModelReference, Policy
-from bitpolicy.sensitivity.peak_memory import PeakMemory, observe
+from bitpolicy.sensitivity.cost.peak_memory import PeakMemory, observe
 from bitpolicy.sensitivity.samples import Sample
 
 BUNDLED, SD15 = "bundled", "stable-diffusion-1.5"

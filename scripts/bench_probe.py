@@ -31,14 +31,14 @@ from diffusers import (
 from published_configs import published
 from torch import nn
 
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.layers import quantizable_layers
-from bitpolicy.sensitivity.adjoint import AdjointProbe
-from bitpolicy.sensitivity.candidates import candidates
-from bitpolicy.sensitivity.cost import adjoint_forwards
-from bitpolicy.sensitivity.directions import Random
+from bitpolicy.sensitivity.cost.forwards import adjoint_forwards
+from bitpolicy.sensitivity.probes.adjoint import AdjointProbe
+from bitpolicy.sensitivity.probes.directions import Random
+from bitpolicy.sensitivity.rounding.candidates import candidates
 from bitpolicy.sensitivity.samples import Sample
-from bitpolicy.sensitivity.trajectory import Trajectories
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
 MODELS = ("stable-diffusion-v1-5", "stable-diffusion-xl-base-1.0", "DiT-XL-2-256")
 FULL_STEPS = 20

@@ -29,7 +29,7 @@ from bench_machine import clock, description, spread
 from bench_unet import MODELS, Model
 from torch import nn
 
-from bitpolicy.kernels.computing import resident_bytes
+from bitpolicy.kernels.compute.setting import resident_bytes
 
 CONTENDERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "torch": lambda model: model,

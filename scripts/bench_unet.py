@@ -29,10 +29,10 @@ import torch
 from bench_machine import clock, description, spread
 from diffusers import UNet2DConditionModel
 
-from bitpolicy.kernels.computing import resident_bytes, set_compute
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.compute.setting import resident_bytes, set_compute
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.layers import pack_layer, packed_layers, quantizable_layers, replace_layer, unpack_layer
-from bitpolicy.loading import BUNDLED_FOLDER
+from bitpolicy.pipelines.loading import BUNDLED_FOLDER
 from bitpolicy.policies.footprint import most_allocated
 
 

@@ -22,22 +22,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bitpolicy.kernels.format import Format
-from bitpolicy.kernels.formats import FP16, format_named
-from bitpolicy.plan import Plan, make_plan
+from bitpolicy.kernels.formats.format import Format
+from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.policies.policy import Choice
 from bitpolicy.search.budget import Budget
-from bitpolicy.search.finalists import confirm
 from bitpolicy.search.generation import Generations
-from bitpolicy.search.journal import journal
 from bitpolicy.search.problem import Problem
-from bitpolicy.search.quality import Psnr
-from bitpolicy.search.study import Study
+from bitpolicy.search.quality.psnr import Psnr
+from bitpolicy.search.study.finalists import confirm
+from bitpolicy.search.study.journal import journal
+from bitpolicy.search.study.study import Study
+from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import Layer
-from bitpolicy.sensitivity.progress import Stages
-from bitpolicy.sensitivity.reference import ReferencePass
 from bitpolicy.sensitivity.table import SensitivityTable
+from bitpolicy.sensitivity.trajectory.reference import ReferencePass
 from bitpolicy.settings import Settings
+from bitpolicy.workflow.plan import Plan, make_plan
 
 INT4, INT8 = format_named("int4"), format_named("int8")
 KEPT = ("time_embedding.linear_1", "time_embedding.linear_2", "conv_in", "conv_out")

@@ -13,16 +13,16 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from bitpolicy.kernels.format import Format
-from bitpolicy.kernels.formats import format_named
-from bitpolicy.kernels.quantizers import AUTO, QUANTIZERS, RTN
-from bitpolicy.plan import Plan, make_plan
+from bitpolicy.kernels.formats.format import Format
+from bitpolicy.kernels.formats.named import format_named
+from bitpolicy.kernels.quantizers.named import AUTO, QUANTIZERS, RTN
 from bitpolicy.policies.policy import Choice
 from bitpolicy.search.generation import Generations
-from bitpolicy.search.quality import Psnr
-from bitpolicy.sensitivity.progress import Stages
+from bitpolicy.search.quality.psnr import Psnr
+from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.settings import Settings
+from bitpolicy.workflow.plan import Plan, make_plan
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from emoji_data import SIZE, Emoji, fetch, load
 from safetensors.torch import save_file
 from torch import nn
 
-from bitpolicy.search.feature_network import CONFIG, WEIGHTS, FeatureNetwork
+from bitpolicy.search.quality.feature_network import CONFIG, WEIGHTS, FeatureNetwork
 
 ROOT = Path(__file__).resolve().parent.parent
 CHANNELS = (24, 48, 96, 128, 128)

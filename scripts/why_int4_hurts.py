@@ -26,18 +26,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitpolicy.kernels.bias_correction import bias_shift
-from bitpolicy.kernels.format import Format
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.formats.format import Format
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.layers import Quantizable, quantizable_layers
-from bitpolicy.plan import BUNDLED_CALL, Plan, make_plan
+from bitpolicy.kernels.quantizers.bias_correction import bias_shift
 from bitpolicy.policies.apply import quantized
 from bitpolicy.policies.policy import Choice
-from bitpolicy.sensitivity.progress import Stages
-from bitpolicy.sensitivity.reference import ReferencePass
+from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.samples import Sample
-from bitpolicy.sensitivity.trajectory import Trajectories
+from bitpolicy.sensitivity.trajectory.reference import ReferencePass
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 from bitpolicy.settings import Settings
+from bitpolicy.workflow.plan import BUNDLED_CALL, Plan, make_plan
 
 FORMATS = (format_named("int4"), format_named("int8"))
 STEPS = (5, 10, 20, 40)

@@ -23,10 +23,10 @@ from typing import Final, Literal
 from pydantic import ByteSize, TypeAdapter
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.format import Format
+from bitpolicy.kernels.formats.format import Format
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.policy import BudgetRecord
-from bitpolicy.sensitivity.peak_memory import PeakMemory, Room
+from bitpolicy.sensitivity.cost.peak_memory import PeakMemory, Room
 
 ScopeName = Literal["weights", "pipeline", "peak"]
 SCOPES: Final[tuple[ScopeName, ...]] = ("weights", "pipeline", "peak")

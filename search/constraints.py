@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.format import Format
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.formats.format import Format
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.policies.exporters.exporter import Layer as ExportedLayer
 from bitpolicy.policies.exporters.targets import exporter_named
 from bitpolicy.sensitivity.inventory import Layer

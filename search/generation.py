@@ -12,7 +12,7 @@ from bitpolicy.policies.apply import quantized
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.policy import Choice
 from bitpolicy.sensitivity.samples import Sample
-from bitpolicy.sensitivity.trajectory import Trajectories
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
 
 class Generations:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.format import Format
+from bitpolicy.kernels.formats.format import Format
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.policy import Choice
 from bitpolicy.search.frontier import frontier, smallest

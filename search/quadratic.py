@@ -1,6 +1,6 @@
 """How layers' errors add up or cancel: the quadratic form of the sketches, shrunk towards its diagonal.
 
-A sketch is s_r(l, f) = v_r . dx_0(l, f), so for a policy z (bitpolicy.sensitivity.adjoint)
+A sketch is s_r(l, f) = v_r . dx_0(l, f), so for a policy z (bitpolicy.sensitivity.probes.adjoint)
 
     Q(z) = mean_r T_r(z)^2,  T_r(z) = sum_l s_r(l, z_l);        A(z) = sum_l e(l, z_l);
     E(z) = (1 - lambda) A(z) + lambda Q(z).

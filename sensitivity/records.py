@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.policies.atomic import written_aside
 from bitpolicy.policies.identity import tensor_bytes
+from bitpolicy.policies.storage.atomic import written_aside
 
 Piece = Mapping[str, torch.Tensor]
 

@@ -18,19 +18,19 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.format import Format
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.formats.format import Format
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.kernel import Compute
-from bitpolicy.kernels.quantizers import DEFAULT, RTN
+from bitpolicy.kernels.quantizers.named import DEFAULT, RTN
 from bitpolicy.policies.accounting import ByteAccount
-from bitpolicy.policies.atomic import write_text, written_aside
-from bitpolicy.policies.file_source import open_tensors
 from bitpolicy.policies.policy import Choice
-from bitpolicy.sensitivity.candidates import Candidate
-from bitpolicy.sensitivity.cost import Cost
+from bitpolicy.policies.storage.atomic import write_text, written_aside
+from bitpolicy.policies.storage.file_source import open_tensors
+from bitpolicy.sensitivity.cost.forwards import Cost
 from bitpolicy.sensitivity.inventory import Layer
-from bitpolicy.sensitivity.quantizer_choice import chosen
-from bitpolicy.sensitivity.sketch import Sketch
+from bitpolicy.sensitivity.probes.sketch import Sketch
+from bitpolicy.sensitivity.rounding.candidates import Candidate
+from bitpolicy.sensitivity.rounding.quantizer_choice import chosen
 
 NO_IMAGE_ERROR = ("stepwise", "weight")  # probes whose numbers rank layers, and are no error of the image
 FIRST_ORDER = 1e-3  # relative error of the final latent up to which a prediction is trusted

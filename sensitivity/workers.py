@@ -15,9 +15,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from bitpolicy.policies.atomic import written_aside
+from bitpolicy.policies.storage.atomic import written_aside
 from bitpolicy.sensitivity.records import Piece, Records
-from bitpolicy.sensitivity.trajectory import LoopError
+from bitpolicy.sensitivity.trajectory.trajectories import LoopError
 
 T = TypeVar("T")
 Make = Callable[[Sequence[str]], Iterable[tuple[str, Piece]]]

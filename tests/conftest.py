@@ -47,7 +47,7 @@ def pytest_collection() -> Iterator[None]:
 
 
 def _are_compiled() -> bool:
-    extension = sys.modules.get("bitpolicy.kernels.cpu_extension")
+    extension = sys.modules.get("bitpolicy.kernels.cpu.extension")
     return extension is not None and extension._loaded.cache_info().currsize > 0
 
 

@@ -281,11 +281,11 @@ def test_a_wheel_holds_the_whole_tree_and_nothing_else(tmp_path: Path) -> None:
 def small(tmp_path: Path) -> Path:
     """A tree in our layout, with a module in each folder, that passes every check."""
     root = tmp_path / "small"
-    above = "bitpolicy.kernels.format"
+    above = "bitpolicy.kernels.formats.format"
     for layer in LAYERS:
         write(root, f"{layer}/first.py", f"from {above} import name\n")
         above = f"bitpolicy.{layer}.first"
-    write(root, "kernels/format.py", "name = 1\n")
+    write(root, "kernels/formats/format.py", "name = 1\n")
     write(root, "bitpolicy/__init__.py", "from bitpolicy.search.first import name\n")
     write(root, "bitpolicy/py.typed", "")
     write(root, "bitpolicy/models/emoji/unet/config.json", "{}")
@@ -353,8 +353,8 @@ def test_a_broken_rule_is_named(small: Path, name: str, text: str, complaint: st
 
 
 def test_a_circle_is_named_in_the_order_of_its_imports(small: Path) -> None:
-    write(small, "kernels/format.py", "from bitpolicy.kernels import packing\n")
-    write(small, "kernels/packing.py", "def f():\n    from bitpolicy.kernels.first import name\n")
+    write(small, "kernels/formats/format.py", "from bitpolicy.kernels import packing\n")
+    write(small, "kernels/formats/packing.py", "def f():\n    from bitpolicy.kernels.first import name\n")
     (circle,) = import_cycles(small)
     names = [name.removeprefix("bitpolicy.kernels.") for name in circle.split(" -> ")]
     assert " ".join(names + names[1:]).count("first format packing first") == 1

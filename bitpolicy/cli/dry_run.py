@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bitpolicy.plan import Plan
 from bitpolicy.search.budget import decimal, readable
-from bitpolicy.sensitivity.progress import in_words
+from bitpolicy.sensitivity.cost.progress import in_words
 from bitpolicy.sensitivity.samples import fingerprint
+from bitpolicy.workflow.plan import Plan
 
 _BOUNDS = ("search trials", "re-measuring", "policies measured")  # stages that stop earlier where they can
 

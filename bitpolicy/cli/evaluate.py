@@ -29,22 +29,22 @@ from bitpolicy.cli.options import (
     pipeline_call,
 )
 from bitpolicy.cli.report import print_json
-from bitpolicy.compare import save_comparison
-from bitpolicy.decision import networks_for
 from bitpolicy.kernels.kernel import Compute, parse_compute
-from bitpolicy.loading import BUNDLED, Source
-from bitpolicy.origin import load_reference
-from bitpolicy.plan import default_call, warn_of_idle_arguments
-from bitpolicy.prompting import default_requests, load_requests
-from bitpolicy.search.features import require_pictures
-from bitpolicy.search.metrics import Comparison, measure, parse_metrics
-from bitpolicy.search.networks import Networks
-from bitpolicy.search.quality import Psnr
-from bitpolicy.sensitivity.progress import Stages
+from bitpolicy.pipelines.loading import BUNDLED, Source
+from bitpolicy.pipelines.origin import load_reference
+from bitpolicy.pipelines.prompting import default_requests, load_requests
+from bitpolicy.search.quality.features import require_pictures
+from bitpolicy.search.quality.metrics import Comparison, measure, parse_metrics
+from bitpolicy.search.quality.networks import Networks
+from bitpolicy.search.quality.psnr import Psnr
+from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.samples import Sample, split_samples
-from bitpolicy.sensitivity.trajectory import Trajectories
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 from bitpolicy.settings import require_seed
-from bitpolicy.workflow import swapped_components
+from bitpolicy.workflow.compare import save_comparison
+from bitpolicy.workflow.decision import networks_for
+from bitpolicy.workflow.plan import default_call, warn_of_idle_arguments
+from bitpolicy.workflow.search_run import swapped_components
 
 QUALITY = "Quality"
 

@@ -12,7 +12,7 @@ from bitpolicy.api import export_for
 from bitpolicy.cli.options import RUN, Config, Debug, Json, Model, Revision, Variant
 from bitpolicy.cli.report import print_json
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.loading import BUNDLED
+from bitpolicy.pipelines.loading import BUNDLED
 from bitpolicy.policies.exporters.export import Exported
 from bitpolicy.policies.exporters.targets import NAMES, exporter_named
 from bitpolicy.policies.policy import Policy

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from bitpolicy.cli.options import RUN, Debug
-from bitpolicy.kernels.format import Format
-from bitpolicy.kernels.formats import CONVROT, all_formats
+from bitpolicy.kernels.formats.format import Format
+from bitpolicy.kernels.formats.named import CONVROT, all_formats
 from bitpolicy.policies.exporters.exporter import Exporter, Layer
 from bitpolicy.policies.exporters.targets import NAMES, exporter_named
 

@@ -28,20 +28,20 @@ from bitpolicy.cli.options import (
 )
 from bitpolicy.cli.tables import print_table
 from bitpolicy.kernel_choices import watching
-from bitpolicy.kernels.computing import resident_bytes, set_compute
+from bitpolicy.kernels.compute.setting import resident_bytes, set_compute
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.format import Format
-from bitpolicy.kernels.formats import FP16
+from bitpolicy.kernels.formats.format import Format
+from bitpolicy.kernels.formats.named import FP16
 from bitpolicy.kernels.layers import PackedLayer
-from bitpolicy.loading import DTYPES, device_named, load_source, open_pipeline, packed_components
-from bitpolicy.plan import class_name, short_call
+from bitpolicy.pipelines.loading import DTYPES, device_named, load_source, open_pipeline, packed_components
+from bitpolicy.pipelines.prompting import default_requests, load_requests
 from bitpolicy.policies.accounting import ByteAccount, stored_tensors
 from bitpolicy.policies.denoiser import denoiser_names, denoiser_of, denoisers_in
 from bitpolicy.policies.policy import Policy
-from bitpolicy.prompting import default_requests, load_requests
 from bitpolicy.sensitivity.inventory import inventory
 from bitpolicy.sensitivity.samples import Sample
-from bitpolicy.sensitivity.trajectory import Trajectories
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
+from bitpolicy.workflow.plan import class_name, short_call
 
 What = Annotated[
     str | None,

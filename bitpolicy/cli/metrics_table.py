@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
-from bitpolicy.search.metrics import Result, Sets
-from bitpolicy.search.quality import Paired, Unavailable
+from bitpolicy.search.quality.metrics import Result, Sets
+from bitpolicy.search.quality.psnr import Paired, Unavailable
 
 _ARROWS = {"higher": "↑", "lower": "↓"}
 _REFERENCE = "  reference's own"

@@ -12,7 +12,7 @@ import typer
 
 from bitpolicy import __version__
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats import DEFAULT, WRITE
+from bitpolicy.kernels.formats.named import DEFAULT, WRITE
 
 MODEL = "Model"
 CALL = "Pipeline call"

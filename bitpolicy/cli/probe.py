@@ -40,16 +40,16 @@ from bitpolicy.cli.options import (
 )
 from bitpolicy.cli.settings import settings_of
 from bitpolicy.cli.tables import print_table
-from bitpolicy.forecast import Forecast
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.quantizers import DEFAULT as DEFAULT_QUANTIZER
-from bitpolicy.plan import make_plan
-from bitpolicy.policies.atomic import require_nameable
-from bitpolicy.policies.folder_lock import working_in
-from bitpolicy.sensitivity.progress import Stages
+from bitpolicy.kernels.quantizers.named import DEFAULT as DEFAULT_QUANTIZER
+from bitpolicy.policies.storage.atomic import require_nameable
+from bitpolicy.policies.storage.folder_lock import working_in
+from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.workers import is_main, launched
 from bitpolicy.settings import require_no_search
+from bitpolicy.workflow.forecast import Forecast
+from bitpolicy.workflow.plan import make_plan
 
 OutputDir = Annotated[
     Path,

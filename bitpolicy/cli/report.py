@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bitpolicy.cli.tables import print_table
-from bitpolicy.kernels.formats import DEFAULT
+from bitpolicy.kernels.formats.named import DEFAULT
 from bitpolicy.search.budget import readable
 
 _COMPUTES = {

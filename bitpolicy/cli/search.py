@@ -39,15 +39,15 @@ from bitpolicy.cli.options import (
 )
 from bitpolicy.cli.report import print_json, print_result
 from bitpolicy.cli.settings import settings_of
-from bitpolicy.forecast import Forecast
-from bitpolicy.kernels.quantizers import DEFAULT as DEFAULT_QUANTIZER
-from bitpolicy.plan import Plan, make_plan
+from bitpolicy.kernels.quantizers.named import DEFAULT as DEFAULT_QUANTIZER
 from bitpolicy.policies.exporters.targets import NAMES
-from bitpolicy.preflight import require_disk, require_quality, require_storage
-from bitpolicy.search.samplers import require_sampler
-from bitpolicy.sensitivity.progress import Stages
+from bitpolicy.search.study.samplers import require_sampler
+from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.settings import OutputFolder, Settings
-from bitpolicy.workflow import run_search
+from bitpolicy.workflow.forecast import Forecast
+from bitpolicy.workflow.plan import Plan, make_plan
+from bitpolicy.workflow.preflight import require_disk, require_quality, require_storage
+from bitpolicy.workflow.search_run import run_search
 
 AIM = "What to ask for"
 STUDY = "Study"

@@ -7,8 +7,8 @@ from dataclasses import fields
 from typing import Any
 
 from bitpolicy.cli.options import pipeline_call
-from bitpolicy.kernels.formats import parse_formats
-from bitpolicy.prompting import load_requests
+from bitpolicy.kernels.formats.named import parse_formats
+from bitpolicy.pipelines.prompting import load_requests
 from bitpolicy.settings import Settings
 
 

@@ -24,8 +24,8 @@ from bitpolicy.report.groups import Group, by_path, by_role, by_stage
 from bitpolicy.report.inputs import Probed
 from bitpolicy.report.shares import AS_IT_WAS, CORRECTED, Shares, shares_by_role
 from bitpolicy.report.steps import amplification, entering, local_error
-from bitpolicy.sensitivity.error_split import ErrorSplit
 from bitpolicy.sensitivity.inventory import OUTSIDE
+from bitpolicy.sensitivity.probes.error_split import ErrorSplit
 
 
 def agreement(probed: Probed, check: Check) -> Picture:

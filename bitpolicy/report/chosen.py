@@ -12,15 +12,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from bitpolicy.decision import in_words
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.policy import Policy
 from bitpolicy.report.drawing import FAINT, FORMAT_COLORS, Picture, picture
 from bitpolicy.report.inputs import Probed
 from bitpolicy.report.page import Section, figure, folded, heading, paragraph, table
 from bitpolicy.report.policy_map import policy_map
-from bitpolicy.search.trials import FILE as TRIALS
-from bitpolicy.search.trials import TrialRow, load_trials
+from bitpolicy.search.study.trials import FILE as TRIALS
+from bitpolicy.search.study.trials import TrialRow, load_trials
+from bitpolicy.workflow.decision import in_words
 
 _COMPARISON, _CURVE = "compare.png", "frontier/frontier.png"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.policies.atomic import write_text, written_aside
+from bitpolicy.policies.storage.atomic import write_text, written_aside
 from bitpolicy.report import decisions, sections
 from bitpolicy.report.chosen import chosen
 from bitpolicy.report.drawing import Picture

@@ -10,13 +10,13 @@ import torch
 
 from bitpolicy.check import Check
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.format import Format
-from bitpolicy.kernels.formats import FP16
-from bitpolicy.loading import BUNDLED
+from bitpolicy.kernels.formats.format import Format
+from bitpolicy.kernels.formats.named import FP16
+from bitpolicy.pipelines.loading import BUNDLED
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.policy import Policy
-from bitpolicy.sensitivity.error_split import ErrorSplit
 from bitpolicy.sensitivity.inventory import AUTOENCODER, OUTSIDE, Layer
+from bitpolicy.sensitivity.probes.error_split import ErrorSplit
 from bitpolicy.sensitivity.table import ModelContext, SensitivityTable
 from bitpolicy.settings import for_a_probe, holds_a_search
 

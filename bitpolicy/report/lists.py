@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bitpolicy.kernels.format import Format
-from bitpolicy.kernels.formats import FP16
+from bitpolicy.kernels.formats.format import Format
+from bitpolicy.kernels.formats.named import FP16
 from bitpolicy.report.inputs import Probed
 from bitpolicy.search.budget import Budget, BudgetError
 from bitpolicy.search.knapsack import Solution, solve

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from bitpolicy.kernels.format import Format
+from bitpolicy.kernels.formats.format import Format
 from bitpolicy.report.drawing import FAINT, INK, RULE, Picture, picture
 from bitpolicy.report.groups import running_order
 from bitpolicy.report.inputs import Probed

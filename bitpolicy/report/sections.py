@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from bitpolicy.check import TRUSTED_DB, Agreement, Check
-from bitpolicy.decision import in_words
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.report import charts
 from bitpolicy.report.groups import Group, by_path, by_role, by_stage, inputs_share
@@ -25,7 +24,8 @@ from bitpolicy.report.shares import (
 )
 from bitpolicy.report.steps import amplification, coherence, entering
 from bitpolicy.search.budget import readable
-from bitpolicy.sensitivity.error_split import ErrorSplit
+from bitpolicy.sensitivity.probes.error_split import ErrorSplit
+from bitpolicy.workflow.decision import in_words
 
 BIASES = ((AS_IT_WAS, "as it was"), (CORRECTED, "corrected"))
 

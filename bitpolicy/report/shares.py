@@ -14,7 +14,7 @@ import torch
 
 from bitpolicy.report.groups import by_role
 from bitpolicy.report.inputs import Probed
-from bitpolicy.sensitivity.error_split import ErrorSplit
+from bitpolicy.sensitivity.probes.error_split import ErrorSplit
 
 MOSTLY = 0.5  # a part is what an error mostly is if it has more than this share
 AS_IT_WAS, CORRECTED = 0, 1  # places on the first axis of an `ErrorSplit`

@@ -17,7 +17,7 @@ import torch
 
 from bitpolicy.report.groups import Group
 from bitpolicy.report.inputs import Probed
-from bitpolicy.sensitivity.error_split import ErrorSplit
+from bitpolicy.sensitivity.probes.error_split import ErrorSplit
 
 
 def amplification(probed: Probed, split: ErrorSplit, column: int, group: Group | None = None) -> np.ndarray:

@@ -16,16 +16,16 @@ from diffusers import ModelMixin
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import as_stored, choices_for
-from bitpolicy.policies.atomic import folder_written_aside, write_text
 from bitpolicy.policies.calibration import Calibration
-from bitpolicy.policies.checkpoint import packed_specs, packed_tensors
+from bitpolicy.policies.checkpoints.checkpoint import packed_specs, packed_tensors
+from bitpolicy.policies.checkpoints.parts import Parts
 from bitpolicy.policies.denoiser import denoisers_in, of_component
 from bitpolicy.policies.exporters.exporter import Exporter, Layer, Source
 from bitpolicy.policies.exporters.requantize import Requantized, refuse, requantized
 from bitpolicy.policies.exporters.targets import exporter_named
-from bitpolicy.policies.parts import Parts
 from bitpolicy.policies.policy import Choice, Policy
-from bitpolicy.policies.source import TensorSource, joined
+from bitpolicy.policies.storage.atomic import folder_written_aside, write_text
+from bitpolicy.policies.storage.source import TensorSource, joined
 
 POLICY = "policy.yaml"
 _OTHERS = ("run.json", "sensitivity.safetensors", "calibration.safetensors", "checkpoint", "model_index.json")

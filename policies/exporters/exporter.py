@@ -16,10 +16,10 @@ from typing import Any, Protocol
 
 import torch
 
-from bitpolicy.kernels.affine import Affine
-from bitpolicy.kernels.format import Format, TensorSpec
+from bitpolicy.kernels.formats.affine import Affine
+from bitpolicy.kernels.formats.format import Format, TensorSpec
+from bitpolicy.kernels.formats.packing import row_length
 from bitpolicy.kernels.layers import Quantizable
-from bitpolicy.kernels.packing import row_length
 
 Tensors = Iterator[tuple[str, torch.Tensor]]
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitpolicy.kernels.affine import Affine
-from bitpolicy.kernels.float_codes import Float8
-from bitpolicy.kernels.int8 import Int8
+from bitpolicy.kernels.formats.affine import Affine
+from bitpolicy.kernels.formats.float_codes import Float8
+from bitpolicy.kernels.formats.int8 import Int8
 from bitpolicy.policies.exporters.exporter import Layer, Source, without_rotation
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.format import Format
-from bitpolicy.kernels.formats import FP16, all_formats
-from bitpolicy.kernels.quantizers import HESSIANS
+from bitpolicy.kernels.formats.format import Format
+from bitpolicy.kernels.formats.named import FP16, all_formats
+from bitpolicy.kernels.quantizers.named import HESSIANS
 from bitpolicy.policies.apply import stored_weight
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.exporters.exporter import Exporter, Layer

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from bitpolicy.kernels.affine import Affine
-from bitpolicy.kernels.float_codes import Float8
-from bitpolicy.kernels.format import TensorSpec
-from bitpolicy.kernels.int8 import Int8
-from bitpolicy.kernels.packing import from_rows, row_length, unpack_bits
+from bitpolicy.kernels.formats.affine import Affine
+from bitpolicy.kernels.formats.float_codes import Float8
+from bitpolicy.kernels.formats.format import TensorSpec
+from bitpolicy.kernels.formats.int8 import Int8
+from bitpolicy.kernels.formats.packing import from_rows, row_length, unpack_bits
 from bitpolicy.policies.exporters.exporter import Layer, Source, without_rotation
 from bitpolicy.policies.exporters.sdnq_packing import codes_per_block, pack_blocks, packed_shape
 from bitpolicy.policies.exporters.translation import write_translated

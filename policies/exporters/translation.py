@@ -12,11 +12,11 @@ from typing import Protocol
 
 import torch
 
-from bitpolicy.kernels.format import TensorSpec
-from bitpolicy.policies.disk_space import require_space
+from bitpolicy.kernels.formats.format import TensorSpec
 from bitpolicy.policies.exporters.exporter import Layer, Source
 from bitpolicy.policies.finite import require_finite
-from bitpolicy.policies.safetensors_writer import SafetensorsWriter
+from bitpolicy.policies.storage.disk_space import require_space
+from bitpolicy.policies.storage.safetensors_writer import SafetensorsWriter
 
 
 class Translation(Protocol):

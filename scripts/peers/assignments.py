@@ -30,11 +30,11 @@ from peers.one_step import one_step_table
 from peers.psnr_threshold import LARGE, final_psnr, one_step_psnr, thresholded
 from peers.rivals import Rivals
 
-from bitpolicy.kernels.format import Format
-from bitpolicy.kernels.formats import FP16, format_named
-from bitpolicy.plan import Plan
+from bitpolicy.kernels.formats.format import Format
+from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.search.problem import Problem
 from bitpolicy.sensitivity.table import SensitivityTable
+from bitpolicy.workflow.plan import Plan
 
 RANDOM = 4  # feasible policies at each size
 

@@ -26,7 +26,7 @@ from peers.rivals import Rivals
 from peers.scoring import Scores, decibels
 from peers.table import interval
 
-from bitpolicy.kernels.format import Format
+from bitpolicy.kernels.formats.format import Format
 from bitpolicy.sensitivity.table import SensitivityTable
 
 BEST = "adjoint-additive"

@@ -1,4 +1,4 @@
-"""How close images are to the reference's beyond PSNR: `bitpolicy.search.metrics`, each entry measured once.
+"""How close images are to the reference's beyond PSNR: `bitpolicy.search.quality.metrics`, each entry measured once.
 
 What is not to be had here (Inception's weights, LPIPS's backbone) is left out of the table and named below it; the
 distances in the features of the pipeline's own small network are always there.
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from bitpolicy.search.metrics import Comparison, Sets, measure
-from bitpolicy.search.networks import Networks
-from bitpolicy.search.quality import Paired
+from bitpolicy.search.quality.metrics import Comparison, Sets, measure
+from bitpolicy.search.quality.networks import Networks
+from bitpolicy.search.quality.psnr import Paired
 
 ASKED = ("ssim", "lpips", "fid")
 

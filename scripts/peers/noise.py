@@ -20,7 +20,7 @@ import numpy as np
 from peers.entry import SHARES
 from peers.rivals import Rivals
 
-from bitpolicy.kernels.format import Format
+from bitpolicy.kernels.formats.format import Format
 from bitpolicy.search.problem import Problem
 from bitpolicy.sensitivity.table import SensitivityTable
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from bitpolicy.plan import Plan
 from bitpolicy.policies.apply import quantized
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.policy import Choice
 from bitpolicy.sensitivity.table import SensitivityTable
+from bitpolicy.workflow.plan import Plan
 
 TIMESTEPS = (1, 7, 13, 19)  # of the pipeline's 20
 SAMPLES = 4

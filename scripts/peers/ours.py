@@ -8,8 +8,8 @@ import torch
 from peers.entry import OWN_FILE, Entry, write_entry
 
 from bitpolicy.kernels.layers import PackedLayer
-from bitpolicy.loading import open_pipeline
-from bitpolicy.policies.checkpoint import checkpoint_bytes
+from bitpolicy.pipelines.loading import open_pipeline
+from bitpolicy.policies.checkpoints.checkpoint import checkpoint_bytes
 
 
 def add_checkpoint(work: Path, name: str, checkpoint: Path, share: float | None, family: str, kind: str) -> Entry:

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bitpolicy.kernels.format import Format
-from bitpolicy.plan import Plan
+from bitpolicy.kernels.formats.format import Format
 from bitpolicy.policies.apply import quantized
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.sensitivity.table import SensitivityTable
-from bitpolicy.sensitivity.trajectory import Trajectories
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
+from bitpolicy.workflow.plan import Plan
 
 PROMPTS, LARGE = 8, 100_000  # their number of prompts; their least number of weights
 

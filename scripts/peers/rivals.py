@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from peers.entry import ACCOUNTED, Entry, write_entry
 
-from bitpolicy.kernels.format import Format
-from bitpolicy.kernels.formats import format_named
-from bitpolicy.plan import Plan
+from bitpolicy.kernels.formats.format import Format
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.policies.apply import quantized
 from bitpolicy.policies.calibration import Calibration
-from bitpolicy.sensitivity.probe import ProbeRun, alone_name
-from bitpolicy.sensitivity.progress import Stages
+from bitpolicy.sensitivity.cost.progress import Stages
+from bitpolicy.sensitivity.probes.probe import ProbeRun, alone_name
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.settings import Settings
+from bitpolicy.workflow.plan import Plan
 
 ABLATED = 2  # samples that each layer is quantized on: 532 trajectories, ours has 16 and 32 back
 

@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from bitpolicy.plan import Plan, make_plan
 from bitpolicy.sensitivity.samples import Sample, split_samples
 from bitpolicy.settings import Settings
+from bitpolicy.workflow.plan import Plan, make_plan
 
 HELD_OUT = 256  # images: eight of each prompt
 _PROMPTS, _FIRST_SEED = Path(__file__).with_name("held_out.txt"), 3_000_000  # other parts' seeds are below

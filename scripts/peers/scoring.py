@@ -20,8 +20,8 @@ from peers.entry import read_weights, weights_key
 from peers.one_step import outputs, some_calls
 from safetensors.torch import load_file, save_file
 
-from bitpolicy.plan import Plan
 from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.workflow.plan import Plan
 
 REFERENCE = "reference"
 _PIECES = (0, 4, 16)  # where the first pieces begin: a glance, a look; then sixteen at a time

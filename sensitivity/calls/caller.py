@@ -14,8 +14,8 @@ from bitpolicy.sensitivity.calls.form import Writing, arguments
 from bitpolicy.sensitivity.calls.outputs import first
 from bitpolicy.sensitivity.calls.signature import STEPS, Signature
 from bitpolicy.sensitivity.calls.watched_loop import WatchedLoop
-from bitpolicy.sensitivity.decoding import Decoding
 from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.trajectory.decoding import Decoding
 
 _SHORT = 2  # steps of a run that only shows how the pipeline takes a call
 _SCHEDULES = ("timesteps", "sigmas")  # arguments that set the steps one by one

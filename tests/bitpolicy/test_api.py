@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 
 import bitpolicy
 from bitpolicy import BitPolicyError, Policy
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.layers import quantizable_layers
-from bitpolicy.loading import load_source
+from bitpolicy.pipelines.loading import load_source
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.apply import pack, quantized
 from bitpolicy.policies.policy import Choice
 from bitpolicy.sensitivity.samples import split_samples
-from bitpolicy.sensitivity.trajectory import Trajectories
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
 CALL = {"num_inference_steps": 2, "guidance_scale": 3.0}
 PROMPTS = "cat dog pizza heart star moon tree ball".split()
@@ -327,7 +327,7 @@ def test_an_interrupted_export_leaves_what_was_there(
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bitpolicy.policies.export.describe_checkpoint", stop)
+    monkeypatch.setattr("bitpolicy.policies.checkpoints.pipeline.describe_checkpoint", stop)
     with pytest.raises(KeyboardInterrupt):
         bitpolicy.export(half_pipeline(), policy, tmp_path / "out", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -16,7 +16,7 @@ import torch
 import bitpolicy
 from bitpolicy import BitPolicyError, Policy
 from bitpolicy.arguments import in_python
-from bitpolicy.sensitivity.trajectory import Trajectories
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 from bitpolicy.settings import Settings
 
 CALL = {"num_inference_steps": 2, "guidance_scale": 1.0}

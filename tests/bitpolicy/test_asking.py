@@ -12,13 +12,13 @@ import torch
 
 import bitpolicy
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.loading import source_of
-from bitpolicy.plan import make_plan
+from bitpolicy.pipelines.loading import source_of
 from bitpolicy.policies.policy import Policy
-from bitpolicy.sensitivity.progress import Stages
-from bitpolicy.sensitivity.trajectory import Trajectories
+from bitpolicy.sensitivity.cost.progress import Stages
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 from bitpolicy.settings import Settings
-from bitpolicy.workflow import SearchRun
+from bitpolicy.workflow.plan import make_plan
+from bitpolicy.workflow.search_run import SearchRun
 
 CALL = (("num_inference_steps", 2), ("height", 16), ("width", 16))
 SMALL = {

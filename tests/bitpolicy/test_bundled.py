@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bitpolicy.loading import BUNDLED, BUNDLED_FOLDER, load_source
-from bitpolicy.plan import default_call
-from bitpolicy.prompting import default_requests
+from bitpolicy.pipelines.loading import BUNDLED, BUNDLED_FOLDER, load_source
+from bitpolicy.pipelines.prompting import default_requests
 from bitpolicy.sensitivity.inventory import inventory
 from bitpolicy.sensitivity.samples import Sample
-from bitpolicy.sensitivity.trajectory import Trajectories
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
+from bitpolicy.workflow.plan import default_call
 
 pytestmark = pytest.mark.skipif(
     not (BUNDLED_FOLDER / "model_index.json").is_file(), reason="the bundled pipeline is not in this tree"

@@ -12,7 +12,7 @@ import pytest
 
 from bitpolicy.check import Agreement, Check, CheckedPolicy, random_policies
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.kernels.formats.named import FP16, format_named
 
 FORMATS = (format_named("int4"), format_named("int8"))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bitpolicy.compare import _CELL, _GAP, _LEFT, _LINE, fitted, save_comparison
+from bitpolicy.workflow.compare import _CELL, _GAP, _LEFT, _LINE, fitted, save_comparison
 
 
 def constant(red: float, green: float, blue: float, size: int = 16) -> torch.Tensor:

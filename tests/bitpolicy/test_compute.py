@@ -13,14 +13,14 @@ import torch
 import bitpolicy
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import packed_layers
-from bitpolicy.loading import load_source
+from bitpolicy.pipelines.loading import load_source
+from bitpolicy.pipelines.prompting import load_requests, split
 from bitpolicy.policies.apply import quantized
 from bitpolicy.policies.calibration import load_calibration
 from bitpolicy.policies.policy import Policy
-from bitpolicy.prompting import load_requests, split
-from bitpolicy.search.quality import Psnr
+from bitpolicy.search.quality.psnr import Psnr
 from bitpolicy.sensitivity.table import SensitivityTable
-from bitpolicy.sensitivity.trajectory import Trajectories
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
 CALL = ("--num-inference-steps", "2", "--guidance-scale", "1")
 SIZES = ("--samples", "2", "--vectors", "1")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bitpolicy.decision import in_words
+from bitpolicy.workflow.decision import in_words
 
 STUDY = {"exact_gap": 1e-5, "trials": 24, "finalists_mse": [2.0, 1.0]}
 

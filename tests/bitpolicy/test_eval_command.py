@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from bitpolicy.cli import evaluate as module
 from bitpolicy.kernels.kernel import Compute
-from bitpolicy.loading import BUNDLED, BUNDLED_FOLDER
+from bitpolicy.pipelines.loading import BUNDLED, BUNDLED_FOLDER
 from bitpolicy.policies.policy import Policy
-from bitpolicy.search import networks
+from bitpolicy.search.quality import networks
 
 CALL = ("--num-inference-steps", "2", "--guidance-scale", "1")
 UNET = "unet/diffusion_pytorch_model.safetensors"

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from bitpolicy import forecast
 from bitpolicy.cli import probe, search
-from bitpolicy.sensitivity.progress import Stages
+from bitpolicy.sensitivity.cost.progress import Stages
+from bitpolicy.sensitivity.cost.step_cost import Timing, time_plain
 from bitpolicy.sensitivity.samples import Sample
-from bitpolicy.sensitivity.step_cost import Timing, time_plain
-from bitpolicy.sensitivity.trajectory import Trajectories
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
+from bitpolicy.workflow import forecast
 
 
 class Seen(Stages):

@@ -17,18 +17,18 @@ from safetensors.torch import load_file
 
 import bitpolicy
 from bitpolicy import BitPolicyError, Policy
-from bitpolicy.kernels.formats import FP16
+from bitpolicy.kernels.formats.named import FP16
 from bitpolicy.kernels.layers import quantizable_layers
-from bitpolicy.kernels.quantizers import HESSIANS, QUANTIZERS
+from bitpolicy.kernels.quantizers.named import HESSIANS, QUANTIZERS
 from bitpolicy.policies.apply import quantized
 from bitpolicy.policies.calibration import MADE_FROM, load_calibration, made_from
 from bitpolicy.policies.policy import Choice
-from bitpolicy.sensitivity import rounding_pass
-from bitpolicy.sensitivity.kept_calibration import write_rounded
 from bitpolicy.sensitivity.records import Records
+from bitpolicy.sensitivity.rounding import rounding_pass
+from bitpolicy.sensitivity.rounding.kept_calibration import write_rounded
 from bitpolicy.sensitivity.samples import split_samples
 from bitpolicy.sensitivity.table import SensitivityTable
-from bitpolicy.sensitivity.trajectory import Trajectories
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
 CALL = {"num_inference_steps": 1, "guidance_scale": 1.0}
 PROMPTS = "cat dog pizza heart star moon tree ball".split()

@@ -13,9 +13,9 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils._http import default_client_factory
 
-from bitpolicy import hub
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.loading import load_source, open_parts
+from bitpolicy.pipelines import hub
+from bitpolicy.pipelines.loading import load_source, open_parts
 
 ANSWERS = {
     "gated": (403, "GatedRepo", "owner/name is gated: accept its terms on https://huggingface.co/owner/name"),

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.loading import load_source, source_of, storage_dtype
+from bitpolicy.pipelines.loading import load_source, source_of, storage_dtype
 
 
 @pytest.fixture(scope="module")

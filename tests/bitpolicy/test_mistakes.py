@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from diffusers import StableCascadePriorPipeline
 
-from bitpolicy.policies.folder_lock import working_in
+from bitpolicy.policies.storage.folder_lock import working_in
 
 Small = tuple[str, ...]
 

@@ -11,8 +11,8 @@ import torch
 
 import bitpolicy
 from bitpolicy.kernels.layers import quantizable_layers
-from bitpolicy.loading import load_source
-from bitpolicy.offload import stream_weights
+from bitpolicy.pipelines.loading import load_source
+from bitpolicy.pipelines.offload import stream_weights
 
 CALL = {"num_inference_steps": 2, "guidance_scale": 3.0}
 

@@ -25,14 +25,14 @@ from toy_convolutions import ToyConvolutions
 
 from bitpolicy.kernels.dispatch import TABLE
 from bitpolicy.kernels.errors import BitPolicyWarning
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.layers import quantizable_layers
-from bitpolicy.over_budget import warn_if_over_budget
 from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.identity import weights_hash
 from bitpolicy.policies.policy import BudgetRecord, Choice, ModelReference, Policy
 from bitpolicy.sensitivity.table import SensitivityTable
-from bitpolicy.sensitivity.trajectory import Trajectories
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
+from bitpolicy.workflow.over_budget import warn_if_over_budget
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 CALL = ("--num-inference-steps", "2", "--guidance-scale", "1")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.prompting import Split, default_requests, load_requests, split
+from bitpolicy.pipelines.prompting import Split, default_requests, load_requests, split
 
 SIZES = {"calibration": 16, "search": 16, "confirm": 8, "held_out": 12}
 

@@ -26,7 +26,7 @@ from bitpolicy.check import Check, CheckedPolicy
 from bitpolicy.cli import main
 from bitpolicy.cli.draw import report
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.policy import ModelReference, Policy
@@ -41,9 +41,9 @@ from bitpolicy.report.page import paragraph, table
 from bitpolicy.report.sections import composition, overview
 from bitpolicy.report.shares import claims, correction_sentence, layer_medians, shares, shares_by_role
 from bitpolicy.report.steps import amplification, coherence, entering
-from bitpolicy.sensitivity.cost import Cost
-from bitpolicy.sensitivity.error_split import ErrorSplit
+from bitpolicy.sensitivity.cost.forwards import Cost
 from bitpolicy.sensitivity.inventory import Layer
+from bitpolicy.sensitivity.probes.error_split import ErrorSplit
 from bitpolicy.sensitivity.table import ModelContext, SensitivityTable
 
 INT4, INT8 = format_named("int4"), format_named("int8")

@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats import FP16, all_formats, format_named
+from bitpolicy.kernels.formats.named import FP16, all_formats, format_named
 from bitpolicy.policies.policy import Policy
 from bitpolicy.report import charts, chosen, policy_map
 from bitpolicy.report.document import make_report
 from bitpolicy.report.inputs import Probed
-from bitpolicy.search.trials import TrialRow, load_trials, save_trials
+from bitpolicy.search.study.trials import TrialRow, load_trials, save_trials
 
 
 @pytest.fixture(scope="module")

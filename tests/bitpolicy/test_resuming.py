@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import yaml
 
-from bitpolicy import decision, workflow
-from bitpolicy.policies import export
+from bitpolicy.policies.checkpoints import pipeline as export
 from bitpolicy.search.generation import Generations
 from bitpolicy.sensitivity.records import Records
-from bitpolicy.sensitivity.trajectory import Trajectories
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 from bitpolicy.settings import OutputFolder
+from bitpolicy.workflow import decision
+from bitpolicy.workflow import search_run as workflow
 
 PIECES = 4 + 16 * 2  # the reference, four samples a call, and two sketches for each calibration sample
 

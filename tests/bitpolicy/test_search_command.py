@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 import bitpolicy
 from bitpolicy import Policy
 from bitpolicy.cli.report import print_result
-from bitpolicy.compare import _CELL, _GAP, _LEFT, _LINE
-from bitpolicy.prompting import split
+from bitpolicy.pipelines.prompting import split
+from bitpolicy.workflow.compare import _CELL, _GAP, _LEFT, _LINE
 
 PROMPTS = "cat dog pizza heart star moon tree ball".split()
 SCHEMA = {

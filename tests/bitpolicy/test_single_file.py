@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import bitpolicy
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.loading import load_source, open_parts
-from bitpolicy.policies.source import ModuleSource
-from bitpolicy.policies.source_converted import _Replayed
-from bitpolicy.single_file import SingleFile
+from bitpolicy.pipelines.loading import load_source, open_parts
+from bitpolicy.pipelines.single_file import SingleFile
+from bitpolicy.policies.storage.source import ModuleSource
+from bitpolicy.policies.storage.source_converted import _Replayed
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 LDM = "model.diffusion_model."

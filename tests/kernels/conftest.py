@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bitpolicy.kernels.cpu_extension import why_unavailable
+from bitpolicy.kernels.cpu.extension import why_unavailable
 
 
 @pytest.fixture(scope="session")

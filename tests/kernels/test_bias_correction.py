@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from bitpolicy.kernels.bias_correction import bias_shift, corrected_bias, mean_patch
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.formats.named import format_named
+from bitpolicy.kernels.quantizers.bias_correction import bias_shift, corrected_bias, mean_patch
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(67, 5), (8, 67)),

@@ -16,9 +16,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitpolicy.kernels import dispatch, ops
+from bitpolicy.kernels.compute.int8 import int8_product
 from bitpolicy.kernels.dispatch import Row
-from bitpolicy.kernels.formats import format_named
-from bitpolicy.kernels.int8_compute import int8_product
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.kernel import Compute, Kernel, PackedWeight, Prepared
 from bitpolicy.kernels.layers import PackedLayer, pack_layer
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from bitpolicy.kernels.convrot import regular_hadamard
-from bitpolicy.kernels.formats import CONVROT, all_formats, format_named, from_parameters
+from bitpolicy.kernels.formats.convrot import regular_hadamard
+from bitpolicy.kernels.formats.named import CONVROT, all_formats, format_named, from_parameters
 
 FORMATS = pytest.mark.parametrize("format", CONVROT, ids=lambda f: f.name)
 FOUR = np.array([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], np.float64)

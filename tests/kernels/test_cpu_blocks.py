@@ -11,14 +11,14 @@ from toy_formats import PACKED
 
 from bitpolicy import kernel_choices
 from bitpolicy.kernels import dispatch, micro_probe
-from bitpolicy.kernels.cpu_blocks import CpuBlocks
-from bitpolicy.kernels.cpu_exact import CpuDequantize
-from bitpolicy.kernels.cpu_scratch import release_scratch, scratch_bytes
+from bitpolicy.kernels.compute.reference import Reference
+from bitpolicy.kernels.cpu.blocks import CpuBlocks
+from bitpolicy.kernels.cpu.exact import CpuDequantize
+from bitpolicy.kernels.cpu.scratch import release_scratch, scratch_bytes
 from bitpolicy.kernels.dispatch import choose
-from bitpolicy.kernels.format import Format
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.formats.format import Format
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.kernel import Compute, Geometry, PackedWeight
-from bitpolicy.kernels.reference_kernels import Reference
 from bitpolicy.policies.footprint import most_allocated
 
 pytestmark = pytest.mark.usefixtures("cpp_kernels")

@@ -8,14 +8,14 @@ import pytest
 import torch
 from toy_formats import PACKED
 
-from bitpolicy.kernels import cpu_dequantize
-from bitpolicy.kernels.convrot import ConvRot
-from bitpolicy.kernels.cpu_exact import CpuDequantize
-from bitpolicy.kernels.cpu_scratch import release_scratch, scratch, scratch_bytes, scratch_tensor
-from bitpolicy.kernels.format import Format
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.compute.reference import Reference
+from bitpolicy.kernels.cpu import dequantize as cpu_dequantize
+from bitpolicy.kernels.cpu.exact import CpuDequantize
+from bitpolicy.kernels.cpu.scratch import release_scratch, scratch, scratch_bytes, scratch_tensor
+from bitpolicy.kernels.formats.convrot import ConvRot
+from bitpolicy.kernels.formats.format import Format
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.kernel import Geometry, PackedWeight
-from bitpolicy.kernels.reference_kernels import Reference
 
 pytestmark = pytest.mark.usefixtures("cpp_kernels")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

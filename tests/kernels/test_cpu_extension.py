@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitpolicy.kernels import cpu_extension, dispatch
-from bitpolicy.kernels.cpu_extension import Unavailable, build, find_compiler
-from bitpolicy.kernels.formats import format_named
-from bitpolicy.kernels.int8_compute import int8_product
+from bitpolicy.kernels import dispatch
+from bitpolicy.kernels.compute.int8 import int8_product
+from bitpolicy.kernels.cpu import extension as cpu_extension
+from bitpolicy.kernels.cpu.extension import Unavailable, build, find_compiler
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.kernel import Compute, PackedWeight
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from bitpolicy.kernels import cpu_extension, micro_probe
-from bitpolicy.kernels.cpu_float import CpuFloat
+from bitpolicy.kernels import micro_probe
+from bitpolicy.kernels.cpu import extension as cpu_extension
+from bitpolicy.kernels.cpu.float import CpuFloat
 from bitpolicy.kernels.dispatch import TABLE, choose
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.kernel import Compute, Geometry, PackedWeight
 
 pytestmark = pytest.mark.usefixtures("cpp_kernels")

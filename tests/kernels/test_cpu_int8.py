@@ -8,12 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bitpolicy.kernels import cpu_extension, cpu_onednn
-from bitpolicy.kernels.cpu_int8 import CpuInt8, laid_out
-from bitpolicy.kernels.cpu_layout import channels_last_strides, contiguous_strides, in_channels_last
-from bitpolicy.kernels.cpu_onednn import OneDnnInt8
-from bitpolicy.kernels.formats import INT8, format_named
-from bitpolicy.kernels.int8_compute import (
+from bitpolicy.kernels.compute.int8 import (
     TOP,
     input_grid,
     int8_product,
@@ -22,6 +17,12 @@ from bitpolicy.kernels.int8_compute import (
     shared,
     weight_codes,
 )
+from bitpolicy.kernels.cpu import extension as cpu_extension
+from bitpolicy.kernels.cpu import onednn as cpu_onednn
+from bitpolicy.kernels.cpu.int8 import CpuInt8, laid_out
+from bitpolicy.kernels.cpu.layout import channels_last_strides, contiguous_strides, in_channels_last
+from bitpolicy.kernels.cpu.onednn import OneDnnInt8
+from bitpolicy.kernels.formats.named import INT8, format_named
 from bitpolicy.kernels.kernel import Geometry, Kernel, PackedWeight
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

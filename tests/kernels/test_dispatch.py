@@ -16,13 +16,14 @@ import pytest
 import torch
 from toy_products import bias_of, input_of, weight_of
 
-from bitpolicy.kernels import dispatch, micro_probe, triton_kernels
+from bitpolicy.kernels import dispatch, micro_probe
+from bitpolicy.kernels.compute.int8 import multiply
+from bitpolicy.kernels.compute.reference import Int8Reference, Reference
 from bitpolicy.kernels.dispatch import Row, choose, effective, prepared, prepared_bytes, run, use_kernels
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.int8_compute import multiply
 from bitpolicy.kernels.kernel import Compute, Kernel, PackedWeight, Prepared, parse_compute
-from bitpolicy.kernels.reference_kernels import Int8Reference, Reference
-from bitpolicy.kernels.triton_kernels import TritonFp8
+from bitpolicy.kernels.triton import kernels as triton_kernels
+from bitpolicy.kernels.triton.kernels import TritonFp8
 
 CALL = "linear of odd sizes"
 

@@ -18,8 +18,8 @@ import torch
 from toy_formats import KINDS, NF4_LEVELS, PACKED
 
 from bitpolicy.kernels.errors import FormatError
-from bitpolicy.kernels.format import Format
-from bitpolicy.kernels.formats import format_named, from_parameters
+from bitpolicy.kernels.formats.format import Format
+from bitpolicy.kernels.formats.named import format_named, from_parameters
 
 SHAPES = {
     "linear": (6, 128),

@@ -10,11 +10,12 @@ import pytest
 import torch
 from toy_products import DTYPES_OF, FORMATS, SHAPES, bias_of, input_of, layouts, weight_of
 
-from bitpolicy.kernels import fp8_compute, int8_compute
-from bitpolicy.kernels.cpu_blocks import CpuBlocks
+from bitpolicy.kernels.compute import fp8 as fp8_compute
+from bitpolicy.kernels.compute import int8 as int8_compute
+from bitpolicy.kernels.compute.fp8 import fp8_product
+from bitpolicy.kernels.compute.int8 import int8_product, multiply, shared, weight_codes
+from bitpolicy.kernels.cpu.blocks import CpuBlocks
 from bitpolicy.kernels.dispatch import TABLE, Row, prepared, run
-from bitpolicy.kernels.fp8_compute import fp8_product
-from bitpolicy.kernels.int8_compute import int8_product, multiply, shared, weight_codes
 from bitpolicy.kernels.kernel import Compute, PackedWeight
 
 NAMES = [format.name for format in FORMATS]

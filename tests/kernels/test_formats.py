@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bitpolicy.kernels.errors import BitPolicyError, FormatError
-from bitpolicy.kernels.formats import (
+from bitpolicy.kernels.formats.named import (
     DEFAULT,
     FP16,
     INT8,

@@ -8,9 +8,9 @@ import pytest
 import torch
 from toy_products import SHAPES, bias_of, input_of, weight_of
 
-from bitpolicy.kernels import int8_compute
-from bitpolicy.kernels.fp8_compute import fp8_product, quantize_input, suits
-from bitpolicy.kernels.int8_compute import multiply, shared
+from bitpolicy.kernels.compute import int8 as int8_compute
+from bitpolicy.kernels.compute.fp8 import fp8_product, quantize_input, suits
+from bitpolicy.kernels.compute.int8 import multiply, shared
 from bitpolicy.kernels.kernel import PackedWeight
 
 Quantize = Callable[[torch.Tensor, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor]]

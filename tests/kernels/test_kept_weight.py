@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from bitpolicy.kernels import dispatch
-from bitpolicy.kernels.computing import set_compute
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.compute.setting import set_compute
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.kernel import Compute, Geometry, PackedWeight
 from bitpolicy.kernels.layers import PackedLayer, pack_layer, unpack_layer
 from bitpolicy.kernels.ops import product

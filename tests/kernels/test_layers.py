@@ -13,8 +13,8 @@ from torch import nn
 from toy_formats import FEW
 
 from bitpolicy.kernels.errors import FormatError
-from bitpolicy.kernels.format import Format
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.formats.format import Format
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.layers import (
     PackedLayer,
     pack_layer,

@@ -16,11 +16,11 @@ from toy_products import SHAPES, bias_of, input_of, weight_of
 
 from bitpolicy.kernels import ops
 from bitpolicy.kernels.call_text import read
-from bitpolicy.kernels.computing import resident_bytes, set_compute
+from bitpolicy.kernels.compute.int8 import int8_product
+from bitpolicy.kernels.compute.setting import resident_bytes, set_compute
 from bitpolicy.kernels.dispatch import use_kernels
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats import format_named
-from bitpolicy.kernels.int8_compute import int8_product
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import PackedLayer, pack_layer, unpack_layer
 

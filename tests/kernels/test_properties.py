@@ -10,8 +10,8 @@ from toy_formats import KINDS
 from toy_formats import PACKED as PACKED_KINDS
 
 from bitpolicy.kernels.errors import FormatError
-from bitpolicy.kernels.format import Format
-from bitpolicy.kernels.packing import pack_bits, packed_length, unpack_bits
+from bitpolicy.kernels.formats.format import Format
+from bitpolicy.kernels.formats.packing import pack_bits, packed_length, unpack_bits
 
 SOON = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bitpolicy.kernels import row_chunks
 from bitpolicy.kernels.errors import FormatError
-from bitpolicy.kernels.formats import format_named
-from bitpolicy.kernels.quantizers import quantize_data_free
+from bitpolicy.kernels.formats import row_chunks
+from bitpolicy.kernels.formats.named import format_named
+from bitpolicy.kernels.quantizers.named import quantize_data_free
 
 NAMES = ["int4", "int8", "int5-g32", "int3-channel", "int4-rot", "nf4", "fp8"]
 

@@ -83,7 +83,7 @@ def test_a_quotient_by_the_reciprocal_and_two_corrections_is_the_nearest() -> No
 def test_outside_the_interpreter_no_cpu_tensor_is_taken() -> None:
     import torch
 
-    from bitpolicy.kernels.formats import FP8, INT8
+    from bitpolicy.kernels.formats.named import FP8, INT8
     from bitpolicy.kernels.kernel import PackedWeight
 
     kernels = [row.kernel for row in TABLE if row.kernel.name.startswith("triton-")]
@@ -100,7 +100,7 @@ import sys
 sys.modules["triton"] = None
 import torch
 from bitpolicy.kernels.dispatch import TABLE
-from bitpolicy.kernels.formats import FP8, INT8
+from bitpolicy.kernels.formats.named import FP8, INT8
 from bitpolicy.kernels.kernel import PackedWeight
 weights = [PackedWeight(f, (4, 32), f.quantize(torch.ones(4, 32))) for f in (INT8, FP8)]
 x = torch.ones(2, 32, dtype=torch.float16, device="meta")
@@ -115,7 +115,7 @@ def test_where_triton_cannot_compile_its_kernels_are_refused(monkeypatch: pytest
     """As on a machine without a C compiler: here, without a GPU to compile for."""
     import torch
 
-    from bitpolicy.kernels import triton_kernels
+    from bitpolicy.kernels.triton import kernels as triton_kernels
 
     if torch.cuda.is_available():
         pytest.skip("has a GPU")

@@ -9,12 +9,12 @@ from math import prod
 import pytest
 import torch
 
-from bitpolicy.kernels import fp8_compute
+from bitpolicy.kernels.compute import fp8 as fp8_compute
+from bitpolicy.kernels.compute.int8 import multiply, quantize_input, shared, weight_codes
 from bitpolicy.kernels.dispatch import run
-from bitpolicy.kernels.formats import format_named
-from bitpolicy.kernels.int8_compute import multiply, quantize_input, shared, weight_codes
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.kernel import Compute, Geometry, Kernel, PackedWeight
-from bitpolicy.kernels.triton_kernels import TritonDequantize, TritonFloat, TritonFp8, TritonInt8
+from bitpolicy.kernels.triton.kernels import TritonDequantize, TritonFloat, TritonFp8, TritonInt8
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -140,7 +140,7 @@ def test_a_call_never_waits_for_the_gpu(kernel: Kernel, format: str) -> None:
 
 @pytest.mark.parametrize("shape", ["SDXL feed-forward", "a row", "conv 3x3"])
 def test_tuned_products_in_8_bits_stay_the_same_to_the_bit(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bitpolicy.kernels import triton_configs
+    from bitpolicy.kernels.triton import configs as triton_configs
 
     x, weight, bias = drawn(shape, "int8", torch.float16)
     untuned = run(TritonInt8(), x, weight, bias)

@@ -8,8 +8,8 @@ import torch
 from scipy.stats import norm
 from toy_formats import NF4_LEVELS
 
-from bitpolicy.kernels.formats import format_named
-from bitpolicy.kernels.packing import from_rows, pack_bits, packed_length, row_length, to_rows, unpack_bits
+from bitpolicy.kernels.formats.named import format_named
+from bitpolicy.kernels.formats.packing import from_rows, pack_bits, packed_length, row_length, to_rows, unpack_bits
 
 
 def stored(name: str, weight: torch.Tensor) -> dict[str, list]:

@@ -20,10 +20,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from bitpolicy.kernels import triton_configs, triton_layers
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.kernel import Geometry, Kernel, PackedWeight
-from bitpolicy.kernels.triton_kernels import TritonDequantize, TritonFloat, TritonFp8, TritonInt8
+from bitpolicy.kernels.triton import configs as triton_configs
+from bitpolicy.kernels.triton import layers as triton_layers
+from bitpolicy.kernels.triton.kernels import TritonDequantize, TritonFloat, TritonFp8, TritonInt8
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 GPUS = {"A100": 80, "RTX 4090": 89, "H100": 90}

@@ -8,8 +8,9 @@ import pytest
 import torch
 from toy_inputs import FLOAT8, SIGNS, any_code, any_sign_and_code, inputs
 
-from bitpolicy.kernels import fp8_compute, triton_input
-from bitpolicy.kernels.int8_compute import input_grid, quantize_input
+from bitpolicy.kernels.compute import fp8 as fp8_compute
+from bitpolicy.kernels.compute.int8 import input_grid, quantize_input
+from bitpolicy.kernels.triton import input as triton_input
 
 
 def assert_as_defined(made: triton_input.Quantized, x: torch.Tensor, dims: tuple[int, ...]) -> None:

@@ -10,14 +10,16 @@ import pytest
 import torch
 from toy_inputs import SIGNS, inputs
 
-from bitpolicy.kernels import triton_configs, triton_input, triton_layers
-from bitpolicy.kernels.formats import format_named
-from bitpolicy.kernels.fp8_compute import fp8_product
-from bitpolicy.kernels.int8_compute import int8_product, multiply, weight_codes
+from bitpolicy.kernels.compute.fp8 import fp8_product
+from bitpolicy.kernels.compute.int8 import int8_product, multiply, weight_codes
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.kernel import Geometry, Kernel, PackedWeight
-from bitpolicy.kernels.triton_configs import Config
-from bitpolicy.kernels.triton_kernels import TritonDequantize, TritonFloat, TritonFp8, TritonInt8
-from bitpolicy.kernels.triton_weights import channel_scales, dequantized, requantized
+from bitpolicy.kernels.triton import configs as triton_configs
+from bitpolicy.kernels.triton import input as triton_input
+from bitpolicy.kernels.triton import layers as triton_layers
+from bitpolicy.kernels.triton.configs import Config
+from bitpolicy.kernels.triton.kernels import TritonDequantize, TritonFloat, TritonFp8, TritonInt8
+from bitpolicy.kernels.triton.weights import channel_scales, dequantized, requantized
 
 FORMATS = ("int4", "int4-g32-sym", "int4-g128", "int4-channel", "int8-g64-asym")
 SHAPES = ((20, 131), (9, 6, 3, 3), (5, 64, 1, 1), (4, 10, 2, 3, 3))
@@ -161,7 +163,7 @@ def test_layers_share_the_codes_of_an_input_only_if_they_share_scales_and_paddin
 
 def test_the_longest_sum_fits_32_bits(cut: Callable[[Config], None]) -> None:
     cut(Config(16, 16, 1024, 1, 1))
-    from bitpolicy.kernels.triton_kernels import _LONGEST
+    from bitpolicy.kernels.triton.kernels import _LONGEST
 
     assert _LONGEST * 255 * 127 < 2**31 <= (_LONGEST + 1) * 255 * 127
     x = torch.ones(2, _LONGEST)

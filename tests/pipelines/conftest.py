@@ -22,13 +22,13 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from toy_pipelines import TOYS, Toy
 
-from bitpolicy.kernels.format import Format
+from bitpolicy.kernels.formats.format import Format
 from bitpolicy.kernels.layers import Quantizable, quantizable_layers
 from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.denoiser import denoiser_names
-from bitpolicy.sensitivity.directions import Random
+from bitpolicy.sensitivity.probes.directions import Random
 from bitpolicy.sensitivity.samples import Sample
-from bitpolicy.sensitivity.trajectory import Trajectories
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
 Moves = Mapping[nn.Parameter, torch.Tensor]
 REQUESTS = {"prompt": ["a red heart", "pizza", "a cat"], "class_labels": ["207", "3", "999"], "nothing": ["", "", ""]}

@@ -17,12 +17,12 @@ from toy_pipelines import TOYS
 
 import bitpolicy
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.plan import default_call
-from bitpolicy.prompting import default_requests
+from bitpolicy.pipelines.prompting import default_requests
 from bitpolicy.sensitivity.calls.hints import fits, in_words
 from bitpolicy.sensitivity.calls.outputs import drawn
 from bitpolicy.sensitivity.samples import Sample
-from bitpolicy.sensitivity.trajectory import Trajectories
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
+from bitpolicy.workflow.plan import default_call
 
 CALL = {"num_inference_steps": 3}
 SAMPLES = [Sample("3", 5), Sample("1", 6), Sample("2", 7)]

@@ -10,12 +10,12 @@ import pytest
 import torch
 from toy_pipelines import FLOW_SCHEDULERS, SCHEDULERS
 
-from bitpolicy.kernels.formats import format_named
-from bitpolicy.sensitivity.adjoint import AdjointProbe
-from bitpolicy.sensitivity.candidates import candidates
-from bitpolicy.sensitivity.directions import Random
-from bitpolicy.sensitivity.sketch import Sketch
-from bitpolicy.sensitivity.stepwise import StepwiseProbe
+from bitpolicy.kernels.formats.named import format_named
+from bitpolicy.sensitivity.probes.adjoint import AdjointProbe
+from bitpolicy.sensitivity.probes.directions import Random
+from bitpolicy.sensitivity.probes.sketch import Sketch
+from bitpolicy.sensitivity.probes.stepwise import StepwiseProbe
+from bitpolicy.sensitivity.rounding.candidates import candidates
 
 INT4 = format_named("int4")
 STEPS, VECTOR = 3, 4

@@ -22,18 +22,18 @@ from toy_pipelines import TOYS
 
 import bitpolicy
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.layers import quantizable_layers
-from bitpolicy.sensitivity.adjoint import AdjointProbe
-from bitpolicy.sensitivity.candidates import candidates
-from bitpolicy.sensitivity.directions import Random
-from bitpolicy.sensitivity.hessians import Moments, measure_moments
-from bitpolicy.sensitivity.reference import ReferencePass
+from bitpolicy.sensitivity.probes.adjoint import AdjointProbe
+from bitpolicy.sensitivity.probes.directions import Random
+from bitpolicy.sensitivity.probes.sketch import Sketch
+from bitpolicy.sensitivity.probes.stepwise import StepwiseProbe
+from bitpolicy.sensitivity.rounding.candidates import candidates
+from bitpolicy.sensitivity.rounding.hessians import Moments, measure_moments
 from bitpolicy.sensitivity.samples import Sample
-from bitpolicy.sensitivity.sketch import Sketch
-from bitpolicy.sensitivity.stepwise import StepwiseProbe
 from bitpolicy.sensitivity.table import SensitivityTable
-from bitpolicy.sensitivity.trajectory import LoopError, Trajectories
+from bitpolicy.sensitivity.trajectory.reference import ReferencePass
+from bitpolicy.sensitivity.trajectory.trajectories import LoopError, Trajectories
 
 INT4, INT8 = format_named("int4"), format_named("int8")
 STEPS = 3

@@ -19,18 +19,18 @@ from toy_pipelines import TOYS
 import bitpolicy
 from bitpolicy.cli.options import pipeline_call
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats import parse_formats
-from bitpolicy.loading import source_of
-from bitpolicy.plan import make_plan
+from bitpolicy.kernels.formats.named import parse_formats
+from bitpolicy.pipelines.loading import source_of
+from bitpolicy.pipelines.prompting import default_requests, load_requests
 from bitpolicy.policies.denoiser import denoiser_names
-from bitpolicy.prompting import default_requests, load_requests
-from bitpolicy.sensitivity.ablation import References
+from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import inventory
-from bitpolicy.sensitivity.probe import ProbeRun, ProbeSettings
-from bitpolicy.sensitivity.progress import Stages
+from bitpolicy.sensitivity.probes.ablation import References
+from bitpolicy.sensitivity.probes.probe import ProbeRun, ProbeSettings
 from bitpolicy.sensitivity.samples import Sample, fingerprint
-from bitpolicy.sensitivity.trajectory import Trajectories
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 from bitpolicy.settings import Settings
+from bitpolicy.workflow.plan import make_plan
 
 NEED_A_PICTURE = [name for name, toy in TOYS.items() if toy.extra]
 

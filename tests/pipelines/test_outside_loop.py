@@ -15,17 +15,17 @@ import torch
 from scipy.stats import spearmanr
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.policies.policy import Choice
-from bitpolicy.sensitivity.ablation import References, ablate
-from bitpolicy.sensitivity.adjoint import AdjointProbe
-from bitpolicy.sensitivity.candidates import candidates
-from bitpolicy.sensitivity.directions import Random
 from bitpolicy.sensitivity.inventory import inventory
-from bitpolicy.sensitivity.reference import ReferencePass
+from bitpolicy.sensitivity.probes.ablation import References, ablate
+from bitpolicy.sensitivity.probes.adjoint import AdjointProbe
+from bitpolicy.sensitivity.probes.directions import Random
+from bitpolicy.sensitivity.probes.sketch import Sketch
+from bitpolicy.sensitivity.rounding.candidates import candidates
 from bitpolicy.sensitivity.samples import Sample
-from bitpolicy.sensitivity.sketch import Sketch
 from bitpolicy.sensitivity.table import SensitivityTable
+from bitpolicy.sensitivity.trajectory.reference import ReferencePass
 
 INT4, INT8 = format_named("int4"), format_named("int8")
 VECTOR, ACCURACY = 4, 5e-6

@@ -12,12 +12,12 @@ import pytest
 import torch
 from toy_formats import FEW
 
-from bitpolicy.kernels.bias_correction import mean_patch
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.kernels.quantizers.bias_correction import mean_patch
 from bitpolicy.policies.apply import to_storage
+from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.denoiser import denoisers_in
-from bitpolicy.policies.export import export_pipeline
 from bitpolicy.policies.identity import weights_hash
 from bitpolicy.policies.policy import Choice, ModelReference, Policy
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from toy_formats import FEW
 
-from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.policies.accounting import ByteAccount, stored_spec
 from bitpolicy.policies.identity import tensor_bytes, weights_hash
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bitpolicy.policies.atomic import write_text, written_aside
+from bitpolicy.policies.storage.atomic import write_text, written_aside
 
 
 def tree(folder: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.policies.calibration import (
     calibration_hash,
     calibration_of,

@@ -15,15 +15,15 @@ from transformers import CLIPTextModel
 
 from bitpolicy import BitPolicyConfig, Policy, load_pipeline, set_compute
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats import FP8, FP16, format_named
+from bitpolicy.kernels.formats.named import FP8, FP16, format_named
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import packed_layers, quantizable_layers
-from bitpolicy.offload import stream_weights
+from bitpolicy.pipelines.offload import stream_weights
 from bitpolicy.policies.apply import pack, quantized, to_storage
-from bitpolicy.policies.component import export_component
-from bitpolicy.policies.export import export_pipeline
+from bitpolicy.policies.checkpoints.component import export_component
+from bitpolicy.policies.checkpoints.model_card import model_card
+from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.identity import weights_hash
-from bitpolicy.policies.model_card import model_card
 from bitpolicy.policies.policy import Choice, LayerSettings, ModelReference, PolicyError, Result, Rule
 
 INT4, INT8, NF4 = (format_named(name) for name in ("int4", "int8", "nf4"))

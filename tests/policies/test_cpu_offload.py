@@ -12,8 +12,8 @@ from diffusers import DiffusionPipeline
 
 from bitpolicy.kernels.layers import PackedLayer
 from bitpolicy.policies.apply import to_storage
-from bitpolicy.policies.export import export_pipeline
-from bitpolicy.policies.parts import MemoryParts
+from bitpolicy.policies.checkpoints.parts import MemoryParts
+from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.policy import Choice, Policy
 
 MODELS = ("unet", "text_encoder", "vae")

@@ -17,13 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.calibration import load_calibration
-from bitpolicy.policies.checkpoint import checkpoint_bytes, export_denoiser
-from bitpolicy.policies.export import export_pipeline
+from bitpolicy.policies.checkpoints.checkpoint import checkpoint_bytes, export_denoiser
+from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.footprint import stored_others
 from bitpolicy.policies.policy import Choice, Policy
 

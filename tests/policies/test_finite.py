@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import load_file
 
 from bitpolicy.kernels.errors import BitPolicyError, BitPolicyWarning
-from bitpolicy.kernels.format import TensorSpec
-from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.kernels.formats.format import TensorSpec
+from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import pack, quantize_layer, quantized, to_storage
 from bitpolicy.policies.calibration import needed_for, rounded_key, save_calibration
-from bitpolicy.policies.export import export_parts, export_pipeline
+from bitpolicy.policies.checkpoints.parts import MemoryParts
+from bitpolicy.policies.checkpoints.pipeline import export_parts, export_pipeline
 from bitpolicy.policies.exporters.export import export_to
 from bitpolicy.policies.exporters.exporter import Layer, Source
 from bitpolicy.policies.exporters.translation import write_translated
-from bitpolicy.policies.parts import MemoryParts
 from bitpolicy.policies.policy import Choice, Policy
 
 INT4, INT8 = format_named("int4"), format_named("int8")

@@ -16,7 +16,7 @@ import torch
 from pipeline_folders import differing, export
 
 from bitpolicy import BitPolicyError
-from bitpolicy.policies.folder_lock import locked, working_in
+from bitpolicy.policies.storage.folder_lock import locked, working_in
 
 
 @contextmanager

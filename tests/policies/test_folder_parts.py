@@ -15,14 +15,14 @@ from pipeline_folders import differing, export, files, tensors
 from safetensors.torch import load_file, save_file
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.kernels.layers import quantizable_layers
-from bitpolicy.policies.checkpoint import export_denoiser
-from bitpolicy.policies.denoiser_files import skeleton
-from bitpolicy.policies.export import export_pipeline
-from bitpolicy.policies.folder_parts import FolderParts
+from bitpolicy.policies.checkpoints.checkpoint import export_denoiser
+from bitpolicy.policies.checkpoints.folder_parts import FolderParts
+from bitpolicy.policies.checkpoints.pipeline import export_pipeline
+from bitpolicy.policies.loading.denoiser_files import skeleton
 from bitpolicy.policies.policy import Choice
-from bitpolicy.policies.source import ModuleSource
+from bitpolicy.policies.storage.source import ModuleSource
 
 F16, F32 = torch.float16, torch.float32
 

@@ -13,10 +13,10 @@ from torch import nn
 from toy_pipelines import TOYS
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats import format_named
-from bitpolicy.policies.checkpoint import checkpoint_bytes
+from bitpolicy.kernels.formats.named import format_named
+from bitpolicy.policies.checkpoints.checkpoint import checkpoint_bytes
+from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.denoiser import denoiser_names
-from bitpolicy.policies.export import export_pipeline
 from bitpolicy.policies.footprint import Span, loaded_bytes, measured_peak, metered, stored_others
 from bitpolicy.policies.policy import LayerSettings, ModelReference, Policy
 

@@ -24,7 +24,7 @@ from transformers import CLIPTextModel
 
 from bitpolicy import BitPolicyError, Policy
 from bitpolicy.policies.apply import to_storage
-from bitpolicy.policies.component import export_component
+from bitpolicy.policies.checkpoints.component import export_component
 from bitpolicy.policies.policy import Choice
 
 FILES, CONFIGS, POLICIES = 60, 60, 150

@@ -17,8 +17,8 @@ import torch
 from damage import mutated_bytes, mutated_json
 
 from bitpolicy import BitPolicyError, load_pipeline
-from bitpolicy.policies.export import export_parts
-from bitpolicy.policies.folder_parts import FolderParts
+from bitpolicy.policies.checkpoints.folder_parts import FolderParts
+from bitpolicy.policies.checkpoints.pipeline import export_parts
 
 TIMES = 40
 WEIGHTS = "diffusion_pytorch_model.safetensors"

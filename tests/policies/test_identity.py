@@ -14,7 +14,7 @@ from pipeline_folders import change, export
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.policies.folder_parts import FolderParts
+from bitpolicy.policies.checkpoints.folder_parts import FolderParts
 from bitpolicy.policies.identity import config_hash, configured
 from bitpolicy.policies.policy import ModelReference, PolicyError
 

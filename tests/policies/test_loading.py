@@ -17,12 +17,12 @@ from torch import nn
 
 from bitpolicy import load_pipeline
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.layers import PackedLayer, quantizable_layers
 from bitpolicy.policies.apply import quantized
-from bitpolicy.policies.checkpoint import export_denoiser
-from bitpolicy.policies.export import export_pipeline
-from bitpolicy.policies.packed_config import BitPolicyConfig
+from bitpolicy.policies.checkpoints.checkpoint import export_denoiser
+from bitpolicy.policies.checkpoints.pipeline import export_pipeline
+from bitpolicy.policies.loading.packed_config import BitPolicyConfig
 from bitpolicy.policies.policy import Choice
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

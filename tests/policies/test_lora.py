@@ -16,7 +16,7 @@ from torch import nn
 import bitpolicy
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.layers import PackedLayer
-from bitpolicy.policies.export import export_pipeline
+from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 
 LORA = "pytorch_lora_weights.safetensors"  # diffusers before 0.41 does not look for it offline
 TARGETS = ["to_q", "to_out.0", "conv1", "conv_in", "proj_in"]

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import bitpolicy
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.policies import manifest
-from bitpolicy.policies.manifest import FILE, verify
+from bitpolicy.policies.checkpoints import manifest
+from bitpolicy.policies.checkpoints.manifest import FILE, verify
 
 
 @pytest.fixture

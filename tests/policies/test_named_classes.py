@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from bitpolicy import BitPolicyError
-from bitpolicy.loading import open_pipeline
-from bitpolicy.policies.named_classes import class_named, require_known_classes
-from bitpolicy.single_file import SingleFile
+from bitpolicy.pipelines.loading import open_pipeline
+from bitpolicy.pipelines.single_file import SingleFile
+from bitpolicy.policies.loading.named_classes import class_named, require_known_classes
 
 INDEX = Path("model_index.json")
 SOUND = {

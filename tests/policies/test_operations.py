@@ -26,12 +26,12 @@ from toy_pipelines import TOYS, Toy
 
 from bitpolicy import BitPolicyConfig
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.layers import PackedLayer, PackedLinear, pack_layer, quantizable_layers, unsupported_layers
 from bitpolicy.policies.apply import quantized, to_storage
-from bitpolicy.policies.component import export_component
+from bitpolicy.policies.checkpoints.component import export_component
+from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.denoiser import denoiser_names, denoiser_of
-from bitpolicy.policies.export import export_pipeline
 from bitpolicy.policies.policy import Choice, Policy
 
 ROOT = Path(__file__).parents[2]

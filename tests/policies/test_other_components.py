@@ -16,11 +16,11 @@ from pipeline_folders import TEXT, VAE, differing, export, files, tensors
 from safetensors.torch import save_file
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.policies import linking
-from bitpolicy.policies.checkpoint import checkpoint_bytes
-from bitpolicy.policies.export import export_parts
-from bitpolicy.policies.folder_parts import FolderParts
-from bitpolicy.policies.parts import MemoryParts
+from bitpolicy.policies.checkpoints.checkpoint import checkpoint_bytes
+from bitpolicy.policies.checkpoints.folder_parts import FolderParts
+from bitpolicy.policies.checkpoints.parts import MemoryParts
+from bitpolicy.policies.checkpoints.pipeline import export_parts
+from bitpolicy.policies.storage import linking
 
 F16, F32 = torch.float16, torch.float32
 

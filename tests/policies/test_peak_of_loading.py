@@ -12,15 +12,15 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import to_storage
-from bitpolicy.policies.checkpoint import checkpoint_bytes
+from bitpolicy.policies.checkpoints.checkpoint import checkpoint_bytes
 from bitpolicy.policies.identity import weights_hash
-from bitpolicy.policies.packed_config import BitPolicyConfig
-from bitpolicy.policies.packed_model import expected_tensors, make_shells
+from bitpolicy.policies.loading.packed_config import BitPolicyConfig
+from bitpolicy.policies.loading.packed_model import expected_tensors, make_shells
 from bitpolicy.policies.policy import Choice, ModelReference, Policy
-from bitpolicy.policies.safetensors_writer import SafetensorsWriter
+from bitpolicy.policies.storage.safetensors_writer import SafetensorsWriter
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures through Linux's /proc")
 SCRIPT = Path(__file__).parents[1] / "toys" / "peak_of_a_load.py"

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.policies.policy import Choice, LayerSettings, Policy, PolicyError, Rule
 
 TEXT = """

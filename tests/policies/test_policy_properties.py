@@ -12,14 +12,14 @@ from torch import nn
 from toy_formats import KINDS
 
 from bitpolicy import Policy
-from bitpolicy.kernels.grid import GridFormat
+from bitpolicy.kernels.formats.grid import GridFormat
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.accounting import ByteAccount
-from bitpolicy.policies.checkpoint import write_packed
-from bitpolicy.policies.packed_config import BitPolicyConfig
+from bitpolicy.policies.checkpoints.checkpoint import write_packed
+from bitpolicy.policies.loading.packed_config import BitPolicyConfig
 from bitpolicy.policies.policy import Choice, ModelReference
-from bitpolicy.policies.source import ModuleSource
-from bitpolicy.policies.stored_tensors import stored_tensors
+from bitpolicy.policies.storage.source import ModuleSource
+from bitpolicy.policies.storage.stored_tensors import stored_tensors
 
 SOON = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 MODEL = nn.ModuleDict(

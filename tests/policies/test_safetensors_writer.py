@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from bitpolicy.kernels.format import TensorSpec
-from bitpolicy.policies.safetensors_writer import DTYPE_NAMES, SafetensorsWriter
+from bitpolicy.kernels.formats.format import TensorSpec
+from bitpolicy.policies.storage.safetensors_writer import DTYPE_NAMES, SafetensorsWriter
 
 TENSORS = {
     "z.packed": torch.arange(7, dtype=torch.uint8),

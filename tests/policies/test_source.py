@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.policies import file_source as module
 from bitpolicy.policies.calibration import load_calibration
-from bitpolicy.policies.file_source import FileSource
 from bitpolicy.policies.identity import weights_hash
-from bitpolicy.policies.source import ModuleSource, Unchanged, joined, source_hash
-from bitpolicy.policies.source_converted import converted
-from bitpolicy.policies.stored_tensors import stored_tensors
+from bitpolicy.policies.storage import file_source as module
+from bitpolicy.policies.storage.file_source import FileSource
+from bitpolicy.policies.storage.source import ModuleSource, Unchanged, joined, source_hash
+from bitpolicy.policies.storage.source_converted import converted
+from bitpolicy.policies.storage.stored_tensors import stored_tensors
 from bitpolicy.sensitivity.table import SensitivityTable
 
 TENSORS = {"b.x": torch.arange(6.0).reshape(2, 3), "a": torch.tensor(3), "c": torch.randn(4, 2).bfloat16()}

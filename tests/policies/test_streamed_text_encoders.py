@@ -16,11 +16,11 @@ from toy_pipelines import TOYS
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import to_storage
-from bitpolicy.policies.export import export_parts
-from bitpolicy.policies.folder_parts import FolderParts, is_streamable
-from bitpolicy.policies.parts import MemoryParts, Parts
+from bitpolicy.policies.checkpoints.folder_parts import FolderParts, is_streamable
+from bitpolicy.policies.checkpoints.parts import MemoryParts, Parts
+from bitpolicy.policies.checkpoints.pipeline import export_parts
 from bitpolicy.policies.policy import Choice, Policy
-from bitpolicy.policies.source import source_hash
+from bitpolicy.policies.storage.source import source_hash
 
 F16 = torch.float16
 

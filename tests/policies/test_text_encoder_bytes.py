@@ -13,10 +13,10 @@ from toy_parts import clip_text_encoder, image_vae, t5_text_encoder, umt5_text_e
 from toy_tokenizers import clip_tokenizer
 from transformers import CLIPTextModelWithProjection, Qwen2Config, Qwen2ForCausalLM
 
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.accounting import ByteAccount
-from bitpolicy.policies.component import export_component
+from bitpolicy.policies.checkpoints.component import export_component
 from bitpolicy.policies.policy import Choice
 
 

@@ -27,11 +27,11 @@ from transformers import AutoModel as TransformersAutoModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.layers import PackedLayer, quantizable_layers
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.apply import quantized, to_storage
-from bitpolicy.policies.component import export_component
+from bitpolicy.policies.checkpoints.component import export_component
 from bitpolicy.policies.policy import Choice
 
 Predict = Callable[[Any], torch.Tensor]

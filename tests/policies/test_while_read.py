@@ -20,9 +20,9 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.layers import PackedLayer, quantizable_layers
 from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.calibration import calibration_hash, save_calibration
-from bitpolicy.policies.component import export_component
+from bitpolicy.policies.checkpoints.component import export_component
+from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.denoiser import denoiser_of
-from bitpolicy.policies.export import export_pipeline
 from bitpolicy.policies.identity import weights_hash
 from bitpolicy.policies.policy import Choice, ModelReference, Rule
 

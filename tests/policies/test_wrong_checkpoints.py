@@ -19,9 +19,9 @@ from transformers import CLIPTextModel
 
 from bitpolicy import BitPolicyConfig, BitPolicyError, load_pipeline
 from bitpolicy.policies.apply import to_storage
-from bitpolicy.policies.component import export_component
+from bitpolicy.policies.checkpoints.component import export_component
 from bitpolicy.policies.policy import Choice
-from bitpolicy.policies.stored_tensors import stored_tensors
+from bitpolicy.policies.storage.stored_tensors import stored_tensors
 
 UNET, TEXT = "diffusion_pytorch_model.safetensors", "model.safetensors"
 Tensors = dict[str, torch.Tensor]

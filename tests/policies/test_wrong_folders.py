@@ -12,9 +12,9 @@ import torch
 from pipeline_folders import change
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.loading import open_pipeline
-from bitpolicy.policies import denoiser_files
-from bitpolicy.policies.folder_parts import FolderParts, is_streamable
+from bitpolicy.pipelines.loading import open_pipeline
+from bitpolicy.policies.checkpoints.folder_parts import FolderParts, is_streamable
+from bitpolicy.policies.loading import denoiser_files
 
 F16 = torch.float16
 

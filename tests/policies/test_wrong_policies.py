@@ -13,10 +13,10 @@ import yaml
 from torch import nn
 
 from bitpolicy import BitPolicyError, Policy
-from bitpolicy.kernels.formats import FP16
+from bitpolicy.kernels.formats.named import FP16
 from bitpolicy.policies.apply import choices_for
-from bitpolicy.policies.plain_yaml import MAX_BYTES, read_yaml
 from bitpolicy.policies.policy import Choice, LayerSettings
+from bitpolicy.policies.storage.plain_yaml import MAX_BYTES, read_yaml
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(9)

@@ -64,7 +64,7 @@ def test_without_a_gpu_it_says_so(bench: Any, capsys: pytest.CaptureFixture[str]
 
 def test_contenders_of_our_own_name_kernels_and_formats_that_exist(bench: Any) -> None:
     from bitpolicy.kernels.dispatch import TABLE
-    from bitpolicy.kernels.formats import format_named
+    from bitpolicy.kernels.formats.named import format_named
 
     kernels = {row.kernel.name: row.kernel for row in TABLE}
     for format, compute, kernel in bench.OURS.values():

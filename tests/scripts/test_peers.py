@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from bitpolicy.kernels.formats import parse_formats
+from bitpolicy.kernels.formats.named import parse_formats
 from bitpolicy.policies.accounting import ByteAccount
 
 ROOT = Path(__file__).parents[2]

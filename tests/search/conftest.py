@@ -17,11 +17,11 @@ import pytest
 import torch
 from optuna.trial import TrialState
 
-from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.policy import Choice
 from bitpolicy.search.problem import Problem
-from bitpolicy.search.study import open_storage
+from bitpolicy.search.study.study import open_storage
 from bitpolicy.sensitivity.inventory import Layer
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.table import SensitivityTable
@@ -110,7 +110,7 @@ def samples() -> list[Sample]:
 # and the number of finished trials.
 WORKER = """
 import importlib.util, sys, time
-from bitpolicy.search.study import Study
+from bitpolicy.search.study.study import Study
 from bitpolicy.sensitivity.samples import Sample
 
 path, storage, trials, seconds = sys.argv[1:]

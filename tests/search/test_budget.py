@@ -11,11 +11,11 @@ import torch
 from pydantic import ValidationError
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.policy import BudgetRecord, ModelReference, Policy
 from bitpolicy.search.budget import Budget, BudgetError, Scope, read_bytes, readable
-from bitpolicy.sensitivity.peak_memory import LayerCall, PeakMemory
+from bitpolicy.sensitivity.cost.peak_memory import LayerCall, PeakMemory
 
 ACCOUNT = ByteAccount(torch.float16, {}, fixed=1_700_000_000, parameters=860_000_000)
 """A denoiser of 1.7 GB at FP16."""

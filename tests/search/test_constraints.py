@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.search.constraints import not_held, pinned, shared_qkv
 from bitpolicy.sensitivity.inventory import Layer
 

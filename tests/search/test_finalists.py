@@ -7,10 +7,10 @@ from typing import Any, cast
 
 import pytest
 
-from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.policies.policy import Choice
-from bitpolicy.search.finalists import confirm
 from bitpolicy.search.generation import Generations
+from bitpolicy.search.study.finalists import confirm
 from bitpolicy.sensitivity.samples import Sample
 
 FINALISTS = [{"layer": Choice(format_named(name))} for name in ("int4", "int4-g32", "int8")] + [{"layer": Choice(FP16)}]

@@ -13,10 +13,10 @@ import torch
 from cleanfid import fid
 from PIL import Image
 
-from bitpolicy.search.feature_network import FeatureNetwork
-from bitpolicy.search.features import Extractor
-from bitpolicy.search.frechet import Features, frechet_distance
-from bitpolicy.search.kernel_distance import kernel_distance, paired_kernel_distance
+from bitpolicy.search.quality.feature_network import FeatureNetwork
+from bitpolicy.search.quality.features import Extractor
+from bitpolicy.search.quality.frechet import Features, frechet_distance
+from bitpolicy.search.quality.kernel_distance import kernel_distance, paired_kernel_distance
 
 Draw = Callable[..., Features]
 

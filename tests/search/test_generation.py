@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import pack, quantized, to_storage
 from bitpolicy.policies.policy import Choice
 from bitpolicy.search.generation import Generations
 from bitpolicy.sensitivity.samples import split_samples
-from bitpolicy.sensitivity.trajectory import Trajectories
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
 INT4, INT8 = format_named("int4"), format_named("int8")
 SAMPLES = split_samples(["cat", "a red heart", "pizza"], 6, seed=0)  # one call of four, one of two

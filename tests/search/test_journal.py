@@ -9,7 +9,7 @@ import optuna
 import pytest
 from optuna.storages.journal import JournalFileSymlinkLock
 
-from bitpolicy.search.journal import SleepersLock, journal
+from bitpolicy.search.study.journal import SleepersLock, journal
 
 
 def test_a_lock_that_was_taken_away_is_released_without_a_word(tmp_path: Path) -> None:

@@ -18,13 +18,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.search.clip_score import Clip
-from bitpolicy.search.feature_network import FeatureNetwork
-from bitpolicy.search.frechet import frechet_distance
-from bitpolicy.search.metrics import METRICS, Comparison, Sets, measure, parse_metrics, perceptual_distance
-from bitpolicy.search.networks import Networks
-from bitpolicy.search.perceptual import ALEXNET
-from bitpolicy.search.quality import Paired, Unavailable
+from bitpolicy.search.quality.clip_score import Clip
+from bitpolicy.search.quality.feature_network import FeatureNetwork
+from bitpolicy.search.quality.frechet import frechet_distance
+from bitpolicy.search.quality.metrics import METRICS, Comparison, Sets, measure, parse_metrics, perceptual_distance
+from bitpolicy.search.quality.networks import Networks
+from bitpolicy.search.quality.perceptual import ALEXNET
+from bitpolicy.search.quality.psnr import Paired, Unavailable
 
 PROMPTS = ["a cat", "a dog", "a tree", "a house"]
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.search.feature_network import FeatureNetwork, is_feature_network
-from bitpolicy.search.perceptual import ALEXNET, Lpips, Uncalibrated
-from bitpolicy.search.quality import Paired, Unavailable
+from bitpolicy.search.quality.feature_network import FeatureNetwork, is_feature_network
+from bitpolicy.search.quality.perceptual import ALEXNET, Lpips, Uncalibrated
+from bitpolicy.search.quality.psnr import Paired, Unavailable
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.search.budget import BudgetError
 from bitpolicy.search.problem import Problem

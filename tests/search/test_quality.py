@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from bitpolicy.search.quality import (
+from bitpolicy.search.quality.psnr import (
     Paired,
     Psnr,
     Unavailable,

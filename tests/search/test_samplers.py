@@ -15,10 +15,10 @@ import pytest
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.policy import Choice
-from bitpolicy.search.journal import journal
 from bitpolicy.search.problem import Problem
-from bitpolicy.search.samplers import SAMPLERS, SPACES, Space, formats_of, policy_key, require_sampler
-from bitpolicy.search.study import Study
+from bitpolicy.search.study.journal import journal
+from bitpolicy.search.study.samplers import SAMPLERS, SPACES, Space, formats_of, policy_key, require_sampler
+from bitpolicy.search.study.study import Study
 from bitpolicy.sensitivity.samples import Sample
 
 Samples = list[Sample]

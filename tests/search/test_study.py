@@ -16,11 +16,11 @@ from optuna.trial import TrialState
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.policy import Choice
 from bitpolicy.search.budget import BudgetError
-from bitpolicy.search.journal import journal
 from bitpolicy.search.knapsack import Solution
 from bitpolicy.search.problem import Problem
-from bitpolicy.search.samplers import policy_key
-from bitpolicy.search.study import Study, open_storage
+from bitpolicy.search.study.journal import journal
+from bitpolicy.search.study.samplers import policy_key
+from bitpolicy.search.study.study import Study, open_storage
 from bitpolicy.sensitivity.samples import Sample
 
 Samples = list[Sample]

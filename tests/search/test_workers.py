@@ -19,11 +19,11 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from bitpolicy.search import storage as storage_module
-from bitpolicy.search.journal import journal
 from bitpolicy.search.problem import Problem
-from bitpolicy.search.samplers import policy_key
-from bitpolicy.search.study import Study, open_storage
+from bitpolicy.search.study import storage as storage_module
+from bitpolicy.search.study.journal import journal
+from bitpolicy.search.study.samplers import policy_key
+from bitpolicy.search.study.study import Study, open_storage
 from bitpolicy.sensitivity.samples import Sample
 
 Samples = list[Sample]

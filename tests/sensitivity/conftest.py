@@ -10,10 +10,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from bitpolicy.kernels.format import Format, Shape, TensorSpec
+from bitpolicy.kernels.formats.format import Format, Shape, TensorSpec
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import to_storage
-from bitpolicy.sensitivity.trajectory import Trajectories
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
 
 @pytest.fixture(scope="session")

@@ -16,14 +16,14 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.layers import quantizable_layers
-from bitpolicy.sensitivity.adjoint import AdjointProbe
-from bitpolicy.sensitivity.candidates import candidates
-from bitpolicy.sensitivity.directions import Random, Shared, Signal
+from bitpolicy.sensitivity.probes.adjoint import AdjointProbe
+from bitpolicy.sensitivity.probes.directions import Random, Shared, Signal
+from bitpolicy.sensitivity.probes.sketch import Sketch
+from bitpolicy.sensitivity.rounding.candidates import candidates
 from bitpolicy.sensitivity.samples import Sample
-from bitpolicy.sensitivity.sketch import Sketch
-from bitpolicy.sensitivity.trajectory import Trajectories
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
 Calibration = dict[str, torch.Tensor]
 NewTrajectories = Callable[..., Trajectories]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from bitpolicy.kernels.format import Format
-from bitpolicy.kernels.formats import FP16, all_formats, format_named, parse_formats
-from bitpolicy.sensitivity.candidates import Candidate, candidates, useful_formats
+from bitpolicy.kernels.formats.format import Format
+from bitpolicy.kernels.formats.named import FP16, all_formats, format_named, parse_formats
+from bitpolicy.sensitivity.rounding.candidates import Candidate, candidates, useful_formats
 
 F16 = torch.float16
 WIDTHS = range(2, 9)

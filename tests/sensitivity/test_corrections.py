@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitpolicy.kernels.formats import parse_formats
+from bitpolicy.kernels.formats.named import parse_formats
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import quantize_layer
+from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import inventory
-from bitpolicy.sensitivity.probe import ProbeRun, ProbeSettings
-from bitpolicy.sensitivity.progress import Stages
+from bitpolicy.sensitivity.probes.probe import ProbeRun, ProbeSettings
 from bitpolicy.sensitivity.samples import split_samples
-from bitpolicy.sensitivity.trajectory import Trajectories
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
 WILD = "mid_block.resnets.0.conv1"
 SAMPLES = tuple(split_samples(["a red heart", "pizza"], 2, seed=0))

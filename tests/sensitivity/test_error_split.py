@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats import parse_formats
+from bitpolicy.kernels.formats.named import parse_formats
 from bitpolicy.policies.policy import Choice
-from bitpolicy.sensitivity.directions import Random, Shared, Signal
-from bitpolicy.sensitivity.error_split import ErrorSplit, pairs_mean
+from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import inventory
-from bitpolicy.sensitivity.probe import ProbeRun, ProbeSettings
-from bitpolicy.sensitivity.progress import Stages
+from bitpolicy.sensitivity.probes.directions import Random, Shared, Signal
+from bitpolicy.sensitivity.probes.error_split import ErrorSplit, pairs_mean
+from bitpolicy.sensitivity.probes.probe import ProbeRun, ProbeSettings
+from bitpolicy.sensitivity.probes.sketch import Sketch
+from bitpolicy.sensitivity.probes.stepwise import LocalSketch
 from bitpolicy.sensitivity.samples import Sample, split_samples
-from bitpolicy.sensitivity.sketch import Sketch
-from bitpolicy.sensitivity.stepwise import LocalSketch
 
 DIMS, SAMPLES, SHARED, STEPS = 400, 24, 600, 2
 

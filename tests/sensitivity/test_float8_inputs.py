@@ -6,18 +6,18 @@ from collections.abc import Callable
 
 import torch
 
-from bitpolicy.kernels.formats import FP8, format_named
+from bitpolicy.kernels.formats.named import FP8, format_named
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.policy import Choice
-from bitpolicy.sensitivity.ablation import References, ablate
-from bitpolicy.sensitivity.adjoint import AdjointProbe
-from bitpolicy.sensitivity.candidates import candidates
-from bitpolicy.sensitivity.directions import Random
-from bitpolicy.sensitivity.reference import ReferencePass
+from bitpolicy.sensitivity.probes.ablation import References, ablate
+from bitpolicy.sensitivity.probes.adjoint import AdjointProbe
+from bitpolicy.sensitivity.probes.directions import Random
+from bitpolicy.sensitivity.rounding.candidates import candidates
 from bitpolicy.sensitivity.samples import split_samples
 from bitpolicy.sensitivity.table import SensitivityTable
-from bitpolicy.sensitivity.trajectory import Trajectories
+from bitpolicy.sensitivity.trajectory.reference import ReferencePass
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
 NewTrajectories = Callable[..., Trajectories]
 INT4, INT8 = format_named("int4"), format_named("int8")

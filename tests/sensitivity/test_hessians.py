@@ -11,12 +11,13 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from torch import nn
 
 from bitpolicy.kernels.layers import Quantizable, quantizable_layers
-from bitpolicy.sensitivity import hessians, scaled_backward
-from bitpolicy.sensitivity.directions import Random
-from bitpolicy.sensitivity.hessians import Moments, drawn_inputs, hessian_shape, measure_moments
+from bitpolicy.sensitivity.probes.directions import Random
+from bitpolicy.sensitivity.probes.sketch import only_these_require_grad
+from bitpolicy.sensitivity.rounding import hessians
+from bitpolicy.sensitivity.rounding.hessians import Moments, drawn_inputs, hessian_shape, measure_moments
 from bitpolicy.sensitivity.samples import Sample
-from bitpolicy.sensitivity.sketch import only_these_require_grad
-from bitpolicy.sensitivity.trajectory import Trajectories
+from bitpolicy.sensitivity.trajectory import scaled_backward
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
 NewTrajectories = Callable[..., Trajectories]
 SAMPLE, OTHER = Sample("a red heart", 3), Sample("pizza", 4)

@@ -18,27 +18,27 @@ from diffusers import EulerDiscreteScheduler
 from scipy.stats import spearmanr
 from torch import nn
 
-from bitpolicy.kernels.bias_correction import bias_shift
-from bitpolicy.kernels.formats import format_named, parse_formats
+from bitpolicy.kernels.formats.named import format_named, parse_formats
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.kernels.quantizers.bias_correction import bias_shift
 from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.policy import Choice
 from bitpolicy.policies.rounded_layers import seen_input
-from bitpolicy.sensitivity.ablation import References, ablate
-from bitpolicy.sensitivity.adjoint import AdjointProbe
-from bitpolicy.sensitivity.candidates import candidates
-from bitpolicy.sensitivity.directions import Random, stream
+from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import inventory
-from bitpolicy.sensitivity.probe import ProbeRun, ProbeSettings
-from bitpolicy.sensitivity.progress import Stages
-from bitpolicy.sensitivity.reference import ReferencePass
+from bitpolicy.sensitivity.probes.ablation import References, ablate
+from bitpolicy.sensitivity.probes.adjoint import AdjointProbe
+from bitpolicy.sensitivity.probes.directions import Random, stream
+from bitpolicy.sensitivity.probes.probe import ProbeRun, ProbeSettings
+from bitpolicy.sensitivity.probes.sketch import Sketch
+from bitpolicy.sensitivity.probes.stepwise import StepwiseProbe
+from bitpolicy.sensitivity.probes.weight_changes import WeightChanges
+from bitpolicy.sensitivity.rounding.candidates import candidates
 from bitpolicy.sensitivity.samples import Sample, split_samples
-from bitpolicy.sensitivity.sketch import Sketch
-from bitpolicy.sensitivity.stepwise import StepwiseProbe
 from bitpolicy.sensitivity.table import SensitivityTable
-from bitpolicy.sensitivity.trajectory import Trajectories
-from bitpolicy.sensitivity.weight_changes import WeightChanges
+from bitpolicy.sensitivity.trajectory.reference import ReferencePass
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
 NewTrajectories = Callable[..., Trajectories]
 INT4, INT8, ROTATED = (format_named(name) for name in ("int4", "int8", "int4-rot"))
@@ -194,7 +194,7 @@ def test_the_scale_of_a_backward_pass_in_half_precision_is_taken_out(
 ) -> None:
     trajectories, found = new_trajectories(dtype=torch.float16), []
     for scale in (16.0, 1.0):
-        monkeypatch.setattr("bitpolicy.sensitivity.adjoint.scales_for", lambda *_, scale=scale: [scale])
+        monkeypatch.setattr("bitpolicy.sensitivity.probes.adjoint.scales_for", lambda *_, scale=scale: [scale])
         found.append(of_inputs(sketch(trajectories)).sum(0))
     assert (found[0] - found[1]).norm() < 0.02 * found[0].norm()
 
@@ -211,8 +211,8 @@ def test_a_gradient_that_overflows_at_an_input_is_seen(
         return codes, scale * (torch.inf if next(calls) == 0 else 1)
 
     expected = of_inputs(sketch(trajectories))
-    monkeypatch.setattr("bitpolicy.sensitivity.input_rounding.seen_input", once)
-    monkeypatch.setattr("bitpolicy.sensitivity.adjoint.scales_for", lambda *_: [4.0, 1.0])
+    monkeypatch.setattr("bitpolicy.sensitivity.probes.input_rounding.seen_input", once)
+    monkeypatch.setattr("bitpolicy.sensitivity.probes.adjoint.scales_for", lambda *_: [4.0, 1.0])
     torch.testing.assert_close(of_inputs(sketch(trajectories)), expected)
 
 

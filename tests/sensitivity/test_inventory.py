@@ -25,7 +25,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import pack
 from bitpolicy.policies.policy import Choice

@@ -11,19 +11,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bitpolicy.kernels.format import TensorSpec
-from bitpolicy.kernels.formats import parse_formats
+from bitpolicy.kernels.formats.format import TensorSpec
+from bitpolicy.kernels.formats.named import parse_formats
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.calibration import calibration_hash, is_rounded, needed_for, rounded_key
 from bitpolicy.policies.policy import Choice
-from bitpolicy.policies.safetensors_writer import SafetensorsWriter
-from bitpolicy.sensitivity.candidates import candidates
-from bitpolicy.sensitivity.kept_calibration import KeptCalibration, is_whole, write_rounded
-from bitpolicy.sensitivity.progress import Stages
-from bitpolicy.sensitivity.rounding_pass import RoundingPass
+from bitpolicy.policies.storage.safetensors_writer import SafetensorsWriter
+from bitpolicy.sensitivity.cost.progress import Stages
+from bitpolicy.sensitivity.probes.weight_changes import WeightChanges
+from bitpolicy.sensitivity.rounding.candidates import candidates
+from bitpolicy.sensitivity.rounding.kept_calibration import KeptCalibration, is_whole, write_rounded
+from bitpolicy.sensitivity.rounding.rounding_pass import RoundingPass
 from bitpolicy.sensitivity.samples import Sample
-from bitpolicy.sensitivity.trajectory import Trajectories
-from bitpolicy.sensitivity.weight_changes import WeightChanges
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
 NewTrajectories = Callable[..., Trajectories]
 MEANS = {"a": torch.arange(3.0), "b": torch.arange(4.0)}
@@ -130,7 +130,7 @@ def some_layers(denoiser: torch.nn.Module) -> list[tuple[str, Any]]:
 
 @pytest.fixture
 def trajectories(new_trajectories: NewTrajectories, monkeypatch: pytest.MonkeyPatch) -> Trajectories:
-    monkeypatch.setattr("bitpolicy.sensitivity.rounding_pass.quantizable_layers", some_layers)
+    monkeypatch.setattr("bitpolicy.sensitivity.rounding.rounding_pass.quantizable_layers", some_layers)
     return new_trajectories(num_inference_steps=1, guidance_scale=1.0)
 
 
@@ -167,7 +167,7 @@ def test_reading_holds_nothing_and_changes_are_kept_up_to_a_limit(
 ) -> None:
     layers = dict(some_layers(trajectories.denoiser))
     weights = sum(layer.weight.numel() for layer in layers.values())
-    monkeypatch.setattr("bitpolicy.sensitivity.weight_changes._MOST", 8 * weights)
+    monkeypatch.setattr("bitpolicy.sensitivity.probes.weight_changes._MOST", 8 * weights)
     grown = {}
     for formats in (FEW, MANY):
         rounding = rounding_of(trajectories, formats, tmp_path / formats)

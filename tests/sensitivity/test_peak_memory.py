@@ -17,17 +17,17 @@ from toy_pipelines import TOYS
 
 from bitpolicy import load_pipeline
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.format import Format, Shape, TensorSpec
-from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.kernels.formats.format import Format, Shape, TensorSpec
+from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.kernels.layers import quantizable_layers
-from bitpolicy.loading import BUNDLED_FOLDER, open_pipeline
+from bitpolicy.pipelines.loading import BUNDLED_FOLDER, open_pipeline
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.apply import to_storage
+from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.denoiser import denoiser_names, denoiser_of
-from bitpolicy.policies.export import export_pipeline
 from bitpolicy.policies.footprint import loaded_bytes, measured_peak
 from bitpolicy.policies.policy import Choice, ModelReference, Policy
-from bitpolicy.sensitivity.peak_memory import LayerCall, PeakMemory, observe, unpacking_bytes
+from bitpolicy.sensitivity.cost.peak_memory import LayerCall, PeakMemory, observe, unpacking_bytes
 from bitpolicy.sensitivity.samples import Sample
 
 CPU = torch.device("cpu")

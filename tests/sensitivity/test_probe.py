@@ -14,19 +14,19 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from scipy.stats import spearmanr
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats import FP16, format_named, parse_formats
+from bitpolicy.kernels.formats.named import FP16, format_named, parse_formats
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.policy import Choice
-from bitpolicy.sensitivity.ablation import References, ablate
-from bitpolicy.sensitivity.candidates import candidates
+from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import Layer, inventory
-from bitpolicy.sensitivity.probe import ProbeRun, ProbeSettings
-from bitpolicy.sensitivity.progress import Stages
+from bitpolicy.sensitivity.probes.ablation import References, ablate
+from bitpolicy.sensitivity.probes.probe import ProbeRun, ProbeSettings
+from bitpolicy.sensitivity.probes.weight_error import weight_errors
 from bitpolicy.sensitivity.records import Records
+from bitpolicy.sensitivity.rounding.candidates import candidates
 from bitpolicy.sensitivity.samples import Sample, split_samples
 from bitpolicy.sensitivity.table import SensitivityTable
-from bitpolicy.sensitivity.trajectory import Trajectories
-from bitpolicy.sensitivity.weight_error import weight_errors
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
 NewTrajectories = Callable[..., Trajectories]
 INT4, INT8 = format_named("int4"), format_named("int8")

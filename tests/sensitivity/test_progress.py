@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from bitpolicy.sensitivity.progress import Stages
+from bitpolicy.sensitivity.cost.progress import Stages
 
 
 class Terminal(io.StringIO):

@@ -11,9 +11,9 @@ import torch
 from torch.nn.functional import unfold
 
 from bitpolicy.kernels.layers import quantizable_layers
-from bitpolicy.sensitivity.reference import ReferencePass
 from bitpolicy.sensitivity.samples import split_samples
-from bitpolicy.sensitivity.trajectory import Trajectories
+from bitpolicy.sensitivity.trajectory.reference import ReferencePass
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
 NewTrajectories = Callable[..., Trajectories]
 

@@ -11,26 +11,28 @@ import pytest
 import torch
 from torch import nn
 
-from bitpolicy.kernels.bias_correction import bias_shift
-from bitpolicy.kernels.formats import format_named, parse_formats
-from bitpolicy.kernels.gptq import Curvature, gptq
+from bitpolicy.kernels.formats.named import format_named, parse_formats
 from bitpolicy.kernels.layers import quantizable_layers
-from bitpolicy.kernels.quantizers import QUANTIZERS, quantize_data_free
-from bitpolicy.kernels.range_search import mse
+from bitpolicy.kernels.quantizers.bias_correction import bias_shift
+from bitpolicy.kernels.quantizers.gptq import Curvature, gptq
+from bitpolicy.kernels.quantizers.named import QUANTIZERS, quantize_data_free
+from bitpolicy.kernels.quantizers.range_search import mse
 from bitpolicy.policies.apply import quantize_layer, quantized, stored_weight
 from bitpolicy.policies.calibration import rounded_key
 from bitpolicy.policies.policy import Choice
-from bitpolicy.sensitivity import hessians, probe, rounding, rounding_pass, scaled_backward
-from bitpolicy.sensitivity.candidates import Candidate, candidates
-from bitpolicy.sensitivity.hessians import Moments, measure_moments
+from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import inventory
-from bitpolicy.sensitivity.kept_calibration import write_rounded
-from bitpolicy.sensitivity.probe import ProbeRun, ProbeSettings
-from bitpolicy.sensitivity.progress import Stages
-from bitpolicy.sensitivity.rounding import announced, needs_hessian, parts, rounded
+from bitpolicy.sensitivity.probes import probe
+from bitpolicy.sensitivity.probes.probe import ProbeRun, ProbeSettings
+from bitpolicy.sensitivity.probes.weight_changes import WeightChanges
+from bitpolicy.sensitivity.rounding import hessians, rounding, rounding_pass
+from bitpolicy.sensitivity.rounding.candidates import Candidate, candidates
+from bitpolicy.sensitivity.rounding.hessians import Moments, measure_moments
+from bitpolicy.sensitivity.rounding.kept_calibration import write_rounded
+from bitpolicy.sensitivity.rounding.rounding import announced, needs_hessian, parts, rounded
 from bitpolicy.sensitivity.samples import split_samples
-from bitpolicy.sensitivity.trajectory import Trajectories
-from bitpolicy.sensitivity.weight_changes import WeightChanges
+from bitpolicy.sensitivity.trajectory import scaled_backward
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
 NewTrajectories = Callable[..., Trajectories]
 F16 = torch.float16

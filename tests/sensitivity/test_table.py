@@ -13,13 +13,13 @@ import scipy.stats
 import torch
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.policy import Choice
-from bitpolicy.sensitivity.candidates import candidates
 from bitpolicy.sensitivity.inventory import inventory
-from bitpolicy.sensitivity.quantizer_choice import chosen
-from bitpolicy.sensitivity.sketch import Sketch
+from bitpolicy.sensitivity.probes.sketch import Sketch
+from bitpolicy.sensitivity.rounding.candidates import candidates
+from bitpolicy.sensitivity.rounding.quantizer_choice import chosen
 from bitpolicy.sensitivity.table import SensitivityTable
 
 INT4, INT8 = format_named("int4"), format_named("int8")

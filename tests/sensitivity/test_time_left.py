@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from bitpolicy.sensitivity.progress import in_words
-from bitpolicy.sensitivity.time_left import TimeLeft
+from bitpolicy.sensitivity.cost.progress import in_words
+from bitpolicy.sensitivity.cost.time_left import TimeLeft
 
 
 class Clock:

@@ -19,7 +19,7 @@ from diffusers import (
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.denoiser import denoiser_name
 from bitpolicy.sensitivity.samples import Sample, split_samples
-from bitpolicy.sensitivity.trajectory import LoopError, Trajectories
+from bitpolicy.sensitivity.trajectory.trajectories import LoopError, Trajectories
 
 NewTrajectories = Callable[..., Trajectories]
 SCHEDULERS = [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler]

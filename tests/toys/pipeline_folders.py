@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from bitpolicy.policies.export import export_parts
-from bitpolicy.policies.folder_parts import FolderParts
+from bitpolicy.policies.checkpoints.folder_parts import FolderParts
+from bitpolicy.policies.checkpoints.pipeline import export_parts
 
 VAE = "vae/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bitpolicy.kernels.format import Format
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.formats.format import Format
+from bitpolicy.kernels.formats.named import format_named
 
 _EVERY_WIDTH = "int2 int3 int4 int5 int6 int7 int8-g64-asym"
 _EVERY_GROUP_AND_SYMMETRY = "int4-g32 int4-g128 int4-channel int4-g32-sym int4-sym int4-g128-sym int4-channel-sym"

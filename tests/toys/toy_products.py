@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.kernel import Geometry, PackedWeight
 
 

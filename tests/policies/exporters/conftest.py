@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from bitpolicy.kernels.bias_correction import mean_patch
-from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.kernels.quantizers.bias_correction import mean_patch
 from bitpolicy.policies.apply import to_storage
+from bitpolicy.policies.checkpoints.parts import MemoryParts, Parts
 from bitpolicy.policies.exporters.exporter import Exporter, Layer
-from bitpolicy.policies.parts import MemoryParts, Parts
 from bitpolicy.policies.policy import Choice
 
 MANY = (

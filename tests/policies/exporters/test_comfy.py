@@ -12,8 +12,8 @@ from safetensors import safe_open
 from toy_readers import named
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.format import TensorSpec
-from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.kernels.formats.format import TensorSpec
+from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.exporters.comfy import Comfy
 from bitpolicy.policies.exporters.comfy_names import comfy_namer

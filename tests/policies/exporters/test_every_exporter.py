@@ -19,17 +19,17 @@ from safetensors import safe_open
 from toy_readers import READERS, Reading
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats import FP16, format_named
+from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import quantized, stored_weight
 from bitpolicy.policies.calibration import rounded_key
+from bitpolicy.policies.checkpoints.folder_parts import FolderParts
+from bitpolicy.policies.checkpoints.parts import Parts
 from bitpolicy.policies.exporters.export import Exported, export_to
 from bitpolicy.policies.exporters.exporter import Exporter, Layer
 from bitpolicy.policies.exporters.requantize import TargetError
 from bitpolicy.policies.exporters.targets import EXPORTERS, NAMES, exporter_named
-from bitpolicy.policies.folder_parts import FolderParts
-from bitpolicy.policies.parts import Parts
 from bitpolicy.policies.policy import Choice, Policy
 
 F16 = torch.float16

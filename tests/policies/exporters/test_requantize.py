@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.policies.exporters.exporter import Layer
 from bitpolicy.policies.exporters.requantize import TargetError, nearest, refuse, relative_error, requantized
 from bitpolicy.policies.exporters.targets import exporter_named

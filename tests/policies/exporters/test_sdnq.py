@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from bitpolicy.kernels.formats import format_named
+from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.policies.exporters.exporter import Layer
 from bitpolicy.policies.exporters.sdnq import Sdnq
 from bitpolicy.policies.exporters.sdnq_packing import codes_per_block, pack_blocks, packed_shape

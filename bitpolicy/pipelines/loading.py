@@ -1,0 +1,346 @@
+"""Get a pipeline: the bundled one, a local folder or a hub id; and its storage dtype."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.formats.format import TensorSpec
+from bitpolicy.kernels.layers import PackedLayer
+from bitpolicy.pipelines.hub import download
+from bitpolicy.pipelines.offload import stream_weights
+from bitpolicy.pipelines.single_file import SingleFile
+from bitpolicy.policies.apply import to_storage
+from bitpolicy.policies.checkpoints.folder_parts import FolderParts, has_names_of_models, is_streamable
+from bitpolicy.policies.checkpoints.manifest import verify
+from bitpolicy.policies.checkpoints.parts import MemoryParts, Parts, require_no_adapter
+from bitpolicy.policies.denoiser import ALL, DENOISERS, denoiser_names, denoiser_of, denoisers_in, studied
+from bitpolicy.policies.identity import configured, weights_hash
+from bitpolicy.policies.loading.denoiser_files import bounded
+from bitpolicy.policies.loading.named_classes import require_known_classes
+from bitpolicy.policies.loading.nothing_missing import nothing_missing
+from bitpolicy.policies.loading.packed_config import METHOD
+from bitpolicy.policies.storage.pipeline_files import PipelineFiles, read_json
+from bitpolicy.policies.storage.source import ModuleSource, Unchanged
+from bitpolicy.sensitivity.workers import device_of_this_process
+
+BUNDLED = "bitpolicy/emoji"
+BUNDLED_FOLDER = Path(__file__).parent / "models" / "emoji"
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def _floats(module: nn.Module) -> Iterator[torch.dtype]:
+    return (tensor.dtype for tensor in module.state_dict().values() if tensor.is_floating_point())
+
+
+@dataclass(frozen=True)
+class Source:
+    """A loaded, unquantized pipeline.
+
+    Attributes:
+        pipe: on its device, in the compute dtype; the values of what is studied are those of the storage dtype.
+        component: name of what is studied; several names are separated by commas.
+        storage: dtype of the checkpoint that will be exported.
+        id: hub id or folder, for the policy file.
+        revision: of a hub model.
+        files: the folder it was loaded from, if it was.
+        stamps: of these files before they were read.
+    """
+
+    pipe: DiffusionPipeline
+    component: str
+    storage: torch.dtype
+    id: str
+    revision: str | None = None
+    files: PipelineFiles | None = None
+    stamps: Mapping[Path, tuple[int, int]] | None = None
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return denoiser_of(self.pipe, self.component)
+
+    @property
+    def studied(self) -> str:
+        """What is studied, in words."""
+        return studied(self.pipe, self.component)
+
+    @cached_property
+    def parts(self) -> Parts:
+        """What is exported: the files that it was loaded from, where they can be streamed, else what is in memory."""
+        if self.files is not None and is_streamable(self.files.folder, self.component):
+            parts = FolderParts(self.files.folder, self.component, self.files.variant, self.stamps)
+            parts.sources = {
+                name: Unchanged(source, self.storage, ModuleSource(getattr(self.pipe, name)))
+                for name, source in parts.sources.items()
+            }
+            return parts
+        return MemoryParts(self.pipe, self.component)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Identity of what is studied: a hash of its weights in the storage dtype."""
+        return weights_hash(self.denoiser, self.storage)
+
+    @cached_property
+    def everything_sha256(self) -> str:
+        """Identity of the whole pipeline: text encoders, schedulers and configs have a say in what is drawn, too."""
+        digest = hashlib.sha256(self.sha256.encode())
+        for name, other in sorted(self.pipe.components.items()):
+            digest.update(json.dumps(configured(other), sort_keys=True, default=str).encode())
+            if isinstance(other, nn.Module) and name not in self.component.split(","):
+                digest.update(f"{name}{weights_hash(other, next(iter(_floats(other)), self.storage))}".encode())
+        return digest.hexdigest()
+
+
+def load_source(
+    model: str | None = None,
+    component: str | None = None,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    variant: str | None = None,
+    config: str | None = None,
+    offload: bool = False,
+    storage: torch.dtype | None = None,
+) -> Source:
+    """Load a diffusers pipeline for probing and search.
+
+    Args:
+        model: hub id, folder or .safetensors file; None is the bundled emoji pipeline.
+        component: what is studied, names separated by commas or "all"; None finds the denoiser.
+        config: folder or hub id with the configs of a file.
+        dtype: compute dtype; "auto" is float32 on the CPU and the storage dtype on CUDA.
+        device: "auto" is CUDA where there is one.
+        offload: keep the weights in main memory and stream them to the device.
+        storage: dtype that what is studied is rounded to; None is that of the files.
+
+    Raises:
+        BitPolicyError: there is no such folder, repository, component, dtype or device, or it is no diffusers pipeline.
+    """
+    target = device_named(device)
+    if dtype not in ("auto", *DTYPES):
+        raise BitPolicyError(f"unknown dtype {dtype!r}; write auto, {', '.join(DTYPES)}")
+    path = locate(model, revision, variant, config)
+    if path.is_file():
+        single = SingleFile.of(path, config, component)
+        storage, component, files, stamps = storage or dtype_of_file(single), single.component, None, None
+        pipe = single.open(storage)
+    else:
+        files = PipelineFiles(path, variant)
+        require_pipeline(path)
+        stamps = files.stamps()
+        storage = storage or storage_dtype(path, component, variant)
+        pipe = open_pipeline(path, storage, variant)
+    compute = DTYPES.get(dtype) or (torch.float32 if target.type == "cpu" else storage)
+    name = denoiser_names(pipe, component)
+    if any(getattr(denoiser, "hf_quantizer", None) is not None for denoiser in denoisers_in(denoiser_of(pipe, name))):
+        raise BitPolicyError(
+            f"{model}: its {name} is quantized already; give the full-precision pipeline it was made from"
+        )
+    to_storage(denoiser_of(pipe, name), storage)  # transformers keeps some weights in float32, whatever it is asked
+    pipe.to(compute) if offload else pipe.to(target, compute)
+    if offload:
+        stream_weights(pipe, name, target)
+    return Source(pipe, name, storage, model or BUNDLED, revision, files, stamps)
+
+
+def open_parts(
+    model: str | None,
+    component: str | None,
+    storage: torch.dtype,
+    revision: str | None = None,
+    variant: str | None = None,
+    config: str | None = None,
+) -> Parts:
+    """What is exported of a model, without loading it.
+
+    Args:
+        storage: dtype that the components of a single file are loaded in.
+
+    Raises:
+        BitPolicyError: as `load_source`; or its weights are pickles.
+    """
+    path = locate(model, revision, variant, config)
+    if path.is_file():
+        return SingleFile.of(path, config, component).parts(storage)
+    require_pipeline(path)
+    if component is not None and not has_names_of_models(path, component):
+        pipe = open_pipeline(path, torch.float32, variant)
+        return source_of(pipe, component, storage).parts
+    return FolderParts(path, component, variant)
+
+
+def source_of(pipe: DiffusionPipeline, component: str | None = None, storage: torch.dtype | None = None) -> Source:
+    """A pipeline that is in memory already. What is studied of it is rounded, in place, to the storage dtype.
+
+    Args:
+        storage: None is bfloat16 for a bfloat16 denoiser and float16 for any other.
+    """
+    require_no_adapter(pipe)
+    name = denoiser_names(pipe, component)
+    denoiser = denoiser_of(pipe, name)
+    if any(isinstance(module, PackedLayer) for module in denoiser.modules()):
+        raise BitPolicyError(f"the {name} is packed already; give the full-precision pipeline it was made from")
+    if storage is None:
+        storage = torch.bfloat16 if next(denoiser.parameters()).dtype == torch.bfloat16 else torch.float16
+    to_storage(denoiser, storage)
+    return Source(pipe, name, storage, str(pipe.config.get("_name_or_path") or type(pipe).__name__))
+
+
+def open_pipeline(
+    folder: Path, dtype: torch.dtype | None = None, variant: str | None = None, everything: bool = False
+) -> DiffusionPipeline:
+    """`DiffusionPipeline.from_pretrained` on a local folder, with errors a person can use.
+
+    Args:
+        everything: compare all of an exported folder with its manifest, large files too.
+
+    Raises:
+        BitPolicyError: it is no pipeline, its weights are pickles, a file is not as it was exported, or a model's files
+            lack tensors.
+    """
+    require_pipeline(folder)
+    verify(folder, everything)
+    require_known_classes(read_json(folder / "model_index.json"), folder / "model_index.json")
+    files = PipelineFiles(folder, variant)
+    for name in files.components:
+        files.weights(name)  # which refuses pickles
+    arguments: dict[str, Any] = {"variant": variant, "local_files_only": True, "use_safetensors": True}
+    if dtype is not None:
+        arguments["dtype"] = dtype
+    usual = torch.get_default_dtype()
+    try:
+        with bounded(), nothing_missing():
+            return DiffusionPipeline.from_pretrained(str(folder), **arguments)
+    except BitPolicyError:
+        raise
+    except Exception as error:  # whatever a folder makes it raise; tokenizers raises Exception itself
+        raise BitPolicyError(f"cannot load the pipeline in {folder}: {' '.join(str(error).split())}") from error
+    finally:
+        torch.set_default_dtype(usual)  # diffusers changes it, and leaves it so where a model cannot be made
+
+
+def require_pipeline(folder: Path) -> None:
+    """Raises:
+    BitPolicyError: the folder is no diffusers pipeline.
+    """
+    if (folder / "model_index.json").is_file():
+        return
+    empty = not folder.is_dir() or not any(folder.iterdir())
+    found = "it is empty or missing" if empty else "it has no model_index.json"
+    raise BitPolicyError(
+        f"{folder} is not a diffusers pipeline folder: {found}; give a folder that save_pretrained wrote, or a hub id"
+    )
+
+
+def storage_dtype(folder: Path, component: str | None = None, variant: str | None = None) -> torch.dtype:
+    """The dtype of most values in the safetensors files of the denoiser, or of the components named; float16 for
+    float32 files, and where there are none."""
+    files = PipelineFiles(folder, variant)
+    specs: list[TensorSpec] = []
+    for name in component.split(",") if component not in (None, ALL) else DENOISERS:
+        if files.has_weights(name):
+            specs += [spec for file in files.specs(name).values() for spec in file.values()]
+    return _commonest(specs)
+
+
+def dtype_of_file(single: SingleFile) -> torch.dtype:
+    """The same of a single file."""
+    return _commonest(single.denoiser()[1].specs.values())
+
+
+def _commonest(specs: Iterable[TensorSpec]) -> torch.dtype:
+    counts: Counter[torch.dtype] = Counter()
+    for spec in specs:
+        counts[spec.dtype] += prod(spec.shape)
+    common = counts.most_common(1)
+    return torch.bfloat16 if common and common[0][0] == torch.bfloat16 else torch.float16
+
+
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """The storage dtype that a packed denoiser's config records; None if nothing in the folder is packed.
+
+    Raises:
+        BitPolicyError: the config is none, or records no dtype.
+    """
+    for name in DENOISERS:
+        path = folder / name / "config.json"
+        if path.is_file():
+            recorded = _recorded(path).get("storage_dtype")
+            if recorded and recorded not in DTYPES:
+                raise BitPolicyError(f"{path}: storage_dtype is {recorded!r}, needed one of {', '.join(DTYPES)}")
+            return DTYPES[recorded] if recorded else None
+    return None
+
+
+def _recorded(config: Path) -> dict[str, Any]:
+    """The quantization_config in a config.json; empty without one."""
+    found = read_json(config).get("quantization_config") or {}
+    if not isinstance(found, dict):
+        raise BitPolicyError(f"{config}: quantization_config is {type(found).__name__}, needed a mapping")
+    return found
+
+
+def packed_components(folder: Path) -> str | None:
+    """The components of an exported pipeline that hold packed layers, separated by commas; None if there are none."""
+    found = [path.parent.name for path in sorted(folder.glob("*/config.json")) if _packs_layers(path)]
+    return ",".join(found) or None
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a pipeline's folder is one that a search or an export wrote, be there packed layers in it or none."""
+    return any(_recorded(path).get("quant_method") == METHOD for path in sorted(folder.glob("*/config.json")))
+
+
+def _packs_layers(config: Path) -> bool:
+    return bool(_recorded(config).get("layers"))
+
+
+def device_named(name: str) -> torch.device:
+    """The device that "auto", "cpu" or "cuda" means here.
+
+    Raises:
+        BitPolicyError: it is none of these, or there is none.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise BitPolicyError(f"unknown device {name!r}; write auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BitPolicyError("--device cuda was asked, but torch sees no CUDA device; use --device cpu or auto")
+    given = device_of_this_process() if name != "cpu" else None
+    if given is not None:
+        return given
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def locate(model: str | None, revision: str | None, variant: str | None, config: str | None = None) -> Path:
+    """The local folder or file of a model, downloaded if it is a hub id.
+
+    Raises:
+        BitPolicyError: there is none, or the hub does not give it.
+    """
+    if model is None or model == BUNDLED:
+        return BUNDLED_FOLDER
+    path = Path(model).expanduser()
+    if config is not None and not path.is_file():
+        raise BitPolicyError(f"--config goes with a single file, and --model {model} is none; leave it out")
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        if not path.exists():
+            raise BitPolicyError(
+                f"--model {model}: there is no such folder or file; give a pipeline folder, a .safetensors file or a "
+                "hub id like owner/name"
+            )
+        return path
+    return download(model, revision, variant)

@@ -1,0 +1,95 @@
+"""What a checkpoint was made from: the pipeline that its policy records, told by the hash of its weights."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitpolicy.kernels.errors import BitPolicyError, BitPolicyWarning
+from bitpolicy.pipelines.loading import Source, is_ours, load_source, locate, packed_components, require_pipeline
+from bitpolicy.policies.checkpoints.manifest import verify
+from bitpolicy.policies.identity import config_hash, weights_hash
+from bitpolicy.policies.policy import ModelReference, Policy
+
+
+def load_reference(
+    checkpoint: Path,
+    model: str | None = None,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    **computing: Any,
+) -> Source:
+    """Load the unquantized pipeline that a checkpoint is compared with.
+
+    Args:
+        checkpoint: the folder that a search or an export wrote.
+        model: hub id, folder or .safetensors file; None is the one that the checkpoint's policy.yaml records. One that
+            was named and has other weights is taken with a warning.
+        revision, variant: of the model; None is the revision that is recorded.
+        computing: dtype and device, as of `load_source`.
+
+    Raises:
+        BitPolicyError: the folder is no checkpoint of bitpolicy, or the pipeline that it was made from cannot be had or
+            has other weights than it had.
+    """
+    require_pipeline(checkpoint)
+    verify(checkpoint)
+    if not is_ours(checkpoint):
+        raise BitPolicyError(
+            f"{checkpoint} is a pipeline that bitpolicy did not pack; give the checkpoint that search-policy or "
+            "`bitpolicy export` wrote (a search's is OUTPUT_DIR/checkpoint)"
+        )
+    policy = Policy.load(checkpoint / "policy.yaml") if (checkpoint / "policy.yaml").is_file() else None
+    if policy is None:
+        if model is None:
+            raise BitPolicyError(
+                f"{checkpoint} has no policy.yaml, which says what it was made from; give that pipeline with --model"
+            )
+        return load_source(model, packed_components(checkpoint), revision=revision, variant=variant, **computing)
+    recorded = policy.model
+    if model is None:
+        revision = revision or recorded.revision
+        _require_there(checkpoint, recorded, revision, variant)
+    source = load_source(
+        model or recorded.id,
+        recorded.component,
+        revision=revision,
+        variant=variant,
+        storage=getattr(torch, policy.storage_dtype),
+        **computing,
+    )
+    _compare(checkpoint, source, recorded, named=model is not None)
+    return source
+
+
+def _require_there(checkpoint: Path, recorded: ModelReference, revision: str | None, variant: str | None) -> None:
+    try:
+        locate(recorded.id, revision, variant)
+    except BitPolicyError as error:
+        raise BitPolicyError(
+            f"{checkpoint} was made from {recorded.id}, which is not to be had here ({error}); give it with --model"
+        ) from error
+
+
+def _compare(checkpoint: Path, source: Source, recorded: ModelReference, named: bool) -> None:
+    """Raises:
+    BitPolicyError: weights or config are others than those that were packed, and nobody named the model.
+    """
+    for component, wanted in recorded.hashes.items():
+        model, config = getattr(source.pipe, component), recorded.configs[component]
+        both = [("", wanted, weights_hash(model, source.storage))]
+        both += [] if config is None else [("a config with ", config, config_hash(model))]
+        what, then, now = next((found for found in both if found[1] != found[2]), ("", "", ""))
+        if then == now:
+            continue
+        text = (
+            f"{checkpoint} was made from {recorded.id}, whose {component} had {what}sha256 {then[:12]}...; that of "
+            f"{source.id} has {now[:12]}..."
+        )
+        if not named:
+            raise BitPolicyError(f"{text}: it has changed since; give the pipeline as it was with --model")
+        warnings.warn(f"{text}: it is compared with another model than its own", BitPolicyWarning, stacklevel=2)

@@ -1,0 +1,153 @@
+"""compare.png: the reference above, the quantized pipeline below, the same prompts and seeds, PSNR under each pair.
+
+An image of any number of channels and any size fills a square cell. Of a video the cell has a few frames, of a sound
+its spectrogram, in dB below the loudest that the column has.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from math import ceil, sqrt
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from bitpolicy.policies.storage.atomic import written_aside
+
+_CELL, _GAP, _LEFT, _LINE = 160, 12, 96, 16  # pixels
+_THINNEST, _BETWEEN = 12, 2  # pixels: of an image that is much longer than wide, and between the tiles of a cell
+_INK, _PAPER = "#1f2328", "white"
+_FRAMES, _CHANNELS = 4, 9  # at most so many of a video and of an image of many channels
+_WINDOW, _RANGE = 1024, 80  # samples, dB
+_LONGEST = 1000  # characters of a prompt that are measured; the narrowest do not fill a cell sooner
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def save_comparison(
+    path: Path,
+    captions: Sequence[str],
+    rows: Sequence[tuple[str, Sequence[torch.Tensor]]],
+    psnr: Sequence[float | None],
+) -> None:
+    """Write the grid.
+
+    Args:
+        captions: one above each column, e.g. the prompt.
+        rows: (label, results); the first row is the reference. A result is an image, float (C, H, W) in [0, 1], a
+            video, (frames, C, H, W), or a sound, (samples) or (channels, samples).
+        psnr: dB under each column, None where the pair is identical.
+    """
+    font = ImageFont.load_default(size=13)
+    width = _LEFT + len(captions) * (_CELL + _GAP)
+    height = 2 * _LINE + _GAP + len(rows) * (_CELL + _GAP) + 2 * _LINE
+    sheet = Image.new("RGB", (width, height), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for row, (label, _) in enumerate(rows):
+        middle = 2 * _LINE + row * (_CELL + _GAP) + _CELL // 2
+        draw.text((_GAP, middle), label, _INK, font=font, anchor="lm")
+    for column, caption in enumerate(captions):
+        x = _LEFT + column * (_CELL + _GAP)
+        draw.text((x + _CELL // 2, _GAP), fitted(caption, font.getlength), _INK, font=font, anchor="mt")
+        below = "identical" if psnr[column] is None else f"{psnr[column]:.1f} dB"
+        draw.text((x + _CELL // 2, height - 2 * _LINE), below, _INK, font=font, anchor="mt")
+        for row, picture in enumerate(_pictures([results[column] for _, results in rows])):
+            y = 2 * _LINE + row * (_CELL + _GAP)
+            sheet.paste(picture, (x + (_CELL - picture.width) // 2, y + (_CELL - picture.height) // 2))
+    with written_aside(path) as aside:
+        sheet.save(aside, format="PNG")
+
+
+def _pictures(results: Sequence[torch.Tensor]) -> list[Image.Image]:
+    """One for each result of a column, RGB, at most as large as a cell."""
+    results = [torch.nan_to_num(result.detach().float().cpu()) for result in results]
+    if all(result.dim() < 3 for result in results):
+        return [_fitted_to(picture, _CELL) for picture in _spectrograms(results)]
+    return [_picture(result) for result in results]
+
+
+def _picture(result: torch.Tensor) -> Image.Image:
+    frames = result.flatten(0, -4) if result.dim() > 3 else result[None]
+    places = torch.linspace(0, len(frames) - 1, min(len(frames), _FRAMES)).round().int().tolist()
+    return _mosaic([tile for place in places for tile in _tiles(frames[place])])
+
+
+def _tiles(image: torch.Tensor) -> list[Image.Image]:
+    """An image (C, H, W) of up to four channels as one tile, of more as a grey one for each."""
+    if len(image) > 4:
+        return [_rgb(channel[None]) for channel in image[:_CHANNELS]]
+    return [_rgb(image)]
+
+
+def _rgb(image: torch.Tensor) -> Image.Image:
+    """One channel is grey, two are red and green, the fourth is opacity."""
+    channels, *size = image.shape
+    if channels == 1:
+        image = image.expand(3, *size)
+    elif channels == 2:
+        image = torch.cat([image, torch.zeros(1, *size)])
+    elif channels == 4:
+        opacity = image[3:].clamp(0, 1)
+        image = image[:3] * opacity + 1 - opacity
+    pixels = (image.permute(1, 2, 0).clamp(0, 1).numpy() * 255).round().astype(np.uint8)
+    return Image.fromarray(pixels)
+
+
+def _mosaic(tiles: Sequence[Image.Image]) -> Image.Image:
+    """Tiles of one size, side by side and below each other, in one cell."""
+    across = ceil(sqrt(len(tiles)))
+    side = (_CELL - (across - 1) * _BETWEEN) // across
+    fitted_tiles = [_fitted_to(tile, side) for tile in tiles]
+    width, height = fitted_tiles[0].size
+    down = ceil(len(tiles) / across)
+    sheet = Image.new("RGB", (across * (width + _BETWEEN) - _BETWEEN, down * (height + _BETWEEN) - _BETWEEN), _PAPER)
+    for place, tile in enumerate(fitted_tiles):
+        sheet.paste(tile, (place % across * (width + _BETWEEN), place // across * (height + _BETWEEN)))
+    return sheet
+
+
+def _fitted_to(picture: Image.Image, side: int) -> Image.Image:
+    """As large as a square of so many pixels holds; what would be too thin to be seen is stretched."""
+    scale = side / max(picture.size)
+    size = [max(round(length * scale), min(_THINNEST, side)) for length in picture.size]
+    smooth = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
+    return picture.resize((size[0], size[1]), smooth)
+
+
+def _spectrograms(sounds: Sequence[torch.Tensor]) -> list[Image.Image]:
+    """Time from left to right, frequency from below, channels mixed."""
+    levels = [_levels(sound) for sound in sounds]
+    loudest = max(float(level.max()) for level in levels)
+    colours = matplotlib.colormaps["magma"]
+    shades = [((level - loudest) / _RANGE + 1).clamp(0, 1).flip(0).numpy() for level in levels]
+    return [Image.fromarray((colours(shade)[..., :3] * 255).round().astype(np.uint8)) for shade in shades]
+
+
+def _levels(sound: torch.Tensor) -> torch.Tensor:
+    """dB of a sound's short-time spectrum, the mean power of its channels; shape (_CELL, _CELL)."""
+    channels = sound.reshape(-1, sound.shape[-1])
+    length = channels.shape[1]
+    window = min(_WINDOW, 2 ** max(4, length.bit_length() - 3))
+    padded = torch.nn.functional.pad(channels, (0, max(0, window - length)))
+    spectrum = torch.stft(padded, window, window // 4, window=torch.hann_window(window), return_complex=True)
+    power = spectrum.abs().square().mean(0)[None, None]
+    cell = torch.nn.functional.interpolate(power, (_CELL, _CELL), mode="area")[0, 0]
+    return 10 * torch.log10(cell + 1e-12)
+
+
+def fitted(text: str, length: Callable[[str], float]) -> str:
+    """As much of `text`, on one line, as fits above a cell, with an ellipsis where it was cut.
+
+    Args:
+        length: pixels that a line of text takes.
+    """
+    line = " ".join(text.split())
+    if len(line) <= _LONGEST and length(line) <= _CELL:
+        return line
+    line = line[:_LONGEST]
+    kept = bisect_right(range(1, len(line) + 1), False, key=lambda count: length(f"{line[:count]}…") > _CELL)
+    return f"{line[:kept].rstrip()}…"

@@ -1,0 +1,98 @@
+"""`frontier/`: the curve of bytes against error, as policies, a table and a picture, from one probe."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from bitpolicy.policies.accounting import ByteAccount
+from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.storage.atomic import write_text, written_aside
+from bitpolicy.report.drawing import picture
+from bitpolicy.search.problem import Problem
+
+
+@dataclass(frozen=True)
+class Point:
+    """One policy of the curve.
+
+    Attributes:
+        choices: layer name -> choice.
+        nbytes: tensor bytes of the denoiser's checkpoint.
+        error: predicted relative error of the final latents; None where the probe predicts none.
+        psnr_db: measured on the search samples; None where nothing was drawn.
+    """
+
+    choices: Mapping[str, Choice]
+    nbytes: int
+    error: float | None
+    psnr_db: float | None = None
+
+
+def points(problem: Problem, account: ByteAccount, count: int) -> list[Point]:
+    """`count` policies whose budgets are evenly spread from the smallest policy to FP16, without repeats.
+
+    Args:
+        account: of the checkpoint.
+    """
+    budgets = np.linspace(problem.smallest, problem.account.reference, count).astype(np.int64).tolist()
+    found: dict[int, Point] = {}
+    for solution in problem.frontier(budgets):
+        choices = problem.choices(solution)
+        formats = {name: choice.format for name, choice in choices.items()}
+        nbytes = account.total(formats)
+        found.setdefault(nbytes, Point(choices, nbytes, problem.table.additive_error(list(formats.values()))))
+    return [found[nbytes] for nbytes in sorted(found)]
+
+
+def file_name(point: Point, account: ByteAccount) -> str:
+    """Of the policy file: its share of FP16."""
+    return f"policy-{point.nbytes / account.reference:05.1%}.yaml".replace("%", "")
+
+
+def save_table(path: Path, curve: Sequence[Point], account: ByteAccount) -> None:
+    """One row a policy."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    names = list(dict.fromkeys(c.format.name for point in curve for c in point.choices.values()))
+    rows.writerow(["policy", "bytes", "share_of_fp16", "bits_a_parameter", "predicted_error", "psnr_db", *names])
+    for point in curve:
+        counts = [sum(c.format.name == name for c in point.choices.values()) for name in names]
+        measured = "" if point.psnr_db is None else f"{point.psnr_db:.3f}"
+        predicted = "" if point.error is None else f"{point.error:.6g}"
+        share, bits = point.nbytes / account.reference, 8 * point.nbytes / account.parameters
+        rows.writerow(
+            [file_name(point, account), point.nbytes, f"{share:.4f}", f"{bits:.3f}", predicted, measured, *counts]
+        )
+    write_text(path, text.getvalue())
+
+
+def save_picture(path: Path, curve: Sequence[Point], account: ByteAccount) -> None:
+    """Measured PSNR against bytes where there is one, else the predicted error."""
+    measured = any(point.psnr_db is not None for point in curve)
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        values = [point.psnr_db if measured else point.error for point in curve]
+        known = [(point.nbytes / 1e6, value) for point, value in zip(curve, values, strict=True) if value]
+        if known:
+            axes.plot(*zip(*known, strict=True), "o-", color="#0072B2")
+            axes.set_yscale("linear" if measured else "log")
+        else:
+            why = "the probe predicts no error of the image,\nand with 0 trials nothing was drawn"
+            axes.text(0.5, 0.5, why, ha="center", va="center", transform=axes.transAxes)
+        axes.set_ylabel("PSNR against FP16, dB" if measured else "predicted relative error of the latent")
+        axes.set_xlabel(f"denoiser, MB (FP16: {account.reference / 1e6:.4g} MB)")
+        axes.set_title("The best policy of every size, from one probe")
+        axes.grid(visible=True)
+        figure.tight_layout()
+
+    drawn = picture("frontier", "quality of the best policy of every size", draw, 7.0, 3.8)
+    with written_aside(path) as aside:
+        aside.write_bytes(drawn.png)

@@ -1,0 +1,280 @@
+"""How long a search will take, how much memory and how much disk, from a few measured steps.
+
+The time of a stage is the number of sampling steps it makes, times what such a step took a moment ago; the time of
+rounding is scaled up from a few layers by the work of `gptq`, K^3 + out K^2 for a weight of shape (out, K). The study
+stops losers early, so its time is a bound. Disk is exact, or a bound where the policy decides.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from bitpolicy.check import LAYERS, POLICIES
+from bitpolicy.kernels.layers import Quantizable, quantizable_layers
+from bitpolicy.kernels.quantizers.named import RTN, parse_quantizer
+from bitpolicy.policies.footprint import loaded_bytes
+from bitpolicy.policies.measured_compute import measured_compute
+from bitpolicy.search.target import MEASUREMENTS
+from bitpolicy.sensitivity.cost.forwards import BACKWARD
+from bitpolicy.sensitivity.cost.step_cost import Timing, peak_of_step, time_plain, time_probed
+from bitpolicy.sensitivity.probes.probe import HESSIAN_SAMPLES, SHARED, is_large
+from bitpolicy.sensitivity.probes.stepwise import StepwiseProbe
+from bitpolicy.sensitivity.rounding.candidates import Candidate, candidates
+from bitpolicy.sensitivity.rounding.hessians import Moments, hessian_shape
+from bitpolicy.sensitivity.rounding.rounding import announced, needs_gradients, needs_hessian, parts, rounded
+from bitpolicy.settings import Settings
+from bitpolicy.workflow.plan import Plan
+
+_FINALISTS = 4  # three of the study and the exact solution
+_TRIED = 3  # layers that are rounded to see how long it takes
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes held at once.
+
+    Attributes:
+        weights: of all models of the pipeline, as they lie in memory.
+        probe: beyond them, while the probe runs; while the reference runs where nothing is differentiated.
+        rounding: beyond them, while layers are rounded.
+    """
+
+    weights: int
+    probe: int
+    rounding: int
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes written to the output folder.
+
+    Attributes:
+        checkpoint: all components; at most, where the policy is not known yet.
+        work: rounded weights and records, which stay until the folder is removed.
+    """
+
+    checkpoint: int
+    work: int
+
+    @property
+    def total(self) -> int:
+        return self.checkpoint + self.work
+
+
+class Forecast:
+    """What one run will take.
+
+    Measuring draws a few steps of the reference and differentiates a few, and rounds a few layers, when it is asked;
+    nothing is written. Where the pipeline refuses the call, asking raises BitPolicyError.
+    """
+
+    def __init__(self, settings: Settings, plan: Plan) -> None:
+        self._settings, self._plan = settings, plan
+        self._layers = dict(quantizable_layers(plan.trajectories.denoiser))
+        self._quantizers = parse_quantizer(settings.quantizer)
+        self._candidates = candidates(plan.formats, self._quantizers)
+        self._large = is_large(plan.trajectories)
+        self._sample = plan.split.calibration[0]
+
+    @cached_property
+    def _alone(self) -> Timing:
+        return time_plain(self._plan.trajectories, [self._sample])
+
+    @cached_property
+    def _each(self) -> float:
+        """Seconds of one trajectory where several share a call."""
+        shared = next(self._plan.trajectories.parts(self._plan.split.calibration))
+        return time_plain(self._plan.trajectories, shared).trajectory / len(shared)
+
+    def of_search(self, evaluated: bool = True) -> dict[str, float]:
+        """Name of a stage's progress bar -> seconds, in the order of the run.
+
+        Args:
+            evaluated: whether the result is written, reloaded and compared on held-out samples in the end.
+        """
+        return _rounded([*self._decision(), *(self._evaluation() if evaluated and self._decides else ())])
+
+    def of_probe(self, split: bool = False, policies: int = 0) -> dict[str, float]:
+        """The same of `bitpolicy probe`.
+
+        Args:
+            split: whether errors are split into bias, scale error and noise.
+            policies: random policies to check the scores with; 0 checks nothing.
+        """
+        stages = _rounded(self._scores())
+        remeasuring = stages.pop("re-measuring", 0.0)
+        samples = len(self._plan.split.calibration)
+        if split:
+            shared = self._settings.shared + 1
+            stages[SHARED] = samples * self._sample_seconds("adjoint", shared)
+            stages["stepwise probe"] = samples * self._sample_seconds("stepwise", self._settings.vectors)
+        if policies:
+            stages[LAYERS] = (len(self._layers) * len(self._candidates) + 1) * samples * self._each
+            stages[POLICIES] = (policies + 2) * samples * self._each
+        return _rounded([*stages.items(), ("re-measuring", remeasuring)])
+
+    def _scores(self) -> Iterator[tuple[str, float]]:
+        settings, plan = self._settings, self._plan
+        yield "reference", len(plan.split.calibration) * self._each
+        yield "rounding", self._rounding()
+        yield from self._probe()
+        if settings.probe == "adjoint" and settings.budget is not None:
+            most = settings.remeasure + settings.remeasure_close
+            yield "re-measuring", most * len(plan.split.calibration) * self._each
+
+    @property
+    def _decides(self) -> bool:
+        """Whether a policy comes out, and not only the curve."""
+        settings = self._settings
+        return any(aim is not None for aim in (settings.budget, settings.target_psnr, settings.target_lpips))
+
+    def _decision(self) -> Iterator[tuple[str, float]]:
+        settings, plan = self._settings, self._plan
+        if settings.budget is not None and plan.fits_unquantized and not settings.frontier:
+            return
+        yield from self._scores()
+        if settings.frontier and settings.trials:
+            yield "frontier, real images", (settings.frontier + 1) * len(plan.split.search) * self._each
+        if settings.budget is not None and settings.trials:
+            trials = (settings.trials + 1) * len(plan.split.search) * self._each
+            yield "search trials", trials if settings.timeout is None else min(trials, settings.timeout)
+            yield "confirming on fresh seeds", (_FINALISTS + 1) * len(plan.split.confirm) * self._each
+        elif settings.budget is None and self._decides:
+            yield "policies measured", (MEASUREMENTS + 1) * len(plan.split.search) * self._each
+
+    def _evaluation(self) -> Iterator[tuple[str, float]]:
+        yield "writing the checkpoint", self._requantized(1)
+        for pipeline in ("reference", "checkpoint"):
+            yield f"held-out, {pipeline}", len(self._plan.split.held_out) * self._each
+
+    def _probe(self) -> Iterator[tuple[str, float]]:
+        settings, samples = self._settings, len(self._plan.split.calibration)
+        if settings.probe in ("adjoint", "stepwise"):
+            yield f"{settings.probe} probe", samples * self._sample_seconds(settings.probe, settings.vectors)
+        if settings.probe == "weight":
+            yield "weight probe", self._requantized(len(self._candidates))
+        if settings.probe == "ablation":
+            packed = sum(1 for format in self._plan.formats if format.packed)
+            biases = sum(1 + layer.has_bias for layer in self._plan.layers)
+            yield "ablation probe", (biases * packed + 1) * samples * self._each
+
+    def _sample_seconds(self, probe: str, vectors: int) -> float:
+        """Seconds that the adjoint or the stepwise probe takes for one sample."""
+        if probe == "stepwise":
+            return vectors * self._probed.trajectory
+        inside = self._alone.trajectory if self._large else 0.0
+        return self._alone.trajectory + vectors * (self._probed.trajectory + inside)
+
+    @cached_property
+    def _probed(self) -> Timing:
+        return time_probed(self._plan.trajectories, self._stepwise(), self._sample)
+
+    def _stepwise(self) -> StepwiseProbe:
+        """Scores of all candidates, rounded to nearest: `gptq`'s are read from files that are not there yet."""
+        compute = measured_compute(self._settings.compute)
+        alike = [Candidate(candidate.format) for candidate in self._candidates]
+        return StepwiseProbe(self._plan.trajectories, alike, {}, self._plan.source.storage, compute)
+
+    def _rounding(self) -> float:
+        """Seconds of the rounding pass: trajectories for Hessians, and the rounding of each layer."""
+        if self._quantizers == (RTN,):
+            return 0.0
+        seconds = 0.0
+        if needs_hessian(self._quantizers):
+            backward = BACKWARD + 1 + int(self._large) if needs_gradients(self._quantizers) else 0
+            trajectory = self._alone.trajectory * (1 + backward)
+            seconds = len(parts(self._layers, self._quantizers)) * self._hessian_samples * trajectory
+        ranked = sorted(self._layers.items(), key=lambda entry: _work(entry[1]))
+        tried = [ranked[len(ranked) * (2 * i + 1) // (2 * _TRIED)] for i in range(_TRIED)]
+        for i, (name, layer) in enumerate(tried):
+            alike = ranked[len(ranked) * i // _TRIED : len(ranked) * (i + 1) // _TRIED]
+            share = sum(max(_work(other), 1) for _, other in alike) / max(_work(layer), 1)
+            seconds += self._one_rounded(name, layer) * share
+        return seconds
+
+    def _requantized(self, formats: int) -> float:
+        """Seconds that rounding all weights to so many formats takes, to nearest, there and back."""
+        weights = sorted((layer.weight for layer in self._layers.values()), key=torch.numel)
+        weight = weights[len(weights) // 2].detach().to(self._plan.source.storage)
+        fitting = [format for format in self._plan.formats if format.packed and format.fits(weight.shape)]
+        if not fitting:
+            return 0.0
+        start = time.perf_counter()
+        for format in fitting:
+            format.dequantize(format.quantize(weight), weight.shape, torch.float32)
+        each = (time.perf_counter() - start) / len(fitting) / weight.numel()
+        return formats * each * sum(other.numel() for other in weights)
+
+    @property
+    def _hessian_samples(self) -> int:
+        return min(HESSIAN_SAMPLES, len(self._plan.split.calibration))
+
+    def _one_rounded(self, name: str, layer: Quantizable) -> float:
+        """Seconds that rounding this layer to every candidate takes."""
+        weight, moments = layer.weight.detach().to(self._plan.source.storage), None
+        if needs_hessian(self._quantizers):
+            moments = Moments.zeros(hessian_shape(layer), weight.device, needs_gradients(self._quantizers))
+            groups, _, k = hessian_shape(layer)
+            moments.add(torch.randn(2 * k, groups, weight[0].numel(), device=weight.device))
+        start = time.perf_counter()
+        for _ in rounded(name, weight, self._candidates, moments):
+            pass
+        return time.perf_counter() - start
+
+    def memory(self) -> Memory:
+        """The most bytes at once; it makes a step more, under torch's count of allocations."""
+        trajectories = self._plan.trajectories
+        if self._settings.probe in ("adjoint", "stepwise"):
+            probe = self._stepwise()
+            most = peak_of_step(trajectories, lambda: probe.first_steps(self._sample, 1))
+        else:
+            part = next(trajectories.parts(self._plan.split.calibration))
+            most = peak_of_step(trajectories, lambda: next(trajectories.latents(part)))
+        return Memory(loaded_bytes(trajectories.pipe), most, self._hessians())
+
+    def _hessians(self) -> int:
+        if self._quantizers == (RTN,) or not needs_hessian(self._quantizers):
+            return 0
+        sizes = {name: _hessian_bytes(layer) for name, layer in self._layers.items()}
+        of_each = 1 + int(needs_gradients(self._quantizers))
+        together = parts(self._layers, self._quantizers)
+        return of_each * max(sum(sizes[name] for name in part) for part in together)
+
+    def disk(self) -> Disk:
+        plan, storage = self._plan, self._plan.source.storage
+        others = sum(plan.source.parts.others(storage).values())
+        packed = min(plan.budget.nbytes, plan.account.reference) if self._settings.budget else plan.account.reference
+        kept = sum(
+            spec.nbytes
+            for name, layer in self._layers.items()
+            for spec in announced(name, layer.weight.shape, self._candidates, storage).values()
+        )
+        return Disk(packed + others, kept + self._records())
+
+    def _records(self) -> int:
+        """Bytes of the probe's records: mean inputs, float64, and weights' and biases' share of every sketch."""
+        samples, split = self._plan.split.calibration, self._plan.trajectories.parts(self._plan.split.calibration)
+        means = sum(1 for _ in split) * sum(8 * (layer.weight[0].numel() + 1) for layer in self._layers.values())
+        if self._settings.probe not in ("adjoint", "stepwise"):
+            return means
+        numbers = self._alone.steps * len(self._layers) * len(self._candidates)
+        return means + 2 * 4 * len(samples) * self._settings.vectors * numbers
+
+
+def _rounded(stages: Iterable[tuple[str, float]]) -> dict[str, float]:
+    return {name: round(seconds, 3) for name, seconds in stages if seconds > 0}
+
+
+def _work(layer: Quantizable) -> int:
+    groups, blocks, k = hessian_shape(layer)
+    return groups * blocks * k**2 * (k + layer.weight.shape[0] // groups)
+
+
+def _hessian_bytes(layer: Quantizable) -> int:
+    groups, blocks, k = hessian_shape(layer)
+    return 4 * groups * blocks * k**2

@@ -1,0 +1,319 @@
+"""What a run is going to do: the loaded pipeline, its layers, bytes and samples, checked before work begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.formats.format import Format
+from bitpolicy.kernels.formats.named import FP8, parse_formats
+from bitpolicy.kernels.kernel import Compute
+from bitpolicy.kernels.quantizers.named import parse_quantizer
+from bitpolicy.pipelines.loading import BUNDLED, Source, load_source
+from bitpolicy.pipelines.prompting import Split, default_requests, split
+from bitpolicy.policies.accounting import ByteAccount
+from bitpolicy.policies.calibration import Calibration
+from bitpolicy.policies.checkpoints.model_card import Card
+from bitpolicy.policies.denoiser import denoisers_in, of_component
+from bitpolicy.policies.exporters.targets import exporter_named
+from bitpolicy.policies.measured_compute import measured_compute
+from bitpolicy.search.budget import SCOPES, Budget, Scope, read
+from bitpolicy.search.constraints import not_held, pinned, shared_qkv
+from bitpolicy.search.problem import Problem
+from bitpolicy.sensitivity.calls.signature import STEPS, Signature
+from bitpolicy.sensitivity.cost.peak_memory import observe
+from bitpolicy.sensitivity.cost.progress import Stages
+from bitpolicy.sensitivity.inventory import Layer, inventory, warn_of_unsupported
+from bitpolicy.sensitivity.probes.probe import ProbeRun, ProbeSettings
+from bitpolicy.sensitivity.rounding.candidates import useful_formats
+from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.table import SensitivityTable
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
+from bitpolicy.sensitivity.workers import is_main
+from bitpolicy.settings import Settings
+
+BUNDLED_CALL = {"num_inference_steps": 20, "guidance_scale": 3.0}
+DEFAULT_STEPS = 20  # where the pipeline is not the bundled one and no number is given
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is going to do, known before any image is made.
+
+    Attributes:
+        source: the loaded pipeline.
+        layers: of what is studied, its denoiser or several components.
+        formats: the candidates.
+        account: exact bytes of what is studied, as exported.
+        budget: in bytes; all there is where none was asked for.
+        split: the samples of each part.
+        trajectories: the pipeline with its call arguments.
+        pinned: layer name -> the one format it may have.
+        tied: groups of layers that share a format.
+        asked: names of the formats that every layer may have; the others are only for layers that are pinned to them.
+        barred: (layer name, format) that the program it is exported to cannot hold.
+        bundled: whether it is the pipeline that comes with the package.
+        target: the program that it is exported to, if it is another.
+    """
+
+    source: Source
+    layers: list[Layer]
+    formats: tuple[Format, ...]
+    account: ByteAccount
+    budget: Budget
+    split: Split
+    trajectories: Trajectories
+    pinned: Mapping[str, Format] = field(default_factory=dict)
+    tied: Sequence[Sequence[str]] = ()
+    asked: frozenset[str] = frozenset()
+    barred: frozenset[tuple[str, Format]] = frozenset()
+    bundled: bool = False
+    target: str | None = None
+
+    @property
+    def model(self) -> str:
+        """A name for people."""
+        return f"{class_name(self.source.denoiser).replace(',', ', ')} of {self.source.id}"
+
+    @property
+    def card(self) -> Card:
+        """What the model card of an export says of the layers."""
+        return Card(roles={layer.name: layer.role for layer in self.layers})
+
+    def probe(self, settings: Settings, folder: Path, stages: Stages) -> ProbeRun:
+        """A probe over the calibration samples; `folder` keeps its records. A call argument that changes nothing is
+        told on stderr.
+
+        Raises:
+            BitPolicyError: the pipeline refuses the call.
+        """
+        if is_main():
+            warn_of_idle_arguments(self.trajectories, self.split.calibration[0], dict(settings.call), stages)
+        how = (parse_quantizer(settings.quantizer), measured_compute(settings.compute))
+        wanted = ProbeSettings(settings.probe, self.split.calibration, settings.vectors, settings.shared, *how)
+        weights, storage = self.source.everything_sha256, self.source.storage
+        return ProbeRun(self.trajectories, self.layers, self.formats, storage, weights, wanted, folder, stages)
+
+    def never_called(self, table: SensitivityTable, calibration: Calibration) -> list[str]:
+        """Layers outside the loop, and all of a component, that no calibration sample calls: the encoder of an
+        autoencoder that only decodes. Their scores say nothing."""
+        outside = self.trajectories.outside_layers
+        silent = {
+            name
+            for name, errors in zip(table.layers, table.error, strict=True)
+            if name not in calibration and (table.probe == "weight" or not errors.any())
+        }
+        names = self.source.component.split(",")
+        parts = [of_component(dict.fromkeys(table.layers), name, names) for name in names]
+        whole = [
+            f"{name}.{layer}" if len(names) > 1 else layer
+            for name, part in zip(names, parts, strict=True)
+            for layer in part
+            if all((f"{name}.{other}" if len(names) > 1 else other) in silent for other in part)
+        ]
+        return [name for name in table.layers if name in silent and (name in outside or name in whole)]
+
+    def problem(self, table: SensitivityTable, never_called: Iterable[str] = ()) -> Problem:
+        """What the search decides, given the scores.
+
+        Args:
+            never_called: layers that stay FP16 if they are not pinned to another format.
+        """
+        scope = self.budget.scope
+        extra = {f for f in self.pinned.values() if f.name not in self.asked and f.packed}
+        kept_alone = {(x.name, f) for x in self.layers for f in extra if self.pinned.get(x.name) != f}
+        unknown = {(name, f) for name in never_called if name not in self.pinned for f in self.formats if f.packed}
+        return Problem(
+            self.layers,
+            self.formats,
+            table,
+            scope.account,
+            self.budget.nbytes,
+            pinned=self.pinned,
+            tied=self.tied,
+            barred=scope.barred | kept_alone | unknown | self.barred,
+        )
+
+    @property
+    def smallest(self) -> int:
+        """Bytes of the smallest policy that is allowed, as the budget's scope counts what is studied."""
+        packed = [format for format in self.formats if format.packed]
+        zeros = torch.zeros(len(self.layers), len(packed))
+        names = tuple(layer.name for layer in self.layers)
+        return self.problem(SensitivityTable("weight", names, tuple(packed), zeros, zeros.bool())).smallest
+
+    def require_budget(self, smallest: int) -> None:
+        """Check the budget against the size of the smallest policy that is allowed.
+
+        Raises:
+            BudgetError: it is below that.
+        """
+        names = [format.name for format in self.formats]
+        if self.target is None:
+            self.budget.require(smallest, names)
+            return
+        packed = [format for format in self.formats if format.packed]
+        unpacked = sum(all((layer.name, format) in self.barred for format in packed) for layer in self.layers)
+        self.budget.require(smallest, names, exporter_named(self.target).title, unpacked)
+
+    @property
+    def fits_unquantized(self) -> bool:
+        return self.budget.total >= self.budget.scope.reference and not self.pinned
+
+
+def make_plan(settings: Settings, source: Source | None = None) -> Plan:
+    """Load the pipeline and check everything that can be checked before work begins.
+
+    Raises:
+        BitPolicyError: any part of `settings` is wrong, or the budget is below the smallest policy.
+    """
+    asked = _require_sound(settings)
+    bundled = source is None and settings.model in (None, BUNDLED)
+    if source is None:
+        source = load_source(
+            settings.model,
+            settings.component,
+            dtype=settings.dtype,
+            device=settings.device,
+            revision=settings.revision,
+            variant=settings.variant,
+            config=settings.config,
+            offload=settings.offload,
+        )
+    layers = inventory(source.denoiser)
+    warn_of_unsupported(source.denoiser)
+    useful = useful_formats(source.denoiser, parse_formats(settings.formats), source.storage)
+    kept = pinned(settings.keep, layers)
+    formats = (*dict.fromkeys(f for f in kept.values() if f not in useful), *useful)
+    _require_formats_of(measured_compute(settings.compute), formats)
+    call = {**default_call(source.pipe, bundled), **dict(settings.call)}
+    trajectories = Trajectories(source.pipe, source.component, call)
+    if trajectories.outside and settings.probe == "stepwise":
+        raise BitPolicyError(
+            f"the stepwise probe differentiates denoisers alone; for {', '.join(trajectories.outside)} take "
+            "--probe adjoint or --probe ablation"
+        )
+    requests = list(settings.prompts) if settings.prompts else default_requests(source.pipe, bundled)
+    sizes = (settings.calibration_samples, settings.search_samples, settings.confirm_samples, settings.held_out_samples)
+    parts = split(requests, settings.seed, *sizes)
+    _require_steps(trajectories, trajectories.call)
+    for request in requests:
+        arguments = Sample.of(request, 0).arguments
+        trajectories.require(arguments)
+        _require_steps(trajectories, arguments)
+    account = ByteAccount.of(source.denoiser, source.storage)
+    scope = _scope(settings, source, account, trajectories, parts.calibration[0], formats)
+    tied = shared_qkv(layers) if settings.share_qkv else []
+    budget = Budget.parse(asked, scope)
+    barred = not_held(settings.target, layers, formats, kept) if settings.target else frozenset()
+    asked_for = frozenset(format.name for format in useful)
+    rest = (kept, tied, asked_for, barred, bundled, settings.target)
+    plan = Plan(source, layers, formats, account, budget, parts, trajectories, *rest)
+    plan.require_budget(plan.smallest)
+    return plan
+
+
+def _require_sound(settings: Settings) -> str:
+    """Tell mistakes before a model is loaded; returns the budget, all there is where none was asked for."""
+    parse_formats(settings.formats)
+    if settings.target is not None:
+        exporter_named(settings.target)
+    asked = "100%" if settings.budget is None else settings.budget
+    read(asked)
+    ProbeSettings(settings.probe, (Sample("", 0),), quantizers=parse_quantizer(settings.quantizer))
+    compute = measured_compute(settings.compute)
+    if settings.scope not in SCOPES:
+        raise BitPolicyError(f"unknown scope {settings.scope!r}; write any of {', '.join(SCOPES)}")
+    if settings.scope == "peak" and settings.offload:
+        raise BitPolicyError("--scope peak is of a model that lies on its device as a whole; leave --offload out")
+    if settings.scope == "peak" and compute is not Compute.EXACT:
+        raise BitPolicyError(
+            f"--scope peak counts what exact compute holds, and {compute} keeps weights in layouts of its own; take "
+            "--scope weights, or --compute exact"
+        )
+    if settings.scope != "peak" and (settings.height or settings.width or settings.batch_size != 1):
+        raise BitPolicyError("--height, --width and --batch-size say what a peak is of; add --scope peak")
+    return asked
+
+
+def _require_steps(trajectories: Trajectories, call: Mapping[str, Any]) -> None:
+    """Raises:
+    BitPolicyError: more sampling steps than the noise schedule has.
+    """
+    steps, trained = call.get("num_inference_steps"), trajectories.pipe.scheduler.config.get("num_train_timesteps")
+    if isinstance(steps, int) and isinstance(trained, int) and steps > trained:
+        raise BitPolicyError(
+            f"num_inference_steps is {steps:,}; the pipeline's {type(trajectories.pipe.scheduler).__name__} has "
+            f"{trained:,} timesteps, give at most as many"
+        )
+
+
+def _require_formats_of(compute: Compute, formats: Sequence[Format]) -> None:
+    """Raises:
+    BitPolicyError: no candidate would ever be multiplied so.
+    """
+    if compute is Compute.FP8 and FP8 not in formats:
+        names = ", ".join(format.name for format in formats)
+        raise BitPolicyError(
+            f"--compute fp8 rounds the inputs of layers in fp8, and the candidates are {names}; add fp8 to --formats, "
+            "or take --compute exact"
+        )
+
+
+def _scope(
+    settings: Settings,
+    source: Source,
+    account: ByteAccount,
+    trajectories: Trajectories,
+    sample: Sample,
+    formats: Sequence[Format],
+) -> Scope:
+    """What the budget covers; a peak takes one observed call."""
+    if settings.scope == "weights":
+        return Scope.of_weights(account, source.studied)
+    if settings.scope == "pipeline":
+        return Scope.of_pipeline(account, sum(source.parts.others(source.storage).values()), source.studied)
+    size = {name: value for name in ("height", "width") if (value := getattr(settings, name)) is not None}
+    call = {**trajectories.call, **size}
+    peak = observe(source.pipe, source.component, call, sample, formats, settings.batch_size)
+    return Scope.of_peak(peak, formats, source.studied)
+
+
+def warn_of_idle_arguments(
+    trajectories: Trajectories, sample: Sample, given: Mapping[str, Any], stages: Stages
+) -> None:
+    """Say on stderr which arguments, but for the usual ones, change nothing; without others it takes no run."""
+    names = [name for name in given if name not in BUNDLED_CALL]
+    for name in trajectories.without_effect(sample, names) if names else ():
+        stages.warn(
+            f"the call argument {name}={given[name]} changes nothing: the images are the same without it; some "
+            "arguments count only together, such as height and width"
+        )
+
+
+def class_name(denoiser: nn.Module) -> str:
+    """Of what is studied, or of each of several components."""
+    return ",".join(dict.fromkeys(type(part).__name__ for part in denoisers_in(denoiser)))
+
+
+def default_call(pipe: DiffusionPipeline, bundled: bool) -> dict[str, Any]:
+    """Arguments of the pipeline call where none are given: 20 steps, or fewer where the pipeline takes fewer by itself,
+    as consistency models do."""
+    if bundled:
+        return dict(BUNDLED_CALL)
+    signature = Signature.of(pipe)
+    own = signature.defaults.get(STEPS)
+    steps = min(own, DEFAULT_STEPS) if isinstance(own, int) else DEFAULT_STEPS
+    return {STEPS: steps} if STEPS in signature else {}
+
+
+def short_call(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """Arguments of a call that only shows which layers are called, and how."""
+    return {STEPS: 2} if STEPS in Signature.of(pipe) else {}

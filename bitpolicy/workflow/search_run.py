@@ -1,0 +1,352 @@
+"""The whole road: load, probe, search, export, reload from disk, compare.
+
+Each stage goes on where a killed run stopped.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitpolicy.kernels.compute.setting import set_compute
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.formats.named import FP16
+from bitpolicy.kernels.kernel import Compute
+from bitpolicy.kernels.layers import packed_layers
+from bitpolicy.pipelines.loading import Source, open_pipeline
+from bitpolicy.policies.calibration import Calibration, calibration_hash, needed_for, save_calibration, stamped
+from bitpolicy.policies.checkpoints.checkpoint import checkpoint_bytes
+from bitpolicy.policies.checkpoints.pipeline import describe_checkpoint, export_parts
+from bitpolicy.policies.denoiser import denoisers_in
+from bitpolicy.policies.identity import config_hash, configured
+from bitpolicy.policies.measured_compute import measured_compute
+from bitpolicy.policies.policy import BudgetRecord, Choice, ModelReference, Policy, Result
+from bitpolicy.search.budget import BudgetError
+from bitpolicy.search.closeness import beyond_first_order, close_choices
+from bitpolicy.search.generation import Generations
+from bitpolicy.search.problem import Problem
+from bitpolicy.search.quality.metrics import Comparison, measure
+from bitpolicy.search.quality.psnr import Psnr, Unavailable
+from bitpolicy.sensitivity.cost.progress import Stages
+from bitpolicy.sensitivity.inventory import Layer
+from bitpolicy.sensitivity.table import SensitivityTable
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
+from bitpolicy.settings import OutputFolder, Settings
+from bitpolicy.workflow.compare import save_comparison
+from bitpolicy.workflow.curve import Point, file_name, points, save_picture, save_table
+from bitpolicy.workflow.decision import in_words, mean_db, networks_of, reaching_target, within_budget
+from bitpolicy.workflow.plan import Plan
+
+_PICTURES = 8  # columns of compare.png
+_QUALITY = ("ssim", "lpips", "fid")  # of the held-out images, beside PSNR, where their networks are here
+
+
+class SearchRun:
+    """One search in one output folder.
+
+    Attributes:
+        calibration: once `decide` has run, what exporting its policy takes.
+        points: once `decide` has run, the curve if it was asked for.
+    """
+
+    def __init__(self, settings: Settings, plan: Plan, folder: Path, stages: Stages) -> None:
+        self._settings, self._plan, self._folder, self._stages = settings, plan, folder, stages
+        self._rounded: Calibration = {}  # of every candidate
+        self._never_called = 0  # layers that stay FP16 for it
+        self.calibration: dict[str, torch.Tensor] = {}
+        self.points: list[Point] = []
+
+    def decide(self) -> Policy | None:
+        """Probe and search; writes the sensitivity table, the calibration, the journal, frontier/ and policy.yaml.
+
+        Returns:
+            None where only the curve was asked for.
+        """
+        settings, plan = self._settings, self._plan
+        if settings.budget is not None and plan.fits_unquantized and not settings.frontier:
+            choices = {layer.name: Choice(FP16) for layer in plan.layers}
+            about: dict[str, Any] = {"search": "the budget holds all of it unquantized"}
+            return self._saved(self._policy(choices, 0.0, about, {}))
+        problem = self._probed()
+        compute = measured_compute(settings.compute)
+        generations = Generations(plan.trajectories, self._rounded, plan.source.storage, compute)
+        if settings.frontier:
+            self._write_curve(problem, generations)
+        if settings.budget is None and settings.target_psnr is None and settings.target_lpips is None:
+            return None
+        with self._stages.timed("search"):
+            if settings.budget is None:
+                found = reaching_target(settings, plan, problem, generations, self._stages)
+            else:
+                found = within_budget(settings, plan, problem, generations, self._folder, self._stages)
+        self.calibration = stamped(needed_for(found.choices, self._rounded), plan.source.sha256)
+        save_calibration(self.calibration, self._folder / "calibration.safetensors")
+        formats = [found.choices[layer.name].format for layer in plan.layers]
+        about = {"probe": self._about_probe(problem), "search": found.about}
+        predicted = problem.table.additive_error(formats)
+        return self._saved(self._policy(found.choices, predicted, about, self.calibration))
+
+    def _saved(self, policy: Policy) -> Policy:
+        policy.save(self._folder / "policy.yaml")
+        return policy
+
+    def _about_probe(self, problem: Problem) -> dict[str, Any]:
+        table = problem.table
+        return {
+            "name": table.probe,
+            "samples": len(self._plan.split.calibration),
+            "vectors": self._settings.vectors,
+            "quantizer": self._settings.quantizer,
+            "measured": 0 if table.measured is None else int(table.measured.sum()),
+            **({"never_called": self._never_called} if self._never_called else {}),
+        }
+
+    def _probed(self) -> Problem:
+        """Scores, with those measured that decide the solution."""
+        plan = self._plan
+        run = plan.probe(self._settings, self._folder / "work", self._stages)
+        reference = run.reference()
+        self._rounded = reference.calibration
+        problem = self._posed(run.table(reference))
+        if problem.table.probe == "adjoint" and self._settings.budget is not None:
+            for find, most in (
+                (beyond_first_order, self._settings.remeasure),
+                (close_choices, self._settings.remeasure_close),
+            ):
+                left = most
+                while places := find(problem, problem.solve(), left):
+                    problem = replace(problem, table=run.remeasured(problem.table, reference, places))
+                    left -= len(places)
+        problem.table.save(self._folder, plan.layers, plan.account, plan.model)
+        return problem
+
+    def _posed(self, table: SensitivityTable) -> Problem:
+        """The problem, in which layers that no sample calls stay FP16.
+
+        Raises:
+            BudgetError: they leave no policy that fits.
+        """
+        plan = self._plan
+        never = [name for name in plan.never_called(table, self._rounded) if name not in plan.pinned]
+        self._never_called = len(never)
+        problem = plan.problem(table, never)
+        if not never:
+            return problem
+        said = (
+            f"no calibration sample calls {len(never)} layers, e.g. {never[0]}: what quantizing them does is not "
+            "known, and they stay FP16; --keep 'GLOB=FORMAT' gives them another format"
+        )
+        try:
+            plan.require_budget(problem.smallest)
+        except BudgetError as error:
+            raise BudgetError(f"{error}; {said}") from error
+        self._stages.warn(said)
+        return problem
+
+    def _write_curve(self, problem: Problem, generations: Generations) -> None:
+        """frontier/: policies of all sizes with one calibration, a table and a picture; trials=0 draws no images."""
+        plan, folder = self._plan, self._folder / "frontier"
+        found = points(problem, plan.account, self._settings.frontier)
+        with self._stages.timed("frontier"):
+            if self._settings.trials:
+                tracked = self._stages.track(found, "frontier, real images")
+                found = [replace(p, psnr_db=mean_db(generations, p.choices, plan.split.search)) for p in tracked]
+            shared: dict[str, torch.Tensor] = {}
+            for point in found:
+                shared |= needed_for(point.choices, self._rounded)
+            shared = stamped(shared, plan.source.sha256)
+            save_calibration(shared, folder / "calibration.safetensors")
+            for point in found:
+                about = {"probe": self._about_probe(problem), "search": {"won": "the exact solution"}}
+                policy = self._policy(point.choices, point.error, about, shared)
+                own = BudgetRecord(asked=f"{point.nbytes}B", bytes=point.nbytes)
+                policy.model_copy(update={"budget": own}).save(folder / file_name(point, plan.account))
+            save_table(folder / "frontier.csv", found, plan.account)
+            save_picture(folder / "frontier.png", found, plan.account)
+        self.points = found
+
+    def _policy(
+        self,
+        choices: Mapping[str, Choice],
+        predicted: float | None,
+        provenance: dict[str, Any],
+        calibration: Calibration,
+    ) -> Policy:
+        plan, source = self._plan, self._plan.source
+        nbytes = plan.account.total({name: choice.format for name, choice in choices.items()})
+        versions = {name: version(name) for name in ("bitpolicy", "torch", "diffusers", "optuna")}
+        calibrated = any(choice.needs_calibration for choice in choices.values())
+        return Policy.of(
+            choices,
+            model=ModelReference.model_validate(
+                {
+                    "id": source.id,
+                    "revision": source.revision,
+                    "component": source.component,
+                    "class": ",".join(type(part).__name__ for part in denoisers_in(source.denoiser)),
+                    "sha256": source.sha256,
+                    "config": config_hash(source.denoiser),
+                }
+            ),
+            budget=self._budget_record(nbytes),
+            storage_dtype=str(source.storage).removeprefix("torch."),
+            compute=measured_compute(self._settings.compute).value,
+            result=Result(
+                policy_bytes=nbytes, predicted_error=None if predicted is None else float(f"{predicted:.6g}")
+            ),
+            provenance={
+                **versions,
+                "call": {k: v for k, v in plan.trajectories.call.items() if isinstance(v, str | int | float | bool)},
+                "seed": self._settings.seed,
+                **provenance,
+                **({"calibration": calibration_hash(calibration)} if calibrated else {}),
+            },
+        )
+
+    def _budget_record(self, nbytes: int) -> BudgetRecord:
+        """The budget; where a quality was asked for, the bytes that it took."""
+        settings = self._settings
+        if settings.target_psnr is not None:
+            return BudgetRecord(asked=f"{settings.target_psnr:g} dB", bytes=nbytes)
+        if settings.target_lpips is not None:
+            return BudgetRecord(asked=f"LPIPS {settings.target_lpips:g}", bytes=nbytes)
+        return self._plan.budget.record
+
+    def export(self, policy: Policy) -> int:
+        """Write checkpoint/; returns the tensor bytes of what is packed, as found on disk."""
+        source = self._plan.source
+        with self._stages.timed("export"):
+            folder = self._folder / "checkpoint"
+            with self._stages.bar(1, "writing the checkpoint") as advance:
+                export_parts(source.parts, policy, self.calibration, folder, card=self._plan.card)
+                advance()
+            return sum(checkpoint_bytes(folder / name) for name in source.component.split(","))
+
+    def evaluate(self, policy: Policy) -> tuple[Policy, Psnr, dict[str, Any]]:
+        """Reload the checkpoint, compare on held-out samples, write compare.png and the measured PSNR into the policy.
+
+        Returns:
+            The policy, the PSNR, and what else of the quality can be measured here, as JSON.
+        """
+        plan, source = self._plan, self._plan.source
+        samples = plan.split.held_out
+        with self._stages.timed("evaluate"):
+            before = list(plan.trajectories.images(self._stages.track(samples, "held-out, reference")))
+            with swapped_components(source, self._folder / "checkpoint"):
+                reloaded = Trajectories(source.pipe, source.component, plan.trajectories.call)
+                after = list(reloaded.images(self._stages.track(samples, "held-out, checkpoint")))
+            (reference, latents), (images, found) = zip(*before, strict=True), zip(*after, strict=True)
+            psnr = Psnr.of(reference, images)
+            label = f"{policy.result.policy_bytes / 1e6:.3g} MB" if policy.result else "quantized"
+            rows = [(f"{plan.account.reference / 1e6:.3g} MB", reference[:_PICTURES]), (label, images[:_PICTURES])]
+            captions = [sample.prompt for sample in samples[:_PICTURES]]
+            save_comparison(self._folder / "compare.png", captions, rows, psnr.per_image)
+            measured = measure(
+                _QUALITY, Comparison(reference, images, (latents, found)), networks_of(self._settings, plan)
+            )
+        quality = {name: result.as_dict() for name, result in measured.items() if not isinstance(result, Unavailable)}
+        return self._with_quality(policy, psnr), psnr, quality
+
+    def _with_quality(self, policy: Policy, psnr: Psnr) -> Policy:
+        assert policy.result is not None
+        result = policy.result.model_copy(update={"psnr_db": None if psnr.mean is None else round(psnr.mean, 2)})
+        policy = policy.model_copy(update={"result": result})
+        policy.save(self._folder / "policy.yaml")
+        describe_checkpoint(self._folder / "checkpoint", policy, self._plan.source.denoiser, self._plan.card)
+        return policy
+
+
+@contextmanager
+def swapped_components(source: Source, checkpoint: Path, compute: Compute | None = None) -> Iterator[Compute]:
+    """While the block runs, the source pipeline draws with the checkpoint's components, read from disk and compared
+    with its manifest; of those that are equal it keeps its own.
+
+    Args:
+        compute: of the packed layers; None is what the checkpoint records. The block is told.
+
+    Raises:
+        BitPolicyError: a file of the checkpoint is not as it was written, or no layer rounds what that compute rounds.
+    """
+    dtype = next(source.denoiser.parameters()).dtype
+    reloaded = open_pipeline(checkpoint, dtype, everything=True)
+    if compute is not None and not set_compute(reloaded, compute) and compute is not Compute.EXACT:
+        raise BitPolicyError(
+            f"no layer of {checkpoint} would be multiplied differently under compute {compute}; fp8 is for layers in "
+            "fp8, and int8 for those of 32 weights a row or more"
+        )
+    packed = (layer for name in source.component.split(",") for _, layer in packed_layers(getattr(reloaded, name)))
+    used = next((layer.compute for layer in packed), Compute.EXACT)
+    device, originals = source.pipe._execution_device, {}
+    try:
+        for name, own in reloaded.components.items():
+            original = getattr(source.pipe, name)
+            if not _equal(own, original):
+                originals[name] = original
+                setattr(source.pipe, name, own.to(device) if isinstance(own, nn.Module) else own)
+        del reloaded, own
+        yield used
+    finally:
+        for name, original in originals.items():
+            setattr(source.pipe, name, original)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two parts of pipelines do the same."""
+    if configured(one) != configured(other):
+        return False
+    if not isinstance(one, nn.Module):
+        return True
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(t.to(theirs[n].device), theirs[n]) for n, t in ours.items())
+
+
+def run_search(settings: Settings, plan: Plan, output: OutputFolder, stages: Stages) -> dict[str, Any]:
+    """Do everything that is not done yet; returns what `--json` prints."""
+    run = SearchRun(settings, plan, output.path, stages)
+    policy = run.decide()
+    sizes = {"budget_bytes": plan.budget.total, "reference_bytes": plan.budget.scope.reference}
+    curve = {"frontier": [[point.nbytes, point.error, point.psnr_db] for point in run.points]} if run.points else {}
+    if policy is None:
+        result = {**sizes, **curve, "seconds": stages.seconds, "output_dir": str(output.path)}
+        output.finish(result)
+        return result
+    nbytes = run.export(policy)
+    policy, psnr, quality = run.evaluate(policy)
+    assert policy.result is not None
+    choices = policy.resolve(layer.name for layer in plan.layers)
+    counts = Counter(choice.format.name for choice in choices.values())
+    result = {
+        **({} if settings.budget or policy.budget is None else {"target": policy.budget.asked}),
+        "budget_bytes": plan.budget.total if settings.budget else policy.result.policy_bytes,
+        "policy_bytes": policy.result.policy_bytes,
+        "checkpoint_bytes": nbytes,
+        "reference_bytes": plan.account.reference,
+        "layers": {format.name: counts[format.name] for format in plan.formats},
+        "chosen": in_words(policy.provenance["search"]),
+        "predicted_error": policy.result.predicted_error,
+        "error_of": "image" if plan.trajectories.draws else "latent",
+        "compute": policy.compute,
+        "psnr_db": psnr.as_dict(),
+        "quality": quality,
+        **curve,
+        "seconds": stages.seconds,
+        "output_dir": str(output.path),
+    }
+    output.finish({**result, "roles": _roles(plan.layers, choices)})
+    return result
+
+
+def _roles(layers: list[Layer], choices: Mapping[str, Choice]) -> dict[str, dict[str, int]]:
+    """Role -> format name -> number of layers."""
+    table: dict[str, Counter[str]] = {}
+    for layer in layers:
+        table.setdefault(layer.role, Counter())[choices[layer.name].format.name] += 1
+    return {role: dict(counts) for role, counts in sorted(table.items())}

@@ -1,0 +1,126 @@
+"""Formats whose weights lie on a grid: every group of a row has levels of its own, and a code names one of them.
+
+A quantizer picks two things, the grid of each group and a code for each weight; the format says which grids and codes
+there are and how they are stored. Round to nearest, the quantizer that every format has, spans each group's extremes
+and takes the nearest code (Jacob et al. 2018, section 2.1). Grids are rounded to the dtype they are stored in *before*
+codes are chosen, so that codes are nearest for the levels that will be read back.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import pad
+
+from bitpolicy.kernels.errors import FormatError
+from bitpolicy.kernels.formats.format import Format, Shape
+from bitpolicy.kernels.formats.packing import from_rows, row_length, to_rows
+from bitpolicy.kernels.formats.row_chunks import quantize_in_chunks
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The levels of some groups.
+
+    Attributes:
+        scale: float32, shape (out, groups), never zero.
+        zero: the code of zero, float32, same shape; None where the format has no zero point of its own.
+    """
+
+    scale: torch.Tensor
+    zero: torch.Tensor | None = None
+
+    @property
+    def wide(self) -> Grid:
+        """With a dimension for the weights of a group, shape (out, groups, 1)."""
+        return Grid(self.scale[..., None], None if self.zero is None else self.zero[..., None])
+
+
+@dataclass(frozen=True)
+class GridFormat(Format):
+    """A format with a grid."""
+
+    @abstractmethod
+    def run(self, length: int) -> int:
+        """How many weights of a row of `length` share a grid; the last run may be short."""
+
+    @abstractmethod
+    def grid(self, low: torch.Tensor, high: torch.Tensor) -> Grid:
+        """Grids, as they can be stored, that span [low, high]; float32, shape (out, groups), low <= 0 <= high."""
+
+    @abstractmethod
+    def encode(self, rows: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """The nearest codes, float32, of weights on a grid that broadcasts to them."""
+
+    @abstractmethod
+    def decode(self, codes: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """The levels, float32, that codes name on a grid that broadcasts to them."""
+
+    @abstractmethod
+    def store(self, codes: torch.Tensor, grid: Grid, shape: Shape) -> dict[str, torch.Tensor]:
+        """The stored tensors of codes (out, K) and their grid."""
+
+    @abstractmethod
+    def load(self, tensors: Mapping[str, torch.Tensor], shape: Shape) -> tuple[torch.Tensor, Grid]:
+        """Codes, float32, shape (out, K), and the grid of every group."""
+
+    def rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight as the grid sees it, float32, shape (out, K).
+
+        Raises:
+            FormatError: it has NaN or infinite values.
+        """
+        rows = to_rows(weight).float()
+        if not torch.isfinite(rows.sum()) and not torch.isfinite(rows).all():  # one cheap pass tells almost always
+            raise FormatError(
+                "the weight has NaN or infinite values, which no integer format can hold; keep this layer at fp16"
+            )
+        return rows
+
+    def weight(self, rows: torch.Tensor, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+        """What `rows` undoes."""
+        return from_rows(rows.to(dtype), shape)
+
+    @property
+    def rotation(self) -> int:
+        """The run that `rows` rotates; 0 where it does not."""
+        return 0
+
+    def rotated_hessian(self, hessian: torch.Tensor) -> torch.Tensor:
+        """A quadratic form of weights, shape (..., K, K) in wire order, as one of `rows`."""
+        return hessian
+
+    def extremes(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The lowest and the highest weight of each group, zero included, shape (out, groups)."""
+        groups = self.grouped(rows)  # padded by zeros, which lie between the extremes anyway
+        return groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+
+    def grouped(self, rows: torch.Tensor) -> torch.Tensor:
+        """(out, K) -> (out, groups, run), the last run padded by zeros."""
+        run = self.run(rows.shape[1])
+        return pad(rows, (0, -rows.shape[1] % run)).unflatten(1, (-1, run))
+
+    def nearest(self, rows: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """The nearest codes, float32, of rows (out, K)."""
+        return self.encode(self.grouped(rows), grid.wide).flatten(1)[:, : rows.shape[1]]
+
+    def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        return quantize_in_chunks(self, self._to_nearest, weight)
+
+    def _to_nearest(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        rows = self.rows(weight)
+        grid = self.grid(*self.extremes(rows))
+        return self.store(self.nearest(rows, grid), grid, weight.shape)
+
+    def dequantize(self, tensors: Mapping[str, torch.Tensor], shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+        codes, grid = self.load(tensors, shape)
+        rows = self.decode(self.grouped(codes), grid.wide).flatten(1)[:, : row_length(shape)]
+        return self.weight(rows, shape, dtype)
+
+
+def unless_flat(scale: torch.Tensor) -> torch.Tensor:
+    """A scale of zero, of a group without range or whose scale underflows, becomes one."""
+    return torch.where(scale == 0, torch.ones_like(scale), scale)

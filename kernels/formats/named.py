@@ -1,0 +1,112 @@
+"""The formats that exist, by the names people write.
+
+int2 ... int8   integer codes; int8 has a scale for each output channel and no zero point, the narrower ones a scale
+                and a zero point for each 64 weights
+-g32 -g64 -g128 -channel    how many weights share a scale, where it is not that
+-sym -asym                  without or with a zero point, where it is not that
+-rot                        each run of weights rotated first, for layers whose row length it divides
+nf4, fp8, fp16
+int4-convrot int8-convrot   as ComfyUI rotates, runs of 256; -convrot64 runs of 64; not among "all"
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from bitpolicy.kernels.errors import FormatError
+from bitpolicy.kernels.formats.affine import Affine
+from bitpolicy.kernels.formats.convrot import ConvRot
+from bitpolicy.kernels.formats.float_codes import Float8, NormalFloat4
+from bitpolicy.kernels.formats.format import Format
+from bitpolicy.kernels.formats.int8 import Int8
+from bitpolicy.kernels.formats.plain import Plain
+
+FP16 = Plain("fp16")
+INT8 = Int8("int8")
+FP8 = Float8("fp8")
+DEFAULT = ("int4", "int8", "fp16")
+_OTHERS: dict[str, Format] = {f.name: f for f in (FP16, INT8, NormalFloat4("nf4"), FP8)}
+CONVROT: tuple[Format, ...] = tuple(
+    ConvRot(f"int{bits}-convrot{'' if size == 256 else size}", bits, size) for bits in (4, 8) for size in (256, 64)
+)
+_OTHERS |= {f.name: f for f in CONVROT}
+_AFFINE = re.compile(r"int([2-8])(?:-(g32|g64|g128|channel))?(?:-(a?sym))?(-rot)?")
+_BITS = (2, 3, 4, 5, 6, 7, 8)
+_GROUPS = (32, 64, 128, None)
+WRITE = (
+    "int2 to int8, each with -g32, -g64, -g128 or -channel, -sym or -asym, and -rot; nf4, fp8, fp16; or all; "
+    "for ComfyUI int4-convrot, int8-convrot"
+)
+
+
+def format_named(name: str) -> Format:
+    """The format called `name`.
+
+    Raises:
+        FormatError: there is none; the message says which there are.
+    """
+    wanted = name.strip().lower()
+    if wanted in _OTHERS:
+        return _OTHERS[wanted]
+    found = _AFFINE.fullmatch(wanted)
+    if found is None:
+        raise FormatError(f"unknown format {name!r}; write {WRITE}")
+    bits, group, symmetry, rotated = found.groups()
+    channel = group == "channel" or (group is None and bits == "8")
+    width = None if channel else int(group[1:]) if group else 64
+    if rotated and width is None:
+        raise FormatError(f"unknown format {name!r}: what is rotated is a run of 32, 64 or 128 weights; add -g64")
+    return affine(int(bits), width, symmetry == "sym" or (symmetry is None and bits == "8"), bool(rotated))
+
+
+def affine(bits: int, group: int | None, symmetric: bool, rotated: bool = False) -> Format:
+    """The integer format of these parameters, under its shortest name."""
+    usual = (None, True) if bits == 8 else (64, False)
+    if bits == 8 and (group, symmetric) == usual and not rotated:
+        return INT8
+    name = f"int{bits}"
+    if group != usual[0]:
+        name += "-channel" if group is None else f"-g{group}"
+    if symmetric != usual[1]:
+        name += "-sym" if symmetric else "-asym"
+    return Affine(name + "-rot" * rotated, bits, group, symmetric, rotated)
+
+
+def all_formats() -> tuple[Format, ...]:
+    """Every format but those of one program (`CONVROT`), narrow ones first, FP16 last."""
+    plain = [affine(bits, group, symmetric) for bits in _BITS for group in _GROUPS for symmetric in (True, False)]
+    rotated = [affine(bits, group, True, rotated=True) for bits in _BITS for group in _GROUPS if group]
+    rotated += [affine(bits, group, False, rotated=True) for bits in _BITS for group in _GROUPS if group]
+    floats = [_OTHERS["nf4"], FP8]
+    return (*plain, *rotated, *floats, FP16)
+
+
+def parse_formats(text: str | Sequence[str]) -> tuple[Format, ...]:
+    """Read "int4,int8,fp16", or "all", or a sequence of names, as formats, repeats dropped, `fp16` always last.
+
+    fp16 is added when absent: a layer that no integer format suits must have somewhere to go.
+    """
+    names = re.split(r"[,\s]+", text.strip(", \t\n")) if isinstance(text, str) else list(text)
+    if not names or names == [""]:
+        raise FormatError(f"no format given; write for example --formats {','.join(DEFAULT)}")
+    if any(name.strip().lower() == "all" for name in names):
+        return all_formats()
+    chosen = dict.fromkeys(format_named(name) for name in names)
+    chosen.pop(FP16, None)
+    return (*chosen, FP16)
+
+
+def from_parameters(name: str, parameters: dict[str, object]) -> Format:
+    """The format called `name`, checked against the parameters that a file recorded for it.
+
+    Raises:
+        FormatError: the name is unknown here or means something else in this version.
+    """
+    found = format_named(name)
+    if found.parameters() != parameters:
+        raise FormatError(
+            f"format {name!r} was written as {parameters}; here it is {found.parameters()}; "
+            "use the bitpolicy that wrote it"
+        )
+    return found

@@ -1,0 +1,221 @@
+"""The files of one packed model: its tensors, in one file or in shards, and its config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitpolicy.kernels.formats.format import TensorSpec
+from bitpolicy.kernels.kernel import Compute
+from bitpolicy.kernels.layers import Quantizable, quantizable_layers
+from bitpolicy.policies.accounting import stored_spec
+from bitpolicy.policies.apply import QuantizedLayer, as_stored, quantize_tensors
+from bitpolicy.policies.calibration import Calibration
+from bitpolicy.policies.finite import is_finite, require_finite, warn_of_biases, warn_of_source
+from bitpolicy.policies.loading.packed_config import BitPolicyConfig
+from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.storage.file_source import header
+from bitpolicy.policies.storage.pipeline_files import DIFFUSERS, shard_names, weights_index
+from bitpolicy.policies.storage.safetensors_writer import SafetensorsWriter
+from bitpolicy.policies.storage.source import ModuleSource, TensorSource
+
+MAX_SHARD_SIZE = 10 * 10**9  # bytes; diffusers' default
+
+
+def checkpoint_bytes(folder: Path) -> int:
+    """Tensor bytes of the safetensors files in a denoiser's folder, as their headers tell."""
+    return sum(spec.nbytes for path in sorted(folder.glob("*.safetensors")) for spec in header(path).values())
+
+
+def export_denoiser(
+    denoiser: nn.Module,
+    choices: Mapping[str, Choice],
+    calibration: Calibration,
+    storage: torch.dtype,
+    folder: Path,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    source: TensorSource | None = None,
+    compute: Compute = Compute.EXACT,
+) -> int:
+    """Write the config and the packed weights of one model of diffusers.
+
+    Args:
+        source: of its tensors; None is the model itself, which else may lie on `meta`.
+        compute: of the packed layers, once they are loaded.
+
+    Returns:
+        Its tensor bytes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    checksums = write_packed(
+        denoiser, source or ModuleSource(denoiser), choices, calibration, storage, folder, DIFFUSERS, max_shard_size
+    )
+    write_config(denoiser, choices, storage, folder, checksums, compute)
+    return checkpoint_bytes(folder)
+
+
+def write_packed(
+    model: nn.Module,
+    source: TensorSource,
+    choices: Mapping[str, Choice],
+    calibration: Calibration,
+    storage: torch.dtype,
+    folder: Path,
+    stem: str,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    left_out: Collection[str] = (),
+) -> str:
+    """Write the tensors of a model to `folder`, in `stem`.safetensors or in shards with an index.
+
+    A layer is read and quantized while the one before it is written; no third is in memory.
+
+    Args:
+        model: whose layers and shapes count; it may lie on `meta`.
+        source: of its tensors.
+        left_out: names of tensors that are another under a second name.
+
+    Returns:
+        Checksums of the tensors, as a `BitPolicyConfig` takes them.
+    """
+    specs = {name: spec for name, spec in packed_specs(model, choices, storage).items() if name not in left_out}
+    shards = _shards(specs, max_shard_size, stem)
+    with ExitStack() as files:
+        place: dict[str, SafetensorsWriter] = {}
+        for file, names in shards.items():
+            writer = files.enter_context(SafetensorsWriter(folder / file, {name: specs[name] for name in names}))
+            place |= dict.fromkeys(names, writer)
+        _write_behind(place, packed_tensors(model, source, choices, calibration, storage, left_out))
+    if len(shards) > 1:
+        index = weights_index({file: {name: specs[name] for name in names} for file, names in shards.items()})
+        (folder / f"{stem}.safetensors.index.json").write_text(index, encoding="utf-8")
+    return "".join(place[name].checksums[name] for name in sorted(specs))
+
+
+def _write_behind(place: Mapping[str, SafetensorsWriter], layers: Iterator[dict[str, torch.Tensor]]) -> None:
+    """Write the tensors of each layer while the next ones are made."""
+
+    def write(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            place[name].write(name, tensor)
+
+    with ThreadPoolExecutor(1) as thread:
+        writing: Future[None] | None = None
+        for tensors in layers:
+            if writing is not None:
+                writing.result()
+            writing = thread.submit(write, tensors)
+        if writing is not None:
+            writing.result()
+
+
+def _packed_name(name: str, choices: Mapping[str, Choice]) -> str | None:
+    """The layer whose packed tensors stand for state-dict entry `name`, or None."""
+    layer, _, leaf = name.rpartition(".")
+    return layer if leaf == "weight" and layer in choices and choices[layer].format.packed else None
+
+
+def packed_specs(denoiser: nn.Module, choices: Mapping[str, Choice], storage: torch.dtype) -> dict[str, TensorSpec]:
+    """Every stored tensor, by name, before anything is quantized."""
+    specs: dict[str, TensorSpec] = {}
+    for name, tensor in denoiser.state_dict().items():
+        layer = _packed_name(name, choices)
+        if layer is None:
+            specs[name] = stored_spec(tensor, storage)
+        else:
+            stored = choices[layer].format.tensors(tensor.shape, storage)
+            specs |= {f"{layer}.{suffix}": spec for suffix, spec in stored.items()}
+    return specs
+
+
+def packed_tensors(
+    denoiser: nn.Module,
+    source: TensorSource,
+    choices: Mapping[str, Choice],
+    calibration: Calibration,
+    storage: torch.dtype,
+    left_out: Collection[str] = (),
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Every stored tensor, those of one layer at a time.
+
+    Warns at the end, in a line each, of biases that could not be corrected and of what is NaN or Inf in the source.
+
+    Raises:
+        BitPolicyError: a tensor that is made here would be NaN or Inf.
+    """
+    done = set(left_out)
+    uncorrected, not_finite = [], []
+    for name, layer in quantizable_layers(denoiser):
+        if name in choices and choices[name].format.packed:
+            stored = _quantized(name, layer, source, choices[name], calibration, storage)
+            made = {f"{name}.{suffix}": tensor for suffix, tensor in stored.tensors.items()}
+            require_finite(name, made)
+            if stored.bias is not None:
+                made[f"{name}.bias"] = stored.bias
+                uncorrected += [name] * stored.left_as_it_was
+                not_finite += [f"{name}.bias"] * (not is_finite(stored.bias))
+            done |= {f"{name}.weight", *made}
+            yield made
+    for name in denoiser.state_dict():
+        if name not in done:
+            tensor = as_stored(name, source.read(name), storage)
+            not_finite += [name] * (not is_finite(tensor))
+            yield {name: tensor}
+    warn_of_biases(uncorrected, storage)
+    warn_of_source(not_finite)
+
+
+def _quantized(
+    name: str,
+    layer: Quantizable,
+    source: TensorSource,
+    choice: Choice,
+    calibration: Calibration,
+    storage: torch.dtype,
+) -> QuantizedLayer:
+    """One layer as it is stored, read from the source."""
+    weight = as_stored(f"{name}.weight", source.read(f"{name}.weight"), storage)
+    bias = None if layer.bias is None else source.read(f"{name}.bias")
+    return quantize_tensors(name, layer, weight, bias, choice, calibration)
+
+
+def _shards(specs: Mapping[str, TensorSpec], most: int, stem: str) -> dict[str, list[str]]:
+    """File name -> tensor names, filled in name order, none over `most` bytes unless one tensor is."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, spec in sorted(specs.items()):
+        if groups[-1] and size + spec.nbytes > most:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += spec.nbytes
+    return dict(zip(shard_names(stem, len(groups)), groups, strict=True))
+
+
+def write_config(
+    model: Any,
+    choices: Mapping[str, Choice],
+    storage: torch.dtype,
+    folder: Path,
+    checksums: str = "",
+    compute: Compute = Compute.EXACT,
+) -> None:
+    """The config of a model of diffusers. One without packed layers is told its method, too: so it keeps its dtype when
+    it is loaded without one."""
+    model.save_config(folder)
+    config = BitPolicyConfig.of(choices, storage, checksums, compute).to_dict()
+    rewrite_json(folder / "config.json", quantization_config=config)
+
+
+def rewrite_json(path: Path, leave_out: Sequence[str] = (), **entries: Any) -> None:
+    """Set entries of a JSON file, and forget the folder that a model was loaded from: same model, same bytes."""
+    data = json.loads(path.read_text(encoding="utf-8")) | entries
+    for name in ("_name_or_path", *leave_out):
+        data.pop(name, None)
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")

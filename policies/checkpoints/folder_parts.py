@@ -1,0 +1,202 @@
+"""A pipeline in a folder, exported without being loaded: the denoisers are built on `meta`, their tensors read one by
+one, and the files of all other components go along unchanged where they have the dtype that is wanted, and else are
+cast tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.formats.format import TensorSpec
+from bitpolicy.policies.apply import as_stored
+from bitpolicy.policies.checkpoints.checkpoint import rewrite_json, write_config
+from bitpolicy.policies.denoiser import DENOISERS, SECOND_DENOISERS
+from bitpolicy.policies.loading.denoiser_files import fitted, skeleton
+from bitpolicy.policies.loading.transformers_files import TextEncoderSource, places, text_encoder_skeleton
+from bitpolicy.policies.storage.file_source import FileSource
+from bitpolicy.policies.storage.linking import can_link, link_or_copy
+from bitpolicy.policies.storage.pipeline_files import DIFFUSERS, TRANSFORMERS, PipelineFiles, weights_index
+from bitpolicy.policies.storage.safetensors_writer import SafetensorsWriter
+from bitpolicy.policies.storage.source import TensorSource
+
+
+class FolderParts:
+    """A diffusers folder.
+
+    Args:
+        stamps: of its files when they were first read (`PipelineFiles.stamps`); None is now.
+
+    Raises:
+        BitPolicyError: it is no pipeline, has no such denoiser, its weights are only pickles or do not fit its config.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        component: str | None = None,
+        variant: str | None = None,
+        stamps: Mapping[Path, tuple[int, int]] | None = None,
+    ) -> None:
+        self._files = PipelineFiles(folder, variant)
+        self._stamps = self._files.stamps() if stamps is None else stamps
+        self._files.require_variant()
+        models: dict[str, Any] = {}
+        sources: dict[str, TensorSource] = {}
+        for name in _denoisers(self._files, component):
+            models[name], sources[name] = _unquantized(self._files, name)
+        self.sources: Mapping[str, TensorSource] = sources
+        self.denoiser: nn.Module = next(iter(models.values())) if len(models) == 1 else nn.ModuleDict(models)
+        self._others = {name: self._files.specs(name) for name in self._files.components if name not in sources}
+
+    def others(self, dtype: torch.dtype) -> dict[str, int]:
+        written = {name: self._as_written(name, dtype) for name, files in self._others.items() if files}
+        return {name: sum(_nbytes(specs) for specs in files.values()) for name, files in written.items()}
+
+    def to_write(self, dtype: torch.dtype, folder: Path) -> int:
+        sizes = self.others(dtype).items()
+        return sum(size for name, size in sizes if not (self._as_it_is(name, dtype) and self._links(name, folder)))
+
+    def write_others(self, dtype: torch.dtype, folder: Path) -> None:
+        shutil.copyfile(self._files.folder / "model_index.json", folder / "model_index.json")
+        rewrite_json(folder / "model_index.json", _diffusers_version=diffusers.__version__)
+        for name in self._others:
+            self._write(name, dtype, folder / name)
+        self._require_unchanged()
+
+    def _require_unchanged(self) -> None:
+        now = self._files.stamps()
+        differing = sorted(path for path in {*now, *self._stamps} if now.get(path) != self._stamps.get(path))
+        if differing:
+            raise BitPolicyError(
+                f"{differing[0]} was written to while the model was used, so what was measured may be of another one; "
+                "run the command again, and what still holds is kept"
+            )
+
+    def _links(self, component: str, folder: Path) -> bool:
+        return all(can_link(path, folder) for path in self._files.weights(component).values())
+
+    def _write(self, component: str, dtype: torch.dtype, folder: Path) -> None:
+        folder.mkdir()
+        for path in self._files.others(component):
+            shutil.copyfile(path, folder / path.name)
+        weights = self._files.weights(component)
+        written = self._as_written(component, dtype)
+        for name, path in weights.items():
+            if self._as_it_is(component, dtype):
+                link_or_copy(path, folder / name)
+            else:
+                _cast(path, dtype, written[name], folder / name)
+        if len(weights) > 1:
+            stem = DIFFUSERS if next(iter(weights)).startswith(DIFFUSERS) else TRANSFORMERS
+            (folder / f"{stem}.safetensors.index.json").write_text(weights_index(written), encoding="utf-8")
+        self._mend_config(component, dtype, folder)
+
+    def _mend_config(self, component: str, dtype: torch.dtype, folder: Path) -> None:
+        """Let the config say the dtype that the weights are in."""
+        config = self._files.config(component)
+        if not self._others[component] or "quantization_config" in config:
+            return
+        if "_class_name" in config:
+            write_config(skeleton(config["_class_name"], self._files.folder / component), {}, dtype, folder)
+        elif not self._as_it_is(component, dtype):
+            entry = {"dtype": str(dtype).removeprefix("torch.")}
+            rewrite_json(folder / "config.json", leave_out=["torch_dtype"], **entry)
+
+    def _as_it_is(self, component: str, dtype: torch.dtype) -> bool:
+        """Whether its files are what is wanted; what another method has quantized always is."""
+        specs = [spec for file in self._others[component].values() for spec in file.values()]
+        quantized = "quantization_config" in self._files.config(component)
+        return quantized or all(spec.dtype == dtype for spec in specs if spec.dtype.is_floating_point)
+
+    def _as_written(self, component: str, dtype: torch.dtype) -> dict[str, dict[str, TensorSpec]]:
+        files = self._others[component]
+        if self._as_it_is(component, dtype):
+            return files
+        return {file: {name: _stored(spec, dtype) for name, spec in specs.items()} for file, specs in files.items()}
+
+
+def _nbytes(specs: Mapping[str, TensorSpec]) -> int:
+    return sum(spec.nbytes for spec in specs.values())
+
+
+def _stored(spec: TensorSpec, dtype: torch.dtype) -> TensorSpec:
+    return TensorSpec(dtype, spec.shape) if spec.dtype.is_floating_point else spec
+
+
+def _cast(source: Path, dtype: torch.dtype, specs: Mapping[str, TensorSpec], target: Path) -> None:
+    """Write a file anew, its floats in another dtype, one tensor in memory at a time."""
+    tensors = FileSource([source])
+    with SafetensorsWriter(target, specs) as writer:
+        for name in specs:
+            writer.write(name, as_stored(name, tensors.read(name), dtype))
+
+
+def _denoisers(files: PipelineFiles, component: str | None) -> list[str]:
+    """Names of the components to pack: those given, else every denoiser that there is."""
+    there = files.components
+    if component:
+        wanted = [name.strip() for name in component.split(",")]
+    else:
+        wanted = [name for name in DENOISERS if name in there][:1]
+        wanted += [name for name in SECOND_DENOISERS if name in there]
+    absent = [name for name in wanted if name not in there]
+    if absent or not wanted:
+        raise BitPolicyError(
+            f"{files.folder} has no component {' or '.join(map(repr, absent or DENOISERS))}; "
+            f"it has {', '.join(there) or 'none'}: choose with --component"
+        )
+    return wanted
+
+
+def _unquantized(files: PipelineFiles, name: str) -> tuple[Any, TensorSource]:
+    """The component on `meta`, and its tensors."""
+    config, folder = files.config(name), files.folder / name
+    if config.get("quantization_config"):
+        raise BitPolicyError(
+            f"{files.folder}: its {name} is quantized already; give the full-precision pipeline it was made from"
+        )
+    library, class_name = files.kind(name)
+    if config and library == "transformers":
+        encoder = text_encoder_skeleton(class_name, folder)
+        return encoder, TextEncoderSource(FileSource(files.weights(name).values()), encoder, folder)
+    if "_class_name" not in config:
+        raise BitPolicyError(f"{folder} has no config.json of a model; download it again")
+    model = skeleton(config["_class_name"], folder)
+    return model, fitted(FileSource(files.weights(name).values()), model, folder)
+
+
+def has_names_of_models(folder: Path, component: str) -> bool:
+    """Whether the files of the components to pack hold every tensor under one name that tells which it is; transformers
+    converts some models' tensors while it loads them."""
+    files = PipelineFiles(folder)
+    return all(_names_are_clear(files, name) for name in component.split(",") if name in files.components)
+
+
+def _names_are_clear(files: PipelineFiles, name: str) -> bool:
+    library, class_name = files.kind(name)
+    if library != "transformers" or not files.has_weights(name):
+        return True  # or there is something else to say of it
+    model = text_encoder_skeleton(class_name, files.folder / name)
+    try:
+        places(model, FileSource(files.weights(name).values()).specs)
+    except BitPolicyError:
+        return False
+    return True
+
+
+def is_streamable(folder: Path, component: str) -> bool:
+    """Whether every component's weights are safetensors, with names that are clear for those to pack."""
+    files = PipelineFiles(folder)
+    try:
+        there = all(files.weights(name) is not None for name in files.components)
+        return there and has_names_of_models(folder, component)
+    except (BitPolicyError, OSError):
+        return False

@@ -1,0 +1,90 @@
+"""bitpolicy.json: the files of an exported folder, each with its length and SHA-256, written last.
+
+A loader notices little of what is wrong with a folder: what a text encoder's file lacks is drawn at random, and a
+tokenizer or a VAE of another model loads as well. So everything that `from_pretrained` reads is listed: the files of
+all components, model_index.json and the calibration. policy.yaml and README.md, which people edit, are not.
+
+Lengths are always compared, and what should not be there is looked for; files up to `SMALL` bytes are read and hashed,
+larger ones when everything is asked for. (Packed tensors have checksums of their own, which are always compared.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.policies.calibration import FILE as CALIBRATION
+from bitpolicy.policies.storage.atomic import write_text
+
+FILE = "bitpolicy.json"
+SMALL = 32 * 2**20
+_VERSION = 1
+_LISTED = ("model_index.json", CALIBRATION)
+_READ = (".safetensors", ".json", ".txt", ".model", ".jinja", ".py", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
+_MENDED = "download or export it again (if you changed it on purpose, delete bitpolicy.json)"
+
+
+def write_manifest(folder: Path) -> None:
+    """List what is in an exported folder."""
+    files = {name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for name, path in _files(folder)}
+    write_text(folder / FILE, json.dumps({"version": _VERSION, "files": files}, indent=1) + "\n")
+
+
+def verify(folder: Path, everything: bool = False) -> None:
+    """Compare a folder with its manifest; one that has none, as a pipeline that was saved anew, is taken as it is.
+
+    Args:
+        everything: whether large files are hashed, too.
+
+    Raises:
+        BitPolicyError: a file is missing, too much, or another than the one that was written.
+    """
+    if not (folder / FILE).is_file():
+        return
+    listed, found = _listed(folder / FILE), dict(_files(folder))
+    for name in sorted(listed.keys() | found.keys()):
+        if name not in listed:
+            if Path(name).suffix in _READ:
+                raise BitPolicyError(f"{found[name]} is not of this checkpoint: {FILE} does not list it; {_MENDED}")
+            continue
+        if name not in found:
+            raise BitPolicyError(f"{folder / name} is missing; {_MENDED}")
+        _require(found[name], *listed[name], everything)
+
+
+def _require(path: Path, nbytes: int, sha256: str, everything: bool) -> None:
+    found = path.stat().st_size
+    if found != nbytes:
+        raise BitPolicyError(f"{path} has {found:,} bytes, it was written with {nbytes:,}; {_MENDED}")
+    if (everything or nbytes <= SMALL) and _sha256(path) != sha256:
+        raise BitPolicyError(f"{path} is not as it was written: its SHA-256 differs; {_MENDED}")
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Of the components, with their paths in the folder, and those of `_LISTED`."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if path.is_file() and not hidden and (len(name.parts) > 1 or name.name in _LISTED):
+            yield name.as_posix(), path
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _listed(path: Path) -> dict[str, tuple[int, str]]:
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        version, files = found["version"], found["files"]
+        listed = {str(name): (int(about["bytes"]), str(about["sha256"])) for name, about in files.items()}
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise BitPolicyError(f"cannot read {path}, which lists the files; download or export it again") from error
+    if version != _VERSION:
+        raise BitPolicyError(f"{path} is of version {version!r}, read is {_VERSION}; install a newer bitpolicy")
+    return listed

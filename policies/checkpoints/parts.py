@@ -1,0 +1,135 @@
+"""What is exported: the denoisers with the places that their tensors are read from, and the other components.
+
+`MemoryParts` is a pipeline in memory, `bitpolicy.policies.checkpoints.folder_parts` one that lies in files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import nn
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.policies.apply import as_stored
+from bitpolicy.policies.checkpoints.checkpoint import rewrite_json, write_config
+from bitpolicy.policies.denoiser import denoiser_of
+from bitpolicy.policies.footprint import stored_others
+from bitpolicy.policies.storage.source import ModuleSource, TensorSource
+
+
+class Parts(Protocol):
+    """A pipeline to export.
+
+    Attributes:
+        denoiser: the model to be packed, or an `nn.ModuleDict` of several; it may lie on `meta`.
+        sources: component name of each denoiser -> its tensors.
+    """
+
+    denoiser: nn.Module
+    sources: Mapping[str, TensorSource]
+
+    def others(self, dtype: torch.dtype) -> dict[str, int]:
+        """Component name -> tensor bytes of every other model, its floats stored in `dtype`."""
+
+    def to_write(self, dtype: torch.dtype, folder: Path) -> int:
+        """How many of these bytes take up space if they are written to `folder`."""
+
+    def write_others(self, dtype: torch.dtype, folder: Path) -> None:
+        """Write model_index.json and all components but the denoisers.
+
+        Raises:
+            BitPolicyError: a value is beyond the range of `dtype`.
+        """
+
+
+class MemoryParts:
+    """A pipeline in memory.
+
+    Attributes:
+        pipe: its denoisers may lie on `meta` if `sources` are given.
+
+    Raises:
+        BitPolicyError: an adapter is on one of its models.
+    """
+
+    def __init__(
+        self, pipe: DiffusionPipeline, component: str, sources: Mapping[str, TensorSource] | None = None
+    ) -> None:
+        require_no_adapter(pipe)
+        self._pipe, self._component = pipe, component
+        self.denoiser = denoiser_of(pipe, component)
+        self.sources = sources or {name: ModuleSource(getattr(pipe, name)) for name in component.split(",")}
+
+    def others(self, dtype: torch.dtype) -> dict[str, int]:
+        return stored_others(self._pipe, self._component, dtype)
+
+    def to_write(self, dtype: torch.dtype, folder: Path) -> int:
+        return sum(self.others(dtype).values())
+
+    def write_others(self, dtype: torch.dtype, folder: Path) -> None:
+        self._pipe.save_config(folder)
+        rewrite_json(folder / "model_index.json")
+        for name, other in self._pipe.components.items():
+            if name not in self.sources and hasattr(other, "save_pretrained"):
+                _forget_last_call(other)
+                _require_range(name, other, dtype)
+                with _stored_as(other, dtype):
+                    other.save_pretrained(folder / name)
+                if isinstance(other, ModelMixin):
+                    write_config(other, {}, dtype, folder / name)
+
+
+def require_no_adapter(pipe: DiffusionPipeline) -> None:
+    """Refuse models that compute with a LoRA: their layers have other names, and `save_pretrained` of transformers
+    writes the adapter alone.
+
+    Raises:
+        BitPolicyError: there is one.
+    """
+    for name, model in pipe.components.items():
+        modules = model.named_modules() if isinstance(model, nn.Module) else ()
+        if adapted := next((path for path, module in modules if hasattr(module, "base_layer")), None):
+            raise BitPolicyError(
+                f"the {name} has an adapter (a LoRA) on it, e.g. on {adapted}; take it off with "
+                "pipe.unload_lora_weights(), or for good into the weights with pipe.fuse_lora() before that"
+            )
+
+
+def _forget_last_call(component: Any) -> None:
+    """Take off a fast tokenizer the padding and truncation of its last call, which would be saved with it."""
+    backend = getattr(component, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_padding()
+        backend.no_truncation()
+
+
+def _require_range(name: str, component: Any, dtype: torch.dtype) -> None:
+    """Raises:
+    BitPolicyError: the dtype that the component is stored in cannot hold one of its values.
+    """
+    if isinstance(component, nn.Module):
+        for key, tensor in component.state_dict().items():
+            as_stored(f"{name}: {key}", tensor, dtype)
+
+
+@contextmanager
+def _stored_as(component: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Hold a component in the dtype it is stored in while the block runs."""
+    if not isinstance(component, nn.Module):
+        yield
+        return
+    parameters = [(parameter, parameter.data) for parameter in component.parameters()]
+    buffers = [(module, name, buffer) for module in component.modules() for name, buffer in module._buffers.items()]
+    nn.Module.to(component, dtype)  # diffusers' own warns of modules kept in float32, even of none
+    try:
+        yield
+    finally:
+        for parameter, data in parameters:
+            parameter.data = data
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer

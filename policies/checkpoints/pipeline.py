@@ -1,0 +1,109 @@
+"""Export: a diffusers folder whose studied components are packed as the policy says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.kernel import Compute
+from bitpolicy.policies.accounting import ByteAccount
+from bitpolicy.policies.apply import choices_for
+from bitpolicy.policies.calibration import Calibration, calibration_bytes, is_rounded, save_calibration
+from bitpolicy.policies.checkpoints.checkpoint import MAX_SHARD_SIZE
+from bitpolicy.policies.checkpoints.component import export_component
+from bitpolicy.policies.checkpoints.manifest import write_manifest
+from bitpolicy.policies.checkpoints.model_card import PLAIN, Card, model_card
+from bitpolicy.policies.checkpoints.parts import MemoryParts, Parts
+from bitpolicy.policies.denoiser import denoisers_in, of_component
+from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.policies.storage.atomic import folder_written_aside, write_text
+from bitpolicy.policies.storage.disk_space import require_space
+
+
+def export_pipeline(
+    pipe: DiffusionPipeline,
+    component: str,
+    policy: Policy,
+    calibration: Calibration,
+    folder: Path,
+    *,
+    component_dtype: torch.dtype | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    card: Card = PLAIN,
+) -> int:
+    """Write a pipeline in memory as a diffusers folder with packed components; see `export_parts`.
+
+    Args:
+        component: name of what is packed in the pipeline, e.g. "unet", or several, separated by commas; then the
+            policy's layer names begin with theirs. They must be unquantized.
+    """
+    parts = MemoryParts(pipe, component)
+    return export_parts(
+        parts, policy, calibration, folder, component_dtype=component_dtype, max_shard_size=max_shard_size, card=card
+    )
+
+
+def export_parts(
+    parts: Parts,
+    policy: Policy,
+    calibration: Calibration,
+    folder: Path,
+    *,
+    component_dtype: torch.dtype | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    card: Card = PLAIN,
+) -> int:
+    """Write a diffusers folder with packed components, aside and renamed, one layer in memory at a time.
+
+    Args:
+        folder: where to; a folder that is there is replaced once the new one is complete.
+        component_dtype: dtype the other components are stored in; None is the policy's storage dtype.
+        max_shard_size: bytes; a larger component is split as its library splits it.
+        card: what the model card says beyond the policy.
+
+    Returns:
+        Tensor bytes of the packed components' files.
+
+    Raises:
+        BitPolicyError: the policy does not fit the model, the calibration is missing, or the disk is full.
+    """
+    storage = getattr(torch, policy.storage_dtype)
+    others = component_dtype or storage
+    choices = choices_for(parts.denoiser, policy)
+    if folder.exists() and not (folder / "model_index.json").is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise BitPolicyError(f"{folder} holds something that is no pipeline; export to a new or an empty folder")
+    with folder_written_aside(folder) as aside:
+        packed = ByteAccount.of(parts.denoiser, storage).total({name: c.format for name, c in choices.items()})
+        beside = calibration_bytes(calibration) if _is_kept(calibration, choices) else 0
+        require_space(aside.parent, packed + beside + parts.to_write(others, aside))
+        aside.mkdir()
+        parts.write_others(others, aside)
+        nbytes = 0
+        components = list(parts.sources)
+        for name, model in zip(components, denoisers_in(parts.denoiser), strict=True):
+            own, means = of_component(choices, name, components), of_component(calibration, name, components)
+            source = parts.sources[name]
+            about = (storage, aside / name, max_shard_size, source, Compute(policy.compute))
+            nbytes += export_component(model, own, means, *about)
+        if _is_kept(calibration, choices):
+            save_calibration(calibration, aside / "calibration.safetensors")
+        describe_checkpoint(aside, policy, parts.denoiser, card)
+        write_manifest(aside)
+    return nbytes
+
+
+def describe_checkpoint(folder: Path, policy: Policy, denoiser: nn.Module, card: Card = PLAIN) -> None:
+    """Write policy.yaml and the model card of an exported folder anew, after its quality was measured."""
+    write_text(folder / "policy.yaml", policy.to_yaml())  # whether its calibration goes along, `export_parts` decides
+    choices = choices_for(denoiser, policy)
+    write_text(folder / "README.md", model_card(policy, denoiser, choices, card))
+
+
+def _is_kept(calibration: Calibration, choices: Mapping[str, Choice]) -> bool:
+    """Whether the calibration goes along; one of rounded layers would hold the weights again."""
+    return not is_rounded(calibration) and any(choice.bias_correction for choice in choices.values())

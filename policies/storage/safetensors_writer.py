@@ -1,0 +1,92 @@
+"""Write safetensors one tensor at a time.
+
+`safetensors.torch.save_file` wants every tensor at once. Here the header is made from the specs, which are known before
+anything is quantized, and each tensor goes to its place when it is ready, so memory does not grow with the model.
+Tensors are ordered as safetensors orders them, by dtype, then by name, metadata sorted: the same tensors give the same
+bytes, whoever writes them.
+Format: an 8-byte little-endian header length, a JSON header padded with spaces to 8 bytes, the data.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from bitpolicy.kernels.formats.format import TensorSpec
+from bitpolicy.policies.identity import checksum, tensor_bytes
+
+DTYPE_NAMES = {  # in the order in which safetensors' own writer places them, which keeps each aligned
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+NAMED_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_PLACES = {dtype: place for place, dtype in enumerate(DTYPE_NAMES)}
+
+
+class SafetensorsWriter:
+    """A file of the tensors in `specs`, each written once by `write`, in any order.
+
+    Args:
+        metadata: of the header, beside `format: pt`; its keys are sorted.
+
+    Attributes:
+        checksums: name -> CRC-32 of what was written, 8 hex digits.
+
+    Raises:
+        ValueError: on closing, if a tensor was not written; on writing, if it is not as its spec says.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
+        self._specs = dict(sorted(specs.items(), key=lambda item: (_PLACES[item[1].dtype], item[0])))
+        header: dict[str, object] = {"__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))}
+        end = 0
+        self._starts = {}
+        for name, spec in self._specs.items():
+            self._starts[name] = end
+            end += spec.nbytes
+            header[name] = {
+                "dtype": DTYPE_NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [self._starts[name], end],
+            }
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self._file = path.open("wb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._data = self._file.tell()
+        self._missing = set(self._specs)
+        self.checksums: dict[str, str] = {}
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        spec = self._specs[name]
+        if (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
+            raise ValueError(f"{name}: got {tensor.dtype} {tuple(tensor.shape)}, announced {spec.dtype} {spec.shape}")
+        self._file.seek(self._data + self._starts[name])
+        data = tensor_bytes(tensor)
+        self._file.write(data)
+        self.checksums[name] = checksum(data)
+        self._missing.discard(name)
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if kind is None and self._missing:
+            raise ValueError(f"{len(self._missing)} tensors were not written, e.g. {min(self._missing)}")

@@ -1,0 +1,64 @@
+"""What each trial of a study came to: a row of trials.csv, wherever the study itself is stored."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.policies.storage.atomic import write_text
+
+FILE = "trials.csv"
+
+
+@dataclass(frozen=True)
+class TrialRow:
+    """One finished trial.
+
+    Attributes:
+        number: of the trial, in the order in which they began.
+        start: what it tries of the policies that the study began with, e.g. "the exact solution"; empty for all others.
+        mse: mean squared image error over the search samples that it saw.
+        psnr_db: mean dB of those images that differ from the reference; None where none does.
+        samples: search samples it was scored on.
+        stopped: whether it was stopped before it had seen them all.
+        repeats: the trial that tried the same policy before; None for the first.
+    """
+
+    number: int
+    start: str
+    mse: float
+    psnr_db: float | None
+    samples: int
+    stopped: bool
+    repeats: int | None
+
+
+def save_trials(rows: Sequence[TrialRow], path: Path) -> None:
+    """Write the file, aside and renamed; None is an empty field."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow([field.name for field in fields(TrialRow)])
+    table.writerows(asdict(row).values() for row in rows)
+    write_text(path, text.getvalue())
+
+
+def load_trials(path: Path) -> list[TrialRow]:
+    """Read the file.
+
+    Raises:
+        BitPolicyError: it is no such table.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return [_row(**row) for row in csv.DictReader(file)]
+    except (OSError, TypeError, ValueError, csv.Error) as error:
+        raise BitPolicyError(f"cannot read {path}: {error}; give the same search again, which writes it") from error
+
+
+def _row(number: str, start: str, mse: str, psnr_db: str, samples: str, stopped: str, repeats: str) -> TrialRow:
+    psnr, twin = float(psnr_db) if psnr_db else None, int(repeats) if repeats else None
+    return TrialRow(int(number), start, float(mse), psnr, int(samples), stopped == "True", twin)

@@ -1,0 +1,257 @@
+"""The most memory that one pipeline call holds at once, for any policy, from one call of the unquantized pipeline.
+
+A policy changes two things: what lies in memory all the time, and what a packed layer needs while it multiplies, which
+is its weight, dequantized, and before that the temporaries of dequantizing. With A the most bytes of activations in a
+call where nothing is packed, B_l those that live when layer l is called, and I_l the most while it computes,
+
+    peak(f) = resident(f) + max(A, max over packed layers l of max(B_l + unpacking(f_l), I_l + weight_l)).
+
+Where a kernel dequantizes into memory that stays reserved between calls, the largest weight is there all the time:
+
+    peak(f) = resident(f) + A + max over packed layers l of weight_l.
+
+Bytes are torch's own count of what it allocates, so that what an operator hides inside counts, too: on the CPU a
+convolution holds its input and its output twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from bitpolicy.kernels.dispatch import scratch_kept
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.formats.format import Format
+from bitpolicy.kernels.formats.named import FP16
+from bitpolicy.kernels.kernel import PackedWeight
+from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.policies.accounting import ByteAccount
+from bitpolicy.policies.footprint import Meter, Span, loaded_bytes, metered
+from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """The most over the calls of one unquantized layer: bytes of activations when it is called, and during the call."""
+
+    before: int
+    inside: int
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes kept free for activations, and the choices that would need more of them.
+
+    Attributes:
+        activations: bytes.
+        barred: (layer name, format); every policy without these gets by with `activations`.
+    """
+
+    activations: int
+    barred: frozenset[tuple[str, Format]]
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """One pipeline at one image size, batch size and compute dtype.
+
+    Attributes:
+        account: the denoiser's bytes as they lie in memory: packed layers as stored, the rest in the compute dtype.
+        others: bytes in memory of the pipeline's other models.
+        unpacked: the most bytes of activations in the whole call, decoding included, with every layer at FP16.
+        calls: of the denoiser's layers, by name; one that is never called is not there.
+        unpacking: the most bytes at once while a weight of this shape is dequantized from this format.
+        kept: of these, the bytes that stay reserved afterwards.
+        height, width: of the image, in pixels.
+        batch_size: images or videos a call.
+        device: where it was observed, "cpu" or "cuda".
+    """
+
+    account: ByteAccount
+    others: int
+    unpacked: int
+    calls: Mapping[str, LayerCall]
+    unpacking: Mapping[tuple[Format, Shape], int]
+    height: int
+    width: int
+    batch_size: int
+    device: str
+    kept: Mapping[tuple[Format, Shape], int] = field(default_factory=dict)
+
+    def peak(self, formats: Mapping[str, Format]) -> int:
+        """The most bytes at once when each layer has the format given to it."""
+        return self.others + self.account.total(formats) + self.activations(formats)
+
+    def activations(self, formats: Mapping[str, Format]) -> int:
+        """The bytes of the peak that are no stored weights; dequantized weights are among them."""
+        return max(self.needed(name, formats[name]) for name in self.account.shapes)
+
+    @property
+    def reference(self) -> int:
+        """The peak with every layer at FP16: what `%` is relative to."""
+        return self.peak(dict.fromkeys(self.account.shapes, FP16))
+
+    def needed(self, layer: str, format: Format) -> int:
+        """Bytes of activations that a policy needs at least if it gives this format to this layer."""
+        call, shape = self.calls.get(layer), self.account.shapes[layer]
+        if call is None or not format.packed:
+            return self.unpacked
+        if kept := self.kept.get((format, shape)):
+            return self.unpacked + kept
+        weight = prod(shape) * self.account.storage_dtype.itemsize
+        return max(self.unpacked, call.before + self.unpacking[format, shape], call.inside + weight)
+
+    def room(self, candidates: Sequence[Format]) -> Room:
+        """The room for activations with which the smallest peak of all can be reached.
+
+        A byte kept for activations is none for weights, and what a format saves may be less than its dequantizing
+        costs. So each bound on the activations bars some choices; taken is the bound under which the smallest policy
+        has the least peak.
+
+        Args:
+            candidates: the formats a policy may use, FP16 among them.
+        """
+        names = list(self.account.shapes)
+        suits = np.array([[f.fits(self.account.shapes[name]) for f in candidates] for name in names])
+        needed = np.where(suits, [[self.needed(name, f) for f in candidates] for name in names], np.inf)
+        sizes = np.array([[self.account.layer(name, f) for f in candidates] for name in names])
+        least = needed.min(axis=1).max()
+        bounds = np.unique(needed[(needed >= least) & suits])
+        peaks = [bound + np.where(needed <= bound, sizes, np.inf).min(axis=1).sum() for bound in bounds]
+        chosen = bounds[len(bounds) - 1 - int(np.argmin(peaks[::-1]))]  # of equals the one that bars least
+        over = zip(*np.nonzero((needed > chosen) & suits), strict=True)
+        return Room(int(chosen), frozenset((names[layer], candidates[format]) for layer, format in over))
+
+
+def observe(
+    pipe: DiffusionPipeline,
+    component: str,
+    call: Mapping[str, Any],
+    sample: Sample,
+    candidates: Sequence[Format],
+    batch_size: int = 1,
+) -> PeakMemory:
+    """Make one call of an unquantized pipeline and learn from it the peak of every policy.
+
+    Args:
+        pipe: on the device and in the dtype it will run in.
+        component: name of the denoiser, or several, separated by commas.
+        call: arguments of the pipeline call, e.g. {"num_inference_steps": 20, "height": 512, "width": 512}.
+        sample: what to draw.
+        candidates: the formats a policy may use.
+        batch_size: how often to draw it in the call.
+
+    Raises:
+        BitPolicyError: the pipeline takes no such arguments, or it is neither on the CPU nor on CUDA.
+    """
+    trajectories = Trajectories(pipe, component, call)
+    trajectories.learn(sample)  # the only call that is observed is the one below
+    resident = loaded_bytes(pipe)
+    account = ByteAccount.of(trajectories.denoiser, next(trajectories.denoiser.parameters()).dtype)
+    with metered(pipe.device) as meter, _marked(trajectories.denoiser, meter):
+        image = _draw(trajectories, sample, batch_size)
+    return PeakMemory(
+        account=account,
+        others=resident - account.reference,
+        unpacked=max(span.most for span in meter.spans),
+        calls=_calls(meter.spans),
+        unpacking=unpacking_bytes(account.shapes.values(), candidates, account.storage_dtype, pipe.device),
+        kept=kept_bytes(account.shapes.values(), candidates, account.storage_dtype, pipe.device),
+        height=image.shape[-2],
+        width=image.shape[-1],
+        batch_size=batch_size,
+        device=pipe.device.type,
+    )
+
+
+def _draw(trajectories: Trajectories, sample: Sample, batch_size: int) -> torch.Tensor:
+    """The first of `batch_size` images that one pipeline call makes, shape (..., H, W)."""
+    if batch_size > 1 and sample.arguments:
+        raise BitPolicyError(
+            f"--batch-size {batch_size}: a request that brings {', '.join(sample.arguments)} is drawn alone; "
+            "leave --batch-size out"
+        )
+    trajectories.batch = batch_size
+    images = [image for image, _ in trajectories.images([sample] * batch_size)]
+    return images[0]
+
+
+@contextmanager
+def _marked(denoiser: nn.Module, meter: Meter) -> Iterator[None]:
+    """While the block runs, the call of a layer is a span of its own, labelled with the layer's name."""
+    handles = []
+    for name, layer in quantizable_layers(denoiser):
+        handles += [
+            layer.register_forward_pre_hook(_marking(meter, name)),
+            layer.register_forward_hook(_marking(meter)),
+        ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _marking(meter: Meter, label: str = "") -> Callable[..., None]:
+    return lambda *_: meter.mark(label)
+
+
+def _calls(spans: Iterable[Span]) -> dict[str, LayerCall]:
+    """The largest of each layer's calls: of two maxima the maximum is that of all."""
+    calls: dict[str, LayerCall] = {}
+    for span in spans:
+        if span.label:
+            seen = calls.get(span.label, LayerCall(0, 0))
+            calls[span.label] = LayerCall(max(seen.before, span.before), max(seen.inside, span.most))
+    return calls
+
+
+def unpacking_bytes(
+    shapes: Iterable[Shape], candidates: Iterable[Format], dtype: torch.dtype, device: torch.device
+) -> dict[tuple[Format, Shape], int]:
+    """The most bytes at once while a weight is dequantized, itself among them: each format tried on each shape.
+
+    Args:
+        shapes: of weights, (out, in/groups, *kernel).
+        candidates: those that are not packed, or do not suit a shape, are passed over.
+        dtype: of the dequantized weight.
+    """
+    wanted = _packed(shapes, candidates)
+    with metered(device) as meter:
+        for place, (format, shape) in enumerate(wanted):
+            stored = _zeros(format, shape, dtype, device)
+            meter.mark(str(place))
+            format.dequantize(stored, shape, dtype)
+            meter.mark("")
+    return {wanted[int(span.label)]: span.most - span.before for span in meter.spans if span.label}
+
+
+def kept_bytes(
+    shapes: Iterable[Shape], candidates: Iterable[Format], dtype: torch.dtype, device: torch.device
+) -> dict[tuple[Format, Shape], int]:
+    """Bytes that stay reserved once a weight was multiplied with; the arguments are those of `unpacking_bytes`."""
+    return {
+        (format, shape): scratch_kept(PackedWeight(format, shape, _zeros(format, shape, dtype, device)), dtype)
+        for format, shape in _packed(shapes, candidates)
+    }
+
+
+def _packed(shapes: Iterable[Shape], candidates: Iterable[Format]) -> list[tuple[Format, Shape]]:
+    candidates = list(candidates)
+    return [(f, shape) for shape in dict.fromkeys(shapes) for f in candidates if f.packed and f.fits(shape)]
+
+
+def _zeros(format: Format, shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+    specs = format.tensors(shape, dtype)
+    return {name: torch.zeros(spec.shape, dtype=spec.dtype, device=device) for name, spec in specs.items()}

@@ -1,0 +1,132 @@
+"""What one sampling step costs here: a few steps are made and timed, and the loop is left.
+
+A run is a number of such steps, plain or differentiated, so that its time is known before it begins.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bitpolicy.policies.footprint import most_allocated
+from bitpolicy.sensitivity.probes.stepwise import StepwiseProbe
+from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.trajectory.decoding import replaced_method
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
+
+_TIMED = 2  # steps: the first one also encodes the prompt and fills caches
+
+
+class _Enough(BaseException):
+    """Leaves a sampling loop that is timed."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The first steps of one pipeline call.
+
+    Attributes:
+        first: seconds until the first step is done, prompt and preparations included.
+        step: seconds of a step after it; where there is one step only, the same as `first`.
+        steps: scheduler steps of the whole loop.
+    """
+
+    first: float
+    step: float
+    steps: int
+
+    @property
+    def trajectory(self) -> float:
+        """Seconds of the whole loop."""
+        return self.first + (self.steps - 1) * self.step
+
+
+def time_plain(trajectories: Trajectories, samples: Sequence[Sample]) -> Timing:
+    """The time of a pipeline call without gradients.
+
+    Args:
+        samples: of this call; at most `trajectories.batch`.
+
+    Raises:
+        BitPolicyError: the pipeline refuses the call, or a step gives NaN or Inf.
+    """
+    trajectories.learn(samples[0])
+    return _timed(trajectories, lambda: next(trajectories.latents(samples)))
+
+
+def time_probed(trajectories: Trajectories, probe: StepwiseProbe, sample: Sample) -> Timing:
+    """The time of a call in which each denoiser call is differentiated and every candidate's score taken."""
+    trajectories.learn(sample)
+    return _timed(trajectories, lambda: probe.first_steps(sample, _TIMED))
+
+
+def peak_of_step(trajectories: Trajectories, run: Callable[[], object]) -> int:
+    """The most bytes that `run` allocates at once until its first step is done, beyond what is there before.
+
+    Args:
+        run: calls the pipeline; how it is called has been learned before.
+
+    Raises:
+        BitPolicyError: the pipeline is neither on the CPU nor on CUDA.
+    """
+
+    def first_step() -> None:
+        with _leaving_after(trajectories, 1):
+            run()
+
+    return most_allocated(next(trajectories.denoiser.parameters()).device, first_step)
+
+
+def _timed(trajectories: Trajectories, run: Callable[[], object]) -> Timing:
+    start = time.perf_counter()
+    with _leaving_after(trajectories, _TIMED) as watch:
+        run()
+    if not watch.times:  # a loop that takes no scheduler steps: all of it was timed
+        whole = time.perf_counter() - start
+        return Timing(whole, whole, 1)
+    first, last = watch.times[0] - start, watch.times[-1] - watch.times[-2] if len(watch.times) > 1 else 0.0
+    return Timing(first, last or first, watch.steps)
+
+
+@dataclass
+class _Watch:
+    """When each step was done, how many there would be, and whether all samples were finite."""
+
+    times: list[float]
+    steps: int = 1
+    finite: bool = True
+
+
+@contextmanager
+def _leaving_after(trajectories: Trajectories, count: int) -> Iterator[_Watch]:
+    """While the block runs, a sampling loop ends after `count` steps."""
+    scheduler, device = trajectories.pipe.scheduler, next(trajectories.denoiser.parameters()).device
+    watch = _Watch([])
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            watch.times.append(time.perf_counter())
+            timesteps = getattr(scheduler, "timesteps", None)
+            watch.steps = max(len(watch.times), 0 if timesteps is None else len(timesteps))
+            watch.finite &= bool(torch.isfinite(result[0]).all())
+            if len(watch.times) == count and watch.finite:  # else whoever runs the loop has a word to say
+                raise _Enough
+            return result
+
+        return step
+
+    with replaced_method(scheduler, "step", wrap):
+        try:
+            yield watch
+        except _Enough:
+            return

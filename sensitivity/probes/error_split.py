@@ -1,0 +1,124 @@
+"""What a layer's error is made of: a scale error, a bias, noise; by sampling step, and how the sampler amplifies it.
+
+For sample n let x_n be the reference's final latent, u_n = x_n / |x_n|, and dx_n the error of one layer in one format.
+
+    parallel   E <dx_n, u_n>^2             the picture is scaled
+    bias       |E r_n|^2                   r_n = dx_n - <dx_n, u_n> u_n: the same for every picture
+    noise      E|r_n|^2 - |E r_n|^2        the rest; the three add up to E|dx_n|^2
+    mean       |E dx_n|^2                  the bias with its parallel part left in
+
+all divided by E|x_n|^2. The parallel part takes one backward pass a sample, along u_n, and is exact to first order. A
+bias needs the same directions v for all samples: E_v <v, r_n> <v, r_m> = <r_n, r_m>, averaged over pairs n != m, which
+leaves out the 1/N of the noise that the mean of N samples still holds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.policies.storage.atomic import written_aside
+from bitpolicy.policies.storage.file_source import open_tensors
+from bitpolicy.sensitivity.probes.sketch import Sketch
+from bitpolicy.sensitivity.probes.stepwise import LocalSketch
+
+
+@dataclass(frozen=True)
+class ErrorSplit:
+    """Shares of each layer's error, float32, shape (2, 1 + T, L, F).
+
+    The first axis is the layer's bias: as it was, corrected. The second is the whole trajectory, then each of its T
+    steps with the error that enters there; if models outside the loop are studied, the first of the T is what they do.
+
+    Attributes:
+        error: E|dx_0|^2 / E|x_0|^2, >= 0.
+        parallel, bias: as above, >= 0. What is left of `error` is noise.
+        mean: as above, >= 0.
+        local: E|de_t|^2 / E|e_t|^2 of the denoiser's output at each step, shape (2, T, L, F).
+        amplification: |dx_0| / |de_t|, from the denoiser's output at step t to the final latent, shape (2, T, L, F); 0
+            where de_t is: outside the loop there is no such output.
+    """
+
+    error: torch.Tensor
+    parallel: torch.Tensor
+    bias: torch.Tensor
+    mean: torch.Tensor
+    local: torch.Tensor
+    amplification: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        shared: Sequence[Sequence[Sketch]],
+        signal: Sequence[Sketch],
+        local: Sequence[LocalSketch],
+        latent_power: float,
+    ) -> ErrorSplit:
+        """Reduce sketches.
+
+        Args:
+            shared: for each sample (two or more) the sketches along the shared directions.
+            signal: for each sample the sketch along its own signal.
+            local: stepwise sketches of any samples.
+            latent_power: E|x_0|^2.
+        """
+        seen = torch.stack([torch.stack([_with_whole(s) for s in of_sample]) for of_sample in shared])  # N, S, 2, ...
+        along = torch.tensor([[s.along for s in of_sample] for of_sample in shared])
+        scaled = torch.stack([_with_whole(s) for s in signal])
+        rest = seen - along[:, :, None, None, None, None] * scaled[:, None]
+        error = seen.square().mean((0, 1)) / latent_power
+        parallel = (scaled.square().mean(0) / latent_power).minimum(error)
+        bias = (pairs_mean(rest).mean(0) / latent_power).clamp(min=0).minimum(error - parallel)
+        mean = (pairs_mean(seen).mean(0) / latent_power).clamp(min=0).minimum(error)
+        here = torch.stack([s.sketch.stacked() for s in local]).square().mean(0)
+        power = torch.stack([s.power for s in local]).mean(0)[:, None, None]
+        tiny = torch.finfo(torch.float32).tiny
+        amplification = (error[:, 1:] * latent_power / here.clamp(min=tiny)).sqrt().where(here > 0, 0)
+        return cls(error, parallel, bias, mean, here / power.clamp(min=tiny), amplification)
+
+    @property
+    def noise(self) -> torch.Tensor:
+        return (self.error - self.parallel - self.bias).clamp(min=0)
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file."""
+        with written_aside(path) as aside:
+            kept = {field.name: getattr(self, field.name).contiguous() for field in fields(self)}
+            save_file(kept, aside, metadata={"bitpolicy": json.dumps({"kind": "split"})})
+
+    @classmethod
+    def load(cls, path: Path) -> ErrorSplit:
+        """Read the file.
+
+        Raises:
+            BitPolicyError: it is missing or no such file.
+        """
+        try:
+            with open_tensors(path) as file:
+                return cls(**{field.name: file.get_tensor(field.name) for field in fields(cls)})
+        except (OSError, SafetensorError) as error:
+            raise BitPolicyError(f"cannot read {path}: {error}; run `bitpolicy probe --split` again") from error
+
+
+def pairs_mean(values: torch.Tensor) -> torch.Tensor:
+    """The mean of x_n x_m over pairs n != m of the first axis: (|sum x|^2 - sum |x|^2) / N (N - 1), element by element.
+
+    NaN for one value.
+    """
+    count = len(values)
+    if count < 2:
+        return torch.full_like(values[0], torch.nan)
+    return (values.sum(0).square() - values.square().sum(0)) / (count * (count - 1))
+
+
+def _with_whole(sketch: Sketch) -> torch.Tensor:
+    """(2, 1 + T, L, F): the sum over steps, then the steps."""
+    steps = sketch.stacked()
+    return torch.cat([steps.sum(1, keepdim=True), steps], dim=1)

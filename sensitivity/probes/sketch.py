@@ -1,0 +1,180 @@
+"""Sketches: dot products of gradients with weight changes, taken while a backward pass runs, and freed at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import pad
+
+from bitpolicy.kernels.layers import Quantizable
+from bitpolicy.sensitivity.probes.weight_changes import WeightChanges
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
+
+Products = Callable[[str, torch.Tensor], torch.Tensor]
+"""Dot products, shape (candidates), of a layer's change with a gradient."""
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """One backward pass: how a direction sees every layer's error.
+
+    Attributes:
+        weight: <G_W, dW>, float32, shape (rows, layers, candidates), one row a scheduler step; before them one for what
+            is outside the loop, if any such model is studied.
+        bias: <G_b, db> of the corrected bias, same shape; zero for a layer without a bias.
+        along: <v, x_0> / |x_0|, how much of the direction is the signal's.
+        inputs: <g, Q(x) - x> of the layers whose inputs are rounded, same shape, the same for all candidates that fit
+            and do so; None where no layer's are.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    along: float = 0.0
+    inputs: torch.Tensor | None = None
+
+    @property
+    def plain(self) -> torch.Tensor:
+        """<v, dx_0> with the bias as it was, shape of `weight`."""
+        return self.weight if self.inputs is None else self.weight + self.inputs
+
+    @property
+    def corrected(self) -> torch.Tensor:
+        """The same with the corrected bias."""
+        return self.plain + self.bias
+
+    def stacked(self) -> torch.Tensor:
+        """(2, steps, layers, candidates): with the bias as it was, and corrected."""
+        return torch.stack([self.plain, self.corrected])
+
+    def rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Sketch:
+        """The same with other rows."""
+        inputs = None if self.inputs is None else change(self.inputs)
+        return replace(self, weight=change(self.weight), bias=change(self.bias), inputs=inputs)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """For a record."""
+        inputs = {} if self.inputs is None else {"inputs": self.inputs}
+        return {"weight": self.weight, "bias": self.bias, "along": torch.tensor(self.along), **inputs}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Sketch:
+        return cls(tensors["weight"], tensors["bias"], float(tensors.get("along", 0.0)), tensors.get("inputs"))
+
+
+def equally_long(sketches: Sequence[Sketch]) -> list[Sketch]:
+    """The same with as many steps as the longest: where a request sets its own number, the others have none there."""
+    steps = max(len(sketch.weight) for sketch in sketches)
+
+    def longer(values: torch.Tensor) -> torch.Tensor:
+        return pad(values, (0, 0, 0, 0, 0, steps - len(values)))
+
+    return [sketch.rows(longer) for sketch in sketches]
+
+
+class SketchRecorder:
+    """Fills sketches from the gradients of a backward pass: no gradient outlives its layer.
+
+    Attributes:
+        step: the scheduler step that gradients now belong to; whoever runs the backward pass sets it.
+        reached: steps at which a gradient arrived.
+        reached_outside: components outside the loop at which one did.
+        lead: rows before the first step's: 1 if any component outside the loop is studied, else 0.
+
+    Args:
+        outside: layer name -> component, of those layers that are outside the loop.
+        amounts: layer name -> how much of its inputs' rounding there is, of those layers that have any.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Quantizable],
+        changes: WeightChanges,
+        candidates: int,
+        outside: Mapping[str, str],
+        amounts: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> None:
+        self._layers, self._changes, self._candidates, self._amounts = layers, changes, candidates, amounts
+        self.step = 0
+        self.reached: set[int] = set()
+        self.reached_outside: set[str] = set()
+        self.lead = int(bool(outside))
+        self._outside = outside
+        self._weight = self._bias = self._inputs = torch.empty(0)
+
+    @contextmanager
+    def recording(self, steps: int, device: torch.device) -> Iterator[None]:
+        """While the block runs, gradients that are complete go into a new sketch of so many steps."""
+        self._weight = torch.zeros(self.lead + steps, len(self._layers), self._candidates, device=device)
+        self._bias, self._inputs = torch.zeros_like(self._weight), torch.zeros_like(self._weight)
+        self.reached, self.reached_outside = set(), set()
+        handles = list(self._hooks())
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def not_finite(self) -> tuple[int, str] | None:
+        """The step, -1 outside the loop, and the layer where the backward pass first met NaN or Inf, or None."""
+        bad = ~torch.isfinite(torch.stack([self._weight, self._bias, self._inputs])).all(0).all(-1)
+        if not bad.any():
+            return None
+        step, layer = max(bad.nonzero().tolist())  # backwards: last step first, last layer first
+        return int(step) - self.lead, list(self._layers)[int(layer)]
+
+    def sketch(self, scale: float = 1.0, along: float = 0.0) -> Sketch:
+        """What was recorded, divided by `scale`, on the CPU."""
+        inputs = (self._inputs / scale).cpu() if self._amounts else None
+        return Sketch((self._weight / scale).cpu(), (self._bias / scale).cpu(), along, inputs)
+
+    def _hooks(self) -> Iterator[Any]:
+        for index, (name, layer) in enumerate(self._layers.items()):
+            changes = self._changes
+            yield self._hook(layer.weight, changes.weight_products, self._weight, index, name)
+            if layer.bias is not None:
+                yield self._hook(layer.bias, changes.bias_products, self._bias, index, name)
+            if name in self._amounts:
+                yield self._hook(self._amounts[name], changes.input_products, self._inputs, index, name)
+
+    def _hook(self, leaf: torch.Tensor, products: Products, into: torch.Tensor, index: int, name: str) -> Any:
+        def use_and_free(leaf: torch.Tensor) -> None:
+            gradient = leaf.grad
+            assert gradient is not None
+            into[self._row(name), index] += products(name, gradient).to(into.device)
+            leaf.grad = None
+
+        return leaf.register_post_accumulate_grad_hook(use_and_free)
+
+    def _row(self, name: str) -> int:
+        """Where a gradient of the layer belongs that arrives now."""
+        if name in self._outside:
+            self.reached_outside.add(self._outside[name])
+            return 0
+        self.reached.add(self.step)
+        return self.lead + self.step
+
+
+@contextmanager
+def only_these_require_grad(trajectories: Trajectories, layers: Mapping[str, Quantizable]) -> Iterator[None]:
+    """Freeze the pipeline but for the weights and biases of `layers`; put everything back afterwards."""
+    modules = [module for module in trajectories.pipe.components.values() if isinstance(module, nn.Module)]
+    before = {parameter: parameter.requires_grad for module in modules for parameter in module.parameters()}
+    try:
+        for parameter in before:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        for layer in layers.values():
+            layer.weight.requires_grad_(True)
+            if layer.bias is not None:
+                layer.bias.requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in before.items():
+            parameter.requires_grad_(flag)
+            parameter.grad = None

@@ -1,0 +1,137 @@
+"""The stepwise probe: what every layer's quantization error does to the denoiser's output, call by call.
+
+The reference trajectory is followed without gradients. At each call the denoiser is differentiated alone: with v_t ~
+N(0, I) of the output's shape, <v_t, J_{l,t} dW> is a sketch of the error de_t(l, f) that the layer makes in that one
+call. Nothing is known of what the sampler makes of it, which is what the adjoint probe adds: the ratio of the two is
+the amplification from the step where an error enters to the end. It also stands in for the adjoint probe where the
+sampling loop cannot be differentiated; then a layer's score is
+
+    sum_t E|de_t(l, f)|^2 / sum_t E|e_t|^2.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.kernel import Compute
+from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.policies.calibration import Calibration
+from bitpolicy.sensitivity.probes.compute_range import advice
+from bitpolicy.sensitivity.probes.directions import stream
+from bitpolicy.sensitivity.probes.input_rounding import InputRounding
+from bitpolicy.sensitivity.probes.sketch import Sketch, SketchRecorder, only_these_require_grad
+from bitpolicy.sensitivity.probes.weight_changes import WeightChanges
+from bitpolicy.sensitivity.rounding.candidates import Candidate
+from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.trajectory.decoding import replaced_method
+from bitpolicy.sensitivity.trajectory.trajectories import LoopError, Trajectories
+
+
+@dataclass(frozen=True)
+class LocalSketch:
+    """A sketch of one trajectory's calls.
+
+    Attributes:
+        sketch: <v_t, de_t>, by scheduler step; a step with two calls adds both. Models outside the loop make none.
+        power: |e_t|^2 of the denoiser's output, float32, shape (rows of `sketch`).
+    """
+
+    sketch: Sketch
+    power: torch.Tensor
+
+
+class StepwiseProbe:
+    """Local sketches of one pipeline. Arguments as of `AdjointProbe`."""
+
+    def __init__(
+        self,
+        trajectories: Trajectories,
+        candidates: Sequence[Candidate],
+        calibration: Calibration,
+        storage: torch.dtype,
+        compute: Compute = Compute.EXACT,
+    ) -> None:
+        self._trajectories = trajectories
+        self._layers = dict(quantizable_layers(trajectories.denoiser))
+        self._inputs = InputRounding(self._layers, candidates, compute)
+        changes = WeightChanges(self._layers, candidates, calibration, storage, compute)
+        outside, amounts = trajectories.outside_layers, self._inputs.amounts
+        self._recorder = SketchRecorder(self._layers, changes, len(candidates), outside, amounts)
+        self._lead = self._recorder.lead
+
+    def sketches(self, sample: Sample, vectors: Sequence[int]) -> Iterator[LocalSketch]:
+        """One local sketch for each random stream, one trajectory each."""
+        steps = self._trajectories.end(sample).steps
+        rows = steps + 1  # some loops end on a call after the last step
+        for index in vectors:
+            power = self._followed(sample, index, rows)
+            where = self._recorder.not_finite()
+            if where is not None:
+                dtype = next(self._trajectories.denoiser.parameters()).dtype
+                raise BitPolicyError(
+                    f"step {where[0] + 1}: the gradient of {where[1]} is NaN or Inf; {advice(dtype)}, or take "
+                    "--probe ablation"
+                )
+            used = self._lead + max(steps, max(self._recorder.reached, default=0) + 1)
+            yield LocalSketch(self._recorder.sketch().rows(itemgetter(slice(used))), power[:used].cpu())
+
+    def first_steps(self, sample: Sample, steps: int) -> None:
+        """The work of `sketches` without a result, for a caller that times it and leaves the loop after `steps`."""
+        self._followed(sample, 0, steps + 1)
+
+    def _followed(self, sample: Sample, index: int, rows: int) -> torch.Tensor:
+        """Follow a trajectory, differentiate each call along its vector of random stream `index` and record what
+        arrives; returns |e_t|^2, shape (lead + rows)."""
+        device = next(self._trajectories.denoiser.parameters()).device
+        power = torch.zeros(self._lead + rows, device=device)
+        with (
+            only_these_require_grad(self._trajectories, self._layers),
+            self._recorder.recording(rows, device),
+            self._inputs.installed(),
+            ExitStack() as stack,
+        ):
+            streams = (stream(0x57E9, sample.seed, index, call) for call in itertools.count())
+            for denoiser in self._trajectories.studied_denoisers:
+                stack.enter_context(replaced_method(denoiser, "forward", self._differentiated(streams, power)))
+            next(self._trajectories.latents([sample]))
+        return power
+
+    def _differentiated(
+        self, streams: Iterator[torch.Generator], power: torch.Tensor
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """A forward that differentiates its own output, records, and returns it without a graph."""
+
+        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                step = self._recorder.step = self._trajectories.steps
+                with torch.inference_mode(False), torch.enable_grad():
+                    given, kept = pytree.tree_map(_usable, (args, kwargs))
+                    output = original(*given, **kept)
+                    leaves, spec = pytree.tree_flatten(output)
+                    graphs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+                    if not graphs:
+                        raise LoopError("a denoiser's output has no gradient; use --probe ablation")
+                    first = graphs[0]
+                    v = torch.randn(first.shape, generator=next(streams)).to(first.device)
+                    torch.autograd.backward(first, v.to(first.dtype))
+                power[self._lead + step] += first.detach().float().square().sum().to(power.device)
+                detached = [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+                return pytree.tree_unflatten(detached, spec)
+
+            return forward
+
+        return wrap
+
+
+def _usable(leaf: Any) -> Any:
+    """Autograd takes no tensor that was made in inference mode, but a copy."""
+    return leaf.clone() if isinstance(leaf, torch.Tensor) and leaf.is_inference() else leaf

@@ -1,0 +1,172 @@
+"""Checkpoint every call of the denoisers (Griewank and Walther 2000): memory holds the latents of a trajectory and the
+activations of one call. Studied models outside the loop, text encoders and the decoder, are checkpointed likewise: what
+they hold would lie beside the activations of every call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from bitpolicy.policies.denoiser import is_autoencoder
+from bitpolicy.sensitivity.trajectory.decoding import replaced_method
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
+
+
+class CheckpointedCalls:
+    """Checkpoints calls, and tells during the backward pass which step's call is being redone.
+
+    Attributes:
+        steps: scheduler steps at which a studied denoiser was called in the last forward pass.
+        cut: those of any denoiser that no gradient gets back to: called under `no_grad`, or followed by a call on a
+            detached sample.
+        called: names of the studied models outside the loop that were called.
+    """
+
+    def __init__(self, trajectories: Trajectories, on_step: Callable[[int], None]) -> None:
+        self._trajectories, self._on_step = trajectories, on_step
+        self.steps: set[int] = set()
+        self.cut: set[int] = set()
+        self.called: set[str] = set()
+        self._all_steps: set[int] = set()
+        self._redone: set[int] = set()
+
+    @property
+    def not_redone(self) -> set[int]:
+        """Steps at which a denoiser was called, studied or not, and that the last backward pass did not come to."""
+        return self._all_steps - self._redone
+
+    @contextmanager
+    def installed(self, recompute_inside: bool) -> Iterator[None]:
+        """Args:
+        recompute_inside: also checkpoint inside denoisers and autoencoders, block by block, where they can.
+        """
+        self.steps, self.cut, self.called, self._all_steps, self._redone = set(), set(), set(), set(), set()
+        studied = self._trajectories.studied_denoisers
+        with ExitStack() as stack:
+            for denoiser in self._trajectories.denoisers:
+                if recompute_inside:
+                    stack.enter_context(_block_checkpoints(denoiser))
+                wrap = self._in_loop(any(denoiser is model for model in studied))
+                stack.enter_context(replaced_method(denoiser, "forward", wrap))
+            for name, model in self._trajectories.outside.items():
+                if is_autoencoder(model):
+                    stack.enter_context(_in_float32(model))
+                    if recompute_inside:
+                        stack.enter_context(_block_checkpoints(model))
+                method = "decode" if is_autoencoder(model) else "forward"
+                stack.enter_context(replaced_method(model, method, self._outside(name, model)))
+            yield
+
+    def new_backward(self) -> None:
+        """A backward pass begins."""
+        self._redone = set()
+
+    def _in_loop(self, studied: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                step = self._trajectories.steps
+                if not (studied or _any_requires_grad((args, kwargs))):
+                    return original(*args, **kwargs)  # nothing studied comes before this call
+                if not torch.is_grad_enabled():
+                    self.cut.add(step)
+                elif self._all_steps - {step} and not _any_requires_grad((args, kwargs)):
+                    self.cut.add(step - 1)
+                self._all_steps.add(step)
+                if studied:
+                    self.steps.add(step)
+                return _checkpointed(original, args, kwargs, lambda: self._redo(step))
+
+            return forward
+
+        return wrap
+
+    def _redo(self, step: int) -> None:
+        """A call begins, for the first time or, in the backward pass, once more."""
+        self._on_step(step)
+        if torch.is_grad_enabled():
+            self._redone.add(step)
+
+    def _outside(self, name: str, model: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                self.called.add(name)
+                given, named = pytree.tree_map(lambda leaf: _as_float32(leaf, model), (args, kwargs))
+                return _checkpointed(original, given, named, lambda: None)
+
+            return call
+
+        return wrap
+
+
+def _any_requires_grad(arguments: Any) -> bool:
+    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves(arguments))
+
+
+def _checkpointed(original: Callable[..., Any], args: Any, kwargs: Any, at_start: Callable[[], None]) -> Any:
+    """`original(*args, **kwargs)` with nothing kept but its arguments; every tensor goes in as one of its own."""
+    leaves, arguments = pytree.tree_flatten((args, kwargs))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    structure: list[Any] = []
+
+    def run(_anchor: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        at_start()
+        filled = list(leaves)
+        for place, tensor in zip(places, tensors, strict=True):
+            filled[place] = tensor
+        positional, named = pytree.tree_unflatten(filled, arguments)
+        outputs, spec = pytree.tree_flatten(original(*positional, **named))
+        structure[:] = [spec]
+        return tuple(outputs)
+
+    # the anchor requires grad, as nothing else does at the first step, where the graph would be lost without it
+    anchor = torch.zeros((), requires_grad=True)
+    tensors = [leaves[i] for i in places]
+    outputs = checkpoint(run, anchor, *tensors, use_reentrant=True, preserve_rng_state=False)
+    return pytree.tree_unflatten(list(outputs), structure[0])
+
+
+@contextmanager
+def _block_checkpoints(model: Any) -> Iterator[None]:
+    """diffusers' own checkpoints, one a block; those that were on stay on."""
+    if not getattr(model, "_supports_gradient_checkpointing", False) or model.is_gradient_checkpointing:
+        yield
+        return
+    model.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        model.disable_gradient_checkpointing()
+
+
+def _needs_float32(model: Any) -> bool:
+    return bool(model.config.get("force_upcast")) and model.dtype == torch.float16
+
+
+@contextmanager
+def _in_float32(model: Any) -> Iterator[None]:
+    """Hold an autoencoder that overflows in float16 in float32 while the block runs. Pipelines cast it for the call of
+    `decode` and back, but the backward pass comes later."""
+    if not _needs_float32(model):
+        yield
+        return
+    before = [(parameter, parameter.data) for parameter in model.parameters()]
+    for parameter, data in before:
+        parameter.data = data.float()
+    try:
+        yield
+    finally:
+        for parameter, data in before:
+            parameter.data = data
+
+
+def _as_float32(leaf: Any, model: nn.Module) -> Any:
+    """What comes in half precision for a model that is held in float32."""
+    dtype = next(model.parameters()).dtype
+    half = isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float16
+    return leaf.float() if half and dtype == torch.float32 and is_autoencoder(model) else leaf

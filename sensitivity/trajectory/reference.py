@@ -1,0 +1,98 @@
+"""The reference pass over the calibration samples: the mean input of every layer, the size of the signal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bitpolicy.kernels.layers import Quantizable, quantizable_layers
+from bitpolicy.kernels.quantizers.bias_correction import mean_patch
+from bitpolicy.policies.calibration import Calibration
+from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
+
+
+@dataclass(frozen=True)
+class ReferencePass:
+    """What the reference did on the calibration samples.
+
+    Attributes:
+        calibration: layer name -> E[x] over samples, steps and positions, float32 on the CPU, shape (in) or
+            (in, *kernel). A layer that was never called has none. A probe adds what quantizers made, by `rounded_key`.
+        latent_power: E|x_0|^2, the mean squared norm of the signal: of the final latent, or of the image where an
+            autoencoder is studied.
+        calls: denoiser calls of one trajectory.
+    """
+
+    calibration: Calibration
+    latent_power: float
+    calls: int
+
+    @classmethod
+    def of(cls, trajectories: Trajectories, samples: Sequence[Sample]) -> ReferencePass:
+        """Run every sample once, without gradients."""
+        return cls.merged([reference_part(trajectories, samples)])
+
+    @classmethod
+    def merged(cls, parts: Sequence[Mapping[str, torch.Tensor]]) -> ReferencePass:
+        """Reduce what `reference_part` gave for each part of the samples, in the order given."""
+        total: dict[str, torch.Tensor] = {}
+        for part in parts:
+            for key, value in part.items():
+                total[key] = total[key] + value if key in total else value
+        sums = {key.removeprefix(_SUM): value for key, value in total.items() if key.startswith(_SUM)}
+        calibration = {name: (value / total[_COUNT + name]).float() for name, value in sums.items()}
+        samples = float(total["samples"])
+        return cls(calibration, float(total["power"]) / samples, round(float(total["calls"]) / samples))
+
+
+_SUM, _COUNT = "sum ", "count "  # no layer's name begins with these: a space cannot stand in a module path
+
+
+def reference_part(trajectories: Trajectories, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    """Sums over the trajectories of `samples`, float64, for `ReferencePass.merged`."""
+    sums = _Sums()
+    layers = quantizable_layers(trajectories.denoiser)
+    for sample in samples[:1]:
+        trajectories.learn(sample)  # whose short runs are none of those that are added up
+    handles: list[Any] = [
+        layer.register_forward_pre_hook(sums.of_inputs(name, layer), with_kwargs=True) for name, layer in layers
+    ]
+    handles += [denoiser.register_forward_pre_hook(sums.of_calls) for denoiser in trajectories.denoisers]
+    try:
+        for part in trajectories.parts(samples):
+            sums.samples_now = len(part)
+            for signal in trajectories.signals(part):
+                sums.add("power", signal.double().square().sum())
+                sums.add("samples", torch.ones((), dtype=torch.float64))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sums.total
+
+
+class _Sums:
+    """Sums in float64, in call order."""
+
+    def __init__(self) -> None:
+        self.total: dict[str, torch.Tensor] = {}
+        self.samples_now = 0  # samples that share the calls that are made now
+
+    def add(self, key: str, value: torch.Tensor) -> None:
+        value = value.cpu()
+        self.total[key] = self.total[key] + value if key in self.total else value
+
+    def of_inputs(self, name: str, layer: Quantizable) -> Callable[..., None]:
+        def add(_module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
+            x = args[0] if args else kwargs["input"]
+            rows = torch.tensor(float(len(x)), dtype=torch.float64)  # calls differ in how many samples they hold
+            self.add(_SUM + name, mean_patch(layer, x).double() * rows)
+            self.add(_COUNT + name, rows)
+
+        return add
+
+    def of_calls(self, *_: Any) -> None:
+        self.add("calls", torch.tensor(float(self.samples_now), dtype=torch.float64))
