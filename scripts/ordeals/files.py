@@ -84,7 +84,7 @@ class Files:
         copy = self._copy(kind, "case")
         done = damage(copy / file, draw)
         act = partial(self._act, kind, name, file, copy)
-        verdict = judged(act, expected, as_nobody=done == "unreadable")
+        verdict = judged(act, expected, as_nobody=done == "unreadable" and _open_to_all(copy))
         _removed(copy.parent)
         return Case(number, kind.name, str(file), done, name, verdict)
 
@@ -116,6 +116,11 @@ class Files:
             for path in (copy.parent, copy, *copy.rglob("*")):
                 os.chown(path, NOBODY, NOBODY)
         return copy
+
+
+def _open_to_all(folder: Path) -> bool:
+    """Whether another user comes as far as this: a folder of one's own may be closed."""
+    return all(parent.stat().st_mode & 0o001 for parent in folder.resolve().parents)
 
 
 def _removed(folder: Path) -> None:

@@ -69,7 +69,18 @@ class Code:
         return self.stack, ".local" in self.ptx, self.runs("LDL|STL")
 
 
+_seen: dict[bytes, Code] = {}
+
+
 def disassembled(name: str, kernel: Any, folder: Path) -> Code:
+    """What was launched; several ways to cut a product share the kernels beside it, and these are taken apart once."""
+    code = kernel.asm["cubin"]
+    if code not in _seen:
+        _seen[code] = taken_apart(name, kernel, folder)
+    return _seen[code]
+
+
+def taken_apart(name: str, kernel: Any, folder: Path) -> Code:
     binary = folder / "kernel.cubin"
     binary.write_bytes(kernel.asm["cubin"])
     usage, sass = (
