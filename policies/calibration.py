@@ -8,7 +8,6 @@ Its hash is recorded in the policy, so what is exported is what was searched.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.choice import Choice
 from bitpolicy.policies.finite import is_finite, require_finite
-from bitpolicy.policies.identity import tensor_bytes
+from bitpolicy.policies.identity import tensors_digest
 from bitpolicy.policies.storage.atomic import written_aside
 from bitpolicy.policies.storage.file_source import FileTensors
 
@@ -163,18 +162,13 @@ def _of_these_weights(calibration: Calibration, policy: Calibrated) -> Calibrati
 
 def calibration_hash(calibration: Calibration) -> str:
     """ "sha256:..." over names, dtypes, shapes and values."""
-    return f"sha256:{_digest(calibration, with_dtypes=True)}"
+    return _hash(calibration)
 
 
 def _is_hash(recorded: str, calibration: Calibration) -> bool:
     """Whether it is the calibration's; older policies record one that leaves out dtypes."""
-    return any(recorded == f"sha256:{_digest(calibration, with_dtypes)}" for with_dtypes in (True, False))
+    return any(recorded == _hash(calibration, dtypes) for dtypes in (True, False))
 
 
-def _digest(calibration: Calibration, with_dtypes: bool) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(calibration):
-        tensor = calibration[name]
-        digest.update(f"{name}{tensor.dtype if with_dtypes else ''}{tuple(tensor.shape)}".encode())
-        digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()
+def _hash(calibration: Calibration, dtypes: bool = True) -> str:
+    return f"sha256:{tensors_digest(((name, calibration[name]) for name in sorted(calibration)), dtypes)}"

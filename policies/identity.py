@@ -35,11 +35,19 @@ def weights_hash(model: nn.Module, storage_dtype: torch.dtype) -> str:
 
 def tensors_hash(tensors: Iterable[tuple[str, torch.Tensor]], storage_dtype: torch.dtype) -> str:
     """The same of (name, tensor) pairs, sorted by name; one is held at a time."""
+    return tensors_digest((name, tensor.to(stored_spec(tensor, storage_dtype).dtype)) for name, tensor in tensors)
+
+
+def tensors_digest(tensors: Iterable[tuple[str, torch.Tensor]], dtypes: bool = True) -> str:
+    """SHA-256 over names, dtypes, shapes and values of (name, tensor) pairs in the order in which they come.
+
+    Args:
+        dtypes: whether they count.
+    """
     digest = hashlib.sha256()
     for name, tensor in tensors:
-        spec = stored_spec(tensor, storage_dtype)
-        digest.update(f"{name}{spec.dtype}{spec.shape}".encode())
-        digest.update(tensor_bytes(tensor.to(spec.dtype)))
+        digest.update(f"{name}{tensor.dtype if dtypes else ''}{tuple(tensor.shape)}".encode())
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
 
 
@@ -53,11 +61,12 @@ def checksum(data: memoryview) -> str:
     return f"{zlib.crc32(data):08x}"
 
 
-def config_hash(model: nn.Module) -> str:
-    """SHA-256 over what the config of a model says. Of an `nn.ModuleDict` of several: theirs, with commas between."""
-    if isinstance(model, nn.ModuleDict):
-        return ",".join(config_hash(part) for part in model.values())
-    return _of_json(configured(model))
+def config_hash(component: Any) -> str:
+    """SHA-256 over what the config of a part of a pipeline says. Of an `nn.ModuleDict` of several models: theirs, with
+    commas between."""
+    if isinstance(component, nn.ModuleDict):
+        return ",".join(config_hash(part) for part in component.values())
+    return _of_json(configured(component))
 
 
 def configured(component: Any) -> dict[str, Any]:

@@ -239,7 +239,7 @@ class Policy(_Strict):
             data = read_yaml(Path(path))
         except OSError as error:
             raise PolicyError(
-                f"cannot read policy {path}: {error.strerror}; give the policy.yaml that search-policy wrote"
+                f"cannot read policy {path}: {error.strerror or error}; give the policy.yaml that search-policy wrote"
             ) from error
         except YamlError as error:
             raise PolicyError(str(error)) from error

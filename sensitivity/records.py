@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.policies.identity import tensors_digest
 from bitpolicy.policies.storage.atomic import written_aside
-from bitpolicy.policies.storage.sealed import tensors_digest
 
 Piece = Mapping[str, torch.Tensor]
 
@@ -44,7 +44,7 @@ class Records:
         try:
             with safe_open(path, "pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-                whole = (file.metadata() or {}).get("sha256") == tensors_digest(tensors)
+                whole = (file.metadata() or {}).get("sha256") == tensors_digest(sorted(tensors.items()))
         except (OSError, SafetensorError):
             return None
         return tensors if whole else None
@@ -58,4 +58,4 @@ class Records:
             raise BitPolicyError(f"{self._folder} was removed while it was being written; run the command again")
         kept = {key: tensor.contiguous() for key, tensor in tensors.items()}
         with written_aside(self._folder / f"{name}.safetensors") as aside:
-            save_file(kept, aside, metadata={"sha256": tensors_digest(kept)})
+            save_file(kept, aside, metadata={"sha256": tensors_digest(sorted(kept.items()))})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from bitpolicy.policies.checkpoints.folder_parts import FolderParts, has_names_o
 from bitpolicy.policies.checkpoints.manifest import verify
 from bitpolicy.policies.checkpoints.parts import MemoryParts, Parts, require_no_adapter
 from bitpolicy.policies.denoiser import ALL, DENOISERS, denoiser_names, denoiser_of, denoisers_in, studied
-from bitpolicy.policies.identity import configured, weights_hash
+from bitpolicy.policies.identity import config_hash, weights_hash
 from bitpolicy.policies.loading.denoiser_files import bounded
 from bitpolicy.policies.loading.named_classes import require_known_classes
 from bitpolicy.policies.loading.nothing_missing import nothing_missing
@@ -98,7 +97,7 @@ class Source:
         """Identity of the whole pipeline: text encoders, schedulers and configs have a say in what is drawn, too."""
         digest = hashlib.sha256(self.sha256.encode())
         for name, other in sorted(self.pipe.components.items()):
-            digest.update(json.dumps(configured(other), sort_keys=True, default=str).encode())
+            digest.update(config_hash(other).encode())
             if isinstance(other, nn.Module) and name not in self.component.split(","):
                 digest.update(f"{name}{weights_hash(other, next(iter(_floats(other)), self.storage))}".encode())
         return digest.hexdigest()

@@ -20,8 +20,9 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.pipelines.hub import download_configs
 from bitpolicy.policies.checkpoints.parts import MemoryParts
 from bitpolicy.policies.denoiser import DENOISERS
-from bitpolicy.policies.loading.denoiser_files import fitted, skeleton
+from bitpolicy.policies.loading.denoiser_files import bounded, fitted, skeleton
 from bitpolicy.policies.loading.named_classes import class_named, require_known_classes
+from bitpolicy.policies.loading.nothing_missing import nothing_missing
 from bitpolicy.policies.storage.file_source import FileSource
 from bitpolicy.policies.storage.pipeline_files import PipelineFiles
 from bitpolicy.policies.storage.source import TensorSource
@@ -131,7 +132,8 @@ class SingleFile:
                 "give with --config a folder that has them"
             )
         kind = class_named(*self.configs.kind(name), self.configs.folder / "model_index.json")
-        return kind.from_pretrained(self.configs.folder / name, dtype=dtype, local_files_only=True)
+        with bounded(), nothing_missing():
+            return kind.from_pretrained(self.configs.folder / name, dtype=dtype, local_files_only=True)
 
     def parts(self, dtype: torch.dtype) -> MemoryParts:
         """For export: the denoiser stays in the file, the rest is loaded."""

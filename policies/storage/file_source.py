@@ -6,7 +6,6 @@ every `_MAPPED` bytes, and reading takes no more memory than that and a tensor, 
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -106,6 +105,14 @@ def header(path: Path) -> dict[str, TensorSpec]:
     return {name: TensorSpec(NAMED_DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in entries.items()}
 
 
+def require_plain_file(path: Path) -> None:
+    """Raises:
+    OSError: something else is there, such as a pipe, which would be waited for.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError("it is no file")
+
+
 def open_tensors(path: Path) -> Any:
     """`safetensors.safe_open`, which calls any file missing that it cannot open.
 
@@ -113,7 +120,6 @@ def open_tensors(path: Path) -> Any:
         OSError: the file cannot be opened, and why.
         SafetensorError: it is damaged.
     """
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "it is no plain file", str(path))  # a pipe would be waited for
+    require_plain_file(path)
     with path.open("rb"):
         return safe_open(path, "pt")

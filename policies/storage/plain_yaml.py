@@ -9,13 +9,13 @@ cannot stand for gigabytes; nesting and size are bounded before anything is buil
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.policies.storage.file_source import require_plain_file
 
 MAX_BYTES = 2**19  # 800 layers take some 60 kB
 MAX_DEPTH = 20
@@ -58,8 +58,7 @@ def read_yaml(path: Path) -> Any:
         OSError: the file cannot be read.
         YamlError: it is too large, cut short, not YAML, or more than plain values.
     """
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "it is no file")  # a pipe would be waited for
+    require_plain_file(path)
     with path.open("rb") as file:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from bitpolicy.policies.identity import tensor_bytes
+from bitpolicy.policies.identity import tensors_digest
+from bitpolicy.policies.storage.file_source import require_plain_file
 
 KEY = "sha256"
 _NONE: Mapping[str, torch.Tensor] = MappingProxyType({})
@@ -53,23 +54,13 @@ def read_sealed(path: Path, required: bool = False) -> dict[str, Any]:
         OSError: it cannot be read, or is no plain file.
         ValueError: as `unsealed`, or it is no JSON.
     """
-    if path.exists() and not path.is_file():
-        raise OSError(f"{path} is no file")  # a pipe would be waited for
+    require_plain_file(path)
     try:
         return unsealed(json.loads(path.read_text(encoding="utf-8")), required=required)
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
 
 
-def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of names, dtypes, shapes and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()
-
-
 def _checksum(content: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
-    text = json.dumps(content, sort_keys=True) + (tensors_digest(tensors) if tensors else "")
+    text = json.dumps(content, sort_keys=True) + (tensors_digest(sorted(tensors.items())) if tensors else "")
     return hashlib.sha256(text.encode()).hexdigest()

@@ -93,7 +93,7 @@ def test_a_value_that_float16_cannot_hold_is_told() -> None:
             r"model\.safetensors is a git-lfs pointer and not the file itself; run `git lfs pull`, or",
         ),
         ("missing", r"model\.safetensors is missing; download it again"),
-        ("a folder", r"cannot read .*model\.safetensors: it is no plain file; make it a file that this user may read"),
+        ("a folder", r"cannot read .*model\.safetensors: it is no file; make it a file that this user may read"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_and_nothing_else(tmp_path: Path, damage: str, reason: str) -> None:
