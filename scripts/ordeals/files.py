@@ -198,7 +198,7 @@ def _calibration(names: list[str], folder: Path) -> Values:
 
 
 def _piece(run: Path, path: Path) -> Values:
-    inside = path.parts[path.parts.index("work") :] if "work" in path.parts else path.parts
+    inside = path.parts[len(path.parts) - 1 - path.parts[::-1].index("work") :]  # a folder above may be called so
     return do.piece_values(path, run.joinpath(*inside))
 
 

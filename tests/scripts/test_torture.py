@@ -193,7 +193,6 @@ def test_a_tally_goes_on_where_it_was_saved(tmp_path: Path) -> None:
     assert "| policy | 2 |" in found.table()
 
 
-@pytest.mark.skipif("BITPOLICY_TORTURE" not in os.environ, reason="takes minutes; set BITPOLICY_TORTURE=1")
 def test_a_short_slice_finds_nothing(tmp_path: Path) -> None:
     line = [sys.executable, str(ROOT / "scripts" / "torture.py"), "--cases", "200", "--kills", "3", "--disks", "2"]
     line += ["--pairs", "1", "--quiet", "--json", str(tmp_path / "found.json"), "--work", str(tmp_path / "work")]
