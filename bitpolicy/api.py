@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,8 @@ from diffusers import DiffusionPipeline
 
 from bitpolicy.arguments import Named, python_call, settings_for
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats.named import parse_formats
-from bitpolicy.kernels.names import DEFAULT_FORMATS, DEFAULT_QUANTIZER
 from bitpolicy.pipelines.hub import push, require_login
 from bitpolicy.pipelines.loading import DTYPES, open_parts, open_pipeline, source_of, stored_dtype
-from bitpolicy.pipelines.prompting import requests_of
 from bitpolicy.policies.apply import choices_for
 from bitpolicy.policies.calibration import Calibration, calibration_of
 from bitpolicy.policies.checkpoints.checkpoint import MAX_SHARD_SIZE
@@ -34,71 +30,38 @@ from bitpolicy.policies.storage.source import Unchanged, source_hash
 from bitpolicy.search.budget import read_bytes
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import inventory, warn_of_unsupported
-from bitpolicy.sensitivity.samples import Request
 from bitpolicy.sensitivity.table import SensitivityTable
-from bitpolicy.settings import Settings
+from bitpolicy.settings import (
+    AimOptions,
+    CallArguments,
+    PipelineOptions,
+    ProbeOptions,
+    QuantizationOptions,
+    Settings,
+    StudyOptions,
+)
 from bitpolicy.workflow.forecast import Forecast
 from bitpolicy.workflow.over_budget import warn_if_over_budget
 from bitpolicy.workflow.plan import Plan, make_plan
 from bitpolicy.workflow.search_run import SearchRun
 
-Prompts = str | Path | Mapping[str, Any] | Sequence[str | int | Mapping[str, Any]] | None
 
-
-@python_call
-def probe(
-    pipe: DiffusionPipeline | Named | Path,
-    *,
-    call: Mapping[str, Any] | None = None,
-    prompts: Prompts = None,
-    formats: str | Sequence[str] = DEFAULT_FORMATS,
-    probe: str = "adjoint",
-    quantizer: str = DEFAULT_QUANTIZER,
-    compute: str = "exact",
-    samples: int = 16,
-    vectors: int = 2,
-    seed: int = 0,
-    component: str | None = None,
-    quiet: bool = False,
-    **options: Any,
-) -> SensitivityTable:
+@python_call(PipelineOptions, CallArguments, QuantizationOptions, ProbeOptions)
+def probe(pipe: DiffusionPipeline | Named | Path, *, quiet: bool = False, **options: Any) -> SensitivityTable:
     """Score what quantizing each layer of a pipeline does to its final latent.
 
     Args:
         pipe: an unquantized diffusers pipeline, its folder, a single .safetensors file, or a hub id; "bitpolicy/emoji"
             is the one that comes with the package. The denoiser of one in memory is rounded, in place, to the storage
             dtype.
-        call: arguments of every pipeline call, e.g. {"num_inference_steps": 20}.
-        prompts: what to draw: prompts, class labels, or mappings of call arguments such as {"prompt": "a cat", "image":
-            picture}, of which a part is calibrated on; one string is one prompt, a Path is a file of prompts; None is
-            a built-in list.
-        formats: candidates, as names.
-        probe: "adjoint", "stepwise", "ablation" or "weight".
-        quantizer: who rounds weights: "gptq", "rtn", "mse", "hqq", "gptq-trajectory" or "auto".
-        compute: "exact", "int8": packed layers round their inputs to 8 bits, too, and that is part of the scores; or
-            "fp8": those in `fp8` round theirs to float8.
-        samples: calibration trajectories, at least 1.
-        vectors: random directions a sample (adjoint, stepwise), at least 1.
-        options: as for `search`.
+        quiet: show no progress bars.
+        options: those of docs/options.md but the size that is asked for and the study, e.g. samples=16,
+            formats="int4,int8", call={"num_inference_steps": 20}.
 
     Raises:
         BitPolicyError: an argument is wrong, or a trajectory is not finite.
     """
-    settings = settings_for(
-        options,
-        budget="100%",
-        model=_name(pipe),
-        prompts=_requests(prompts),
-        call=tuple((call or {}).items()),
-        formats=tuple(format.name for format in parse_formats(formats)),
-        probe=probe,
-        quantizer=quantizer,
-        compute=compute,
-        component=component,
-        calibration_samples=samples,
-        vectors=vectors,
-        seed=seed,
-    )
+    settings = settings_for({"budget": "100%", **options}, _name(pipe))
     stages = Stages(quiet)
     with stages.whole_run(), tempfile.TemporaryDirectory() as folder:
         plan = _plan(pipe, settings)
@@ -107,22 +70,11 @@ def probe(
         return run.table(run.reference())
 
 
-@python_call
+@python_call(AimOptions, PipelineOptions, CallArguments, QuantizationOptions, ProbeOptions, StudyOptions)
 def search(
     pipe: DiffusionPipeline | Named | Path,
     budget: int | float | str | None = None,
     *,
-    target_psnr: float | None = None,
-    call: Mapping[str, Any] | None = None,
-    prompts: Prompts = None,
-    formats: str | Sequence[str] = DEFAULT_FORMATS,
-    probe: str = "adjoint",
-    quantizer: str = DEFAULT_QUANTIZER,
-    compute: str = "exact",
-    samples: int = 16,
-    trials: int = 24,
-    seed: int = 0,
-    component: str | None = None,
     output_dir: Named | Path | None = None,
     quiet: bool = False,
     **options: Any,
@@ -130,20 +82,14 @@ def search(
     """Find the policy that harms the finished image least within `budget`, or the smallest that reaches a quality.
 
     Args:
-        pipe, call, prompts: as for `probe`.
+        pipe: as for `probe`.
         budget: bytes, as a number or as text: 5000000, "3GB", "3GiB", "700MB", "45%" or "4.5bit".
-        target_psnr: dB against the unquantized pipeline, instead of a budget.
-        quantizer: who rounds weights: "gptq", "rtn", "mse", "hqq", "gptq-trajectory" or "auto".
-        compute: "exact", "int8": packed layers round their inputs to 8 bits, too: faster on CPUs with VNNI and on
-            GPUs, for some accuracy; or "fp8": those in `fp8` round theirs to float8, for GPUs from Ada on. All that is
-            predicted and measured is under it, and the policy records it.
-        samples: calibration trajectories, at least 1.
-        trials: Optuna trials; 0 keeps the exact solution of the knapsack.
         output_dir: keep policy.yaml, calibration, sensitivity table and journal here, and resume from them; None keeps
             none.
-        options: other fields of `bitpolicy.settings.Settings`, e.g. keep={"conv_in": "fp16"}, target_lpips=0.01,
-            share_qkv=True; and, for a pipeline that is given by its path or hub id, dtype="float32", device="cpu",
-            revision="main".
+        quiet: show no progress bars.
+        options: those of docs/options.md, e.g. target_psnr=45, keep={"conv_in": "fp16"}, trials=0,
+            call={"num_inference_steps": 20}. dtype, device, offload, revision, variant and config are for a pipeline
+            that is given by its path or hub id.
 
     Returns:
         The policy, holding its calibration, ready for `export`.
@@ -151,21 +97,7 @@ def search(
     Raises:
         BitPolicyError: an argument is wrong, or no policy fits the budget.
     """
-    settings = settings_for(
-        {"calibration_samples": samples, **options},
-        budget=_budget(budget),
-        target_psnr=target_psnr,
-        model=_name(pipe),
-        quantizer=quantizer,
-        compute=compute,
-        component=component,
-        formats=tuple(f.name for f in parse_formats(formats)),
-        prompts=_requests(prompts),
-        call=tuple(sorted((call or {}).items())),
-        seed=seed,
-        trials=trials,
-        probe=probe,
-    )
+    settings = settings_for({"budget": budget, **options}, _name(pipe))
     if settings.budget is None and settings.target_psnr is None and settings.target_lpips is None:
         raise BitPolicyError("--frontier alone makes no policy; give --budget or --target-psnr with it")
     stages = Stages(quiet)
@@ -180,20 +112,9 @@ def search(
         return policy.with_calibration({key: tensor.clone() for key, tensor in run.calibration.items()})
 
 
-def _budget(budget: int | float | str | None) -> str | None:
-    """As the command line writes it."""
-    if isinstance(budget, float) and not budget.is_integer():
-        raise BitPolicyError(f'--budget {budget:g} is no number of bytes; write 5000000, "3GB", "45%" or "4.5bit"')
-    return budget if budget is None or isinstance(budget, str) else str(int(budget))
-
-
 def _name(pipe: DiffusionPipeline | str | Path) -> str | None:
     """Path or hub id of a pipeline that is not in memory."""
     return None if isinstance(pipe, DiffusionPipeline) else str(pipe)
-
-
-def _requests(prompts: Prompts) -> tuple[Request, ...] | None:
-    return None if prompts is None else tuple(requests_of(prompts))
 
 
 def _plan(pipe: DiffusionPipeline | str | Path, settings: Settings) -> Plan:
@@ -216,7 +137,7 @@ def _require_path(**given: bool) -> None:
         )
 
 
-@python_call
+@python_call()
 def export(
     pipe: DiffusionPipeline | Named | Path,
     policy: Policy | Named | Path,
@@ -282,7 +203,7 @@ def export(
     return nbytes
 
 
-@python_call
+@python_call()
 def export_for(
     pipe: DiffusionPipeline | Named | Path,
     policy: Policy | Named | Path,
@@ -341,7 +262,7 @@ def _parts(
     return parts
 
 
-@python_call
+@python_call()
 def load_pipeline(
     folder: Named | Path,
     dtype: torch.dtype | str | None = None,

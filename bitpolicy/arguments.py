@@ -13,11 +13,10 @@ import numbers
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import cache, wraps
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_origin
 
 import torch
 from diffusers import DiffusionPipeline
@@ -25,15 +24,13 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from bitpolicy.command import in_a_command
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.formats.named import canonical_names
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.quantizers.named import QUANTIZERS
-from bitpolicy.pipelines.loading import DTYPES
+from bitpolicy.pipelines.prompting import requests_of
 from bitpolicy.policies.exporters.names import NAMES as TARGETS
 from bitpolicy.policies.policy import Policy
-from bitpolicy.search.budget import SCOPES
-from bitpolicy.search.study.samplers import SAMPLERS, SPACES
-from bitpolicy.sensitivity.probes.probe import PROBES
-from bitpolicy.settings import Settings
+from bitpolicy.settings import Declared, Settings, declared_options
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -44,12 +41,12 @@ _IN_PYTHON = {
     "model": "pipe",
     "num-inference-steps": "call",
     "guidance-scale": "call",
-    "samples": "calibration_samples",
 }
 _OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*[a-z])(?: (\w(?:[\w.%,-]*[\w%])?))?")  # and the word behind it
 _FORMAT = re.compile(r"(int\d|nf\d|fp\d+)(-\w+)*|all")
 _NUMBER = re.compile(r"\d+(\.\d+)?")
-_CHOICES = {*PROBES, *SCOPES, *DTYPES, *Compute, *QUANTIZERS, *TARGETS, *SAMPLERS, *SPACES, "auto", "cpu", "cuda"}
+_CHOICES = {choice for one in declared_options(Settings) for choice in one.choices}
+_CHOICES |= {*Compute, *QUANTIZERS, *TARGETS, "auto", "cpu", "cuda"}
 _WORDS = {
     int: "a whole number",
     float: "a number",
@@ -67,30 +64,41 @@ _WORDS = {
 }
 
 
-def python_call(function: Callable[P, R]) -> Callable[P, R]:
+def python_call(*kinds: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """A function of the Python interface: what is passed is checked before it runs, and its mistakes are Python's.
+
+    Args:
+        kinds: groups of options of a search that the function takes as keywords, in its `**options`.
 
     Raises (the function that comes out, beside what it raises itself):
         BitPolicyError: there is no argument of that name, or it is of another type.
     """
-    signature = inspect.signature(function)
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    options = {name: one for name, one in _options().items() if any(one in declared_options(kind) for kind in kinds)}
 
-    @wraps(function)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        names = [*signature.parameters, *(_more(signature.parameters) if open_ended else ())]
-        with _told(names):
-            for name in kwargs:
-                if name not in names or name == "options":
-                    raise BitPolicyError(f"{function.__name__} has no argument {name!r}{_nearest(name, names)}")
-            bound = signature.bind(*args, **kwargs)
-            hints = get_type_hints(function, include_extras=True)
-            for name in bound.arguments:
-                if name != "options":
-                    bound.arguments[name] = checked_value(name, bound.arguments[name], hints[name])
-            return function(*bound.args, **bound.kwargs)
+    def decorated(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function, eval_str=True)
+        own = {name: p for name, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
+        names = [*own, *options]
 
-    return checked
+        @wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            with _told(names):
+                for name in kwargs:
+                    if name not in names:
+                        raise BitPolicyError(f"{function.__name__} has no argument {name!r}{_nearest(name, names)}")
+                bound = signature.bind(*args, **kwargs)
+                for name in bound.arguments:
+                    if name in own:
+                        bound.arguments[name] = checked_value(name, bound.arguments[name], own[name].annotation)
+                return function(*bound.args, **bound.kwargs)
+
+        others = [one for name, one in options.items() if name == one.keyword and name not in own]
+        checked.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=[*own.values(), *map(_parameter, others)]
+        )
+        return checked
+
+    return decorated
 
 
 def checked_value(name: str, value: Any, hint: Any) -> Any:
@@ -140,22 +148,37 @@ def in_python(text: str, names: Iterable[str]) -> str:
     return "`".join(piece if i % 2 else _OPTION.sub(spelled, piece) for i, piece in enumerate(pieces))
 
 
-def settings_for(options: Mapping[str, Any], **given: Any) -> Settings:
+def settings_for(options: Mapping[str, Any], model: str | None) -> Settings:
     """The settings that a function's arguments ask for.
 
     Args:
-        options: fields of `Settings` that the function has no parameter for.
-        given: the others, as they were passed.
+        options: as Python writes them, by their names in Python.
+        model: path or hub id of a pipeline that is not in memory.
 
     Raises:
         BitPolicyError: one of them is of another type, or makes no sense.
     """
-    hints = get_type_hints(Settings)
-    passed = {**given, **options}
-    for name, read in (("keep", _rules), ("features", _text)):
-        if name in options:
-            passed[name] = read(options[name])
-    return Settings(**{name: checked_value(name, value, hints[name]) for name, value in passed.items()})
+    found: dict[str, Any] = {"model": model}
+    for name, value in options.items():
+        declared = _options()[name]
+        checked = checked_value(name, value, declared.python)
+        found[declared.name] = _READ[declared.name](checked) if declared.name in _READ else checked
+    return Settings(**found)
+
+
+def _budget(budget: int | float | str | None) -> str | None:
+    """As the command line writes it."""
+    if isinstance(budget, float) and not budget.is_integer():
+        raise BitPolicyError(f'--budget {budget:g} is no number of bytes; write 5000000, "3GB", "45%" or "4.5bit"')
+    return budget if budget is None or isinstance(budget, str) else str(int(budget))
+
+
+def _call(call: Mapping[str, Any] | None) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted((call or {}).items()))
+
+
+def _requests(prompts: Any) -> tuple[str | Mapping[str, Any], ...] | None:
+    return None if prompts is None else tuple(requests_of(prompts))
 
 
 def _rules(keep: Any) -> Any:
@@ -184,14 +207,23 @@ def _told(names: Sequence[str]) -> Iterator[None]:
         raise
 
 
-def _more(parameters: Iterable[str]) -> list[str]:
-    """Fields of `Settings` that are options of a function with these parameters."""
-    return [field.name for field in fields(Settings) if field.name not in (*parameters, "model")]
+@cache
+def _options() -> dict[str, Declared]:
+    """The options of a search, under each name that Python takes."""
+    declared = [one for one in declared_options(Settings) if one.name != "model"]
+    return {one.name: one for one in declared} | {one.keyword: one for one in declared}
+
+
+def _parameter(declared: Declared) -> inspect.Parameter:
+    """An option of a search as a keyword of a function."""
+    return inspect.Parameter(
+        declared.keyword, inspect.Parameter.KEYWORD_ONLY, default=declared.default, annotation=declared.python
+    )
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, [n for n in names if n != "options"], n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(n for n in names if n != 'options')}"
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(dict.fromkeys(names))}"
 
 
 @cache
@@ -207,4 +239,14 @@ def _short(value: Any) -> str:
 @cache
 def _is_flag(name: str) -> bool:
     """Whether an option of this name takes no value."""
-    return name in ("overwrite", "requantize") or get_type_hints(Settings).get(name) is bool
+    return name in ("overwrite", "requantize") or (name in _options() and _options()[name].is_flag)
+
+
+_READ: dict[str, Callable[[Any], Any]] = {
+    "budget": _budget,
+    "formats": canonical_names,
+    "prompts": _requests,
+    "call": _call,
+    "keep": _rules,
+    "features": _text,
+}

@@ -1,140 +1,352 @@
-"""What one search is asked to do, and the folder that holds what it made."""
+"""Every option of a search, declared once: its type, its default, the values it takes and what it does.
+
+The command line, the keywords of `bitpolicy.probe` and `bitpolicy.search`, `run.json` and docs/options.md are all made
+from the fields below. This module imports nothing heavy, so that `--help` answers at once.
+"""
 
 from __future__ import annotations
 
-import json
-import shutil
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-from bitpolicy.kernels.errors import BitPolicyError, BitPolicyWarning
-from bitpolicy.kernels.kernel import Compute
-from bitpolicy.kernels.names import DEFAULT_QUANTIZER
-from bitpolicy.policies.storage.atomic import require_nameable, write_text
-from bitpolicy.policies.storage.folder_lock import NAME as LOCK
-from bitpolicy.policies.storage.folder_lock import working_in
-from bitpolicy.policies.storage.sealed import read_sealed, sealed
-from bitpolicy.sensitivity.samples import Request, fingerprint
+from bitpolicy.kernels import names
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.policies.exporters.names import NAMES as TARGETS
 
-RESULT = "result.json"
 MOST_SEED = 2**31 - 1  # NumPy's generators take twice that, and a study adds the number of the trial
-_OURS = (
-    *("run.json", "result.json", "policy.yaml", "calibration.safetensors", "sensitivity.safetensors"),
-    *("sensitivity.csv", "frontier", "study.journal", "study.journal.torn", "trials.csv", "compare.png"),
-    *("checkpoint", "work", "report.html"),
-)
 
 
 @dataclass(frozen=True)
-class _Limit:
-    """The numbers that an option takes: from `least` to `most`, `least` itself only if `closed`."""
-
-    least: float
-    most: float
-    words: str
-    closed: bool = True
-
-    def holds(self, value: float) -> bool:
-        above = value >= self.least if self.closed else value > self.least
-        return above and value <= self.most  # NaN is neither
-
-    def __str__(self) -> str:
-        return self.words
-
-
-_LIMITS = {
-    "target_psnr": _Limit(0, 150, "dB above 0, at most 150: float32 images cannot be told apart beyond", closed=False),
-    "target_lpips": _Limit(0, 1, "a distance above 0, at most 1, e.g. 0.01", closed=False),
-    "seed": _Limit(0, MOST_SEED, f"a whole number from 0 to {MOST_SEED}"),
-}
-_COUNTS = ("calibration_samples", "vectors", "shared", "search_samples", "confirm_samples", "held_out_samples")
-_PROBED = ("split.safetensors", "check.json")  # what a probe leaves, and no search makes
-_LEAST = dict.fromkeys((*_COUNTS, "batch_size", "height", "width"), 1)
-_LEAST |= dict.fromkeys(("trials", "frontier", "remeasure", "remeasure_close", "timeout"), 0)
-_GOES_ON = ("trials", "timeout")  # with more trials or another time limit a search goes on with what it has
-
-
-@dataclass(frozen=True)
-class Settings:
-    """One search. Two runs with equal settings give the same policy.
+class Option:
+    """What one option says of itself.
 
     Attributes:
-        budget: as written, e.g. "5MB"; None where a quality is asked for, or the whole curve.
-        model: hub id, folder or .safetensors file; None is the bundled pipeline.
-        component: what is quantized, names separated by commas or "all"; None finds the denoiser.
-        formats: names of the candidate formats.
-        prompts: prompts, class labels or mappings of call arguments; None is a built-in list.
-        call: arguments of every pipeline call.
-        seed: of samples, split, random directions and sampler.
-        trials: Optuna trials in all; 0 keeps the exact solution.
-        probe: "adjoint", "stepwise", "ablation" or "weight".
-        dtype, device: of the computation; see `load_source`.
-        revision, variant: of a hub model.
-        config: folder or hub id with the configs of a model that is a single file.
-        offload: stream the weights to the device, for models larger than it.
-        storage: Optuna storage URL; None is a journal file in the output folder.
-        remeasure: how many estimates too large for first order are at most measured by ablation.
-        remeasure_close: the same for estimates that close choices hang on.
-        quantizer: who rounds weights, or "auto"; see `bitpolicy.kernels.quantizers.named`.
-        compute: of packed layers, "exact", "int8" or "fp8": in all that is predicted and measured, and in the
-            checkpoint.
-        target_psnr, target_lpips: a quality to reach with as few bytes as possible, instead of a budget.
-        frontier: policies of the curve of bytes against error to write; 0 is none.
-        keep: GLOB=FORMAT, formats that layers keep.
-        share_qkv: whether query, key and value projections of an attention share a format.
-        target: a program that has to hold the policy, e.g. "comfy"; see `bitpolicy.policies.exporters.targets`.
-        scope: what the budget covers: "weights", "pipeline" or "peak".
-        height, width, batch_size: of the call whose peak is meant.
-        sampler, space: of the study; see `bitpolicy.search.study.samplers`.
-        timeout: seconds after which no trial is begun.
-        features: file or folder of the networks that measure quality.
-        calibration_samples, vectors, shared, search_samples, confirm_samples, held_out_samples: sizes of the parts.
+        help: what it does, in a sentence or two.
+        least, most: bounds of a number, which it may reach.
+        above: a bound of a number, which it has to exceed.
+        allowed: the values it takes, in words; None makes them of the bounds.
+        typed: the type that the command line reads, where it is another than the field's.
+        python: the type that the Python interface takes, where it is another than the field's.
+        name: what it is called on the command line and in Python, where that is not the field's name.
+        metavar: stands for the value in `--help`.
+        only_python: whether commands spell it in another way, or not at all.
+        positional: whether commands take it by its place.
     """
 
-    budget: str | None
-    model: str | None = None
-    component: str | None = None
-    formats: tuple[str, ...] = ("int4", "int8", "fp16")
-    prompts: tuple[Request, ...] | None = None
-    call: tuple[tuple[str, Any], ...] = ()
-    seed: int = 0
-    trials: int = 24
-    probe: str = "adjoint"
-    dtype: str = "auto"
-    device: str = "auto"
-    revision: str | None = None
-    variant: str | None = None
-    config: str | None = None
-    storage: str | None = None
-    offload: bool = False
-    calibration_samples: int = 16
-    vectors: int = 2
-    shared: int = 8
-    remeasure: int = 8
-    remeasure_close: int = 0
-    quantizer: str = DEFAULT_QUANTIZER
-    compute: str = Compute.EXACT.value
-    target_psnr: float | None = None
-    target_lpips: float | None = None
-    frontier: int = 0
-    keep: tuple[str, ...] = ()
-    share_qkv: bool = False
-    target: str | None = None
-    scope: str = "weights"
-    height: int | None = None
-    width: int | None = None
-    batch_size: int = 1
-    sampler: str = "tpe"
-    space: str = "group"
-    timeout: float | None = None
-    features: str | None = None
-    search_samples: int = 16
-    confirm_samples: int = 16
-    held_out_samples: int = 16
+    help: str
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    allowed: str | None = None
+    typed: Any = None
+    python: Any = None
+    name: str | None = None
+    metavar: str | None = None
+    only_python: bool = False
+    positional: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether a number is within the bounds; NaN never is."""
+        low = self.least is None or value >= self.least
+        high = self.most is None or value <= self.most
+        return value == value and low and high and (self.above is None or value > self.above)
+
+    @property
+    def needed(self) -> str:
+        """The values it takes, in words."""
+        return self.allowed or f"at least {self.least:g}"
+
+
+@dataclass(frozen=True)
+class AimOptions:
+    """What is asked for: a size or a quality, and what the search may choose."""
+
+    group: ClassVar = "What to ask for"
+
+    budget: Annotated[
+        str | None,
+        Option(
+            "Size of the denoiser, or of all of --component: 3GB, 3GiB, 700MB, 45% of FP16, 4.5bit a parameter.",
+            python=int | float | str | None,
+        ),
+    ] = None
+    target_psnr: Annotated[
+        float | None,
+        Option(
+            "Instead of a budget: the smallest size whose images reach this PSNR against FP16, in dB.",
+            above=0,
+            most=150,
+            allowed="dB above 0, at most 150: float32 images cannot be told apart beyond",
+        ),
+    ] = None
+    target_lpips: Annotated[
+        float | None,
+        Option(
+            "Instead of a budget: the smallest size whose images stay within this LPIPS distance of FP16. The bundled "
+            "pipeline is measured with its own small network, lpips-emoji.",
+            above=0,
+            most=1,
+            allowed="a distance above 0, at most 1, e.g. 0.01",
+        ),
+    ] = None
+    frontier: Annotated[
+        int,
+        Option(
+            "Also write the whole curve to frontier/: N policies from the smallest to FP16, a table and a plot.",
+            least=0,
+            most=200,
+            allowed="a number of policies from 0 to 200",
+            metavar="N",
+        ),
+    ] = 0
+    scope: Annotated[
+        Literal["weights", "pipeline", "peak"],
+        Option(
+            "What the budget covers: the weights of the denoiser or of --component; the whole pipeline; or the peak "
+            "memory of one pipeline call, activations included."
+        ),
+    ] = "weights"
+    height: Annotated[int | None, Option("Image height in pixels, for --scope peak.", least=1)] = None
+    width: Annotated[int | None, Option("Image width in pixels, for --scope peak.", least=1)] = None
+    batch_size: Annotated[int, Option("Images per call, for --scope peak.", least=1)] = 1
+    keep: Annotated[
+        tuple[str, ...],
+        Option(
+            "Fix the format of some layers, e.g. `--keep '*time_embedding*=fp16'`. May be repeated; the last match "
+            "wins.",
+            typed=list[str] | None,
+            python=Mapping[str, str] | Sequence[str] | str,
+            metavar="GLOB=FORMAT",
+        ),
+    ] = ()
+    share_qkv: Annotated[bool, Option("Give the query, key and value projections of an attention the same format.")] = (
+        False
+    )
+    target: Annotated[
+        str | None, Option(f"Use only what another program can load, layer by layer: {', '.join(TARGETS)}.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model."""
+
+    group: ClassVar = "Model"
+
+    model: Annotated[
+        str | None,
+        Option("Hub id, diffusers folder or single .safetensors file. Default: the bundled emoji pipeline."),
+    ] = None
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """Which files of a model are read."""
+
+    group: ClassVar = "Model"
+
+    revision: Annotated[str | None, Option("Branch, tag or commit of a hub model.")] = None
+    variant: Annotated[str | None, Option("Variant of the weight files, e.g. fp16.")] = None
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """How and where a pipeline computes."""
+
+    group: ClassVar = "Model"
+
+    dtype: Annotated[
+        Literal["auto", "float16", "bfloat16", "float32"],
+        Option(
+            "Dtype of the computation: auto (float32 on a CPU, else the dtype of the weights), float16, bfloat16 or "
+            "float32.",
+            metavar="DTYPE",
+        ),
+    ] = "auto"
+    device: Annotated[str, Option("auto, cpu or cuda.")] = "auto"
+
+
+@dataclass(frozen=True)
+class ConfigOptions:
+    """What a single file lacks."""
+
+    group: ClassVar = "Model"
+
+    config: Annotated[
+        str | None,
+        Option(
+            "Configs for a model that is a single file: a diffusers folder or hub id of the same kind of model. "
+            "Default: the repository that diffusers finds for the file."
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class ComponentOptions:
+    """What is quantized."""
+
+    group: ClassVar = "Model"
+
+    component: Annotated[
+        str | None,
+        Option(
+            "Components to quantize, separated by commas: unet,text_encoder,vae; or all. Default: the denoiser. Errors "
+            "are measured in the final latent, or in the image if the VAE is among them."
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class PipelineOptions(ComponentOptions, ConfigOptions, DeviceOptions, HubOptions, ModelOptions):
+    """The unquantized pipeline."""
+
+    group: ClassVar = "Model"
+
+    offload: Annotated[
+        bool, Option("Keep the weights in main memory and stream them to the GPU, for models larger than it.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class CallArguments:
+    """What every pipeline call is given."""
+
+    group: ClassVar = "Pipeline call"
+
+    prompts: Annotated[
+        tuple[str | Mapping[str, Any], ...] | None,
+        Option(
+            "Prompts, class labels, or mappings of call arguments; a path is a file of prompts. Default: a built-in "
+            "list.",
+            python=str | Path | Mapping[str, Any] | Sequence[str | int | Mapping[str, Any]] | None,
+            only_python=True,
+        ),
+    ] = None
+    call: Annotated[
+        tuple[tuple[str, Any], ...],
+        Option(
+            'Arguments of every pipeline call, e.g. {"num_inference_steps": 20}.',
+            python=Mapping[str, Any] | None,
+            only_python=True,
+        ),
+    ] = ()
+
+
+@dataclass(frozen=True)
+class QuantizationOptions:
+    """What a layer may become."""
+
+    group: ClassVar = "Quantization"
+
+    formats: Annotated[
+        tuple[str, ...],
+        Option(f"Candidate formats: {names.WRITE}.", typed=str, python=str | Sequence[str]),
+    ] = names.DEFAULT_FORMATS
+    quantizer: Annotated[
+        str,
+        Option(
+            "Rounding method: gptq (rounding errors compensate each other), rtn (round to nearest), mse, hqq, "
+            "gptq-trajectory, or auto, which tries them all and keeps the best for each layer and format."
+        ),
+    ] = names.DEFAULT_QUANTIZER
+    compute: Annotated[
+        str,
+        Option(
+            "Activation quantization of packed layers: exact (none; weights are dequantized), int8 (inputs are rounded "
+            "to 8 bits: faster on CPUs with VNNI and on GPUs) or fp8 (inputs of fp8 layers are rounded to float8, for "
+            "GPUs from Ada on). Its error is part of every score."
+        ),
+    ] = "exact"
+
+
+@dataclass(frozen=True)
+class ProbeOptions:
+    """How layers are scored."""
+
+    group: ClassVar = "Probe"
+
+    probe: Annotated[
+        Literal["adjoint", "stepwise", "ablation", "weight"],
+        Option(
+            "How layers are scored: adjoint (backward through the whole sampling loop), stepwise (each step alone), "
+            "ablation (quantize one layer at a time and draw; slow) or weight (weight error only; no image).",
+            metavar="NAME",
+        ),
+    ] = "adjoint"
+    calibration_samples: Annotated[int, Option("Calibration trajectories.", least=1, name="samples")] = 16
+    vectors: Annotated[int, Option("Random probe vectors per trajectory.", least=1)] = 2
+    remeasure: Annotated[
+        int,
+        Option(
+            "Measure at most this many scores by quantizing and drawing, where an error is too large to be predicted.",
+            least=0,
+        ),
+    ] = 8
+    seed: Annotated[
+        int,
+        Option(
+            "Seed of samples, split and sampler. The same seed gives the same policy.",
+            least=0,
+            most=MOST_SEED,
+            allowed=f"a whole number from 0 to {MOST_SEED}",
+        ),
+    ] = 0
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """What `bitpolicy probe --split` needs more."""
+
+    group: ClassVar = "Probe"
+
+    shared: Annotated[int, Option("Probe vectors shared by all trajectories, for --split.", least=1)] = 8
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """How policies are tried on real generations."""
+
+    group: ClassVar = "Study"
+
+    trials: Annotated[
+        int, Option("Optuna trials, each on real generations; 0 keeps the exact solution of the knapsack.", least=0)
+    ] = 24
+    sampler: Annotated[
+        Literal["tpe", "gp", "cmaes", "nsga2", "random"],
+        Option("Optuna sampler: tpe, gp, cmaes (pip install 'bitpolicy[cmaes]'), nsga2 or random.", metavar="NAME"),
+    ] = "tpe"
+    space: Annotated[
+        Literal["group", "layer"],
+        Option("What a trial varies: the weight of each group of layers (a role in a stage), or of each layer."),
+    ] = "group"
+    timeout: Annotated[float | None, Option("Seconds after which no new trial starts.", least=0)] = None
+    storage: Annotated[
+        str | None, Option("Optuna storage URL, to share a study between workers. Default: a journal file.")
+    ] = None
+    remeasure_close: Annotated[
+        int, Option("Measure at most this many scores that close decisions depend on.", least=0)
+    ] = 0
+    features: Annotated[
+        str | None,
+        Option("File or folder with the networks that measure quality, such as LPIPS.", python=str | Path | None),
+    ] = None
+    search_samples: Annotated[int, Option("Images each trial draws.", least=1)] = 16
+    confirm_samples: Annotated[int, Option("Images that decide between the finalists.", least=1)] = 16
+    held_out_samples: Annotated[int, Option("Images the reported quality is measured on.", least=1)] = 16
+
+
+@dataclass(frozen=True)
+class Settings(
+    StudyOptions, SplitOptions, ProbeOptions, QuantizationOptions, CallArguments, PipelineOptions, AimOptions
+):
+    """One search. Two runs with equal settings give the same policy.
+
+    Raises:
+        BitPolicyError: on construction, if a value is out of bounds, or there is not exactly one aim.
+    """
 
     def __post_init__(self) -> None:
         aims = [name for name in ("budget", "target_psnr", "target_lpips") if getattr(self, name) is not None]
@@ -144,186 +356,81 @@ class Settings:
                 f"asked for {found}; give one of --budget SIZE, --target-psnr DB, --target-lpips DISTANCE, "
                 "or --frontier"
             )
-        for name, least in _LEAST.items():
-            if (value := getattr(self, name)) is not None and not value >= least:
-                raise BitPolicyError(f"{name} is {value}; it has to be at least {least}")
-        for name, limit in _LIMITS.items():
-            value = getattr(self, name)
-            if value is not None and not limit.holds(value):
-                raise BitPolicyError(f"--{name.replace('_', '-')} is {value}; give {limit}")
+        for declared in declared_options(Settings):
+            declared.check(getattr(self, declared.name))
 
-    def identity(self) -> dict[str, Any]:
-        """JSON values that two runs share exactly when they ask for the same."""
-        return json.loads(json.dumps(fingerprint(asdict(self))))
+
+@dataclass(frozen=True)
+class Declared:
+    """A field that is an option.
+
+    Attributes:
+        name: of the field.
+        kind: its type.
+        option: what it says of itself.
+        default: its default; `MISSING` where it has to be given.
+        group: the title that it is listed under.
+    """
+
+    name: str
+    kind: Any
+    option: Option
+    default: Any
+    group: str
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values it takes, where they are few and named."""
+        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
+
+    @property
+    def keyword(self) -> str:
+        """What it is called in Python."""
+        return self.option.name or self.name
+
+    @property
+    def is_flag(self) -> bool:
+        return self.kind is bool
+
+    @property
+    def python(self) -> Any:
+        """The type that the Python interface takes."""
+        return self.kind if self.option.python is None else self.option.python
+
+    def check(self, value: Any) -> None:
+        """
+        Raises:
+            BitPolicyError: it takes no such value.
+        """
+        if self.choices and value not in self.choices:
+            raise BitPolicyError(f"unknown {self.name} {value!r}; write any of {', '.join(self.choices)}")
+        if isinstance(value, int | float) and not self.is_flag and not self.option.holds(value):
+            raise BitPolicyError(f"--{self.keyword.replace('_', '-')} is {value}; give {self.option.needed}")
+
+
+@cache
+def declared_options(kind: type) -> tuple[Declared, ...]:
+    """The fields of a dataclass that are options, in order."""
+    hints = get_type_hints(kind, include_extras=True)
+    return tuple(
+        _declared(field.name, hints[field.name], field.default, _group(kind, field.name)) for field in fields(kind)
+    )
+
+
+def _declared(name: str, hint: Any, default: Any, group: str) -> Declared:
+    kind, option = get_args(hint)
+    return Declared(name, kind, option, default, group)
+
+
+def _group(kind: type, name: str) -> str:
+    """That of the class that declares the field."""
+    owner: Any = next(base for base in kind.__mro__ if name in vars(base).get("__annotations__", {}))
+    return owner.group
 
 
 def require_seed(seed: int) -> None:
-    """Raises:
-    BitPolicyError: it is not one that every generator takes.
-    """
-    if not _LIMITS["seed"].holds(seed):
-        raise BitPolicyError(f"--seed is {seed}; give {_LIMITS['seed']}")
-
-
-class OutputFolder:
-    """The output of one search. It is claimed by `run.json`; finished once `result.json` is there.
-
-    Raises:
-        BitPolicyError: on opening, if the folder holds something else, or cannot be written.
-    """
-
-    def __init__(self, path: Path, settings: Settings, *, overwrite: bool, resume: bool) -> None:
-        self.path = path
-        identity = settings.identity()
-        held = _claimed(path, identity, overwrite)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            if held is not None and not (resume and _same_study(held, identity)):
-                self._clear(keep_work=resume)
-            elif held is None:
-                self._clear_probed()
-            elif held != identity:
-                (path / "result.json").unlink(missing_ok=True)  # of fewer trials
-            write_text(path / "run.json", json.dumps(identity, indent=2, sort_keys=True) + "\n")
-        except OSError as error:
-            raise _not_writable(path, error) from error
-
-    @classmethod
-    @contextmanager
-    def claimed(cls, path: Path, settings: Settings, *, overwrite: bool, resume: bool) -> Iterator[OutputFolder]:
-        """The folder, for this process alone while the block runs.
-
-        Raises:
-            BitPolicyError: as on opening; or another process works in it.
-        """
-        _claimed(path, settings.identity(), overwrite)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _not_writable(path, error) from error
-        with working_in(path):
-            yield cls(path, settings, overwrite=overwrite, resume=resume)
-
-    @staticmethod
-    def peek(path: Path, settings: Settings, *, overwrite: bool, resume: bool) -> dict[str, Any] | None:
-        """The result of this very search if `path` holds it, finished; nothing is written.
-
-        Raises:
-            BitPolicyError: the folder holds something else, or another process works in it.
-        """
-        identity = settings.identity()
-        held = _claimed(path, identity, overwrite)
-        if (path / LOCK).exists():
-            with working_in(path):  # or it is somebody else's, and they are still at it
-                pass
-        return _finished(path) if resume and held == identity else None
-
-    def finished(self) -> dict[str, Any] | None:
-        """The result of a finished run, or None."""
-        return _finished(self.path)
-
-    def finish(self, result: dict[str, Any]) -> None:
-        write_text(self.path / RESULT, json.dumps(sealed(result), indent=2, allow_nan=False) + "\n")
-
-    def _clear(self, keep_work: bool) -> None:
-        """Remove what an earlier search wrote here, and nothing else; the probe's records may stay, they are keyed."""
-        for name in (*_OURS, *_PROBED):
-            entry = self.path / name
-            if entry.is_dir() and not (keep_work and name == "work"):
-                shutil.rmtree(entry)
-            elif entry.is_file():
-                entry.unlink()
-
-    def _clear_probed(self) -> None:
-        """Remove what a probe found out beside its table, which the search's own is going to replace."""
-        for name in _PROBED:
-            (self.path / name).unlink(missing_ok=True)
-
-
-def _not_writable(path: Path, error: OSError) -> BitPolicyError:
-    return BitPolicyError(f"cannot write to {path}: {error.strerror}; choose an --output-dir that can be written")
-
-
-def require_no_search(path: Path) -> None:
     """
     Raises:
-        BitPolicyError: the folder holds a search, whose sensitivity table a probe would replace.
+        BitPolicyError: it is not one that every generator takes.
     """
-    if holds_a_search(path):
-        raise BitPolicyError(
-            f"{path} holds a search, and a probe would replace its sensitivity table; give the probe a folder of its "
-            f"own, e.g. --output-dir {for_a_probe(path)}"
-        )
-
-
-def holds_a_search(path: Path) -> bool:
-    """Whether a search, done or stopped, lies in the folder."""
-    return (path / "run.json").is_file() or (path / "policy.yaml").is_file()
-
-
-def for_a_probe(path: Path) -> Path:
-    """A folder for a probe of what the search in `path` was of."""
-    whole = path if path.name not in ("", "..") else path.resolve()
-    return whole.with_name(f"{whole.name}-probe")
-
-
-def _claimed(path: Path, identity: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """The settings of the search that the folder holds, or None; refuses what must not be touched."""
-    require_nameable(path)
-    held = _held_identity(path)
-    if held is not None and not overwrite and not _same_study(held, identity):
-        changed = ", ".join(sorted(k for k in identity if held.get(k) != identity[k] and k not in _GOES_ON))
-        found = f"another {changed}" if changed else f"{held['trials']} trials, which are not made fewer"
-        raise BitPolicyError(f"{path} holds a search with {found}; choose another --output-dir, or --overwrite it")
-    if held is None and path.exists() and (foreign := _foreign(path)) and not overwrite:
-        raise BitPolicyError(
-            f"{path} holds something else ({foreign[0]}); choose another --output-dir, or --overwrite it"
-        )
-    return held
-
-
-def _same_study(held: dict[str, Any], asked: dict[str, Any]) -> bool:
-    """Whether what is asked goes on with what is held: the same search, with as many trials or more."""
-    if any(held.get(name) != value for name, value in asked.items() if name not in _GOES_ON):
-        return False
-    return isinstance(held.get("trials"), int) and held["trials"] <= asked["trials"]
-
-
-def _finished(path: Path) -> dict[str, Any] | None:
-    """What `result.json` says; None where it is not there, or not as it was written: the search then goes on with what
-    it has, and writes it again."""
-    try:
-        return read_result(path)
-    except BitPolicyError as error:
-        warnings.warn(str(error), BitPolicyWarning, stacklevel=2)
-        return None
-
-
-def read_result(path: Path) -> dict[str, Any] | None:
-    """The result of the search in a folder; None while it is not finished.
-
-    Raises:
-        BitPolicyError: the file is damaged, or of an older version.
-    """
-    try:
-        return read_sealed(path / RESULT, required=True)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise BitPolicyError(
-            f"cannot read {path / RESULT}: {error}; give the same search again, which writes it"
-        ) from error
-
-
-def _held_identity(path: Path) -> dict[str, Any] | None:
-    try:
-        held = json.loads((path / "run.json").read_text()) if (path / "run.json").is_file() else None
-    except (OSError, ValueError, RecursionError):
-        return None
-    return held if isinstance(held, dict) else None
-
-
-def _foreign(path: Path) -> list[str]:
-    if not path.is_dir():
-        return [f"{path.name} is a file"]
-    return sorted(p.name for p in path.iterdir() if not p.name.startswith((".run.json", LOCK)))
+    next(one for one in declared_options(Settings) if one.name == "seed").check(seed)

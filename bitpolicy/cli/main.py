@@ -11,14 +11,8 @@ import typer
 from safetensors import SafetensorError
 
 from bitpolicy.cli.command_line import Command
-from bitpolicy.cli.evaluate import evaluate
-from bitpolicy.cli.export import export
-from bitpolicy.cli.formats import formats
-from bitpolicy.cli.inspect import inspect
+from bitpolicy.cli.commands import evaluate, export, formats, inspect, probe, report, search
 from bitpolicy.cli.options import Version
-from bitpolicy.cli.probe import probe
-from bitpolicy.cli.report import report
-from bitpolicy.cli.search import search
 from bitpolicy.command import command
 from bitpolicy.kernels.errors import BitPolicyError
 

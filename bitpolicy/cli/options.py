@@ -1,131 +1,79 @@
-"""Options that several commands share."""
+"""From the fields of dataclasses to the options of a command, and the options that only commands have."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
 from bitpolicy import __version__
-from bitpolicy.kernels import names
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.settings import Declared, Option, declared_options
 
-MODEL = "Model"
-CALL = "Pipeline call"
 RUN = "Run"
 
-DEFAULT_FORMATS = ",".join(names.DEFAULT_FORMATS)
 
-Model = Annotated[
-    str | None,
-    typer.Option(
-        help="Hub id, diffusers folder or single .safetensors file. Default: the bundled emoji pipeline.",
-        rich_help_panel=MODEL,
-    ),
-]
-Config = Annotated[
-    str | None,
-    typer.Option(
-        help="Where the configs of a single file are: a diffusers folder or hub id of the same kind of model. Default: "
-        "the repository that diffusers takes the file for.",
-        rich_help_panel=MODEL,
-    ),
-]
-Component = Annotated[
-    str | None,
-    typer.Option(
-        help="What to quantize, names with commas: unet,text_encoder,vae; or all. Default: the denoiser. With the VAE "
-        "among them errors are those of the image, else of the final latent.",
-        rich_help_panel=MODEL,
-    ),
-]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.", rich_help_panel=MODEL)]
-Variant = Annotated[str | None, typer.Option(help="Weight files to load, e.g. fp16.", rich_help_panel=MODEL)]
-Dtype = Annotated[
-    str,
-    typer.Option(
-        help="Compute dtype: auto (float32 on the CPU, else as stored), float16, bfloat16, float32.",
-        rich_help_panel=MODEL,
-    ),
-]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=MODEL)]
-Offload = Annotated[
-    bool,
-    typer.Option(
-        "--offload", help="Keep weights in main memory, for a model larger than the GPU.", rich_help_panel=MODEL
-    ),
-]
-Formats = Annotated[str, typer.Option(help=f"Candidates: {names.WRITE}.", rich_help_panel=RUN)]
-Quantizer = Annotated[
-    str,
-    typer.Option(
-        help="Who rounds: gptq (errors make up for each other), rtn (to nearest), mse, hqq, gptq-trajectory, or "
-        "auto: all are tried, and the one that harms the finished image least is kept.",
-        rich_help_panel=RUN,
-    ),
-]
-Compute = Annotated[
-    str,
-    typer.Option(
-        help="How packed layers multiply: exact (dequantized weights), int8 (inputs are rounded to 8 bits, too): "
-        "faster on CPUs with VNNI and on GPUs, for some accuracy, which is measured along with everything else; or fp8 "
-        "(inputs of fp8 layers to float8, for GPUs from Ada on).",
-        rich_help_panel=RUN,
-    ),
-]
-Prompts = Annotated[
-    Path | None, typer.Option(help="Text file, one prompt a line. Default: a built-in list.", rich_help_panel=CALL)
-]
-Steps = Annotated[
-    int | None, typer.Option("--num-inference-steps", min=1, help="Sampling steps. Default: 20.", rich_help_panel=CALL)
-]
-Guidance = Annotated[
-    float | None,
-    typer.Option(
-        "--guidance-scale", help="Classifier-free guidance. Default: the pipeline's own.", rich_help_panel=CALL
-    ),
-]
-Call = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--call",
-        metavar="NAME=VALUE",
-        help="Any other argument of the pipeline call, e.g. --call height=512 --call num_frames=8. May be repeated.",
-        rich_help_panel=CALL,
-    ),
-]
-Samples = Annotated[int, typer.Option(min=1, help="Calibration trajectories.", rich_help_panel=RUN)]
-Seed = Annotated[
-    int, typer.Option(min=0, help="Of samples, split and sampler: same seed, same policy.", rich_help_panel=RUN)
-]
-Probe = Annotated[
-    str,
-    typer.Option(
-        help="How layers are scored: adjoint (backward through the sampler), stepwise (each step alone), "
-        "ablation (one by one, slow), weight (no image at all).",
-        rich_help_panel=RUN,
-    ),
-]
-Remeasure = Annotated[
-    int,
-    typer.Option(
-        min=0,
-        help="At most so many scores that are too large to be predicted are measured, by quantizing and drawing.",
-        rich_help_panel=RUN,
-    ),
-]
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.", rich_help_panel=RUN)
-]
-Debug = Annotated[  # `bitpolicy.cli.main` looks for it before any command runs
-    bool,
-    typer.Option("--debug", help="Show the traceback of an error and other libraries' messages.", rich_help_panel=RUN),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.", rich_help_panel=RUN)]
+@dataclass(frozen=True, kw_only=True)
+class CallOptions:
+    """What every pipeline call is given, as the command line writes it."""
+
+    group: ClassVar = "Pipeline call"
+
+    prompts: Annotated[
+        Path | None,
+        Option(
+            "Text file with one prompt a line, or .jsonl file with the arguments of one call a line. Default: a "
+            "built-in list."
+        ),
+    ] = None
+    num_inference_steps: Annotated[int | None, Option("Sampling steps. Default: 20.", least=1)] = None
+    guidance_scale: Annotated[float | None, Option("Classifier-free guidance. Default: the pipeline's own.")] = None
+    call: Annotated[
+        list[str] | None,
+        Option(
+            "Any other argument of the pipeline call, e.g. --call height=512 --call num_frames=8. May be repeated.",
+            metavar="NAME=VALUE",
+        ),
+    ] = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of the pipeline call that were given.
+
+        Raises:
+            BitPolicyError: one of `call` is not NAME=VALUE, or a number is not finite.
+        """
+        named = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+        call = {**named, **dict(map(_named_value, self.call or ()))}
+        for name, value in call.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise BitPolicyError(f"{name} is {value}; give a number")
+        return {name: value for name, value in call.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrintOptions:
+    """What a command prints."""
+
+    group: ClassVar = RUN
+
+    as_json: Annotated[bool, Option("Print one JSON object on stdout and nothing else.", name="json")] = False
+    debug: Annotated[  # `bitpolicy.cli.main` looks for it before any command runs
+        bool, Option("Show the traceback of an error, and other libraries' messages.")
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgressOptions(PrintOptions):
+    """What a command prints that takes its time."""
+
+    quiet: Annotated[bool, Option("Show no progress bars.")] = False
 
 
 def _print_version(asked: bool) -> None:
@@ -137,19 +85,62 @@ def _print_version(asked: bool) -> None:
 Version = Annotated[
     bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and exit.")
 ]
+_VERSION = inspect.Parameter("version", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Version)
 
 
-def pipeline_call(steps: int | None, guidance: float | None, others: Sequence[str] | None = None) -> dict[str, Any]:
-    """Arguments of the pipeline call that were given.
+_LAST = {field.name for field in fields(ProgressOptions)}
 
-    Raises:
-        BitPolicyError: one of `others` is not NAME=VALUE, or a number is not finite.
+
+def takes(
+    *kinds: type, without: Collection[str] = (), version: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command whose options are the fields of these dataclasses; its function takes them all as keywords.
+
+    Args:
+        kinds: dataclasses whose fields are annotated with an `Option`; of two fields of one name the later one counts.
+        without: fields that the command does not have.
+        version: whether `--version` is one of its options.
     """
-    call = {"num_inference_steps": steps, "guidance_scale": guidance, **dict(map(_named_value, others or ()))}
-    for name, value in call.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise BitPolicyError(f"{name} is {value}; give a number")
-    return {name: value for name, value in call.items() if value is not None}
+    declared = {one.name: one for kind in kinds for one in declared_options(kind) if not one.option.only_python}
+    in_order = sorted(declared.values(), key=lambda one: one.name in _LAST)
+    found = [_parameter(one) for one in in_order if one.name not in without]
+
+    def decorated(function: Callable[..., None]) -> Callable[..., None]:
+        parameters = [*found, _VERSION] if version else found
+        function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return function
+
+    return decorated
+
+
+def _parameter(declared: Declared) -> inspect.Parameter:
+    option = declared.option
+    kind = declared.kind if option.typed is None else option.typed
+    default = inspect.Parameter.empty if declared.default is MISSING else declared.default
+    if isinstance(default, tuple):
+        default = ",".join(default) if kind is str else None
+    about: Any = _argument(option) if option.positional else _option(declared)
+    return inspect.Parameter(
+        declared.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, about]
+    )
+
+
+def _argument(option: Option) -> Any:
+    return typer.Argument(help=option.help)
+
+
+def _option(declared: Declared) -> Any:
+    option = declared.option
+    name = f"--{declared.keyword.replace('_', '-')}"
+    switch = f"{name}/--no-{name[2:]}" if declared.is_flag and declared.default else name
+    return typer.Option(
+        switch,
+        help=option.help,
+        min=option.least,
+        metavar=option.metavar,
+        rich_help_panel=declared.group,
+    )
 
 
 def _named_value(text: str) -> tuple[str, Any]:

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from bitpolicy.output_folder import read_result
 from bitpolicy.policies.policy import Policy
 from bitpolicy.report.drawing import FAINT, FORMAT_COLORS, Picture, picture
 from bitpolicy.report.inputs import Probed
@@ -18,7 +19,6 @@ from bitpolicy.report.page import Section, figure, folded, heading, paragraph, t
 from bitpolicy.report.policy_map import policy_map
 from bitpolicy.search.study.trials import FILE as TRIALS
 from bitpolicy.search.study.trials import TrialRow, load_trials
-from bitpolicy.settings import read_result
 from bitpolicy.workflow.decision import in_words
 
 _COMPARISON, _CURVE = "compare.png", "frontier/frontier.png"

@@ -12,13 +12,13 @@ from bitpolicy.check import Check
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.format import Format
 from bitpolicy.kernels.formats.named import FP16
+from bitpolicy.output_folder import for_a_probe, holds_a_search
 from bitpolicy.pipelines.loading import BUNDLED
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.policy import Policy
 from bitpolicy.sensitivity.inventory import AUTOENCODER, OUTSIDE, Layer
 from bitpolicy.sensitivity.probes.error_split import ErrorSplit
 from bitpolicy.sensitivity.table import ModelContext, SensitivityTable
-from bitpolicy.settings import for_a_probe, holds_a_search
 
 TABLE, SPLIT, CHECK, POLICY = "sensitivity.safetensors", "split.safetensors", "check.json", "policy.yaml"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.output_folder import identity_of
 from bitpolicy.pipelines.loading import BUNDLED_FOLDER, Source
 from bitpolicy.policies.policy import Choice
 from bitpolicy.search.generation import Generations
@@ -83,7 +84,9 @@ def within_budget(
 
 def study_name(settings: Settings, plan: Plan) -> str:
     """The same for all that is the same study: more trials, another time limit or another storage go on with it."""
-    asked = {name: value for name, value in settings.identity().items() if name not in ("trials", "timeout", "storage")}
+    asked = {
+        name: value for name, value in identity_of(settings).items() if name not in ("trials", "timeout", "storage")
+    }
     return settings_key({**asked, "weights": plan.source.everything_sha256})
 
 

@@ -21,6 +21,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import FP16
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import packed_layers
+from bitpolicy.output_folder import OutputFolder
 from bitpolicy.pipelines.loading import Source, open_pipeline
 from bitpolicy.policies.calibration import Calibration, calibration_hash, needed_for, save_calibration, stamped
 from bitpolicy.policies.checkpoints.checkpoint import checkpoint_bytes
@@ -39,7 +40,7 @@ from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import Layer
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
-from bitpolicy.settings import OutputFolder, Settings
+from bitpolicy.settings import Settings
 from bitpolicy.workflow.compare import save_comparison
 from bitpolicy.workflow.curve import Point, file_name, points, save_picture, save_table
 from bitpolicy.workflow.decision import in_words, mean_db, networks_of, reaching_target, within_budget

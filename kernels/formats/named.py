@@ -93,6 +93,12 @@ def parse_formats(text: str | Sequence[str]) -> tuple[Format, ...]:
     return (*chosen, FP16)
 
 
+def canonical_names(text: str | Sequence[str]) -> tuple[str, ...]:
+    """The names of `parse_formats(text)`. "all" stays as it is: which of all formats suit a model is decided later."""
+    formats = parse_formats(text)
+    return ("all",) if formats == all_formats() else tuple(format.name for format in formats)
+
+
 def from_parameters(name: str, parameters: dict[str, object]) -> Format:
     """The format called `name`, checked against the parameters that a file recorded for it.
 

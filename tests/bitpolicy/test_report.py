@@ -25,7 +25,7 @@ from PIL import Image
 
 from bitpolicy.check import Check, CheckedPolicy
 from bitpolicy.cli import main
-from bitpolicy.cli.report import report
+from bitpolicy.cli.commands import report
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.kernels.kernel import Compute

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
+from bitpolicy.output_folder import OutputFolder
 from bitpolicy.policies.checkpoints import pipeline as export
 from bitpolicy.search.generation import Generations
 from bitpolicy.sensitivity.records import Records
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
-from bitpolicy.settings import OutputFolder
 from bitpolicy.workflow import decision
 from bitpolicy.workflow import search_run as workflow
 

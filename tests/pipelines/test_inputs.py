@@ -17,7 +17,7 @@ from PIL import Image
 from toy_pipelines import TOYS
 
 import bitpolicy
-from bitpolicy.cli.options import pipeline_call
+from bitpolicy.cli.options import CallOptions
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import parse_formats
 from bitpolicy.pipelines.loading import source_of
@@ -418,6 +418,10 @@ def test_texts_of_each_sample_come_in_lists_and_a_text_for_all_stays_one(count: 
 
 
 # Options of the command line
+
+
+def pipeline_call(steps: int | None, guidance: float | None, others: list[str] | None = None) -> dict[str, Any]:
+    return CallOptions(num_inference_steps=steps, guidance_scale=guidance, call=others).arguments
 
 
 def test_call_options_are_json_where_they_read_as_such_else_text() -> None:

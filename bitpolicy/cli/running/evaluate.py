@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bitpolicy.cli.options import pipeline_call
+from bitpolicy.cli.command_options import EvalOptions
 from bitpolicy.cli.running.metrics_table import print_metrics
 from bitpolicy.cli.running.results import print_json
 from bitpolicy.kernels.kernel import Compute, parse_compute
@@ -32,55 +32,40 @@ from bitpolicy.workflow.search_run import swapped_components
 _SEED = 9_000_000_000  # far from the seeds of every search
 
 
-def run(
-    *,
-    checkpoint: Path,
-    model: str | None,
-    prompts: Path | None,
-    num_inference_steps: int | None,
-    guidance_scale: float | None,
-    call: list[str] | None,
-    metrics: str | None,
-    features: Path | None,
-    real_images: Path | None,
-    images: int,
-    picture: Path | None,
-    compute: str | None,
-    seed: int,
-    dtype: str,
-    device: str,
-    revision: str | None,
-    variant: str | None,
-    as_json: bool,
-    quiet: bool,
-    **_: object,
-) -> None:
+def run(options: EvalOptions) -> None:
     """As the command's options say."""
-    asked = _asked(metrics, features, real_images)
-    wanted = None if compute is None else parse_compute(compute)
-    require_seed(seed)
-    source = load_reference(checkpoint, model, revision=revision, variant=variant, dtype=dtype, device=device)
+    asked = _asked(options.metrics, options.features, options.real_images)
+    wanted = None if options.compute is None else parse_compute(options.compute)
+    require_seed(options.seed)
+    source = load_reference(
+        options.checkpoint,
+        options.model,
+        revision=options.revision,
+        variant=options.variant,
+        dtype=options.dtype,
+        device=options.device,
+    )
     bundled = source.id == BUNDLED
-    given = pipeline_call(num_inference_steps, guidance_scale, call)
+    given = options.arguments
     arguments = {**default_call(source.pipe, bundled), **given}
-    requests = load_requests(prompts) if prompts else default_requests(source.pipe, bundled)
-    samples = split_samples(requests, images, _SEED + seed)
-    stages = Stages(quiet or as_json)
+    requests = load_requests(options.prompts) if options.prompts else default_requests(source.pipe, bundled)
+    samples = split_samples(requests, options.images, _SEED + options.seed)
+    stages = Stages(options.quiet or options.as_json)
     warn_of_idle_arguments(Trajectories(source.pipe, source.component, arguments), samples[0], given, stages)
-    comparison, used = _drawn(source, checkpoint, wanted, arguments, samples, real_images, stages)
+    comparison, used = _drawn(source, options.checkpoint, wanted, arguments, samples, options.real_images, stages)
     psnr = Psnr.of(comparison.reference, comparison.images)
-    if picture is not None:
+    if options.picture is not None:
         rows = [("reference", comparison.reference[:8]), ("checkpoint", comparison.images[:8])]
-        save_comparison(picture, [sample.prompt for sample in samples[:8]], rows, psnr.per_image)
+        save_comparison(options.picture, [sample.prompt for sample in samples[:8]], rows, psnr.per_image)
     if not asked:
-        _print_psnr(psnr, used, as_json)
+        _print_psnr(psnr, used, options.as_json)
         return
-    results = measure(asked, comparison, networks_for(source.id, bundled, features, source))
-    if as_json:
+    results = measure(asked, comparison, networks_for(source.id, bundled, options.features, source))
+    if options.as_json:
         found = {name: result.as_dict() for name, result in results.items()}
         print_json({"psnr_db": psnr.as_dict(), "compute": used, "metrics": found})
     else:
-        print_metrics(results, images)
+        print_metrics(results, options.images)
 
 
 def _asked(metrics: str | None, features: Path | None, real_images: Path | None) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from bitpolicy.api import export as export_policy
 from bitpolicy.api import export_for
+from bitpolicy.cli.command_options import ExportOptions
 from bitpolicy.cli.running.results import print_json
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.pipelines.loading import BUNDLED
@@ -16,53 +17,60 @@ from bitpolicy.policies.policy import Policy
 from bitpolicy.search.budget import readable
 
 
-def run(
-    *,
-    policy: Path,
-    output_dir: Path,
-    model: str | None,
-    revision: str | None,
-    variant: str | None,
-    config: str | None,
-    max_shard_size: str,
-    push_to_hub: str | None,
-    target: str | None,
-    requantize: bool,
-    compute: str | None,
-    overwrite: bool,
-    as_json: bool,
-    **_: object,
-) -> None:
+def run(options: ExportOptions) -> None:
     """As the command's options say."""
-    loaded = Policy.load(policy)
-    if requantize and target is None:
+    loaded = Policy.load(options.policy)
+    if options.requantize and options.target is None:
         raise BitPolicyError("--requantize is for another program's formats; add --target, or leave it out")
-    if target is not None and compute is not None:
-        raise BitPolicyError("--compute is recorded in a pipeline of ours; leave out --target, or leave --compute out")
-    if target is not None:
-        exporter_named(target)
-    if target is not None and push_to_hub is not None:
-        raise BitPolicyError("--push-to-hub is for a whole pipeline; leave out --target, or upload the folder yourself")
-    where: dict[str, Any] = {"revision": revision, "variant": variant, "config": config, "overwrite": overwrite}
-    if target is not None:
-        exported = export_for(model or BUNDLED, policy, output_dir, target, requantize=requantize, **where)
-        if as_json:
-            print_json({**_facts(exported), "target": target, "output_dir": str(output_dir)})
-        else:
-            _describe(exported, output_dir, target)
+    if options.target is not None:
+        _export_for(options, options.target)
         return
-    about: dict[str, Any] = {"max_shard_size": max_shard_size, "push_to_hub": push_to_hub, "compute": compute}
-    nbytes = export_policy(model or BUNDLED, policy, output_dir, **about, **where)
-    if as_json:
-        found = {"bytes": nbytes, "component": loaded.model.component, "compute": compute or loaded.compute}
-        print_json({**found, "pushed_to": push_to_hub, "output_dir": str(output_dir)})
+    nbytes = export_policy(
+        options.model or BUNDLED,
+        options.policy,
+        options.output_dir,
+        max_shard_size=options.max_shard_size,
+        push_to_hub=options.push_to_hub,
+        compute=options.compute,
+        revision=options.revision,
+        variant=options.variant,
+        config=options.config,
+        overwrite=options.overwrite,
+    )
+    if options.as_json:
+        found = {"bytes": nbytes, "component": loaded.model.component, "compute": options.compute or loaded.compute}
+        print_json({**found, "pushed_to": options.push_to_hub, "output_dir": str(options.output_dir)})
         return
     print(
-        f"{output_dir}: {nbytes:,} bytes in {loaded.model.component} ({readable(nbytes)}), "
+        f"{options.output_dir}: {nbytes:,} bytes in {loaded.model.component} ({readable(nbytes)}), "
         f"policy of {len(loaded.layers)} own entries"
     )
-    if push_to_hub:
-        print(f"pushed to https://huggingface.co/{push_to_hub}")
+    if options.push_to_hub:
+        print(f"pushed to https://huggingface.co/{options.push_to_hub}")
+
+
+def _export_for(options: ExportOptions, target: str) -> None:
+    """Write another program's files."""
+    if options.compute is not None:
+        raise BitPolicyError("--compute is recorded in a pipeline of ours; leave out --target, or leave --compute out")
+    exporter_named(target)
+    if options.push_to_hub is not None:
+        raise BitPolicyError("--push-to-hub is for a whole pipeline; leave out --target, or upload the folder yourself")
+    exported = export_for(
+        options.model or BUNDLED,
+        options.policy,
+        options.output_dir,
+        target,
+        requantize=options.requantize,
+        revision=options.revision,
+        variant=options.variant,
+        config=options.config,
+        overwrite=options.overwrite,
+    )
+    if options.as_json:
+        print_json({**_facts(exported), "target": target, "output_dir": str(options.output_dir)})
+    else:
+        _describe(exported, options.output_dir, target)
 
 
 def _facts(exported: Exported) -> dict[str, Any]:

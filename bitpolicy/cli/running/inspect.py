@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from rich.table import Table
 from torch import nn
 
 from bitpolicy.api import load_pipeline
-from bitpolicy.cli.options import pipeline_call
+from bitpolicy.cli.command_options import InspectOptions
 from bitpolicy.cli.running.tables import print_table
 from bitpolicy.kernel_choices import watching
 from bitpolicy.kernels.compute.setting import resident_bytes, set_compute
@@ -31,34 +30,19 @@ from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 from bitpolicy.workflow.plan import class_name, short_call
 
 
-def run(
-    *,
-    what: str | None,
-    component: str | None,
-    kernels: bool,
-    compute: str | None,
-    low_memory: bool,
-    prompts: Path | None,
-    call: list[str] | None,
-    dtype: str,
-    device: str,
-    revision: str | None,
-    variant: str | None,
-    as_json: bool,
-    **_: object,
-) -> None:
+def run(options: InspectOptions) -> None:
     """As the command's options say."""
+    what = options.what
     folder = what is not None and (Path(what) / "policy.yaml").is_file()
-    if kernels:
+    if options.kernels:
         if not folder:
             raise BitPolicyError(
-                f"--kernels is of a checkpoint, and {what or 'the bundled pipeline'} is none; give the folder that "
+                f"--kernels needs a checkpoint, and {what or 'the bundled pipeline'} is not one; give the folder that "
                 "search-policy or export wrote"
             )
-        drawn = _Drawn(Path(str(what)), component, compute, low_memory, dtype, device)
-        rows, title = drawn.kernels(prompts, pipeline_call(None, None, call))
-        shown = [{key: value for key, value in row.items() if as_json or key != "passed over"} for row in rows]
-        _print(shown, title, as_json)
+        rows, title = _kernels(options, Path(str(what)))
+        shown = [{key: value for key, value in row.items() if options.as_json or key != "passed over"} for row in rows]
+        _print(shown, title, options.as_json)
         return
     if what and Path(what).is_file():
         policy = Policy.load(what)
@@ -66,10 +50,10 @@ def run(
         default = ", ".join(f"{k} {v}" for k, v in policy.defaults.model_dump(exclude_none=True).items())
         title = f"policy for {policy.model.id} ({policy.model.class_name}); all other layers: {default}"
     elif folder:
-        rows, title = _of_checkpoint(Path(str(what)), component)
+        rows, title = _of_checkpoint(Path(str(what)), options.component)
     else:
-        rows, title = _of_model(what, component, revision, variant)
-    _print(rows, title, as_json)
+        rows, title = _of_model(what, options.component, options.revision, options.variant)
+    _print(rows, title, options.as_json)
 
 
 def _print(rows: list[dict[str, Any]], title: str, as_json: bool) -> None:
@@ -83,37 +67,27 @@ def _print(rows: list[dict[str, Any]], title: str, as_json: bool) -> None:
     print_table(table)
 
 
-@dataclass(frozen=True)
-class _Drawn:
-    """A checkpoint that is drawn with, to see which kernels its layers get."""
-
-    folder: Path
-    component: str | None
-    compute: str | None
-    low_memory: bool
-    dtype: str
-    device: str
-
-    def kernels(self, prompts: Path | None, call: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
-        target = device_named(self.device)
-        dtype = DTYPES.get(self.dtype) or (torch.float32 if target.type == "cpu" else None)
-        pipe = load_pipeline(self.folder, dtype, target)
-        names = denoiser_names(pipe, self.component or packed_components(self.folder))
-        model = denoiser_of(pipe, names)
-        if self.compute is not None or self.low_memory:
-            set_compute(model, self.compute, self.low_memory)
-        asked = load_requests(prompts) if prompts else default_requests(pipe, bundled=False)
-        sample = Sample.of(asked[0], 0)
-        trajectories = Trajectories(pipe, names, {**short_call(pipe), **call})
-        trajectories.learn(sample)
-        with watching(model) as seen:
-            next(trajectories.images([sample]))
-        held = resident_bytes(model)
-        title = (
-            f"{self.folder}: {len(seen)} packed layers on {target}; {held.stored:,} bytes as stored, "
-            f"{held.layouts:,} bytes of kernels' own layouts"
-        )
-        return [choice.as_row() for choice in seen.values()], title
+def _kernels(options: InspectOptions, folder: Path) -> tuple[list[dict[str, Any]], str]:
+    """Draw once with a checkpoint, to see which kernels its layers get."""
+    device = device_named(options.device)
+    dtype = DTYPES.get(options.dtype) or (torch.float32 if device.type == "cpu" else None)
+    pipe = load_pipeline(folder, dtype, device)
+    names = denoiser_names(pipe, options.component or packed_components(folder))
+    model = denoiser_of(pipe, names)
+    if options.compute is not None or options.low_memory:
+        set_compute(model, options.compute, options.low_memory)
+    asked = load_requests(options.prompts) if options.prompts else default_requests(pipe, bundled=False)
+    sample = Sample.of(asked[0], 0)
+    trajectories = Trajectories(pipe, names, {**short_call(pipe), **options.arguments})
+    trajectories.learn(sample)
+    with watching(model) as seen:
+        next(trajectories.images([sample]))
+    held = resident_bytes(model)
+    title = (
+        f"{folder}: {len(seen)} packed layers on {device}; {held.stored:,} bytes as stored, "
+        f"{held.layouts:,} bytes of kernels' own layouts"
+    )
+    return [choice.as_row() for choice in seen.values()], title
 
 
 def _of_model(

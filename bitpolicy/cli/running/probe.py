@@ -15,12 +15,12 @@ from bitpolicy.check import Check, check
 from bitpolicy.cli.running.settings import settings_of
 from bitpolicy.cli.running.tables import print_table
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.output_folder import require_no_search
 from bitpolicy.policies.storage.atomic import require_nameable
 from bitpolicy.policies.storage.folder_lock import working_in
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.workers import is_main, launched
-from bitpolicy.settings import require_no_search
 from bitpolicy.workflow.forecast import Forecast
 from bitpolicy.workflow.plan import make_plan
 

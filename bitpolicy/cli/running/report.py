@@ -5,32 +5,25 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from bitpolicy.cli.command_options import ReportOptions
 from bitpolicy.report.document import Report, make_report, require_free
 
 
-def run(
-    *,
-    folder: Path,
-    budget: str | None,
-    output: Path | None,
-    pictures: Path | None,
-    as_json: bool,
-    **_: object,
-) -> None:
+def run(options: ReportOptions) -> None:
     """As the command's options say."""
-    page = output or folder / "report.html"
-    require_free(page, pictures)
-    made = make_report(folder, budget)
-    made.save(page, pictures)
-    if as_json:
-        print(json.dumps(_facts(made, page, pictures), allow_nan=False))
+    page = options.output or options.folder / "report.html"
+    require_free(page, options.pictures)
+    made = make_report(options.folder, options.budget)
+    made.save(page, options.pictures)
+    if options.as_json:
+        print(json.dumps(_facts(made, page, options.pictures), allow_nan=False))
         return
     for claim in made.claims:
         print(claim)
     if made.lists is not None:
         never, free, small = made.lists.never, made.lists.free, made.lists.small.name.upper()
         print(f"at {made.lists.budget}: {len(never)} layers are never {small}, {len(free)} are free at {small}")
-    print(f"{page} has the report{'' if pictures is None else f', {pictures} its pictures'}")
+    print(f"{page} has the report{'' if options.pictures is None else f', {options.pictures} its pictures'}")
 
 
 def _facts(made: Report, page: Path, pictures: Path | None) -> dict[str, object]:

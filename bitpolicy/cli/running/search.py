@@ -11,9 +11,10 @@ from typing import Any
 from bitpolicy.cli.running.dry_run import described, print_plan
 from bitpolicy.cli.running.results import print_json, print_result
 from bitpolicy.cli.running.settings import settings_of
+from bitpolicy.output_folder import OutputFolder
 from bitpolicy.search.study.samplers import require_sampler
 from bitpolicy.sensitivity.cost.progress import Stages
-from bitpolicy.settings import OutputFolder, Settings
+from bitpolicy.settings import Settings
 from bitpolicy.workflow.forecast import Forecast
 from bitpolicy.workflow.plan import Plan, make_plan
 from bitpolicy.workflow.preflight import require_disk, require_quality, require_storage
