@@ -161,7 +161,7 @@ def settings_for(options: Mapping[str, Any], model: str | None) -> Settings:
     found: dict[str, Any] = {"model": model}
     for name, value in options.items():
         declared = _options()[name]
-        checked = checked_value(name, value, declared.python)
+        checked = checked_value(name, value, str if declared.choices else declared.python)
         found[declared.name] = _READ[declared.name](checked) if declared.name in _READ else checked
     return Settings(**found)
 

@@ -141,14 +141,22 @@ def _claimed(path: Path, identity: dict[str, Any], overwrite: bool) -> dict[str,
     require_nameable(path)
     held = _held_identity(path)
     if held is not None and not overwrite and not _same_study(held, identity):
-        changed = ", ".join(sorted(k for k in identity if held.get(k) != identity[k] and k not in _GOES_ON))
-        found = f"another {changed}" if changed else f"{held['trials']} trials, which are not made fewer"
-        raise BitPolicyError(f"{path} holds a search with {found}; choose another --output-dir, or --overwrite it")
+        raise BitPolicyError(
+            f"{path} holds a search with {_difference(held, identity)}; choose another --output-dir, or --overwrite it"
+        )
     if held is None and path.exists() and (foreign := _foreign(path)) and not overwrite:
         raise BitPolicyError(
             f"{path} holds something else ({foreign[0]}); choose another --output-dir, or --overwrite it"
         )
     return held
+
+
+def _difference(held: dict[str, Any], asked: dict[str, Any]) -> str:
+    """Why the folder's search is not the one that is asked for."""
+    if changed := ", ".join(sorted(k for k in asked if held.get(k) != asked[k] and k not in _GOES_ON)):
+        return f"another {changed}"
+    trials = held.get("trials")
+    return f"{trials} trials, which are not made fewer" if isinstance(trials, int) else "a damaged run.json"
 
 
 def _same_study(held: dict[str, Any], asked: dict[str, Any]) -> bool:

@@ -116,7 +116,7 @@ def takes(
 
 def _parameter(declared: Declared) -> inspect.Parameter:
     option = declared.option
-    kind = declared.kind if option.typed is None else option.typed
+    kind = str if declared.choices else declared.kind if option.typed is None else option.typed
     default = inspect.Parameter.empty if declared.default is MISSING else declared.default
     if isinstance(default, tuple):
         default = ",".join(default) if kind is str else None
@@ -137,10 +137,20 @@ def _option(declared: Declared) -> Any:
     return typer.Option(
         switch,
         help=option.help,
-        min=option.least,
+        callback=_checked(declared),
         metavar=option.metavar,
         rich_help_panel=declared.group,
     )
+
+
+def _checked(declared: Declared) -> Callable[[Any], Any]:
+    """Refuses a value at once, before anything heavy is imported."""
+
+    def check(value: Any) -> Any:
+        declared.check(value)
+        return value
+
+    return check
 
 
 def _named_value(text: str) -> tuple[str, Any]:

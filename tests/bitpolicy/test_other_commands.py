@@ -448,7 +448,7 @@ def test_inspect_shows_another_compute_and_a_forced_kernel(
 @pytest.mark.parametrize(
     ("arguments", "needles"),
     [
-        (["--kernels"], ["--kernels is of a checkpoint", "the bundled pipeline is none"]),
+        (["--kernels"], ["--kernels needs a checkpoint", "the bundled pipeline is not one"]),
         (["{checkpoint}", "--kernels", "--compute", "int5"], ["unknown compute 'int5'", "exact, float, int8"]),
         (["{checkpoint}", "--kernels", "--device", "tpu"], ["unknown device 'tpu'"]),
     ],

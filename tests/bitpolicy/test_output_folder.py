@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,6 +85,16 @@ def test_trials_are_not_made_fewer(tmp_path: Path) -> None:
     assert peek(tmp_path) == RESULT
     claim(tmp_path, replace(SETTINGS, trials=23), overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"run.json"}
+
+
+@pytest.mark.parametrize("trials", [None, "many"])
+def test_a_folder_that_lost_its_number_of_trials_is_refused(tmp_path: Path, trials: Any) -> None:
+    claim(tmp_path)
+    held = {**identity_of(SETTINGS), "trials": trials}
+    (tmp_path / "run.json").write_text(json.dumps({key: value for key, value in held.items() if value is not None}))
+    for look in (claim, peek):
+        with pytest.raises(BitPolicyError, match=r"holds a search with a damaged run\.json; choose"):
+            look(tmp_path)
 
 
 def test_without_resuming_more_trials_begin_from_nothing(tmp_path: Path) -> None:
