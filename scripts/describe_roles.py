@@ -18,55 +18,55 @@ from bitpolicy.sensitivity.inventory import Layer, inventory
 
 MEANINGS = {
     "input_stem": "reads the sample: the first convolution, or the embedding of its patches",
-    "conv": "a convolution over places or frames",
-    "shortcut": "takes a residual block's input past its convolutions",
-    "resample": "the convolution of a step down or up in resolution",
-    "attention_qkv": "queries, keys and values of the sample's attention to itself, over places or frames",
-    "attention_out": "what that attention hands back",
+    "conv": "a convolution over positions or frames",
+    "shortcut": "carries a residual block's input past its convolutions",
+    "resample": "the convolution that lowers or raises the resolution",
+    "attention_qkv": "queries, keys and values of the sample's self-attention, over positions or frames",
+    "attention_out": "the output projection of that attention",
     "cross_attention_qkv": "the same where attention reads texts or images; in joint attention, the context's own",
-    "cross_attention_out": "what that attention hands back; in joint attention, to the context",
-    "feed_forward": "the network beside attention in a block, gated and convolutional ones too",
-    "projection": "a change of width on the way: in and out of a stack of blocks, after a skip connection",
-    "timestep_embedding": "embeds the timestep and what joins it (guidance, sizes, frame), or lets it into a block",
-    "modulation": "makes the shifts, scales and gates of normalizations out of the timestep",
-    "context_embedding": "projects, pools or embeds texts, labels and images that guide",
-    "output_head": "writes the result; in a ControlNet, what each block hands over",
-    "other": "what no rule knows",
+    "cross_attention_out": "the output projection of that attention; in joint attention, the context's",
+    "feed_forward": "the network next to attention in a block, including gated and convolutional ones",
+    "projection": "changes the width: in and out of a stack of blocks, after a skip connection",
+    "timestep_embedding": "embeds the timestep and what joins it (guidance, sizes, frame), or passes it into a block",
+    "modulation": "computes the shifts, scales and gates of normalizations from the timestep",
+    "context_embedding": "projects, pools or embeds the texts, labels and images that condition the model",
+    "output_head": "writes the result; in a ControlNet, the output of each block",
+    "other": "matches no rule",
 }
 STAGES = ("ends", "encoder", "early", "middle", "late", "decoder")
 INTRO = """\
 # Roles and stages
 
-Every `nn.Linear` and `nn.Conv1d/2d/3d` of a denoiser is a layer with a role (what it does) and a stage (where it sits).
-The search scales layers of the same role and stage together, and `bitpolicy inspect` prints both. They are found
-without running the model, by [roles.py](../sensitivity/roles.py) and [inventory.py](../sensitivity/inventory.py):
+Every `nn.Linear` and `nn.Conv1d/2d/3d` of a denoiser is a layer with a role (what it does) and a stage (where it is).
+The search scales layers of the same role and stage together, and `bitpolicy inspect` prints both.
+[roles.py](../sensitivity/roles.py) and [inventory.py](../sensitivity/inventory.py) find them without running the model:
 
-1. The modules around a layer are asked, the nearest first. A module with a query projection is attention, and cross
-   attention if it says so or if its keys have another width than its queries. Beside attention in a block stand the
-   feed-forward network (two layers or more) and the modulation (one). A layer in a normalization is modulation. The
-   linear layer in a block of convolutions lets the timestep in. The embeddings of timesteps, texts and images are known
-   by their class.
-2. Outside the blocks the sample's shape finds the stem and the head: `in_channels` and `out_channels`, times the patch.
-   What widens the trunk by a whole factor there is modulation.
-3. Names decide what is left, and between layers of the same shape. A convolution that sees more than one place is
-   `conv` wherever it stands. The rest is `other`; it is measured and searched like any layer.
+1. The modules around a layer come first, the nearest before the others. A module with a query projection is attention.
+   It is cross attention if a flag, its class or its name says so, or if its keys and queries differ in width. Next to
+   attention in a block are the feed-forward network (two layers or more) and the modulation (one layer). A layer in a
+   normalization is modulation. The linear layer in a block of convolutions is the timestep's input to that block. The
+   embeddings of timesteps, texts and images are recognized by their class.
+2. Outside the blocks, the sample's shape identifies the stem and the head: `in_channels` and `out_channels`, times the
+   patch size. A layer that widens the trunk by a whole factor there is modulation.
+3. Names decide the remaining cases, and between layers of the same shape. A convolution whose kernel is larger than one
+   position is `conv` wherever it is. The rest is `other`; it is measured and searched like any layer.
 
-A layer that does two things counts by the larger: `proj_out` in Flux's single blocks hands back attention and network,
-and is `feed_forward`. A U-Net's stages are encoder, middle and decoder. A transformer's are thirds of its depth, one
-stack of blocks after the other. `ends` is everything outside the blocks. Several denoisers of one pipeline are
-described each on its own.
+If a layer does two things, the larger part decides: `proj_out` in Flux's single blocks is the output of both attention
+and the feed-forward network, and is `feed_forward`. A U-Net's stages are encoder, middle and decoder. A transformer's
+stages are thirds of its depth, with its stacks of blocks taken one after the other. `ends` is everything outside the
+blocks. If a pipeline has several denoisers, each is described separately.
 
-Text encoders, image encoders and autoencoders, studied with `--component`, have roles of the same names, found mostly
-by name in [outside_roles.py](../sensitivity/outside_roles.py), and one stage each: `conditioning` and `autoencoder`.
-Their embedding tables are not quantized, nor is a layer that shares its weight with one.
+Text encoders, image encoders and autoencoders are included with `--component`. Their roles have the same names and are
+found mostly by name, in [outside_roles.py](../sensitivity/outside_roles.py). They have one stage each: `conditioning`
+and `autoencoder`. Their embedding tables are not quantized, nor is a layer that shares its weight with one.
 """
 MODELS = """\
 ## The published models
 
-They are built without weights by [published_configs.py](../scripts/published_configs.py), which also says where their
-parameters were counted; a test compares. Share is the role's part of the weights of all layers. The example is the
-first layer of that role in the blocks, if there is one. Written by `python scripts/describe_roles.py` with diffusers
-{version}.
+[published_configs.py](../scripts/published_configs.py) builds them without weights. It also gives the source of each
+parameter count, which a test compares. *share* is the role's part of the weights of all layers. The example is the
+first layer of that role in the blocks, if there is one. `python scripts/describe_roles.py` wrote this page with
+diffusers {version}.
 """
 
 

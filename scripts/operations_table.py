@@ -19,55 +19,56 @@ ROOT = Path(__file__).resolve().parents[1]
 EXPECTED = ROOT / "tests" / "policies" / "operations.yaml"
 PAGE = ROOT / "docs" / "operations.md"
 INTRO = """\
-# What a packed model goes along with
+# Operations that work with a packed model
 
-Each cell is one test of [test_operations.py](../tests/policies/test_operations.py), on a toy of the real class with
-every format in turn on its layers, on the CPU. The operations are in [operations.py](../tests/toys/operations.py), what
-is expected of each cell in [operations.yaml](../tests/policies/operations.yaml). This page is written from that by
-`python scripts/operations_table.py --write`, and a test compares. Going to a GPU and back, whole or offloaded, is in
-[test_cpu_offload.py](../tests/policies/test_cpu_offload.py), which runs where there is one.
+Each cell is one test in [test_operations.py](../tests/policies/test_operations.py). It runs on the CPU, on a toy model
+of the real class, with every format in turn on its layers. [operations.py](../tests/toys/operations.py) defines the
+operations, and [operations.yaml](../tests/policies/operations.yaml) the expected outcome of each cell.
+`python scripts/operations_table.py --write` writes this page from that file, and a test checks that it is up to date.
+[test_cpu_offload.py](../tests/policies/test_cpu_offload.py) tests moving a model to a GPU and back, whole or offloaded;
+it runs where there is a GPU.
 
 | | |
 |---|---|
-| pass | the test passes: outputs are those of an ordinary model with the same weights, bit for bit |
-| fail | the test fails, and is expected to; why is told below |
+| pass | the test passes: outputs equal those of an ordinary model with the same weights, bit for bit |
+| fail | the test is expected to fail, and does; the reason is below the table |
 | n/a | the class does not have the method; the test checks that |
 """
 KINDS = """\
 ## Kinds of layers
 
-`nn.Linear` and `nn.Conv1d/2d/3d` themselves are packed, whatever their groups, strides, dilation and padding.
-All else stays in the storage dtype and counts with that in every budget: transposed convolutions, subclasses of these
-layers, a layer that shares its weight with another. A search warns once which layers these are.
+`nn.Linear` and `nn.Conv1d/2d/3d` are packed, whatever their groups, strides, dilation and padding. Everything else
+stays in the storage dtype and counts at that size in every budget: transposed convolutions, subclasses of these layers,
+and a layer that shares its weight with another. A search warns once which layers these are.
 """
 
 SUITE = """\
 ## diffusers' own tests
 
-diffusers tests bitsandbytes, quanto, torchao and others by the cases of its `tests/models/testing_utils/`. On packed
-models they are run by
+diffusers tests bitsandbytes, quanto, torchao and others with the cases in its `tests/models/testing_utils/`. This
+command runs them on packed models and prints a row for each case:
 
     python scripts/diffusers_suite.py --diffusers CHECKOUT -k "not Compile"
 
-which prints a row for each case. CHECKOUT is one of diffusers, of the installed version. With diffusers 0.40.0 on the
-CPU, tiny models of `UNet2DConditionModel`, `FluxTransformer2DModel`, `SD3Transformer2DModel`, `WanTransformer3DModel`,
-in INT8 and in seven formats in turn: 158 pass, 20 fail as is known, 70 are skipped, and no other fails.
+CHECKOUT is a checkout of the installed diffusers version. With diffusers 0.40.0 on the CPU, on tiny models of
+`UNet2DConditionModel`, `FluxTransformer2DModel`, `SD3Transformer2DModel` and `WanTransformer3DModel`, in INT8 and in
+seven formats in turn, 158 cases pass, 20 fail for known reasons, 70 are skipped, and no other case fails.
 
 | cases | outcome |
 | --- | --- |
 | inference, with and without LoRA; training of an adapter | pass |
-| serialization, of the config, too, and in shards; `device_map`; `dequantize` | pass |
-| counts of layers, parameters and bytes; layers left out; the dtype before | pass |
+| serialization, including the config and shards; `device_map`; `dequantize` | pass |
+| counts of layers, parameters and bytes; excluded layers; the original dtype | pass |
 | modules kept in float32 | pass for Wan, skipped where the class has none |
-| LoRA: saved and loaded, with DoRA, a bias, other ranks, in little memory; metadata; warnings | pass |
+| LoRA: saved and loaded, with DoRA, a bias, other ranks, low memory; metadata; warnings | pass |
 | layerwise casting: memory | pass |
-| `.to(dtype)`, `.half()` | known: they ask for a ValueError, where a packed model is cast |
-| LoRA under layerwise casting | known: they ask for weights in float8, where packed ones stay as they are |
-| LoRA fused with infinities | known: diffusers expects that to fail on the CPU |
+| `.to(dtype)`, `.half()` | known failure: they expect a ValueError, but a packed model is cast |
+| LoRA under layerwise casting | known failure: they expect weights in float8, but packed weights stay as they are |
+| LoRA fused with infinities | known failure: diffusers expects that to fail on the CPU |
 | layerwise casting: training | skipped by diffusers on the CPU |
 | offloading by groups, to the CPU, to disk | skipped: they split a model between a GPU and the CPU |
 
-The cases of `torch.compile` build C++ for minutes and are not in this count.
+The `torch.compile` cases build C++ for minutes and are not included in these counts.
 """
 
 
@@ -83,7 +84,7 @@ def page() -> str:
     parts = [
         INTRO,
         *section("Models", expected["operations"], expected["models"]),
-        "`ToyConvolutions` is no class of diffusers: it has one layer of each kind below.\n",
+        "`ToyConvolutions` is not a diffusers class: it has one layer of each kind listed below.\n",
         *section("Pipelines", expected["pipeline_operations"], expected["pipelines"]),
         KINDS,
         table(("layer", "outcome"), [(kind, outcome) for kind, outcome in expected["kinds"].items()]),
@@ -106,7 +107,7 @@ def section(title: str, operations: Mapping[str, str], rows: Mapping[str, Mappin
         for name, reason in about.get("fail", {}).items()
     ]
     if reasons:
-        yield "Failing:\n"
+        yield "Reasons for failures:\n"
         yield "".join(reasons)
 
 
