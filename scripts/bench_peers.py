@@ -11,6 +11,9 @@
     python scripts/bench_peers.py picture --only 'b*'      images of the selected entries at a size, and what is off
     python scripts/bench_peers.py explain                  what was predicted of each assignment, what was measured
 
+With `--model scripts/trained/unet` (or another folder there) all of it is of that model, in a work folder of its own;
+the table then also says how many of the images still show what was asked for.
+
 The tools come with `pip install 'bitpolicy[bench]'`; one that is wanted apart goes into `<work>/venv-<tool>`, which is
 taken first. All rivals get the FP16 values of the denoiser and are scored by what their weights give in float32 on the
 CPU.
@@ -31,7 +34,7 @@ from peers.assignments import all_entries
 from peers.entry import MODEL, SHARES, WORK, Entry, read_entries
 from peers.ours import add_checkpoint
 from peers.rivals import Rivals
-from peers.samples import HELD_OUT, bundled_plan, write_samples
+from peers.samples import HELD_OUT, plan_of, write_samples
 from peers.scoring import Scores, decibels
 from peers.selection import read_selection, select, write_selection
 
@@ -42,12 +45,12 @@ TOOLS = {
     "gguf": "gguf==0.19.0",
 }
 REROUNDED = ", our rounding"  # ends the family of an assignment that `reround` made anew
-_PROMPTS = 32  # held out; so many images show each of them once
+_PROMPTS = 32  # held out, of the bundled pipeline; so many images show each of them once
 _CHECKED = 2  # images of every entry compared with those of the tool's own model
 
 
 def prepare(args: argparse.Namespace) -> None:
-    write_samples(bundled_plan(), args.work)
+    write_samples(plan_of(args.model), args.work)
 
 
 def tools(args: argparse.Namespace) -> None:
@@ -59,7 +62,7 @@ def tools(args: argparse.Namespace) -> None:
             print(f"{name}: pip install {package}, here or in {args.work}/venv-{name} with diffusers and transformers")
             continue
         script = Path(__file__).parent / "peers" / f"with_{name}.py"
-        command = [python, script, "--model", MODEL, "--work", args.work, "--check", str(_CHECKED)]
+        command = [python, script, "--model", args.model, "--work", args.work, "--check", str(_CHECKED)]
         subprocess.run([str(part) for part in command], check=True)
 
 
@@ -74,14 +77,14 @@ def tool_python(own: Path, package: str) -> Path | None:
 
 
 def assignments(args: argparse.Namespace) -> None:
-    plan = bundled_plan()
+    plan = plan_of(args.model)
     for entry in all_entries(Rivals.of(plan, args.work), args.only):
         print(f"{entry.name:40} {entry.nbytes / plan.account.reference:6.2%}  {dict(entry.settings)}", flush=True)
 
 
 def reround(args: argparse.Namespace) -> None:
     """Assignments as further entries, their weights rounded by whatever our own probe finds best for each layer."""
-    rivals = Rivals.of(bundled_plan(), args.work, args.quantizer)
+    rivals = Rivals.of(plan_of(args.model), args.work, args.quantizer)
     for entry in [*read_entries(args.work / "candidates")]:
         formats = rivals.assigned(entry.name) if fnmatch(entry.name, args.only) else None
         if formats is not None and not entry.family.endswith(REROUNDED):
@@ -96,7 +99,7 @@ def add(args: argparse.Namespace) -> None:
 
 
 def choose(args: argparse.Namespace) -> None:
-    plan = bundled_plan()
+    plan = plan_of(args.model)
     path = args.work / "selected.json"
     found = [entry for entry in read_entries(args.work / "candidates") if fnmatch(entry.family, args.only)]
     chosen = select(found, Scores(plan, args.work), plan.account.reference, lambda line: print(line, flush=True))
@@ -104,7 +107,7 @@ def choose(args: argparse.Namespace) -> None:
 
 
 def score(args: argparse.Namespace) -> None:
-    plan = bundled_plan()
+    plan = plan_of(args.model)
     scores = Scores(plan, args.work)
     rounds = [count for count in (_PROMPTS, 2 * _PROMPTS) if count < args.images] + [args.images]
     for images, entry in itertools.product(rounds, wanted(args)):  # all roughly before any finely
@@ -128,7 +131,7 @@ def wanted(args: argparse.Namespace) -> list[Entry]:
 def table(args: argparse.Namespace) -> None:
     from peers.table import write_table
 
-    plan = bundled_plan()
+    plan = plan_of(args.model)
     write_table(
         Scores(plan, args.work), args.work, plan.account.reference, args.images, args.output or args.work / "table"
     )
@@ -137,7 +140,7 @@ def table(args: argparse.Namespace) -> None:
 def why(args: argparse.Namespace) -> None:
     from peers.explain import explain
 
-    rivals = Rivals.of(bundled_plan(), args.work)
+    rivals = Rivals.of(plan_of(args.model), args.work)
     explain(rivals, Scores(rivals.plan, args.work), args.images, args.output or args.work / "explained.md")
 
 
@@ -147,7 +150,7 @@ def picture(args: argparse.Namespace) -> None:
     share = f"{args.share or SHARES[0]:.2f}"
     chosen = read_selection(args.work / "selected.json")
     rows = [(row, own[share]) for row, own in chosen.items() if fnmatch(row, args.only) and share in own]
-    draw(Scores(bundled_plan(), args.work), rows, args.output or args.work / "picture.png")
+    draw(Scores(plan_of(args.model), args.work), rows, args.output or args.work / "picture.png")
 
 
 def main() -> None:
@@ -156,7 +159,8 @@ def main() -> None:
     steps |= {"select": choose, "score": score, "table": table, "explain": why, "picture": picture}
     parser.add_argument("step", choices=steps)
     parser.add_argument("name", nargs="?", help="add: of the new entry")
-    parser.add_argument("--work", type=Path, default=WORK)
+    parser.add_argument("--model", type=Path, default=MODEL, help="default: the bundled one; or one of scripts/trained")
+    parser.add_argument("--work", type=Path, help=f"default: {WORK}, and the model's name where it is another")
     parser.add_argument(
         "--only", default="*", help="glob of tools, families (assignments, select), entries (reround, score)"
     )
@@ -169,6 +173,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="table: where to write, without an ending")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    args.work = args.work or (WORK if args.model == MODEL else WORK / args.model.name)
     torch.set_num_threads(args.threads)
     steps[args.step](args)
 

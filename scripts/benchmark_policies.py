@@ -2,8 +2,8 @@
 
 The rivals share the quantizer and the bias correction, so that only the choice of formats differs:
 
-    by hand   time embedding, conv_in and conv_out FP16; the largest layers INT4, as many as it takes; the rest INT8;
-              what is left of the budget filled greedily with wider formats, largest layer first
+    by hand   timestep embedding, input stem and output head FP16; the largest layers INT4, as many as it takes; the
+              rest INT8; what is left of the budget filled greedily with wider formats, largest layer first
     weight    exact knapsack on relative weight error, no image looked at
     exact     exact knapsack on the adjoint probe
     search    the study on top of it (--trials)
@@ -40,7 +40,7 @@ from bitpolicy.settings import Settings
 from bitpolicy.workflow.plan import Plan, make_plan
 
 INT4, INT8 = format_named("int4"), format_named("int8")
-KEPT = ("time_embedding.linear_1", "time_embedding.linear_2", "conv_in", "conv_out")
+KEPT = ("input_stem", "timestep_embedding", "output_head")  # roles, where they lie outside the blocks
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,16 @@ def _rivals(
     return rivals
 
 
+def usually_kept(plan: Plan) -> list[str]:
+    """The layers that careful people leave alone."""
+    return [layer.name for layer in plan.layers if layer.role in KEPT and layer.stage == "ends"]
+
+
 def by_hand(plan: Plan, budget: int) -> dict[str, Choice]:
     """What a careful person writes: the usual layers kept, the largest narrowed until it fits, the rest filled."""
-    formats: dict[str, Format] = {layer.name: FP16 if layer.name in KEPT else INT8 for layer in plan.layers}
-    by_size = sorted((n for n in formats if n not in KEPT), key=lambda n: -plan.account.layer(n, FP16))
+    kept = usually_kept(plan)
+    formats: dict[str, Format] = {layer.name: FP16 if layer.name in kept else INT8 for layer in plan.layers}
+    by_size = sorted((n for n in formats if n not in kept), key=lambda n: -plan.account.layer(n, FP16))
     for name in by_size:
         if plan.account.total(formats) <= budget:
             break

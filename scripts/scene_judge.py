@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from scenes import COLOURS, NAMES, Scene
 from small_models import Judge
 from torch import nn
 from train_reference import Run
 from training_stage import Workshop, drawn
+
+SHIPPED = Path(__file__).parent / "trained" / "judge.safetensors"
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,22 @@ def labels(scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
     for row, scene in zip(here, scenes, strict=True):
         row[[NAMES.index(thing.name) for thing in scene.things]] = 1
     return here, torch.tensor([COLOURS.index(scene.ground) for scene in scenes])
+
+
+def shipped_judge() -> Judge:
+    """The trained judge that is in git, float32, in eval mode."""
+    judge = Judge().eval().requires_grad_(False)
+    judge.load_state_dict(load_file(SHIPPED))
+    return judge
+
+
+@torch.no_grad()
+def shown(judge: Judge, pictures: torch.Tensor, scenes: list[Scene]) -> list[bool]:
+    """Whether each picture, float32 in [-1, 1] of shape (B, 3, 64, 64), shows its scene's things and ground."""
+    cells, ground = judge(pictures)
+    here, colour = labels(scenes)
+    things = ((cells.amax(dim=(2, 3)) > 0).cpu() == (here > 0)).all(dim=1)
+    return (things & (ground.argmax(1).cpu() == colour)).tolist()
 
 
 @torch.no_grad()

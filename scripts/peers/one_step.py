@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers.own_model import call
 from safetensors.torch import load_file
 
 from bitpolicy.policies.apply import quantized
@@ -21,7 +22,7 @@ from bitpolicy.policies.policy import Choice
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.workflow.plan import Plan
 
-TIMESTEPS = (1, 7, 13, 19)  # of the pipeline's 20
+TIMESTEPS = (0.05, 0.35, 0.65, 0.95)  # places on a trajectory, of the bundled pipeline's 20 steps 1, 7, 13 and 19
 SAMPLES = 4
 
 
@@ -59,7 +60,7 @@ def some_calls(work: Path, steps: int) -> dict[str, torch.Tensor]:
     calls = load_file(work / "calls.safetensors")
     order = calls["timestep"].unique().flip(0)  # the first step has the largest
     assert len(order) == steps
-    rows = [torch.where(calls["timestep"] == order[step])[0] for step in TIMESTEPS]
+    rows = [torch.where(calls["timestep"] == order[int(place * steps)])[0] for place in TIMESTEPS]
     return {key: value[torch.cat([_spread(r) for r in rows])] for key, value in calls.items()}
 
 
@@ -71,6 +72,4 @@ def _spread(rows: torch.Tensor) -> torch.Tensor:
 def outputs(denoiser: Any, calls: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """What the denoiser says to each call."""
     with torch.no_grad():
-        return denoiser(calls["latents"], calls["timestep"], encoder_hidden_states=calls["states"], return_dict=False)[
-            0
-        ]
+        return call(denoiser, calls)

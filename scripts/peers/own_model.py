@@ -1,7 +1,7 @@
-"""Whether effective weights tell the truth: images of a tool's own quantized model against images of a plain one.
+"""The denoiser that all rivals get, the calls it was recorded in, and whether effective weights tell the truth.
 
-The tool's denoiser runs in float32 inside the pipeline; then an ordinary denoiser with the effective weights does, on
-the same prompts and seeds.
+A tool's denoiser runs in float32 inside the pipeline; then an ordinary denoiser with the effective weights does, on the
+same prompts and seeds. Every tool's script imports this, so it needs no more than torch, diffusers and safetensors.
 """
 
 from __future__ import annotations
@@ -11,14 +11,37 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from torch import nn
 
+DENOISERS = ("unet", "transformer")
+OUTPUT = "output"  # among recorded calls, what the denoiser said; all else are arguments of its forward
 
-def fp16_denoiser(model: Path, dtype: torch.dtype) -> UNet2DConditionModel:
+
+def denoiser_name(model: Path) -> str:
+    """The component of a pipeline folder that is quantized."""
+    parts = json.loads((model / "model_index.json").read_text())
+    return next(name for name in DENOISERS if name in parts)
+
+
+def fp16_denoiser(model: Path, dtype: torch.dtype) -> Any:
     """The denoiser with its FP16 values, in `dtype`."""
-    return UNet2DConditionModel.from_pretrained(model, subfolder="unet", dtype=torch.float16).to(dtype).eval()
+    name = denoiser_name(model)
+    kind = getattr(diffusers, json.loads((model / "model_index.json").read_text())[name][1])
+    return kind.from_pretrained(model, subfolder=name, dtype=torch.float16).to(dtype).eval()
+
+
+def call(denoiser: nn.Module, recorded: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What the denoiser says to recorded calls."""
+    arguments = {name: tensor for name, tensor in recorded.items() if name != OUTPUT}
+    return denoiser(**arguments, return_dict=False)[0]
+
+
+def kept_layers(work: Path) -> list[str]:
+    """The layers that careful people leave alone: timestep embedding, input stem and output head."""
+    return json.loads((work / "samples.json").read_text())["kept"]
 
 
 def agreement(
@@ -34,16 +57,18 @@ def agreement(
     pipe = DiffusionPipeline.from_pretrained(model, dtype=torch.float16).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     plan = json.loads((work / "samples.json").read_text())
-    pictures = [_images(pipe, denoiser, plan, images) for denoiser in (own, plain)]
+    pictures = []
+    for denoiser in (own, plain):
+        setattr(pipe, denoiser_name(model), denoiser)
+        pictures.append(_images(pipe, plan, images))
     error = (pictures[0] - pictures[1]).double()
     mse = error.square().mean()
     decibels = None if mse == 0 else -10 * float(mse.log10())  # strict JSON knows no infinity
     return {"difference": float(error.abs().max()), "psnr": decibels}
 
 
-def _images(pipe: Any, denoiser: nn.Module, plan: dict[str, Any], count: int) -> torch.Tensor:
+def _images(pipe: Any, plan: dict[str, Any], count: int) -> torch.Tensor:
     """Decoded images of the first search samples, shape (count, 3, H, W), in [0, 1]."""
-    pipe.unet = denoiser
     samples = plan["search"][:count]
     generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in samples]
     with torch.no_grad():

@@ -2,9 +2,9 @@
 
 Blocks of 32 lie along a weight's rows, a convolution's rows being (in, kh, kw) flattened. Where 32 does not divide a
 row it may divide the whole tensor, which is then stored as rows of 32, as ComfyUI-GGUF's converter stores convolutions
-with their shape beside them; what it divides neither way stays FP16, as do biases and norms. `-kept` leaves the time
-embedding, the first and the last convolution at FP16. Bytes are those of the tensors in the file; the weights are the
-package's own dequantization. Needs gguf==0.19.0; torch and diffusers only read the denoiser.
+with their shape beside them; what it divides neither way stays FP16, as do biases and norms. `-kept` leaves the
+timestep embedding, the input stem and the output head at FP16. Bytes are those of the tensors in the file; the weights
+are the package's own dequantization. Needs gguf==0.19.0; torch and diffusers only read the denoiser.
 
     build/peers/venv-gguf/bin/python scripts/peers/with_gguf.py
 """
@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from entry import OWN_FILE, Entry, tool_arguments, write_entry
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize, quantize
-from own_model import fp16_denoiser
+from own_model import fp16_denoiser, kept_layers
+from torch import nn
 
 TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
-KEPT = ("time_embedding.*", "conv_in.*", "conv_out.*")
 _BLOCK = 32
 
 
@@ -36,11 +36,14 @@ def rows_of(weight: torch.Tensor) -> np.ndarray | None:
     return flat if flat.shape[1] % _BLOCK == 0 else flat.reshape(-1, _BLOCK)
 
 
-def write_file(path: Path, state: dict[str, torch.Tensor], kind: GGMLQuantizationType, kept: tuple[str, ...]) -> None:
+def write_file(path: Path, denoiser: nn.Module, kind: GGMLQuantizationType, kept: tuple[str, ...]) -> None:
     """Write the denoiser as a GGUF file."""
+    state = denoiser.state_dict()
+    layers = (name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
+    weights = {f"{name}.weight" for name in layers}
     writer = GGUFWriter(path, "unet")
     for name, tensor in state.items():
-        rows = None if any(fnmatch(name, pattern) for pattern in kept) else rows_of(tensor)
+        rows = None if name in kept or name not in weights else rows_of(tensor)
         if rows is None:
             writer.add_tensor(name, tensor.half().numpy())
         else:
@@ -62,10 +65,11 @@ def make(args: argparse.Namespace, kind: str, kept: tuple[str, ...]) -> None:
     name = f"gguf-{kind}{'-kept' if kept else ''}"
     if not fnmatch(name, args.only):
         return
-    state = dict(fp16_denoiser(args.model, torch.float16).state_dict())
+    denoiser = fp16_denoiser(args.model, torch.float16)
+    state = dict(denoiser.state_dict())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "denoiser.gguf"
-        write_file(path, state, GGMLQuantizationType[kind], kept)
+        write_file(path, denoiser, GGMLQuantizationType[kind], kept)
         nbytes, weights = read_file(path, state)
         weights = {key: value.clone() for key, value in weights.items()}
     left = sum(rows_of(t) is None for t in state.values() if t.ndim > 1)
@@ -79,7 +83,8 @@ def make(args: argparse.Namespace, kind: str, kept: tuple[str, ...]) -> None:
 def main() -> None:
     args = tool_arguments(__doc__)
     torch.set_num_threads(1)
-    for kind, kept in itertools.product(TYPES, ((), KEPT)):
+    alone = tuple(f"{name}.weight" for name in kept_layers(args.work))
+    for kind, kept in itertools.product(TYPES, ((), alone)):
         make(args, kind, kept)
 
 

@@ -27,13 +27,14 @@ from typing import Any
 import modelopt.torch.quantization as mtq
 import torch
 from entry import ACCOUNTED, SHARES, Entry, tool_arguments, write_entry
-from own_model import agreement, fp16_denoiser
+from own_model import OUTPUT, agreement, call, fp16_denoiser
 from safetensors.torch import load_file
 from torch import nn
 
 WIDTHS = ((4, 6, 8), (4, 8))
 BLOCKS = (32, 64, 0)  # input channels that share a scale; 0 is one scale for each output channel
 METHODS = ("max", "mse")
+_ALONG = "along"
 _BATCH, _CALIBRATION, _SCORED, _ITERATIONS = 8, 4, 40, 7
 _CLOSE = 1.5e-3  # of the budget; what is left of it is no more
 
@@ -69,11 +70,11 @@ def batches(work: Any) -> Iterator[dict[str, torch.Tensor]]:
     order = torch.randperm(len(calls["timestep"]), generator=stream)
     for rows in order.split(_BATCH):
         part = {key: value[rows] for key, value in calls.items()}
-        yield {**part, "along": torch.randn(part["noise"].shape, generator=stream)}
+        yield {**part, _ALONG: torch.randn(part[OUTPUT].shape, generator=stream)}
 
 
 def forward(denoiser: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    return denoiser(batch["latents"], batch["timestep"], encoder_hidden_states=batch["states"], return_dict=False)[0]
+    return call(denoiser, {name: tensor for name, tensor in batch.items() if name != _ALONG})
 
 
 def searched(args: argparse.Namespace, setting: Setting, bits: float) -> tuple[nn.Module, dict[str, Any]]:
@@ -91,7 +92,7 @@ def searched(args: argparse.Namespace, setting: Setting, bits: float) -> tuple[n
         quantization_formats=setting.formats(),
         data_loader=data,
         forward_step=forward,
-        loss_func=lambda output, batch: (output * batch["along"]).sum(),
+        loss_func=lambda output, batch: (output * batch[_ALONG]).sum(),
         num_calib_steps=_CALIBRATION,
         num_score_steps=len(data),
         checkpoint=str(scores),

@@ -1,9 +1,9 @@
 """optimum-quanto: qint4 and qint8 of linears and convolutions, with either of its two ways to pick ranges.
 
-Groups are the tool's own choice (128, or 96, 64, 32 where those divide a row). `-kept` excludes the time embedding, the
-first and the last convolution. The denoiser is quantized and saved in FP16; bytes are those of the saved safetensors.
-The weights are the saved codes times the saved scales, multiplied in float32 by the tool's own tensors. `-fp32` scales
-are quantized and saved in float32. Needs optimum-quanto==0.2.7.
+Groups are the tool's own choice (128, or 96, 64, 32 where those divide a row). `-kept` excludes the timestep embedding,
+the input stem and the output head. The denoiser is quantized and saved in FP16; bytes are those of the saved
+safetensors. The weights are the saved codes times the saved scales, multiplied in float32 by the tool's own tensors.
+`-fp32` scales are quantized and saved in float32. Needs optimum-quanto==0.2.7.
 
     build/peers/venv-quanto/bin/python scripts/peers/with_quanto.py --check 2
 """
@@ -20,11 +20,10 @@ from typing import Any
 import torch
 from entry import OWN_FILE, Entry, tensor_bytes, tool_arguments, write_entry
 from optimum.quanto import HqqOptimizer, QTensor, freeze, qint4, qint8, quantize
-from own_model import agreement, fp16_denoiser
+from own_model import agreement, fp16_denoiser, kept_layers
 from safetensors.torch import save_file
 from torch import nn
 
-KEPT = ("time_embedding.*", "conv_in", "conv_out")
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -92,7 +91,8 @@ def _of_code(key: str) -> bool:
 def main() -> None:
     args = tool_arguments(__doc__)
     torch.set_num_threads(1)
-    for bits, hqq, scales, kept in itertools.product((qint4, qint8), (False, True), DTYPES, ((), KEPT)):
+    alone = tuple(kept_layers(args.work))
+    for bits, hqq, scales, kept in itertools.product((qint4, qint8), (False, True), DTYPES, ((), alone)):
         if not (hqq and bits is qint8):
             make(args, bits, hqq, scales, kept)
 
