@@ -43,8 +43,11 @@ def require_nameable(path: Path) -> None:
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A temporary sibling of `path` to write to; renamed to `path` if the block succeeds, removed if it does not."""
-    path = path.resolve()  # what a link leads to is replaced, and "." has a name
+    """A temporary sibling of `path` to write to; renamed to `path` if the block succeeds, removed if it does not.
+
+    A link at `path` is replaced. What it leads to is left alone: it may be anybody's.
+    """
+    path = path.parent.resolve() / path.name if path.name not in ("", "..") else path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     aside, old = _aside(path), _old(path)
     _remove(aside)
@@ -70,7 +73,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def folder_written_aside(path: Path) -> Iterator[Path]:
-    """The same for a folder, by one process at a time.
+    """The same for a folder, by one process at a time; where `path` is a link, the folder that it leads to is replaced.
 
     Raises:
         BitPolicyError: another process is writing it.
@@ -124,7 +127,7 @@ def _replace(aside: Path, path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

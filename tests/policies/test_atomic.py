@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bitpolicy.policies.storage.atomic import write_text, written_aside
+from bitpolicy.policies.storage.atomic import folder_written_aside, write_text, written_aside
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -95,10 +95,23 @@ def test_what_was_moved_out_of_the_way_comes_back(tmp_path: Path) -> None:
     assert tree(tmp_path) == {"folder/a": "old", "folder/deep/b": "old"}
 
 
+@pytest.mark.parametrize("where", ["a file", "a folder", "/", "nowhere", "itself"])
+def test_a_link_in_place_of_a_file_is_replaced_and_what_it_leads_to_left_alone(tmp_path: Path, where: str) -> None:
+    (tmp_path / "a file").write_text("of somebody else")
+    (tmp_path / "a folder").mkdir()
+    path = tmp_path / "result.json"
+    path.symlink_to(path.name if where == "itself" else tmp_path / where)
+    write_text(path, "new")
+    assert not path.is_symlink()
+    assert path.read_text() == "new"
+    assert (tmp_path / "a file").read_text() == "of somebody else"
+    assert {entry.name for entry in tmp_path.iterdir()} == {"a file", "a folder", "result.json"}
+
+
 def test_a_folder_behind_a_link_is_replaced(tmp_path: Path) -> None:
     fill(tmp_path / "real", "old")
     (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
-    with written_aside(tmp_path / "link") as aside:
+    with folder_written_aside(tmp_path / "link") as aside:
         fill(aside, "new")
     assert (tmp_path / "link" / "a").read_text() == "new"
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
