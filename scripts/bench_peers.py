@@ -8,6 +8,7 @@
     python scripts/bench_peers.py select                   each rival's best setting that fits, on the search samples
     python scripts/bench_peers.py score [--only 'sdnq*'] [--images 256]      images on the held-out samples; resumable
     python scripts/bench_peers.py table [--output docs/peers]                Markdown, JSON and a plot
+    python scripts/bench_peers.py plot --output docs/peers     the plots alone, from the Markdown
     python scripts/bench_peers.py picture --only 'b*'      images of the selected entries at a size, and what is off
     python scripts/bench_peers.py explain                  what was predicted of each assignment, what was measured
 
@@ -137,6 +138,15 @@ def table(args: argparse.Namespace) -> None:
     )
 
 
+def plot(args: argparse.Namespace) -> None:
+    from peers.plot import draw_all, draw_six, read_points
+
+    page = args.output.with_suffix(".md")
+    points = read_points(page)
+    draw_six(points, page.with_suffix(".png"))
+    draw_all(points, page.with_name(f"{page.stem}-all.png"))
+
+
 def why(args: argparse.Namespace) -> None:
     from peers.explain import explain
 
@@ -156,7 +166,7 @@ def picture(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     steps = {"prepare": prepare, "tools": tools, "assignments": assignments, "reround": reround, "add": add}
-    steps |= {"select": choose, "score": score, "table": table, "explain": why, "picture": picture}
+    steps |= {"select": choose, "score": score, "table": table, "plot": plot, "explain": why, "picture": picture}
     parser.add_argument("step", choices=steps)
     parser.add_argument("name", nargs="?", help="add: of the new entry")
     parser.add_argument("--model", type=Path, default=MODEL, help="default: the bundled one; or one of scripts/trained")

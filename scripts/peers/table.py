@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from peers.entry import MODEL, SHARES, Entry, read_entries
 from peers.metrics import measured
+from peers.plot import draw_all, draw_six, read_points
 from peers.samples import HELD_OUT
 from peers.scoring import REFERENCE, Scores, decibels
 from peers.selection import read_selection
@@ -25,7 +24,6 @@ from scene_judge import shipped_judge, shown
 from scenes import unseen_captions
 
 _DRAWS = 10_000
-MARKS = {"tool": "s--", "assignment": "^:", "ours": "o-"}
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ def interval(values: Sequence[float], prompts: Sequence[str]) -> tuple[float, fl
 
 
 def write_table(scores: Scores, work: Path, reference: int, images: int, output: Path) -> None:
-    """Write `output`.md, .json and .png from what has been scored so far."""
+    """Write `output`.md, .json, .png and -all.png from what has been scored so far."""
     rows = measured_rows(scores, work, images)
     output.parent.mkdir(parents=True, exist_ok=True)
     missing = {name: reason for row in rows for name, reason in row.missing.items()}
@@ -85,7 +83,9 @@ def write_table(scores: Scores, work: Path, reference: int, images: int, output:
     text = "\n".join([*parts, *(f"{name}: {reason}." for name, reason in missing.items())])
     output.with_suffix(".md").write_text(text + "\n")
     output.with_suffix(".json").write_text(json.dumps([_as_json(row, reference) for row in rows], indent=1) + "\n")
-    plot(rows, reference, output.with_suffix(".png"))
+    points = read_points(output.with_suffix(".md"))
+    draw_six(points, output.with_suffix(".png"))
+    draw_all(points, output.with_name(f"{output.name}-all.png"))
     print(text)
 
 
@@ -111,8 +111,16 @@ def _evenly(errors: list[float], scores: Scores) -> list[float]:
 def _row(scores: Scores, work: Path, share: float, entry: Entry, errors: list[float]) -> Row:
     exact, pictures = (scores.images(name, "held_out", len(errors)) for name in (REFERENCE, entry.name))
     found = measured(exact, pictures, MODEL, work / "metrics" / f"{scores.key(entry.name)}-{len(errors)}.json")
-    values = {"psnr": decibels(errors), **found.per_image, **_right(scores.prompts("held_out"), pictures)}
+    values = {"psnr": decibels(errors), **_small(found.per_image), **_right(scores.prompts("held_out"), pictures)}
     return Row(share, entry, values, found.per_set, found.missing, scores.prompts("held_out"))
+
+
+def _small(per_image: dict[str, list[float]]) -> dict[str, list[float]]:
+    """The metrics with 1 - SSIM in place of SSIM, which is so close to 1 that digits would be lost."""
+    return {
+        ("1 - ssim" if name == "ssim" else name): [1 - value for value in values] if name == "ssim" else values
+        for name, values in per_image.items()
+    }
 
 
 def _right(prompts: Sequence[str], images: torch.Tensor) -> dict[str, list[float]]:
@@ -157,40 +165,3 @@ def _as_json(row: Row, reference: int) -> dict[str, object]:
     size = {"share": row.share, "of_fp16": row.entry.nbytes / reference, "images": row.images}
     per_image = [round(value, 4) for value in row.values["psnr"]]
     return {**vars(row.entry), **size, "mean_low_high": means, **row.totals, "psnr_per_image": per_image}
-
-
-def plot(rows: list[Row], reference: int, path: Path) -> None:
-    """Bytes against each per-image metric, one line a family, with the intervals; what goes to zero on a log axis."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    metrics = list(rows[0].values) if rows else ["psnr"]
-    families = dict.fromkeys(row.entry.family for row in rows)
-    colors = dict(zip(families, cycle(pyplot.get_cmap("tab20").colors), strict=False))
-    figure, axes = pyplot.subplots(1, len(metrics), figsize=(5.2 * len(metrics), 5.6), dpi=110, squeeze=False)
-    for axis, metric in zip(axes[0], metrics, strict=True):
-        for family in families:
-            of_family = sorted((r for r in rows if r.entry.family == family), key=lambda r: r.share)
-            _line_of(axis, of_family, metric, reference, colors[family])
-        axis.set(xlabel="denoiser's bytes, % of FP16", title="1 - ssim" if metric == "ssim" else metric)
-        if metric != "psnr":
-            axis.set_yscale("log")
-        axis.grid(alpha=0.3)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, ncols=5, loc="lower center", fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.16, 1, 1))
-    figure.savefig(path)
-
-
-def _line_of(axis: Any, rows: list[Row], metric: str, reference: int, color: Any) -> None:
-    """One family's points; a setting that is the best at several sizes is one point."""
-    rows = list({row.entry.name: row for row in rows}.values())
-    bytes_ = [row.entry.nbytes / reference * 100 for row in rows]
-    mean, low, high = np.array([row.with_interval(metric) for row in rows]).T
-    if metric == "ssim":
-        mean, low, high = 1 - mean, 1 - high, 1 - low
-    ours = rows[0].entry.family.startswith("bitpolicy")
-    style = {"fmt": MARKS[rows[0].entry.kind], "ms": 4, "lw": 2.4 if ours else 1, "capsize": 2, "color": color}
-    axis.errorbar(bytes_, mean, (mean - low, high - mean), label=rows[0].entry.family, **style)

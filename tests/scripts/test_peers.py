@@ -111,3 +111,45 @@ def test_a_tool_is_run_only_in_the_version_that_is_named(tmp_path: Path) -> None
     own.parent.mkdir()
     own.touch()
     assert tool_python(tmp_path, "no-such-package==1") == own
+
+
+def test_the_plots_are_drawn_from_the_rows_of_the_page(tmp_path: Path) -> None:
+    from peers.plot import MAIN, draw_all, draw_six, read_points
+
+    points = read_points(ROOT / "docs" / "peers.md")
+    sizes = {round(point.share) for point in points if point.family == "bitpolicy, all formats"}
+    assert sizes == {30, 33, 38, 45}
+    assert {*MAIN} <= {point.family for point in points}
+    best = max(points, key=lambda point: point.metrics["psnr"][0])
+    assert (best.family, best.setting) == ("bitpolicy, all formats", "ours-all@0.45")
+    for draw in (draw_six, draw_all):
+        draw(points, tmp_path / "plot.png")
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_calls_are_recorded_by_the_names_that_the_denoiser_gives_its_arguments(tmp_path: Path) -> None:
+    """Of a transformer, whose forward has other arguments than a U-Net's."""
+    from peers.one_step import outputs, some_calls
+    from peers.own_model import OUTPUT
+    from peers.samples import plan_of, write_samples
+
+    plan = plan_of(ROOT / "scripts" / "trained" / "lcm")
+    write_samples(plan, tmp_path, trajectories=4)
+    calls = some_calls(tmp_path, 4)
+    assert {"sample", "timestep", "encoder_hidden_states", OUTPUT} <= set(calls)
+    assert torch.allclose(outputs(plan.source.denoiser, calls), calls[OUTPUT], atol=1e-5)
+
+
+def test_the_judge_tells_the_pictures_of_captions_from_those_of_others() -> None:
+    from diffusers import DiffusionPipeline
+    from scene_judge import shipped_judge, shown
+    from scenes import unseen_captions
+    from shipped_models import CALLS, drawings
+
+    pipe = DiffusionPipeline.from_pretrained(ROOT / "scripts" / "trained" / "lcm", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    scenes = unseen_captions(12)
+    pictures = drawings(pipe, scenes, CALLS["lcm"])
+    assert sum(shown(shipped_judge(), pictures, scenes)) >= 10
+    assert sum(shown(shipped_judge(), pictures, [*scenes[1:], scenes[0]])) <= 1
+    assert not any(shown(shipped_judge(), torch.zeros_like(pictures), scenes))
