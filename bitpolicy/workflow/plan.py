@@ -31,7 +31,8 @@ from bitpolicy.sensitivity.calls.signature import STEPS, Signature
 from bitpolicy.sensitivity.cost.peak_memory import observe
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import Layer, inventory, warn_of_unsupported
-from bitpolicy.sensitivity.probes.probe import ProbeRun, ProbeSettings
+from bitpolicy.sensitivity.probes.named import PROBES
+from bitpolicy.sensitivity.probes.run import ProbeRun, ProbeSettings
 from bitpolicy.sensitivity.rounding.candidates import useful_formats
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.table import SensitivityTable
@@ -108,7 +109,7 @@ class Plan:
         silent = {
             name
             for name, errors in zip(table.layers, table.error, strict=True)
-            if name not in calibration and (table.probe == "weight" or not errors.any())
+            if name not in calibration and (PROBES[table.probe].data_free or not errors.any())
         }
         names = self.source.component.split(",")
         parts = [of_component(dict.fromkeys(table.layers), name, names) for name in names]
@@ -195,9 +196,9 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
     _require_formats_of(measured_compute(settings.compute), formats)
     call = {**default_call(source.pipe, bundled), **dict(settings.call)}
     trajectories = Trajectories(source.pipe, source.component, call)
-    if trajectories.outside and settings.probe == "stepwise":
+    if trajectories.outside and not PROBES[settings.probe].outside_loop:
         raise BitPolicyError(
-            f"the stepwise probe differentiates denoisers alone; for {', '.join(trajectories.outside)} take "
+            f"the {settings.probe} probe differentiates denoisers alone; for {', '.join(trajectories.outside)} take "
             "--probe adjoint or --probe ablation"
         )
     requests = list(settings.prompts) if settings.prompts else default_requests(source.pipe, bundled)

@@ -20,7 +20,8 @@ from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.policies.apply import quantized
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.sensitivity.cost.progress import Stages
-from bitpolicy.sensitivity.probes.probe import ProbeRun, alone_name
+from bitpolicy.sensitivity.probes.ablation import alone_name
+from bitpolicy.sensitivity.probes.run import ProbeRun
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.settings import Settings
 from bitpolicy.workflow.plan import Plan

@@ -14,6 +14,7 @@ inputs do comes along in the same pass (`bitpolicy.sensitivity.probes.input_roun
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -22,20 +23,76 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.calibration import Calibration
+from bitpolicy.sensitivity.cost.forwards import adjoint_forwards
 from bitpolicy.sensitivity.probes.compute_range import advice
-from bitpolicy.sensitivity.probes.directions import Direction, signal_of
+from bitpolicy.sensitivity.probes.directions import Direction, Random, signal_of
 from bitpolicy.sensitivity.probes.input_rounding import InputRounding
-from bitpolicy.sensitivity.probes.sketch import Sketch, SketchRecorder, only_these_require_grad
+from bitpolicy.sensitivity.probes.probe import Probe
+from bitpolicy.sensitivity.probes.sketch import Sketch, SketchRecorder, equally_long, only_these_require_grad
 from bitpolicy.sensitivity.probes.weight_changes import WeightChanges
+from bitpolicy.sensitivity.records import Piece
 from bitpolicy.sensitivity.rounding.candidates import Candidate
 from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.trajectory.checkpointed_calls import CheckpointedCalls
 from bitpolicy.sensitivity.trajectory.scaled_backward import backward, scales_for
 from bitpolicy.sensitivity.trajectory.trajectories import LoopError, Trajectories
+from bitpolicy.sensitivity.workers import complete
 
 
-class AdjointProbe:
-    """Sketches of one pipeline.
+class AdjointProbe(Probe):
+    """Sketches along random directions, some for each sample."""
+
+    name = "adjoint"
+    chooses_quantizer = True
+    outside_loop = True
+    takes_gradients = True
+
+    def table(self) -> SensitivityTable:
+        """The scores, with the sketches that they are made of."""
+        inputs = self._inputs
+        of_samples = self.sketches([Random(k) for k in range(inputs.vectors)])
+        sketches = [sketch for of_sample in of_samples for sketch in of_sample]
+        return SensitivityTable.from_sketches(inputs.names, inputs.candidates, sketches, inputs.reference.latent_power)
+
+    def forwards(self) -> int:
+        inputs = self._inputs
+        of_sample = adjoint_forwards(inputs.reference.calls, inputs.vectors, inputs.recompute_inside)
+        return len(inputs.samples) * of_sample
+
+    def sketches(self, directions: Sequence[Direction], label: str = "adjoint probe") -> list[list[Sketch]]:
+        """The sketches of each sample in turn, one for each direction.
+
+        Args:
+            label: of the progress bar.
+        """
+        inputs = self._inputs
+        maker = AdjointSketches(
+            inputs.trajectories,
+            inputs.candidates,
+            inputs.reference.calibration,
+            inputs.storage,
+            recompute_inside=inputs.recompute_inside,
+            compute=inputs.compute,
+        )
+        work = {f"sketch-{i}-{d.name}": (i, d) for i, d in itertools.product(range(len(inputs.samples)), directions)}
+
+        def make(names: Sequence[str]) -> Iterator[tuple[str, Piece]]:
+            with inputs.stages.bar(len(names), label) as advance:
+                for i, group in itertools.groupby(names, key=lambda name: work[name][0]):
+                    of_sample = list(group)
+                    made = maker.sketches(inputs.samples[i], [work[name][1] for name in of_sample])
+                    for name, sketch in zip(of_sample, made, strict=True):
+                        yield name, sketch.tensors()
+                        advance()
+
+        pieces = complete(inputs.records, list(work), make).values()
+        found = equally_long([Sketch.from_tensors(piece) for piece in pieces])
+        return [found[k : k + len(directions)] for k in range(0, len(found), len(directions))]
+
+
+class AdjointSketches:
+    """Sketches of one pipeline, made one trajectory at a time.
 
     Args:
         trajectories: the pipeline with its call arguments.

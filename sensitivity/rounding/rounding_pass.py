@@ -25,6 +25,8 @@ from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.trajectory.trajectories import LoopError, Trajectories
 from bitpolicy.sensitivity.workers import complete_files
 
+HESSIAN_SAMPLES = 8  # of the calibration samples, whose trajectories Hessians are of
+
 
 @dataclass(frozen=True)
 class RoundingPass:

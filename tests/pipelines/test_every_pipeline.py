@@ -18,9 +18,9 @@ from bitpolicy.pipelines.prompting import split
 from bitpolicy.policies.apply import quantized
 from bitpolicy.policies.policy import Choice, Policy
 from bitpolicy.sensitivity.inventory import inventory
-from bitpolicy.sensitivity.probes.ablation import References, ablate
-from bitpolicy.sensitivity.probes.adjoint import AdjointProbe
+from bitpolicy.sensitivity.probes.adjoint import AdjointSketches
 from bitpolicy.sensitivity.probes.directions import Random
+from bitpolicy.sensitivity.probes.measurement import References, ablate
 from bitpolicy.sensitivity.probes.sketch import Sketch
 from bitpolicy.sensitivity.rounding.candidates import candidates
 from bitpolicy.sensitivity.samples import Sample
@@ -66,7 +66,7 @@ def sketched(request: Any, new_subject: Any, made_up_means: Any) -> Sketched:
     subject = new_subject(request.param, torch.float64, num_inference_steps=steps)
     means = made_up_means(subject)
     with subject.unrounded():
-        probe = AdjointProbe(subject.trajectories, candidates(FORMATS), means, torch.float16)
+        probe = AdjointSketches(subject.trajectories, candidates(FORMATS), means, torch.float16)
         (sketch,) = probe.sketches(subject.samples[0], [Random(VECTOR)])
     return Sketched(subject, means, sketch)
 

@@ -18,7 +18,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.layers import quantizable_layers
-from bitpolicy.sensitivity.probes.adjoint import AdjointProbe
+from bitpolicy.sensitivity.probes.adjoint import AdjointSketches
 from bitpolicy.sensitivity.probes.directions import Random, Shared, Signal
 from bitpolicy.sensitivity.probes.sketch import Sketch
 from bitpolicy.sensitivity.rounding.candidates import candidates
@@ -55,7 +55,7 @@ LOOPS = {  # scheduler, guidance, size of the step, accuracy: Euler and DPM++ ro
 
 
 def sketches(trajectories: Trajectories, nudge: Any, calibration: Calibration, *seeds: int) -> list[Sketch]:
-    probe = AdjointProbe(trajectories, candidates([nudge]), calibration, torch.float32)
+    probe = AdjointSketches(trajectories, candidates([nudge]), calibration, torch.float32)
     return list(probe.sketches(SAMPLE, [Random(seed) for seed in seeds or (SEED,)]))
 
 
@@ -210,11 +210,11 @@ def test_several_formats_in_one_pass_are_the_passes_of_each(
     trajectories = new_trajectories()
     calibration = random_calibration(trajectories.denoiser)
     formats = [format_named("int4"), nudge, format_named("int8")]
-    (together,) = AdjointProbe(trajectories, candidates(formats), calibration, torch.float16).sketches(
+    (together,) = AdjointSketches(trajectories, candidates(formats), calibration, torch.float16).sketches(
         SAMPLE, [Random(SEED)]
     )
     for column, format in enumerate(formats):
-        (alone,) = AdjointProbe(trajectories, candidates([format]), calibration, torch.float16).sketches(
+        (alone,) = AdjointSketches(trajectories, candidates([format]), calibration, torch.float16).sketches(
             SAMPLE, [Random(SEED)]
         )
         torch.testing.assert_close(together.weight[..., column], alone.weight[..., 0], rtol=1e-3, atol=1e-6)
@@ -240,7 +240,7 @@ def test_recomputing_inside_the_denoiser_changes_nothing(
     trajectories = new_trajectories(dtype=torch.float64)
     calibration = random_calibration(trajectories.denoiser)
     (expected,) = sketches(trajectories, nudge, calibration)
-    (found,) = AdjointProbe(trajectories, candidates([nudge]), calibration, torch.float32, True).sketches(
+    (found,) = AdjointSketches(trajectories, candidates([nudge]), calibration, torch.float32, True).sketches(
         SAMPLE, [Random(SEED)]
     )
     torch.testing.assert_close(found.weight, expected.weight)
@@ -329,7 +329,7 @@ def test_a_reader_that_stops_early_leaves_no_trace(
     new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration
 ) -> None:
     trajectories = new_trajectories()
-    probe = AdjointProbe(trajectories, candidates([nudge]), random_calibration(trajectories.denoiser), torch.float32)
+    probe = AdjointSketches(trajectories, candidates([nudge]), random_calibration(trajectories.denoiser), torch.float32)
     with leaving_no_trace(trajectories):
         passes = probe.sketches(SAMPLE, [Random(0), Random(1), Shared(0), Signal()])
         next(passes)

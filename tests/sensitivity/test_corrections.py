@@ -14,7 +14,7 @@ from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import quantize_layer
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import inventory
-from bitpolicy.sensitivity.probes.probe import ProbeRun, ProbeSettings
+from bitpolicy.sensitivity.probes.run import ProbeRun, ProbeSettings
 from bitpolicy.sensitivity.samples import split_samples
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 

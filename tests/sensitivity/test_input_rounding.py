@@ -27,12 +27,12 @@ from bitpolicy.policies.policy import Choice
 from bitpolicy.policies.rounded_layers import seen_input
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import inventory
-from bitpolicy.sensitivity.probes.ablation import References, ablate
-from bitpolicy.sensitivity.probes.adjoint import AdjointProbe
+from bitpolicy.sensitivity.probes.adjoint import AdjointSketches
 from bitpolicy.sensitivity.probes.directions import Random, stream
-from bitpolicy.sensitivity.probes.probe import ProbeRun, ProbeSettings
+from bitpolicy.sensitivity.probes.measurement import References, ablate
+from bitpolicy.sensitivity.probes.run import ProbeRun, ProbeSettings
 from bitpolicy.sensitivity.probes.sketch import Sketch
-from bitpolicy.sensitivity.probes.stepwise import StepwiseProbe
+from bitpolicy.sensitivity.probes.stepwise import LocalSketches
 from bitpolicy.sensitivity.probes.weight_changes import WeightChanges
 from bitpolicy.sensitivity.rounding.candidates import candidates
 from bitpolicy.sensitivity.samples import Sample, split_samples
@@ -51,7 +51,7 @@ OTHERS = ("time_embedding.linear_2", "mid_block.resnets.0.time_emb_proj", "up_bl
 
 def sketch(trajectories: Trajectories, *formats: Any, inside: bool = False) -> Sketch:
     about = (candidates(formats or [INT4]), {}, torch.float16, inside, Compute.INT8)
-    (found,) = AdjointProbe(trajectories, *about).sketches(SAMPLE, [Random(SEED)])
+    (found,) = AdjointSketches(trajectories, *about).sketches(SAMPLE, [Random(SEED)])
     return found
 
 
@@ -152,7 +152,7 @@ def test_short_rows_have_no_inputs_to_round_and_exact_compute_has_none_at_all(
     short = torch.tensor([layer.weight[0].numel() < 32 for _, layer in quantizable_layers(trajectories.denoiser)])
     assert 0 < int(short.sum()) < len(short)
     assert torch.equal(of_inputs(sketch(trajectories)).abs().sum(0) == 0, short)
-    exact = AdjointProbe(trajectories, candidates([INT4]), {}, torch.float16)
+    exact = AdjointSketches(trajectories, candidates([INT4]), {}, torch.float16)
     (without,) = exact.sketches(SAMPLE, [Random(SEED)])
     assert without.inputs is None
     assert torch.equal(without.plain, without.weight)
@@ -218,7 +218,7 @@ def test_a_gradient_that_overflows_at_an_input_is_seen(
 
 def test_a_stepwise_sketch_is_what_finite_differences_of_each_call_find(new_trajectories: NewTrajectories) -> None:
     trajectories = new_trajectories(dtype=torch.float64)
-    probe = StepwiseProbe(trajectories, candidates([INT4]), {}, torch.float16, Compute.INT8)
+    probe = LocalSketches(trajectories, candidates([INT4]), {}, torch.float16, Compute.INT8)
     (found,) = probe.sketches(SAMPLE, [SEED])
     assert of_inputs(found.sketch).shape == found.sketch.weight.shape[:2] == (3, 83)
     denoiser: Any = trajectories.denoiser
@@ -243,11 +243,11 @@ def test_a_stepwise_sketch_is_what_finite_differences_of_each_call_find(new_traj
 def test_a_pass_leaves_no_hooks(new_trajectories: NewTrajectories) -> None:
     trajectories = new_trajectories()
     before = next(trajectories.latents([SAMPLE]))
-    probe = AdjointProbe(trajectories, candidates([INT4]), {}, torch.float16, compute=Compute.INT8)
+    probe = AdjointSketches(trajectories, candidates([INT4]), {}, torch.float16, compute=Compute.INT8)
     passes = probe.sketches(SAMPLE, [Random(0), Random(1)])
     next(passes)
     passes.close()  # type: ignore[attr-defined]
-    list(StepwiseProbe(trajectories, candidates([INT4]), {}, torch.float16, Compute.INT8).sketches(SAMPLE, [0]))
+    list(LocalSketches(trajectories, candidates([INT4]), {}, torch.float16, Compute.INT8).sketches(SAMPLE, [0]))
     assert not any(layer._forward_pre_hooks for _, layer in quantizable_layers(trajectories.denoiser))
     assert torch.equal(next(trajectories.latents([SAMPLE])), before)
 
@@ -309,7 +309,7 @@ def test_a_layer_whose_inputs_hurt_more_than_its_weight_is_seen(new_trajectories
     reference = ReferencePass.of(trajectories, SAMPLES[:2])
     errors = {}
     for compute in (Compute.EXACT, Compute.INT8):
-        probe = AdjointProbe(trajectories, candidates([INT8]), {}, torch.float16, compute=compute)
+        probe = AdjointSketches(trajectories, candidates([INT8]), {}, torch.float16, compute=compute)
         found = [s for sample in SAMPLES[:2] for s in probe.sketches(sample, [Random(k) for k in range(12)])]
         names = names_of(trajectories)
         table = SensitivityTable.from_sketches(names, candidates([INT8]), found, reference.latent_power)
@@ -335,7 +335,7 @@ def test_what_is_outside_the_loop_is_scored_like_the_rest(new_toy_pipeline: Call
     trajectories = Trajectories(pipe, "unet,text_encoder,vae", {"num_inference_steps": 2, "guidance_scale": 1.0})
     samples = SAMPLES[:2]
     power = ReferencePass.of(trajectories, samples).latent_power
-    probe = AdjointProbe(trajectories, candidates([INT8]), {}, torch.float16, compute=Compute.INT8)
+    probe = AdjointSketches(trajectories, candidates([INT8]), {}, torch.float16, compute=Compute.INT8)
     sketches = [s for sample in samples for s in probe.sketches(sample, [Random(k) for k in range(12)])]
     table = SensitivityTable.from_sketches(names_of(trajectories), candidates([INT8]), sketches, power)
     owners = trajectories.outside_layers

@@ -19,9 +19,9 @@ from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.policy import Choice
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import Layer, inventory
-from bitpolicy.sensitivity.probes.ablation import References, ablate
-from bitpolicy.sensitivity.probes.probe import ProbeRun, ProbeSettings
-from bitpolicy.sensitivity.probes.weight_error import weight_errors
+from bitpolicy.sensitivity.probes.measurement import References, ablate
+from bitpolicy.sensitivity.probes.run import ProbeRun, ProbeSettings
+from bitpolicy.sensitivity.probes.weight import weight_errors
 from bitpolicy.sensitivity.records import Records
 from bitpolicy.sensitivity.rounding.candidates import candidates
 from bitpolicy.sensitivity.samples import Sample, split_samples

@@ -23,7 +23,7 @@ from bitpolicy.policies.policy import Choice
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import inventory
 from bitpolicy.sensitivity.probes import probe
-from bitpolicy.sensitivity.probes.probe import ProbeRun, ProbeSettings
+from bitpolicy.sensitivity.probes.run import ProbeRun, ProbeSettings
 from bitpolicy.sensitivity.probes.weight_changes import WeightChanges
 from bitpolicy.sensitivity.rounding import hessians, rounding, rounding_pass
 from bitpolicy.sensitivity.rounding.candidates import Candidate, candidates

@@ -13,7 +13,37 @@ from bitpolicy.policies.apply import stored_weight
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.policy import Choice
 from bitpolicy.policies.rounded_layers import multiplied_weight
+from bitpolicy.sensitivity.probes.probe import Probe
 from bitpolicy.sensitivity.rounding.candidates import Candidate
+from bitpolicy.sensitivity.table import SensitivityTable
+
+
+class WeightProbe(Probe):
+    """Relative weight errors; nothing is run."""
+
+    name = "weight"
+    chooses_quantizer = False
+    outside_loop = True
+    takes_gradients = False
+    data_free = True
+
+    def table(self) -> SensitivityTable:
+        """The weight errors; every bias is corrected."""
+        inputs = self._inputs
+        with inputs.stages.bar(1, "weight probe") as advance:
+            error = weight_errors(
+                inputs.trajectories.denoiser,
+                inputs.candidates,
+                inputs.storage,
+                inputs.reference.calibration,
+                inputs.compute,
+            )
+            advance()
+        corrected = torch.ones_like(error, dtype=torch.bool)
+        return SensitivityTable(self.name, inputs.names, inputs.formats, error, corrected, quantizers=inputs.quantizers)
+
+    def forwards(self) -> int:
+        return 0
 
 
 def weight_errors(
