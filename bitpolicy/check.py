@@ -3,8 +3,9 @@
 The truth is `bitpolicy.sensitivity.probes.measurement`: quantize, run the real trajectory, take the distance of the
 final latent from the reference's, on the samples the probe used. Layers are compared by Spearman's rank correlation and
 by the median ratio of predicted to measured error; policies likewise, over the whole range of sizes. A policy's
-prediction adds the layers' sketches up as vectors. With fewer sketches than layers the off-diagonal part of that quadratic form is
-noisy, so it is also judged held out: the form of one half of the samples against the measured error of the other half.
+prediction adds the layers' sketches up as vectors. With fewer sketches than layers the off-diagonal part of that
+quadratic form is noisy, so it is also judged held out: the form of one half of the samples against the measured error
+of the other half.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from bitpolicy.kernels.layers import Quantizable, quantizable_layers
 from bitpolicy.kernels.quantizers.named import RTN, parse_quantizer
 from bitpolicy.policies.footprint import loaded_bytes
 from bitpolicy.policies.measured_compute import measured_compute
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.search.target import MEASUREMENTS
 from bitpolicy.sensitivity.cost.forwards import BACKWARD
 from bitpolicy.sensitivity.cost.step_cost import Timing, peak_of_step, time_plain, time_probed
@@ -181,9 +182,9 @@ class Forecast:
 
     def _stepwise(self) -> LocalSketches:
         """Scores of all candidates, rounded to nearest: `gptq`'s are read from files that are not there yet."""
-        compute = measured_compute(self._settings.compute)
         alike = [Candidate(candidate.format) for candidate in self._candidates]
-        return LocalSketches(self._plan.trajectories, alike, {}, self._plan.source.storage, compute)
+        quantization = Quantization(storage=self._plan.source.storage, compute=measured_compute(self._settings.compute))
+        return LocalSketches(self._plan.trajectories, alike, quantization=quantization)
 
     def _rounding(self) -> float:
         """Seconds of the rounding pass: trajectories for Hessians, and the rounding of each layer."""

@@ -97,8 +97,14 @@ class Plan:
         """
         if is_main():
             warn_of_idle_arguments(self.trajectories, self.split.calibration[0], dict(settings.call), stages)
-        how = (parse_quantizer(settings.quantizer), measured_compute(settings.compute))
-        wanted = ProbeSettings(settings.probe, self.split.calibration, settings.vectors, settings.shared, *how)
+        wanted = ProbeSettings(
+            settings.probe,
+            self.split.calibration,
+            vectors=settings.vectors,
+            shared=settings.shared,
+            quantizers=parse_quantizer(settings.quantizer),
+            compute=measured_compute(settings.compute),
+        )
         weights, storage = self.source.everything_sha256, self.source.storage
         return ProbeRun(self.trajectories, self.layers, self.formats, storage, weights, wanted, folder, stages)
 
@@ -211,12 +217,21 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
         _require_steps(trajectories, arguments)
     account = ByteAccount.of(source.denoiser, source.storage)
     scope = _scope(settings, source, account, trajectories, parts.calibration[0], formats)
-    tied = shared_qkv(layers) if settings.share_qkv else []
-    budget = Budget.parse(asked, scope)
-    barred = not_held(settings.target, layers, formats, kept) if settings.target else frozenset()
-    asked_for = frozenset(format.name for format in useful)
-    rest = (kept, tied, asked_for, barred, bundled, settings.target)
-    plan = Plan(source, layers, formats, account, budget, parts, trajectories, *rest)
+    plan = Plan(
+        source=source,
+        layers=layers,
+        formats=formats,
+        account=account,
+        budget=Budget.parse(asked, scope),
+        split=parts,
+        trajectories=trajectories,
+        pinned=kept,
+        tied=shared_qkv(layers) if settings.share_qkv else [],
+        asked=frozenset(format.name for format in useful),
+        barred=not_held(settings.target, layers, formats, kept) if settings.target else frozenset(),
+        bundled=bundled,
+        target=settings.target,
+    )
     plan.require_budget(plan.smallest)
     return plan
 

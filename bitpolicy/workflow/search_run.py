@@ -30,6 +30,7 @@ from bitpolicy.policies.denoiser import denoisers_in
 from bitpolicy.policies.identity import config_hash, configured
 from bitpolicy.policies.measured_compute import measured_compute
 from bitpolicy.policies.policy import BudgetRecord, Choice, ModelReference, Policy, Result
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.search.budget import BudgetError
 from bitpolicy.search.closeness import beyond_first_order, close_choices
 from bitpolicy.search.generation import Generations
@@ -77,8 +78,10 @@ class SearchRun:
             about: dict[str, Any] = {"search": "the budget holds all of it unquantized"}
             return self._saved(self._policy(choices, 0.0, about, {}))
         problem = self._probed()
-        compute = measured_compute(settings.compute)
-        generations = Generations(plan.trajectories, self._rounded, plan.source.storage, compute)
+        quantization = Quantization(
+            calibration=self._rounded, storage=plan.source.storage, compute=measured_compute(settings.compute)
+        )
+        generations = Generations(plan.trajectories, quantization=quantization)
         if settings.frontier:
             self._write_curve(problem, generations)
         if settings.budget is None and settings.target_psnr is None and settings.target_lpips is None:

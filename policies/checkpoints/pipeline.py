@@ -21,6 +21,7 @@ from bitpolicy.policies.checkpoints.model_card import PLAIN, Card, model_card
 from bitpolicy.policies.checkpoints.parts import MemoryParts, Parts
 from bitpolicy.policies.denoiser import denoisers_in, of_component
 from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.storage.atomic import folder_written_aside, write_text
 from bitpolicy.policies.storage.disk_space import require_space
 
@@ -91,12 +92,10 @@ def export_parts(
             nbytes += export_component(
                 model,
                 own,
-                means,
-                storage,
                 aside / name,
                 max_shard_size=max_shard_size,
                 source=source,
-                compute=Compute(policy.compute),
+                quantization=Quantization(calibration=means, storage=storage, compute=Compute(policy.compute)),
             )
         if _is_kept(calibration, choices):
             save_calibration(calibration, aside / "calibration.safetensors")

@@ -24,6 +24,7 @@ from bitpolicy.policies.exporters.exporter import Exporter, Layer, Source
 from bitpolicy.policies.exporters.requantize import Requantized, refuse, requantized
 from bitpolicy.policies.exporters.targets import exporter_named
 from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.storage.atomic import folder_written_aside, write_text
 from bitpolicy.policies.storage.source import TensorSource, joined
 
@@ -84,7 +85,9 @@ def export_to(
         aside.mkdir()
         for name, model in zip(components, denoisers_in(parts.denoiser), strict=True):
             own, means = of_component(choices, name, components), of_component(calibration, name, components)
-            source = _source(model, parts.sources[name], name, own, means, storage, written)
+            source = _source(
+                model, parts.sources[name], name, own, Quantization(calibration=means, storage=storage), written
+            )
             nbytes += exporter.write(source, aside)
         write_text(aside / POLICY, written.to_yaml())  # without a calibration: the codes are in the target's own files
     return Exported(nbytes, changed, (*_notes(exporter, choices), *_compute_note(exporter, policy)))
@@ -116,10 +119,10 @@ def _source(
     tensors: TensorSource,
     component: str,
     choices: Mapping[str, Choice],
-    calibration: Calibration,
-    storage: torch.dtype,
+    quantization: Quantization,
     policy: Policy,
 ) -> Source:
+    storage = quantization.storage
     modules = dict(quantizable_layers(model))
     layers = {name: Layer.of(name, modules[name], choice.format) for name, choice in choices.items()}
     ours = {
@@ -136,7 +139,7 @@ def _source(
         layers=layers,
         others=others,
         tensors=lambda: itertools.chain.from_iterable(
-            layer.items() for layer in packed_tensors(model, tensors, choices, calibration, storage)
+            layer.items() for layer in packed_tensors(model, tensors, choices, quantization=quantization)
         ),
         origin=_origin(policy),
     )

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from bitpolicy.policies.apply import quantized
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.workflow.plan import Plan
 
@@ -43,7 +44,11 @@ def one_step_table(plan: Plan, work: Path, calibration: Calibration) -> Sensitiv
         for j, format in enumerate(packed):
             for corrected in range(1 + layer.has_bias):
                 choice = {layer.name: Choice(format, bool(corrected))}
-                with quantized(plan.source.denoiser, choice, calibration, plan.source.storage):
+                with quantized(
+                    plan.source.denoiser,
+                    choice,
+                    quantization=Quantization(calibration=calibration, storage=plan.source.storage),
+                ):
                     changed = outputs(plan.source.denoiser, calls)
                 error[corrected, i, j] = float((changed - exact).double().square().mean()) / power
             if not layer.has_bias:

@@ -19,6 +19,7 @@ from bitpolicy.kernels.formats.format import Format
 from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.policies.apply import quantized
 from bitpolicy.policies.calibration import Calibration
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.probes.ablation import alone_name
 from bitpolicy.sensitivity.probes.run import ProbeRun
@@ -76,7 +77,11 @@ class Rivals:
         counts = {format.name: list(formats.values()).count(format) for format in plan.formats}
         entry = Entry(name, row, kind, nbytes, ACCOUNTED, row, share, {**counts, **(about or {})})
         choices = {layer.name: self.ours.choice(i, formats[layer.name]) for i, layer in enumerate(plan.layers)}
-        with quantized(plan.source.denoiser, choices, self.calibration, plan.source.storage):
+        with quantized(
+            plan.source.denoiser,
+            choices,
+            quantization=Quantization(calibration=self.calibration, storage=plan.source.storage),
+        ):
             write_entry(self.work / "candidates", entry, plan.source.denoiser.state_dict())
         self._assigned(name).parent.mkdir(exist_ok=True)
         self._assigned(name).write_text(json.dumps({layer: f.name for layer, f in formats.items()}, indent=1) + "\n")

@@ -34,13 +34,13 @@ class AblationProbe(Probe):
             for i, j in itertools.product(range(shape[0]), range(shape[1]))
             if inputs.formats[j].fits(inputs.inventory[i].shape)
         ]
-        both = [layer.has_bias and layer.name in inputs.reference.calibration for layer in inputs.inventory]
+        both = [layer.has_bias and layer.name in inputs.quantization.calibration for layer in inputs.inventory]
         work = {
             alone_name(table, *place): {inputs.names[place[0]]: choice_at(table, *place)}
             for place in places
             for table in ((plain, fixed) if both[place[0]] else (plain,))
         }
-        measured = inputs.ablations.measure(work, inputs.reference.calibration, "ablation probe")
+        measured = inputs.ablations.measure(work, "ablation probe", quantization=inputs.quantization)
         found = dict(zip(work, measured, strict=True))
         power = torch.zeros(2, *shape, dtype=torch.float64)
         for place in places:

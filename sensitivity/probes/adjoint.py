@@ -20,9 +20,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import quantizable_layers
-from bitpolicy.policies.calibration import Calibration
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.cost.forwards import adjoint_forwards
 from bitpolicy.sensitivity.probes.compute_range import advice
 from bitpolicy.sensitivity.probes.directions import Direction, Random, signal_of
@@ -70,10 +69,8 @@ class AdjointProbe(Probe):
         maker = AdjointSketches(
             inputs.trajectories,
             inputs.candidates,
-            inputs.reference.calibration,
-            inputs.storage,
             recompute_inside=inputs.recompute_inside,
-            compute=inputs.compute,
+            quantization=inputs.quantization,
         )
         work = {f"sketch-{i}-{d.name}": (i, d) for i, d in itertools.product(range(len(inputs.samples)), directions)}
 
@@ -97,25 +94,22 @@ class AdjointSketches:
     Args:
         trajectories: the pipeline with its call arguments.
         candidates: packed formats to score, each with its quantizer.
-        calibration: E[x] per layer, for the corrected bias.
-        storage: dtype of the stored weights; errors are taken against the weight in this dtype.
+        quantization: under INT8 and FP8 compute, the rounding of the layers' inputs is part of their error.
         recompute_inside: also checkpoint inside the denoiser, block by block: less memory, one more forward.
-        compute: of packed layers; under INT8 and FP8 the rounding of their inputs is part of their error.
     """
 
     def __init__(
         self,
         trajectories: Trajectories,
         candidates: Sequence[Candidate],
-        calibration: Calibration,
-        storage: torch.dtype,
+        *,
+        quantization: Quantization,
         recompute_inside: bool = False,
-        compute: Compute = Compute.EXACT,
     ) -> None:
         self._trajectories, self._recompute_inside = trajectories, recompute_inside
         self._layers = dict(quantizable_layers(trajectories.denoiser))
-        self._inputs = InputRounding(self._layers, candidates, compute)
-        changes = WeightChanges(self._layers, candidates, calibration, storage, compute)
+        self._inputs = InputRounding(self._layers, candidates, quantization.compute)
+        changes = WeightChanges(self._layers, candidates, quantization=quantization)
         outside, amounts = trajectories.outside_layers, self._inputs.amounts
         self._recorder = SketchRecorder(self._layers, changes, len(candidates), outside, amounts)
 

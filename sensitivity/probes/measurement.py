@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.kernel import Compute
 from bitpolicy.policies.apply import quantized
-from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.records import Piece, Records
 from bitpolicy.sensitivity.samples import Sample
@@ -143,14 +142,13 @@ def _stacked(values: Iterable[torch.Tensor]) -> torch.Tensor:
 def ablate(
     trajectories: Trajectories,
     choices: Mapping[str, Choice],
-    calibration: Calibration,
-    storage: torch.dtype,
     samples: Sequence[Sample],
     reference: References,
-    compute: Compute = Compute.EXACT,
+    *,
+    quantization: Quantization,
 ) -> Measured:
-    """Measure the error of `choices` under `compute`, layers that are not named left as they are."""
-    with quantized(trajectories.denoiser, choices, calibration, storage, compute):
+    """Measure the error of `choices`; layers that they do not name stay as they are."""
+    with quantized(trajectories.denoiser, choices, quantization=quantization):
         found = References.of(trajectories, samples, images=reference.images is not None)
     return reference.measured(found)
 
@@ -161,8 +159,6 @@ class Ablations:
     Args:
         trajectories: the pipeline with its call arguments.
         samples: that are run under each policy.
-        storage: dtype of the stored weights.
-        compute: of packed layers.
         records: where measurements are kept.
         stages: progress.
     """
@@ -171,25 +167,28 @@ class Ablations:
         self,
         trajectories: Trajectories,
         samples: Sequence[Sample],
-        storage: torch.dtype,
-        compute: Compute,
         records: Records,
         stages: Stages,
     ) -> None:
-        self._trajectories, self._samples, self._storage, self._compute = trajectories, samples, storage, compute
+        self._trajectories, self._samples = trajectories, samples
         self._records, self._stages = records, stages
         self._held: References | None = None
 
     def measure(
-        self, policies: Mapping[str, Mapping[str, Choice]], calibration: Calibration, label: str, images: bool = False
+        self,
+        policies: Mapping[str, Mapping[str, Choice]],
+        label: str,
+        images: bool = False,
+        *,
+        quantization: Quantization,
     ) -> list[Measured]:
         """The measured error of each policy; layers it does not name stay as they are.
 
         Args:
             policies: by a name for the record.
-            calibration: what the policies need.
             label: of the progress bar.
             images: decode, too, and measure the images' error.
+            quantization: with what the policies need of a calibration.
         """
 
         def make(names: Sequence[str]) -> Iterator[tuple[str, Piece]]:
@@ -197,11 +196,9 @@ class Ablations:
                 found = ablate(
                     self._trajectories,
                     policies[name],
-                    calibration,
-                    self._storage,
                     self._samples,
                     self._references(images),
-                    self._compute,
+                    quantization=quantization,
                 )
                 yield name, found.tensors()
 

@@ -11,10 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from bitpolicy.kernels.formats.format import Format
-from bitpolicy.kernels.kernel import Compute
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import Layer
 from bitpolicy.sensitivity.probes.measurement import Ablations
@@ -38,8 +36,7 @@ class ProbeInputs:
         samples: calibration trajectories.
         vectors: random directions per sample, for the probes that take gradients.
         reference: what the unquantized pipeline did on the samples.
-        storage: dtype of the stored weights.
-        compute: of packed layers.
+        quantization: with the calibration that `reference` has.
         ablations: measure policies on the samples.
         records: where finished pieces are kept.
         stages: progress and warnings.
@@ -53,8 +50,7 @@ class ProbeInputs:
     samples: Sequence[Sample]
     vectors: int
     reference: ReferencePass
-    storage: torch.dtype
-    compute: Compute
+    quantization: Quantization
     ablations: Ablations
     records: Records
     stages: Stages

@@ -19,6 +19,7 @@ from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.kernels.quantizers.named import RTN
 from bitpolicy.policies.finite import left_as_they_were
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.calls.watched_loop import schedulers
 from bitpolicy.sensitivity.cost.forwards import Cost
 from bitpolicy.sensitivity.cost.progress import Stages
@@ -111,9 +112,7 @@ class ProbeRun:
         self._large = is_large(trajectories)
         self._folder = folder / settings_key(self._identity(weights))
         self._records = Records(self._folder)
-        self._ablations = Ablations(
-            trajectories, settings.samples, storage, settings.compute, self._records, self._stages
-        )
+        self._ablations = Ablations(trajectories, settings.samples, self._records, self._stages)
 
     def _identity(self, weights: str) -> dict[str, Any]:
         """Everything the numbers depend on."""
@@ -164,13 +163,15 @@ class ProbeRun:
             samples=self._settings.samples,
             vectors=self._settings.vectors,
             reference=reference,
-            storage=self._storage,
-            compute=self._settings.compute,
+            quantization=self._quantization(reference),
             ablations=self._ablations,
             records=self._records,
             stages=self._stages,
             recompute_inside=self._large,
         )
+
+    def _quantization(self, reference: ReferencePass) -> Quantization:
+        return Quantization(calibration=reference.calibration, storage=self._storage, compute=self._settings.compute)
 
     def table(self, reference: ReferencePass) -> SensitivityTable:
         """The scores of every layer in every packed format.
@@ -204,7 +205,7 @@ class ProbeRun:
         """`table.corrected` without the biases that the storage dtype cannot hold once they are corrected."""
         layers, corrected = dict(quantizable_layers(self._trajectories.denoiser)), table.corrected.clone()
         names = []
-        for place in beyond_range(table, layers, reference.calibration, self._storage):
+        for place in beyond_range(table, layers, quantization=self._quantization(reference)):
             corrected[place] = False
             names.append(table.layers[place[0]])
         if names:
@@ -243,7 +244,7 @@ class ProbeRun:
             label: of the progress bar.
             images: decode, too, and measure the images' error.
         """
-        return self._ablations.measure(policies, reference.calibration, label, images)
+        return self._ablations.measure(policies, label, images, quantization=self._quantization(reference))
 
     def remeasured(
         self, table: SensitivityTable, reference: ReferencePass, places: Iterable[tuple[int, int]]

@@ -22,9 +22,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import quantizable_layers
-from bitpolicy.policies.calibration import Calibration
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.cost.forwards import stepwise_forwards
 from bitpolicy.sensitivity.probes.compute_range import advice
 from bitpolicy.sensitivity.probes.directions import stream
@@ -76,9 +75,7 @@ class StepwiseProbe(Probe):
     def sketches(self) -> list[LocalSketch]:
         """Every local sketch, in sample order."""
         inputs = self._inputs
-        maker = LocalSketches(
-            inputs.trajectories, inputs.candidates, inputs.reference.calibration, inputs.storage, inputs.compute
-        )
+        maker = LocalSketches(inputs.trajectories, inputs.candidates, quantization=inputs.quantization)
         numbers = itertools.product(range(len(inputs.samples)), range(inputs.vectors))
         work = {f"local-{i}-{k}": (i, k) for i, k in numbers}
 
@@ -101,14 +98,13 @@ class LocalSketches:
         self,
         trajectories: Trajectories,
         candidates: Sequence[Candidate],
-        calibration: Calibration,
-        storage: torch.dtype,
-        compute: Compute = Compute.EXACT,
+        *,
+        quantization: Quantization,
     ) -> None:
         self._trajectories = trajectories
         self._layers = dict(quantizable_layers(trajectories.denoiser))
-        self._inputs = InputRounding(self._layers, candidates, compute)
-        changes = WeightChanges(self._layers, candidates, calibration, storage, compute)
+        self._inputs = InputRounding(self._layers, candidates, quantization.compute)
+        changes = WeightChanges(self._layers, candidates, quantization=quantization)
         outside, amounts = trajectories.outside_layers, self._inputs.amounts
         self._recorder = SketchRecorder(self._layers, changes, len(candidates), outside, amounts)
         self._lead = self._recorder.lead

@@ -18,6 +18,7 @@ from bitpolicy.pipelines.prompting import load_requests, split
 from bitpolicy.policies.apply import quantized
 from bitpolicy.policies.calibration import load_calibration
 from bitpolicy.policies.policy import Policy
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.search.quality.psnr import Psnr
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
@@ -88,7 +89,11 @@ def test_the_images_that_are_measured_are_those_of_int8_compute(searched: Any, t
     reference = [image for image, _ in trajectories.images(samples)]
     found = {}
     for compute in (Compute.EXACT, Compute.INT8):
-        with quantized(source.denoiser, choices, calibration, source.storage, compute):
+        with quantized(
+            source.denoiser,
+            choices,
+            quantization=Quantization(calibration=calibration, storage=source.storage, compute=compute),
+        ):
             found[compute] = Psnr.of(reference, [image for image, _ in trajectories.images(samples)]).mean
     measured = outcome.result["psnr_db"]["mean"]
     assert measured == pytest.approx(found[Compute.INT8], abs=0.5)

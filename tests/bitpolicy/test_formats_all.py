@@ -23,6 +23,7 @@ from bitpolicy.kernels.quantizers.named import HESSIANS, QUANTIZERS
 from bitpolicy.policies.apply import quantized
 from bitpolicy.policies.calibration import MADE_FROM, load_calibration, made_from
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.records import Records
 from bitpolicy.sensitivity.rounding import rounding_pass
 from bitpolicy.sensitivity.rounding.kept_calibration import write_rounded
@@ -93,7 +94,7 @@ def test_reloaded_images_are_those_that_were_searched(half_pipeline: NewPipeline
     pipe = half_pipeline()
     reference = draw(pipe)
     assert searched.policy.calibration is not None
-    with quantized(pipe.unet, searched.choices, searched.policy.calibration, torch.float16):
+    with quantized(pipe.unet, searched.choices, quantization=Quantization(calibration=searched.policy.calibration)):
         expected = draw(pipe)
     found = draw(bitpolicy.load_pipeline(searched.checkpoint, torch.float32))
     assert torch.equal(found, expected)

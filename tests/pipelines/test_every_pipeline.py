@@ -17,6 +17,7 @@ from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.pipelines.prompting import split
 from bitpolicy.policies.apply import quantized
 from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.inventory import inventory
 from bitpolicy.sensitivity.probes.adjoint import AdjointSketches
 from bitpolicy.sensitivity.probes.directions import Random
@@ -66,7 +67,7 @@ def sketched(request: Any, new_subject: Any, made_up_means: Any) -> Sketched:
     subject = new_subject(request.param, torch.float64, num_inference_steps=steps)
     means = made_up_means(subject)
     with subject.unrounded():
-        probe = AdjointSketches(subject.trajectories, candidates(FORMATS), means, torch.float16)
+        probe = AdjointSketches(subject.trajectories, candidates(FORMATS), quantization=Quantization(calibration=means))
         (sketch,) = probe.sketches(subject.samples[0], [Random(VECTOR)])
     return Sketched(subject, means, sketch)
 
@@ -231,8 +232,9 @@ def test_the_scores_rank_and_size_layers_as_ablation_does(probed: Probed) -> Non
     measured = []
     for place in chosen:
         choices = {table.layers[place]: Choice(INT4, bool(table.corrected[place, 0]))}
-        arguments = (calibration.calibration, torch.float16, probed.samples, references)
-        measured.append(float(ablate(subject.trajectories, choices, *arguments).power.mean()))
+        quantization = Quantization(calibration=calibration.calibration)
+        found = ablate(subject.trajectories, choices, probed.samples, references, quantization=quantization)
+        measured.append(float(found.power.mean()))
     power = torch.stack([subject.final_latent(sample) for sample in probed.samples]).double().square().sum()
     truth, predicted = torch.tensor(measured) / (power / len(probed.samples)), table.error[chosen, 0]
     felt = truth > 1e-9
@@ -286,7 +288,7 @@ def test_the_reloaded_checkpoint_draws_what_the_policy_draws_in_memory(
     assert policy.result is not None
     assert nbytes == policy.result.policy_bytes <= policy.budget.bytes
     plain = channels_first(subject.own_call(sample, "pt"))
-    with quantized(denoiser, choices, policy.calibration, torch.float16):
+    with quantized(denoiser, choices, quantization=Quantization(calibration=policy.calibration)):
         expected = channels_first(subject.own_call(sample, "pt"))
     assert not torch.equal(expected, plain)
     reloaded = replace(subject, pipe=bitpolicy.load_pipeline(tmp_path / "checkpoint", torch.float32))

@@ -26,6 +26,7 @@ from bitpolicy.policies.checkpoints.checkpoint import checkpoint_bytes, export_d
 from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.footprint import stored_others
 from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.policies.quantization import Quantization
 
 WireReader = Callable[[str, Mapping[str, np.ndarray], tuple[int, ...]], np.ndarray]
 Policymaker = Callable[..., Policy]
@@ -62,7 +63,11 @@ def test_the_account_is_exact_for_every_format_and_storage(
 ) -> None:
     choices = {layer: Choice(format_named(name)) for layer, _ in quantizable_layers(toy_unet)}
     predicted = ByteAccount.of(toy_unet, storage).total({layer: c.format for layer, c in choices.items()})
-    assert export_denoiser(toy_unet, choices, {}, storage, tmp_path) == predicted == nbytes(stored(tmp_path))
+    assert (
+        export_denoiser(toy_unet, choices, tmp_path, quantization=Quantization(storage=storage))
+        == predicted
+        == nbytes(stored(tmp_path))
+    )
     header = int.from_bytes((tmp_path / WEIGHTS).read_bytes()[:8], "little")
     assert (tmp_path / WEIGHTS).stat().st_size == 8 + header + predicted
     floats = {t.dtype for n, t in stored(tmp_path).items() if n.endswith(("bias", ".weight"))}
@@ -154,7 +159,13 @@ def test_other_components_are_stored_as_asked(
 
 @pytest.mark.parametrize("most", [1, 5_000, 50_000, 100_000_000])
 def test_a_large_denoiser_is_split_as_diffusers_splits_it(exported: Any, tmp_path: Path, most: int) -> None:
-    total = export_denoiser(exported.pipe.unet, exported.choices, exported.calibration, F16, tmp_path, most)
+    total = export_denoiser(
+        exported.pipe.unet,
+        exported.choices,
+        tmp_path,
+        most,
+        quantization=Quantization(calibration=exported.calibration),
+    )
     whole = stored(exported.folder / "unet")
     files = sorted(tmp_path.glob("*.safetensors"))
     assert total == exported.nbytes == checkpoint_bytes(tmp_path)
@@ -233,7 +244,7 @@ def test_a_policy_for_layers_that_are_not_there_is_refused(
 
 def test_a_float32_model_is_exported_as_its_rounded_self(toy_unet: Any, tmp_path: Path) -> None:
     choices = {name: Choice(format_named("int4")) for name, _ in quantizable_layers(toy_unet)}
-    export_denoiser(toy_unet, choices, {}, F16, tmp_path / "exact")
+    export_denoiser(toy_unet, choices, tmp_path / "exact", quantization=Quantization())
     to_storage(toy_unet, F16)
-    export_denoiser(toy_unet, choices, {}, F16, tmp_path / "rounded")
+    export_denoiser(toy_unet, choices, tmp_path / "rounded", quantization=Quantization())
     assert hashes(tmp_path / "exact") == hashes(tmp_path / "rounded")

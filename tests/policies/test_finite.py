@@ -24,6 +24,7 @@ from bitpolicy.policies.exporters.export import export_to
 from bitpolicy.policies.exporters.exporter import Layer, Source
 from bitpolicy.policies.exporters.translation import write_translated
 from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.policies.quantization import Quantization
 
 INT4, INT8 = format_named("int4"), format_named("int8")
 WILD = "mid_block.resnets.0.conv1"
@@ -55,10 +56,12 @@ def not_finite(folder: Path) -> list[str]:
 
 def test_a_bias_that_leaves_the_range_stays_as_it_was(toy_pipeline: Any, wild_means: dict[str, torch.Tensor]) -> None:
     layer = toy_pipeline.unet.conv_out
-    stored = quantize_layer("conv_out", layer, Choice(INT4, True), wild_means, torch.float16)
+    stored = quantize_layer("conv_out", layer, Choice(INT4, True), quantization=Quantization(calibration=wild_means))
     assert torch.equal(stored.bias, layer.bias.half())
     assert stored.left_as_it_was
-    wide = quantize_layer("conv_out", layer, Choice(INT4, True), wild_means, torch.bfloat16)
+    wide = quantize_layer(
+        "conv_out", layer, Choice(INT4, True), quantization=Quantization(calibration=wild_means, storage=torch.bfloat16)
+    )
     assert not wide.left_as_it_was
     assert wide.bias.abs().max() > 65504
 
@@ -84,11 +87,11 @@ def test_every_way_to_put_the_policy_on_the_model_leaves_the_same_biases(
         if layer.bias is not None and torch.equal(written[f"{name}.bias"], layer.bias.half())
     }
     assert plain == {WILD, "conv_out"}
-    with quantized(unet, choices, wild_means, torch.float16):
+    with quantized(unet, choices, quantization=Quantization(calibration=wild_means)):
         expected = predict(unet)
         assert all(torch.equal(written[f"{n}.bias"].float(), unet.get_submodule(n).bias) for n in plain)
     assert torch.isfinite(expected).all()
-    pack(unet, choices, wild_means, torch.float16)
+    pack(unet, choices, quantization=Quantization(calibration=wild_means))
     assert torch.equal(predict(unet), expected)
 
 

@@ -33,6 +33,7 @@ from bitpolicy.policies.checkpoints.component import export_component
 from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.denoiser import denoiser_names, denoiser_of
 from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.policies.quantization import Quantization
 
 ROOT = Path(__file__).parents[2]
 TABLE = yaml.safe_load((Path(__file__).parent / "operations.yaml").read_text())
@@ -106,7 +107,7 @@ def case(
     folder = tmp_path_factory.mktemp("operations")
     to_storage(model, torch.float16)
     choices = {name: Choice(choice.format) for name, choice in every_format_in_turn(model).items()}
-    export_component(model, choices, {}, torch.float16, folder)
+    export_component(model, choices, folder, quantization=Quantization())
     loaded = type(model).from_pretrained(folder, dtype=torch.float32)
     return Case(model, choices, policy_of(model, choices), loaded, inputs, folder)
 
@@ -147,7 +148,7 @@ def quantize(case: Case, model: Any) -> None:
         name for name, layer in model.named_modules() if isinstance(layer, PackedLayer)
     }
     unquantized = output(case.source, case.inputs)
-    with quantized(case.source, case.choices, {}, torch.float16):
+    with quantized(case.source, case.choices, quantization=Quantization()):
         expected = output(case.source, case.inputs)
     assert torch.equal(output(model, case.inputs), expected)
     assert torch.isfinite(expected).all()

@@ -25,6 +25,7 @@ from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.denoiser import denoiser_of
 from bitpolicy.policies.identity import weights_hash
 from bitpolicy.policies.policy import Choice, ModelReference, Rule
+from bitpolicy.policies.quantization import Quantization
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 Predict = Callable[[Any], torch.Tensor]
@@ -226,7 +227,7 @@ def test_a_text_encoder_is_packed_as_it_would_be_exported(
         id="toy", component="text_encoder", class_name=kind.__name__, sha256=weights_hash(model, storage)
     )
     policy = Policy.of(choices, model=about).with_calibration(means)
-    export_component(model, choices, means, storage, tmp_path / "packed")
+    export_component(model, choices, tmp_path / "packed", quantization=Quantization(calibration=means, storage=storage))
 
     found = kind.from_pretrained(tmp_path / "full", dtype=dtype, quantization_config=BitPolicyConfig(policy=policy))
     expected = kind.from_pretrained(tmp_path / "packed", dtype=torch.float32 if dtype == "auto" else dtype)

@@ -16,6 +16,7 @@ from bitpolicy.kernels.formats.named import parse_formats
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.calibration import calibration_hash, is_rounded, needed_for, rounded_key
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.storage.safetensors_writer import SafetensorsWriter
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.probes.weight_changes import WeightChanges
@@ -173,7 +174,7 @@ def test_reading_holds_nothing_and_changes_are_kept_up_to_a_limit(
         rounding = rounding_of(trajectories, formats, tmp_path / formats)
         kept = KeptCalibration({}, rounding.files())
         before = reachable()
-        changes = WeightChanges(layers, rounding.candidates, kept, torch.float16)
+        changes = WeightChanges(layers, rounding.candidates, quantization=Quantization(calibration=kept))
         for _ in range(2):
             for name, layer in layers.items():
                 changes.weight_products(name, layer.weight)

@@ -20,6 +20,7 @@ from bitpolicy.kernels.quantizers.range_search import mse
 from bitpolicy.policies.apply import quantize_layer, quantized, stored_weight
 from bitpolicy.policies.calibration import rounded_key
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import inventory
 from bitpolicy.sensitivity.probes import probe
@@ -133,7 +134,9 @@ def test_without_moments_the_search_for_ranges_takes_the_place_under_the_same_na
     found = dict(rounded("conv", layer.weight.detach(), wanted, None))
     assert same(of(found, "conv", wanted[0]), mse(INT4, layer.weight.detach()))
     assert (
-        quantize_layer("conv", layer, Choice(INT4, False, quantizer), found, F16).tensors.keys()
+        quantize_layer(
+            "conv", layer, Choice(INT4, False, quantizer), quantization=Quantization(calibration=found)
+        ).tensors.keys()
         == INT4.tensors(layer.weight.shape, F16).keys()
     )
 
@@ -165,7 +168,7 @@ def test_a_change_of_a_weight_is_that_of_what_was_rounded(toy_unet: Any) -> None
     for name, layer in layers.items():
         made |= dict(rounded(name, layer.weight.detach().half(), wanted, moments(layer.weight[0].numel())))
         made[name] = torch.randn(layer.weight.shape[1:])
-    changes = WeightChanges(layers, wanted, made, F16)
+    changes = WeightChanges(layers, wanted, quantization=Quantization(calibration=made))
     for name, layer in layers.items():
         gradient, weight = torch.randn(layer.weight.shape), layer.weight.detach().half()
         expected, shifts = [], []
@@ -243,7 +246,7 @@ def test_scores_are_measured_with_the_quantizer_they_name(finished: Any, tmp_pat
     choice = {table.layers[place[0]]: table.choice(place[0], INT4)}
     for sample in SAMPLES:
         before = next(trajectories.latents([sample]))
-        with quantized(trajectories.denoiser, choice, reference.calibration, F16):
+        with quantized(trajectories.denoiser, choice, quantization=Quantization(calibration=reference.calibration)):
             after = next(trajectories.latents([sample]))
         sample_errors.append(float((after - before).double().square().sum()))
     expected = sum(sample_errors) / len(sample_errors) / reference.latent_power
@@ -324,7 +327,10 @@ def test_layers_of_long_rows_in_groups_or_never_called_are_rounded_all_the_same(
         if same(kept, mse(INT4, layer.weight.detach().half())):
             by_mse.add(name)
         choice = table.choice(i, INT4)
-        assert same(quantize_layer(name, layer, choice, reference.calibration, F16).tensors, kept)
+        assert same(
+            quantize_layer(name, layer, choice, quantization=Quantization(calibration=reference.calibration)).tensors,
+            kept,
+        )
     assert by_mse == {"idle"}
 
 

@@ -32,6 +32,7 @@ from bitpolicy.policies.exporters.names import NAMES
 from bitpolicy.policies.exporters.requantize import TargetError
 from bitpolicy.policies.exporters.targets import EXPORTERS, exporter_named
 from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.policies.quantization import Quantization
 
 F16 = torch.float16
 
@@ -158,7 +159,7 @@ def test_a_recipe_gives_our_weights_where_the_grids_are_the_same(written: Writte
 
 def test_the_other_program_predicts_the_same(written: Written, reading: Reading, predict_even: Any) -> None:
     plain = predict_even(written.unet)
-    with quantized(written.unet, written.choices, written.means, F16):
+    with quantized(written.unet, written.choices, quantization=Quantization(calibration=written.means)):
         expected = predict_even(written.unet)
     found = predict_even(reading.model)
     harm = float((expected - plain).norm())
