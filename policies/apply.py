@@ -20,7 +20,7 @@ from bitpolicy.kernels.formats.row_chunks import each_chunk
 from bitpolicy.kernels.layers import Quantizable, pack_layer, quantizable_layers, replace_layer, unsupported_layers
 from bitpolicy.kernels.quantizers.bias_correction import bias_shift, corrected_bias
 from bitpolicy.kernels.quantizers.named import HESSIANS, quantize_data_free
-from bitpolicy.policies.calibration import Calibration, rounded_key
+from bitpolicy.policies.calibration import Calibration, RoundedKey
 from bitpolicy.policies.finite import is_finite
 from bitpolicy.policies.policy import Choice, Policy
 from bitpolicy.policies.quantization import Quantization
@@ -89,11 +89,11 @@ def quantize_tensors(
     plain = as_stored(f"{name}.bias", bias, weight.dtype)
     if not choice.bias_correction:
         return QuantizedLayer(tensors, plain)
-    if name not in calibration:
+    if name not in calibration.input_means:
         raise BitPolicyError(
             f"layer {name}: bias correction needs its mean input, and the calibration has none; measure it anew"
         )
-    shift = _mean_error(layer, weight, choice.format, tensors, calibration[name])
+    shift = _mean_error(layer, weight, choice.format, tensors, calibration.input_means[name])
     corrected = corrected_bias(plain, shift, weight.dtype)
     return QuantizedLayer(tensors, plain if corrected is None else corrected, left_as_it_was=corrected is None)
 
@@ -128,7 +128,7 @@ def stored_weight(name: str, weight: torch.Tensor, choice: Choice, calibration: 
             f"layer {name}: {format.name} does not fit its shape {tuple(weight.shape)}; give it another format"
         )
     specs = format.tensors(weight.shape, weight.dtype)
-    kept = {suffix: calibration.get(rounded_key(name, choice, suffix)) for suffix in specs}
+    kept = {suffix: calibration.rounded.get(RoundedKey.of(name, choice, suffix)) for suffix in specs}
     if all(tensor is not None for tensor in kept.values()):
         found = {suffix: tensor.to(weight.device) for suffix, tensor in kept.items() if tensor is not None}
         if any((t.dtype, tuple(t.shape)) != (specs[s].dtype, specs[s].shape) for s, t in found.items()):

@@ -21,6 +21,6 @@ class Quantization:
         compute: what the products of packed layers round: nothing, or their inputs too.
     """
 
-    calibration: Calibration = field(default_factory=dict)
+    calibration: Calibration = field(default_factory=Calibration)
     storage: torch.dtype = torch.float16
     compute: Compute = Compute.EXACT

@@ -195,7 +195,9 @@ def round_off(plan: Plan, reference: ReferencePass, samples: Sequence[Sample]) -
         for column, format in enumerate(FORMATS):
             by_step = torch.stack([torch.stack(sums[name, column, step]).mean(0) for step in steps])  # T, 2, out
             corrected = layer.bias is not None
-            shift = bias_shift(layer, changes[name][column], reference.calibration[name]) if corrected else None
+            shift = (
+                bias_shift(layer, changes[name][column], reference.calibration.input_means[name]) if corrected else None
+            )
             row = {"input mean": sum(level[name]) / len(level[name]), **_mean_shares(by_step, shift)}
             rows[f"{format.name}, {kind}"].append(row)
     return {kind: {"layers": len(found), **_medians(found)} for kind, found in sorted(rows.items())}

@@ -115,7 +115,7 @@ class Plan:
         silent = {
             name
             for name, errors in zip(table.layers, table.error, strict=True)
-            if name not in calibration and (PROBES[table.probe].data_free or not errors.any())
+            if name not in calibration.input_means and (PROBES[table.probe].data_free or not errors.any())
         }
         names = self.source.component.split(",")
         parts = [of_component(dict.fromkeys(table.layers), name, names) for name in names]

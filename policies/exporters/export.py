@@ -84,9 +84,9 @@ def export_to(
     with folder_written_aside(folder) as aside:
         aside.mkdir()
         for name, model in zip(components, denoisers_in(parts.denoiser), strict=True):
-            own, means = of_component(choices, name, components), of_component(calibration, name, components)
+            own, measured = of_component(choices, name, components), calibration.of_component(name, components)
             source = _source(
-                model, parts.sources[name], name, own, Quantization(calibration=means, storage=storage), written
+                model, parts.sources[name], name, own, Quantization(calibration=measured, storage=storage), written
             )
             nbytes += exporter.write(source, aside)
         write_text(aside / POLICY, written.to_yaml())  # without a calibration: the codes are in the target's own files

@@ -19,13 +19,12 @@ from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import Quantizable, pack_layer, quantizable_layers, replace_layer
 from bitpolicy.policies.accounting import stored_spec
 from bitpolicy.policies.apply import choices_for, quantize_layer
-from bitpolicy.policies.calibration import calibration_of
-from bitpolicy.policies.denoiser import of_component
 from bitpolicy.policies.finite import require_finite, warn_of_biases
 from bitpolicy.policies.identity import tensors_hash
 from bitpolicy.policies.loading.packed_config import BitPolicyConfig
 from bitpolicy.policies.policy import ModelReference, Policy
 from bitpolicy.policies.quantization import Quantization
+from bitpolicy.policies.storage.calibration_file import calibration_of
 
 
 class PackedWhileRead:
@@ -55,7 +54,7 @@ class PackedWhileRead:
         policy.model.require_config(component, model)
         choices = choices_for(model, policy, component if len(components) > 1 else None)
         calibration = calibration_of(policy, path, choices.values())
-        own = of_component(calibration, component, components)
+        own = calibration.of_component(component, components)
         self._quantization = Quantization(calibration=own, storage=self._storage, compute=Compute(policy.compute))
         self._choices = {name: choice for name, choice in choices.items() if choice.format.packed}
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}

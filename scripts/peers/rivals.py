@@ -113,7 +113,8 @@ class Rivals:
         places = [*itertools.product(range(len(plan.layers)), range(len(packed)))]
         alone = {alone_name(table, i, j): {self.names[i]: table.choice(i, packed[j])} for i, j in places}
         reference = run.reference()
-        reference = replace(reference, calibration={**reference.calibration, **self.calibration})
+        means = {**reference.calibration.input_means, **self.calibration.input_means}
+        reference = replace(reference, calibration=replace(self.calibration, input_means=means))
         found = run.measure(alone, reference, "ablation")
         errors = [float(measured.power.mean()) / reference.latent_power for measured in found]
         return replace(table, error=torch.tensor(errors, dtype=torch.float64).reshape(table.error.shape))

@@ -34,7 +34,9 @@ class AblationProbe(Probe):
             for i, j in itertools.product(range(shape[0]), range(shape[1]))
             if inputs.formats[j].fits(inputs.inventory[i].shape)
         ]
-        both = [layer.has_bias and layer.name in inputs.quantization.calibration for layer in inputs.inventory]
+        both = [
+            layer.has_bias and layer.name in inputs.quantization.calibration.input_means for layer in inputs.inventory
+        ]
         work = {
             alone_name(table, *place): {inputs.names[place[0]]: choice_at(table, *place)}
             for place in places

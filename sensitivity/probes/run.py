@@ -35,7 +35,7 @@ from bitpolicy.sensitivity.probes.stepwise import StepwiseProbe
 from bitpolicy.sensitivity.records import Piece, Records, settings_key
 from bitpolicy.sensitivity.rounding.candidates import candidates
 from bitpolicy.sensitivity.rounding.corrections import beyond_range
-from bitpolicy.sensitivity.rounding.kept_calibration import KeptCalibration
+from bitpolicy.sensitivity.rounding.kept_rounding import KeptRounding
 from bitpolicy.sensitivity.rounding.rounding_pass import HESSIAN_SAMPLES, RoundingPass
 from bitpolicy.sensitivity.samples import Sample, fingerprint
 from bitpolicy.sensitivity.table import SensitivityTable
@@ -146,7 +146,8 @@ class ProbeRun:
         if self._settings.quantizers == (RTN,):
             return found
         with self._stages.timed("round"):
-            return replace(found, calibration=KeptCalibration(found.calibration, self._rounding.files()))
+            rounded = KeptRounding(self._rounding.files())
+        return replace(found, calibration=replace(found.calibration, rounded=rounded))
 
     @property
     def _rounding(self) -> RoundingPass:
@@ -199,7 +200,7 @@ class ProbeRun:
     @staticmethod
     def _correctable(layer: Layer, reference: ReferencePass) -> bool:
         """Whether correcting can do no harm: there is no bias, or its mean input is known."""
-        return not layer.has_bias or layer.name in reference.calibration
+        return not layer.has_bias or layer.name in reference.calibration.input_means
 
     def _storable(self, table: SensitivityTable, reference: ReferencePass) -> torch.Tensor:
         """`table.corrected` without the biases that the storage dtype cannot hold once they are corrected."""

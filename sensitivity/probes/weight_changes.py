@@ -90,12 +90,12 @@ class WeightChanges:
     def _shifts(self, name: str) -> torch.Tensor:
         """db of each candidate, float32, shape (candidates, out); zero where the storage dtype cannot hold b + db."""
         layer = self._layers[name]
-        if name not in self._calibration:
+        if name not in self._calibration.input_means:
             return torch.zeros(len(self._candidates), layer.weight.shape[0], device=layer.weight.device)
         requantized = self._compute is Compute.INT8
         deltas = self._made(name, Compute.EXACT) if requantized else self._deltas(name)
         shaped = (delta.view(layer.weight.shape) for delta in deltas)
-        shifts = (bias_shift(layer, delta, self._calibration[name]) for delta in shaped)
+        shifts = (bias_shift(layer, delta, self._calibration.input_means[name]) for delta in shaped)
         return torch.stack([self._applied(layer, shift) for shift in shifts])
 
     def _applied(self, layer: Quantizable, shift: torch.Tensor) -> torch.Tensor:

@@ -18,10 +18,10 @@ def beyond_range(
     table: SensitivityTable, layers: Mapping[str, Quantizable], *, quantization: Quantization
 ) -> Iterator[tuple[int, int]]:
     """(layer, column of the format) where `table` has the bias corrected and the storage dtype cannot hold it."""
-    calibration, storage = quantization.calibration, quantization.storage
+    means, storage = quantization.calibration.input_means, quantization.storage
     for i, name in enumerate(table.layers):
         layer = layers[name]
-        if name not in calibration or not _may_leave(layer, calibration[name], storage):
+        if name not in means or not _may_leave(layer, means[name], storage):
             continue
         for j, format in enumerate(table.formats):
             choice = table.choice(i, format)

@@ -136,7 +136,8 @@ def test_equal_searches_give_equal_policies(half_pipeline: NewPipeline, policy: 
     assert again.to_yaml() == policy.to_yaml()
     assert again.calibration is not None
     assert policy.calibration is not None
-    assert all(torch.equal(again.calibration[name], mean) for name, mean in policy.calibration.items())
+    same = again.calibration.tensors()
+    assert all(torch.equal(same[name], tensor) for name, tensor in policy.calibration.tensors().items())
 
 
 def test_another_seed_probes_other_samples(half_pipeline: NewPipeline, policy: Policy) -> None:

@@ -15,9 +15,9 @@ from torch import nn
 import bitpolicy
 from bitpolicy.kernels.layers import PackedLayer, quantizable_layers
 from bitpolicy.policies.apply import pack
-from bitpolicy.policies.calibration import load_calibration
 from bitpolicy.policies.policy import Policy
 from bitpolicy.policies.quantization import Quantization
+from bitpolicy.policies.storage.calibration_file import load_calibration
 
 NAMES = ("unet", "text_encoder", "vae")
 BUDGET = "45%"

@@ -16,9 +16,9 @@ from bitpolicy.kernels.layers import packed_layers
 from bitpolicy.pipelines.loading import load_source
 from bitpolicy.pipelines.prompting import load_requests, split
 from bitpolicy.policies.apply import quantized
-from bitpolicy.policies.calibration import load_calibration
 from bitpolicy.policies.policy import Policy
 from bitpolicy.policies.quantization import Quantization
+from bitpolicy.policies.storage.calibration_file import load_calibration
 from bitpolicy.search.quality.psnr import Psnr
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from bitpolicy.kernels.formats.named import FP16
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.kernels.quantizers.named import HESSIANS, QUANTIZERS
 from bitpolicy.policies.apply import quantized
-from bitpolicy.policies.calibration import MADE_FROM, load_calibration, made_from
+from bitpolicy.policies.calibration import RoundedKey
 from bitpolicy.policies.policy import Choice
 from bitpolicy.policies.quantization import Quantization
+from bitpolicy.policies.storage.calibration_file import load_calibration
 from bitpolicy.sensitivity.records import Records
 from bitpolicy.sensitivity.rounding import rounding_pass
 from bitpolicy.sensitivity.rounding.kept_calibration import write_rounded
@@ -180,23 +181,22 @@ def test_layers_have_the_quantizers_that_scored_best(auto: Searched, layer_names
 def test_the_calibration_keeps_what_the_policy_needs_and_no_more(auto: Searched, layer_names: list[str]) -> None:
     kept = load_calibration(auto.folder / "calibration.safetensors", auto.policy.provenance["calibration"])
     needed = {
-        f"{name}/{choice.format.name}/{choice.quantizer}/{suffix}"
+        RoundedKey.of(name, choice, suffix)
         for name, choice in auto.choices.items()
         if choice.quantizer != "rtn"
         for suffix in choice.format.tensors((4, 64), torch.float16)
     }
-    assert set(kept) == {*layer_names, *needed, MADE_FROM}
-    assert made_from(kept) == auto.policy.model.sha256
+    assert set(kept.input_means) == set(layer_names)
+    assert set(kept.rounded) == needed
+    assert kept.made_from == auto.policy.model.sha256
 
 
 def test_what_was_rounded_lies_in_the_checkpoint_as_it_was(auto: Searched) -> None:
     kept = load_calibration(auto.folder / "calibration.safetensors")
     stored = load_file(auto.checkpoint / UNET)
-    rounded = [key for key in kept if "/" in key]
-    for key in rounded:
-        layer, _, _, suffix = key.split("/")
-        assert torch.equal(stored[f"{layer}.{suffix}"].view(torch.uint8), kept[key].view(torch.uint8)), key
-    assert len(rounded) > 50
+    for key, tensor in kept.rounded.items():
+        assert torch.equal(stored[f"{key.layer}.{key.suffix}"].view(torch.uint8), tensor.view(torch.uint8)), key
+    assert len(kept.rounded) > 50
 
 
 def test_without_its_calibration_a_policy_is_refused_with_the_remedy(
@@ -207,7 +207,8 @@ def test_without_its_calibration_a_policy_is_refused_with_the_remedy(
         bitpolicy.export(half_pipeline(), tmp_path / "policy.yaml", tmp_path / "out")
     layer = next(name for name, choice in auto.choices.items() if choice.quantizer in HESSIANS)
     assert auto.policy.calibration is not None
-    lacking = {key: t for key, t in auto.policy.calibration.items() if not key.startswith(f"{layer}/")}
+    rounded = {key: tensor for key, tensor in auto.policy.calibration.rounded.items() if key.layer != layer}
+    lacking = replace(auto.policy.calibration, rounded=rounded)
     with pytest.raises(BitPolicyError, match=f"layer {layer} was rounded by gptq.*keep calibration.safetensors beside"):
         bitpolicy.export(half_pipeline(), auto.policy.with_calibration(lacking), tmp_path / "out")
     assert not (tmp_path / "out").exists()

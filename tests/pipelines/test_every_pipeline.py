@@ -16,6 +16,7 @@ import bitpolicy
 from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.pipelines.prompting import split
 from bitpolicy.policies.apply import quantized
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.policy import Choice, Policy
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.inventory import inventory
@@ -67,7 +68,9 @@ def sketched(request: Any, new_subject: Any, made_up_means: Any) -> Sketched:
     subject = new_subject(request.param, torch.float64, num_inference_steps=steps)
     means = made_up_means(subject)
     with subject.unrounded():
-        probe = AdjointSketches(subject.trajectories, candidates(FORMATS), quantization=Quantization(calibration=means))
+        probe = AdjointSketches(
+            subject.trajectories, candidates(FORMATS), quantization=Quantization(calibration=Calibration(means))
+        )
         (sketch,) = probe.sketches(subject.samples[0], [Random(VECTOR)])
     return Sketched(subject, means, sketch)
 
@@ -177,10 +180,10 @@ def test_the_calibration_is_the_mean_of_what_every_called_layer_sees(subject: An
         hook.remove()
     found = ReferencePass.of(subject.trajectories, [sample])
     assert found.calls == len(calls)
-    assert sorted(found.calibration) == sorted(seen)
+    assert sorted(found.calibration.input_means) == sorted(seen)
     for name, inputs in seen.items():
         expected = sum(mean * rows for mean, rows in inputs) / sum(rows for _, rows in inputs)
-        error = (found.calibration[name] - expected).abs().max() / (expected.abs().max() + 1e-3)
+        error = (found.calibration.input_means[name] - expected).abs().max() / (expected.abs().max() + 1e-3)
         assert error < 1e-5, name
 
 
@@ -246,7 +249,7 @@ def test_the_scores_rank_and_size_layers_as_ablation_does(probed: Probed) -> Non
 
 def test_a_layer_that_is_never_called_has_no_bias_correction(probed: Probed) -> None:
     """Hunyuan-DiT hands the projections of its pooler to one fused attention: their weights count, no input is met."""
-    called = ReferencePass.of(probed.subject.trajectories, probed.samples[:1]).calibration
+    called = ReferencePass.of(probed.subject.trajectories, probed.samples[:1]).calibration.input_means
     silent = [i for i, name in enumerate(probed.table.layers) if name not in called]
     assert bool(silent) == (probed.subject.toy.name == "HunyuanDiTPipeline")
     assert not probed.table.corrected[silent].any()

@@ -11,6 +11,7 @@ import torch
 from toy_pipelines import FLOW_SCHEDULERS, SCHEDULERS
 
 from bitpolicy.kernels.formats.named import format_named
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.probes.adjoint import AdjointSketches
 from bitpolicy.sensitivity.probes.directions import Random
@@ -61,7 +62,9 @@ def sketched(request: Any, scheduler: str, new_subject: Any, made_up_means: Any)
     subject = subject_with(new_subject, scheduler, torch.float64, GUIDED[request.param])
     with subject.unrounded():
         probe = AdjointSketches(
-            subject.trajectories, candidates([INT4]), quantization=Quantization(calibration=made_up_means(subject))
+            subject.trajectories,
+            candidates([INT4]),
+            quantization=Quantization(calibration=Calibration(made_up_means(subject))),
         )
         (sketch,) = probe.sketches(subject.samples[0], [Random(VECTOR)])
     return Sketched(subject, sketch)
@@ -107,10 +110,14 @@ def test_the_scheduler_keeps_no_graph_and_is_as_it_was(new_subject: Any, made_up
     used = dict(state)
     assert len(list(tensors_in(used))) >= len(list(tensors_in(before)))
     adjoint = AdjointSketches(
-        subject.trajectories, candidates([INT4]), quantization=Quantization(calibration=made_up_means(subject))
+        subject.trajectories,
+        candidates([INT4]),
+        quantization=Quantization(calibration=Calibration(made_up_means(subject))),
     )
     stepwise = LocalSketches(
-        subject.trajectories, candidates([INT4]), quantization=Quantization(calibration=made_up_means(subject))
+        subject.trajectories,
+        candidates([INT4]),
+        quantization=Quantization(calibration=Calibration(made_up_means(subject))),
     )
     for passes in (adjoint.sketches(sample, [Random(0), Random(1)]), stepwise.sketches(sample, [0])):
         for _ in passes:

@@ -24,6 +24,7 @@ import bitpolicy
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.probes.adjoint import AdjointSketches
 from bitpolicy.sensitivity.probes.directions import Random
@@ -316,10 +317,9 @@ def test_weights_are_then_rounded_by_their_inputs_alone_with_one_line_that_says_
     assert policy.calibration is not None
     assert alone.calibration is not None
     chosen = policy.resolve(names)
-    for key, tensor in policy.calibration.items():
-        layer, _, rest = key.partition("/")
-        other = alone.calibration.get(f"{layer}/{rest.replace('gptq-trajectory', 'gptq')}")
-        if rest and chosen[layer].format == alone.resolve(names)[layer].format:
+    for key, tensor in policy.calibration.rounded.items():
+        other = alone.calibration.rounded.get(key._replace(quantizer=key.quantizer.replace("gptq-trajectory", "gptq")))
+        if chosen[key.layer].format == alone.resolve(names)[key.layer].format:
             assert other is not None
             assert float((tensor.float() == other.float()).float().mean()) > 0.97, key
 
@@ -456,7 +456,9 @@ def test_a_stepwise_sketch_is_what_finite_differences_of_each_call_find(
     signs = torch.randint(2, (len(layers),), generator=torch.Generator().manual_seed(1)).double() * 2 - 1
     with subject.unrounded():
         probe = LocalSketches(
-            subject.trajectories, candidates([INT4]), quantization=Quantization(calibration=made_up_means(subject))
+            subject.trajectories,
+            candidates([INT4]),
+            quantization=Quantization(calibration=Calibration(made_up_means(subject))),
         )
         (found,) = probe.sketches(sample, [5])
     moves = {

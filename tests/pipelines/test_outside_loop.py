@@ -16,6 +16,7 @@ from scipy.stats import spearmanr
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import format_named
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.policy import Choice
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.inventory import inventory
@@ -72,7 +73,9 @@ def sketched(request: Any, new_subject: Any, made_up_means: Any) -> Sketched:
     subject = new_subject(name, torch.float64, components=components, num_inference_steps=2)
     means = made_up_means(subject)
     with subject.unrounded():
-        probe = AdjointSketches(subject.trajectories, candidates([INT4]), quantization=Quantization(calibration=means))
+        probe = AdjointSketches(
+            subject.trajectories, candidates([INT4]), quantization=Quantization(calibration=Calibration(means))
+        )
         first, _ = probe.sketches(subject.samples[0], [Random(VECTOR), Random(VECTOR + 1)])  # two from one graph
     return Sketched(subject, means, first)
 
@@ -199,7 +202,7 @@ def test_an_encoder_that_runs_without_gradients_is_refused_by_name(
 def test_the_mean_input_of_a_decoders_layer_is_known_and_that_of_its_encoder_is_not(new_subject: Any) -> None:
     subject = new_subject("StableDiffusionPipeline", components="unet,text_encoder,vae", num_inference_steps=2)
     found = ReferencePass.of(subject.trajectories, subject.samples)
-    missing = {layer for layer in subject.layers if layer not in found.calibration}
+    missing = {layer for layer in subject.layers if layer not in found.calibration.input_means}
     encoder = {layer for layer in subject.layers if layer.startswith(("vae.encoder.", "vae.quant_conv"))}
     assert missing == encoder
     assert encoder

@@ -15,7 +15,7 @@ from bitpolicy.kernels.layers import PackedLayer, quantizable_layers
 from bitpolicy.kernels.quantizers.hqq import hqq
 from bitpolicy.kernels.quantizers.range_search import mse
 from bitpolicy.policies.apply import pack, quantize_layer, quantized, to_storage
-from bitpolicy.policies.calibration import rounded_key
+from bitpolicy.policies.calibration import Calibration, RoundedKey
 from bitpolicy.policies.policy import Choice
 from bitpolicy.policies.quantization import Quantization
 
@@ -43,7 +43,7 @@ def test_both_ways_give_the_same_bits(
     storage: torch.dtype,
 ) -> None:
     to_storage(toy_unet, storage)
-    choices, calibration = every_format_in_turn(toy_unet), calibrate(toy_unet)
+    choices, calibration = every_format_in_turn(toy_unet), Calibration(calibrate(toy_unet))
     reference = predict(toy_unet)
     with quantized(toy_unet, choices, quantization=Quantization(calibration=calibration, storage=storage)):
         expected = predict(toy_unet)
@@ -59,7 +59,9 @@ def test_the_model_is_as_before_after_the_block(
 ) -> None:
     before, reference = bits(toy_unet), predict(toy_unet)
     with quantized(
-        toy_unet, every_format_in_turn(toy_unet), quantization=Quantization(calibration=calibrate(toy_unet))
+        toy_unet,
+        every_format_in_turn(toy_unet),
+        quantization=Quantization(calibration=Calibration(calibrate(toy_unet))),
     ):
         changed = {name for name, tensor in toy_unet.state_dict().items() if not torch.equal(tensor, before[name])}
         assert {name.rpartition(".")[2] for name in changed} == {"weight", "bias"}
@@ -99,7 +101,7 @@ def test_a_corrected_bias_undoes_the_mean_error() -> None:
     layer = nn.Linear(64, 4).half().float()
     x = torch.randn(32, 64) + 1
     stored = quantize_layer(
-        "layer", layer, Choice(INT4, True), quantization=Quantization(calibration={"layer": x.mean(0)})
+        "layer", layer, Choice(INT4, True), quantization=Quantization(calibration=Calibration({"layer": x.mean(0)}))
     )
     weight = INT4.dequantize(stored.tensors, (4, 64), torch.float32)
     plain_error = (x @ (weight - layer.weight).T).mean(0)
@@ -111,7 +113,7 @@ def test_a_corrected_bias_undoes_the_mean_error() -> None:
 
 def test_codes_and_scales_do_not_depend_on_the_correction() -> None:
     layer = nn.Linear(64, 4)
-    calibration = {"layer": torch.ones(64)}
+    calibration = Calibration({"layer": torch.ones(64)})
     with_it, without = (
         quantize_layer("layer", layer, Choice(INT4, c), quantization=Quantization(calibration=calibration))
         for c in (True, False)
@@ -162,7 +164,8 @@ def test_a_quantizer_that_needs_only_the_weight_needs_no_calibration(
 def test_what_was_rounded_is_stored_bit_for_bit(heavy: nn.Linear, quantizer: str, format: Any) -> None:
     choice = Choice(format, True, quantizer)
     made = format.quantize(torch.randn(4, 64))  # of another weight, so that it cannot be made again
-    calibration = {"layer": torch.ones(64), **{rounded_key("layer", choice, s): t for s, t in made.items()}}
+    rounded = {RoundedKey.of("layer", choice, s): t for s, t in made.items()}
+    calibration = Calibration({"layer": torch.ones(64)}, rounded)
     stored = quantize_layer("layer", heavy, choice, quantization=Quantization(calibration=calibration))
     assert stored.tensors.keys() == made.keys()
     assert all(torch.equal(stored.tensors[s].view(torch.uint8), made[s].view(torch.uint8)) for s in made)
@@ -174,7 +177,8 @@ def test_what_was_rounded_is_stored_bit_for_bit(heavy: nn.Linear, quantizer: str
 def test_what_was_rounded_for_another_choice_is_not_taken(heavy: nn.Linear) -> None:
     made = INT4.quantize(torch.randn(4, 64))
     others = [("layer", Choice(INT4, quantizer="gptq")), ("layer.2", Choice(INT4, quantizer="mse"))]
-    calibration = {rounded_key(name, choice, s): t for name, choice in others for s, t in made.items()}
+    rounded = {RoundedKey.of(name, choice, s): t for name, choice in others for s, t in made.items()}
+    calibration = Calibration(rounded=rounded)
     for quantizer, expected in (("mse", mse(INT4, heavy.weight.detach())), ("rtn", INT4.quantize(heavy.weight))):
         stored = quantize_layer(
             "layer", heavy, Choice(INT4, quantizer=quantizer), quantization=Quantization(calibration=calibration)
@@ -189,7 +193,8 @@ def test_what_was_rounded_with_a_hessian_and_is_missing_is_told_with_the_remedy(
 ) -> None:
     choice = Choice(INT4, quantizer=quantizer)
     made = INT4.quantize(heavy.weight.detach())
-    kept = {rounded_key("mid.to_q", choice, s): t for s, t in made.items() if missing not in (s, "everything")}
+    rest = {s: t for s, t in made.items() if missing not in (s, "everything")}
+    kept = Calibration(rounded={RoundedKey.of("mid.to_q", choice, s): t for s, t in rest.items()})
     with pytest.raises(BitPolicyError, match=rf"layer mid\.to_q was rounded by {quantizer}, .*or set quantizer: rtn"):
         quantize_layer("mid.to_q", heavy, choice, quantization=Quantization(calibration=kept))
 
@@ -210,7 +215,7 @@ def test_what_was_rounded_for_another_layer_is_refused(
 ) -> None:
     choice = Choice(INT4, quantizer=quantizer)
     made = {**INT4.quantize(heavy.weight.detach()), suffix: tensor}
-    calibration = {rounded_key("layer", choice, s): t for s, t in made.items()}
+    calibration = Calibration(rounded={RoundedKey.of("layer", choice, s): t for s, t in made.items()})
     with pytest.raises(BitPolicyError, match="layer layer: its calibration is of another shape; use the file of this"):
         quantize_layer("layer", heavy, choice, quantization=Quantization(calibration=calibration))
 

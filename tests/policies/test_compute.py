@@ -20,6 +20,7 @@ from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import packed_layers, quantizable_layers
 from bitpolicy.pipelines.offload import stream_weights
 from bitpolicy.policies.apply import pack, quantized, to_storage
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.component import export_component
 from bitpolicy.policies.checkpoints.model_card import model_card
 from bitpolicy.policies.checkpoints.pipeline import export_pipeline
@@ -126,17 +127,17 @@ def test_inputs_and_weights_are_as_before_after_the_block(
     toy_unet: Any, every_format_in_turn: Any, calibrate: Any, predict: Any
 ) -> None:
     before, choices, means = predict(toy_unet), every_format_in_turn(toy_unet), calibrate(toy_unet)
-    with quantized(toy_unet, choices, quantization=Quantization(calibration=means, compute=Compute.INT8)):
+    with quantized(toy_unet, choices, quantization=Quantization(calibration=Calibration(means), compute=Compute.INT8)):
         assert any(layer._forward_pre_hooks for layer in toy_unet.modules())
     with (
         pytest.raises(KeyboardInterrupt),
-        quantized(toy_unet, choices, quantization=Quantization(calibration=means, compute=Compute.INT8)),
+        quantized(toy_unet, choices, quantization=Quantization(calibration=Calibration(means), compute=Compute.INT8)),
     ):
         raise KeyboardInterrupt
     del means[next(name for name, choice in reversed(choices.items()) if choice.bias_correction)]
     with (
         pytest.raises(BitPolicyError, match="needs its mean input"),
-        quantized(toy_unet, choices, quantization=Quantization(calibration=means, compute=Compute.INT8)),
+        quantized(toy_unet, choices, quantization=Quantization(calibration=Calibration(means), compute=Compute.INT8)),
     ):
         pass
     assert not any(layer._forward_pre_hooks for layer in toy_unet.modules())

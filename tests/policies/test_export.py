@@ -21,12 +21,13 @@ from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.apply import to_storage
-from bitpolicy.policies.calibration import load_calibration
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.checkpoint import checkpoint_bytes, export_denoiser
 from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.footprint import stored_others
 from bitpolicy.policies.policy import Choice, Policy
 from bitpolicy.policies.quantization import Quantization
+from bitpolicy.policies.storage.calibration_file import load_calibration
 
 WireReader = Callable[[str, Mapping[str, np.ndarray], tuple[int, ...]], np.ndarray]
 Policymaker = Callable[..., Policy]
@@ -117,7 +118,7 @@ def test_the_folder_is_a_diffusers_pipeline_with_its_policy(exported: Any) -> No
     assert {f"unet/{WEIGHTS}", "unet/config.json", f"vae/{WEIGHTS}", "text_encoder/model.safetensors"} < names
     assert Policy.load(exported.folder / "policy.yaml").resolve(exported.choices) == exported.choices
     kept = load_calibration(exported.folder / "calibration.safetensors")
-    assert all(torch.equal(kept[name], patch) for name, patch in exported.calibration.items())
+    assert all(torch.equal(kept.input_means[name], patch) for name, patch in exported.calibration.input_means.items())
     assert [name for name in names if name.startswith(".") or "partial" in name] == []
 
 
@@ -151,7 +152,7 @@ def test_other_components_are_stored_as_asked(
     expected: torch.dtype,
 ) -> None:
     policy = policy_of(toy_pipeline.unet, {name: Choice(FP16) for name, _ in quantizable_layers(toy_pipeline.unet)})
-    export_pipeline(toy_pipeline, "unet", policy, {}, tmp_path / "out", component_dtype=dtype)
+    export_pipeline(toy_pipeline, "unet", policy, Calibration(), tmp_path / "out", component_dtype=dtype)
     found = load_file(tmp_path / "out" / "vae" / WEIGHTS)
     assert {tensor.dtype for tensor in found.values()} == {expected}
     assert not (tmp_path / "out" / "calibration.safetensors").exists(), "nothing was corrected"
@@ -206,9 +207,9 @@ def test_an_export_that_fails_leaves_what_was_there(exported: Any, tmp_path: Pat
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "model_index.json").write_text("old")
     last = [name for name, choice in exported.choices.items() if choice.bias_correction][-1]
-    lacking = {name: patch for name, patch in exported.calibration.items() if name != last}
+    means = {name: mean for name, mean in exported.calibration.input_means.items() if name != last}
     with pytest.raises(BitPolicyError, match=f"layer {last}: bias correction needs its mean input"):
-        export_pipeline(exported.pipe, "unet", exported.policy, lacking, tmp_path / "out")
+        export_pipeline(exported.pipe, "unet", exported.policy, Calibration(means), tmp_path / "out")
     assert [path.name for path in tmp_path.rglob("*")] == (["out", "model_index.json"] if before else [])
 
 
@@ -230,7 +231,7 @@ def test_a_weight_that_no_integer_holds_names_its_layer(
     policy = policy_of(toy_pipeline.unet, choices)
     toy_pipeline.unet.mid_block.resnets[0].conv1.weight.data[0] = float("nan")
     with pytest.raises(BitPolicyError, match=r"layer mid_block\.resnets\.0\.conv1: .*keep this layer at fp16"):
-        export_pipeline(toy_pipeline, "unet", policy, {}, tmp_path / "out")
+        export_pipeline(toy_pipeline, "unet", policy, Calibration(), tmp_path / "out")
 
 
 def test_a_policy_for_layers_that_are_not_there_is_refused(
@@ -238,7 +239,7 @@ def test_a_policy_for_layers_that_are_not_there_is_refused(
 ) -> None:
     policy = policy_of(toy_pipeline.unet, {"conv_in": Choice(FP16), "conv_inn": Choice(format_named("int8"))})
     with pytest.raises(BitPolicyError, match=r"'conv_inn', which this model does not have; did you mean 'conv_in'\?"):
-        export_pipeline(toy_pipeline, "unet", policy, {}, tmp_path / "out")
+        export_pipeline(toy_pipeline, "unet", policy, Calibration(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

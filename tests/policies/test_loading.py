@@ -20,6 +20,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.layers import PackedLayer, quantizable_layers
 from bitpolicy.policies.apply import quantized
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.checkpoint import export_denoiser
 from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.loading.packed_config import BitPolicyConfig
@@ -147,7 +148,7 @@ def test_a_bfloat16_pipeline_stays_in_bfloat16(
 ) -> None:
     choices = {name: Choice(format_named("int4")) for name, _ in quantizable_layers(toy_pipeline.unet)}
     policy = policy_of(toy_pipeline.unet, choices, torch.bfloat16)
-    export_pipeline(toy_pipeline, "unet", policy, {}, tmp_path / "out", component_dtype=torch.bfloat16)
+    export_pipeline(toy_pipeline, "unet", policy, Calibration(), tmp_path / "out", component_dtype=torch.bfloat16)
     pipe = load_pipeline(tmp_path / "out")
     assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.bfloat16}
 

@@ -29,6 +29,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.layers import PackedLayer, PackedLinear, pack_layer, quantizable_layers, unsupported_layers
 from bitpolicy.policies.apply import quantized, to_storage
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.component import export_component
 from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.denoiser import denoiser_names, denoiser_of
@@ -200,7 +201,7 @@ def pipeline(
     to_storage(studied, torch.float16)
     choices = {name: Choice(choice.format) for name, choice in every_format_in_turn(studied).items()}
     policy = policy_of(studied, choices, component=components)
-    export_pipeline(pipe, components, policy, {}, folder / "packed", component_dtype=torch.float32)
+    export_pipeline(pipe, components, policy, Calibration(), folder / "packed", component_dtype=torch.float32)
     pipe.save_pretrained(folder / "full")
     return PipelineCase(toy, folder / "packed", folder / "full")
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.policies.calibration import load_calibration
 from bitpolicy.policies.identity import weights_hash
 from bitpolicy.policies.storage import file_source as module
+from bitpolicy.policies.storage.calibration_file import load_calibration
 from bitpolicy.policies.storage.file_source import FileSource
 from bitpolicy.policies.storage.source import ModuleSource, Unchanged, joined, source_hash
 from bitpolicy.policies.storage.source_converted import converted

@@ -23,6 +23,7 @@ from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.kernels.quantizers.bias_correction import bias_shift
 from bitpolicy.policies.apply import to_storage
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.policy import Choice
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.rounded_layers import seen_input
@@ -186,7 +187,7 @@ def test_the_weight_part_is_of_the_weight_that_is_multiplied_and_the_bias_part_o
     changes = WeightChanges(
         {"layer": layer},
         candidates([INT4]),
-        quantization=Quantization(calibration={"layer": mean}, compute=Compute.INT8),
+        quantization=Quantization(calibration=Calibration({"layer": mean}), compute=Compute.INT8),
     )
     stored = INT4.dequantize(INT4.quantize(layer.weight.detach()), shape, torch.float32)
     step = (stored.flatten(1).abs().amax(1) / 127).view(-1, *[1] * (len(shape) - 1))

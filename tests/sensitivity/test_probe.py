@@ -16,6 +16,7 @@ from scipy.stats import spearmanr
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import FP16, format_named, parse_formats
 from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.policy import Choice
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.cost.progress import Stages
@@ -171,7 +172,9 @@ def test_ablation_is_the_run_with_that_layer_alone_quantized(new_trajectories: N
     reference = References.of(trajectories, SAMPLES, images=False)
     for format, correct in itertools.product((INT4, INT8), (False, True)):
         choices = {name: Choice(format, correct)}
-        found = ablate(trajectories, choices, SAMPLES, reference, quantization=Quantization(calibration={name: patch}))
+        found = ablate(
+            trajectories, choices, SAMPLES, reference, quantization=Quantization(calibration=Calibration({name: patch}))
+        )
         errors = (one_layer_by_hand(trajectories, layer, format, patch, correct) - reference.latents).double()
         expected = errors.square().flatten(1).sum(1)
         torch.testing.assert_close(found.power, expected, rtol=1e-3, atol=0)
