@@ -41,6 +41,7 @@ from bitpolicy.search.quality.psnr import Psnr, Unavailable
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import Layer
 from bitpolicy.sensitivity.table import SensitivityTable
+from bitpolicy.sensitivity.table_files import ModelContext, write_table
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 from bitpolicy.settings import Settings
 from bitpolicy.workflow.compare import save_comparison
@@ -130,7 +131,7 @@ class SearchRun:
                 while places := find(problem, problem.solve(), left):
                     problem = replace(problem, table=run.remeasured(problem.table, reference, places))
                     left -= len(places)
-        problem.table.save(self._folder, plan.layers, plan.account, plan.model)
+        write_table(problem.table, self._folder, ModelContext(plan.layers, plan.account, plan.model))
         return problem
 
     def _posed(self, table: SensitivityTable) -> Problem:

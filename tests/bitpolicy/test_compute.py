@@ -20,7 +20,7 @@ from bitpolicy.policies.policy import Policy
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.storage.calibration_file import load_calibration
 from bitpolicy.search.quality.psnr import Psnr
-from bitpolicy.sensitivity.table import SensitivityTable
+from bitpolicy.sensitivity.table_files import read_table
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
 CALL = ("--num-inference-steps", "2", "--guidance-scale", "1")
@@ -67,7 +67,7 @@ def test_a_search_without_it_says_nothing_of_it(finished: Any) -> None:
 
 
 def test_the_table_says_what_share_the_inputs_have(searched: Any) -> None:
-    table = SensitivityTable.load(searched[1] / "sensitivity.safetensors")
+    table = read_table(searched[1] / "sensitivity.safetensors")
     assert table.compute is Compute.INT8
     assert table.inputs is not None
     found = [float(row["inputs_share"]) for row in rows(searched[1])]
@@ -148,7 +148,7 @@ def test_a_search_under_fp8_compute_is_measured_and_recorded_so(
     outcome = command("--budget", "50%", *small, *under, "--output-dir", "out", "--json")
     assert (outcome.code, outcome.result["compute"]) == (0, "fp8")
     assert Policy.load(here / "out" / "policy.yaml").compute == "fp8"
-    table = SensitivityTable.load(here / "out" / "sensitivity.safetensors")
+    table = read_table(here / "out" / "sensitivity.safetensors")
     assert table.inputs is not None
     shares = table.inputs[:, [f.name for f in table.formats].index("fp8")]
     assert shares.count_nonzero() > 10

@@ -29,7 +29,7 @@ from bitpolicy.sensitivity.records import Records
 from bitpolicy.sensitivity.rounding import rounding_pass
 from bitpolicy.sensitivity.rounding.kept_calibration import write_rounded
 from bitpolicy.sensitivity.samples import split_samples
-from bitpolicy.sensitivity.table import SensitivityTable
+from bitpolicy.sensitivity.table_files import read_table
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
 CALL = {"num_inference_steps": 1, "guidance_scale": 1.0}
@@ -168,7 +168,7 @@ def stopped_file(at: str, path: Path, specs: Any, tensors: Any) -> None:
 
 
 def test_layers_have_the_quantizers_that_scored_best(auto: Searched, layer_names: list[str]) -> None:
-    table = SensitivityTable.load(auto.folder / "sensitivity.safetensors")
+    table = read_table(auto.folder / "sensitivity.safetensors")
     assert table.quantizers == QUANTIZERS
     for i, name in enumerate(layer_names):
         assert auto.choices[name] == table.choice(i, auto.choices[name].format)
@@ -244,7 +244,7 @@ def test_the_command_takes_a_quantizer(command: Any, toy: Path, prompts: Path, t
 
 
 def test_of_all_formats_a_few_are_probed_and_several_used(every: Searched) -> None:
-    table = SensitivityTable.load(every.folder / "sensitivity.safetensors")
+    table = read_table(every.folder / "sensitivity.safetensors")
     assert 7 <= len(table.formats) <= 14
     used = {choice.format for choice in every.choices.values()}
     assert len(used) > 3
