@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -24,3 +25,7 @@ class Quantization:
     calibration: Calibration = field(default_factory=Calibration)
     storage: torch.dtype = torch.float16
     compute: Compute = Compute.EXACT
+
+    def of_component(self, component: str, components: Sequence[str]) -> Quantization:
+        """The same with the calibration of one component's layers, by their names within it."""
+        return replace(self, calibration=self.calibration.of_component(component, components))

@@ -76,6 +76,7 @@ def export_parts(
     """
     storage = getattr(torch, policy.storage_dtype)
     others = component_dtype or storage
+    quantization = Quantization(calibration=calibration, storage=storage, compute=Compute(policy.compute))
     choices = choices_for(parts.denoiser, policy)
     if folder.exists() and not (folder / "model_index.json").is_file() and (folder.is_file() or any(folder.iterdir())):
         raise BitPolicyError(f"{folder} holds something that is no pipeline; export to a new or an empty folder")
@@ -88,15 +89,13 @@ def export_parts(
         nbytes = 0
         components = list(parts.sources)
         for name, model in zip(components, denoisers_in(parts.denoiser), strict=True):
-            own, measured = of_component(choices, name, components), calibration.of_component(name, components)
-            source = parts.sources[name]
             nbytes += export_component(
                 model,
-                own,
+                of_component(choices, name, components),
                 aside / name,
                 max_shard_size=max_shard_size,
-                source=source,
-                quantization=Quantization(calibration=measured, storage=storage, compute=Compute(policy.compute)),
+                source=parts.sources[name],
+                quantization=quantization.of_component(name, components),
             )
         if _is_kept(calibration, choices):
             save_calibration(calibration, aside / "calibration.safetensors")

@@ -72,22 +72,22 @@ def export_to(
             the disk is full.
         TargetError: the target cannot hold the policy, and `requantize` is off.
     """
-    exporter, storage = exporter_named(target), getattr(torch, policy.storage_dtype)
+    exporter = exporter_named(target)
+    quantization = Quantization(calibration=calibration, storage=getattr(torch, policy.storage_dtype))
     components = list(parts.sources)
     _require_diffusers(parts, exporter)
     _keep_others(folder)
     asked = choices_for(parts.denoiser, policy)
-    changed = _requantized(exporter, parts, asked, calibration, storage, requantize)
+    changed = _requantized(exporter, parts, asked, quantization, requantize)
     choices = asked | {one.name: one.after for one in changed}
     written = _policy_of(policy, choices, exporter) if changed else policy
     nbytes = 0
     with folder_written_aside(folder) as aside:
         aside.mkdir()
         for name, model in zip(components, denoisers_in(parts.denoiser), strict=True):
-            own, measured = of_component(choices, name, components), calibration.of_component(name, components)
-            source = _source(
-                model, parts.sources[name], name, own, Quantization(calibration=measured, storage=storage), written
-            )
+            own = of_component(choices, name, components)
+            within = quantization.of_component(name, components)
+            source = _source(model, parts.sources[name], name, own, within, written)
             nbytes += exporter.write(source, aside)
         write_text(aside / POLICY, written.to_yaml())  # without a calibration: the codes are in the target's own files
     return Exported(nbytes, changed, (*_notes(exporter, choices), *_compute_note(exporter, policy)))
@@ -97,8 +97,7 @@ def _requantized(
     exporter: Exporter,
     parts: Parts,
     choices: Mapping[str, Choice],
-    calibration: Calibration,
-    storage: torch.dtype,
+    quantization: Quantization,
     allowed: bool,
 ) -> tuple[Requantized, ...]:
     """What becomes of the layers that the exporter does not hold; an error where that is not allowed."""
@@ -107,9 +106,9 @@ def _requantized(
     unheld = {layer.name: layer for layer in layers if not exporter.holds(layer)}
     if not allowed:
         refuse(exporter, unheld)
-    weights = (as_stored(f"{name}.weight", source.read(f"{name}.weight"), storage) for name in unheld)
+    weights = (as_stored(f"{name}.weight", source.read(f"{name}.weight"), quantization.storage) for name in unheld)
     return tuple(
-        requantized(exporter, layer, weight, choices[name], calibration)
+        requantized(exporter, layer, weight, choices[name], quantization.calibration)
         for (name, layer), weight in zip(unheld.items(), weights, strict=True)
     )
 

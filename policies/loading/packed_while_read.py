@@ -54,8 +54,8 @@ class PackedWhileRead:
         policy.model.require_config(component, model)
         choices = choices_for(model, policy, component if len(components) > 1 else None)
         calibration = calibration_of(policy, path, choices.values())
-        own = calibration.of_component(component, components)
-        self._quantization = Quantization(calibration=own, storage=self._storage, compute=Compute(policy.compute))
+        whole = Quantization(calibration=calibration, storage=self._storage, compute=Compute(policy.compute))
+        self._quantization = whole.of_component(component, components)
         self._choices = {name: choice for name, choice in choices.items() if choice.format.packed}
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         self._waiting: dict[str, dict[str, torch.Tensor]] = {}

@@ -27,7 +27,7 @@ from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.storage.calibration_file import load_calibration
 from bitpolicy.sensitivity.records import Records
 from bitpolicy.sensitivity.rounding import rounding_pass
-from bitpolicy.sensitivity.rounding.kept_calibration import write_rounded
+from bitpolicy.sensitivity.rounding.kept_rounding import write_rounded
 from bitpolicy.sensitivity.samples import split_samples
 from bitpolicy.sensitivity.table_files import read_table
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories

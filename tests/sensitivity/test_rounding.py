@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import format_named, parse_formats
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.kernels.quantizers.bias_correction import bias_shift
@@ -23,13 +24,12 @@ from bitpolicy.policies.policy import Choice
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import inventory
-from bitpolicy.sensitivity.probes import probe
 from bitpolicy.sensitivity.probes.run import ProbeRun, ProbeSettings
 from bitpolicy.sensitivity.probes.weight_changes import WeightChanges
 from bitpolicy.sensitivity.rounding import hessians, rounding, rounding_pass
 from bitpolicy.sensitivity.rounding.candidates import Candidate, candidates
 from bitpolicy.sensitivity.rounding.hessians import Moments, measure_moments
-from bitpolicy.sensitivity.rounding.kept_calibration import write_rounded
+from bitpolicy.sensitivity.rounding.kept_rounding import write_rounded
 from bitpolicy.sensitivity.rounding.rounding import announced, needs_hessian, parts, rounded
 from bitpolicy.sensitivity.samples import split_samples
 from bitpolicy.sensitivity.trajectory import scaled_backward
@@ -339,7 +339,7 @@ def test_layers_of_long_rows_in_groups_or_never_called_are_rounded_all_the_same(
 
 @pytest.mark.parametrize("probe_name", ["ablation", "weight"])
 def test_probes_that_cannot_choose_say_so(probe_name: str) -> None:
-    with pytest.raises(probe.BitPolicyError, match=r"does not choose between quantizers; name one with --quantizer"):
+    with pytest.raises(BitPolicyError, match=r"does not choose between quantizers; name one with --quantizer"):
         ProbeSettings(probe_name, SAMPLES, quantizers=QUANTIZERS)
     ProbeSettings(probe_name, SAMPLES, quantizers=("gptq",))
 
