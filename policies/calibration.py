@@ -1,9 +1,9 @@
-"""What putting a policy on a model takes beyond the two, measured and rounded on the reference.
+"""A calibration: what a search measured on the reference model, and what an export needs besides policy and model.
 
-A calibration has two parts. `input_means` are E[x] of each layer, for corrected biases (see
-`bitpolicy.kernels.quantizers.bias_correction`). `rounded` are the packed tensors of layers that were not rounded to
-nearest. It also says which weights all this is of: what quantizers made of one model is another model's weights.
-A policy records its hash, so what is exported is what was searched.
+It has two parts. `input_means` holds E[x] of each layer, for bias correction (see
+`bitpolicy.kernels.quantizers.bias_correction`). `rounded` holds the packed tensors of layers that were not rounded to
+nearest. A calibration also records the hash of the weights it was made from, because it is wrong for any other model.
+The policy records the hash of the calibration, so an export uses exactly what was searched.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from bitpolicy.policies.choice import Choice
 from bitpolicy.policies.finite import is_finite
 from bitpolicy.policies.identity import tensors_digest
 
-_MADE_FROM = "made from"  # of the file's tensor that has the hash of the weights; no layer's name has a space
+_MADE_FROM = "made from"  # name of the tensor that holds the hash of the weights; no layer's name has a space
 K = TypeVar("K")
 S = TypeVar("S")
 T = TypeVar("T")
 
 
 class RoundedKey(NamedTuple):
-    """One packed tensor of a layer's weight, as a quantizer rounded it.
+    """Identifies one packed tensor of a rounded weight.
 
     Attributes:
-        layer: its name.
-        format: the name of the format.
-        quantizer: that picked the codes.
-        suffix: of the tensor among those of the format, as "weight_packed".
+        layer: name of the layer.
+        format: name of the format.
+        quantizer: name of the quantizer that picked the codes.
+        suffix: which of the format's tensors, e.g. "weight_packed".
     """
 
     layer: str
@@ -46,7 +46,7 @@ class RoundedKey(NamedTuple):
 
     @classmethod
     def read(cls, name: str) -> RoundedKey | None:
-        """From the tensor's name in a file; None for a name of another kind. No layer's name has a slash."""
+        """Parse the name of a tensor in a file; None if it is no such name. No layer's name has a slash."""
         parts = name.split("/")
         return cls(*parts) if len(parts) == len(cls._fields) else None
 
@@ -59,18 +59,17 @@ InputMeans = Mapping[str, torch.Tensor]
 """Layer name -> E[x], float32, shape (in) or (in, *kernel)."""
 
 RoundedWeights = Mapping[RoundedKey, torch.Tensor]
-"""Packed tensors, in the dtypes and shapes of their format. Those in files are read when they are looked up."""
+"""Packed tensors in the dtypes and shapes of their format. Tensors in files are read on each lookup."""
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What was measured and rounded on one model.
+    """Measurements and rounded weights of one model.
 
     Attributes:
         input_means: E[x] by layer; a layer that was never called has none.
-        rounded: the packed tensors that quantizers made.
-        made_from: hash of the weights that all is made from, as a policy records it; None where nobody said, as older
-            versions did not.
+        rounded: packed tensors made by quantizers.
+        made_from: hash of the model's weights, as a policy records it; None if unknown, as in files of older versions.
     """
 
     input_means: InputMeans = field(default_factory=dict)
@@ -79,9 +78,9 @@ class Calibration:
 
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor]) -> Calibration:
-        """From the tensors of its file, by their names there, each looked up when it is asked for.
+        """From tensors under the names that they have in the file; they are looked up lazily.
 
-        A name without a slash is a layer's, one with three is a `RoundedKey`; any other is passed over.
+        A name without a slash is that of a layer; a name with three slashes is a `RoundedKey`. Others are ignored.
         """
         keys = {key: name for name in tensors if (key := RoundedKey.read(name)) is not None}
         layers = {name: name for name in tensors if "/" not in name and name != _MADE_FROM}
@@ -89,7 +88,7 @@ class Calibration:
         return cls(_renamed(tensors, layers), _renamed(tensors, keys), made_from)
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
-        """What its file holds, by the names there, each looked up when it is asked for."""
+        """All tensors under the names that they have in the file, looked up lazily."""
         read: dict[str, Callable[[], torch.Tensor]] = {}
         read |= {name: partial(self.input_means.__getitem__, name) for name in self.input_means}
         read |= {str(key): partial(self.rounded.__getitem__, key) for key in self.rounded}
@@ -103,14 +102,15 @@ class Calibration:
 
     @property
     def nbytes(self) -> int:
-        """Tensor bytes of its file."""
+        """Tensor bytes of the file."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def needed_for(self, *policies: Mapping[str, Choice]) -> Calibration:
-        """What putting any of `policies`, choices by layer, on the model takes: every E[x] that is finite, and what was
-        rounded for them. All of it is read.
+        """The part that an export under any of `policies` needs, read into memory: the weights rounded for them, and
+        every finite E[x]. A bias is never corrected with an E[x] that is not finite.
 
-        No bias is corrected by an E[x] that is not finite.
+        Args:
+            policies: each a choice by layer name.
         """
         chosen = (entry for policy in policies for entry in policy.items())
         wanted = {(name, choice.format.name, choice.quantizer) for name, choice in chosen}
@@ -119,15 +119,19 @@ class Calibration:
         return replace(self, input_means=means, rounded=rounded)
 
     def stamped(self, weights: str) -> Calibration:
-        """The same with the hash of the weights that it was made from; one without entries stays so.
+        """The same with the hash of the weights it was made from; an empty calibration is returned unchanged.
 
         Args:
-            weights: `bitpolicy.policies.identity.weights_hash` of what is studied.
+            weights: hash by `bitpolicy.policies.identity.weights_hash`.
         """
         return replace(self, made_from=weights) if self else self
 
     def of_component(self, component: str, components: Sequence[str]) -> Calibration:
-        """The entries of one component's layers, by their names within it; all of them where there is one component."""
+        """The entries of one component, under the layers' names within it.
+
+        Args:
+            components: all that the calibration covers; of a single one, layer names have no prefix.
+        """
         if len(components) == 1:
             return self
         start = f"{component}."
@@ -146,10 +150,10 @@ class Calibration:
 
 
 def digest_of(tensors: Mapping[str, torch.Tensor], dtypes: bool = True) -> str:
-    """The hash of a calibration, of the tensors that its file holds.
+    """The hash of a calibration, given the tensors of its file.
 
     Args:
-        dtypes: whether they count; in hashes of older policies they do not.
+        dtypes: whether dtypes are hashed; older policies recorded a hash without them.
     """
     return f"sha256:{tensors_digest(((name, tensors[name]) for name in sorted(tensors)), dtypes)}"
 
@@ -160,7 +164,7 @@ def _ascii(value: str) -> torch.Tensor:
 
 
 class _Lazy(Mapping[K, T]):
-    """A mapping whose values are read each time they are looked up, and held by nobody."""
+    """A mapping that reads a value on each lookup and keeps none."""
 
     def __init__(self, read: Mapping[K, Callable[[], T]]) -> None:
         self._read = read
@@ -179,7 +183,7 @@ class _Lazy(Mapping[K, T]):
 
 
 def _renamed(entries: Mapping[S, T], keys: Mapping[K, S]) -> Mapping[K, T]:
-    """Some entries by other keys.
+    """A lazy view of some entries under other keys.
 
     Args:
         keys: new key -> key in `entries`.

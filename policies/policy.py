@@ -210,7 +210,7 @@ class Policy(_Strict):
         """The same policy, holding its calibration.
 
         Args:
-            calibration: or the tensors of its file, by their names there.
+            calibration: a `Calibration`, or tensors under the names that they have in the calibration file.
         """
         copy = self.model_copy()
         held = calibration if isinstance(calibration, Calibration) else Calibration.of(calibration)

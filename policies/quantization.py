@@ -1,4 +1,4 @@
-"""How a quantized model is stored and computed with, whatever each of its layers gets."""
+"""The quantization settings that all layers of a model share."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from bitpolicy.policies.calibration import Calibration
 
 @dataclass(frozen=True)
 class Quantization:
-    """What all layers share; a `Choice` says what each layer gets.
+    """Settings that all layers share; a `Choice` has those of one layer.
 
     Attributes:
-        calibration: E[x] of each layer, for corrected biases, and what quantizers made of the weights.
-        storage: dtype of the stored weights, torch.float16 or torch.bfloat16; errors are taken against the weight in
-            this dtype.
-        compute: what the products of packed layers round: nothing, or their inputs too.
+        calibration: mean inputs for bias correction, and the weights that were rounded in advance.
+        storage: dtype of everything that is not packed, torch.float16 or torch.bfloat16. The unquantized weight in
+            this dtype is the reference for errors.
+        compute: activation quantization of packed layers: none, INT8 or FP8.
     """
 
     calibration: Calibration = field(default_factory=Calibration)

@@ -1,7 +1,7 @@
-"""The files of a sensitivity table: written, and read again.
+"""Write and read the files of a sensitivity table.
 
-`sensitivity.safetensors` holds the numbers and what a reader has to know of the model, `sensitivity.csv` the same
-numbers for people and spreadsheets.
+`sensitivity.safetensors` holds the numbers and a description of the model; `sensitivity.csv` holds the numbers for
+people and spreadsheets.
 """
 
 from __future__ import annotations

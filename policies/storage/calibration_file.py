@@ -1,7 +1,7 @@
-"""`calibration.safetensors`, in the folder of the policy file: written, read, and found for a policy.
+"""Write, read and find `calibration.safetensors`, which lies in the folder of the policy file.
 
-It holds E[x] by layer name, packed tensors by the names of `RoundedKey`, and the hash of the weights that all this was
-made from.
+It holds E[x] under the layer's name, packed tensors under the names that `RoundedKey` gives them, and the hash of the
+weights that the calibration was made from.
 """
 
 from __future__ import annotations

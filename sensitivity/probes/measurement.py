@@ -154,13 +154,13 @@ def ablate(
 
 
 class Ablations:
-    """Measures policies on some samples; what was measured stays on disk.
+    """Measures policies on some samples, and keeps each measurement on disk.
 
     Args:
         trajectories: the pipeline with its call arguments.
-        samples: that are run under each policy.
-        records: where measurements are kept.
-        stages: progress.
+        samples: the trajectories that each policy runs.
+        records: keeps the measurements.
+        stages: shows progress.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class Ablations:
             policies: by a name for the record.
             label: of the progress bar.
             images: decode, too, and measure the images' error.
-            quantization: with what the policies need of a calibration.
+            quantization: its calibration covers the policies.
         """
 
         def make(names: Sequence[str]) -> Iterator[tuple[str, Piece]]:

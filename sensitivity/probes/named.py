@@ -1,4 +1,4 @@
-"""The probes by name. A new probe is a file with a `Probe` and an entry here."""
+"""The registry of probes. A new probe needs one file with a `Probe` and one entry here."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What every probe is: a way to score what quantizing each layer does, with a known cost.
+"""The interface of all probes: each scores every layer in every format, at a known cost.
 
-A probe is made for one set of inputs and gives one table. Its pieces of work have names and do not depend on each
-other, so that any process can make any of them, in any order, and the reduced result is the same to the bit.
+A probe splits its work into named pieces that do not depend on each other. Any process can compute any piece, in any
+order; the result is the same to the bit.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class ProbeInputs:
         trajectories: the pipeline with its call arguments.
         inventory: the layers under study.
         formats: the packed candidates.
-        quantizers: that round to each of them.
+        quantizers: those that are tried for each format.
         samples: calibration trajectories.
         vectors: random directions per sample, for the probes that take gradients.
-        reference: what the unquantized pipeline did on the samples.
-        quantization: with the calibration that `reference` has.
-        ablations: measure policies on the samples.
-        records: where finished pieces are kept.
+        reference: the unquantized pipeline's pass over the samples.
+        quantization: has the calibration of `reference`.
+        ablations: measures policies on the samples.
+        records: keeps finished pieces.
         stages: progress and warnings.
         recompute_inside: whether models are also checkpointed inside, block by block.
     """
@@ -76,11 +76,11 @@ class Probe(ABC):
     """One way to score layers.
 
     Attributes:
-        name: of the probe, as options and tables have it.
-        chooses_quantizer: whether it can tell which of several quantizers suits a layer; else it takes one.
+        name: as written in options and tables.
+        chooses_quantizer: whether it can choose between several quantizers.
         outside_loop: whether it can score components outside the sampling loop: text encoders, the autoencoder.
-        takes_gradients: whether it differentiates, along random vectors.
-        data_free: whether it looks at the weights alone and runs nothing.
+        takes_gradients: whether it differentiates along random vectors.
+        data_free: whether it looks at the weights only and runs nothing.
     """
 
     name: ClassVar[str]
@@ -97,10 +97,10 @@ class Probe(ABC):
         """The scores of every layer in every format.
 
         Raises:
-            LoopError: the sampling loop cannot be differentiated, and the probe has to.
+            LoopError: the probe takes gradients, and the sampling loop cannot be differentiated.
             BitPolicyError: a trajectory or a gradient is not finite.
         """
 
     @abstractmethod
     def forwards(self) -> int:
-        """What `table` costs, in forward passes of the denoiser, one sample each."""
+        """The cost of `table` in forward passes of the denoiser, one sample each."""

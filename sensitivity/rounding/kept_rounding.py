@@ -1,4 +1,4 @@
-"""Rounded weights on disk: all that quantizers made of every layer is too large for memory.
+"""Rounded weights on disk, because those of all candidates together do not fit in memory.
 
 There is one safetensors file a layer, which holds every candidate and a checksum. It is written tensor by tensor, aside
 and renamed, and never changed again; what is read from it is mapped into memory by the system, not copied. So what is
