@@ -16,6 +16,7 @@ from toy_pipelines import TOYS
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import to_storage
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.folder_parts import FolderParts, is_streamable
 from bitpolicy.policies.checkpoints.parts import MemoryParts, Parts
 from bitpolicy.policies.checkpoints.pipeline import export_parts
@@ -66,8 +67,8 @@ def test_text_encoders_are_streamed_as_they_are_written_from_memory(
     assert {parameter.device.type for parameter in streamed.denoiser.parameters()} == {"meta"}
     assert names_of(streamed) == names_of(memory)
     assert source_hash(streamed.sources, F16) == policy.model.sha256
-    export_parts(memory, policy, {}, tmp_path / "from memory")
-    export_parts(streamed, policy, {}, tmp_path / "streamed")
+    export_parts(memory, policy, Calibration(), tmp_path / "from memory")
+    export_parts(streamed, policy, Calibration(), tmp_path / "streamed")
     differ = differing(tmp_path / "from memory", tmp_path / "streamed")
     assert [name for name in differ if "tokenizer" not in name and name != "bitpolicy.json"] == []  # which lists them
 

@@ -23,6 +23,7 @@ from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.pipelines.loading import BUNDLED_FOLDER, open_pipeline
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.apply import to_storage
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.denoiser import denoiser_names, denoiser_of
 from bitpolicy.policies.footprint import loaded_bytes, measured_peak
@@ -210,7 +211,7 @@ def reloaded(pipe: Any, component: str, formats: Mapping[str, Format], folder: P
     """`pipe` exported under a policy and read back, in float32."""
     model = ModelReference(id="toy", component=component, class_name=component, sha256=component)  # an entry for each
     policy = Policy.of({name: Choice(format) for name, format in formats.items()}, model=model)
-    export_pipeline(pipe, component, policy, {}, folder / "exported")
+    export_pipeline(pipe, component, policy, Calibration(), folder / "exported")
     loaded = open_pipeline(folder / "exported", torch.float32)
     loaded.set_progress_bar_config(disable=True)
     return loaded
