@@ -36,7 +36,7 @@ KNOWN: dict[str, tuple[str, type[BaseException]]] = {  # a case that fails as it
 }
 
 
-@dataclass
+@dataclass(eq=False)  # pytest keeps its plugins in a set
 class Outcomes:
     """A plugin of pytest that keeps what became of each case.
 
