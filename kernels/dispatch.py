@@ -138,7 +138,7 @@ def _known(name: str) -> str:
         return name
     names = [AUTO, REFERENCE, *(row.kernel.name for row in TABLE)]
     if name not in names:
-        raise BitPolicyError(f"unknown kernel {name!r}; choose one of {', '.join(dict.fromkeys(names))}")
+        raise BitPolicyError(f"unknown kernel {name!r}; write any of {', '.join(dict.fromkeys(names))}")
     return name
 
 

@@ -52,7 +52,7 @@ def parse_compute(name: str) -> Compute:
     try:
         return Compute(name.strip().lower())
     except ValueError:
-        raise BitPolicyError(f"unknown compute {name!r}; choose one of {', '.join(Compute)}") from None
+        raise BitPolicyError(f"unknown compute {name!r}; write any of {', '.join(Compute)}") from None
 
 
 @dataclass(frozen=True)

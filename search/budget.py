@@ -150,7 +150,7 @@ class Budget:
         """Check that some policy fits.
 
         Args:
-            program: another program that must be able to load the policy, if any.
+            program: another program that must be able to hold the policy, if any.
             unpacked: number of layers that stay FP16 because that program supports none of the formats for them.
 
         Raises:
@@ -158,7 +158,7 @@ class Budget:
         """
         if self.nbytes >= smallest:
             return
-        there = f" that {program} can load" if program else ""
+        there = f" that {program} can hold" if program else ""
         policy = f"below the smallest policy{there} with {', '.join(formats)}: {smallest:,} bytes"
         layers = f"{unpacked} of {len(self.scope.account.shapes)} layers"
         why = f"; {program} cannot pack {layers}, which stay FP16" if unpacked else ""

@@ -1,5 +1,5 @@
 """What users fix in advance: formats of some layers (`--keep`), layers that share a format (`--share-qkv`), and a
-program that must load the result (`--target`)."""
+program that must hold the result (`--target`)."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ def shared_qkv(layers: Sequence[Layer]) -> list[list[str]]:
 def not_held(
     target: str, layers: Sequence[Layer], formats: Iterable[Format], kept: Mapping[str, Format]
 ) -> frozenset[tuple[str, Format]]:
-    """The (layer name, format) pairs that another program cannot load.
+    """The (layer name, format) pairs that another program cannot hold.
 
     Args:
         target: the program's name, one of `bitpolicy.policies.exporters.targets.NAMES`.
         kept: from `pinned`.
 
     Raises:
-        BitPolicyError: there is no such program, or `kept` has a format that it cannot load.
+        BitPolicyError: there is no such program, or `kept` has a format that it cannot hold.
     """
     exporter = exporter_named(target)
     found = frozenset(
@@ -89,7 +89,7 @@ def not_held(
     for name, format in kept.items():
         if (name, format) in found:
             raise BitPolicyError(
-                f"--keep {name}={format.name}: {exporter.title} cannot load that; "
+                f"--keep {name}={format.name}: {exporter.title} cannot hold that; "
                 f"`bitpolicy formats --target {exporter.name}` lists what it supports"
             )
     return found

@@ -108,7 +108,7 @@ def from_parameters(name: str, parameters: dict[str, object]) -> Format:
     found = format_named(name)
     if found.parameters() != parameters:
         raise FormatError(
-            f"format {name!r} was written as {parameters}, but this version reads it as {found.parameters()}; "
-            "use the version of bitpolicy that wrote the file"
+            f"format {name!r} was written as {parameters}; here it is {found.parameters()}; "
+            "use the bitpolicy that wrote it"
         )
     return found

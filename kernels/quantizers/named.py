@@ -44,7 +44,7 @@ def parse_quantizer(name: str) -> tuple[str, ...]:
     if wanted == AUTO:
         return QUANTIZERS
     if wanted not in QUANTIZERS:
-        raise BitPolicyError(f"unknown quantizer {name!r}; choose one of {', '.join((*QUANTIZERS, AUTO))}")
+        raise BitPolicyError(f"unknown quantizer {name!r}; write any of {', '.join((*QUANTIZERS, AUTO))}")
     return (wanted,)
 
 
