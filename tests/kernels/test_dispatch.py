@@ -252,7 +252,7 @@ def test_float_compute_may_use_exact_kernels(table: Any) -> None:
 def test_a_compute_mode_without_kernels_is_an_error(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     table()
     monkeypatch.setattr(dispatch, "TABLE", dispatch.TABLE[:1])
-    with pytest.raises(BitPolicyError, match="no kernel .* int8 on cpu; .* another compute"):
+    with pytest.raises(BitPolicyError, match=r"no kernel .* int8 on cpu; .* another compute"):
         chosen(compute=Compute.INT8)
 
 

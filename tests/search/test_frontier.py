@@ -227,5 +227,5 @@ def test_an_unreachable_error_is_refused_with_the_smallest_one(target: float) ->
 
 def test_a_layer_without_an_allowed_format_is_named() -> None:
     for ask in (lambda e, b: frontier(e, b, [9]), lambda e, b: smallest(e, b, 9.0), points):
-        with pytest.raises(BitPolicyError, match="layer 0 .* --formats"):
+        with pytest.raises(BitPolicyError, match=r"layer 0 .* --formats"):
             ask(np.array([[np.inf, np.inf]]), np.array([[1, 2]]))

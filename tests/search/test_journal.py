@@ -204,5 +204,5 @@ def test_a_full_disk_leaves_no_half_record(filled_journal: tuple[Path, bytes], m
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["a folder", "a pipe"])
 def test_a_path_that_is_not_a_file_is_refused(tmp_path: Path, make: Any) -> None:
     make(tmp_path / "journal")
-    with pytest.raises(BitPolicyError, match="study's journal .*journal is not a file; move it away"):
+    with pytest.raises(BitPolicyError, match=r"study's journal .*journal is not a file; move it away"):
         journal(str(tmp_path / "journal"))

@@ -222,13 +222,13 @@ def test_the_smallest_size_counts_only_allowed_formats() -> None:
 
 def test_a_layer_without_an_allowed_format_is_named() -> None:
     error = np.array([[1.0, 0.0], [np.inf, np.inf]])
-    with pytest.raises(BitPolicyError, match="layer 1 .* --formats"):
+    with pytest.raises(BitPolicyError, match=r"layer 1 .* --formats"):
         solve(error, np.ones((2, 2), dtype=np.int64), 10)
 
 
 @pytest.mark.parametrize("wrong", [np.nan, -1.0, -np.inf])
 def test_an_invalid_error_power_is_refused(wrong: float) -> None:
-    with pytest.raises(BitPolicyError, match="error power.* bitpolicy probe"):
+    with pytest.raises(BitPolicyError, match=r"error power.* bitpolicy probe"):
         solve(np.array([[1.0, wrong]]), np.array([[1, 2]]), 10)
 
 

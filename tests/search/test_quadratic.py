@@ -344,7 +344,7 @@ def test_layers_that_cancel_are_changed_together() -> None:
 def test_a_start_that_does_not_fit_or_is_not_allowed_is_refused() -> None:
     form = QuadraticForm.fixed(np.ones((1, 1, 2)), np.array([[np.inf, 1.0]]), 0.5)
     nbytes = np.array([[1, 2]])
-    with pytest.raises(BudgetError, match="takes 2 bytes.* 1;"):
+    with pytest.raises(BudgetError, match=r"takes 2 bytes.* 1;"):
         repair(form, nbytes, 1, Solution(np.array([1]), 1.0, 2, 0.0))
     with pytest.raises(BitPolicyError, match="not allowed"):
         repair(form, nbytes, 2, Solution(np.array([0]), 1.0, 1, 0.0))
