@@ -260,9 +260,9 @@ def test_the_largest_codes_do_not_overflow(kernel: Kernel, sign: int) -> None:
 def test_calls_it_cannot_serve_are_refused(kernel: Kernel) -> None:
     x, weight, _ = made("conv2d 3x3")
     grouped = PackedWeight(INT8, (40, 20, 3, 3), weight.tensors, Geometry((1, 1), (1, 1), (1, 1), groups=2))
-    assert "groups" in str(kernel.refuses(x, grouped))
+    assert "grouped" in str(kernel.refuses(x, grouped))
     assert "float64" in str(kernel.refuses(x.double(), weight))
-    assert "longer" in str(kernel.refuses(x, PackedWeight(INT8, (1, 2**16), {})))
+    assert str(2**16) in str(kernel.refuses(x, PackedWeight(INT8, (1, 2**16), {})))
     assert "CPU" in str(kernel.refuses(x.to("meta"), weight))
 
 

@@ -228,7 +228,7 @@ def test_a_layer_without_an_allowed_format_is_named() -> None:
 
 @pytest.mark.parametrize("wrong", [np.nan, -1.0, -np.inf])
 def test_an_invalid_error_power_is_refused(wrong: float) -> None:
-    with pytest.raises(BitPolicyError, match=r"error power.* bitpolicy probe"):
+    with pytest.raises(BitPolicyError, match=r"error power.*bitpolicy probe"):
         solve(np.array([[1.0, wrong]]), np.array([[1, 2]]), 10)
 
 
