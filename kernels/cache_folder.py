@@ -1,8 +1,8 @@
-"""Where this machine keeps what it has compiled and timed: `$BITPOLICY_CACHE`, else `bitpolicy` in the user's cache.
+"""The folder for compiled kernels and timings: `$BITPOLICY_CACHE`, or `bitpolicy` in the user's cache folder.
 
-What lies there is loaded and run, so it has to be the user's own. A folder or a file that belongs to somebody else, or
-that others may write to, is not used: a temporary folder takes its place while the process runs. The same goes for a
-user without a home directory.
+Its files are loaded and executed, so they must belong to the user. If a folder or file belongs to someone else, or
+others can write to it, a temporary folder replaces it for the lifetime of the process. The same happens for a user
+without a home directory.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from tempfile import NamedTemporaryFile, mkdtemp
 
 
 def cache_folder() -> Path:
-    """The folder; it need not exist."""
+    """The cache folder. It may not exist yet."""
     given = os.environ.get("BITPOLICY_CACHE")
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     try:
         folder = Path(given).expanduser() if given else Path(home).expanduser() / "bitpolicy"
-    except RuntimeError:  # expanduser's word for a user without a home directory
+    except RuntimeError:  # raised by expanduser for a user without a home directory
         return _private("there is no home directory")
     problem = _foreign(folder)
     return folder if problem is None else _private(problem)
 
 
 def is_own(path: Path) -> bool:
-    """Whether a file of the cache may be loaded: nobody but this user, or root, can have written it."""
+    """Whether a cache file is safe to load: only this user or root can have written it."""
     return _foreign(path) is None
 
 
 def keep(path: Path, content: bytes) -> bool:
-    """Write a file of the cache aside and rename it; False where it cannot be written, which harms nobody."""
+    """Write a cache file atomically. Returns False if it cannot be written, which is harmless."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
@@ -49,9 +49,9 @@ def keep(path: Path, content: bytes) -> bool:
 
 
 def _foreign(path: Path) -> str | None:
-    """Why what is at a path may be somebody else's work; None where it is the user's own, or not there yet.
+    """Why someone else may have written this path; None if it is the user's own or does not exist yet.
 
-    A folder that is not there is judged by the one in which it would be made.
+    A path that does not exist is judged by its nearest existing parent folder.
     """
     if not hasattr(os, "geteuid"):
         return None
@@ -62,21 +62,21 @@ def _foreign(path: Path) -> str | None:
             continue
         if found.st_uid not in (os.geteuid(), 0):
             return f"{place} belongs to another user"
-        others = stat.S_IWOTH | (0 if found.st_gid == os.getegid() else stat.S_IWGRP)  # many users have a group of one
+        others = stat.S_IWOTH | (0 if found.st_gid == os.getegid() else stat.S_IWGRP)  # many users have their own group
         sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX and place != path
         if found.st_mode & others and not sticky:
-            return f"others may write to {place}"
+            return f"other users can write to {place}"
         return None
     return None
 
 
 @cache
 def _private(why: str) -> Path:
-    """A folder of this process's own, removed when it ends; says so once."""
+    """A temporary folder of this process, deleted at exit. Prints one warning."""
     folder = Path(mkdtemp(prefix="bitpolicy-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     print(
-        f"warning: compiled kernels are not kept, as {why}; set BITPOLICY_CACHE to a folder of your own",
+        f"warning: compiled kernels will not be kept because {why}; set BITPOLICY_CACHE to a folder of your own",
         file=sys.stderr,
     )
     return folder

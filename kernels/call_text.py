@@ -1,11 +1,11 @@
-"""A call of the operator in one line of text: all of it that is not a tensor.
+"""One line of text that describes everything about a call of the operator except its tensors.
 
     int4 64x32x3x3 int8 stride=1x1 padding=1x1 dilation=1x1 groups=1 low-memory
 
-The format's name, the weight's shape, the compute; how a convolution slides; whether no layout may be kept. Torch turns
-every argument of an operator into an object of its own and back at each call: of lists of numbers that takes as long as
-all else that happens between a compiled model and a kernel, of text a tenth. Text is short to look up by, and says in
-what a compiler prints what a product is.
+The line gives the format's name, the weight's shape, the compute mode, the geometry of a convolution, and whether
+prepared layouts are forbidden. At each call, torch converts every argument of an operator to an object of its own and
+back. For lists of numbers, this takes as long as everything else between a compiled model and a kernel; for text, it
+takes a tenth of that. Text is also a cheap lookup key, and it is readable in what a compiler prints.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LOW_MEMORY = "low-memory"
 
 @dataclass(frozen=True)
 class Call:
-    """What a line of text says.
+    """A parsed line.
 
     Attributes:
         suffixes: of the weight's tensors, in the order in which the operator gets them.
@@ -36,12 +36,12 @@ class Call:
     compute: Compute
 
     def holding(self, tensors: Sequence[torch.Tensor]) -> PackedWeight:
-        """The weight with these tensors, which nothing here keeps."""
+        """The weight with these tensors. The call itself keeps no reference to them."""
         return self.weight.holding(dict(zip(self.suffixes, tensors, strict=True)))
 
 
 def in_words(weight: PackedWeight, compute: Compute) -> str:
-    """The line."""
+    """The line that describes a call."""
     words = [weight.format.name, _numbers(weight.shape), compute.value]
     g = weight.geometry
     if g is not None:
@@ -50,9 +50,9 @@ def in_words(weight: PackedWeight, compute: Compute) -> str:
     return " ".join([*words, _LOW_MEMORY] if weight.low_memory else words)
 
 
-@cache  # there are as many as kinds of layers
+@cache  # at most one entry for each kind of layer
 def read(text: str) -> Call:
-    """What the line says."""
+    """Parse a line."""
     name, shape, compute, *more = text.split()
     format, sizes = format_named(name), _sizes(shape)
     slides = dict(word.split("=") for word in more if word != _LOW_MEMORY)
@@ -61,7 +61,7 @@ def read(text: str) -> Call:
         stride, padding, dilation = (_sizes(slides[each]) for each in ("stride", "padding", "dilation"))
         geometry = Geometry(stride, padding, dilation, int(slides["groups"]))
     weight = PackedWeight(format, sizes, {}, geometry, _LOW_MEMORY in more)
-    weight.kind  # noqa: B018 - kept by it, and by those made of it
+    weight.kind  # noqa: B018 - computed once here and copied by `holding`
     return Call(weight, tuple(format.tensors(sizes, torch.float16)), Compute(compute))
 
 

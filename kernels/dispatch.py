@@ -1,12 +1,12 @@
-"""Which kernel multiplies: device x format x layer -> kernels, and how one of several is chosen.
+"""The table of kernels (device x format x layer), and the choice of one kernel for each call.
 
-`TABLE` is read from above. Of the kernels that have the compute asked for and take the call, the fastest is used: a
-micro-probe tries them on the call's own input and keeps what it found on disk (`bitpolicy.kernels.micro_probe`). Where
-nothing can be tried, while a CUDA graph is captured, the first one is used; and so it is where that is `settled`.
+`TABLE` is ordered. Among the kernels that have the requested compute mode and accept the call, the fastest is used. A
+micro-probe times them on the call's own input and stores the result on disk (`bitpolicy.kernels.micro_probe`). The
+first kernel is used without timing while a CUDA graph is being captured, and wherever that kernel is `settled`.
 
-    BITPOLICY_KERNELS=auto         the above
+    BITPOLICY_KERNELS=auto         as described above
     BITPOLICY_KERNELS=reference    plain torch code everywhere
-    BITPOLICY_KERNELS=NAME         this kernel wherever it takes the call, plain torch code elsewhere
+    BITPOLICY_KERNELS=NAME         this kernel wherever it accepts the call, plain torch code elsewhere
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ AUTO, REFERENCE = "auto", "reference"
 
 @dataclass(frozen=True)
 class Row:
-    """A kernel and the calls it is for.
+    """A kernel and the calls that it serves.
 
     Attributes:
         device: "cpu", "cuda" or "any".
@@ -56,7 +56,7 @@ class Row:
     kernel: Kernel
 
     def refuses(self, x: torch.Tensor, weight: PackedWeight) -> str | None:
-        """Why a call gets another kernel, or None."""
+        """Why this kernel does not accept the call, or None."""
         if self.device not in ("any", x.device.type):
             return f"for {self.device}"
         if weight.layer not in self.layers.split():
@@ -83,13 +83,13 @@ TABLE: tuple[Row, ...] = (
 
 
 def kernels(compute: Compute) -> list[Row]:
-    """The rows whose kernels may be used where this compute is asked for: its own, and for FLOAT exact ones, too."""
+    """The rows whose kernels may serve this compute mode: its own kernels, and for FLOAT also the exact ones."""
     allowed = {compute, Compute.EXACT} if compute is Compute.FLOAT else {compute}
     return [row for row in TABLE if row.kernel.compute in allowed]
 
 
 def effective(compute: Compute, weight: PackedWeight) -> Compute:
-    """The compute of one layer where `compute` is asked for a model: what does not suit 8-bit inputs keeps its own."""
+    """The compute mode of one layer in a model set to `compute`. Layers unsuited to 8-bit inputs do not round them."""
     if compute is Compute.INT8 and not int8_compute.suits(weight):
         return Compute.EXACT
     if compute is Compute.FP8 and not fp8_compute.suits(weight):
@@ -98,7 +98,7 @@ def effective(compute: Compute, weight: PackedWeight) -> Compute:
 
 
 _VARIABLE = "BITPOLICY_KERNELS"
-# Where CPython has it: looking for what is not there takes `os.environ` as long as a small layer takes to multiply.
+# Read CPython's own dict: looking up a missing variable in `os.environ` takes as long as multiplying a small layer.
 _environment: Mapping[Any, Any] | None = getattr(os.environ, "_data", None)
 _variable = os.environ.encodekey(_VARIABLE)
 _forced: list[str] = []
@@ -106,7 +106,7 @@ _chosen: dict[tuple[object, ...], Kernel] = {}
 
 
 def mode() -> str:
-    """What is asked for: by the innermost `use_kernels`, else by the environment.
+    """The requested kernel mode: from the innermost `use_kernels`, otherwise from the environment.
 
     Raises:
         BitPolicyError: there is no kernel of that name.
@@ -120,8 +120,8 @@ def mode() -> str:
 
 @contextmanager
 def use_kernels(name: str) -> Iterator[None]:
-    """While the block runs, packed layers multiply with "auto", "reference" or the kernel named, whatever the
-    environment says.
+    """Inside the block, packed layers multiply with "auto", "reference" or the named kernel, whatever the environment
+    says.
 
     Raises:
         BitPolicyError: there is no kernel of that name.
@@ -146,17 +146,17 @@ def choose(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, com
     """The kernel for one call.
 
     Args:
-        compute: what this very layer may round.
+        compute: what this layer may round.
 
     Raises:
-        BitPolicyError: no kernel here has that compute.
+        BitPolicyError: no kernel on this device has that compute mode.
     """
     asked = mode()
     threads = torch.get_num_threads()
     key = (asked, id(compute), x.device, x.dtype, x.shape, _order(x), bias is None, weight.kind, threads)
     found = _chosen.get(key)
     if found is None:
-        with torch.cuda.device_of(x):  # events are recorded, and kernels tried, on the current one
+        with torch.cuda.device_of(x):  # kernels are timed on the current device
             found, lasting = _decide(asked, x, weight, bias, compute)
         if lasting:
             _chosen[key] = found
@@ -166,17 +166,17 @@ def choose(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, com
 def _decide(
     asked: str, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, compute: Compute
 ) -> tuple[Kernel, bool]:
-    """The kernel, and whether it would be the same another time."""
+    """The kernel, and whether the choice can be cached."""
     able = takers(x, weight, compute)
     if not able:
-        raise BitPolicyError(f"no kernel computes in {compute} on {x.device.type}; choose another compute")
-    fallback = able[-1]  # the table ends with the references
+        raise BitPolicyError(f"no kernel supports compute {compute} on {x.device.type}; choose another compute")
+    fallback = able[-1]  # the references end the table
     if asked == REFERENCE:
         return fallback, True
     if asked != AUTO:
         return next((kernel for kernel in able if kernel.name == asked), fallback), True
     settled = next((place for place, kernel in enumerate(able) if kernel.settled), len(able) - 1)
-    worth = able[: settled + 1]  # what stands below it is slower
+    worth = able[: settled + 1]  # the kernels below it are slower
     if len(worth) == 1 or x.numel() == 0:
         return able[0], True
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -185,25 +185,25 @@ def _decide(
     thrifty = [kernel.name for kernel in worth if kernel.thrifty]
     with torch.no_grad():
         best = micro_probe.fastest(_described(x, weight, bias, compute), tried, compute, tried[worth[-1].name], thrifty)
-    release_scratch()  # the largest of those tried reserved most
+    release_scratch()  # the hungriest candidate set its size
     return next((kernel for kernel in able if kernel.name == best), fallback), True
 
 
 def takers(x: torch.Tensor, weight: PackedWeight, compute: Compute) -> list[Kernel]:
-    """The kernels of the compute that take a call, in the table's order."""
+    """The kernels of this compute mode that accept the call, in the order of the table."""
     return [row.kernel for row, refusal in explained(x, weight, compute) if refusal is None]
 
 
 def run(kernel: Kernel, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """The product by this kernel, with what it prepared of the weight."""
-    if x.is_cuda and x.get_device() != torch.cuda.current_device():  # where Triton would launch
+    """The product by this kernel, with the layouts that it prepared from the weight."""
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():  # Triton launches on the current device
         with torch.cuda.device_of(x):
             return kernel(x, weight, bias, prepared(kernel, weight, x.dtype))
     return kernel(x, weight, bias, prepared(kernel, weight, x.dtype))
 
 
 def scratch_kept(weight: PackedWeight, dtype: torch.dtype) -> int:
-    """The most bytes that stay reserved once such a weight was multiplied exactly with an input of this dtype."""
+    """The most bytes that stay reserved after such a weight is multiplied exactly with an input of this dtype."""
     x = torch.empty(0, dtype=dtype, device=next(iter(weight.tensors.values())).device)
     return max(kernel.scratch(weight, dtype) for kernel in takers(x, weight, Compute.EXACT)) if mode() == AUTO else 0
 
@@ -214,9 +214,9 @@ _Made = dict[tuple[str, torch.dtype], tuple[list[int], Prepared]]
 
 
 class _Layouts:
-    """(Kernel, dtype) -> versions of the stored tensors and what was made of them, for as long as the first one lives.
+    """(Kernel, dtype) -> versions of the stored tensors and what was prepared from them, while the first one lives.
 
-    What torch's WeakIdKeyDictionary does, at a quarter of the time.
+    Does what torch's WeakIdKeyDictionary does in a quarter of the time.
     """
 
     def __init__(self) -> None:
@@ -230,7 +230,7 @@ class _Layouts:
         return found[1]
 
     def made(self, stored: torch.Tensor) -> _Made:
-        """The same where it is only looked at: nothing is entered for a weight of which nothing was made."""
+        """Like `of`, but read-only: it adds no entry for a weight without layouts."""
         found = self._found.get(id(stored))
         return found[1] if found is not None and found[0]() is stored else {}
 
@@ -242,7 +242,7 @@ _layouts = _Layouts()
 
 
 def prepared(kernel: Kernel, weight: PackedWeight, dtype: torch.dtype) -> Prepared:
-    """What the kernel makes of the weight once; made anew when the stored tensors were replaced or written to."""
+    """The layouts that a kernel makes of the weight once, and again after the stored tensors are replaced or edited."""
     if type(kernel).prepare is Kernel.prepare:
         return _NOTHING
     if weight.low_memory:
@@ -253,14 +253,14 @@ def prepared(kernel: Kernel, weight: PackedWeight, dtype: torch.dtype) -> Prepar
     found = held.get((kernel.name, dtype))
     if found is None or found[0] != versions:
         own = {id(tensor) for tensor in stored}
-        made = kernel.prepare(weight, dtype)  # what holds a stored tensor itself would keep it alive for ever
+        made = kernel.prepare(weight, dtype)  # keeping a stored tensor itself would keep it alive forever
         found = versions, {name: t.detach() if id(t) in own else t for name, t in made.items()}
         held[kernel.name, dtype] = found
     return found[1]
 
 
 def prepared_bytes(stored: torch.Tensor) -> int:
-    """Bytes that kernels keep beside a weight's first stored tensor, in layouts of their own."""
+    """Bytes of the layouts that kernels keep in addition to a weight, given its first stored tensor."""
     layouts = (layout for _, layout in _layouts.made(stored).values())
     tensors = dict(_place_and_bytes(t) for each in layouts for t in each.values())
     tensors.pop(stored.untyped_storage().data_ptr(), None)
@@ -268,13 +268,13 @@ def prepared_bytes(stored: torch.Tensor) -> int:
 
 
 def _place_and_bytes(tensor: torch.Tensor) -> tuple[int, int]:
-    if tensor.layout is torch._mkldnn:  # type: ignore[attr-defined] # oneDNN's own layout, which shows no storage
+    if tensor.layout is torch._mkldnn:  # type: ignore[attr-defined] # oneDNN's own layout has no visible storage
         return id(tensor), tensor.nbytes
     return tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
 
 
 def _order(x: torch.Tensor) -> str:
-    """How the values lie: contiguous, channels last, or otherwise."""
+    """The memory order of the values: contiguous, channels last or strided."""
     if x.is_contiguous():
         return "contiguous"
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
@@ -282,7 +282,7 @@ def _order(x: torch.Tensor) -> str:
 
 
 def _described(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, compute: Compute) -> str:
-    """All that the fastest kernel hangs on, in words."""
+    """Everything that the choice of the fastest kernel depends on, as text."""
     g = weight.geometry
     slides = "" if g is None else f" stride {g.stride} padding {g.padding} dilation {g.dilation} groups {g.groups}"
     parts = (
@@ -300,10 +300,10 @@ def _described(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None,
 def tried(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, compute: Compute
 ) -> dict[str, float | None]:
-    """Kernel name -> milliseconds that the micro-probe measured for such a call, None where the result was wrong."""
+    """Kernel name -> milliseconds that the micro-probe measured for this call, None if the result was wrong."""
     return micro_probe.times_of(_described(x, weight, bias, compute))
 
 
 def explained(x: torch.Tensor, weight: PackedWeight, compute: Compute) -> Sequence[tuple[Row, str | None]]:
-    """Each row of the compute with why it does not take the call, or None, for people."""
+    """Each row of this compute mode, and why it does not accept the call (None if it does), as readable text."""
     return [(row, row.refuses(x, weight)) for row in kernels(compute)]

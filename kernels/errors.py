@@ -1,15 +1,15 @@
-"""The one family of exceptions that bitpolicy raises for a mistake its user can mend."""
+"""The exceptions that bitpolicy raises for mistakes a user can fix."""
 
 from __future__ import annotations
 
 
 class BitPolicyError(ValueError):
-    """Says what was found, what was needed and what to do. The command line prints it on one line and exits 2."""
+    """Says what was found, what was needed and what to do. The command line prints it in one line and exits with 2."""
 
 
 class BitPolicyWarning(UserWarning):
-    """What a user should know of a result that is made all the same. The command line prints it on one line."""
+    """A caveat about a result that is still produced. The command line prints it in one line."""
 
 
 class FormatError(BitPolicyError):
-    """An unknown format, or weights that a format cannot hold."""
+    """An unknown format, or weights that a format cannot store."""

@@ -1,10 +1,10 @@
-"""What a kernel is: code that multiplies an input with one packed weight.
+"""The interface of a kernel: code that multiplies an input with one packed weight.
 
-    y = x W^T + b    of a linear layer,    y = x * W + b    of a convolution
+    y = x W^T + b    for a linear layer,    y = x * W + b    for a convolution
 
-A kernel says which calls it cannot take, makes the layout of the weight that it wants once, and multiplies. What it may
-round is said by its `Compute`; kernels of one compute give the same result, up to the order of sums where that is said.
-Which kernel a call gets is decided in `bitpolicy.kernels.dispatch`.
+A kernel says which calls it cannot take, prepares its own layout of the weight once, and multiplies. Its `Compute` says
+what it may round. Kernels with the same compute mode give the same result, up to the order of sums where that is
+stated. `bitpolicy.kernels.dispatch` decides which kernel serves a call.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from bitpolicy.kernels.formats.format import Format
 
 
 class Compute(StrEnum):
-    """What a product may round beside the weight.
+    """What a product may round in addition to the weight. INT8 and FP8 are activation quantization.
 
-    EXACT: nothing; the bits of an ordinary layer that holds the dequantized weight.
-    FLOAT: nothing, but sums may be taken in another order.
+    EXACT: nothing; bit for bit the result of an ordinary layer with the dequantized weight.
+    FLOAT: nothing, but sums may run in another order.
     INT8: inputs, to 8 bits (`bitpolicy.kernels.compute.int8`); sums are of integers.
-    FP8: inputs, to float8 (`bitpolicy.kernels.compute.fp8`), of layers in `fp8`; all others as under FLOAT.
+    FP8: inputs of `fp8` layers, to float8 (`bitpolicy.kernels.compute.fp8`); other layers compute as under FLOAT.
     """
 
     EXACT = "exact"
@@ -44,10 +44,10 @@ class Compute(StrEnum):
 
 
 def parse_compute(name: str) -> Compute:
-    """The compute called `name`.
+    """The compute mode called `name`.
 
     Raises:
-        BitPolicyError: there is none.
+        BitPolicyError: there is no such mode.
     """
     try:
         return Compute(name.strip().lower())
@@ -57,10 +57,10 @@ def parse_compute(name: str) -> Compute:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a convolution slides over its zero-padded input, one number a dimension.
+    """How a convolution slides over its zero-padded input, with one number per dimension.
 
     Attributes:
-        padding: on either side.
+        padding: on each side.
     """
 
     stride: tuple[int, ...]
@@ -75,14 +75,14 @@ _numbers = count()
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
-    """A weight as it lies in memory.
+    """A weight in its storage layout.
 
     Attributes:
         format: how it is stored.
         shape: (out, in/groups, *kernel).
-        tensors: the stored ones by suffix, as `format.tensors(shape)` says.
+        tensors: the stored ones by suffix, as `format.tensors(shape)` specifies.
         geometry: of the convolution; None for a linear layer.
-        low_memory: no layout that outlives a call may be made of it.
+        low_memory: kernels may not make layouts that outlive a call.
     """
 
     format: Format
@@ -93,12 +93,12 @@ class PackedWeight:
 
     @property
     def row_length(self) -> int:
-        """K: how many weights one output channel has."""
+        """K: the number of weights in one output channel."""
         return prod(self.shape[1:])
 
     @cached_property
     def kind(self) -> int:
-        """A number that all weights of this format, shape, geometry and memory share: quick to look up by."""
+        """A number shared by all weights of one format, shape, geometry and memory setting: a fast lookup key."""
         return _kinds.setdefault((self.format, self.shape, self.geometry, self.low_memory), next(_numbers))
 
     @property
@@ -107,7 +107,7 @@ class PackedWeight:
         return "linear" if self.geometry is None else f"conv{len(self.geometry.stride)}d"
 
     def holding(self, tensors: Mapping[str, torch.Tensor]) -> PackedWeight:
-        """Another weight of this kind, in a fifth of the time that making one and finding its `kind` takes."""
+        """This weight with other tensors. Takes a fifth of the time of making a new one and finding its `kind`."""
         other = object.__new__(PackedWeight)
         known = other.__dict__
         known.update(self.__dict__)
@@ -115,7 +115,7 @@ class PackedWeight:
         return other
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight, shape `shape`, contiguous, by plain torch code."""
+        """The weight, shape `shape`, contiguous, computed with plain torch code."""
         return self.format.dequantize(self.tensors, self.shape, dtype)
 
 
@@ -123,13 +123,13 @@ Prepared = Mapping[str, torch.Tensor]
 
 
 class Kernel(ABC):
-    """One way to multiply. Stateless: what it makes of a weight is handed back to it at every call.
+    """One way to multiply. A kernel is stateless: the caller keeps what it prepares and passes it in at every call.
 
     Attributes:
-        name: what people write to force it.
+        name: what users write to force it.
         compute: what it rounds.
-        settled: it does less work than what stands below it in the table, whatever the shape, so nothing is tried.
-        thrifty: it needs less memory than others of its compute, and is taken where it is about as fast as they.
+        settled: for every shape it does less work than the kernels below it in the table, so no timing is needed.
+        thrifty: it needs less memory than others with its compute mode, and is chosen if it is about as fast.
     """
 
     name: ClassVar[str]
@@ -139,30 +139,30 @@ class Kernel(ABC):
 
     @abstractmethod
     def refuses(self, x: torch.Tensor, weight: PackedWeight) -> str | None:
-        """Why this call is none of its own, in a few words; None if it takes it. Reads shapes and dtypes only."""
+        """Why it does not take this call, in a few words; None if it does. Reads only shapes and dtypes."""
 
     def prepare(self, weight: PackedWeight, dtype: torch.dtype) -> Prepared:
-        """Layouts of the weight that outlive the call, made once for each dtype of input and kept while the weight
-        lives; empty with `weight.low_memory`. Never stored in a file."""
+        """Layouts of the weight that outlive the call. They are made once per input dtype and kept while the weight
+        lives; none under `weight.low_memory`. Never stored in a file."""
         return {}
 
     def scratch(self, weight: PackedWeight, dtype: torch.dtype) -> int:
-        """Bytes that stay reserved after a call, for the next one of any layer."""
+        """Bytes that stay reserved after a call, for reuse by the next call of any layer."""
         return 0
 
     @abstractmethod
     def __call__(
         self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
     ) -> torch.Tensor:
-        """The product, in the dtype, device and memory format that torch's own layer would give.
+        """The product, in the dtype, device and memory format of the result of torch's own layer.
 
         Args:
-            x: float32, float16 or bfloat16, of any strides; (..., in) for a linear layer, (B, in, *spatial) for a
+            x: float32, float16 or bfloat16, with any strides; (..., in) for a linear layer, (B, in, *spatial) for a
                 convolution. Any size may be 0.
             bias: shape (out), in the dtype of `x`.
         """
 
 
 def recorded(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether autograd records a product, and keeps its weight until the backward pass."""
+    """Whether autograd records the product, and so keeps its weight until the backward pass."""
     return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))

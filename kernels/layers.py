@@ -1,9 +1,8 @@
 """Packed layers: `nn.Linear` and `nn.Conv1d/2d/3d` whose weight stays quantized in memory.
 
-A packed layer holds the tensors of its format as buffers (`weight_packed`, `weight_scale`, ...) and multiplies with the
-weight dequantized to the dtype of its input: an ordinary layer whose weight was replaced by the dequantized one gives
-the same bits. Which code does that is chosen in `bitpolicy.kernels.dispatch`. A layer may be allowed to round more than
-its weight, see `set_compute`.
+A packed layer holds the tensors of its format as buffers (`weight_packed`, `weight_scale`, ...). It multiplies with the
+weight dequantized to the dtype of its input, and so gives the same bits as an ordinary layer with the dequantized
+weight. `bitpolicy.kernels.dispatch` chooses the kernel. `set_compute` can allow a layer to round its inputs too.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from bitpolicy.kernels.formats.format import Format
 from bitpolicy.kernels.kernel import Compute, Geometry, PackedWeight
 from bitpolicy.kernels.ops import product
 
-_KEPT = "_kept_weight"  # where a layer keeps what `held` made
+_KEPT = "_kept_weight"  # attribute in which a layer caches the result of `_kept`
 Quantizable = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
@@ -41,14 +40,14 @@ class _Dequantized(torch.Tensor):
 
 
 class PackedLayer(nn.Module):
-    """What all packed layers share.
+    """The common base of packed layers.
 
     Attributes:
         format: the storage format of the weight.
         weight_shape: (out, in/groups, *kernel).
         compute_dtype: dtype of `weight`; follows `.to(dtype)`. The packed tensors never change dtype.
-        compute: what its product may round beside the weight.
-        low_memory: whether kernels may keep no layout of the weight between calls.
+        compute: what its product may round in addition to the weight.
+        low_memory: kernels may not keep layouts of the weight between calls.
     """
 
     format: Format
@@ -72,48 +71,48 @@ class PackedLayer(nn.Module):
         return {suffix: self._buffers[suffix] for suffix in self._suffixes}  # type: ignore[misc]
 
     def held(self) -> PackedWeight:
-        """The weight as kernels take it."""
+        """The weight in the form that kernels take."""
         return self._kept()[0]
 
     def _kept(self) -> tuple[PackedWeight, tuple[int, ...], tuple[Any, ...]]:
-        """The weight, what `pad` has to put around an input, and all that was looked at for that: kept between calls.
+        """The weight, the padding that `pad` must add to an input, and the settings both were made from. Cached.
 
-        Its tensors are not: they may be moved or replaced at any time, so they are looked up in the layer's buffers.
+        The tensors are not cached: they may move or be replaced at any time, so they are read from the layer's buffers.
         """
         if torch.compiler.is_compiling() or len(self._buffers) != len(self._suffixes):
             return self._made(self.packed_tensors(), ())
-        says = (self.format, self.weight_shape, self.low_memory, *self._slides())
+        settings = (self.format, self.weight_shape, self.low_memory, *self._slides())
         kept = self.__dict__.get(_KEPT)
-        if kept is None or kept[2] != says or kept[0].tensors is not self._buffers:  # a replica has its own
-            kept = self.__dict__[_KEPT] = self._made(self._buffers, says)
+        if kept is None or kept[2] != settings or kept[0].tensors is not self._buffers:  # a replica has its own buffers
+            kept = self.__dict__[_KEPT] = self._made(self._buffers, settings)
         return kept
 
-    def _made(self, tensors: Any, says: tuple[Any, ...]) -> tuple[PackedWeight, tuple[int, ...], tuple[Any, ...]]:
+    def _made(self, tensors: Any, settings: tuple[Any, ...]) -> tuple[PackedWeight, tuple[int, ...], tuple[Any, ...]]:
         weight = PackedWeight(self.format, self.weight_shape, tensors, slides(self), self.low_memory)
-        return weight, () if weight.geometry is None else _padding(self)[0], says
+        return weight, () if weight.geometry is None else _padding(self)[0], settings
 
     def _slides(self) -> tuple[Any, ...]:
-        """What `slides` looks at."""
+        """The attributes that `slides` reads."""
         return ()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies get."""
+        """The state for copies and pickles, without the cache."""
         return {name: value for name, value in self.__dict__.items() if name != _KEPT}
 
     @property
     def effective_compute(self) -> Compute:
-        """What this layer does round: where 8 bits were asked for, some layers stay exact."""
+        """What this layer really rounds: where 8-bit inputs were requested, some layers stay exact."""
         return effective(self.compute, self.held())
 
     def call(self, input: torch.Tensor) -> tuple[torch.Tensor, PackedWeight, torch.Tensor | None, Compute]:
-        """What this layer asks of `product` for an input: autocast to its dtype, padded and in a batch."""
+        """The arguments of `product` for an input, which is autocast, padded and batched as needed."""
         weight, around, _ = self._kept()
         if around:
             mode: Any = "constant" if self.padding_mode == "zeros" else self.padding_mode
             input = nn.functional.pad(input, around, mode=mode)
         own, compute = self._parameters, effective(self.compute, weight)
-        bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 - past `__getattr__`, the slowest step here
-        ours = compute is not Compute.EXACT or torch.compiler.is_compiling()  # torch casts for its own operators only
+        bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 - avoids `__getattr__`, the slowest step here
+        ours = compute is not Compute.EXACT or torch.compiler.is_compiling()  # autocast covers only torch's operators
         if ours and torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))
             bias = None if bias is None else bias.to(input.dtype)
@@ -124,10 +123,10 @@ class PackedLayer(nn.Module):
         return self.format.dequantize(self.packed_tensors(), self.weight_shape, dtype)
 
     def set_weight(self, weight: torch.Tensor) -> None:
-        """Quantize `weight`, shape `weight_shape`, and hold it instead.
+        """Quantize `weight`, shape `weight_shape`, and store it in place of the current one.
 
         Raises:
-            FormatError: it has another shape, or the format cannot hold it.
+            FormatError: it has another shape, or the format cannot store it.
         """
         if tuple(weight.shape) != self.weight_shape:
             raise FormatError(f"the layer's weight has shape {self.weight_shape}, got {tuple(weight.shape)}")
@@ -137,14 +136,14 @@ class PackedLayer(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         view = self.dequantize(self.compute_dtype)
-        if torch.compiler.is_compiling():  # what is traced edits no weight, and has a tensor class of its own
+        if torch.compiler.is_compiling():  # traced code edits no weight, and uses its own tensor class
             return view
         view = view.as_subclass(_Dequantized)
         view.owner = self
         return view
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLayer:
-        """`.to()`, `.half()` and the like: devices move, packed tensors keep their dtype."""
+        """`.to()`, `.half()` and similar: packed tensors change device but keep their dtype."""
         before = self.packed_tensors()
         super()._apply(fn, recurse)
         for suffix, tensor in before.items():
@@ -218,12 +217,12 @@ def slides(layer: nn.Module) -> Geometry | None:
 
 
 def _padding(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What `pad` has to put around the input first, and the zeros on either side that the convolution itself adds.
+    """The padding that `pad` must add first, and the zeros that the convolution itself adds on each side.
 
-    Read at each call: people switch `padding_mode` of a loaded model to draw seamless tiles.
+    Read at each call, because people change `padding_mode` of a loaded model to draw seamless tiles.
     """
     around = tuple(layer._reversed_padding_repeated_twice)
-    low, high = around[-2::-2], around[-1::-2]  # a pair a dimension, the last dimension first
+    low, high = around[-2::-2], around[-1::-2]  # one pair per dimension, the last dimension first
     if layer.padding_mode == "zeros" and low == high:
         return (), low
     return around, (0,) * len(low)
@@ -241,8 +240,8 @@ _PLAIN: dict[type[nn.Module], type[nn.Module]] = {packed: plain for plain, packe
 def quantizable_layers(model: nn.Module) -> Iterator[tuple[str, Quantizable]]:
     """(module path, layer) of every layer a format can be given to, in the model's own order.
 
-    Subclasses of the torch layers are passed over: their forward may do more than multiply. So is a layer that shares
-    its weight with another module, as an output head does with an embedding: packed, it would be stored twice.
+    Subclasses of the torch layers are skipped, because their forward may do more than multiply. So are layers that
+    share their weight with another module, as an output head does with an embedding: packing would store it twice.
     """
     owned = (weight for module in model.modules() for weight in module._parameters.values() if weight is not None)
     uses = Counter(map(id, owned))
@@ -254,8 +253,8 @@ def quantizable_layers(model: nn.Module) -> Iterator[tuple[str, Quantizable]]:
 def unsupported_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(module path, layer) of what multiplies with a weight of two or more dimensions and no format can be given to.
 
-    Transposed convolutions, subclasses of the torch layers, layers that share their weight. Not embeddings, which look
-    up and do not multiply.
+    These are transposed convolutions, subclasses of the torch layers, and layers that share their weight. Embeddings
+    are not included: they look up and do not multiply.
     """
     known = {name for name, _ in quantizable_layers(model)}
     for name, module in model.named_modules():
@@ -270,13 +269,13 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLayer]]:
 
 
 def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put `layer` where the module path `name` leads."""
+    """Put `layer` at the module path `name`."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, layer)
 
 
 def pack_layer(layer: Quantizable, format: Format, tensors: Mapping[str, torch.Tensor]) -> PackedLayer:
-    """A packed layer like `layer` that holds `tensors` (real or on `meta`); its bias is shared.
+    """A packed copy of `layer` that holds `tensors` (real or on `meta`) and shares its bias.
 
     Raises:
         FormatError: this type of layer cannot be packed.
@@ -292,7 +291,7 @@ def pack_layer(layer: Quantizable, format: Format, tensors: Mapping[str, torch.T
 
 
 def unpack_layer(packed: PackedLayer) -> nn.Module:
-    """The ordinary layer with the dequantized weight; its bias is shared."""
+    """The ordinary layer with the dequantized weight. It shares the bias."""
     plain = _like(packed, _PLAIN[type(packed)])
     plain.weight = nn.Parameter(packed.dequantize(packed.compute_dtype), requires_grad=False)
     return plain
@@ -301,8 +300,8 @@ def unpack_layer(packed: PackedLayer) -> nn.Module:
 def _like(layer: nn.Module, kind: type[Any]) -> Any:
     """A bare module of class `kind` with the geometry, bias and mode of `layer`, but no weight.
 
-    Nothing else goes along: a `forward` that some library put on this one instance (accelerate, diffusers' hooks,
-    `Module.compile`) computes with the old layer.
+    Nothing else is copied: a `forward` that a library set on this one instance (accelerate, diffusers' hooks,
+    `Module.compile`) refers to the old layer.
     """
     other = object.__new__(kind)
     nn.Module.__init__(other)
@@ -314,7 +313,7 @@ def _like(layer: nn.Module, kind: type[Any]) -> Any:
 
 
 def _geometry(plain: Callable[..., nn.Module], *sizes: int) -> set[str]:
-    """What torch keeps on such a layer beside its tensors."""
+    """The attributes that torch keeps on such a layer, apart from its tensors."""
     return set(vars(plain(*sizes, device="meta"))) - set(vars(nn.Module()))
 
 

@@ -1,9 +1,9 @@
-"""Which of several kernels is the fastest for a call, found by trying, and kept on disk.
+"""Finds the fastest of several kernels for a call by timing them, and stores the result on disk.
 
-A kernel is tried on the call's own input. It has to give what the reference gives, or it is out; of the others the one
-with the least time is taken, or one that is nearly as fast and needs less memory. A kernel's time is the least of
-several, as what else the machine does only adds to it. What was found is kept by call, in one file for each machine and
-set of library versions, so that it is tried once.
+Each kernel runs on the call's own input. A kernel whose result differs from the reference is excluded. Of the others
+the fastest is chosen, or one that is nearly as fast and needs less memory. A kernel's time is the minimum of several
+runs, because other load on the machine only adds to it. Results are stored per call, in one file per machine and set of
+library versions, so each call is timed only once.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from bitpolicy.kernels.cache_folder import cache_folder, is_own, keep
 from bitpolicy.kernels.kernel import Compute
 
 _REPEATS, _FEWEST = 7, 3
-_ENOUGH = 0.05  # seconds on one kernel that has been tried the fewest times
-_THRIFT = 1.05  # times the least time that a kernel may take which needs less memory
-_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # relative norm, sums in another order
+_ENOUGH = 0.05  # seconds to spend on one kernel once it has run _FEWEST times
+_THRIFT = 1.05  # how many times the minimum time a kernel that needs less memory may take
+_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # relative norm, for reordered sums
 
 Multiply = Callable[[], torch.Tensor]
 
@@ -36,9 +36,9 @@ def fastest(
     """The name of the fastest kernel that agrees with the reference; "" if none does.
 
     Args:
-        call: all that the answer hangs on; what is kept on disk is kept under it.
-        tried: kernel name -> does the call by it.
-        thrifty: names of those that need less memory.
+        call: everything that the answer depends on; the key of the stored result.
+        tried: kernel name -> function that runs the call with it.
+        thrifty: names of the kernels that need less memory.
     """
     kept = _kept()
     found = kept.get(call)
@@ -61,7 +61,7 @@ def fastest(
 
 
 def agrees(found: torch.Tensor, expected: torch.Tensor, compute: Compute) -> bool:
-    """Whether a result is the reference's: to the bit, or to the rounding that another order of sums may cause."""
+    """Whether a result equals the reference: bit for bit, or within the rounding that reordered sums may cause."""
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return False
     bad = ~torch.isfinite(expected)
@@ -75,7 +75,7 @@ def agrees(found: torch.Tensor, expected: torch.Tensor, compute: Compute) -> boo
 
 
 def _times(kernels: Mapping[str, Multiply], device: torch.device) -> dict[str, float]:
-    """Least seconds of each, by turns."""
+    """Minimum seconds of each kernel; the kernels take turns."""
     times: dict[str, list[float]] = {name: [] for name in kernels}
     for _ in range(_REPEATS):
         for name, multiply in kernels.items():
@@ -86,7 +86,7 @@ def _times(kernels: Mapping[str, Multiply], device: torch.device) -> dict[str, f
 
 def _seconds(multiply: Multiply, device: torch.device) -> float:
     if device.type != "cuda":
-        seconds = thread_time if torch.get_num_threads() == 1 else perf_counter  # one thread's own work, if that is all
+        seconds = thread_time if torch.get_num_threads() == 1 else perf_counter  # CPU time if only one thread works
         start = seconds()
         multiply()
         return seconds() - start
@@ -100,7 +100,7 @@ def _seconds(multiply: Multiply, device: torch.device) -> float:
 
 @cache
 def _machine() -> dict[str, Any]:
-    """What timings hang on."""
+    """What timings depend on."""
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {_model_name()}",
@@ -134,7 +134,7 @@ _memory: dict[str, dict[str, Any]] | None = None
 
 
 def _kept() -> dict[str, dict[str, Any]]:
-    """Call -> what was found; read from disk once. A damaged file is an empty one."""
+    """Call -> result, read from disk once. A damaged file counts as empty."""
     global _memory
     if _memory is None:
         _memory = _read()
@@ -150,13 +150,13 @@ def _read() -> dict[str, dict[str, Any]]:
 
 
 def _save(found: dict[str, dict[str, Any]]) -> None:
-    """Beside what other processes have found meanwhile."""
+    """Write the results, together with what other processes have stored in the meantime."""
     content = {"machine": _machine(), "fastest": {**_read(), **found}}
     keep(_file(), json.dumps(content, indent=1, sort_keys=True).encode())
 
 
 def forget() -> None:
-    """Drop what is in memory: the next call reads the disk."""
+    """Clear the in-memory results, so that the next call reads the disk."""
     global _memory
     _memory = None
     _machine.cache_clear()
@@ -164,6 +164,6 @@ def forget() -> None:
 
 
 def times_of(call: str) -> dict[str, float | None]:
-    """Kernel name -> milliseconds, None for those that were wrong; empty if the call was never tried."""
+    """Kernel name -> milliseconds, None for kernels with a wrong result; empty if the call was never timed."""
     found = _kept().get(call)
     return {} if found is None else dict(found["ms"])

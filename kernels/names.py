@@ -1,4 +1,4 @@
-"""What people may write for a format and a quantizer, without the code that carries it out: `--help` needs no more."""
+"""The names of formats and rounding methods, without the code behind them: `--help` imports only this."""
 
 DEFAULT_FORMATS = ("int4", "int8", "fp16")
 WRITE = (

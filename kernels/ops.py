@@ -1,10 +1,10 @@
-"""The product with a packed weight as torch sees it: eager, traced by torch.compile and torch.export, with gradients.
+"""The product with a packed weight as torch sees it: eager, under torch.compile and torch.export, and with gradients.
 
-To compilers a product is one operator, `bitpolicy::product`, which they cannot look into, with a fake kernel that tells
-its shape. Its gradient with respect to the input and the bias is that of the product with the dequantized weight:
-rounding the input passes the gradient straight through (Bengio et al. 2013, section 2.2), so that LoRA adapters can be
-trained around packed layers. EXACT products are plain torch code to whatever else watches or wraps tensors (`vmap`,
-counters), which may have no rule for an operator of ours.
+For compilers a product is one opaque operator, `bitpolicy::product`, with a fake kernel that gives its output shape.
+Its gradient with respect to the input and the bias is that of the product with the dequantized weight. Rounding the
+input passes the gradient straight through (Bengio et al. 2013, section 2.2), so LoRA adapters can be trained around
+packed layers. When something else watches or wraps tensors (`vmap`, operator counters), EXACT products run as plain
+torch code, because such tools may have no rule for a custom operator.
 """
 
 from __future__ import annotations
@@ -43,28 +43,28 @@ def product(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, co
 
 
 def _is_traced(x: torch.Tensor) -> bool:
-    """Whether something else than values goes through: a fake or wrapped tensor, or a mode that watches operators."""
+    """Whether the input carries more than values: a fake or wrapped tensor, or a mode that watches operators."""
     return type(x) not in _ORDINARY or _is_wrapped(x) or _modes() > 0
 
 
 def arguments(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, compute: Compute
 ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None, str]:
-    """What the operator is called with: it knows tensors and text."""
+    """The arguments of the operator, which accepts only tensors and text."""
     return x, list(weight.tensors.values()), bias, in_words(weight, compute)
 
 
 def _multiplied(x: torch.Tensor, tensors: list[torch.Tensor], bias: torch.Tensor | None, call: str) -> torch.Tensor:
-    """The operator on any device."""
-    told = read(call)
-    weight = told.holding(tensors)
-    return dispatch.run(dispatch.choose(x, weight, bias, told.compute), x, weight, bias)
+    """The operator's implementation on any device."""
+    parsed = read(call)
+    weight = parsed.holding(tensors)
+    return dispatch.run(dispatch.choose(x, weight, bias, parsed.compute), x, weight, bias)
 
 
 def _shape_of_product(
     x: torch.Tensor, tensors: list[torch.Tensor], bias: torch.Tensor | None, call: str
 ) -> torch.Tensor:
-    """The operator of tensors without values."""
+    """The operator's fake kernel, for tensors without values."""
     weight = read(call).weight
     return multiply(x, x.new_empty(weight.shape), weight.geometry, bias)
 
@@ -72,11 +72,11 @@ def _shape_of_product(
 def _with_gradient(
     keys: torch._C.DispatchKeySet, x: torch.Tensor, tensors: list[torch.Tensor], bias: torch.Tensor | None, call: str
 ) -> torch.Tensor:
-    """The operator where autograd may watch.
+    """The operator's autograd kernel.
 
     Args:
-        keys: whom torch asks in turn. Mostly that is autograd and then a device, and asking takes as long as getting
-            here did.
+        keys: the dispatch keys still to be served. Usually these are autograd and one device. In that case the device
+            kernel is called directly, since another dispatch would take as long as the first one.
     """
     if torch.is_grad_enabled() and _any_requires_grad(x, tensors, bias):
         return _Product.apply(x, bias, call, *tensors)
@@ -87,13 +87,13 @@ def _with_gradient(
 
 
 class _Product(torch.autograd.Function):
-    """The gradients of a product. Tensors of a list would be none to autograd."""
+    """The gradients of a product. Autograd does not track tensors inside a list, so they are separate arguments."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, call: str, *tensors: torch.Tensor) -> Any:
         ctx.save_for_backward(*tensors)
         ctx.call, ctx.shape, ctx.bias = read(call), x.shape, None if bias is None else bias.dtype
-        return _product(x, list(tensors), bias, call)  # nothing is recorded in here
+        return _product(x, list(tensors), bias, call)  # autograd records nothing in here
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
@@ -112,7 +112,7 @@ def _input_gradient(gradient: torch.Tensor, shape: torch.Size, weight: PackedWei
     g, w = weight.geometry, weight.dequantize(gradient.dtype)
     if g is None:
         return gradient @ w
-    x = gradient.new_empty(1).expand(shape)  # only its shape is looked at
+    x = gradient.new_empty(1).expand(shape)  # only its shape is used
     still, wanted = [0] * len(g.stride), [True, False, False]
     return torch.ops.aten.convolution_backward(
         gradient, x, w, None, g.stride, g.padding, g.dilation, False, still, g.groups, wanted
@@ -120,7 +120,7 @@ def _input_gradient(gradient: torch.Tensor, shape: torch.Size, weight: PackedWei
 
 
 def _autograd_and(device: str) -> int:
-    """The key set of a plain tensor there."""
+    """The key set of a plain tensor on this device."""
     own, autograd = (getattr(torch._C.DispatchKey, name) for name in (device, f"Autograd{device}"))
     return (torch._C.DispatchKeySet(own) | torch._C.DispatchKeySet(autograd)).raw_repr()
 

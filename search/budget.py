@@ -1,16 +1,17 @@
-"""How many bytes a policy may use.
+"""The budget: how many bytes a policy may use.
 
-A budget is written the way people say it and means one exact number of bytes:
+A budget can be written in several ways. Each means one exact number of bytes:
 
-    3GB      3 * 10**9 bytes        3GiB     3 * 2**30 bytes
-    45%      of the reference       4.5bit   a parameter, on average
+    3GB      3 * 10**9 bytes              3GiB     3 * 2**30 bytes
+    45%      of the reference's bytes     4.5bit   per parameter, on average
     5000000  bytes, without a unit
 
-Shares and bits are matched first; what is left goes to pydantic's `ByteSize`, which alone would read "45%" as 45 bytes.
-Decimal and binary units differ by 7% at the gigabyte, so both are echoed back.
+Percentages and bits are parsed first. Everything else goes to pydantic's `ByteSize`, which on its own would read "45%"
+as 45 bytes. Decimal and binary units differ by 7% at one gigabyte, so messages show both.
 
-What a budget covers is its scope. The solver always needs the bytes of what is studied, the denoiser or more; so what
-else the scope counts, the pipeline's other models and room for activations, is taken off first.
+The scope says what the budget covers. The solver needs the bytes left for the studied components (the denoiser, and
+possibly more), so everything else in the scope is subtracted first: the pipeline's other models and room for
+activations.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _SIZES = "write a size such as 10GB"
 
 
 class BudgetError(BitPolicyError):
-    """A budget that cannot be understood or cannot be met."""
+    """A budget that cannot be parsed or cannot be met."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,11 @@ class Scope:
 
     Attributes:
         name: "weights", "pipeline" or "peak".
-        account: bytes of what is studied: in memory for "peak", in the checkpoint for the others.
+        account: bytes of the studied components: in memory for "peak", in the checkpoint for the others.
         others: bytes of the pipeline's other models.
-        peak: the prediction, with "peak".
-        room: what is kept for activations, with "peak".
-        studied: what `account` is of, in words.
+        peak: the predicted peak memory, for "peak".
+        room: the memory reserved for activations, for "peak".
+        studied: what messages call the studied components.
     """
 
     name: ScopeName
@@ -64,37 +65,37 @@ class Scope:
 
     @classmethod
     def of_weights(cls, account: ByteAccount, studied: str = "denoiser") -> Scope:
-        """The tensor bytes of what is studied, as exported."""
+        """The tensor bytes of the studied components, as exported."""
         return cls("weights", account, studied=studied)
 
     @classmethod
     def of_pipeline(cls, account: ByteAccount, others: int, studied: str = "denoiser") -> Scope:
-        """Those, and `others`: the tensor bytes of the pipeline's other models as exported."""
+        """Those bytes plus `others`, the tensor bytes of the pipeline's other models as exported."""
         return cls("pipeline", account, others, studied=studied)
 
     @classmethod
     def of_peak(cls, peak: PeakMemory, candidates: Sequence[Format], studied: str = "denoiser") -> Scope:
-        """The most bytes that one pipeline call holds at once, under any policy in these formats."""
+        """The peak bytes that one pipeline call holds, under any policy in these formats."""
         return cls("peak", peak.account, peak.others, peak, peak.room(candidates), studied)
 
     @property
     def activations(self) -> int:
-        """Bytes kept free for activations."""
+        """Bytes reserved for activations."""
         return self.room.activations if self.room else 0
 
     @property
     def barred(self) -> frozenset[tuple[str, Format]]:
-        """(layer name, format) that would need more activations than are kept free: no policy may have them."""
+        """(layer name, format) pairs that no policy may use: they need more activation memory than is reserved."""
         return self.room.barred if self.room else frozenset()
 
     @property
     def reference(self) -> int:
-        """Bytes of the whole scope at FP16: what `%` is relative to."""
+        """Bytes of the whole scope at FP16; `%` is relative to this."""
         return self.peak.reference if self.peak else self.account.reference + self.others
 
     @property
     def at_fp16(self) -> str:
-        """`reference` in words."""
+        """`reference` in words, for messages."""
         verb = "has" if self.studied == "denoiser" else "have"
         weights = f"the FP16 {self.studied} {verb}"
         has = {"weights": weights, "pipeline": "the FP16 pipeline has", "peak": f"at FP16 {self} takes"}
@@ -109,7 +110,7 @@ class Scope:
 
 @dataclass(frozen=True)
 class Budget:
-    """At most `total` bytes for everything in `scope`; `asked` is how it was written."""
+    """At most `total` bytes for everything in `scope`. `asked` is the budget as the user wrote it."""
 
     asked: str
     total: int
@@ -117,22 +118,22 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str, scope: Scope | ByteAccount) -> Budget:
-        """Read `text` as a size, a share of the scope at FP16, or bits a parameter.
+        """Parse `text` as a size, a percentage of the scope at FP16, or bits per parameter.
 
         Args:
-            scope: an account alone is scope "weights".
+            scope: an account alone means scope "weights".
 
         Raises:
-            BudgetError: it is none of these, zero, negative, or counts bits (`3Gb`); or it is bits a parameter, and
-                the scope is more than the denoiser.
+            BudgetError: it is none of these, zero, negative, or a size in bits (`3Gb`); or it is in bits per parameter
+                and the scope covers more than the studied components.
         """
         if isinstance(scope, ByteAccount):
             scope = Scope.of_weights(scope)
         amount, unit = read(text)
         if unit == "bit" and scope.name != "weights":
             raise BudgetError(
-                f"budget {text!r} is bits a parameter of the {scope.studied}, and scope {scope.name} is more than "
-                "that; write 3GB, 3GiB, 700MB or 45%, or use --scope weights"
+                f"budget {text!r} is in bits per parameter of the {scope.studied}, but scope {scope.name} covers more "
+                "than that; write 3GB, 3GiB, 700MB or 45%, or use --scope weights"
             )
         unit_of, parts = {"%": (scope.reference, 100), "bit": (scope.account.parameters, 8), "B": (1, 1)}[unit]
         total = int(amount * unit_of / parts)
@@ -142,18 +143,18 @@ class Budget:
 
     @property
     def nbytes(self) -> int:
-        """Bytes for what is studied, counted by `scope.account`; negative if the rest alone takes more than `total`."""
+        """Bytes left for the studied components, as `scope.account` counts; negative if the rest exceeds `total`."""
         return self.total - self.scope.others - self.scope.activations
 
     def require(self, smallest: int, formats: Sequence[str], program: str = "", unpacked: int = 0) -> None:
-        """Check that a policy exists.
+        """Check that some policy fits.
 
         Args:
-            program: another program that has to hold the policy, if any.
-            unpacked: layers of which it holds none of the formats, so that they stay FP16.
+            program: another program that must be able to hold the policy, if any.
+            unpacked: number of layers that stay FP16 because that program supports none of the formats for them.
 
         Raises:
-            BudgetError: what is studied has less than `smallest`, the size of the smallest policy with `formats`.
+            BudgetError: fewer bytes are left than `smallest`, the size of the smallest policy with `formats`.
         """
         if self.nbytes >= smallest:
             return
@@ -176,14 +177,14 @@ class Budget:
 
     @property
     def _parts(self) -> str:
-        """What of the budget is left for what is studied, and why."""
+        """How much of the budget is left for the studied components, and why."""
         taken = f"the other models take {self.scope.others:,}"
         taken += f" and activations {self.scope.activations:,}" if self.scope.peak else ""
         return f"{taken}, which leaves {max(self.nbytes, 0):,} for the {self.scope.studied}"
 
     @property
     def record(self) -> BudgetRecord:
-        """What the policy file says of it."""
+        """The budget's entry in the policy file."""
         about: dict[str, object] = {"asked": self.asked, "bytes": self.total, "scope": self.scope.name}
         if self.scope.name != "weights":
             about["other_bytes"] = self.scope.others
@@ -199,10 +200,10 @@ class Budget:
 
 
 def read(text: str) -> tuple[float, str]:
-    """The amount and its unit, "%", "bit" or "B" (bytes), without knowing the model.
+    """Parse a budget into its amount and unit, "%", "bit" or "B" (bytes), without knowing the model.
 
     Raises:
-        BudgetError: as `Budget.parse`.
+        BudgetError: as in `Budget.parse`.
     """
     share = _SHARE.fullmatch(text.strip())
     if share and len(text) <= _LONGEST:
@@ -211,15 +212,15 @@ def read(text: str) -> tuple[float, str]:
 
 
 def read_bytes(text: str, what: str, forms: str = _SIZES) -> int:
-    """The bytes of a size such as "3GB", "3GiB" or "5000000".
+    """The number of bytes in a size such as "3GB", "3GiB" or "5000000".
 
     Args:
-        text: as it was written.
-        what: what it is the size of, as messages name it.
-        forms: how it can be written, for a message.
+        text: as the user wrote it.
+        what: what the size is of, for error messages.
+        forms: how it can be written, for error messages.
 
     Raises:
-        BudgetError: it is no size, or counts bits.
+        BudgetError: it is not a size, or it is in bits.
     """
     if len(text) > _LONGEST:
         raise BudgetError(f"{what} {text[:_LONGEST]!r}... is not a size; {forms}")
@@ -229,18 +230,18 @@ def read_bytes(text: str, what: str, forms: str = _SIZES) -> int:
     if size is None:
         raise BudgetError(f"{what} {text!r} is not a size; {forms}")
     if size[3] == "b" and size[2] and size[2] != size[2].lower():
-        raise BudgetError(f"{what} {text!r} counts bits; write {size[1]}{size[2]}B for bytes")
+        raise BudgetError(f"{what} {text!r} is in bits; write {size[1]}{size[2]}B for bytes")
     return int(TypeAdapter(ByteSize).validate_python(f"{size[1]}{size[2]}B"))
 
 
 def _either(remedies: Sequence[str]) -> str:
-    """What else would help, behind something that would."""
+    """The remaining remedies, to follow a first one in a sentence: "a, b, or c"."""
     *most, last = remedies
     return f"{', '.join(most)}, or {last}" if most else f"or {last}"
 
 
 def readable(nbytes: int) -> str:
-    """Decimal and binary: "5 MB, 4.77 MiB"."""
+    """A size in decimal and binary units: "5 MB, 4.77 MiB"."""
     for power, binary in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
         if nbytes >= 0.9995 * 1000**power:
             return f"{decimal(nbytes)}, {nbytes / 1024**power:.3g} {binary}"
@@ -248,7 +249,7 @@ def readable(nbytes: int) -> str:
 
 
 def decimal(nbytes: int) -> str:
-    """ "5 MB"."""
+    """A size in decimal units: "5 MB"."""
     for power, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")):
         if nbytes >= 0.9995 * 1000**power:
             return f"{nbytes / 1000**power:.3g} {unit}"

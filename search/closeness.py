@@ -1,8 +1,8 @@
-"""Which numbers a solution hangs on: those that are worth measuring before it is believed.
+"""Finds the estimates that a solution depends on most, which are worth measuring before the solution is trusted.
 
-At the price of a byte that the solution implies, a layer costs error + price x bytes in each format, and the solver
-takes the cheapest. Where the runner-up is dearer by less than the estimate's own spread, the choice is close. An error
-from R sketches has a relative standard deviation of about sqrt(2 / R), that of a chi-squared mean.
+At the price per byte that the solution implies, a layer costs error + price x bytes in each format, and the solver
+takes the cheapest. A choice is close if the runner-up costs more by less than the standard deviation of the estimate.
+An error from R sketches has a relative standard deviation of about sqrt(2 / R), that of a chi-squared mean.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ Place = tuple[int, int]
 
 
 def beyond_first_order(problem: Problem, solution: Solution, count: int) -> list[Place]:
-    """Up to `count` places (layer, column of the packed format) that the solution chose and whose estimate is too large
-    to be trusted, the largest first; none that was measured already."""
+    """Up to `count` unmeasured places (layer, column of the packed format) that the solution chose and whose estimates
+    are too large to be trusted, largest first."""
     error, chosen = problem.errors(), np.asarray(solution.formats)
     paid = error[np.arange(len(chosen)), chosen]
     return _unmeasured(problem, [(i, chosen[i]) for i in np.argsort(-paid) if paid[i] > FIRST_ORDER], count)
 
 
 def close_choices(problem: Problem, solution: Solution, count: int) -> list[Place]:
-    """Up to `count` places of estimates that choices hang on, both formats of a layer, the widest spread first; none
-    that was measured already."""
+    """Up to `count` unmeasured places whose estimates decide a close choice, both formats of a layer, the widest spread
+    first."""
     table, chosen = problem.table, np.asarray(solution.formats)
     error, nbytes = problem.errors(), problem.sizes()
     rows = np.arange(len(chosen))
@@ -49,13 +49,13 @@ def _unmeasured(problem: Problem, wanted: Sequence[tuple[int, int]], count: int)
 
 
 def _packed(problem: Problem, layer: int, column: int) -> Place | None:
-    """The place in the table of a column of the problem, which has FP16, too; None for that."""
+    """A column of the problem as a place in the table, or None for FP16, which the table does not have."""
     format = problem.formats[column]
     return (layer, problem.table.formats.index(format)) if format.packed else None
 
 
 def _price(error: np.ndarray, nbytes: np.ndarray, chosen: np.ndarray) -> float:
-    """Error a byte, between the best exchange that was not taken and the worst that was."""
+    """Error per byte, between the best exchange that was not made and the worst that was."""
     rows = np.arange(len(chosen))
     saved = error[rows, chosen][:, None] - error
     more = nbytes - nbytes[rows, chosen][:, None]

@@ -1,5 +1,5 @@
-"""What a user fixes beforehand: formats of some layers (`--keep`), layers that share one (`--share-qkv`), and a program
-that has to hold what is chosen (`--target`)."""
+"""What users fix in advance: formats of some layers (`--keep`), layers that share a format (`--share-qkv`), and a
+program that must hold the result (`--target`)."""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ _PROJECTIONS = (
 
 
 def pinned(rules: Iterable[str], layers: Sequence[Layer]) -> dict[str, Format]:
-    """Layer name -> the format it keeps.
+    """Layer name -> the format that a `--keep` rule gives it.
 
     Args:
-        rules: written GLOB=FORMAT, e.g. "*time_embedding*=fp16"; later ones win.
+        rules: written GLOB=FORMAT, e.g. "*time_embedding*=fp16"; later rules win.
 
     Raises:
-        BitPolicyError: a rule is not written so, matches no layer, or names a format that a layer's shape does not
-            allow.
+        BitPolicyError: a rule has another form, matches no layer, or names a format that does not fit a layer's shape.
         FormatError: there is no such format.
     """
     found: dict[str, Format] = {}
@@ -48,13 +47,16 @@ def pinned(rules: Iterable[str], layers: Sequence[Layer]) -> dict[str, Format]:
             )
         for layer in matching:
             if not format.fits(layer.shape):
-                raise BitPolicyError(f"--keep {rule!r}: {layer.name} of shape {layer.shape} cannot be {format.name}")
+                raise BitPolicyError(
+                    f"--keep {rule!r}: {layer.name} has shape {layer.shape}, which {format.name} cannot store; "
+                    "keep it at another format"
+                )
             found[layer.name] = format
     return found
 
 
 def shared_qkv(layers: Sequence[Layer]) -> list[list[str]]:
-    """Groups of the query, key and value projections of one attention each, of two layers or more."""
+    """Groups of two or more layers that are the query, key and value projections of one attention."""
     names = {layer.name for layer in layers}
     parents = dict.fromkeys(name.rpartition(".")[0] for name in names)
     found = [
@@ -68,14 +70,14 @@ def shared_qkv(layers: Sequence[Layer]) -> list[list[str]]:
 def not_held(
     target: str, layers: Sequence[Layer], formats: Iterable[Format], kept: Mapping[str, Format]
 ) -> frozenset[tuple[str, Format]]:
-    """(layer name, format) that another program cannot hold.
+    """The (layer name, format) pairs that another program cannot hold.
 
     Args:
-        target: its name, one of `bitpolicy.policies.exporters.targets.NAMES`.
-        kept: as `pinned` gives them.
+        target: the program's name, one of `bitpolicy.policies.exporters.targets.NAMES`.
+        kept: from `pinned`.
 
     Raises:
-        BitPolicyError: there is no such program, or a layer is kept at a format that it cannot hold.
+        BitPolicyError: there is no such program, or `kept` has a format that it cannot hold.
     """
     exporter = exporter_named(target)
     found = frozenset(
@@ -88,6 +90,6 @@ def not_held(
         if (name, format) in found:
             raise BitPolicyError(
                 f"--keep {name}={format.name}: {exporter.title} cannot hold that; "
-                f"`bitpolicy formats --target {exporter.name}` says what it can"
+                f"`bitpolicy formats --target {exporter.name}` lists what it supports"
             )
     return found

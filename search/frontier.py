@@ -1,11 +1,11 @@
-"""The whole curve of bytes against error from one table, and the curve read the other way.
+"""The frontier of bytes against error from one table, and its inverse: the fewest bytes for a given error.
 
     frontier   minimize  sum_l e(l, f_l)   subject to   sum_l b(l, f_l) <= B,   for many B
     smallest   minimize  sum_l b(l, f_l)   subject to   sum_l e(l, f_l) <= E
 
-The Lagrangian hull (bitpolicy.search.hull) is the convex part of the curve: thousands of policies, each exact for its
-own bytes. Between its points a policy comes from the knapsack solver, with the hull's bound. Where the error is given,
-bytes are the cost and errors the weight, and the solver is the same.
+The Lagrangian hull (bitpolicy.search.hull) is the convex part of the frontier: thousands of policies, each exact for
+its own bytes. Between its points, the knapsack solver finds a policy, with the hull's bound. If the error is given
+instead, the same solver runs with bytes as the cost and errors as the weight.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def points(error: np.ndarray, nbytes: np.ndarray) -> list[Solution]:
         nbytes: int64, shape (layers, formats).
 
     Raises:
-        BitPolicyError: as `solve`.
+        BitPolicyError: as in `solve`.
     """
     hull = Hull.of(error, nbytes)
     corners = np.concatenate([[True], np.diff(hull.rate, append=0.0) < 0])
@@ -40,17 +40,17 @@ def points(error: np.ndarray, nbytes: np.ndarray) -> list[Solution]:
 def frontier(
     error: np.ndarray, nbytes: np.ndarray, budgets: Sequence[int], gap: float = 1e-4, seconds: float = SECONDS
 ) -> list[Solution]:
-    """The solution of each budget, in the order given; more bytes never have more error.
+    """The solution for each budget, in the order given. A larger budget never gives a larger error.
 
     Args:
-        error, nbytes: as `points`.
+        error, nbytes: as in `points`.
         budgets: bytes for all layers together.
         gap: relative optimality gap to stop at.
-        seconds: longest time for one budget; what is in hand then is returned with its gap.
+        seconds: time limit per budget; the best solution found by then is returned with its gap.
 
     Raises:
         BudgetError: a budget is below the smallest policy.
-        BitPolicyError: as `solve`.
+        BitPolicyError: as in `solve`.
     """
     hull = Hull.of(error, nbytes)
     solved: dict[int, Solution] = {}
@@ -64,26 +64,26 @@ def frontier(
 def smallest(
     error: np.ndarray, nbytes: np.ndarray, target: float, gap: float = 1e-4, seconds: float = SECONDS
 ) -> Solution:
-    """The fewest bytes whose total error is at most `target`; its gap is one of bytes.
+    """The policy with the fewest bytes whose total error is at most `target`. Its gap is in bytes.
 
     Args:
-        error, nbytes: as `points`.
+        error, nbytes: as in `points`.
         target: total error power.
         gap: relative optimality gap to stop at.
-        seconds: longest time; what is in hand then is returned with its gap.
+        seconds: time limit; the best solution found by then is returned with its gap.
 
     Raises:
-        BudgetError: no policy is as accurate; the message names the least error that can be reached.
-        BitPolicyError: as `solve`.
+        BudgetError: no policy is that accurate; the message gives the smallest possible error.
+        BitPolicyError: as in `solve`.
     """
     exactest = Hull.of(error, nbytes).cost.argmin(axis=1)
     if not total(error, exactest) <= target:
         raise BudgetError(
-            f"an error of {target:.4g} is below the least that any policy has, {total(error, exactest):.4g}; "
+            f"an error of {target:.4g} is below the smallest that any policy has, {total(error, exactest):.4g}; "
             "raise the target or add a larger format to --formats"
         )
     possible = np.isfinite(error) & (error <= target)
-    target = min(target, 2 * float(np.where(possible, error, 0).max(axis=1).sum()))  # a finite limit, if not a near one
+    target = min(target, 2 * float(np.where(possible, error, 0).max(axis=1).sum()))  # must be finite, need not be tight
     hull = Hull.of(np.where(possible, nbytes, np.inf), error)
     choice, bound = least(hull, target, gap, seconds)
     whole = math.ceil(bound * (1 - _FLOAT))

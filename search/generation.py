@@ -1,4 +1,4 @@
-"""Real generations, scored against the reference on the same prompts and seeds."""
+"""Generates images and compares them with the reference on the same prompts and seeds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Generations:
         self._references: dict[Sample, torch.Tensor] = {}
 
     def references(self, samples: Iterable[Sample]) -> list[torch.Tensor]:
-        """The reference images, float32, shape (C, H, W), in [0, 1]; each made once. Not for use inside `under`."""
+        """The reference images, float32, shape (C, H, W), in [0, 1], generated once each. Not for use in `under`."""
         samples = list(samples)
         missing = [sample for sample in samples if sample not in self._references]
         made = self._trajectories.images(missing)
@@ -46,7 +46,7 @@ class Generations:
             return [image for image, _ in self._trajectories.images(samples)]
 
     def errors(self, choices: Mapping[str, Choice], samples: Sequence[Sample]) -> Generator[float, None, None]:
-        """Mean squared error of each sample's image, made as they are asked for so that a loser can be stopped."""
+        """Mean squared error of each sample's image, one at a time, so that the caller can stop early."""
         references = self.references(samples)
         with self.under(choices), closing(self._trajectories.images(samples)) as images:
             for (image, _), reference in zip(images, references, strict=True):

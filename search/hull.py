@@ -1,13 +1,13 @@
 """The Lagrangian relaxation of a multiple-choice knapsack, for every limit at once.
 
-At a price p of a byte every layer takes the format that minimizes e + p b. As p falls, layers step along the lower
-convex hulls of their own (b, e), steeper steps first (Sinha and Zoltners 1979). Each point that is passed is the exact
-solution for the bytes it takes, and for any number of bytes B
+At a price p per byte, every layer takes the format that minimizes e + p b. As p falls, layers step along the lower
+convex hulls of their own (b, e), steeper steps first (Sinha and Zoltners 1979). Each point on the way is the exact
+solution for its own bytes, and for any number of bytes B
 
     L(p) = sum_l min_f (e(l, f) + p b(l, f)) - p B  <=  the least error within B.
 
-A solution that contains (l, f) has at least the error L(p) + r(l, f) with the reduced cost
-r(l, f) = e(l, f) + p b(l, f) - min_f (e + p b). The code speaks of cost and weight, for bytes may be the cost, too.
+A solution that contains (l, f) has an error of at least L(p) + r(l, f), with the reduced cost
+r(l, f) = e(l, f) + p b(l, f) - min_f (e + p b). The code says cost and weight, because bytes can also be the cost.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ import numpy as np
 
 from bitpolicy.kernels.errors import BitPolicyError
 
-_NEAR = 256  # columns of least reduced cost of which pairs are tried
-_EXCHANGES = 8  # pairs that are exchanged at most
+_NEAR = 256  # number of columns with least reduced cost whose pairs are tried
+_EXCHANGES = 8  # maximum number of exchanged pairs
 
 
 @dataclass(frozen=True)
 class Hull:
-    """The Lagrangian relaxation for all limits at once: an order of steps, each of which changes one layer.
+    """The Lagrangian relaxation for all limits at once: a sequence of steps, each of which changes one layer.
 
     Attributes:
         cost: float64, shape (layers, formats); infinite where a layer may not have the format.
         weight: int64 or float64, shape (layers, formats).
         path: int64, shape (steps of one layer + 1, layers): the formats on each layer's own hull, lightest first.
-        layer, step: int64, shape (steps): whose format changes, and its place in that layer's path.
-        rate: float64, shape (steps), falling: cost saved by each unit of weight.
+        layer, step: int64, shape (steps): the layer that changes, and its position in that layer's path.
+        rate: float64, shape (steps), descending: cost saved per unit of weight.
     """
 
     cost: np.ndarray
@@ -45,14 +45,17 @@ class Hull:
     @classmethod
     def of(cls, cost: np.ndarray, weight: np.ndarray) -> Hull:
         """Raises:
-        BitPolicyError: a layer may have no format at all, or a cost is negative or no number.
+        BitPolicyError: a layer has no allowed format, or a cost is negative or NaN.
         """
         if not (cost >= 0).all():
-            raise BitPolicyError(f"an error of {cost[~(cost >= 0)][0]} is no error power; run `bitpolicy probe` again")
+            raise BitPolicyError(
+                f"an error of {cost[~(cost >= 0)][0]} is not a valid error power, which is at least 0; "
+                "run `bitpolicy probe` again"
+            )
         allowed = np.isfinite(cost)
         if not allowed.any(axis=1).all():
             raise BitPolicyError(
-                f"layer {int(allowed.any(axis=1).argmin())} may have none of the formats: every error is infinite; "
+                f"layer {int(allowed.any(axis=1).argmin())} has no allowed format: every error is infinite; "
                 "add one that fits it to --formats"
             )
         weight = np.where(allowed, weight, 0)
@@ -62,19 +65,19 @@ class Hull:
         return cls(cost, weight, path, layer, step, rates.flat[order])
 
     def choice(self, steps: int) -> np.ndarray:
-        """The formats after the first `steps` steps, the exact solution for the weight that they have."""
+        """The formats after the first `steps` steps: the exact solution for the weight they have."""
         layers = len(self.cost)
         return self.path[np.bincount(self.layer[:steps], minlength=layers), np.arange(layers)]
 
     def steps(self, limit: float) -> int:
-        """How many steps keep within `limit`."""
+        """The number of steps that stay within `limit`."""
         count = int(np.searchsorted(self.weights, limit, side="right")) - 1
-        while count > 0 and total(self.weight, self.choice(count)) > limit:  # float weights add up otherwise in order
+        while count > 0 and total(self.weight, self.choice(count)) > limit:  # summation order changes float totals
             count -= 1
         return max(count, 0)
 
     def relaxed(self, limit: float) -> tuple[np.ndarray, float, np.ndarray]:
-        """The last choice within `limit`, the lower bound on the cost of any, and the reduced costs r(l, f)."""
+        """The last choice within `limit`, a lower bound on the cost of any, and the reduced costs r(l, f)."""
         count = self.steps(limit)
         choice, price = self.choice(count), float(self.rate[count]) if count < len(self.rate) else 0.0
         rows = np.arange(len(choice))
@@ -100,12 +103,12 @@ class Hull:
 
 
 def exchanged(hull: Hull, limit: float, choice: np.ndarray, reduced: np.ndarray) -> np.ndarray:
-    """The relaxed choice after the best exchanges within `limit` of up to two layers each, of the nearest columns."""
+    """The relaxed choice after the best exchanges within `limit` of up to two layers, among the nearest columns."""
     rows = np.arange(len(choice))
-    beside = reduced.copy()
-    beside[rows, choice] = np.inf
-    near = np.argsort(beside, axis=None, kind="stable")[:_NEAR]
-    layer, format = np.divmod(near[np.isfinite(beside.flat[near])], reduced.shape[1])
+    others = reduced.copy()
+    others[rows, choice] = np.inf
+    near = np.argsort(others, axis=None, kind="stable")[:_NEAR]
+    layer, format = np.divmod(near[np.isfinite(others.flat[near])], reduced.shape[1])
     back = np.unique(layer)
     layer, format = np.concatenate([layer, back, [0]]), np.concatenate([format, choice[back], choice[:1]])
     for _ in range(_EXCHANGES):
@@ -115,7 +118,7 @@ def exchanged(hull: Hull, limit: float, choice: np.ndarray, reduced: np.ndarray)
         one = (layer[:, None] != layer) | (format[:, None] == choice[layer][:, None])
         first, second = np.divmod(np.where(fits & one, dearer[:, None] + dearer, np.inf).argmin(), len(layer))
         changed = choice.copy()
-        for column in (first, second):  # the first may be the format that the layer has
+        for column in (first, second):  # the first may be the format that the layer already has
             changed[layer[column]] = format[column]
         if not total(hull.cost, changed) < total(hull.cost, choice) or total(hull.weight, changed) > limit:
             break
@@ -128,7 +131,7 @@ def total(values: np.ndarray, choice: np.ndarray) -> float:
 
 
 def _paths(cost: np.ndarray, weight: np.ndarray, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each layer's lower convex hull, shape (steps + 1, layers), and its falling rates, zero where it has ended."""
+    """Each layer's lower convex hull, shape (steps + 1, layers), and its descending rates, zero past its end."""
     rows = np.arange(len(cost))
     lightest = np.where(allowed, weight, np.inf).min(axis=1, keepdims=True)
     at = np.where(allowed & (weight == lightest), cost, np.inf).argmin(axis=1)

@@ -1,12 +1,13 @@
-"""The exact solver: one format a layer, least total error power within the bytes.
+"""The exact solver: one format per layer, with the least total error power within the bytes.
 
     minimize  sum_l e(l, f_l)   subject to   sum_l b(l, f_l) <= B,
 
-a multiple-choice knapsack (Sinha and Zoltners 1979). Errors are powers, never decibels: powers of independent errors
-add. The Lagrangian relaxation (bitpolicy.search.hull) gives a first choice, a lower bound and reduced costs; a column
-whose reduced cost exceeds the distance of the two is in no better choice and is left out, which of thousands leaves
-some dozens to HiGHS (`scipy.optimize.milp`). HiGHS stops at an absolute gap of 1e-6 that SciPy does not expose, so
-costs are scaled until the optimum is far above it, and its rounded answer is checked in whole bytes.
+a multiple-choice knapsack (Sinha and Zoltners 1979). Errors are powers, never decibels, because powers of independent
+errors add. The Lagrangian relaxation (bitpolicy.search.hull) gives a first choice, a lower bound and reduced costs. A
+column whose reduced cost exceeds the difference between the two cannot be part of a better choice and is dropped. Of
+thousands of columns, this leaves a few dozen for HiGHS (`scipy.optimize.milp`). HiGHS stops at an absolute gap of 1e-6
+that SciPy does not expose, so costs are scaled until the optimum is far above it, and its rounded answer is checked in
+whole bytes.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ from scipy.sparse import csr_array
 from bitpolicy.search.budget import BudgetError, readable
 from bitpolicy.search.hull import Hull, exchanged, total
 
-_BYTES = 64  # unit of the size constraint: HiGHS may overshoot it by 1e-6, which has to stay far below a byte
-_OPTIMUM = 1e6  # the scaled objective is about this
-_ROUNDS = 6  # solves of one problem: each rescales to a better incumbent, or keeps off an overshot limit
+_BYTES = 64  # unit of the size constraint: HiGHS may overshoot by 1e-6 units, which must stay far below one byte
+_OPTIMUM = 1e6  # approximate size of the scaled objective
+_ROUNDS = 6  # solves per problem: each rescales to a better incumbent, or tightens a limit that was overshot
 SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Solution:
-    """One format index a layer.
+    """One format index per layer.
 
     Attributes:
         formats: int64, shape (layers).
@@ -50,7 +51,7 @@ class Solution:
 
 
 def solve(error: np.ndarray, nbytes: np.ndarray, budget: int, gap: float = 1e-4) -> Solution:
-    """The cheapest choice in error that fits.
+    """The choice with the least error that fits.
 
     Args:
         error: float64, shape (layers, formats), >= 0; infinite where a layer may not have the format.
@@ -59,8 +60,8 @@ def solve(error: np.ndarray, nbytes: np.ndarray, budget: int, gap: float = 1e-4)
         gap: relative optimality gap to stop at.
 
     Raises:
-        BudgetError: nothing fits; the message names the smallest size that can be reached.
-        BitPolicyError: a layer may have no format at all, or an error is negative or no number.
+        BudgetError: nothing fits; the message gives the smallest possible size.
+        BitPolicyError: a layer has no allowed format, or an error is negative or NaN.
     """
     return solve_hull(Hull.of(error, nbytes), budget, gap)
 
@@ -68,7 +69,7 @@ def solve(error: np.ndarray, nbytes: np.ndarray, budget: int, gap: float = 1e-4)
 def solve_hull(
     hull: Hull, budget: int, gap: float = 1e-4, seconds: float = SECONDS, known: np.ndarray | None = None
 ) -> Solution:
-    """`solve` for a hull of errors and bytes that is already there; `known` is a choice that fits.
+    """`solve` for an existing hull of errors and bytes. `known` is a choice that fits.
 
     Raises:
         BudgetError: nothing fits.
@@ -76,7 +77,8 @@ def solve_hull(
     smallest = int(hull.weights[0])
     if smallest > budget:
         raise BudgetError(
-            f"{budget:,} bytes for the layers are below the smallest policy, {smallest:,} bytes ({readable(smallest)})"
+            f"{budget:,} bytes for the layers are below the smallest policy, {smallest:,} bytes "
+            f"({readable(smallest)}); raise --budget or add a smaller format to --formats"
         )
     choice, bound = least(hull, budget, gap, seconds, known)
     error = float(total(hull.cost, choice))
@@ -86,7 +88,7 @@ def solve_hull(
 def least(
     hull: Hull, limit: float, gap: float, seconds: float = SECONDS, known: np.ndarray | None = None
 ) -> tuple[np.ndarray, float]:
-    """The choice of least cost within `limit`, which at least one has to be, and a lower bound on the cost of any."""
+    """The choice of least cost within `limit`, and a lower bound on the cost of any. At least one choice must fit."""
     end = time.monotonic() + seconds
     base, bound, reduced = hull.relaxed(limit)
     best = exchanged(hull, limit, base, reduced)
@@ -99,7 +101,7 @@ def least(
             break
         useful = bound + reduced <= cost * (1 + 1e-9)
         found, low = _highs(hull, base, useful, limit - kept_off, cost, 0.9 * gap, left)
-        if kept_off == 0:  # columns were left out only where the cost would be higher than that in hand
+        if kept_off == 0:  # the bound holds: dropped columns could only raise the cost
             bound = max(bound, min(low, cost))
         if (over := float(total(hull.weight, found) - limit)) > 0:
             kept_off += over
@@ -111,15 +113,16 @@ def least(
 
 
 def relative_gap(cost: float, bound: float) -> float:
-    """Share of `cost` by which the optimum may be lower."""
+    """By what share of `cost` the optimum may be lower."""
     return max(0.0, (cost - bound) / cost) if cost > 0 else 0.0
 
 
 def _highs(
     hull: Hull, base: np.ndarray, useful: np.ndarray, limit: float, cost: float, gap: float, seconds: float
 ) -> tuple[np.ndarray, float]:
-    """The best choice that HiGHS finds among the useful columns and its lower bound: changes of `base`, at most one a
-    layer, and one column that is always taken, so that HiGHS' relative gap is that of the whole."""
+    """The best choice that HiGHS finds among the useful columns, and its lower bound. The variables are changes of
+    `base`, at most one per layer, and a column that is always taken, so that HiGHS' relative gap is that of the
+    total."""
     scale, other = _OPTIMUM / cost, np.arange(hull.cost.shape[1]) != base[:, None]
     layer, format = (useful & other).nonzero()
     if not len(layer):
@@ -152,10 +155,10 @@ def _highs(
 
 @contextmanager
 def _without_stdout() -> Iterator[None]:
-    """HiGHS 1.12 prints a forgotten debug line with C's printf, whatever `disp` says: no good beside JSON."""
+    """Silence stdout: HiGHS 1.12 prints a leftover debug line with C's printf, even without `disp`, and breaks JSON."""
     try:
         kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    except OSError:  # there is no stdout to keep clean
+    except OSError:  # there is no stdout
         yield
         return
     sys.stdout.flush()
@@ -164,7 +167,7 @@ def _without_stdout() -> Iterator[None]:
         yield
     finally:
         if os.name == "posix":
-            ctypes.CDLL(None).fflush(None)  # what C still holds back goes where stdout is now
+            ctypes.CDLL(None).fflush(None)  # flush what C still buffers into the current stdout
         os.dup2(kept, 1)
         os.close(kept)
         os.close(nowhere)

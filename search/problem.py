@@ -1,7 +1,7 @@
-"""What a search decides: a format for each layer, within bytes.
+"""The decision of a search: a format for each layer, within a number of bytes.
 
-The solver sees a matrix of errors and one of sizes. What may not be chosen has infinite error: a format that a layer's
-shape does not allow, and every other format of a layer that was pinned. Layers that share a format become one row.
+The solver sees a matrix of errors and one of sizes. Whatever may not be chosen has infinite error: a format that does
+not fit a layer's shape, and every other format of a pinned layer. Layers that share a format become one row.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bitpolicy.sensitivity.table import SensitivityTable
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem.
+    """A search problem.
 
     Attributes:
         inventory: the layers, L of them.
@@ -32,8 +32,8 @@ class Problem:
         account: their bytes.
         budget: tensor bytes the whole denoiser may have.
         pinned: layer name -> the one format it may have.
-        tied: groups of layer names that share a format; a layer is in at most one.
-        barred: (layer name, format) that may not be chosen.
+        tied: groups of layer names that share a format; a layer is in at most one group.
+        barred: (layer name, format) pairs that may not be chosen.
     """
 
     inventory: Sequence[Layer]
@@ -72,7 +72,7 @@ class Problem:
         """The exact solution for each number of tensor bytes of the whole denoiser.
 
         Raises:
-            BudgetError: one is below the smallest policy.
+            BudgetError: a budget is below the smallest policy.
         """
         limits = [budget - self.account.fixed for budget in budgets]
         return [self.spread(found) for found in frontier(self.merged(self.errors()), self.merged(self.sizes()), limits)]
@@ -81,29 +81,29 @@ class Problem:
         """The fewest bytes whose predicted error is at most `error`.
 
         Raises:
-            BudgetError: no policy is as accurate.
+            BudgetError: no policy is that accurate.
         """
         return self.spread(smallest(self.merged(self.errors()), self.merged(self.sizes()), error))
 
     @property
     def smallest(self) -> int:
-        """Tensor bytes of the smallest policy that is allowed."""
+        """Tensor bytes of the smallest allowed policy."""
         sizes = self.merged(np.where(self.allowed(), self.sizes(), np.inf))
         return self.account.fixed + int(sizes.min(axis=1).sum())
 
     def merged(self, values: np.ndarray, rows: Sequence[Sequence[int]] | None = None) -> np.ndarray:
-        """Sums over the layers that share a format: (L, F) -> (rows, F), of all `rows` or of those given."""
+        """Sums over the layers that share a format: (L, F) -> (rows, F), for all rows or the given `rows`."""
         return np.stack([values[row].sum(0) for row in (self.rows() if rows is None else rows)])
 
     def rows(self) -> list[list[int]]:
-        """The layers' indices, those that share a format together."""
+        """The layers' indices, grouped by shared format."""
         place = {layer.name: i for i, layer in enumerate(self.inventory)}
         together = {place[group[0]]: [place[name] for name in group] for group in self.tied}
         later = {i for row in together.values() for i in row[1:]}
         return [together.get(i, [i]) for i in range(len(self.inventory)) if i not in later]
 
     def spread(self, solution: Solution) -> Solution:
-        """A solution over `rows` as one over layers."""
+        """Turn a solution over `rows` into one over layers."""
         formats = np.zeros(len(self.inventory), dtype=np.int64)
         for row, chosen in zip(self.rows(), solution.formats, strict=True):
             formats[row] = chosen
@@ -115,7 +115,7 @@ class Problem:
         return np.where(self.allowed(), error, np.inf)
 
     def allowed(self) -> np.ndarray:
-        """Whether a layer may have a format, bool, shape (L, F)."""
+        """Whether each layer may have each format, bool, shape (L, F)."""
         return np.array([[self._allows(layer, format) for format in self.formats] for layer in self.inventory])
 
     def _allows(self, layer: Layer, format: Format) -> bool:

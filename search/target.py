@@ -1,9 +1,9 @@
-"""The smallest policy whose images are as close to the reference as asked.
+"""Searches for the smallest policy that reaches a given image quality.
 
-Predicted error e and measured quality are tied by real generations: for small errors the image's error is proportional
-to that of the latent, so quality ~ a - 10 log10 e, in decibels, with an `a` that each measurement corrects. The next
-policy to measure is the one at the error where that line meets the target, kept inside the interval between the largest
-error known to be good enough and the smallest known not to be.
+Generated images link the predicted error e to the measured quality. For small errors the image's error is proportional
+to the latent's, so quality ~ a - 10 log10 e in decibels, and each measurement corrects `a`. The next policy to measure
+is at the error where this line meets the target, kept between the largest error known to be good enough and the
+smallest known not to be.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from dataclasses import dataclass, field
 
 from bitpolicy.search.knapsack import Solution
 
-_CLOSE = 0.005  # relative difference of bytes at which it is not worth measuring another policy
-MEASUREMENTS = 8  # for one target
+_CLOSE = 0.005  # relative difference in bytes below which another measurement is not worth it
+MEASUREMENTS = 8  # at most, per target
 _EDGE = 0.1  # share of the interval that a guess keeps away from its ends
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One policy.
+    """One measured policy.
 
     Attributes:
-        solution: the smallest of its predicted error.
-        place: log10 of the predicted error it was asked for.
+        solution: the smallest policy with its predicted error.
+        place: log10 of the requested predicted error.
         quality: in decibels.
     """
 
@@ -36,13 +36,13 @@ class Measured:
 
 @dataclass
 class Reach:
-    """Looks for the smallest policy of a quality, and remembers what it measured for the next target.
+    """Searches for the smallest policy of a given quality. It keeps its measurements for the next target.
 
     Attributes:
-        solve: the smallest policy of a predicted error.
-        measure: a policy's quality; larger is better, ten more for a tenth of the error's power.
-        most, least: predicted errors between which to look, the larger one of the smallest policy; least > 0.
-        measured: everything so far.
+        solve: predicted error -> the smallest policy with at most that error.
+        measure: a policy's quality; larger is better, and a tenth of the error power adds 10.
+        most, least: the range of predicted errors to search; `most` is that of the smallest policy; least > 0.
+        measured: all measurements so far.
     """
 
     solve: Callable[[float], Solution]
@@ -52,7 +52,7 @@ class Reach:
     measured: list[Measured] = field(default_factory=list)
 
     def smallest(self, target: float) -> Measured | None:
-        """The smallest policy found that reaches `target`; None where even the most accurate one does not."""
+        """The smallest policy found that reaches `target`; None if even the most accurate one does not."""
         if not self.measured:
             self._try(self.most)
         for _ in range(MEASUREMENTS):
@@ -73,7 +73,7 @@ class Reach:
         return self._bracket(target)[0]
 
     def _bracket(self, target: float) -> tuple[Measured | None, Measured | None]:
-        """The largest error that is good enough, and the smallest above it that is not."""
+        """The largest error that is good enough, and the smallest error above it that is not."""
         good = max((m for m in self.measured if m.quality >= target), key=lambda m: m.place, default=None)
         worse = [m for m in self.measured if m.quality < target and (good is None or m.place > good.place)]
         return good, min(worse, key=lambda m: m.place, default=None)

@@ -1,5 +1,5 @@
-"""The kernels that every other one is measured against, in plain torch code: on any device they take any call that may
-have their compute."""
+"""The reference kernels, in plain torch code. They take any call with their compute mode on any device, and every other
+kernel is tested against them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Reference(Kernel):
 
 
 class Int8Reference(Kernel):
-    """The definition of INT8 compute: slow, for tests and for devices without a kernel of their own."""
+    """The definition of INT8: slow, for tests and for devices without a kernel of their own."""
 
     name = "int8-reference"
     compute = Compute.INT8
@@ -37,12 +37,12 @@ class Int8Reference(Kernel):
     def __call__(
         self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
     ) -> torch.Tensor:
-        with torch.autocast(x.device.type, enabled=False):  # its sums are of integers, or of float32
+        with torch.autocast(x.device.type, enabled=False):  # sums must stay integer or float32
             return int8_product(x, weight, bias)
 
 
 class Fp8Reference(Kernel):
-    """The definition of FP8 compute, for `fp8` weights: slow, for tests and devices without a kernel of their own."""
+    """The definition of FP8 for `fp8` weights: slow, for tests and for devices without a kernel of their own."""
 
     name = "fp8-reference"
     compute = Compute.FP8

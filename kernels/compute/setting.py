@@ -1,4 +1,4 @@
-"""How the packed layers of a model compute, and what that keeps in memory."""
+"""Sets what the packed layers of a model may round, and reports the memory that they hold."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from bitpolicy.kernels.layers import packed_layers
 
 
 def set_compute(model: Any, compute: str | Compute | None, low_memory: bool | None = None) -> list[str]:
-    """Say what packed layers may round beside their weights.
+    """Set what packed layers may round in addition to their weights (activation quantization).
 
     Args:
         model: a pipeline, a denoiser, or any other module with packed layers.
         compute: "exact" (nothing), "float" (nothing, but sums may be taken in another order), "int8" (inputs, to 8
-            bits: faster where the processor multiplies integers, at some loss) or "fp8" (inputs of `fp8` layers, to
-            float8; other layers as "float"); None leaves it.
-        low_memory: whether kernels have to do without layouts of their own, at the price of time; None leaves it.
+            bits: faster where the processor multiplies integers, with some loss) or "fp8" (inputs of `fp8` layers, to
+            float8; other layers compute as under "float"); None leaves the setting unchanged.
+        low_memory: kernels may keep no layouts of their own, which costs time; None leaves the setting unchanged.
 
     Returns:
-        Names of the layers that compute so now, none where that is "exact": short and grouped ones round no inputs,
-            and under "fp8" those of other formats do not.
+        Names of the layers that now compute this way; none under "exact". Short and grouped layers never round their
+            inputs, and under "fp8" neither do layers in other formats.
 
     Raises:
-        BitPolicyError: there is no such compute, or there is no packed layer.
+        BitPolicyError: there is no such mode, or the model has no packed layer.
     """
     wanted = None if compute is None else parse_compute(compute)
     parts = {"": model} if isinstance(model, nn.Module) else model.components
     modules = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
     layers = {f"{part}.{name}".strip("."): x for part, module in modules.items() for name, x in packed_layers(module)}
     if not layers:
-        raise BitPolicyError(f"{type(model).__name__} has no packed layers; load a checkpoint that bitpolicy exported")
+        raise BitPolicyError(f"{type(model).__name__} has no packed layers; load a checkpoint exported by bitpolicy")
     for layer in layers.values():
         layer.compute = layer.compute if wanted is None else wanted
         layer.low_memory = layer.low_memory if low_memory is None else low_memory
@@ -47,8 +47,8 @@ class Resident:
     """Bytes of a model in memory.
 
     Attributes:
-        stored: its parameters and buffers, packed tensors as they are in the file.
-        layouts: what kernels made of packed weights and keep.
+        stored: its parameters and buffers, with packed tensors in their storage layout.
+        layouts: the layouts that kernels made from packed weights and keep.
     """
 
     stored: int
@@ -56,7 +56,7 @@ class Resident:
 
 
 def resident_bytes(model: nn.Module) -> Resident:
-    """What a model with packed layers holds between calls. Scratch that a call uses and gives back is not counted."""
+    """The bytes that a model with packed layers holds between calls, without scratch memory freed after each call."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     layouts = sum(prepared_bytes(next(iter(layer.packed_tensors().values()))) for _, layer in packed_layers(model))
     return Resident(sum(t.nbytes for t in tensors.values()), layouts)

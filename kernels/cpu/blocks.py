@@ -1,12 +1,13 @@
-"""Weights only, on the CPU, for large weights: a block of output channels is dequantized into the cache, multiplied by
-torch while it lies there, and overwritten by the next.
+"""Weight-only CPU kernel for large weights. It dequantizes a block of output channels into the cache, multiplies it
+with torch while it is there, and overwrites it with the next block.
 
-Written out as a whole, a weight that no cache holds goes to main memory and comes back, and torch turns that of a
-convolution into a layout of its own on the way, which makes another trip. So this can be faster than an ordinary layer,
-and needs a few megabytes where the whole takes a hundred.
+A weight that is dequantized as a whole and exceeds the cache travels to main memory and back. For a convolution, torch
+then converts it to a layout of its own, which is another round trip. So blocks can be faster than an ordinary layer,
+and they need a few megabytes where the whole weight takes a hundred.
 
-A sum's order is torch's own choice, and nobody promises that it is the same for fewer output channels. It was in every
-product tried (docs/decisions/kernels.md); where it is not, the micro-probe sees other bits and leaves this kernel out.
+torch chooses the order of a sum and does not promise the same order for fewer output channels. It was the same in every
+product tried (docs/decisions/kernels.md). If it ever differs, the micro-probe sees different bits and excludes this
+kernel.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ _MIB = 2**20
 
 
 class CpuBlocks(Kernel):
-    """Dequantize a block of output channels, multiply, go on with the next.
+    """Dequantize a block of output channels, multiply, and repeat with the next.
 
     Args:
-        least: bytes of a weight, in the dtype of the input, from which on it is cut.
-        block: bytes of a block, about.
-        channels: a block has a multiple of so many, as torch's products do best.
+        least: bytes of a weight, in the dtype of the input, from which it is split.
+        block: approximate bytes of a block.
+        channels: a block has a multiple of this many output channels, which suits torch's products.
     """
 
     name = "cpu-blocks"
@@ -46,14 +47,14 @@ class CpuBlocks(Kernel):
         if reason := cpu_dequantize.refuses(weight, x.dtype):
             return reason
         if weight.geometry is not None and weight.geometry.groups != 1:
-            return "not for channels in groups"
+            return "not for grouped convolutions"
         if weight.geometry is not None and _may_lie_channels_last(x):
-            return "for inputs that lie in channels"  # else torch adds up otherwise for few output channels
+            return "not for channels-last inputs"  # torch may sum in another order for few output channels
         if weight.shape[0] % self._channels:
-            return f"for output channels in whole {self._channels}s"
+            return f"for output channels in multiples of {self._channels}"
         if prod(weight.shape) * x.dtype.itemsize < self._least:
             return f"for weights of {self._least // _MIB} MiB and more"
-        return "one block holds it all" if self._rows(weight, x.dtype) >= weight.shape[0] else None
+        return "the weight fits in one block" if self._rows(weight, x.dtype) >= weight.shape[0] else None
 
     def scratch(self, weight: PackedWeight, dtype: torch.dtype) -> int:
         return self._rows(weight, dtype) * weight.row_length * dtype.itemsize
@@ -80,18 +81,18 @@ class CpuBlocks(Kernel):
         return y
 
     def _rows(self, weight: PackedWeight, dtype: torch.dtype) -> int:
-        """Output channels of a block."""
+        """The number of output channels in a block."""
         one = self._channels * weight.row_length * dtype.itemsize
         return self._channels * max(1, round(self._block / one))
 
 
 def _rows_of(weight: PackedWeight, rows: slice) -> PackedWeight:
-    """Some output channels of a weight, whose stored tensors all have these as their first dimension."""
+    """A slice of a weight's output channels, which are the first dimension of all its stored tensors."""
     shape = (rows.stop - rows.start, *weight.shape[1:])
     return PackedWeight(weight.format, shape, {n: t[rows] for n, t in weight.tensors.items()}, weight.geometry)
 
 
 def _may_lie_channels_last(x: torch.Tensor) -> bool:
-    """Whether torch may take a convolution's input to have its channels innermost: a single pixel lies both ways."""
+    """Whether torch may treat a convolution's input as channels last. A single pixel counts as either layout."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
     return not x.is_contiguous() or (last is not None and x.is_contiguous(memory_format=last))

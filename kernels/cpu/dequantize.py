@@ -15,11 +15,11 @@ from bitpolicy.kernels.formats.int8 import Int8
 from bitpolicy.kernels.kernel import PackedWeight
 
 _LONGEST_ROTATION = 128
-_IN_BYTES = (Int8, Float8)  # and no groups
+_IN_BYTES = (Int8, Float8)  # one byte per code and no groups
 
 
 def refuses(weight: PackedWeight, dtype: torch.dtype) -> str | None:
-    """Why `dequantize` cannot make this weight; None if it can."""
+    """Why `dequantize` cannot handle this weight; None if it can."""
     if reason := cpu_extension.why_unavailable():
         return reason
     if cpu_extension.dtype_code(dtype) is None:
@@ -27,7 +27,7 @@ def refuses(weight: PackedWeight, dtype: torch.dtype) -> str | None:
     if not isinstance(weight.format, Affine | Int8 | Float8 | NormalFloat4):
         return f"not for {weight.format.name}"
     if isinstance(weight.format, Affine) and weight.format.rotated and (weight.format.group or 0) > _LONGEST_ROTATION:
-        return f"rotates runs of at most {_LONGEST_ROTATION}"
+        return f"for rotations of at most {_LONGEST_ROTATION} weights"
     if any(tensor.device.type != "cpu" for tensor in weight.tensors.values()):
         return "the weight is not on the CPU"
     if not all(tensor.is_contiguous() for tensor in weight.tensors.values()):
@@ -36,7 +36,7 @@ def refuses(weight: PackedWeight, dtype: torch.dtype) -> str | None:
 
 
 def dequantize(weight: PackedWeight, to: torch.Tensor) -> torch.Tensor:
-    """Fill `to`, contiguous, shape `weight.shape`, with the weight; `refuses` has agreed."""
+    """Fill `to`, contiguous, shape `weight.shape`, with the weight. Requires that `refuses` returns None."""
     if not to.numel():
         return to
     if isinstance(weight.format, _IN_BYTES):
@@ -79,7 +79,7 @@ _plans: dict[tuple[int, torch.dtype], Array[c_int64]] = {}
 
 
 def _plan(weight: PackedWeight, dtype: torch.dtype) -> Array[c_int64]:
-    """`Packed` of csrc/dequantize.cpp but for its pointers, worked out once for all weights of a kind."""
+    """The arguments of csrc/dequantize.cpp that are not pointers, computed once per kind of weight."""
     format, length = weight.format, weight.row_length
     assert isinstance(format, Affine | NormalFloat4)
     bits, rotated = (format.bits, format.rotated) if isinstance(format, Affine) else (4, False)

@@ -1,6 +1,6 @@
-"""Weights only, on the CPU: dequantized by C++ into memory that every layer uses in turn, multiplied by torch.
+"""Weight-only CPU kernel: C++ dequantizes into memory shared by all layers, and torch multiplies.
 
-The multiplication is torch's own, with a weight of the same bits and strides, so the result is that of the reference.
+The multiplication is torch's own, with a weight of the same bits and strides, so the result equals the reference.
 """
 
 from __future__ import annotations
@@ -33,6 +33,6 @@ class CpuDequantize(Kernel):
 
 
 def whole(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """The product with a weight that is written out as a whole."""
+    """The product with the whole weight, dequantized at once."""
     to = torch.empty(weight.shape, dtype=x.dtype) if recorded(x, bias) else scratch_tensor(weight.shape, x.dtype)
     return multiply(x, cpu_dequantize.dequantize(weight, to), weight.geometry, bias)

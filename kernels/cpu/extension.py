@@ -1,11 +1,11 @@
-"""The C++ sources in `csrc/`, compiled at first use by the machine's own compiler and loaded with ctypes.
+"""Compiles the C++ sources in `csrc/` on first use with the machine's own compiler, and loads them with ctypes.
 
-    python -m bitpolicy.kernels.cpu.extension     builds it ahead, and says where it lies or why there is none
+    python -m bitpolicy.kernels.cpu.extension     builds the library in advance, and prints its path or why it failed
 
-They have a plain C interface, so they compile in seconds. The library is kept in the cache folder, named by a hash of
-sources, flags, compiler and processor and by its own checksum, so nothing stale, damaged or made for another machine is
-loaded; it is written aside and renamed, so any number of processes may build it at once. Where it cannot be built,
-kernels that need it refuse their calls and plain torch code computes the same.
+The sources have a plain C interface, so they compile in seconds. The library is stored in the cache folder. Its name
+has a hash of sources, flags, compiler and processor, and its own checksum, so a stale or damaged library, or one built
+for another machine, is never loaded. It is written atomically, so any number of processes may build it at once. If it
+cannot be built, the kernels that need it refuse their calls, and plain torch code computes the same results.
 
 `CXX` names the compiler.
 """
@@ -34,12 +34,12 @@ from bitpolicy.kernels.cache_folder import cache_folder, is_own, keep
 _log = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "csrc"
 _COMPILERS = ("c++", "g++", "clang++")
-# Sums of a product and a number are rounded twice, as torch's are; GCC warns about its own headers.
+# No contraction: a product and a sum must be rounded separately, as in torch. -w: GCC warns about its own headers.
 _FLAGS = "-std=c++17 -O3 -march=native -fPIC -ffp-contract=off -fno-math-errno -fno-trapping-math -w".split()
 _OPENMP: tuple[list[str], ...] = (
     ["-fopenmp"],
     [],
-)  # only to compile: its functions are found in the library that torch has loaded
+)  # for compiling only: at run time its functions come from the library that torch has loaded
 _PATIENCE = 300  # seconds
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _SIGNATURES: dict[str, list[Any]] = {
@@ -55,27 +55,27 @@ _SIGNATURES_OF_INT8: dict[str, list[Any]] = {
 
 
 class Unavailable(Exception):
-    """Why the library cannot be had, in a few words."""
+    """Why the library is not available, in a few words."""
 
 
 def library() -> ctypes.CDLL | None:
-    """The loaded library; None where it cannot be built, and `why_unavailable` says why."""
+    """The loaded library, or None if it cannot be built; `why_unavailable` then gives the reason."""
     return _loaded()[0]
 
 
 def why_unavailable() -> str | None:
-    """Why kernels of this library refuse, in a few words; None if there is one."""
+    """Why the kernels of this library refuse, in a few words; None if the library is available."""
     return _loaded()[1]
 
 
 def has_int8() -> bool:
-    """Whether the library multiplies 8-bit integers on this processor."""
+    """Whether the library can multiply 8-bit integers on this processor."""
     found = library()
     return found is not None and bool(found.bitpolicy_has_int8())
 
 
 def dtype_code(dtype: torch.dtype) -> int | None:
-    """How the library calls a dtype; None if it does not know it."""
+    """The library's code for a dtype; None if it does not support it."""
     return _DTYPES.get(dtype)
 
 
@@ -89,14 +89,14 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def build() -> ctypes.CDLL:
-    """The library, compiled if the cache does not hold it.
+    """The library, compiled if it is not in the cache.
 
     Raises:
-        Unavailable: no compiler, it fails, or nothing can be written to the cache folder.
+        Unavailable: there is no compiler, it fails, or the cache folder is not writable.
     """
     compiler = find_compiler()
     reasons = []
-    for openmp in (*_OPENMP, *_OPENMP):  # again, for a file in the cache that was no library and is gone now
+    for openmp in (*_OPENMP, *_OPENMP):  # the second round is for a broken cache file, which the first one deleted
         try:
             return _open(_compiled(compiler, [*_FLAGS, *openmp]))
         except (Unavailable, OSError) as reason:
@@ -105,10 +105,10 @@ def build() -> ctypes.CDLL:
 
 
 def find_compiler() -> list[str]:
-    """The command that compiles C++.
+    """The command of the C++ compiler.
 
     Raises:
-        Unavailable: there is none.
+        Unavailable: there is no compiler.
     """
     named = shlex.split(os.environ.get("CXX", ""))
     candidates = [named] if named else [[name] for name in _COMPILERS]
@@ -119,7 +119,7 @@ def find_compiler() -> list[str]:
 
 
 def _compiled(compiler: list[str], flags: list[str]) -> Path:
-    """The library for these flags, from the cache folder if a sound one is there."""
+    """The library for these flags, from the cache if an intact one is there."""
     cache, name = cache_folder(), f"kernels-{_key(compiler, flags)}"
     if found := next(filter(_is_sound, sorted(cache.glob(f"{name}-*.so"))), None):
         return found
@@ -141,12 +141,12 @@ def _compiled(compiler: list[str], flags: list[str]) -> Path:
 
 
 def _checksum(path: Path) -> str:
-    """The last part of a library's name: half a file that is mapped and run would kill the process."""
+    """The last part of a library's name. Loading an incomplete file would kill the process."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:24]
 
 
 def _is_sound(path: Path) -> bool:
-    """Whether a library of the cache is as it was written, by this user."""
+    """Whether a cached library is unchanged and was written by this user."""
     try:
         return is_own(path) and path.stem.rpartition("-")[2] == _checksum(path)
     except OSError:
@@ -174,7 +174,7 @@ def _run(command: list[str]) -> str:
 
 
 def _processor() -> str:
-    """What `-march=native` depends on."""
+    """The properties that `-march=native` depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -187,7 +187,7 @@ def _open(path: Path) -> ctypes.CDLL:
     try:
         found = ctypes.CDLL(str(path))
     except OSError:
-        path.unlink(missing_ok=True)  # half a file, or one for another system
+        path.unlink(missing_ok=True)  # an incomplete file, or one for another system
         raise
     signatures = dict(_SIGNATURES)
     if found.bitpolicy_has_int8():

@@ -1,7 +1,7 @@
-"""Weights only, on the CPU, for a few rows: `csrc/few_rows.cpp` dequantizes in registers and writes no weight down.
+"""Weight-only CPU kernel for a few rows: `csrc/few_rows.cpp` dequantizes in registers and never writes the weight.
 
-Sums are taken in another order than torch's, so this is FLOAT compute. A row or two (time embeddings, a batch of one)
-are nothing but reading the weight, whose codes are a quarter or an eighth of its floats.
+It sums in another order than torch, so its compute mode is FLOAT. For one or two rows (time embeddings, a batch of
+one), nearly all time goes into reading the weight, and the codes are a quarter or an eighth of its float size.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bitpolicy.kernels.formats.int8 import Int8
 from bitpolicy.kernels.kernel import Compute, Kernel, PackedWeight, Prepared
 
 _MOST_ROWS = 16
-_BLOCK = 32  # weights that are read at once
+_BLOCK = 32  # weights read at once
 
 
 class CpuFloat(Kernel):
@@ -38,7 +38,7 @@ class CpuFloat(Kernel):
             return None
         if not isinstance(format, Affine) or format.rotated or format.bits not in (4, 8):
             return f"not for {format.name}"
-        return f"for groups of whole {_BLOCK}s" if (format.group or 0) % _BLOCK else None
+        return f"for group sizes in multiples of {_BLOCK}" if (format.group or 0) % _BLOCK else None
 
     def __call__(
         self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
@@ -66,7 +66,7 @@ _plans: dict[tuple[int, torch.dtype], Array[c_int64]] = {}
 
 
 def _plan(weight: PackedWeight, dtype: torch.dtype) -> Array[c_int64]:
-    """That of csrc/few_rows.cpp, worked out once for all weights of a kind."""
+    """The plan that csrc/few_rows.cpp expects, computed once per kind of weight."""
     format, (out, length) = weight.format, weight.shape
     assert isinstance(format, Affine | Int8 | NormalFloat4)
     bits = format.bits if isinstance(format, Affine) else 4 if isinstance(format, NormalFloat4) else 0

@@ -1,7 +1,9 @@
-"""INT8 compute on the CPU by `csrc/int8.cpp`: quantization, product and scales in one call, with AVX-512 VNNI.
+"""INT8 activation quantization on the CPU with `csrc/int8.cpp`: quantization, product and scales in one AVX-512 VNNI
+call.
 
-Bit-equal to `int8_product`: it divides, rounds and adds in the same order. The weight's codes are laid out once, four
-inputs of sixteen output channels beside each other, a byte for each weight beside the stored bytes.
+The result is bit-equal to `int8_product`, because divisions, roundings and sums have the same order. The weight's codes
+are rearranged once, so that four inputs of sixteen output channels are adjacent. This takes one byte per weight in
+addition to the stored bytes.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from bitpolicy.kernels.cpu.scratch import scratch, scratch_tensor
 from bitpolicy.kernels.formats.named import INT8
 from bitpolicy.kernels.kernel import Compute, Geometry, Kernel, PackedWeight, Prepared
 
-_LINE = 64  # bytes; codes start at one
-_LONGEST = 2**16  # weights of a row whose products fit 32 bits: 255 * 127 * 2^16 < 2^31
+_LINE = 64  # bytes per cache line; codes start at a line
+_LONGEST = 2**16  # weights in a row whose sum fits 32 bits: 255 * 127 * 2^16 < 2^31
 
 
 class CpuInt8(Kernel):
@@ -41,8 +43,8 @@ class CpuInt8(Kernel):
         if cpu_extension.dtype_code(x.dtype) is None:
             return f"not for {x.dtype}"
         if weight.geometry is not None and weight.geometry.groups != 1:
-            return "not for convolutions in groups"
-        return f"rows longer than {_LONGEST}" if weight.row_length >= _LONGEST else None
+            return "not for grouped convolutions"
+        return f"for rows shorter than {_LONGEST}" if weight.row_length >= _LONGEST else None
 
     def prepare(self, weight: PackedWeight, dtype: torch.dtype) -> Prepared:
         return {} if weight.low_memory else laid_out(weight)
@@ -73,9 +75,9 @@ class CpuInt8(Kernel):
 
 
 def laid_out(weight: PackedWeight) -> dict[str, torch.Tensor]:
-    """The weight as the kernel reads it: `codes`, int8; `scale` and `offsets`, of whole vectors of output channels."""
+    """The weight in the kernel's layout: `codes`, int8; `scale` and `offsets`, padded to whole vectors of channels."""
     codes, scale = _codes(weight)
-    codes = codes.contiguous()  # held until the call below is over; a no-op unless the stored ones lie channels last
+    codes = codes.contiguous()  # keeps them alive during the call below; a no-op unless they are channels last
     out, channels = weight.shape[:2]
     taps, padded = weight.row_length // channels, -(-out // 16) * 16
     packed = torch.empty(padded * taps * -(-channels // 4) * 4, dtype=torch.int8)
@@ -87,7 +89,7 @@ def laid_out(weight: PackedWeight) -> dict[str, torch.Tensor]:
 
 
 def _codes(weight: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
-    """`weight_codes`, dequantized by C++ where it can."""
+    """`weight_codes`, dequantized by C++ where possible."""
     if weight.format == INT8 or cpu_dequantize.refuses(weight, torch.float32):
         return weight_codes(weight)
     stored = INT8.quantize(cpu_dequantize.dequantize(weight, scratch_tensor(weight.shape, torch.float32)))
@@ -96,15 +98,15 @@ def _codes(weight: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """What a call of one shape needs, worked out once.
+    """What a call of one shape needs, computed once.
 
     Attributes:
         plan: `Plan` of csrc/int8.cpp.
         shape, strides: of the result.
-        dtype: as the library calls it.
+        dtype: the library's code for it.
         grids: bytes of scratch before the codes, for scales and zero points.
         work: bytes of scratch.
-        memory_format: what the input has to lie in.
+        memory_format: required of the input.
     """
 
     plan: Array[c_int64]
@@ -130,7 +132,7 @@ def _call(
     geometry: Geometry | None,
 ) -> _Call:
     rows, leading = geometry is None, shape[:-1]
-    if geometry is None:  # a convolution of one tap over a line of rows
+    if geometry is None:  # treat it as a convolution of one tap over a line of rows
         shape, strides = (1, shape[-1], prod(leading)), (0, 0, 0)
         weight, geometry = (*weight, 1), Geometry((1,), (0,), (1,))
     samples, channels, *size = shape

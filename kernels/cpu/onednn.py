@@ -1,9 +1,9 @@
-"""INT8 compute on the CPU by oneDNN's integer products, for machines without a C++ compiler.
+"""INT8 activation quantization on the CPU with oneDNN's integer products, for machines without a C++ compiler.
 
-Inputs are quantized, and sums scaled, by plain torch code. The operators are private to torch (`onednn::`), so they are
-tried on a small product first: where they are absent, take other arguments or give another answer, this kernel refuses.
-They want bytes: for signed ones oneDNN has only a reference kernel, a hundred times slower. They know one zero point a
-call, so zero points are subtracted by channels more, all of which hold z:
+Plain torch code quantizes the inputs and scales the sums. The operators are private to torch (`onednn::`), so they are
+tested on a small product first. If they are missing, take other arguments or give a wrong result, this kernel refuses.
+They take unsigned bytes; for signed ones oneDNN has only a reference kernel, a hundred times slower. They support only
+one zero point per call, so zero points are subtracted with additional channels that all have the value z:
 
     sum_k (x_q - z) w_q = sum_k x_q w_q + sum_j z v_j,    sum_j v_j = -sum_k w_q
 """
@@ -20,8 +20,8 @@ from torch.nn.functional import pad
 from bitpolicy.kernels.compute.int8 import TOP, input_grid, multiply, quantize_input, shared, weight_codes
 from bitpolicy.kernels.kernel import Compute, Geometry, Kernel, PackedWeight, Prepared
 
-_MOST = 127  # of a weight's code
-_LONGEST = 2**16  # weights of a row whose products fit 32 bits
+_MOST = 127  # largest code of a weight
+_LONGEST = 2**16  # weights in a row whose sum fits 32 bits
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -35,9 +35,9 @@ class OneDnnInt8(Kernel):
         if x.dtype not in _DTYPES:
             return f"not for {x.dtype}"
         if weight.geometry is not None and weight.geometry.groups != 1:
-            return "not for convolutions in groups"
+            return "not for grouped convolutions"
         if weight.row_length >= _LONGEST:
-            return f"rows longer than {_LONGEST}"
+            return f"for rows shorter than {_LONGEST}"
         return _unusable()
 
     def prepare(self, weight: PackedWeight, dtype: torch.dtype) -> Prepared:
@@ -51,7 +51,7 @@ class OneDnnInt8(Kernel):
         layout = prepared or _packed(weight)
         dims = shared(x.ndim, weight.shape, weight.geometry)
         zero, (steps, scale) = input_grid(x, dims)[1], quantize_input(x, dims)
-        scale = torch.where(torch.isfinite(scale), scale, torch.nan)  # codes of NaN are any byte
+        scale = torch.where(torch.isfinite(scale), scale, torch.nan)  # the codes of NaN are arbitrary
         sums = _sums(steps, zero, layout, weight.geometry, weight.shape[0])
         channels = layout["scale"] if weight.geometry is None else _by_channel(layout["scale"], sums)
         y = sums.mul_(scale * channels)
@@ -66,12 +66,12 @@ def _packed(weight: PackedWeight) -> dict[str, torch.Tensor]:
 
 
 def _prepacked(codes: torch.Tensor, geometry: Geometry | None) -> dict[str, torch.Tensor]:
-    """`codes` with those of the channels that hold z; `ones`, u8, one for each of them."""
+    """`codes` extended by the channels whose input is z; `ones`, u8, with one entry for each of those channels."""
     sums, ops = codes.flatten(1).sum(1, dtype=torch.int64)[:, None], torch.ops.onednn
     count = -(-int(sums.abs().max()) // _MOST)
     v = sums.sign().neg() * (sums.abs() - _MOST * torch.arange(count)).clamp_(0, _MOST)
     more = codes.new_zeros(codes.shape[0], count, *codes.shape[2:])
-    more.view(*more.shape[:2], prod(more.shape[2:]))[..., 0] = v  # of one tap
+    more.view(*more.shape[:2], prod(more.shape[2:]))[..., 0] = v  # in the first tap only
     codes, ones = torch.cat([codes, more], 1), torch.ones(count, dtype=torch.uint8)
     if geometry is None:
         return {"codes": ops.qlinear_prepack(codes, None), "ones": ones}
@@ -80,7 +80,7 @@ def _prepacked(codes: torch.Tensor, geometry: Geometry | None) -> dict[str, torc
 
 
 def _slides(geometry: Geometry) -> tuple[list[int], list[int], list[int], int]:
-    """As the operators take them: the input comes padded."""
+    """The geometry in the operators' form. The input is padded already."""
     return list(geometry.stride), [0] * len(geometry.stride), list(geometry.dilation), 1
 
 
@@ -119,14 +119,14 @@ def _by_channel(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=1)
 def _unusable() -> str | None:
-    """Why oneDNN's operators are of no use on this machine; None if they are."""
+    """Why oneDNN's operators cannot be used on this machine; None if they can."""
     if not getattr(torch.cpu, "_is_vnni_supported", lambda: False)():
         return "this machine has no AVX-512 VNNI"
     try:
         right = all(_is_right(shape, geometry) for shape, geometry in _TRIED)
     except (AttributeError, RuntimeError, TypeError) as error:
         return f"this machine's torch lacks oneDNN's integer products: {str(error).splitlines()[0]}"
-    return None if right else "this machine's oneDNN gives other sums"
+    return None if right else "this machine's oneDNN computes wrong sums"
 
 
 _TRIED: Sequence[tuple[tuple[int, ...], Geometry | None]] = (

@@ -1,4 +1,4 @@
-"""Memory that CPU kernels write into and forget: one buffer for each thread, as large as the largest call so far."""
+"""Scratch memory for CPU kernels: one buffer per thread, as large as the largest call so far."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _buffers = _Buffers()
 
 
 def scratch_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A contiguous tensor in memory that the next call of this thread hands out again."""
+    """A contiguous tensor in the scratch buffer. The thread's next call reuses the same memory."""
     view = _buffers.views.get((shape, dtype))
     if view is None:
         size = prod(shape) * dtype.itemsize
@@ -30,15 +30,15 @@ def scratch_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def scratch(size: int) -> torch.Tensor:
-    """`size` bytes of it, u8."""
+    """`size` bytes of the scratch buffer, u8."""
     return scratch_tensor((size,), torch.uint8)
 
 
 def scratch_bytes() -> int:
-    """Bytes that this thread holds."""
+    """The size of this thread's buffer."""
     return _buffers.bytes.numel()
 
 
 def release_scratch() -> None:
-    """Give this thread's memory back."""
+    """Free this thread's buffer."""
     _buffers.__init__()  # type: ignore[misc]

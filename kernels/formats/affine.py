@@ -2,9 +2,9 @@
 
     w ~ scale (code - zero),  code in [0, 2^bits - 1]
 
-Asymmetric grids span the group's range. Symmetric ones have no zero point to store: zero is the code 2^(bits-1), and
-the scale has the sign that puts the weight of largest size on code 0, where there is one level more (as ggml's Q4_0).
-Rotated ones (`-rot`) first multiply each run by a Hadamard matrix; see `bitpolicy.kernels.formats.hadamard`.
+Asymmetric grids span the group's range. Symmetric grids store no zero point: zero is the code 2^(bits-1). The sign of
+the scale puts the weight of largest magnitude on code 0, the side with one more level (as in ggml's Q4_0). Rotated
+formats (`-rot`) first multiply each group by a Hadamard matrix; see `bitpolicy.kernels.formats.hadamard`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from bitpolicy.kernels.formats.packing import pack_bits, packed_length, row_leng
 
 @dataclass(frozen=True)
 class Affine(GridFormat):
-    """One (scale, zero) for each run of weights along the wire order.
+    """One (scale, zero) for each group of weights along the wire order.
 
     Attributes:
-        bits: of a code, 2 to 8.
-        group: weights that share a scale, > 0; None is a whole row, one output channel.
+        bits: per code, 2 to 8.
+        group: the group size, > 0; None means a whole row, one output channel.
         symmetric: no zero point.
-        rotated: runs are rotated; `group` is a power of two that divides K.
+        rotated: groups are rotated; `group` is a power of two that divides K.
     """
 
     bits: int = 4

@@ -2,13 +2,15 @@
 
     W H ~ scale[out] * code,    code in [-127, 127] or [-7, 7]
 
-Runs of weights along the inputs are multiplied by the *regular* Hadamard matrix H = K (x) K (x) ... / sqrt(n), where
+Blocks of `size` weights along the inputs are multiplied by the *regular* Hadamard matrix H = K (x) K (x) ... / sqrt(n),
+where
 
     K = [[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]
 
-has the same sum in every row, and then share one float32 scale for each output channel. H is symmetric and orthogonal,
-its own inverse. ComfyUI calls them `int8_tensorwise` with `convrot` and `convrot_w4a4` (comfy-kitchen, tensor/int8.py
-and tensor/convrot_w4a4.py). Formats of our own rotate by another matrix: `bitpolicy.kernels.formats.hadamard`.
+has the same sum in every row. One float32 scale is shared by each output channel. H is symmetric and orthogonal, and so
+its own inverse. ComfyUI calls the formats `int8_tensorwise` with `convrot` and `convrot_w4a4` (comfy-kitchen,
+tensor/int8.py and tensor/convrot_w4a4.py). bitpolicy's own formats rotate by another matrix:
+`bitpolicy.kernels.formats.hadamard`.
 """
 
 from __future__ import annotations
@@ -26,11 +28,11 @@ from bitpolicy.kernels.formats.packing import pack_bits, packed_length, row_leng
 
 @dataclass(frozen=True)
 class ConvRot(GridFormat):
-    """One scale for a row that was rotated first.
+    """One scale for each row, which is rotated first.
 
     Attributes:
-        bits: of a code, 4 or 8.
-        size: weights that are rotated together, a power of four.
+        bits: per code, 4 or 8.
+        size: the number of weights rotated together, a power of four.
     """
 
     bits: int = 8
@@ -58,7 +60,7 @@ class ConvRot(GridFormat):
 
     @property
     def rotation(self) -> int:
-        return -self.size  # not the rotation of `Affine`, whatever the run
+        return -self.size  # negative, so that it never equals a rotation of `Affine`
 
     def rotated_hessian(self, hessian: torch.Tensor) -> torch.Tensor:
         return regular_hadamard(regular_hadamard(hessian, self.size).mT, self.size)
@@ -94,9 +96,9 @@ class ConvRot(GridFormat):
 
 
 def regular_hadamard(rows: torch.Tensor, size: int) -> torch.Tensor:
-    """Each run of `size` values times the regular Hadamard matrix, orthogonal.
+    """Multiply each block of `size` values by the regular Hadamard matrix, scaled to be orthogonal.
 
-    Sums of four in a fixed order, so every device gives the same bits.
+    Sums run in a fixed order, so every device gives the same bits.
 
     Args:
         rows: float32, shape (..., K).

@@ -1,8 +1,8 @@
-"""`fp8` and `nf4`: codes that name levels which are not evenly spaced.
+"""`fp8` and `nf4`: codes for levels that are not evenly spaced.
 
 `fp8` is float8 e4m3 (Micikevicius et al. 2022, section 3) in the weight's own shape, with one float32 scale for each
-output channel that puts its largest weight at 448. `nf4` has the 16 levels that hold equal shares of a normal
-distribution (Dettmers et al. 2023, "QLoRA", section 3 and appendix E), with a float16 scale for each run of 64.
+output channel that puts its largest weight at 448. `nf4` has 16 levels that hold equal shares of a normal distribution
+(Dettmers et al. 2023, "QLoRA", section 3 and appendix E), with a float16 scale for each group of 64.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NF4 = (
 
 @dataclass(frozen=True)
 class Float8(GridFormat):
-    """w ~ scale[out] * value, value a float8 e4m3."""
+    """w ~ scale[out] * value, where value is a float8 e4m3."""
 
     def parameters(self) -> dict[str, Any]:
         return {"kind": "float", "bits": 8, "variant": "e4m3", "group": "channel"}
@@ -47,7 +47,7 @@ class Float8(GridFormat):
         return Grid(unless_flat(torch.maximum(high, -low) / LARGEST))
 
     def encode(self, rows: torch.Tensor, grid: Grid) -> torch.Tensor:
-        scaled = (rows / grid.scale).clamp_(-LARGEST, LARGEST)  # beyond it is NaN
+        scaled = (rows / grid.scale).clamp_(-LARGEST, LARGEST)  # larger values would become NaN
         return scaled.to(torch.float8_e4m3fn).float()
 
     def decode(self, codes: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -66,7 +66,7 @@ class NormalFloat4(GridFormat):
     """w ~ scale * level[code].
 
     Attributes:
-        group: weights that share a scale, > 0.
+        group: the group size, > 0.
     """
 
     group: int = 64

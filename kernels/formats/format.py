@@ -1,8 +1,8 @@
-"""What a storage format is: data, and the arithmetic of its own bytes.
+"""The interface of a storage format: its parameters, and the arithmetic of its bytes.
 
 A format turns a weight of shape (out, in/groups, *kernel) into named tensors and back. Their names are appended to the
-layer's name in a checkpoint (`<layer>.weight_packed`), and `tensors(shape)` tells their dtypes and shapes beforehand,
-so the size of a file is known exactly before anything is quantized.
+layer's name in a checkpoint (`<layer>.weight_packed`). `tensors(shape)` gives their dtypes and shapes in advance, so
+the size of a file is known exactly before anything is quantized.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class Format(ABC):
     """A way to store one weight.
 
     Attributes:
-        name: what people write on the command line and in policy files, e.g. "int4".
+        name: what users write on the command line and in policy files, e.g. "int4".
     """
 
     name: str
 
     packed = True
-    """False where the layer stays an ordinary torch module."""
+    """False if the layer stays an ordinary torch module."""
 
     @abstractmethod
     def parameters(self) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class Format(ABC):
 
     @abstractmethod
     def tensors(self, shape: Shape, storage_dtype: torch.dtype) -> dict[str, TensorSpec]:
-        """The stored tensors of a weight of this shape, by the suffix of their names, in file order."""
+        """The tensors that store a weight of this shape, by name suffix, in file order."""
 
     @abstractmethod
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -61,12 +61,12 @@ class Format(ABC):
 
     @abstractmethod
     def dequantize(self, tensors: Mapping[str, torch.Tensor], shape: Shape, dtype: torch.dtype) -> torch.Tensor:
-        """The weight that `tensors` stand for, contiguous, computed in float32 and rounded once to `dtype`."""
+        """The weight that `tensors` represent, contiguous, computed in float32 and rounded once to `dtype`."""
 
     def fits(self, shape: Shape) -> bool:
-        """Whether a weight of this shape can be stored so."""
+        """Whether this format can store a weight of this shape."""
         return True
 
     def nbytes(self, shape: Shape, storage_dtype: torch.dtype) -> int:
-        """Bytes of the stored tensors, scales, zero points and padding included."""
+        """Bytes of the stored tensors, including scales, zero points and padding."""
         return sum(spec.nbytes for spec in self.tensors(shape, storage_dtype).values())

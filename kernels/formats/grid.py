@@ -1,9 +1,9 @@
-"""Formats whose weights lie on a grid: every group of a row has levels of its own, and a code names one of them.
+"""Formats with a grid: every group of a row has its own levels, and a code selects one of them.
 
-A quantizer picks two things, the grid of each group and a code for each weight; the format says which grids and codes
-there are and how they are stored. Round to nearest, the quantizer that every format has, spans each group's extremes
-and takes the nearest code (Jacob et al. 2018, section 2.1). Grids are rounded to the dtype they are stored in *before*
-codes are chosen, so that codes are nearest for the levels that will be read back.
+A rounding method picks two things: the grid of each group, and a code for each weight. The format defines which grids
+and codes exist and how they are stored. Every format has round to nearest, which spans each group's extremes and takes
+the nearest code (Jacob et al. 2018, section 2.1). Grids are rounded to their storage dtype *before* codes are chosen,
+so the codes are nearest to the levels that will be read back.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Grid:
 
     Attributes:
         scale: float32, shape (out, groups), never zero.
-        zero: the code of zero, float32, same shape; None where the format has no zero point of its own.
+        zero: the code of zero, float32, same shape; None if the format stores no zero point.
     """
 
     scale: torch.Tensor
@@ -35,7 +35,7 @@ class Grid:
 
     @property
     def wide(self) -> Grid:
-        """With a dimension for the weights of a group, shape (out, groups, 1)."""
+        """The grid with a dimension for the weights of a group, shape (out, groups, 1)."""
         return Grid(self.scale[..., None], None if self.zero is None else self.zero[..., None])
 
 
@@ -45,11 +45,11 @@ class GridFormat(Format):
 
     @abstractmethod
     def run(self, length: int) -> int:
-        """How many weights of a row of `length` share a grid; the last run may be short."""
+        """The group size in a row of `length` weights; the last group may be short."""
 
     @abstractmethod
     def grid(self, low: torch.Tensor, high: torch.Tensor) -> Grid:
-        """Grids, as they can be stored, that span [low, high]; float32, shape (out, groups), low <= 0 <= high."""
+        """Grids that span [low, high], rounded as stored; float32, shape (out, groups), low <= 0 <= high."""
 
     @abstractmethod
     def encode(self, rows: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -57,7 +57,7 @@ class GridFormat(Format):
 
     @abstractmethod
     def decode(self, codes: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """The levels, float32, that codes name on a grid that broadcasts to them."""
+        """The levels, float32, of codes on a grid that broadcasts to them."""
 
     @abstractmethod
     def store(self, codes: torch.Tensor, grid: Grid, shape: Shape) -> dict[str, torch.Tensor]:
@@ -71,35 +71,35 @@ class GridFormat(Format):
         """The weight as the grid sees it, float32, shape (out, K).
 
         Raises:
-            FormatError: it has NaN or infinite values.
+            FormatError: the weight has NaN or infinite values.
         """
         rows = to_rows(weight).float()
-        if not torch.isfinite(rows.sum()) and not torch.isfinite(rows).all():  # one cheap pass tells almost always
+        if not torch.isfinite(rows.sum()) and not torch.isfinite(rows).all():  # the cheap check is nearly always enough
             raise FormatError(
-                "the weight has NaN or infinite values, which no integer format can hold; keep this layer at fp16"
+                "the weight has NaN or infinite values, which no integer format can store; keep this layer at fp16"
             )
         return rows
 
     def weight(self, rows: torch.Tensor, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
-        """What `rows` undoes."""
+        """The inverse of `rows`."""
         return from_rows(rows.to(dtype), shape)
 
     @property
     def rotation(self) -> int:
-        """The run that `rows` rotates; 0 where it does not."""
+        """The block size that `rows` rotates; 0 if it does not rotate."""
         return 0
 
     def rotated_hessian(self, hessian: torch.Tensor) -> torch.Tensor:
-        """A quadratic form of weights, shape (..., K, K) in wire order, as one of `rows`."""
+        """A Hessian of the weights, shape (..., K, K) in wire order, as a Hessian of `rows`."""
         return hessian
 
     def extremes(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The lowest and the highest weight of each group, zero included, shape (out, groups)."""
-        groups = self.grouped(rows)  # padded by zeros, which lie between the extremes anyway
+        """The minimum and maximum weight of each group, zero included, shape (out, groups)."""
+        groups = self.grouped(rows)  # the zero padding changes neither extreme
         return groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
 
     def grouped(self, rows: torch.Tensor) -> torch.Tensor:
-        """(out, K) -> (out, groups, run), the last run padded by zeros."""
+        """(out, K) -> (out, groups, group size), the last group padded with zeros."""
         run = self.run(rows.shape[1])
         return pad(rows, (0, -rows.shape[1] % run)).unflatten(1, (-1, run))
 
@@ -122,5 +122,5 @@ class GridFormat(Format):
 
 
 def unless_flat(scale: torch.Tensor) -> torch.Tensor:
-    """A scale of zero, of a group without range or whose scale underflows, becomes one."""
+    """Replace zero scales by one: those of groups without range, or that underflow."""
     return torch.where(scale == 0, torch.ones_like(scale), scale)

@@ -1,8 +1,9 @@
-"""Hadamard rotation of runs of weights, so that no weight of a group stands out.
+"""Hadamard rotation of groups of weights, which removes outliers.
 
-An orthogonal rotation spreads an outlier over its whole run: the rotated weights are nearly normal, with a smaller
-range for the same power (Ashkboos et al. 2024, "QuaRot", section 4). Here it is undone when the weight is dequantized,
-so it costs no bytes and asks nothing of the activations. The matrix is symmetric and orthogonal, its own inverse.
+An orthogonal rotation spreads an outlier over its whole group: the rotated weights are nearly normal, with a smaller
+range for the same power (Ashkboos et al. 2024, "QuaRot", section 4). The rotation is undone when the weight is
+dequantized, so it costs no bytes and leaves activations alone. The matrix is symmetric and orthogonal, and so its own
+inverse.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 
 
 def hadamard(rows: torch.Tensor, size: int) -> torch.Tensor:
-    """Each run of `size` values times the Hadamard matrix of Sylvester's construction, divided by sqrt(size).
+    """Multiply each block of `size` values by Sylvester's Hadamard matrix, divided by sqrt(size).
 
     The butterflies add in a fixed order, so every device gives the same bits.
 

@@ -47,5 +47,5 @@ class Int8(GridFormat):
         return to_rows(tensors["weight_packed"]).float(), Grid(tensors["weight_scale"][:, None])
 
     def dequantize(self, tensors: Mapping[str, torch.Tensor], shape: Shape, dtype: torch.dtype) -> torch.Tensor:
-        scale = tensors["weight_scale"].view(-1, *[1] * (len(shape) - 1))  # no need to go through the wire order
+        scale = tensors["weight_scale"].view(-1, *[1] * (len(shape) - 1))  # the codes already have the weight's shape
         return (tensors["weight_packed"].float() * scale).to(dtype).contiguous()

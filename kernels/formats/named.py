@@ -1,12 +1,12 @@
-"""The formats that exist, by the names people write.
+"""The available formats, by the names users write.
 
-int2 ... int8   integer codes; int8 has a scale for each output channel and no zero point, the narrower ones a scale
+int2 ... int8   integer codes; int8 has one scale per output channel and no zero point; the narrower ones have a scale
                 and a zero point for each 64 weights
--g32 -g64 -g128 -channel    how many weights share a scale, where it is not that
--sym -asym                  without or with a zero point, where it is not that
--rot                        each run of weights rotated first, for layers whose row length it divides
+-g32 -g64 -g128 -channel    another group size
+-sym -asym                  without or with a zero point, if that differs from the default
+-rot                        each group of weights rotated first, for layers whose row length it divides
 nf4, fp8, fp16
-int4-convrot int8-convrot   as ComfyUI rotates, runs of 256; -convrot64 runs of 64; not among "all"
+int4-convrot int8-convrot   rotated as in ComfyUI, in blocks of 256; -convrot64 in blocks of 64; not part of "all"
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def format_named(name: str) -> Format:
     """The format called `name`.
 
     Raises:
-        FormatError: there is none; the message says which there are.
+        FormatError: there is no such format; the message lists the names.
     """
     wanted = name.strip().lower()
     if wanted in _OTHERS:
@@ -52,12 +52,12 @@ def format_named(name: str) -> Format:
     channel = group == "channel" or (group is None and bits == "8")
     width = None if channel else int(group[1:]) if group else 64
     if rotated and width is None:
-        raise FormatError(f"unknown format {name!r}: what is rotated is a run of 32, 64 or 128 weights; add -g64")
+        raise FormatError(f"unknown format {name!r}: rotation needs groups of 32, 64 or 128 weights; add -g64")
     return affine(int(bits), width, symmetry == "sym" or (symmetry is None and bits == "8"), bool(rotated))
 
 
 def affine(bits: int, group: int | None, symmetric: bool, rotated: bool = False) -> Format:
-    """The integer format of these parameters, under its shortest name."""
+    """The integer format with these parameters, under its shortest name."""
     usual = (None, True) if bits == 8 else (64, False)
     if bits == 8 and (group, symmetric) == usual and not rotated:
         return INT8
@@ -70,7 +70,7 @@ def affine(bits: int, group: int | None, symmetric: bool, rotated: bool = False)
 
 
 def all_formats() -> tuple[Format, ...]:
-    """Every format but those of one program (`CONVROT`), narrow ones first, FP16 last."""
+    """Every format except those of ComfyUI (`CONVROT`), narrow ones first, FP16 last."""
     plain = [affine(bits, group, symmetric) for bits in _BITS for group in _GROUPS for symmetric in (True, False)]
     rotated = [affine(bits, group, True, rotated=True) for bits in _BITS for group in _GROUPS if group]
     rotated += [affine(bits, group, False, rotated=True) for bits in _BITS for group in _GROUPS if group]
@@ -79,9 +79,9 @@ def all_formats() -> tuple[Format, ...]:
 
 
 def parse_formats(text: str | Sequence[str]) -> tuple[Format, ...]:
-    """Read "int4,int8,fp16", or "all", or a sequence of names, as formats, repeats dropped, `fp16` always last.
+    """Parse "int4,int8,fp16", "all", or a sequence of names. Repeats are dropped and `fp16` is always last.
 
-    fp16 is added when absent: a layer that no integer format suits must have somewhere to go.
+    fp16 is added if absent, because some layers suit no integer format.
     """
     names = re.split(r"[,\s]+", text.strip(", \t\n")) if isinstance(text, str) else list(text)
     if not names or names == [""]:
@@ -94,7 +94,7 @@ def parse_formats(text: str | Sequence[str]) -> tuple[Format, ...]:
 
 
 def canonical_names(text: str | Sequence[str]) -> tuple[str, ...]:
-    """The names of `parse_formats(text)`. "all" stays as it is: which of all formats suit a model is decided later."""
+    """The names of `parse_formats(text)`. "all" stays "all", since which formats suit a model is decided later."""
     formats = parse_formats(text)
     return ("all",) if formats == all_formats() else tuple(format.name for format in formats)
 

@@ -1,9 +1,9 @@
 """The wire order of packed weights (checkpoint `format_version: 1`).
 
-A weight of shape (out, in/groups, *kernel) is laid out as rows (out, K) with K = prod(kernel) * in/groups and the
-channel running fastest: (out, kh, kw, in/groups). The codes of a row are one little-endian stream of bits, the lowest
-bit of the first code in the lowest bit of the first byte, padded by zeros to whole bytes: two 4-bit codes share a byte,
-the even k in the low nibble; eight 3-bit codes fill three bytes.
+A weight of shape (out, in/groups, *kernel) becomes rows (out, K) with K = prod(kernel) * in/groups, channels fastest:
+(out, kh, kw, in/groups). The codes of a row form one little-endian bit stream, with the lowest bit of the first code in
+the lowest bit of the first byte, padded with zeros to whole bytes. Two 4-bit codes share a byte, the even k in the low
+nibble; eight 3-bit codes fill three bytes.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def from_rows(rows: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """(out, K), channels fastest -> contiguous (out, in/groups, *kernel)."""
     out, channels, *kernel = shape
     weight = rows.reshape(out, *kernel, channels).movedim(-1, 1).contiguous()
-    return weight.flatten().view(tuple(shape))  # along a dimension of 1 the strides are still those of channels-last
+    return weight.flatten().view(tuple(shape))  # resets the channels-last strides of dimensions of size 1
 
 
 def row_length(shape: Sequence[int]) -> int:
-    """K: how many weights one output channel has."""
+    """K: the number of weights in one output channel."""
     return prod(shape[1:])
 
 
@@ -40,7 +40,7 @@ def packed_length(length: int, bits: int) -> int:
 def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """u8 codes (out, K) in [0, 2^bits - 1] -> u8 (out, ceil(K bits / 8))."""
     length = codes.shape[-1]
-    per_block = 8 // bits if 8 % bits == 0 else 8  # codes that end where a byte ends
+    per_block = 8 // bits if 8 % bits == 0 else 8  # the fewest codes that fill whole bytes
     blocks = pad(codes, (0, -length % per_block)).unflatten(-1, (-1, per_block))
     if 8 % bits == 0:
         packed = blocks[..., 0].clone()

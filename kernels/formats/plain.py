@@ -13,7 +13,7 @@ from bitpolicy.kernels.formats.format import Format, Shape, TensorSpec
 
 @dataclass(frozen=True)
 class Plain(Format):
-    """Two bytes a value. The layer stays an ordinary `nn.Linear` or `nn.Conv`."""
+    """Two bytes per value. The layer stays an ordinary `nn.Linear` or `nn.Conv`."""
 
     packed = False
 

@@ -1,8 +1,8 @@
-"""A weight is quantized a few rows at a time: rows are independent, so the bits are the same, and what is computed on
-the way stays in the processor's cache and takes a few megabytes, however large the layer is.
+"""Quantizes a weight a few rows at a time. Rows are independent, so the bits are the same, while intermediate results
+stay in the processor's cache and take a few megabytes, however large the layer is.
 
-Chunks are spread over threads, each of which computes alone. Letting torch split every operation instead makes threads
-wait for each other some twenty times a chunk, which on a busy machine is ten times as slow as one thread.
+Each thread computes whole chunks on its own. If torch split every operation instead, threads would wait for each other
+some twenty times per chunk, which on a busy machine is ten times slower than one thread.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 
 from bitpolicy.kernels.formats.format import Format, Shape
 
-_CHUNK = 2**20  # weights at a time; a quarter or four times of it is slower
+_CHUNK = 2**20  # weights per chunk; both a quarter and four times of this are slower
 
 
 def each_chunk(work: Callable[[slice], None], shape: Shape, device: torch.device) -> None:
-    """Call `work` for all rows of a weight, some at a time and on the CPU several at once.
+    """Call `work` for all rows of a weight, in chunks; on the CPU, several chunks at once.
 
     Args:
-        work: gets a slice of rows, and touches nothing that belongs to others.
+        work: takes a slice of rows, and must not touch other rows.
         shape: of the weight, (out, in/groups, *kernel).
     """
     rows = max(1, _CHUNK // max(1, prod(shape[1:])))
@@ -35,12 +35,12 @@ def each_chunk(work: Callable[[slice], None], shape: Shape, device: torch.device
                 work(chunk)
         else:
             with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(work, chunks))  # raises what `work` raised
+                list(pool.map(work, chunks))  # re-raises exceptions of `work`
 
 
 @contextmanager
 def _single_threaded() -> Iterator[None]:
-    """While the block runs, threads that are begun in it compute alone."""
+    """Inside the block, torch operations use one thread, also in threads started there."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -52,10 +52,10 @@ def _single_threaded() -> Iterator[None]:
 def quantize_in_chunks(
     format: Format, quantize: Callable[[torch.Tensor], dict[str, torch.Tensor]], weight: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """What `quantize(weight)` gives, for a quantizer that treats each row by itself.
+    """The result of `quantize(weight)`, for a rounding method that treats each row on its own.
 
     Args:
-        quantize: makes the stored tensors of `format`, whose first dimension is the weight's.
+        quantize: returns the stored tensors of `format`, whose first dimension is the weight's.
         weight: shape (out, in/groups, *kernel).
     """
     if weight.numel() <= _CHUNK:

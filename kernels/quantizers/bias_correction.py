@@ -1,10 +1,11 @@
 """Bias correction: move the mean error of a quantized weight into the layer's bias.
 
-A layer y = W x + b whose weight becomes W + dW errs by dW x, whose mean is dW E[x]. Taking it off the bias,
+If the weight W of a layer y = W x + b becomes W + dW, the error is dW x, with mean dW E[x]. Subtracting the mean from
+the bias,
 
     b' = b - dW E[x],
 
-costs no bytes where there is a bias (Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias
+costs no bytes if there is a bias (Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias
 Correction", section 4.2, with E[x] measured instead of derived). For a convolution E[x] is the mean *patch*: the mean
 input of each kernel tap over samples and output positions, zero padding included.
 """
@@ -23,11 +24,11 @@ def mean_patch(layer: Quantizable, x: torch.Tensor) -> torch.Tensor:
     """E[x] of one call.
 
     Args:
-        layer: a linear or a convolution.
-        x: its input; (..., in) for a linear, (B, in, *spatial) or (in, *spatial) for a convolution.
+        layer: a linear layer or a convolution.
+        x: its input; (..., in) for a linear layer, (B, in, *spatial) or (in, *spatial) for a convolution.
 
     Returns:
-        float32, shape (in) for a linear and (in, *kernel) for a convolution.
+        float32, shape (in) for a linear layer and (in, *kernel) for a convolution.
     """
     x = x.detach().float()
     if isinstance(layer, nn.Linear):
@@ -38,7 +39,7 @@ def mean_patch(layer: Quantizable, x: torch.Tensor) -> torch.Tensor:
 
 
 def patches(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """What a convolution multiplies at each output position: a view (B, in, *spatial, *kernel) of its padded input.
+    """The inputs of a convolution at each output position: a view (B, in, *spatial, *kernel) of its padded input.
 
     Args:
         x: (B, in, *spatial).
@@ -64,9 +65,9 @@ def bias_shift(layer: Quantizable, delta: torch.Tensor, patch: torch.Tensor) -> 
 
 
 def corrected_bias(bias: torch.Tensor, shift: torch.Tensor, storage: torch.dtype) -> torch.Tensor | None:
-    """The bias with `shift` added, in the storage dtype, or None if one of its values leaves the range of that dtype.
+    """The bias with `shift` added, in the storage dtype, or None if a value exceeds the range of that dtype.
 
-    A layer whose inputs are large has a large mean error: float16 ends at 65504. Such a layer keeps its bias.
+    A layer with large inputs has a large mean error, and float16 ends at 65504. Such a layer keeps its bias.
 
     Args:
         bias: shape (out), any float dtype.

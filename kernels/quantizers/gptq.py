@@ -1,15 +1,15 @@
-"""`gptq`: weights are rounded one column at a time, and those that are left take up the error made so far.
+"""`gptq`: weights are rounded one column at a time, and the remaining columns compensate the error made so far.
 
 For the quadratic error sum_rows dw^T H dw, the columns after j move by
 
     -(w_j - q_j) / [H^-1]_jj * [H^-1]_{j, j+1:}
 
-(Frantar et al. 2023, "GPTQ", section 3; Hassibi and Stork 1993). Columns of large H_jj go first, while all the others
-can still make up for them. Grids are fixed beforehand, on the weight as it is, by `range_search` under diag(H).
+(Frantar et al. 2023, "GPTQ", section 3; Hassibi and Stork 1993). Columns with large H_jj go first, while all the others
+can still compensate for them. Grids are fixed in advance, on the original weight, by `range_search` under diag(H).
 
-H may be block diagonal: rows of a grouped convolution see the inputs of their own group only, and of very long rows
-the blocks on the diagonal are all that can be factorized. No block moves the weights of another, so that all of them
-are rounded side by side.
+H may be block diagonal: rows of a grouped convolution see only the inputs of their own group, and for very long rows
+only the diagonal blocks can be factorized. No block moves the weights of another, so all blocks are rounded in
+parallel.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from torch.nn.functional import pad
 from bitpolicy.kernels.formats.grid import Grid, GridFormat
 from bitpolicy.kernels.quantizers.range_search import searched_grid
 
-_DAMPING = 0.1  # of the mean diagonal, added to it
-_BLOCK = 64  # columns between updates of the whole remainder
+_DAMPING = 0.1  # times the mean diagonal, added to the diagonal
+_BLOCK = 64  # columns between updates of all remaining columns
 
 
 @dataclass(frozen=True)
 class Curvature:
-    """A damped H, prepared for rounding: `blocks` on the diagonal for each group of rows.
+    """A damped H, prepared for rounding, with `blocks` diagonal blocks for each group of rows.
 
     Attributes:
         diagonal: float32, shape (groups, blocks, k).
-        order: columns of each block by falling diagonal, int64, shape (groups, blocks, k).
+        order: columns of each block by descending diagonal, int64, shape (groups, blocks, k).
         factor: U, upper triangular, with H^-1 = U^T U in that order, float32, shape (groups, blocks, k, k).
     """
 
@@ -42,8 +42,8 @@ class Curvature:
 
     @classmethod
     def of(cls, hessian: torch.Tensor) -> Curvature:
-        """Of H, float32, shape (groups, blocks, k, k), or (K, K) where there is one block; positive semidefinite, up to
-        any factor a group."""
+        """Prepare H, float32, shape (groups, blocks, k, k), or (K, K) for a single block. H is positive semidefinite
+        and may be scaled by any factor per group."""
         stack = hessian if hessian.ndim == 4 else hessian[None, None]
         mean = stack.diagonal(dim1=-2, dim2=-1).mean((1, 2))[:, None, None, None]
         scaled = torch.where(mean > 0, stack / mean, 0.0)
@@ -55,18 +55,18 @@ class Curvature:
         return cls(diagonal, order, torch.linalg.cholesky(inverse, upper=True))
 
     def of_rows(self, out: int, length: int) -> torch.Tensor:
-        """The diagonal of each of `out` rows of `length`, float32, shape (out, K), or (1, K) where all have one."""
+        """The diagonal of each of `out` rows of `length`, float32, shape (out, K), or (1, K) if all rows share it."""
         of_group = self.diagonal.flatten(1)[:, :length]
         return of_group if len(of_group) == 1 else of_group.repeat_interleave(out // len(of_group), 0)
 
     def split(self, rows: torch.Tensor) -> torch.Tensor:
-        """(out, K) -> (groups x blocks, out / groups, k), columns in order; the last block is padded by zeros."""
+        """(out, K) -> (groups x blocks, out / groups, k), columns in order; the last block is padded with zeros."""
         groups, blocks, k = self.order.shape
         cut = pad(rows, (0, blocks * k - rows.shape[1])).unflatten(1, (blocks, k)).unflatten(0, (groups, -1))
         return cut.transpose(1, 2).flatten(0, 1).gather(-1, self._places(len(rows)))
 
     def joined(self, parts: torch.Tensor, length: int) -> torch.Tensor:
-        """What `split` undoes, shape (out, length)."""
+        """The inverse of `split`, shape (out, length)."""
         groups, blocks, _ = self.order.shape
         out = parts.shape[1] * groups
         cut = torch.empty_like(parts).scatter_(-1, self._places(out), parts)
@@ -80,21 +80,21 @@ def gptq(format: GridFormat, weight: torch.Tensor, curvature: Curvature) -> dict
     """The stored tensors of `weight`, shape (out, in/groups, *kernel).
 
     Args:
-        curvature: of H in wire order, as `format.rotated_hessian` has it.
+        curvature: of H in wire order, from `format.rotated_hessian`.
     """
     rows = format.rows(weight)
     grid = searched_grid(format, rows, curvature.of_rows(*rows.shape))
     group = torch.arange(rows.shape[1], device=rows.device) // format.run(rows.shape[1])
     scale = curvature.split(grid.scale[:, group])
     zero = None if grid.zero is None else curvature.split(grid.zero[:, group])
-    by_column = Grid(torch.where(scale == 0, 1.0, scale), zero)  # what pads a block is divided by something, too
+    by_column = Grid(torch.where(scale == 0, 1.0, scale), zero)  # block padding has scale 0 and must not divide by it
     codes = _codes(format, curvature.split(rows), by_column, curvature.factor.flatten(0, 1))
     return format.store(curvature.joined(codes, rows.shape[1]), grid, weight.shape)
 
 
 def _codes(format: GridFormat, left: torch.Tensor, grid: Grid, factor: torch.Tensor) -> torch.Tensor:
-    """Codes of `left`, shape (B, rows, k), whose columns have levels of their own in `grid`, column by column; `left`
-    is used up."""
+    """Codes of `left`, shape (B, rows, k), column by column. In `grid` every column has its own levels. Overwrites
+    `left`."""
     codes = torch.empty_like(left)
     scaled = factor / factor.diagonal(dim1=-2, dim2=-1)[..., None]
     for start in range(0, left.shape[-1], _BLOCK):

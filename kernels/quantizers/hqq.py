@@ -1,8 +1,8 @@
-"""`hqq`: grids that leave few large errors and many of none: least sum |w - q|^0.7 of every group.
+"""`hqq`: grids that leave a few large errors and many near zero, by minimizing sum |w - q|^0.7 in every group.
 
-It is the loss of Badri and Shaji 2023, "HQQ", who move a real zero point by half-quadratic splitting. Here zero points
-are whole codes, as they are stored, so that moving one only shifts which weights are clipped; what is searched instead
-is the range, as in `range_search`. Data-free.
+This is the loss of Badri and Shaji 2023, "HQQ", who move a real-valued zero point by half-quadratic splitting. Here
+zero points are stored as whole codes, so moving one only changes which weights are clipped. The range is searched
+instead, as in `range_search`. Data-free.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from bitpolicy.kernels.formats.grid import GridFormat
 from bitpolicy.kernels.quantizers.range_search import searched_grid
 
-_P = 0.7  # as published
+_P = 0.7  # the published value
 
 
 def hqq(format: GridFormat, weight: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -1,12 +1,12 @@
-"""The quantizers that exist: who picks grids and codes for a format.
+"""The available rounding methods, which pick the grids and codes of a format.
 
-    rtn              round to nearest; every format's own
-    mse              the same on grids of least squared weight error
-    hqq              the same on grids that leave few large errors
-    gptq             weights take up each other's errors, as the layer's inputs say
-    gptq-trajectory  as the inputs weighed by what the finished image sees of the output
+    rtn              round to nearest; every format has it
+    mse              round to nearest, on the grids with least squared weight error
+    hqq              round to nearest, on grids that leave few large errors
+    gptq             weights compensate each other's errors, weighted by the layer's inputs
+    gptq-trajectory  the same, with the inputs also weighted by how the layer's output affects the finished image
 
-The first three need only the weight; the others a Hessian, so what they made is kept with the calibration.
+The first three need only the weight. The others need a Hessian, so their results are stored with the calibration.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _DATA_FREE: dict[str, Callable[[GridFormat, torch.Tensor], dict[str, torch.Tenso
     "hqq": hqq,
 }
 HESSIANS = {"gptq": "inputs", "gptq-trajectory": "trajectory"}
-"""Quantizers that need a Hessian -> which one."""
+"""Rounding methods that need a Hessian -> which one."""
 QUANTIZERS = (*_DATA_FREE, *HESSIANS)
 
 
 def parse_quantizer(name: str) -> tuple[str, ...]:
-    """The quantizers that `--quantizer` asks to be tried; "auto" is all of them.
+    """The rounding methods that `--quantizer` selects; "auto" selects all of them.
 
     Raises:
-        BitPolicyError: there is none of that name.
+        BitPolicyError: there is no rounding method of that name.
     """
     wanted = name.strip().lower()
     if wanted == AUTO:
@@ -49,5 +49,5 @@ def parse_quantizer(name: str) -> tuple[str, ...]:
 
 
 def quantize_data_free(quantizer: str, format: GridFormat, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The stored tensors of `weight` by a quantizer that needs nothing else."""
+    """The stored tensors of `weight` by a data-free rounding method."""
     return quantize_in_chunks(format, partial(_DATA_FREE[quantizer], format), weight)

@@ -1,10 +1,10 @@
-"""`mse`: narrower grids where clipping a few weights rounds all the others better.
+"""`mse`: narrower grids, where clipping a few weights rounds all the others better.
 
-Of the grids that span [a low, b high], a and b in (0, 1], each group takes the one of least weighted error
+Among grids that span [a low, b high], with a and b in (0, 1], each group takes the one with the least weighted error
 
     sum_k d_k |w_k - q_k|^p,
 
-where p is 2 and d is 1, or the diagonal of a Hessian (as in GPTQ's act-order, and AWQ's salience). Data-free without d.
+where p is 2, and d is 1 or the diagonal of a Hessian (as in GPTQ's act-order and AWQ's salience). Data-free without d.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import torch
 
 from bitpolicy.kernels.formats.grid import Grid, GridFormat
 
-_SHRINK = [1 - 0.05 * i for i in range(9)]  # 1.0 to 0.6 of an extreme
+_SHRINK = [1 - 0.05 * i for i in range(9)]  # 1.0 down to 0.6 of an extreme
 
 
 def searched_grid(
     format: GridFormat, rows: torch.Tensor, weight: torch.Tensor | None = None, power: float = 2.0
 ) -> Grid:
-    """The best grid of every group among those tried.
+    """The best grid of every group among the candidates.
 
     Args:
         rows: from `format.rows`, float32, shape (out, K).
-        weight: d, float32, shape (K), or (out, K) where rows differ, >= 0; None is 1.
+        weight: d, float32, shape (K), or (out, K) if rows differ, >= 0; None means 1.
         power: p, > 0.
     """
     low, high = format.extremes(rows)
@@ -45,14 +45,14 @@ def searched_grid(
 
 
 def mse(format: GridFormat, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The stored tensors of `weight` with grids of least squared error."""
+    """The stored tensors of `weight` on the grids with least squared error."""
     rows = format.rows(weight)
     grid = searched_grid(format, rows)
     return format.store(format.nearest(rows, grid), grid, weight.shape)
 
 
 def _worth_trying(format: GridFormat, a: float, b: float) -> bool:
-    """Ends far apart in how much they shrink are seldom best; a symmetric grid has one end."""
+    """Very different a and b are seldom best, so they are skipped. A symmetric grid has only one end."""
     if format.parameters().get("symmetric", True):
         return a == b and a < 1
     return abs(a - b) < 0.16 and (a, b) != (1, 1)
@@ -61,7 +61,7 @@ def _worth_trying(format: GridFormat, a: float, b: float) -> bool:
 def _errors(
     format: GridFormat, groups: torch.Tensor, grid: Grid, weight: torch.Tensor | None, power: float
 ) -> torch.Tensor:
-    """Of every group, float32, shape (out, groups)."""
+    """The error of every group, float32, shape (out, groups)."""
     error = format.decode(format.encode(groups, grid.wide), grid.wide).sub_(groups)
     error = error.square_() if power == 2 else error.abs_().pow_(power)
     return (error if weight is None else error.mul_(weight)).sum(-1)

@@ -1,9 +1,9 @@
-"""How a product is cut into tiles: a short list of ways, and which one a shape gets.
+"""How a product is divided into tiles: a short list of configurations, and the choice of one for a shape.
 
-A program of the grid computes BN output channels of BM rows of the input (pixels of a convolution), BK places of the
-sum at a time. Few tiles leave most of a GPU idle; then the sum itself is cut into `splits`, added up by a second pass
-in a fixed order, so that results do not change from run to run. The choice follows from the shape alone unless `tune`
-was called.
+A program of the grid computes BN output channels of BM rows of the input (pixels of a convolution), in steps of BK
+terms of the sum. A few tiles leave most of a GPU idle. In that case the sum itself is divided into `splits`, and a
+second pass adds the parts in a fixed order, so results do not change from run to run. The choice depends only on the
+shape, unless `tune` was called.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from dataclasses import dataclass, replace
 
 _ENOUGH = 132  # programs that fill an H100; an A100 has 108 multiprocessors
 _MOST_SPLITS = 16
-_LEAST_STEPS = 4  # of a split, or the pipeline never fills
-_SHORTEST = 32  # step of the sum
-_FEW_ROWS = 64  # the weight is what takes the time: twice as many programs read it faster
+_LEAST_STEPS = 4  # per split, so that the pipeline fills
+_SHORTEST = 32  # smallest step of the sum
+_FEW_ROWS = 64  # up to this many, reading the weight dominates, and twice as many programs read it faster
 
 
 @dataclass(frozen=True)
 class Config:
-    """One way to cut a product.
+    """One way to divide a product.
 
     Attributes:
         bn: output channels of a tile.
         bm: rows or pixels of a tile.
-        bk: places of the sum that are loaded at a time.
+        bk: terms of the sum that are loaded at a time.
         stages: loads in flight.
-        splits: of the sum.
+        splits: number of parts of the sum.
     """
 
     bn: int
@@ -40,19 +40,19 @@ class Config:
 
 @dataclass(frozen=True)
 class Product:
-    """What a choice hangs on.
+    """The properties of a product that the choice depends on.
 
     Attributes:
-        rows: M, of the input; pixels of a convolution's output.
+        rows: M, rows of the input, or pixels of a convolution's output.
         out: N.
         length: K.
         channels: of the input; a step of the sum that stays within one tap is fastest.
-        bits: of a weight where it is read, 4 or 8.
+        bits: per weight as it is read, 4 or 8.
         integer: inputs are 8-bit integers.
-        float8: inputs are 8-bit floats; without either they have 16 bits. A step is summed by itself first, which takes
-            as many registers again.
-        run: weights that share a scale; 0 where scales are applied to the sum.
-        warpgroups: whether the GPU multiplies by groups of four warps (Hopper), which frees registers for wide tiles.
+        float8: inputs are 8-bit floats. If neither is set, inputs have 16 bits. With float8 each step has a separate
+            sum, which doubles the registers for sums.
+        run: the group size; 0 if scales are applied to the sum.
+        warpgroups: whether the GPU multiplies with groups of four warps (Hopper), which frees registers for wide tiles.
     """
 
     rows: int
@@ -67,7 +67,7 @@ class Product:
 
 
 def configs(product: Product) -> list[Config]:
-    """Ways worth trying, the likeliest first."""
+    """Configurations worth trying, the most promising first."""
     tiles = _tiles(product)
     narrowest = min(tile.bn for tile in tiles)
     cut = [replace(c, bk=_step(c.bk, product)) for c in tiles if c.bn < 2 * product.out or c.bn == narrowest]
@@ -77,7 +77,7 @@ def configs(product: Product) -> list[Config]:
 
 def _tiles(product: Product) -> list[Config]:
     """Tiles whose sums and operands fit the registers, which tests check for every GPU and product."""
-    # Where no step stays within a tap, each value of the input has an address and a mask of its own.
+    # If no step stays within a tap, each value of the input needs its own address and mask.
     if product.rows > 16 and product.channels % _SHORTEST:
         return [Config(64, 128, 32, 8, 3), Config(64, 64, 32, 8, 3)]
     wide = 128 if product.integer or product.float8 else 64
@@ -100,12 +100,12 @@ def _tiles(product: Product) -> list[Config]:
 
 
 def _fits(config: Config, product: Product) -> bool:
-    """Whether where the sums go leaves registers for them: the parts of a split sum have longer addresses."""
+    """Whether the addresses of the results leave enough registers. Those of split sums are longer."""
     return product.warpgroups or config.splits == 1 or config.bn * config.bm < 128 * 128
 
 
 def _step(bk: int, product: Product) -> int:
-    """The largest step up to `bk` that stays within one tap, if there is one that is not too short."""
+    """The largest step up to `bk` that stays within one tap, unless it would be too short."""
     step = bk
     while step > _SHORTEST and product.channels % step:
         step //= 2
@@ -117,7 +117,7 @@ def _tile_count(config: Config, product: Product) -> int:
 
 
 def _splits(config: Config, product: Product) -> int:
-    """As many as it takes to keep the GPU busy, of sums long enough."""
+    """As many splits as it takes to keep the GPU busy, if the parts stay long enough."""
     tiles, steps = _tile_count(config, product), -(-product.length // config.bk)
     enough = 2 * _ENOUGH if product.rows <= _FEW_ROWS else _ENOUGH
     splits = 1
@@ -127,7 +127,7 @@ def _splits(config: Config, product: Product) -> int:
 
 
 def _waves(config: Config, product: Product) -> float:
-    """Time in units of one multiply-add a multiprocessor, roughly: rounds of programs times the work of one."""
+    """A rough time, in multiply-adds per multiprocessor: rounds of programs times the work of one."""
     programs = _tile_count(config, product) * config.splits
     rounds = -(-programs // _ENOUGH)
     reuse = 1 + 16 / config.bm + 16 / config.bn  # loads that a small tile repeats
@@ -139,20 +139,21 @@ _tuned: dict[object, Config] = {}
 
 
 def tune(on: bool = True) -> None:
-    """From now on, time the ways for each new shape, once, and keep the fastest; never while a CUDA graph is captured.
+    """From now on, time the configurations once for each new shape and keep the fastest. Never during CUDA graph
+    capture.
 
-    Products in 8 bits stay the same to the bit; those of floats may add in another order.
+    INT8 products do not change by a bit; float products may sum in another order.
     """
     global _tuning
     _tuning = on
 
 
 def choose(product: Product, key: object, time: Callable[[Config], float] | None) -> Config:
-    """The way for a shape: the fastest where it was timed, else the likeliest.
+    """The configuration for a shape: the fastest if it was timed, else the most promising.
 
     Args:
-        key: what else the choice hangs on.
-        time: seconds that a product cut so takes; None where nothing can be timed.
+        key: anything else that the choice depends on.
+        time: seconds of the product under a configuration; None if timing is impossible.
     """
     known = _tuned.get((product, key))
     if known is not None:

@@ -1,17 +1,16 @@
-"""Inputs in 8 bits, by Triton kernels: codes and scales of `bitpolicy.kernels.compute.int8` and of `fp8_compute`.
+"""Quantizes inputs to 8 bits with Triton kernels, as `bitpolicy.kernels.compute.int8` and `fp8_compute` define it.
 
     s_x = hi / 255 - lo / 255,    z = min(round(-lo / s_x), 255),    x_q = clamp(round(x / s_x) + z, 0, 255)
     s_x = max(hi, -lo) / 448,     x_q = e4m3(x / s_x)
 
-Tensor cores multiply signed bytes, so x_q - 128 is what is written of integers, and z - 128 beside it, which differ by
-as much.
+Tensor cores multiply signed bytes, so for integers x_q - 128 and z - 128 are stored; their difference is the same.
 
-A row is read once. A sample is read twice: how far it reaches is found by many programs, each of which leaves two
-numbers, then its codes are written channels last, in whatever order it came. The padding of a convolution, whose code
-is z, is written around them: all pixels are multiplied alike then, and z adds the same to each sum. Float8
-has a zero there.
+A row is read once. A sample is read twice. First many programs find its range, and each stores two numbers. Then the
+codes are written channels last, whatever the order of the input. The padding of a convolution, with code z, is written
+around them, so that all pixels are multiplied alike and z adds the same to each sum. With float8 the padding is zero.
 
-Layers that multiply the same input in turn, as q, k and v do, share its codes: the last made are kept, one a thread.
+Layers that multiply the same input one after the other, such as q, k and v, share its codes: each thread keeps the last
+ones.
 """
 
 from __future__ import annotations
@@ -30,17 +29,18 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from bitpolicy.kernels.triton.product import three
 from bitpolicy.kernels.triton.tiles import nearest_float8
 
-_PARTS = 256  # programs at most that look for the range of a sample
-_AT_ONCE = 16384  # longest row that a program holds
+_PARTS = 256  # maximum number of programs that find the range of a sample
+_AT_ONCE = 16384  # longest row that one program holds
 
 
 class Quantized(NamedTuple):
     """An input in 8 bits.
 
     Attributes:
-        codes: x_q - 128, int8, or x_q, float8, contiguous; a convolution's channels last and padded, (B, *spatial, in).
-        scale: s_x, float32, one for each row, pixel or sample.
-        zero: z - 128, int32, likewise; None of float8.
+        codes: x_q - 128, int8, or x_q, float8, contiguous; for a convolution channels last and padded,
+            (B, *spatial, in).
+        scale: s_x, float32, one per row, pixel or sample.
+        zero: z - 128, int32, likewise; None for float8.
     """
 
     codes: torch.Tensor
@@ -51,12 +51,12 @@ class Quantized(NamedTuple):
 def quantized(
     x: torch.Tensor, dims: Sequence[int], padding: Sequence[int] = (), code: torch.dtype = torch.int8
 ) -> Quantized:
-    """An input in 8 bits, by the definition of `int8_compute` or, for float8, of `fp8_compute`.
+    """Quantize an input to 8 bits, as defined in `int8_compute` or, for float8, in `fp8_compute`.
 
     Args:
         x: float, not empty, shape (..., in) or (B, in, *spatial).
-        dims: those that share a scale, as `int8_compute.shared` says.
-        padding: to put around each sample, on either side of each spatial dimension.
+        dims: the dimensions that share a scale, from `int8_compute.shared`.
+        padding: to add around each sample, on both sides of each spatial dimension.
         code: int8 or float8_e4m3fn.
     """
     dims, padding = tuple(dims), tuple(padding)
@@ -75,7 +75,7 @@ def quantized(
 
 
 def forget() -> None:
-    """Let go of the codes that this thread keeps."""
+    """Release the codes that this thread keeps."""
     _last.made = None
 
 
@@ -83,9 +83,9 @@ _last = threading.local()
 
 
 def _identity(x: torch.Tensor, *how: object) -> tuple[object, ...] | None:
-    """What tells an input from every other and from itself before it was written to; None where nothing can."""
+    """A key that identifies an input and its current values; None if there is no such key."""
     if x.is_inference():
-        return None  # does not count its writes
+        return None  # torch does not count writes to it
     stream = capture = None
     if x.is_cuda:
         stream = torch.cuda.current_stream(x.device).cuda_stream
@@ -97,7 +97,7 @@ def _identity(x: torch.Tensor, *how: object) -> tuple[object, ...] | None:
 
 
 def _capture(stream: int) -> int | None:
-    """The number that the driver gave to the CUDA graph being captured: what one holds is of no use outside it."""
+    """The driver's ID of the CUDA graph being captured. Tensors made in one capture are useless outside it."""
     try:
         ask = ctypes.CDLL("libcuda.so.1").cuStreamGetCaptureInfo_v2
     except (OSError, AttributeError):
@@ -108,7 +108,7 @@ def _capture(stream: int) -> int | None:
 
 
 def _empty(x: torch.Tensor, sets: int, shape: Sequence[int], code: torch.dtype) -> Quantized:
-    """Room for codes of a shape and for the scales and zero points of so many rows, pixels or samples."""
+    """Empty tensors for codes of this shape, and for the scales and zero points of `sets` rows, pixels or samples."""
     return Quantized(
         torch.empty(tuple(shape), dtype=code, device=x.device),
         torch.empty(sets, dtype=torch.float32, device=x.device),
@@ -130,7 +130,7 @@ def _quantized_rows(x: torch.Tensor, code: torch.dtype) -> Quantized:
 
 
 def _quantized_pixels(x: torch.Tensor, code: torch.dtype) -> Quantized:
-    """A scale a pixel: of channels last, pixels are rows."""
+    """Quantize with one scale per pixel. If the input is channels last, its pixels are rows."""
     last = x.movedim(1, -1)
     if last.is_contiguous():
         return _quantized_rows(last, code)
@@ -189,7 +189,7 @@ def _quantize_rows(x_ptr, q_ptr, s_ptr, z_ptr, K, x_row, BLOCK: tl.constexpr, ON
 
 @triton.jit
 def _quantize_pixels(x_ptr, q_ptr, s_ptr, z_ptr, C, pixels, across, BP: tl.constexpr, BC: tl.constexpr):
-    """Some pixels of a sample that lies channels first."""
+    """Quantize some pixels of a channels-first sample."""
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     sample = (tl.program_id(0) // across).to(tl.int64)
     p = tl.program_id(0) % across * BP + tl.arange(0, BP)
@@ -214,16 +214,16 @@ def _quantize_pixels(x_ptr, q_ptr, s_ptr, z_ptr, C, pixels, across, BP: tl.const
 
 @triton.jit
 def _farther(x, above, below):
-    """How far x reaches above and below zero, or what is farther, as integers of the order of such floats; NaN is
-    farther than all on one of the sides."""
+    """The larger of x's reach above and below zero and the given reach, as integers that order like the floats. NaN
+    exceeds everything on one of the sides."""
     bits = x.to(tl.int32, bitcast=True)
     return tl.maximum(tl.maximum(bits, 0), above), tl.maximum(tl.maximum(bits ^ -0x80000000, 0), below)
 
 
 @triton.jit
 def _grid_of(above, below, dtype: tl.constexpr):
-    """s_x, NaN where it is not finite, and z - 128, which is 0 where codes are float8."""
-    hi, lo = above.to(tl.float32, bitcast=True), below.to(tl.float32, bitcast=True)  # lo without its sign
+    """s_x, NaN if it is not finite, and z - 128, or 0 for float8 codes."""
+    hi, lo = above.to(tl.float32, bitcast=True), below.to(tl.float32, bitcast=True)  # lo is unsigned
     farthest = tl.maximum(above, below)
     if dtype == tl.int8:
         scale = tl.div_rn(hi, 255.0) + tl.div_rn(lo, 255.0)
@@ -246,7 +246,7 @@ def _nearest(v):
 
 @triton.jit
 def _codes(x, scale, zero, dtype: tl.constexpr):
-    """x_q - 128, or x_q as float8; any where the scale is NaN."""
+    """x_q - 128, or x_q as float8; arbitrary where the scale is NaN."""
     if dtype == tl.int8:
         code = _nearest(tl.div_rn(x, scale)) + zero
         return tl.minimum(tl.maximum(code, -128), 127).to(tl.int8)
@@ -256,7 +256,7 @@ def _codes(x, scale, zero, dtype: tl.constexpr):
 
 @triton.jit
 def _reach(x_ptr, above_ptr, below_ptr, size, part, parts, BLOCK: tl.constexpr):
-    """How far one part of one sample reaches, by `_farther`."""
+    """The range of one part of one sample, from `_farther`."""
     first = tl.program_id(1) * part
     start = x_ptr + tl.program_id(0).to(tl.int64) * size
     above = tl.zeros((BLOCK,), dtype=tl.int32)
@@ -275,7 +275,7 @@ def _quantize_samples(
     x_ptr, above_ptr, below_ptr, q_ptr, s_ptr, z_ptr, C, across, x_channel, x_pixel, D, H, W, PD, PH, PW,
     PARTS: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Some pixels of a padded sample, and some of their channels."""
+    """Quantize some channels of some pixels of a padded sample."""
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     sample = (tl.program_id(0) // across).to(tl.int64)
     parts = sample * PARTS + tl.arange(0, PARTS)

@@ -1,13 +1,12 @@
-"""The kernels for CUDA, written in Triton: what each takes, and which pieces it is made of.
+"""The CUDA kernels, written in Triton: the calls that each accepts, and what it is composed of.
 
 triton-dequantize    EXACT  a kernel dequantizes the weight to scratch memory, then cuBLAS or cuDNN multiplies
 triton-float         FLOAT  the weight is dequantized inside the product
 triton-int8          INT8   the input is quantized once, then 8-bit codes are multiplied
-triton-fp8           FP8    the same with codes that are float8, on GPUs that multiply them
+triton-fp8           FP8    the same with float8 codes, on GPUs that can multiply them
 
-Triton is imported when the first of them is called, so naming them costs nothing. Nothing here waits for the GPU, and
-scratch memory comes from torch's allocator, so that calls can be captured in a CUDA graph; each shape has to run once
-before.
+Triton is imported at the first call, so naming the kernels costs nothing. No kernel waits for the GPU, and scratch
+memory comes from torch's allocator, so calls can be captured in a CUDA graph after one run of each shape.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from bitpolicy.kernels.formats.affine import Affine
 from bitpolicy.kernels.formats.named import FP8, INT8
 from bitpolicy.kernels.kernel import Compute, Geometry, Kernel, PackedWeight, Prepared
 
-_LONGEST = (2**31 - 1) // (TOP * 127)  # products of codes that surely fit a sum in 32 bits
+_LONGEST = (2**31 - 1) // (TOP * 127)  # terms of a sum of codes that is sure to fit 32 bits
 
 
 def _unavailable(x: torch.Tensor) -> str | None:
-    """Why Triton cannot take this input at all."""
+    """Why Triton cannot take this input."""
     if x.numel() >= 2**31:
         return "for inputs of less than 2^31 values"
-    if x.is_cuda or x.is_meta:  # meta tensors are for compiling without a GPU
+    if x.is_cuda or x.is_meta:  # meta tensors allow compiling without a GPU
         return _missing(x.device)
     interpreted = x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     return None if interpreted else "for cuda"
@@ -40,37 +39,37 @@ def _unavailable(x: torch.Tensor) -> str | None:
 
 @cache
 def _missing(device: torch.device) -> str | None:
-    """Why nothing written in Triton runs on a device; the first time, a small kernel is launched there to see."""
+    """Why Triton does not work on a device. The first call launches a small kernel there to find out."""
     if find_spec("triton") is None:
         return "triton is not installed on this machine"
     if device.type != "cuda":
         return None
     if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
-        return "this machine's GPU is none of NVIDIA's from Ampere on"
+        return "this machine's GPU is not an NVIDIA GPU of the Ampere generation or later"
     try:
         from bitpolicy.kernels.triton.weights import dequantized
 
         stored = INT8.quantize(torch.ones(1, 32))
         with torch.cuda.device(device):
             dequantized(INT8, {name: tensor.to(device) for name, tensor in stored.items()}, (1, 32), torch.float16)
-    except Exception as error:  # noqa: BLE001 # Triton runs a C compiler and ptxas, and raises whatever goes wrong there
+    except Exception as error:  # noqa: BLE001 # Triton runs a C compiler and ptxas, and passes on whatever they raise
         return f"triton does not work on this machine: {type(error).__name__}: {error}"
     return None
 
 
 def _unpackable(weight: PackedWeight) -> bool:
-    """Whether the kernels of `triton_weights` read this format."""
+    """Whether the kernels of `triton.weights` support this format."""
     f = weight.format
     return f == INT8 or (isinstance(f, Affine) and f.bits in (4, 8) and not f.rotated)
 
 
 def _padded_size(x: torch.Tensor, geometry: Geometry) -> int:
-    """Values of an input with its padding around it."""
+    """The number of values in an input, including its padding."""
     return prod(x.shape[:2]) * prod(n + 2 * pad for n, pad in zip(x.shape[2:], geometry.padding, strict=False))
 
 
 def _left_to_torch(x: torch.Tensor, weight: PackedWeight) -> bool:
-    """Whether torch has to answer: inputs of no size, or shapes that do not fit together, of which it complains."""
+    """Whether torch must handle the call: the input is empty, or the shapes do not match and torch should raise."""
     if weight.geometry is None:
         return x.numel() == 0 or x.shape[-1] != weight.shape[1]
     g, fits = weight.geometry, x.ndim == 2 + len(weight.geometry.stride) and x.shape[1] == weight.shape[1]
@@ -79,9 +78,9 @@ def _left_to_torch(x: torch.Tensor, weight: PackedWeight) -> bool:
 
 
 def _no_codes_of(x: torch.Tensor, weight: PackedWeight) -> str | None:
-    """Why the kernels that quantize their input cannot do it here."""
+    """Why the kernels that quantize their input cannot do so here."""
     if weight.geometry is not None and weight.geometry.groups > 1:
-        return "for convolutions of one group"
+        return "not for grouped convolutions"
     if weight.geometry is not None and _padded_size(x, weight.geometry) >= 2**31:
         return "for padded inputs of less than 2^31 values"
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -90,7 +89,7 @@ def _no_codes_of(x: torch.Tensor, weight: PackedWeight) -> str | None:
 
 
 class _Product(Kernel):
-    """A kernel that multiplies packed weights itself, and leaves to torch what is none of its calls."""
+    """A kernel that multiplies packed weights itself. Invalid and empty inputs are left to torch."""
 
     def __call__(
         self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
@@ -103,11 +102,11 @@ class _Product(Kernel):
     def _multiply(
         self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
     ) -> torch.Tensor:
-        """The product of an input of some size that fits the weight."""
+        """The product, for a non-empty input that matches the weight."""
 
 
 class TritonDequantize(Kernel):
-    """Dequantize by a kernel of ours, multiply by torch."""
+    """Dequantize with our own kernel, multiply with torch."""
 
     name = "triton-dequantize"
     compute = Compute.EXACT
@@ -127,7 +126,7 @@ class TritonDequantize(Kernel):
 
 
 class TritonFloat(_Product):
-    """Multiply 16-bit inputs with weights of `int8` and of 4 bits, dequantized tile by tile."""
+    """Multiply 16-bit inputs with `int8` and 4-bit weights, dequantized tile by tile."""
 
     name = "triton-float"
     compute = Compute.FLOAT
@@ -137,7 +136,7 @@ class TritonFloat(_Product):
         if not (f == INT8 or (isinstance(f, Affine) and f.bits == 4 and not f.rotated)):
             return "for int8 and for 4 bits in groups, not rotated"
         if weight.geometry is not None and weight.geometry.groups > 1:
-            return "for convolutions of one group"
+            return "not for grouped convolutions"
         if x.dtype not in (torch.float16, torch.bfloat16):
             return "for float16 and bfloat16"
         return _unavailable(x)
@@ -156,8 +155,8 @@ class TritonFloat(_Product):
 class TritonInt8(_Product):
     """Quantize the input once, multiply codes, and scale the sums.
 
-    4-bit weights stay as they are: few rows requantize them inside the product, many rows once to scratch memory.
-    Formats that cannot be requantized so are kept as 8-bit codes beside the packed tensors.
+    4-bit weights keep their storage layout. With few rows they are requantized inside the product, with many rows once
+    to scratch memory. Formats that do not allow this are kept as 8-bit codes in addition to the packed tensors.
     """
 
     name = "triton-int8"
@@ -165,9 +164,9 @@ class TritonInt8(_Product):
 
     def refuses(self, x: torch.Tensor, weight: PackedWeight) -> str | None:
         if weight.row_length > _LONGEST:
-            return "a sum of so many products does not fit 32 bits"
+            return f"for rows of at most {_LONGEST} weights, whose sums fit 32 bits"
         if weight.low_memory and not _unpackable(weight):
-            return "this format has to be kept in 8 bits, which low_memory forbids"
+            return "this format must be kept in 8 bits, which low_memory forbids"
         return _no_codes_of(x, weight)
 
     def prepare(self, weight: PackedWeight, dtype: torch.dtype) -> Prepared:
@@ -193,7 +192,7 @@ class TritonInt8(_Product):
 
 
 class TritonFp8(_Product):
-    """Quantize the input to float8 once, multiply its codes with those of `fp8` as they are stored, scale the sums."""
+    """Quantize the input to float8 once, multiply its codes with the stored codes of `fp8`, and scale the sums."""
 
     name = "triton-fp8"
     compute = Compute.FP8
@@ -202,7 +201,7 @@ class TritonFp8(_Product):
         if weight.format != FP8:
             return "for fp8"
         if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
-            return "this machine's GPU does not multiply float8, as NVIDIA's do from Ada (sm_89) on"
+            return "this machine's GPU does not multiply float8; NVIDIA GPUs do from Ada (sm_89) on"
         return _no_codes_of(x, weight)
 
     def prepare(self, weight: PackedWeight, dtype: torch.dtype) -> Prepared:
@@ -217,7 +216,7 @@ class TritonFp8(_Product):
 
 
 def _prepared_rows(weight: PackedWeight) -> Prepared:
-    """Rows in wire order of an `int8` or `fp8` convolution, if its codes do not lie so already."""
+    """Rows in wire order for an `int8` or `fp8` convolution, unless its codes have that order already."""
     if weight.format not in (INT8, FP8) or weight.low_memory:
         return {}
     from bitpolicy.kernels.triton.weights import byte_rows

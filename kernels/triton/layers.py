@@ -1,8 +1,8 @@
-"""Layers on top of the Triton product: shapes, layouts and memory formats in and out, and how the work is cut.
+"""Layers on top of the Triton product: the shapes and memory formats of inputs and outputs, and the choice of tiles.
 
-A convolution reads its input channels last. An input that lies so already is read where it is; floats in any other
-order are copied once, 8-bit codes are written so in the first place, with their padding around them. The output has the
-memory format that torch's own layer would give it: the kernel stores with strides.
+A convolution reads its input channels last. If the input has that order, it is read in place. Floats in any other order
+are copied once; 8-bit codes are written channels last from the start, with their padding. The kernel stores with
+strides, so the output has the memory format of torch's own layer.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from bitpolicy.kernels.triton.product import ONE_PIXEL, Rows, Window, launch, wi
 from bitpolicy.kernels.triton.weights import byte_rows, channel_scales, code_sums, requantized
 
 UNPACK_FROM = 128
-"""Rows of input from which on a 4-bit weight is requantized once to scratch memory, not once for each tile of rows."""
+"""From this many rows of input, a 4-bit weight is requantized once to scratch memory, not once per tile of rows."""
 
-Grid = tuple[torch.Tensor, torch.Tensor | None]  # s_x and, of integers, z - 128
+Grid = tuple[torch.Tensor, torch.Tensor | None]  # s_x and, for integers, z - 128
 
 
 def multiply_floats(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
 ) -> torch.Tensor:
-    """The product of 16-bit inputs, not empty."""
+    """The product of 16-bit inputs, which are not empty."""
     codes = _channels_last(x).contiguous() if weight.geometry is not None else x.contiguous()
     return _product(x, codes, None, _float_rows(weight, prepared), weight, bias)
 
@@ -41,7 +41,7 @@ def multiply_floats(
 def multiply_codes(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
 ) -> torch.Tensor:
-    """The product of inputs that are first quantized to 8 bits, not empty."""
+    """The product of inputs that are first quantized to 8 bits, and are not empty."""
     padding = () if weight.geometry is None else weight.geometry.padding
     codes, scale, zero = quantized(x, shared(x.ndim, weight.shape, weight.geometry), padding)
     return _product(x, codes, (scale, zero), _integer_rows(weight, prepared, codes), weight, bias)
@@ -50,7 +50,7 @@ def multiply_codes(
 def multiply_float8(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
 ) -> torch.Tensor:
-    """The product of inputs that are first quantized to float8, not empty, with a weight in `fp8`."""
+    """The product of non-empty inputs that are first quantized to float8, with a weight in `fp8`."""
     padding = () if weight.geometry is None else weight.geometry.padding
     codes, scale, _ = quantized(x, shared(x.ndim, weight.shape, weight.geometry), padding, CODE)
     rows = Rows(_stored_codes(weight, prepared), channel_scale=weight.tensors["weight_scale"])
@@ -58,7 +58,7 @@ def multiply_float8(
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
-    """Whether torch's own convolution would answer an input that lies so with channels last."""
+    """Whether torch's own convolution would give a channels-last result for this input."""
     return x.ndim > 3 and suggest_memory_format(x) != torch.contiguous_format
 
 
@@ -70,7 +70,7 @@ def _product(
     weight: PackedWeight,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Multiply `codes`, the values of `x` in the kernel's order, padded if they are of 8 bits."""
+    """Multiply `codes`, the values of `x` in the kernel's order, padded if they have 8 bits."""
     out = weight.shape[0]
     if weight.geometry is None:
         place, y = ONE_PIXEL, x.new_empty((*x.shape[:-1], out))
@@ -84,7 +84,7 @@ def _product(
 
 
 def _output(x: torch.Tensor, out: int, place: Window) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a convolution returns, shape (B, out, *spatial), and a view of it, shape (B, pixels, out)."""
+    """The output tensor of a convolution, shape (B, out, *spatial), and a view of it, shape (B, pixels, out)."""
     samples, spatial = x.shape[0], place.output[5 - x.ndim :]
     pixels = prod(spatial)
     if is_channels_last(x):
@@ -100,7 +100,7 @@ def _channels_last(x: torch.Tensor) -> torch.Tensor:
 
 
 def _float_rows(weight: PackedWeight, prepared: Prepared) -> Rows:
-    """The weight for inputs of 16 bits: a scale that a whole row shares is left to the end of the sum."""
+    """The weight for 16-bit inputs. A scale shared by a whole row is applied to the finished sum."""
     tensors = weight.tensors
     if weight.format == INT8:
         return Rows(_stored_codes(weight, prepared), channel_scale=tensors["weight_scale"])
@@ -112,7 +112,7 @@ def _float_rows(weight: PackedWeight, prepared: Prepared) -> Rows:
 
 
 def _integer_rows(weight: PackedWeight, prepared: Prepared, codes: torch.Tensor) -> Rows:
-    """The weight for inputs of 8 bits."""
+    """The weight for 8-bit inputs."""
     tensors, format = weight.tensors, weight.format
     if format == INT8:
         rows, sums = _stored_codes(weight, prepared), prepared.get("code_sums")
@@ -132,7 +132,7 @@ def _integer_rows(weight: PackedWeight, prepared: Prepared, codes: torch.Tensor)
 
 
 def _stored_codes(weight: PackedWeight, prepared: Prepared) -> torch.Tensor:
-    """Rows of a format whose codes are bytes."""
+    """The rows of a format with one byte per code."""
     rows = prepared.get("rows")
     return byte_rows(weight.tensors["weight_packed"]) if rows is None else rows
 
@@ -146,7 +146,7 @@ def _config(
     place: Window,
     weight: PackedWeight,
 ) -> Config:
-    """How to cut this product; timed only where that is asked for and possible."""
+    """The tile configuration of this product; timed only if that is requested and possible."""
     samples, pixels, out = y.shape
     product = Product(
         rows=samples * pixels,

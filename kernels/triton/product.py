@@ -2,20 +2,20 @@
 
     y[n, m] = sum_k W[n, k] X[k, m],    k over (tap, channel), channels fastest; m over (sample, output pixel)
 
-X is never written down: row k of it is read from the input, channels last, where tap k // C of the window of pixel m
-falls, as cuDNN does it (Chetlur et al. 2014, "cuDNN", section 3). A linear layer is a convolution of one tap over
-samples of one pixel. The weight is the left operand, because that one a tensor core can take from registers, where it
-is dequantized.
+X is never stored: row k of it is read from the channels-last input, where tap k // C of the window of pixel m falls, as
+in cuDNN (Chetlur et al. 2014, "cuDNN", section 3). A linear layer is a convolution of one tap over samples of one
+pixel. The weight is the left operand, because a tensor core can take that one from registers, where it is dequantized.
 
-    16-bit inputs   W is (code - zero) scale, rounded to the dtype of x as `Format.dequantize` does; where a row has one
+
+    16-bit inputs   W is (code - zero) scale, rounded to the dtype of x as in `Format.dequantize`; if a row has only one
                     scale, it multiplies the sum instead
-    8-bit inputs    W is the 8-bit code w_q, 4-bit codes are requantized to it in the kernel; X is x_q - 128, and in the
-                    padding, which is written down there, z - 128, so that each pixel's sum has all of its K terms:
+    8-bit inputs    W is the 8-bit code w_q; 4-bit codes are requantized to it in the kernel. X is x_q - 128. The
+                    padding is stored and has the value z - 128, so each pixel's sum has all of its K terms:
                     y = (sum_k (x_q - 128) w_q - (z - 128) sum_k w_q) (s_x s_w) + b, int32 up to the scales,
                     is rounded once
-    float8 inputs   W and X are codes of e4m3; y = (sum_k x_q w_q) (s_x s_w) + b. Tensor cores add such products up in
-                    less than float32 has (Liu et al. 2024, "DeepSeek-V3", section 3.3.2), so each step's sum is taken
-                    by itself and added to the others by ordinary instructions
+    float8 inputs   W and X are codes of e4m3; y = (sum_k x_q w_q) (s_x s_w) + b. Tensor cores add such products with
+                    less precision than float32 (Liu et al. 2024, "DeepSeek-V3", section 3.3.2), so the sum of each step
+                    is computed separately and added to the total with ordinary instructions
 
 With `splits` > 1 each program sums a part of k into a workspace, and `_add_splits` adds the parts in order.
 """
@@ -44,21 +44,21 @@ from bitpolicy.kernels.triton.tiles import (
     steps,
 )
 
-_GROUP = tl.constexpr(8)  # columns of tiles that are computed together, so that the weight's rows are read from L2
+_GROUP = tl.constexpr(8)  # columns of tiles computed together, so that the weight's rows are read from L2
 
 
-_TILE = 256  # sums that a program of the second pass adds up
+_TILE = 256  # sums that one program of the second pass adds
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A weight as the kernel reads it, rows (out, K) in wire order.
+    """A weight in the form that the kernel reads, rows (out, K) in wire order.
 
     Attributes:
-        codes: int8 or float8 (out, K), or two 4-bit codes a byte, u8 (out, ceil(K / 2)).
-        scale, zero: of the groups of 4-bit codes, shape (out, groups); zero is None where it is 8.
-        run: weights of a group; 0 is a whole row.
-        channel_scale: float32 or float16, shape (out), what the sum is multiplied with; None where nothing.
+        codes: int8 or float8 (out, K), or two 4-bit codes per byte, u8 (out, ceil(K / 2)).
+        scale, zero: of the groups of 4-bit codes, shape (out, groups); a zero of None means 8.
+        run: the group size; 0 means a whole row.
+        channel_scale: float32 or float16, shape (out), the factor of the sum; None if there is none.
         code_sums: sum_k w_q, int32, shape (out), for 8-bit inputs.
     """
 
@@ -76,11 +76,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class Window:
-    """Where the taps of a layer fall, in three dimensions.
+    """The positions of a layer's taps, in three dimensions.
 
     Attributes:
         size: of the input, (D, H, W).
-        kernel, stride, padding, dilation: as the layer has them, ones and zeros in front.
+        kernel, stride, padding, dilation: those of the layer, with ones and zeros in front.
     """
 
     size: tuple[int, int, int]
@@ -98,7 +98,7 @@ class Window:
 
     @property
     def padded(self) -> Window:
-        """The same over an input that has its padding around it."""
+        """The same window over an input that includes its padding."""
         d, h, w = (size + 2 * pad for size, pad in zip(self.size, self.padding, strict=True))
         return replace(self, size=(d, h, w), padding=(0, 0, 0))
 
@@ -107,7 +107,7 @@ ONE_PIXEL = Window((1, 1, 1), (1, 1, 1), (1, 1, 1), (0, 0, 0), (1, 1, 1))
 
 
 def window(spatial: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry) -> Window:
-    """The window of a convolution in one to three dimensions."""
+    """The window of a convolution with one to three dimensions."""
     return Window(
         three(spatial, 1),
         three(kernel, 1),
@@ -118,7 +118,7 @@ def window(spatial: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry
 
 
 def three(sizes: Sequence[int], fill: int) -> tuple[int, int, int]:
-    """Sizes of one to three dimensions as those of three."""
+    """Extend the sizes of one to three dimensions to three."""
     d, h, w = (fill,) * (3 - len(sizes)) + tuple(sizes)
     return d, h, w
 
@@ -135,9 +135,9 @@ def launch(
     """Write the product into `y`.
 
     Args:
-        x: float16, bfloat16, int8 or float8, contiguous, shape (samples, D, H, W, C), any way to write that.
-        grid: of 8-bit inputs, which are padded: s_x, float32, and z - 128 of integers, int32, of each sample or row.
-        y: shape (samples, pixels, out), of any strides.
+        x: float16, bfloat16, int8 or float8, contiguous, in any shape equivalent to (samples, D, H, W, C).
+        grid: for 8-bit inputs, which are padded: s_x, float32, and for integers z - 128, int32, per sample or row.
+        y: shape (samples, pixels, out), with any strides.
     """
     samples, pixels, out = y.shape
     channels = x.numel() // (samples * prod(place.size))
@@ -186,7 +186,7 @@ def _product(
     tile_n, tile_m = _tile_of(tl.program_id(0), N, M, BN, BM)
     n = tile_n * BN + tl.arange(0, BN)
     m = tile_m * BM + tl.arange(0, BM)
-    rows = n % N  # rows past the end repeat others, and are not stored
+    rows = n % N  # rows past the end repeat others and are not stored
     sample = (m % M) // pixels
     pixel = (m % M) % pixels
     d = pixel // (OH * OW) * SD - PD  # where the window of each pixel starts
@@ -223,11 +223,11 @@ def _product(
         else:
             codes = nibble_tile(w_ptr, rows, k0, row_bytes, EVEN, BK)
             weights = _weights(codes, scale, zero, s_w, reciprocal, inputs, RUN, INTEGER)
-            if RUN > 0:  # asked for a step ahead, as loads of so few bytes are not pipelined
+            if RUN > 0:  # loaded one step ahead, as loads this small are not pipelined
                 scale, zero = _grids(scale_ptr, zero_ptr, rows, k0 + BK, groups, BITS, RUN, INTEGER, BK)
         if INTERPRETED and not INTEGER:
             inputs = inputs.to(tl.float32)
-        if FLOAT8:  # of which nothing may be added up inexactly: the compiler leaves the sum alone then
+        if FLOAT8:  # zero inexact additions allowed, so the compiler keeps the sum separate
             acc += tl.dot(weights, tl.trans(inputs), max_num_imprecise_acc=BK, out_dtype=acc.dtype)
         else:
             acc = tl.dot(weights, tl.trans(inputs), acc, out_dtype=acc.dtype)
@@ -249,7 +249,7 @@ def _product(
 
 @triton.jit
 def _tile_of(program, N, M, BN: tl.constexpr, BM: tl.constexpr):
-    """Place of a program's tile: a few columns of tiles at a time, down all rows."""
+    """The position of a program's tile: a few columns of tiles at a time, down all rows."""
     down = tl.cdiv(N, BN)
     across = tl.cdiv(M, BM)
     first = program // (_GROUP * down) * _GROUP
@@ -263,7 +263,7 @@ def _grids(
     scale_ptr, zero_ptr, rows, k0, groups,
     BITS: tl.constexpr, RUN: tl.constexpr, INTEGER: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Scales and zero points of the groups that a tile at k0 meets."""
+    """Scales and zero points of the groups that a tile at k0 overlaps."""
     if BITS == 8:
         scale = 1.0
         zero = 8
@@ -281,7 +281,7 @@ def _weights(
     codes, scale, zero, s_w, reciprocal, inputs,
     RUN: tl.constexpr, INTEGER: tl.constexpr,
 ):  # fmt: skip
-    """A tile of 4-bit codes as the tensor core takes it."""
+    """A tile of 4-bit codes in the form that the tensor core takes."""
     if INTEGER:
         values = steps(codes, over_groups(zero, codes), True) * over_groups(scale.to(tl.float32), codes)
         return nearest_code(quotient(values, s_w, reciprocal))
@@ -295,7 +295,7 @@ def _weights(
 
 @triton.jit
 def _widened(codes, inputs):
-    """8-bit codes in the dtype of the inputs, which holds them exactly."""
+    """8-bit codes in the dtype of the inputs, which represents them exactly."""
     return codes.to(tl.float32) if INTERPRETED else codes.to(inputs.dtype)
 
 
@@ -315,7 +315,7 @@ def _tile_of_tap(
         td = tap // (KH * KW) * LD
         th = tap // KW % KH * LH
         tw = tap % KW * LW
-    at = tl.multiple_of(corner + (((td * H + th) * W + tw) * C + channel), BK)  # all of these are
+    at = tl.multiple_of(corner + (((td * H + th) * W + tw) * C + channel), BK)  # true of every term
     pointers = x_ptr + at[:, None] + tl.arange(0, BK)[None, :]
     if PADDED:
         return tl.load(pointers, mask=_inside(d + td, h + th, w + tw, D, H, W, KD)[:, None], other=0.0)
@@ -341,14 +341,14 @@ def _tile_of_taps(
 
 @triton.jit
 def _inside(d, h, w, D, H, W, KD: tl.constexpr):
-    """Whether a place is in the input and not in its padding: one comparison a dimension, as -1 is 2^32 - 1."""
+    """Whether a position is in the input, not in its padding. One comparison per dimension, since -1 is 2^32 - 1."""
     plane = (h.to(tl.uint32) < tl.cast(H, tl.uint32)) & (w.to(tl.uint32) < tl.cast(W, tl.uint32))
     return plane if KD == 1 else plane & (d.to(tl.uint32) < tl.cast(D, tl.uint32))
 
 
 @triton.jit
 def _finished(sums, n, place, ws_ptr, sums_ptr, xs_ptr, xz_ptr, bias_ptr, known):
-    """(sum - z sum_k w_q) (s_x s_w) + b in float32, of what there is of them; `place` is that of s_x and z."""
+    """(sum - z sum_k w_q) (s_x s_w) + b in float32, with absent terms left out; `place` is the index of s_x and z."""
     if xz_ptr is not None:
         sums = sums - tl.load(xz_ptr + place) * tl.load(sums_ptr + n, mask=known, other=0)
     y = sums.to(tl.float32)
@@ -366,7 +366,7 @@ def _add_splits(
     partial_ptr, ws_ptr, sums_ptr, xs_ptr, xz_ptr, bias_ptr, y_ptr, size, N, pixels, y_sample, y_pixel, y_channel,
     EACH: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The parts of each sum, first to last, and what is left to do to it."""
+    """Add the parts of each sum, first to last, and finish it."""
     i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     known = i < size
     sums = tl.load(partial_ptr + i, mask=known, other=0)

@@ -1,12 +1,12 @@
-"""Pieces of Triton kernels: tiles of packed weights, and rounding as `bitpolicy.kernels.compute.int8` defines it.
+"""Parts of Triton kernels: tiles of packed weights, and rounding as `bitpolicy.kernels.compute.int8` defines it.
 
-Every tile holds rows of the weight (dimension 0) and places k along them (dimension 1), in wire order. Codes become
-floats without a conversion instruction: the bits of 1024 + c in float16, of 2^23 + c in float32, hold c in their lowest
-byte. In the same way a float in [-127, 127] is rounded to nearest, ties to even, and cast: adding 1.5 * 2^23 leaves its
-code in the lowest byte of the sum (Warren, "Hacker's Delight", section 17-1).
+Every tile has rows of the weight (dimension 0) and positions k along them (dimension 1), in wire order. Codes become
+floats without a conversion instruction: the bits of 1024 + c in float16, or of 2^23 + c in float32, have c in their
+lowest byte. In the same way a float in [-127, 127] is rounded to nearest, ties to even, and cast: adding 1.5 * 2^23
+leaves its code in the lowest byte of the sum (Warren, "Hacker's Delight", section 17-1).
 
-Triton's interpreter rounds a fused multiply-add twice, cuts bfloat16 off instead of rounding it, and knows no
-arithmetic in it; where it runs, `INTERPRETED` leads around that.
+Triton's interpreter rounds a fused multiply-add twice, truncates bfloat16 instead of rounding it, and does not support
+bfloat16 arithmetic. `INTERPRETED` selects code that avoids this.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def nibble_tile(w_ptr, rows, k0, row_bytes, EVEN: tl.constexpr, BK: tl.constexpr):
-    """4-bit codes, uint8, of the places k0 ... k0 + BK - 1; zeros past the end. k0 is even."""
+    """4-bit codes, uint8, of the positions k0 ... k0 + BK - 1; zeros past the end. k0 is even."""
     at = k0 // 2 + tl.arange(0, BK // 2)
     pointers = w_ptr + rows[:, None] * row_bytes + at[None, :]
     if EVEN:
@@ -31,7 +31,7 @@ def nibble_tile(w_ptr, rows, k0, row_bytes, EVEN: tl.constexpr, BK: tl.constexpr
 
 @triton.jit
 def byte_tile(w_ptr, rows, k0, K, row_bytes, EVEN: tl.constexpr, BK: tl.constexpr):
-    """8-bit codes of the places k0 ... k0 + BK - 1, in the dtype that they are stored in; zeros past the end."""
+    """8-bit codes of the positions k0 ... k0 + BK - 1, in their stored dtype; zeros past the end."""
     k = k0 + tl.arange(0, BK)
     pointers = w_ptr + rows[:, None] * row_bytes + k[None, :]
     return tl.load(pointers) if EVEN else tl.load(pointers, mask=(k < K)[None, :], other=0.0)
@@ -46,7 +46,7 @@ def grid_tile(
     RUN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Scales or zero points of the groups that a tile meets, shape (rows, 1 or BK / RUN); RUN 0 is a whole row."""
+    """Scales or zero points of the groups that a tile overlaps, shape (rows, 1 or BK / RUN); RUN 0 is a whole row."""
     if RUN == 0:
         return tl.load(grid_ptr + rows)[:, None]
     else:
@@ -57,7 +57,7 @@ def grid_tile(
 
 @triton.jit
 def over_groups(grid, like):
-    """What `grid_tile` gave, or a number made of it, at every place of a tile."""
+    """The result of `grid_tile`, or a number derived from it, broadcast to every position of a tile."""
     if grid.shape[1] == 1:
         return tl.broadcast_to(grid, like.shape)
     else:
@@ -68,7 +68,7 @@ def over_groups(grid, like):
 
 @triton.jit
 def steps(codes, zero, WIDE: tl.constexpr):
-    """code - zero, exact: float32 if WIDE, else float16. Codes are uint8; zero fits them or is a number."""
+    """code - zero, exact: float32 if WIDE, else float16. Codes are uint8; zero has a matching shape or is a number."""
     if WIDE:
         raised = (codes.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)
         return raised - (zero.to(tl.float32) + 8388608.0)
@@ -85,9 +85,10 @@ def nearest_code(v):
 
 @triton.jit
 def nearest_float8(v):
-    """v, or 448 of its sign where it is larger, rounded to the nearest e4m3, ties to even; any value of NaN.
+    """v, clamped to [-448, 448], rounded to the nearest e4m3, ties to even; arbitrary for NaN.
 
-    By its bits, as `nearest_code`: below 2^-6 levels are 2^-9 apart. Triton's own cast cuts to float16 first on Ada.
+    Works on the bits, like `nearest_code`: below 2^-6 levels are 2^-9 apart. On Ada, Triton's own cast first truncates
+    to float16.
     """
     v = tl.minimum(tl.maximum(v, -448.0), 448.0)
     bits = size_bits(v)
@@ -100,9 +101,9 @@ def nearest_float8(v):
 
 @triton.jit
 def quotient(p, s, reciprocal):
-    """p / s to nearest in float32, of `reciprocal` = 1 / s to nearest.
+    """p / s to nearest in float32, given `reciprocal` = 1 / s to nearest.
 
-    Two corrections by the exact remainder (Markstein 1990, theorem 4): cheaper than a division for every weight.
+    Two corrections by the exact remainder (Markstein 1990, theorem 4) are cheaper than a division for every weight.
     """
     if INTERPRETED:
         return tl.div_rn(p, s)
@@ -114,20 +115,20 @@ def quotient(p, s, reciprocal):
 
 @triton.jit
 def size_bits(x):
-    """|x| of a float32 as an integer of the same order, in which NaN is above infinity and that above all else."""
+    """|x| of a float32 as an integer with the same order: NaN is above infinity, which is above everything else."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
 def scale_of(bits):
-    """s = max|x| / 127 of a maximum that `size_bits` gave; 1 where it is zero, NaN where it is not finite."""
+    """s = max|x| / 127, given the maximum from `size_bits`; 1 if it is zero, NaN if it is not finite."""
     scale = tl.div_rn(bits.to(tl.float32, bitcast=True), 127.0)
     return tl.where(bits >= 0x7F800000, float("nan"), tl.where(scale == 0.0, 1.0, scale))
 
 
 @triton.jit
 def rounded_to(x, dtype: tl.constexpr):
-    """A float32 rounded to nearest; the interpreter would cut bfloat16 off, and make of zero what is none."""
+    """A float32 rounded to nearest. The interpreter would truncate bfloat16 and turn some nonzero values into zero."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         nearest = bits + 0x7FFF + ((bits >> 16) & 1)

@@ -1,10 +1,11 @@
-"""Whole weights, unpacked to scratch memory by Triton kernels, for products that would unpack each of them many times.
+"""Whole weights, unpacked to scratch memory by Triton kernels, for products that would otherwise unpack them many
+times.
 
     dequantized    W = (code - zero) scale, in float32, rounded once: the bits of `Format.dequantize`
     requantized    w_q = round(W / s_w), int8, rows in wire order: those of `int8_compute.weight_codes`
     channel_scales s_w = max|W| / 127 of each output channel, and sum_k w_q
 
-For integer formats of 4 and 8 bits that are not rotated. The reference of each is the function it names.
+For integer formats of 4 and 8 bits without rotation. The functions named above are the references.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from bitpolicy.kernels.formats.named import INT8
 from bitpolicy.kernels.formats.packing import row_length, to_rows
 from bitpolicy.kernels.triton.tiles import byte_tile, nearest_code, nibble_tile, rounded_to, scale_of, size_bits, steps
 
-_R, _K = 8, 512  # weights that a program holds at a time: rows, and places along them
+_R, _K = 8, 512  # weights that a program processes at a time: rows, and positions along them
 Tensors = Mapping[str, torch.Tensor]
 
 
 def dequantized(
     format: Format, tensors: Tensors, shape: Shape, dtype: torch.dtype, channels_last: bool = False
 ) -> torch.Tensor:
-    """The weight, shape `shape`, contiguous or, with more than one tap, channels last."""
+    """The weight, shape `shape`, contiguous or, with `channels_last`, channels last."""
     out, channels, *kernel = shape
     length, taps = row_length(shape), prod(kernel)
     weight = torch.empty(
@@ -63,7 +64,7 @@ def channel_scales(format: Affine, tensors: Tensors, shape: Shape) -> tuple[torc
 
 
 def requantized(format: Affine, tensors: Tensors, shape: Shape, scales: torch.Tensor) -> torch.Tensor:
-    """w_q, int8, shape (out, K) in wire order, by the `channel_scales` of the same weight."""
+    """w_q, int8, shape (out, K) in wire order, given the `channel_scales` of the same weight."""
     out, length = shape[0], row_length(shape)
     codes = torch.empty((out, length), dtype=torch.int8, device=scales.device)
     _requantize[_grid(out, length)](
@@ -74,8 +75,8 @@ def requantized(format: Affine, tensors: Tensors, shape: Shape, scales: torch.Te
 
 
 def byte_rows(codes: torch.Tensor) -> torch.Tensor:
-    """Codes of a byte, (out, in, *kernel), as rows in wire order: no copy of linear layers, of convolutions of one tap,
-    and of those whose codes lie channels last, as `model.to(memory_format=torch.channels_last)` leaves them."""
+    """One-byte codes, (out, in, *kernel), as rows in wire order. Does not copy for linear layers, convolutions of one
+    tap, and channels-last codes, as `model.to(memory_format=torch.channels_last)` makes them."""
     return to_rows(codes).contiguous()
 
 
@@ -106,7 +107,7 @@ def _levels(
     w_ptr, scale_ptr, zero_ptr, rows, k0, K, row_bytes, groups,
     RUN: tl.constexpr, BITS: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip
-    """(code - zero) scale of a tile, float32, exact; anything past the end of a row."""
+    """(code - zero) scale of a tile, float32, exact; arbitrary past the end of a row."""
     k = k0 + tl.arange(0, K_TILE)
     if BITS == 4:
         codes = nibble_tile(w_ptr, rows, k0, row_bytes, False, K_TILE)
@@ -125,7 +126,8 @@ def _dequantize_affine(
     w_ptr, scale_ptr, zero_ptr, y_ptr, N, K, C, apart, row_bytes, groups,
     RUN: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Channels lie `apart` in the output, and the taps of one channel side by side, unless `apart` is 1."""
+    """Dequantize a tile. Channels are `apart` elements from each other in the output; unless that is 1, the taps of a
+    channel are adjacent."""
     n = tl.program_id(0) * R + tl.arange(0, R)
     k0 = tl.program_id(1) * K_TILE
     k = k0 + tl.arange(0, K_TILE)

@@ -2,8 +2,8 @@
 
     score = max(100 cos(E_image, E_text), 0)
 
-E are the embeddings of a CLIP model. The score of the reference's images stands beside that of the quantized ones:
-alone it says little, and scores of two CLIP models cannot be compared.
+E are the embeddings of a CLIP model. The score of the reference's images is reported next to that of the quantized
+pipeline's: one score alone says little, and scores from different CLIP models cannot be compared.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Clip:
 
     Attributes:
         name: its hub id or folder.
-        model: as torchmetrics calls it.
+        model: with the interface that torchmetrics expects.
         processor: likewise.
         device: where it computes.
     """
@@ -42,24 +42,24 @@ class Clip:
 
     @classmethod
     def load(cls, source: str | Path, device: torch.device, name: str | None = None) -> Clip:
-        """From a folder, or from the hub cache; nothing is downloaded.
+        """Load from a folder or the hub cache. Nothing is downloaded.
 
         Raises:
-            BitPolicyError: it is not there, or no CLIP.
+            BitPolicyError: it is not there, or is not a CLIP model.
         """
         try:
             model = CLIPModel.from_pretrained(str(source), local_files_only=True).eval().requires_grad_(False)
             processor = CLIPProcessor.from_pretrained(str(source), local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, SafetensorError) as error:
-            raise BitPolicyError(f"{source} holds no CLIP model: {' '.join(str(error).split())[:200]}") from error
+            raise BitPolicyError(f"{source} is not a CLIP model: {' '.join(str(error).split())[:200]}") from error
         return cls(name or str(source), _Tensors(model).to(device), _Truncated(processor, model), device)
 
     def __call__(self, reference: Images, images: Images, prompts: Sequence[str]) -> Paired:
-        """Scores of `images`, with the mean over `reference` beside them.
+        """Scores of `images`, together with the mean score of `reference`.
 
         Args:
             reference, images: shape (C, H, W), or (frames, C, H, W), float in [0, 1].
-            prompts: one for each.
+            prompts: one per image.
         """
         found = tuple(self._score(image, prompt) for image, prompt in zip(images, prompts, strict=True))
         before = fmean(self._score(image, prompt) for image, prompt in zip(reference, prompts, strict=True))
@@ -67,13 +67,13 @@ class Clip:
 
     @torch.no_grad()
     def _score(self, image: torch.Tensor, prompt: str) -> float:
-        """Mean over the frames of a video."""
+        """The score of an image, or the mean over the frames of a video."""
         pictures = [(frame * 255).round().to(self.device, torch.uint8) for frame in frames(image).clamp(0, 1)]
         return fmean(float(clip_score(picture, prompt, lambda: (self.model, self.processor))) for picture in pictures)
 
 
 class _Tensors(nn.Module):
-    """CLIP as torchmetrics expects it: transformers 5 returns its features inside an output object."""
+    """CLIP with the interface that torchmetrics expects: transformers 5 returns features inside an output object."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class _Tensors(nn.Module):
 
 
 class _Truncated:
-    """A processor that shortens long prompts: torchmetrics would cut off their end token, where CLIP reads them."""
+    """A processor that truncates long prompts: torchmetrics would cut off the end token, which CLIP reads."""
 
     def __init__(self, processor: Any, model: Any) -> None:
         self._processor, self._longest = processor, model.config.text_config.max_position_embeddings

@@ -1,10 +1,11 @@
-"""A small convolutional network whose activations stand for what a picture shows, for where Inception is out of reach.
+"""A small convolutional network whose activations describe what a picture shows, for use when Inception is not
+available.
 
     y_0 = p / 127.5 - 1,    y_l = relu(W_l * y_{l-1} + b_l),    f(p) = mean over positions of y_L
 
-The first convolution keeps the size, each later one halves it. f(p) is what the Frechet and kernel distances look at;
-the y_l of all layers make up a perceptual distance (Zhang et al. 2018, section 3). A folder holds `config.json` (name,
-size, channels) and `model.safetensors`; `scripts/train_features.py` trains one on emoji.
+The first convolution keeps the size; each later one halves it. The Frechet and kernel distances use f(p). A perceptual
+distance uses the y_l of all layers (Zhang et al. 2018, section 3). A folder contains `config.json` (name, size,
+channels) and `model.safetensors`; `scripts/train_features.py` trains such a network on emoji.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ _KIND = "bitpolicy.FeatureNetwork"
 
 
 class FeatureNetwork(nn.Module):
-    """Pictures to features; can be given to clean-fid as `custom_feat_extractor`.
+    """A network from pictures to features. clean-fid accepts it as `custom_feat_extractor`.
 
     Attributes:
-        name: goes into the names of the metrics that are made with it: `fid-emoji`.
-        size: side in pixels that pictures are brought to.
-        channels: of each layer; the last is the length of the feature vector.
+        name: appears in the names of metrics that use the network: `fid-emoji`.
+        size: side in pixels to which pictures are resized.
+        channels: per layer; the last is the length of the feature vector.
     """
 
     def __init__(self, name: str, size: int, channels: Sequence[int]) -> None:
@@ -47,7 +48,7 @@ class FeatureNetwork(nn.Module):
             pixels: shape (B, 3, H, W), float in [0, 255]; resized if H or W is not `size`.
 
         Returns:
-            shapes (B, channels[l], h, w) with h = w = size / 2^l.
+            tensors of shape (B, channels[l], h, w) with h = w = size / 2^l.
         """
         if pixels.shape[-2:] != (self.size, self.size):
             pixels = nn.functional.interpolate(pixels, (self.size, self.size), mode="bilinear", antialias=True)
@@ -61,15 +62,15 @@ class FeatureNetwork(nn.Module):
         return self.maps(pixels)[-1].mean(dim=(2, 3))
 
     def config(self) -> dict[str, str | int | list[int]]:
-        """What `load` reads beside the weights."""
+        """The configuration that `load` reads in addition to the weights."""
         return {"kind": _KIND, "name": self.name, "size": self.size, "channels": list(self.channels)}
 
     @classmethod
     def load(cls, folder: Path) -> FeatureNetwork:
-        """The network of a folder, float32, in eval mode, without gradients.
+        """The network in a folder, float32, in eval mode, without gradients.
 
         Raises:
-            BitPolicyError: the folder holds no such network, or its weights are damaged.
+            BitPolicyError: the folder has no such network, or its weights are damaged.
         """
         try:
             config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -77,14 +78,14 @@ class FeatureNetwork(nn.Module):
             network.load_state_dict({name: w.float() for name, w in load_file(folder / WEIGHTS).items()})
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise BitPolicyError(
-                f"{folder} holds no feature network that can be read: {' '.join(str(error).split())[:300]}; "
+                f"{folder} has no readable feature network: {' '.join(str(error).split())[:300]}; "
                 f"give the folder that scripts/train_features.py wrote ({CONFIG}, {WEIGHTS})"
             ) from error
         return network.eval().requires_grad_(False)
 
 
 def is_feature_network(folder: Path) -> bool:
-    """Whether a folder says that it holds such a network."""
+    """Whether a folder's configuration names such a network."""
     try:
         return json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("kind") == _KIND
     except (OSError, ValueError, AttributeError):

@@ -1,7 +1,7 @@
-"""Pictures to features, by clean-fid's road (Parmar et al. 2022): resized in float by PIL's bicubic filter.
+"""Features of pictures, computed as in clean-fid (Parmar et al. 2022): resized in float with PIL's bicubic filter.
 
-Pictures in memory are not rounded to 8 bits first, which in a file they are: the rounding error of 8 bits is as large
-as the difference between two images at 59 dB.
+Pictures in memory are not rounded to 8 bits first, unlike pictures in files: the error of rounding to 8 bits is as
+large as the difference between two images at 59 dB.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _SUFFIXES = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", "
 
 @dataclass(frozen=True)
 class Extractor:
-    """A network that gives pictures features.
+    """A network that computes features of pictures.
 
     Attributes:
-        name: "inception", or that of a small network.
-        size: side of the pictures it takes.
-        network: (B, 3, size, size), float in [0, 255], to (B, d).
+        name: "inception", or the name of a small network.
+        size: side in pixels of its input.
+        network: (B, 3, size, size), float in [0, 255] -> (B, d).
         device: where it computes.
     """
 
@@ -50,12 +50,14 @@ class Extractor:
         """The Inception network of FID and KID, a TorchScript file.
 
         Raises:
-            BitPolicyError: the file is not that.
+            BitPolicyError: the file is something else.
         """
         try:
             network = InceptionV3W(str(path.parent), download=False)
         except (OSError, RuntimeError, ValueError) as error:
-            raise BitPolicyError(f"{path} is no TorchScript Inception: {' '.join(str(error).split())[:200]}") from error
+            raise BitPolicyError(
+                f"{path} is not a TorchScript Inception network: {' '.join(str(error).split())[:200]}"
+            ) from error
         return cls("inception", _INCEPTION_SIZE, network.eval().to(device), device)
 
     @classmethod
@@ -63,7 +65,8 @@ class Extractor:
         return cls(network.name, network.size, network.to(device), device)
 
     def of_images(self, images: Images) -> Features:
-        """Features of images, float in [0, 1], shape (C, H, W); of a video, (frames, C, H, W), each frame counts.
+        """Features of images, float in [0, 1], shape (C, H, W). Each frame of a video, (frames, C, H, W), counts as
+        one.
 
         Returns:
             shape (n, d), float32.
@@ -73,17 +76,17 @@ class Extractor:
         return np.concatenate([fid.get_batch_features(torch.stack(part), self.network, self.device) for part in parts])
 
     def of_folder(self, folder: Path) -> Features:
-        """Features of all picture files below a folder, shape (n, d), float32. Transparency is ignored.
+        """Features of all picture files in a folder and its subfolders, shape (n, d), float32. Transparency is ignored.
 
         Raises:
-            BitPolicyError: there are fewer than two, or one cannot be read.
+            BitPolicyError: there are fewer than two pictures, or one cannot be read.
         """
         files = picture_files(folder)
         options = {"num_workers": 0, "batch_size": _BATCH, "device": self.device, "verbose": False}
         try:
             return fid.get_files_features(files, self.network, custom_fn_resize=self._resizer(), **options)
         except (OSError, ValueError) as error:
-            raise BitPolicyError(f"cannot read the pictures in {folder}: {error}; take the broken one out") from error
+            raise BitPolicyError(f"cannot read the pictures in {folder}: {error}; remove the broken file") from error
 
     def _resizer(self) -> Callable[[np.ndarray], np.ndarray]:
         return make_resizer("PIL", False, "bicubic", (self.size, self.size))
@@ -96,7 +99,7 @@ class Extractor:
 
 
 def picture_files(folder: Path) -> list[str]:
-    """Paths of all pictures below a folder, sorted.
+    """Paths of all pictures in a folder and its subfolders, sorted.
 
     Raises:
         BitPolicyError: there are fewer than two.
@@ -104,8 +107,8 @@ def picture_files(folder: Path) -> list[str]:
     files = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
     if len(files) < 2:
         raise BitPolicyError(
-            f"{folder} has {len(files)} pictures; a distance of two sets needs at least 2, "
-            f"in files that end in {', '.join(sorted(_SUFFIXES))}"
+            f"{folder} has {len(files)} pictures, but a distance between two sets needs at least 2; "
+            f"add files that end in {', '.join(sorted(_SUFFIXES))}"
         )
     return files
 
@@ -114,13 +117,13 @@ def require_pictures(folder: Path) -> None:
     """Check a folder of pictures before anything is computed.
 
     Raises:
-        BitPolicyError: it has fewer than two, or the first is none.
+        BitPolicyError: it has fewer than two pictures, or the first cannot be read.
     """
     if not folder.is_dir():
-        raise BitPolicyError(f"--real-images {folder}: there is no such folder; give one with pictures in it")
+        raise BitPolicyError(f"--real-images {folder}: there is no such folder; give a folder of pictures")
     first = picture_files(folder)[0]
     try:
         with Image.open(first) as picture:
             picture.load()
     except OSError as error:
-        raise BitPolicyError(f"--real-images {folder}: {first} is no picture: {error}") from error
+        raise BitPolicyError(f"--real-images {folder}: {first} is not a picture: {error}; remove the file") from error

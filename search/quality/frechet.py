@@ -1,15 +1,15 @@
-"""Frechet distance of two sets of features, as in the Frechet inception distance (Heusel et al. 2017, section 2).
+"""Frechet distance between two sets of features, as in the Frechet inception distance (Heusel et al. 2017, section 2).
 
     d^2 = |m_x - m_y|^2 + tr(S_x + S_y - 2 (S_x S_y)^(1/2))
 
-m and S are mean and covariance. No root of a product is taken, as clean-fid does with `scipy.linalg.sqrtm`: the product
-is singular wherever there are fewer pictures than features, and the call's `disp=False` is gone from SciPy 1.18. With
-S_x = A^T A and S_y = B^T B, the eigenvalues of S_x S_y are the squared singular values of A B^T, so that
+m and S are mean and covariance. Unlike clean-fid, which calls `scipy.linalg.sqrtm`, this code never takes the root of a
+product: the product is singular whenever there are fewer pictures than features, and SciPy 1.18 removed the call's
+`disp=False`. With S_x = A^T A and S_y = B^T B, the eigenvalues of S_x S_y are the squared singular values of A B^T, so
 
     tr (S_x S_y)^(1/2) = sum of the singular values of A B^T,
 
-where A is the triangle of the QR decomposition of the centred features: at most d x d, at most as many rows as
-pictures, and no square root of a rounding error.
+where A is the triangular factor of the QR decomposition of the centred features. A is at most d x d and has at most one
+row per picture, and no rounding error is ever under a square root.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Features = NDArray[Any]
 
 
 def frechet_distance(x: Features, y: Features) -> float:
-    """d^2 of two sets of features.
+    """d^2 between two sets of features.
 
     Args:
-        x, y: shapes (n, d) and (m, d), n and m at least 2. With fewer pictures than about 10 d the distance of two
-            *independent* sets is biased upwards; compare only values made with the same n and m.
+        x, y: shapes (n, d) and (m, d), n and m at least 2. With fewer than about 10 d pictures, the distance between
+            *independent* sets is biased upwards; compare only values with the same n and m.
 
     Returns:
         0 for equal sets; never negative.

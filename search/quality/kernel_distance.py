@@ -1,12 +1,11 @@
-"""Kernel distance of two sets of features, as in the kernel inception distance (Binkowski et al. 2018, section 4).
+"""Kernel distance between two sets of features, as in the kernel inception distance (Binkowski et al. 2018, section 4).
 
     MMD^2 = mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j)
     k(a, b) = (a.b / d + 1)^3
 
-It has no bias, whatever the number of pictures, so it can be negative. That holds for *independent* sets. The pictures
-of a quantized model and of its reference share prompts and seeds: there k(x_i, y_i) is left out of the last mean
-(Gretton et al. 2012, equation 4), without which two equal sets would be at a negative distance, far from what is
-measured.
+For *independent* sets the estimate is unbiased for any number of pictures, so it can be negative. The pictures of a
+quantized model and of its reference share prompts and seeds. For such pairs, k(x_i, y_i) is left out of the last mean
+(Gretton et al. 2012, equation 4). Otherwise two equal sets would have a negative distance, far from what is measured.
 """
 
 from __future__ import annotations
@@ -16,17 +15,17 @@ from cleanfid import fid
 
 from bitpolicy.search.quality.frechet import Features
 
-_SUBSETS, _SUBSET = 100, 1000  # clean-fid's own
+_SUBSETS, _SUBSET = 100, 1000  # clean-fid's defaults
 
 
 def kernel_distance(x: Features, y: Features) -> float:
-    """clean-fid's MMD^2 of two independent sets, the mean over random subsets where the sets are large or unequal.
+    """clean-fid's MMD^2 of two independent sets, averaged over random subsets if the sets are large or unequal in size.
 
     Args:
         x, y: shapes (n, d) and (m, d), n and m at least 2.
     """
     _require_two(x, y)
-    whole = len(x) == len(y) <= _SUBSET  # every subset is the whole set
+    whole = len(x) == len(y) <= _SUBSET  # then every subset would be the whole set
     before = np.random.get_state()  # clean-fid draws from NumPy's global stream
     np.random.seed(0)
     try:
@@ -36,7 +35,7 @@ def kernel_distance(x: Features, y: Features) -> float:
 
 
 def paired_kernel_distance(x: Features, y: Features) -> float:
-    """MMD^2 of two sets whose i-th pictures belong together; 0 for equal sets.
+    """MMD^2 of two sets whose i-th pictures form pairs; 0 for equal sets.
 
     Args:
         x, y: shape (n, d), n at least 2.

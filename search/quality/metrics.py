@@ -1,7 +1,7 @@
-"""Every measure of image quality under one call: each asked metric becomes numbers, or says why it cannot.
+"""Every measure of image quality behind one call. Each requested metric gives numbers, or the reason why it cannot.
 
-A metric may become two: `fid` asks for the distance in Inception's features, and where the pipeline brings a small
-network of its own, for the distance in that network's features, too, as `fid-emoji`. Their scales differ, so their
+One metric can give two results. `fid` gives the distance in Inception's features and, if the pipeline comes with a
+small network of its own, also the distance in that network's features, as `fid-emoji`. Their scales differ, so their
 names do.
 """
 
@@ -21,7 +21,7 @@ from bitpolicy.search.quality.psnr import Images, Paired, Unavailable, latent_ms
 
 METRICS = ("psnr", "ssim", "lpips", "latent", "fid", "kid", "clip")
 Distance = Callable[[Features, Features], float]
-_SETS: dict[str, tuple[Distance, Distance]] = {  # for independent sets, and for sets of pairs
+_SETS: dict[str, tuple[Distance, Distance]] = {  # for independent sets, and for paired sets
     "fid": (frechet_distance, frechet_distance),
     "kid": (kernel_distance, paired_kernel_distance),
 }
@@ -29,14 +29,14 @@ _SETS: dict[str, tuple[Distance, Distance]] = {  # for independent sets, and for
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared.
+    """The images to compare.
 
     Attributes:
         reference: images of the unquantized pipeline, shape (C, H, W) or (frames, C, H, W), float in [0, 1], CPU.
-        images: of the quantized one, same prompts and seeds.
-        latents: final latents of both, if they are known.
-        prompts: one for each image, None where the pipeline takes no text.
-        real: a folder of pictures that both are compared with.
+        images: images of the quantized pipeline, with the same prompts and seeds.
+        latents: final latents of both, if known.
+        prompts: one per image; None if the pipeline takes no text.
+        real: a folder of pictures to compare both with.
     """
 
     reference: Images
@@ -52,12 +52,12 @@ class Sets:
 
     Attributes:
         name: of the metric: "fid", "kid-emoji".
-        network: whose features were compared.
-        features: how many a picture has.
-        n: pictures of the pipeline, frames of videos counted.
-        to_reference: between the quantized pipeline's images and the reference's.
-        to_real: between the quantized pipeline's and the folder's; None without a folder.
-        reference_to_real: between the reference's and the folder's: what `to_real` has to be compared with.
+        network: the network whose features were compared.
+        features: the number of features of a picture.
+        n: pictures of the pipeline, counting each frame of a video.
+        to_reference: distance between the quantized pipeline's images and the reference's.
+        to_real: distance between the quantized pipeline's images and the folder's; None without a folder.
+        reference_to_real: distance between the reference's images and the folder's, to compare `to_real` with.
         n_real: pictures in the folder.
     """
 
@@ -71,7 +71,7 @@ class Sets:
     n_real: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Strict JSON."""
+        """The result as strict JSON values."""
         values = {name: six_digits(getattr(self, name)) for name in ("to_reference", "to_real", "reference_to_real")}
         counts = {"n": self.n, "n_real": self.n_real, "features": self.features}
         return {**values, "better": "lower", "network": self.network, **counts}
@@ -82,7 +82,7 @@ Result = Paired | Sets | Unavailable
 
 @dataclass
 class _Seen:
-    """Features of a comparison through one network, computed once for all metrics."""
+    """Features of a comparison, computed once per network for all metrics."""
 
     comparison: Comparison
     found: dict[str, dict[str, Features]] = field(default_factory=dict)
@@ -98,20 +98,24 @@ class _Seen:
 
 
 def parse_metrics(text: str) -> tuple[str, ...]:
-    """Names separated by commas, or "all".
+    """Parse names separated by commas, or "all".
 
     Raises:
-        BitPolicyError: one is unknown.
+        BitPolicyError: a name is unknown.
     """
     names = list(dict.fromkeys(name.strip().lower() for name in text.split(",") if name.strip()))
     unknown = [name for name in names if name not in (*METRICS, "all")]
     if unknown or not names:
-        raise BitPolicyError(f"--metrics {text!r}: write some of {', '.join(METRICS)}, separated by commas, or all")
+        raise BitPolicyError(
+            f"--metrics {text!r} is not a list of metrics; "
+            f"choose from {', '.join(METRICS)}, separated by commas, or all"
+        )
     return METRICS if "all" in names else tuple(names)
 
 
 def measure(metrics: Iterable[str], comparison: Comparison, networks: Networks) -> dict[str, Result]:
-    """Each metric's result by name, in the order asked; a distance through a small network follows its own.
+    """Each metric's result by name, in the order requested. Results of a small network follow those of the standard
+    one.
 
     Args:
         metrics: some of `METRICS`.
@@ -121,9 +125,10 @@ def measure(metrics: Iterable[str], comparison: Comparison, networks: Networks) 
 
 
 def perceptual_distance(reference: Images, images: Images, networks: Networks) -> Paired | Unavailable:
-    """LPIPS if its backbone is here and the images are large enough, else the distance of the pipeline's small network.
+    """LPIPS if its backbone is available and the images are large enough, else the distance of the pipeline's small
+    network.
 
-    `name` of what is returned says which: "lpips", or for example "lpips-emoji". `per_image` has the numbers.
+    The result's `name` says which: "lpips", or for example "lpips-emoji". `per_image` has the numbers.
     """
     found = _lpips(reference, images, networks)
     if isinstance(found, Unavailable) and networks.uncalibrated is not None:
@@ -166,7 +171,7 @@ def _latent(about: Comparison) -> Result:
 
 def _clip(about: Comparison, networks: Networks) -> Result:
     if about.prompts is None or not any(about.prompts):
-        return Unavailable("the images were not made from text", "leave clip out for such a pipeline")
+        return Unavailable("the images were not made from text", "leave out clip for such a pipeline")
     network = networks.clip
     return network if isinstance(network, Unavailable) else network(about.reference, about.images, about.prompts)
 
@@ -175,7 +180,7 @@ def _sets(metric: str, name: str, extractor: Extractor, seen: _Seen) -> Result:
     features = seen.through(extractor)
     x, y, real = features["reference"], features["images"], features.get("real")
     if len(x) < 2:
-        return Unavailable("there is only one image", "compare at least two; --images 256 or more for a steady number")
+        return Unavailable("there is only one image", "compare at least two; --images 256 or more for a stable number")
     independent, paired = _SETS[metric]
     found = Sets(name, extractor.name, x.shape[1], len(x), paired(x, y))
     if real is None:

@@ -1,6 +1,6 @@
-"""Where the networks are that metrics look through: a folder that is named, the caches of torch.hub and of the hub.
+"""Finds the networks that metrics need: in a folder the user names, in torch.hub's cache, or in the Hugging Face cache.
 
-Nothing is downloaded. A network that is in none of these places makes its metrics `Unavailable`, with the remedy.
+Nothing is downloaded. If a network is in none of these places, its metrics are `Unavailable`, with a remedy.
 
 | network | file or folder | metrics |
 |---|---|---|
@@ -36,11 +36,11 @@ T = TypeVar("T")
 
 
 class Networks:
-    """What can be had here; each network is loaded when it is first asked for.
+    """The networks available here. Each is loaded on first use.
 
     Attributes:
         features: a file or folder that the user named.
-        pipeline: folder of the pipeline; it may hold a small network in `features/`.
+        pipeline: folder of the pipeline; it may have a small network in `features/`.
         device: where the networks compute.
     """
 
@@ -53,15 +53,15 @@ class Networks:
         """Check `features` before anything is computed.
 
         Raises:
-            BitPolicyError: there is nothing at that path, or nothing in it that is known.
+            BitPolicyError: the path does not exist, or has no known network.
         """
         if self.features is None:
             return
         if not self.features.exists():
-            raise BitPolicyError(f"--features {self.features}: there is no such file or folder")
+            raise BitPolicyError(f"--features {self.features}: there is no such file or folder; give an existing one")
         if not any([self._file(INCEPTION, here=True), self._file(ALEXNET, here=True), self._small(), self._clip()]):
             raise BitPolicyError(
-                f"--features {self.features} holds no network that is known; it may hold {INCEPTION}, {ALEXNET}, "
+                f"--features {self.features} has no known network; it can contain {INCEPTION}, {ALEXNET}, "
                 "a CLIP model in clip/, or what scripts/train_features.py wrote in features/"
             )
 
@@ -75,7 +75,7 @@ class Networks:
 
     @cached_property
     def clip(self) -> Clip | Unavailable:
-        """The one that was named, else the first of OpenAI's that is in the hub cache."""
+        """The model that the user named, else the first of OpenAI's in the hub cache."""
         named = self._clip()
         problem = "no CLIP model is in the hub cache"
         for source in (named,) if named else _CLIPS:
@@ -87,7 +87,7 @@ class Networks:
 
     @cached_property
     def small(self) -> FeatureNetwork | None:
-        """Of `features` or of the pipeline; None if neither has one.
+        """The small network of `features` or of the pipeline; None if neither has one.
 
         Raises:
             BitPolicyError: it is damaged.
@@ -105,7 +105,7 @@ class Networks:
 
     def _loaded(self, name: str, load: Callable[[Path], T]) -> T | Unavailable:
         path = self._file(name)
-        remedy = f"download {_URLS[name]} to {_hub()}, or give the folder it is in with --features"
+        remedy = f"download {_URLS[name]} to {_hub()}, or give its folder with --features"
         if path is None:
             return Unavailable(f"{name} is not here", remedy)
         try:
@@ -114,7 +114,7 @@ class Networks:
             return Unavailable(str(error), remedy)
 
     def _file(self, name: str, here: bool = False) -> Path | None:
-        """`features` itself or a file in it, else in torch.hub's cache unless it has to be `here`."""
+        """`features` itself, or a file in it. Unless `here` is set, torch.hub's cache is searched too."""
         places = [] if here else [_hub() / name]
         if self.features is not None:
             places = [self.features if self.features.name == name else self.features / name, *places]

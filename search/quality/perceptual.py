@@ -2,12 +2,13 @@
 
     d(x, x0) = sum_l mean_{h,w} |w_l * (y_l - y_l0)|^2
 
-y_l is the activation of layer l, scaled to unit length across channels at every position. Two networks:
+y_l is the activation of layer l, scaled to unit length across channels at every position. There are two networks:
 
-* LPIPS itself: AlexNet, with the w_l fitted to human judgement that torchmetrics ships. Its backbone is a download.
-* a small network that comes with a pipeline, with w_l^2 = 1 / 2L: the mean over layers and positions of 1 - cos, which
-  lies in [0, 1]. Nobody fitted it to anybody's judgement ("uncalibrated"), and its scale is not that of LPIPS, so it
-  goes by another name: `lpips-emoji`.
+* LPIPS itself: AlexNet, with w_l fitted to human judgement, which torchmetrics ships. Its backbone must be downloaded.
+* A small network that comes with a pipeline, with w_l^2 = 1 / 2L. The distance is then the mean over layers and
+positions
+  of 1 - cos, in [0, 1]. It is not fitted to human judgement ("uncalibrated") and its scale differs from that of LPIPS,
+  so it has another name: `lpips-emoji`.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from bitpolicy.search.quality.feature_network import FeatureNetwork
 from bitpolicy.search.quality.psnr import Images, Paired, Unavailable, frames
 
 ALEXNET = "alexnet-owt-7be5be79.pth"  # torchvision's
-_SMALLEST = 32  # pixels a side that AlexNet's strides and pools need
-_EPSILON = 1e-8  # below this squared length, an activation counts as nothing
+_SMALLEST = 32  # pixels per side that AlexNet's strides and pools need
+_EPSILON = 1e-8  # below this squared length, an activation counts as zero
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Lpips:
     """LPIPS with AlexNet.
 
     Attributes:
-        network: torchmetrics', with its weights.
+        network: torchmetrics' implementation, with its weights.
         device: where it computes.
     """
 
@@ -43,25 +44,25 @@ class Lpips:
 
     @classmethod
     def load(cls, backbone: Path, device: torch.device) -> Lpips:
-        """With torchvision's AlexNet from a file.
+        """Load with torchvision's AlexNet from a file.
 
         Raises:
-            BitPolicyError: the file is not that.
+            BitPolicyError: the file is something else.
         """
-        network = _NoTrainLpips(pretrained=True, net="alex", pnet_rand=True)  # the w_l, and a backbone of chance
+        network = _NoTrainLpips(pretrained=True, net="alex", pnet_rand=True)  # the w_l, with a random backbone
         try:
             saved = torch.load(backbone, map_location="cpu", weights_only=True)
             names = {name: f"features.{name.partition('.')[2]}" for name in network.net.state_dict()}
             network.net.load_state_dict({name: saved[source] for name, source in names.items()})
         except (OSError, EOFError, RuntimeError, KeyError, TypeError, ValueError, UnpicklingError) as error:
-            raise BitPolicyError(f"{backbone} does not hold torchvision's AlexNet: {_short(error)}") from error
+            raise BitPolicyError(f"{backbone} is not torchvision's AlexNet: {_short(error)}") from error
         return cls(network.eval().requires_grad_(False).to(device), device)
 
     def __call__(self, reference: Images, images: Images) -> Paired | Unavailable:
         smallest = min(min(image.shape[-2:]) for image in reference)
         if smallest < _SMALLEST:
             return Unavailable(
-                f"the images have {smallest} pixels a side", f"LPIPS needs {_SMALLEST}: draw larger images"
+                f"the images have {smallest} pixels per side", f"LPIPS needs {_SMALLEST}: generate larger images"
             )
         found = tuple(self._distance(a, b) for a, b in zip(reference, images, strict=True))
         return Paired("lpips", found, "lower", network="AlexNet")
@@ -77,7 +78,7 @@ class Uncalibrated:
     """The same distance in the layers of a small network.
 
     Attributes:
-        network: whose activations are compared.
+        network: the network whose activations are compared.
         device: where it computes.
     """
 

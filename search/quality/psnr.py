@@ -1,9 +1,9 @@
 """How close two sets of images are, pair by pair, on decoded float images, before any rounding to 8 bits.
 
-PSNR is -10 log10 of the mean squared error; SSIM is Wang et al. 2004, equation 13, with their 11 x 11 Gaussian window;
-the latent error is the mean squared difference of the final latents. Beside the mean over images stand the worst image
-and a 95% interval of the mean: percentiles of 1000 bootstrap means (Efron and Tibshirani 1993, section 13.3), seed
-fixed.
+PSNR is -10 log10 of the mean squared error. SSIM is Wang et al. 2004, equation 13, with their 11 x 11 Gaussian window.
+The latent error is the mean squared difference of the final latents. Each comes with the mean over images, the worst
+image, and a 95% interval of the mean: percentiles of 1000 bootstrap means (Efron and Tibshirani 1993, section 13.3),
+with a fixed seed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 Images = Sequence[torch.Tensor]
 _RESAMPLES, _TAILS = 1000, (2.5, 97.5)
-_WINDOW = 11  # of SSIM, in pixels
+_WINDOW = 11  # side of SSIM's window, in pixels
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Psnr:
     """PSNR over pairs of images.
 
     Attributes:
-        per_image: dB of each pair, None where the two are identical.
+        per_image: dB of each pair; None if the two are identical.
     """
 
     per_image: tuple[float | None, ...]
@@ -51,14 +51,14 @@ class Psnr:
         return min(self.differing, default=None)
 
     def as_dict(self) -> dict[str, float | int | None]:
-        """Strict JSON: identical images are counted apart, never infinite."""
+        """Strict JSON values: identical images are counted separately, so nothing is infinite."""
         n = len(self.per_image)
         return {"mean": _rounded(self.mean), "min": _rounded(self.min), "n": n, "identical": n - len(self.differing)}
 
 
 @dataclass(frozen=True)
 class Unavailable:
-    """A metric that cannot be had here. It never has a number.
+    """A metric that cannot be computed here. It never has a number.
 
     Attributes:
         reason: what is missing.
@@ -77,12 +77,12 @@ class Paired:
     """One number for each pair of images.
 
     Attributes:
-        name: of the metric, that of the network included where it is not the usual one: "lpips-emoji".
+        name: of the metric, including its network if that is not the usual one: "lpips-emoji".
         per_image: None where the metric is infinite: the PSNR of identical images.
         better: "higher" or "lower".
         unit: "dB" or nothing.
-        network: what looked at the images, if anything did.
-        of_reference: mean of the same metric over the reference's images, where one image has it alone: CLIPScore.
+        network: the network that the metric uses, if any.
+        of_reference: mean of the same metric over the reference's images, for metrics of a single image: CLIPScore.
     """
 
     name: str
@@ -98,7 +98,7 @@ class Paired:
 
     @property
     def mean(self) -> float | None:
-        """Over the finite values; None if there are none."""
+        """The mean over the finite values; None if there are none."""
         return math.fsum(self.finite) / len(self.finite) if self.finite else None
 
     @property
@@ -111,7 +111,7 @@ class Paired:
         return bootstrap_interval(self.finite)
 
     def as_dict(self) -> dict[str, Any]:
-        """Strict JSON."""
+        """The result as strict JSON values."""
         found = {
             "mean": six_digits(self.mean),
             "worst": six_digits(self.worst),
@@ -132,26 +132,28 @@ def psnr(reference: Images, images: Images) -> Paired:
 
 
 def ssim(reference: Images, images: Images) -> Paired | Unavailable:
-    """SSIM of pairs of images, float in [0, 1], shape (C, H, W), or of videos, (frames, C, H, W): mean over frames."""
+    """SSIM of pairs of images, float in [0, 1], shape (C, H, W), or of videos, (frames, C, H, W), over all frames."""
     smallest = min(min(image.shape[-2:]) for image in reference)
     if smallest < _WINDOW:
-        return Unavailable(f"the images have {smallest} pixels a side", f"SSIM needs {_WINDOW}: draw larger images")
+        return Unavailable(
+            f"the images have {smallest} pixels per side", f"SSIM needs {_WINDOW}: generate larger images"
+        )
     return Paired("ssim", _each(_ssim, reference, images), "higher")
 
 
 def latent_mse(reference: Images, latents: Images) -> Paired:
-    """Mean squared difference of final latents of any shape, in the units in which the denoiser sees them."""
+    """Mean squared difference of final latents of any shape, in the denoiser's units."""
     return Paired("latent", _each(_mean_square, reference, latents), "lower")
 
 
 def frames(image: torch.Tensor) -> torch.Tensor:
-    """An image or a video as (frames, 3, H, W); grey becomes RGB."""
+    """An image or a video as (frames, 3, H, W). Grey becomes RGB."""
     batch = image if image.ndim == 4 else image[None]
     return batch.expand(-1, 3, -1, -1) if batch.shape[1] == 1 else batch[:, :3]
 
 
 def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """The percentiles 2.5 and 97.5 of the means of 1000 resamples; None with fewer than two values."""
+    """The 2.5 and 97.5 percentiles of the means of 1000 resamples; None with fewer than two values."""
     if len(values) < 2:
         return None
     drawn = np.random.default_rng(0).integers(0, len(values), (_RESAMPLES, len(values)))
@@ -160,7 +162,7 @@ def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def six_digits(value: float | None) -> float | None:
-    """As JSON shows it."""
+    """The value as JSON shows it."""
     return None if value is None else float(f"{value:.6g}")
 
 

@@ -1,4 +1,4 @@
-"""The last choice: finalists of the study and the exact solution, on seeds that the study never saw."""
+"""The final choice between the study's finalists and the exact solution, on seeds that the study never saw."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Confirmed:
 
     Attributes:
         choices: layer name -> choice.
-        error: mean squared image error of each finalist on the fresh seeds, in the order given: as the study ranks
-            them.
-        won: place of `choices` among the finalists.
+        error: mean squared image error of each finalist on the fresh seeds, in the order given, which is the study's
+            ranking.
+        won: index of `choices` among the finalists.
     """
 
     choices: Mapping[str, Choice]
@@ -27,24 +27,24 @@ class Confirmed:
 
     @property
     def held(self) -> bool:
-        """Whether the study's best is the best on fresh seeds, too."""
+        """Whether the study's best policy is also the best on fresh seeds."""
         return self.won == 0
 
     @property
     def leader_rank(self) -> int:
-        """Place of the study's best on fresh seeds, from 1."""
+        """Rank of the study's best policy on fresh seeds, from 1."""
         return 1 + sum(error < self.error[0] for error in self.error)
 
 
 def confirm(
     finalists: Iterable[Mapping[str, Choice]], generations: Generations, samples: Sequence[Sample]
 ) -> Confirmed:
-    """Score every finalist on `samples` and keep the best; the earlier one where two are equal.
+    """Score every finalist on `samples` and keep the best, or the earlier of two equals.
 
     Args:
         finalists: the study's best first.
-        generations: what scores them.
-        samples: fresh ones.
+        generations: generates and scores their images.
+        samples: ones that the study did not use.
     """
     listed = list(finalists)
     scores = [sum(generations.errors(choices, samples)) / len(samples) for choices in listed]

@@ -1,10 +1,10 @@
-"""The study's journal: a file that records are appended to, which survives a kill, a full disk, a power cut and damage.
+"""The study's journal: an append-only file of records that survives a kill, a full disk, a power cut and damage.
 
-Optuna locks the file while it appends. Several things may go wrong that it does not foresee. A process that was stopped
-while it held the lock finds it taken away when it wakes up; one that was killed leaves it behind. A record that was cut
-short, because the disk was full or the power went, would make every later read fail, and one that was damaged would be
-believed. So each record ends with a mark, a hash of itself and of the mark before it, and all from the first record on
-that is not as it was written is moved out of the file when it is opened. Records of older versions have no marks.
+Optuna locks the file while it appends, but several things can go wrong that it does not handle. A process that was
+stopped while it held the lock finds the lock taken away when it wakes up; a killed process leaves its lock behind. A
+record cut short by a full disk or a power cut would make every later read fail, and a damaged record would be trusted.
+So each record ends with a mark, a hash of the record and of the previous mark. When the file is opened, everything from
+the first altered record on is moved out of it. Records of older versions have no marks.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ from bitpolicy.kernels.errors import BitPolicyError
 
 _log = logging.getLogger(__name__)
 _MARK = re.compile(rb',"mark":"([0-9a-f]{16})"}\n\Z')
-_LONGEST_TAIL = 2**20  # bytes in which the end of the last record is looked for
+_LONGEST_TAIL = 2**20  # bytes to search for the end of the last record
 _POLL = 0.1
 
 
 class SleepersLock(JournalFileSymlinkLock):
-    """The lock of a journal file, for a process that may be asleep, or be killed, while it holds it.
+    """The lock of a journal file, safe for processes that are stopped or killed while they hold it.
 
-    Optuna's lock is taken from a process that keeps it for half a minute. If that process was stopped and wakes up, its
-    `release` finds nothing and raises, which would end a worker that has only slept. What it was about to write is
-    appended in one piece, so nothing is torn.
+    Optuna takes the lock away from a process that holds it for half a minute. If that process was only stopped and
+    wakes up, its `release` finds no lock and raises, which would end a healthy worker. Its pending record is appended
+    in one piece, so nothing is torn.
 
-    The lock is a link to the journal, whose age is asked for through the link. Optuna's leads nowhere if the journal's
-    path is relative, or its folder was renamed, and is then waited for without an end. This one names its neighbour.
+    The lock is a symlink to the journal, and Optuna reads the lock's age through it. Optuna's symlink dangles if the
+    journal's path is relative or its folder was renamed, and processes then wait for it forever. This one links to the
+    file name in the same folder.
     """
 
     def __init__(self, path: str) -> None:
@@ -46,7 +47,7 @@ class SleepersLock(JournalFileSymlinkLock):
         self._lock_target_file = os.path.basename(path)
 
     def acquire(self) -> bool:
-        """Get the lock; one that leads nowhere, and so would be waited for for ever, is nobody's after a while."""
+        """Acquire the lock. A dangling lock, which would be waited for forever, is removed after a while."""
         end = time.monotonic() + (self.grace_period or 0)
         while os.path.islink(self._lock_file) and not os.path.exists(self._lock_file):
             if time.monotonic() > end:
@@ -55,7 +56,7 @@ class SleepersLock(JournalFileSymlinkLock):
         return super().acquire()
 
     def release(self) -> None:
-        """Give the lock back; one that was taken away meanwhile is nobody's loss."""
+        """Release the lock, even if it was taken away in the meantime."""
         try:
             super().release()
         except RuntimeError:
@@ -63,7 +64,7 @@ class SleepersLock(JournalFileSymlinkLock):
 
 
 class _Marked(JournalFileBackend):
-    """Optuna's file, with a mark at the end of each record that is appended."""
+    """Optuna's journal file, with a mark at the end of each appended record."""
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         self._lock.acquire()
@@ -80,7 +81,7 @@ class _Marked(JournalFileBackend):
 
 
 def _append(file: IO[bytes], content: bytes) -> None:
-    """All of it or, where the disk is full, nothing."""
+    """Append all of the content, or nothing if the disk is full."""
     length = file.seek(0, os.SEEK_END)
     try:
         file.write(content)
@@ -96,32 +97,30 @@ def _mark(before: bytes, body: bytes) -> bytes:
 
 
 def _last_mark(file: IO[bytes]) -> bytes:
-    """That of the last record; nothing if it has none."""
+    """The mark of the last record; empty if it has none."""
     file.seek(max(0, file.seek(0, os.SEEK_END) - _LONGEST_TAIL))
     found = _MARK.search(file.read())
     return found[1] if found else b""
 
 
 def journal(path: str, alone: bool = False) -> BaseStorage:
-    """Optuna's journal-file storage: survives a kill, and several processes may share it.
+    """Optuna's journal-file storage. It survives a kill, and several processes can share it.
 
-    What is not as it was written is put aside first, with a line on stderr; the study goes on from the record before.
+    Damaged content is first moved aside, with a warning on stderr. The study then continues from the last good record.
 
     Args:
-        alone: no other process uses it, so a lock that is there was left by one that was killed.
+        alone: no other process uses the file, so an existing lock was left by a killed one.
 
     Raises:
-        BitPolicyError: what is there is no file.
+        BitPolicyError: the path is not a file.
     """
     if os.path.lexists(path) and not os.path.isfile(path):
-        raise BitPolicyError(
-            f"{path} is to be the study's journal, and is no file; move it away, or give another folder"
-        )
+        raise BitPolicyError(f"the study's journal {path} is not a file; move it away, or use another folder")
     lock = SleepersLock(path)
     if alone:
         Path(lock._lock_file).unlink(missing_ok=True)
     backend = _Marked(path, lock_obj=lock)
-    lock.acquire()  # nobody is writing now
+    lock.acquire()  # so that no other process is writing
     try:
         _put_damage_aside(Path(path))
     finally:
@@ -130,7 +129,7 @@ def journal(path: str, alone: bool = False) -> BaseStorage:
 
 
 def _put_damage_aside(path: Path) -> None:
-    """Cut the file behind its last whole record, and keep what was cut in a file of its own."""
+    """Truncate the file after its last good record, and save what was cut in a separate file."""
     with open(path, "rb+") as file:
         content = file.read()
         whole = _whole_length(content)
@@ -144,14 +143,14 @@ def _put_damage_aside(path: Path) -> None:
         os.fsync(file.fileno())
     count = content[:whole].count(b"\n")
     print(
-        f"warning: {path} was cut short or damaged behind its record {count}, by a full disk or a power cut; the rest "
-        f"was moved to {torn}, and the study goes on from that record",
+        f"warning: {path} is cut short or damaged after record {count}, by a full disk or a power cut; the rest "
+        f"was moved to {torn}, and the study continues from that record",
         file=sys.stderr,
     )
 
 
 def _whole_length(content: bytes) -> int:
-    """Bytes up to the end of the last record before the first that is not as it was written."""
+    """The number of bytes before the first altered record."""
     start, before = 0, b""
     while start < len(content):
         end = content.find(b"\n", start) + 1

@@ -1,14 +1,14 @@
-"""What a trial suggests, which policy that means, and which of Optuna's samplers suggests it.
+"""Search spaces and samplers: what a trial suggests, which policy that means, and which Optuna sampler suggests it.
 
 A trial suggests octaves o and a start s. Its policy
 
     minimizes  sum_l 2^o(l) e(l, f_l)   subject to   sum_l bytes(l, f_l) <= budget,
 
-over the layers in which start s agrees with the exact solution; in the others it has the start's formats. So it fits
-the budget whatever is suggested, and no sampler needs to know of constraints. All octaves zero are the start itself,
-to the letter. Layers share an octave by group (role x stage), or, in space "layer", only with those they share a format
-with. An octave and not a format there too: random formats forget the table and land far from every good policy, while
-octaves lean on it and only move the choices that it holds to be close.
+over the layers where start s agrees with the exact solution; the other layers keep the start's formats. So every
+suggestion fits the budget, and samplers need not handle constraints. If all octaves are zero, the policy is exactly the
+start. Layers share an octave by group (role x stage) or, in space "layer", only with layers that share their format.
+Even there, a trial suggests octaves and not formats: random formats ignore the table and land far from every good
+policy, while octaves build on the table and change only the choices that it considers close.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from bitpolicy.search.problem import Problem
 
 SAMPLERS: Final = ("tpe", "gp", "cmaes", "nsga2", "random")
 SPACES: Final = ("group", "layer")
-_OCTAVES = 3.0  # an error is bent by at most 2 to this power either way
-_POPULATION = 10  # of NSGA-II: its 50 would leave a study of the usual length in the first, random generation
+_OCTAVES = 3.0  # largest power of 2, up or down, by which an error is scaled
+_POPULATION = 10  # of NSGA-II; with its default of 50, a usual study would end in the first, random generation
 _LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
 Choices = Mapping[str, Choice]
 
@@ -51,12 +51,12 @@ class Space:
     """What the trials of one study may suggest.
 
     Args:
-        problem: what is to be decided.
+        problem: the search problem.
         kind: one of `SPACES`.
-        starts: policies to try as they are and to bend, beside the exact solution.
+        starts: policies to try unchanged and to vary, in addition to the exact solution.
 
     Attributes:
-        starts: int64, shape (layers) each; the exact solution, then every other start that is no repetition.
+        starts: int64, shape (layers) each; the exact solution, then every other start without duplicates.
         names: of the octaves.
 
     Raises:
@@ -78,29 +78,29 @@ class Space:
         self._octave = np.array([self.names.index(owner) for owner in owners])
 
     def suggest(self, trial: Trial) -> np.ndarray:
-        """The policy a trial is to score: a format index a layer, int64, shape (layers)."""
+        """The policy that a trial should score: one format index per layer, int64, shape (layers)."""
         octaves = np.array([trial.suggest_float(name, -_OCTAVES, _OCTAVES) for name in self.names])
         last = len(self.starts) - 1
         return self._decode(octaves, trial.suggest_int("start", 0, last) if last else 0)
 
     def parameters(self, start: int) -> dict[str, float]:
-        """What a trial suggests that scores a start as it is."""
+        """The suggestions of a trial that scores a start unchanged."""
         octaves = dict.fromkeys(self.names, 0.0)
         return {**octaves, "start": start} if len(self.starts) > 1 else octaves
 
     def sampler(self, name: str, seed: int, turn: int) -> BaseSampler:
-        """The sampler of one trial; the first ones score the starts."""
+        """The sampler of one trial. The first trials score the starts."""
         sampler = sampler_named(name, seed + turn, turn)
         return _fixed(self.parameters(turn), sampler) if turn < len(self.starts) else sampler
 
     def predicted(self, formats: np.ndarray) -> Solution:
-        """A policy with its error and its bytes by the table."""
+        """A policy with its predicted error and bytes."""
         place = np.arange(len(formats))
         error, nbytes = self._errors[place, formats].sum(), self._sizes[place, formats].sum()
         return Solution(formats, float(error), int(nbytes), 0.0)
 
     def formats(self, choices: Choices) -> np.ndarray:
-        """A policy's format index a layer, int64, shape (layers)."""
+        """A policy as one format index per layer, int64, shape (layers)."""
         return np.array([self._problem.formats.index(choices[layer.name].format) for layer in self._problem.inventory])
 
     def choices(self, formats: np.ndarray) -> dict[str, Choice]:
@@ -108,7 +108,7 @@ class Space:
         return self._problem.choices(self.predicted(formats))
 
     def described(self, formats: np.ndarray) -> dict[str, Any]:
-        """What is kept of a trial's policy, as JSON values, and what optuna-dashboard shows of it."""
+        """What is stored about a trial's policy, as JSON values; optuna-dashboard shows it."""
         predicted, counts = self.predicted(formats), np.bincount(formats, minlength=len(self._problem.formats))
         return {
             "policy": policy_key(formats),
@@ -133,7 +133,7 @@ class Space:
         return policy
 
     def _row_names(self) -> list[str]:
-        """For each layer, the first of those it shares a format with."""
+        """For each layer, the first layer that shares its format."""
         names = {i: self._problem.inventory[row[0]].name for row in self._rows for i in row}
         return [names[i] for i in range(len(self._problem.inventory))]
 
@@ -144,24 +144,24 @@ class Space:
         nbytes = policy.nbytes + problem.account.fixed
         if nbytes > problem.budget or not np.isfinite(policy.error):
             raise BitPolicyError(
-                f"a start of {nbytes:,} bytes is no policy of this problem, which allows {problem.budget:,} bytes"
-                " and only formats that the layers may have; repair it first"
+                f"a start of {nbytes:,} bytes is not a policy of this problem, which allows {problem.budget:,} bytes"
+                " and only formats that each layer may have; repair it first"
             )
         return formats
 
 
 def policy_key(formats: np.ndarray) -> str:
-    """One letter a layer: what a trial keeps of its policy."""
+    """A policy as text with one character per layer, stored with each trial."""
     return "".join(_LETTERS[index] for index in formats)
 
 
 def formats_of(key: str) -> np.ndarray:
-    """The other way round, int64, shape (layers)."""
+    """The inverse of `policy_key`, int64, shape (layers)."""
     return np.array([_LETTERS.index(letter) for letter in key], dtype=np.int64)
 
 
 def require_sampler(name: str) -> None:
-    """Check that a sampler is known and that what it needs is installed.
+    """Check that a sampler is known and its dependencies are installed.
 
     Raises:
         BitPolicyError: it is not.
@@ -173,7 +173,7 @@ def require_sampler(name: str) -> None:
 
 
 def sampler_named(name: str, seed: int, turn: int) -> BaseSampler:
-    """A new sampler, which owes all it knows to the storage: one that is made for each trial resumes anywhere.
+    """A new sampler. All its knowledge comes from the storage, so a sampler made for each trial resumes anywhere.
 
     Args:
         name: one of `SAMPLERS`.
@@ -193,8 +193,8 @@ def sampler_named(name: str, seed: int, turn: int) -> BaseSampler:
 
 
 class _CmaEs(CmaEsSampler):
-    """Optuna's draws by a trial's number, which an interrupted trial has used up; this one by its turn, which the next
-    trial takes over. It begins in the middle of the space, which is the exact solution."""
+    """CMA-ES that draws by turn. Optuna's draws by trial number, and an interrupted trial uses its number up, while its
+    turn passes to the next trial. The search begins in the middle of the space, which is the exact solution."""
 
     def __init__(self, seed: int, turn: int) -> None:
         super().__init__(seed=seed, warn_independent_sampling=False)
@@ -209,7 +209,7 @@ class _CmaEs(CmaEsSampler):
 
 
 def _fixed(parameters: dict[str, float], sampler: BaseSampler) -> BaseSampler:
-    """Suggests `parameters` and nothing else, and keeps the books of `sampler`."""
+    """A sampler that suggests only `parameters` and passes everything else on to `sampler`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         return PartialFixedSampler(parameters, sampler)

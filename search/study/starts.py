@@ -1,4 +1,4 @@
-"""Policies to begin a study with, beside the exact solution."""
+"""Policies to start a study from, in addition to the exact solution."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def repaired(problem: Problem, exact: Solution, vectors: int) -> Solution | None
     """The exact solution, repaired for how layers' errors add up and cancel.
 
     Args:
-        problem: what is decided.
+        problem: the search problem.
         exact: its solution for errors that add up as powers.
-        vectors: sketches a sample, which lie next to each other in the table.
+        vectors: probe vectors per sample; their sketches are consecutive in the table.
 
     Returns:
-        None where the table has no sketches, where they do not tell more than the powers on samples they were not made
-        from, or where nothing is to be repaired.
+        None if the table has no sketches, if the sketches predict held-out samples no better than the powers do, or if
+        there is nothing to repair.
     """
     table = problem.table
     if table.sketches is None or len(table.sketches) < 4:

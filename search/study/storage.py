@@ -1,11 +1,11 @@
-"""Who is at work on a study: processes that know of each other through its storage only.
+"""Coordination of a study's workers: processes that know each other only through the study's storage.
 
-A worker signs each trial that it begins and takes the lowest turn that nobody has. Turns are to a study with many
-workers what the count of finished trials is to one: they seed the sampler and hand out the starts, each to one trial.
-Optuna numbers trials atomically; of those that began and have no turn yet, the one with the lower number goes first.
+A worker signs each trial that it begins and takes the lowest free turn. Turns do for a study with many workers what the
+count of finished trials does for one: they seed the sampler and assign each start to one trial. Optuna numbers trials
+atomically; of the trials that began and have no turn yet, the one with the lowest number goes first.
 
-A killed worker leaves trials that run for ever: they would be waited for, and their turns be lost. They are failed,
-and their turns free again, once the process is known to be gone, or when nothing was reported for very long.
+A killed worker leaves trials that run forever. Others would wait for them, and their turns would be lost. So they are
+marked as failed, and their turns freed, once the process is known to be gone or has reported nothing for very long.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 WORKER: Final = "worker"
 TURN: Final = "turn"
-_SIGNING = 2.0  # seconds that a trial may have begun without a signature
-_PATIENCE = 60.0  # seconds without a report after which a worker may be thought gone, if trials are short
-_TRIALS = 3  # the same as a multiple of the longest trial
+_SIGNING = 2.0  # seconds within which a new trial must be signed
+_PATIENCE = 60.0  # seconds without a report after which a worker counts as gone, if trials are short
+_TRIALS = 3  # the same limit as a multiple of the longest trial
 _POLL = 0.1
 
 
 class Crew:
-    """The workers of one study, as one of them sees them."""
+    """The workers of one study, as seen by one of them."""
 
     def __init__(self, study: Study) -> None:
         self._study = study
@@ -40,23 +40,23 @@ class Crew:
         self._signs: dict[int, tuple[int, float]] = {}
 
     def join(self, trial: Trial) -> int:
-        """Sign a trial that begins; returns its turn."""
+        """Sign a trial that begins and return its turn."""
         trial.set_user_attr(WORKER, self._worker)
         self._wait_for_signatures(trial.number)
         self._fail(other for other in self._running() if _is_gone(other))
-        # One look at all: a trial that takes its turn between two looks would be counted in both.
+        # A single read: a trial that takes its turn between two reads would be counted in both.
         states = (TrialState.RUNNING, TrialState.COMPLETE)
-        beside = self._study.get_trials(deepcopy=False, states=states)
-        taken = {other.user_attrs.get(TURN) for other in beside}
-        ahead = sum(other.number < trial.number and TURN not in other.user_attrs for other in beside)
+        active = self._study.get_trials(deepcopy=False, states=states)
+        taken = {other.user_attrs.get(TURN) for other in active}
+        ahead = sum(other.number < trial.number and TURN not in other.user_attrs for other in active)
         turn = next(itertools.islice((n for n in itertools.count() if n not in taken), ahead, None))
         trial.set_user_attr(TURN, turn)
         return turn
 
     def others(self) -> int:
-        """How many trials other workers have in hand; those of workers that are gone are failed.
+        """The number of trials that other workers are running. Trials of workers that are gone are marked as failed.
 
-        Not to be asked within a trial.
+        Do not call this during a trial.
         """
         now, patience = time.monotonic(), self._patience()
         signed = [trial for trial in self._running() if WORKER in trial.user_attrs]
@@ -72,7 +72,7 @@ class Crew:
         return self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
     def _wait_for_signatures(self, number: int) -> None:
-        """Signing follows beginning at once; a trial that does not have a signature soon will never have one."""
+        """Wait until earlier trials are signed. Signing is immediate, so a trial that stays unsigned has failed."""
         end = time.monotonic() + _SIGNING
         while unsigned := [t for t in self._running() if t.number < number and WORKER not in t.user_attrs]:
             if time.monotonic() > end:
@@ -94,7 +94,7 @@ def _signature(process: psutil.Process) -> str:
 
 
 def _machine() -> str:
-    """This machine, or the part of it that shares process numbers: containers may share all but those."""
+    """An identifier of this machine, or of the container: containers may share everything but their process numbers."""
     try:
         namespace = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
@@ -103,7 +103,7 @@ def _machine() -> str:
 
 
 def _is_gone(trial: FrozenTrial) -> bool:
-    """Whether the worker of a trial was on this machine and certainly is there no more."""
+    """Whether the worker of a trial ran on this machine and has certainly ended."""
     machine, pid, created = str(trial.user_attrs.get(WORKER, "::")).rsplit(":", 2)
     if machine != _machine():
         return False

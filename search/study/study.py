@@ -1,11 +1,10 @@
-"""The Optuna study: bend the exact solution towards what real generations say.
+"""The Optuna study: adjust the exact solution to what generated images show.
 
-A trial suggests how far to bend the errors of each group of layers; the knapsack decodes that into a policy, so every
-trial fits the budget (`bitpolicy.search.study.samplers`). A trial is scored by its mean image error over the search
-samples, reported sample by sample, and `WilcoxonPruner` (made for paired scores) stops losers early. The exact
-solution, and whatever other policies there are to start from, are the first trials: the result is never worse than they
-are on the samples the study saw. Any number of processes may run trials of one study
-(`bitpolicy.search.study.storage`).
+A trial suggests how to scale the errors of each group of layers, and the knapsack turns that into a policy, so every
+trial fits the budget (`bitpolicy.search.study.samplers`). A trial's score is its mean image error over the search
+samples, reported sample by sample. `WilcoxonPruner`, made for paired scores, stops losing trials early. The first
+trials are the exact solution and any other policies to start from, so on the samples that the study saw, the result is
+never worse than any of them. Any number of processes can run trials of one study (`bitpolicy.search.study.storage`).
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ from bitpolicy.search.study.storage import Crew
 from bitpolicy.search.study.trials import TrialRow
 from bitpolicy.sensitivity.samples import Sample
 
-_POLL = 0.2  # seconds between looks at what other workers do, while there is nothing else left to do
-_ATTEMPTS = 20  # to open a database in which other workers are making tables
+_POLL = 0.2  # seconds between checks on other workers, when there is nothing else to do
+_ATTEMPTS = 20  # to open a database in which other workers are creating tables
 _GRPC, _JOURNAL = "grpc://", "journal:///"
 
 
@@ -45,19 +44,19 @@ class Study:
     """One resumable study of one problem.
 
     Args:
-        problem: what is to be decided.
-        generations: what scores a trial.
+        problem: the search problem.
+        generations: generates and scores the images of a trial.
         samples: the search samples.
-        storage: an Optuna storage, or the URL of one.
-        name: of the study in its storage; a study of that name is continued.
+        storage: an Optuna storage, or its URL.
+        name: of the study in its storage; an existing study of that name is continued.
         seed: of the sampler. With one worker, equal seeds give equal trials.
         sampler: one of `bitpolicy.search.study.samplers.SAMPLERS`.
-        space: "group", a multiplier a role and stage, or "layer", one a layer.
-        timeout: seconds after which `run` begins no further trial.
-        starts: policies to try first, and to bend, beside the exact solution.
+        space: "group", one multiplier per role and stage, or "layer", one per layer.
+        timeout: seconds after which `run` starts no further trial.
+        starts: policies to try first and to vary, in addition to the exact solution.
 
     Raises:
-        BitPolicyError: a sampler, space or start that will not do, or a study of that name in another space.
+        BitPolicyError: an invalid sampler, space or start, or an existing study of that name in another space.
     """
 
     def __init__(
@@ -91,13 +90,13 @@ class Study:
         self._describe_study(name, space)
 
     def run(self, trials: int, after_each: Callable[[], None] = lambda: None) -> None:
-        """Run until `trials` trials are finished in all, those of earlier runs and of other workers included.
+        """Run until `trials` trials are finished in total, including those of earlier runs and other workers.
 
-        Waits for the last trials of other workers, so that every worker sees the same study in the end.
+        Waits for the last trials of other workers, so that every worker ends with the same study.
 
         Args:
             trials: how many.
-            after_each: called once for each trial that was finished meanwhile, whoever did it.
+            after_each: called once for each trial that finishes during the call, in any worker.
         """
         end = math.inf if self._timeout is None else time.monotonic() + self._timeout
         counted = len(self.finished)
@@ -124,7 +123,7 @@ class Study:
         found = []
         for trial in self.finished:
             about, value = trial.user_attrs, trial.value
-            assert value is not None  # of a finished trial
+            assert value is not None  # the trial is finished
             place = starts.index(about["policy"]) if about["policy"] in starts and "repeats" not in about else None
             start = "" if place is None else _start_name(place)
             stopped = about["samples"] < len(self._samples)
@@ -134,7 +133,7 @@ class Study:
         return found
 
     def best(self, count: int) -> list[Choices]:
-        """The `count` best different policies scored on every sample, best first.
+        """The `count` best distinct policies that were scored on every sample, best first.
 
         The exact solution comes last if it is not among them.
         """
@@ -143,7 +142,7 @@ class Study:
         return [self._space.choices(formats_of(key)) for key in (keys if exact in keys else [*keys, exact])]
 
     def origin(self, choices: Choices) -> str:
-        """Where a policy of this study comes from, for people: the first of its trials, or what that started from."""
+        """Where a policy of this study comes from, as readable text: its first trial, or the start it equals."""
         key = policy_key(self._space.formats(choices))
         starts = [policy_key(start) for start in self._space.starts]
         if key in starts:
@@ -160,7 +159,7 @@ class Study:
         try:
             value = self._score(trial)
         except UpdateFinishedTrialError:
-            return  # so slow that another worker took this one for dead, and does the trial itself
+            return  # another worker took this slow worker for dead, and does the trial itself
         except BaseException:
             self._study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
             raise
@@ -181,7 +180,7 @@ class Study:
         random.Random(turn).shuffle(order)
         scores: list[float] = []
         wanted = [self._samples[index] for index in order]
-        # Closed: a stopped trial must not leave its weights behind.
+        # Closed explicitly: a stopped trial must not leave its weights in the model.
         with closing(self._generations.errors(self._space.choices(formats), wanted)) as errors:
             for index, error in zip(order, errors, strict=True):
                 if not np.isfinite(error):
@@ -194,12 +193,12 @@ class Study:
                 if trial.should_prune():
                     break
         trial.set_user_attr("samples", len(scores))
-        return float(np.mean(scores))  # of a stopped loser too: an estimate the sampler can learn from
+        return float(np.mean(scores))  # also for a stopped trial: an estimate that the sampler can learn from
 
     def _repeated(self, trial: Trial, twin: FrozenTrial) -> float:
-        """What a finished trial of the same policy measured: generations are deterministic, and not made again.
+        """The result of a finished trial of the same policy. Generations are deterministic, so none is repeated.
 
-        Nor is the pruner asked, which takes seconds where all differences are zero.
+        The pruner is not asked either: it takes seconds when all differences are zero.
         """
         for index, error in twin.intermediate_values.items():
             trial.report(error, index)
@@ -213,8 +212,8 @@ class Study:
         held = self._study.user_attrs.get("space", space)
         if held != space:
             raise BitPolicyError(
-                f"study {name!r} in this storage has space {held!r}, not {space!r}; go on with --space {held}, or give"
-                " another --storage"
+                f"study {name!r} in this storage has space {held!r}, not {space!r}; continue with --space {held}, or "
+                "give another --storage"
             )
         described: dict[str, Any] = {
             "space": space,
@@ -233,13 +232,13 @@ def _start_name(place: int) -> str:
 
 
 def _psnr(errors: Sequence[float]) -> float | None:
-    """Mean dB of the images so far that differ from the reference."""
+    """Mean dB over the scored images that differ from the reference."""
     differing = [-10 * math.log10(error) for error in errors if error > 0]
     return float(np.mean(differing)) if differing else None
 
 
 def open_storage(url: str, attempts: int = _ATTEMPTS) -> BaseStorage:
-    """The storage behind a URL: any that Optuna knows, or grpc://HOST:PORT or journal:///FILE.
+    """Open the storage at a URL: any that Optuna knows, or grpc://HOST:PORT or journal:///FILE.
 
     Raises:
         BitPolicyError: Optuna cannot open it.
@@ -248,10 +247,11 @@ def open_storage(url: str, attempts: int = _ATTEMPTS) -> BaseStorage:
         return _opened(url)
     except Exception as error:
         if attempts > 1 and "already exists" in str(error):
-            time.sleep(_POLL)  # workers that began together make the same tables of an empty database
+            time.sleep(_POLL)  # workers that start together create the same tables in an empty database
             return open_storage(url, attempts - 1)
         raise BitPolicyError(
-            f"Optuna cannot use storage {url!r}: {' '.join(str(error).split())}; give a URL it knows, e.g. sqlite:///study.db"
+            f"Optuna cannot open storage {url!r}: {' '.join(str(error).split())}; "
+            "give a URL it knows, e.g. sqlite:///study.db"
         ) from error
 
 

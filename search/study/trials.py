@@ -1,4 +1,4 @@
-"""What each trial of a study came to: a row of trials.csv, wherever the study itself is stored."""
+"""The result of each trial of a study, as a row of trials.csv, independent of the study's storage."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class TrialRow:
     """One finished trial.
 
     Attributes:
-        number: of the trial, in the order in which they began.
-        start: what it tries of the policies that the study began with, e.g. "the exact solution"; empty for all others.
-        mse: mean squared image error over the search samples that it saw.
-        psnr_db: mean dB of those images that differ from the reference; None where none does.
-        samples: search samples it was scored on.
-        stopped: whether it was stopped before it had seen them all.
-        repeats: the trial that tried the same policy before; None for the first.
+        number: of the trial; trials are numbered in the order in which they began.
+        start: the start that it tries unchanged, e.g. "the exact solution"; empty for all other trials.
+        mse: mean squared image error over the search samples that it was scored on.
+        psnr_db: mean dB of those images that differ from the reference; None if none differ.
+        samples: number of search samples it was scored on.
+        stopped: whether it was stopped before it was scored on all of them.
+        repeats: the earlier trial that tried the same policy; None for the first.
     """
 
     number: int
@@ -38,7 +38,7 @@ class TrialRow:
 
 
 def save_trials(rows: Sequence[TrialRow], path: Path) -> None:
-    """Write the file, aside and renamed; None is an empty field."""
+    """Write the file atomically. None becomes an empty field."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow([field.name for field in fields(TrialRow)])
@@ -50,13 +50,13 @@ def load_trials(path: Path) -> list[TrialRow]:
     """Read the file.
 
     Raises:
-        BitPolicyError: it is no such table.
+        BitPolicyError: it is not such a table.
     """
     try:
         with path.open(encoding="utf-8", newline="") as file:
             return [_row(**row) for row in csv.DictReader(file)]
     except (OSError, TypeError, ValueError, csv.Error) as error:
-        raise BitPolicyError(f"cannot read {path}: {error}; give the same search again, which writes it") from error
+        raise BitPolicyError(f"cannot read {path}: {error}; run the same search again to write it") from error
 
 
 def _row(number: str, start: str, mse: str, psnr_db: str, samples: str, stopped: str, repeats: str) -> TrialRow:

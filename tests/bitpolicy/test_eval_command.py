@@ -133,7 +133,7 @@ def test_the_bundled_pipeline_brings_its_network(monkeypatch: pytest.MonkeyPatch
         (("--features", "empty"), "inception-2015-12-05.pt"),
         (("--real-images", "nothing"), "--real-images nothing: there is no such folder"),
         (("--real-images", "empty"), "has 0 pictures"),
-        (("--real-images", "broken"), "is no picture"),
+        (("--real-images", "broken"), "is not a picture"),
         (("--seed", str(2**63)), "give a whole number from 0 to"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What the C++ kernels need. A fixture, as a mark would have them compiled while tests are collected."""
+"""A fixture for the C++ kernels. It is not a mark, because a mark would compile them during collection."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from bitpolicy.kernels.cpu.extension import why_unavailable
 
 @pytest.fixture(scope="session")
 def cpp_kernels() -> None:
-    """Compiles them, or skips where the machine cannot."""
+    """Compile the C++ kernels, or skip if this machine cannot."""
     if reason := why_unavailable():
         pytest.skip(reason)

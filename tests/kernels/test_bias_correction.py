@@ -1,4 +1,4 @@
-"""Bias correction: on the input it was calibrated with, the mean error of the output is gone. That is algebra."""
+"""Bias correction removes the mean output error on the input it was calibrated with."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ every_layer = pytest.mark.parametrize(("make", "size"), LAYERS.values(), ids=LAY
 
 
 def tilted(size: tuple[int, ...]) -> torch.Tensor:
-    """Inputs with a mean that differs from place to place and from channel to channel."""
+    """Inputs whose mean differs between positions and between channels."""
     draw = torch.Generator().manual_seed(3)
     x = torch.randn(size, generator=draw)
     for dim, length in enumerate(size):
@@ -47,7 +47,7 @@ def tilted(size: tuple[int, ...]) -> torch.Tensor:
 
 
 def mean_output(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Over everything but the channel, float64."""
+    """The mean over everything but the channel, float64."""
     with torch.no_grad():
         y = layer.double()(x.double())
     channel = y.ndim - 1 if isinstance(layer, nn.Linear) else y.ndim - len(layer.kernel_size) - 1
@@ -78,7 +78,7 @@ def test_the_mean_error_of_the_output_vanishes(
 
 
 @every_layer
-def test_a_patch_has_the_shape_of_what_a_tap_sees(make: Callable[[], nn.Module], size: tuple[int, ...]) -> None:
+def test_a_mean_patch_has_one_value_per_channel_and_tap(make: Callable[[], nn.Module], size: tuple[int, ...]) -> None:
     layer = make()
     patch = mean_patch(layer, torch.ones(size, dtype=torch.float16))
     channels = size[-1] if isinstance(layer, nn.Linear) else layer.in_channels
@@ -86,27 +86,27 @@ def test_a_patch_has_the_shape_of_what_a_tap_sees(make: Callable[[], nn.Module],
     assert patch.dtype == torch.float32
 
 
-def test_a_patch_counts_the_zeros_of_the_padding() -> None:
+def test_a_mean_patch_includes_the_padding_zeros() -> None:
     patch = mean_patch(nn.Conv1d(1, 1, 3, padding=1), torch.ones(1, 1, 4))
     torch.testing.assert_close(patch, torch.tensor([[0.75, 1.0, 0.75]]))  # one window in four hangs over at either end
 
 
-def test_a_patch_is_the_mean_over_samples() -> None:
+def test_a_mean_patch_averages_over_samples() -> None:
     layer = nn.Conv2d(3, 4, 3, stride=2, padding=1)
     x = tilted((4, 3, 7, 7))
     torch.testing.assert_close(mean_patch(layer, x), torch.stack([mean_patch(layer, one) for one in x]).mean(0))
 
 
-def test_a_patch_carries_no_gradient() -> None:
+def test_a_mean_patch_has_no_gradient() -> None:
     assert not mean_patch(nn.Linear(4, 2), torch.ones(3, 4, requires_grad=True)).requires_grad
 
 
-def test_a_shift_undoes_what_the_change_adds_on_average() -> None:
+def test_a_shift_cancels_the_mean_error() -> None:
     shift = bias_shift(nn.Linear(2, 2), torch.tensor([[1.0, 0.0], [0.5, -1.0]]), torch.tensor([3.0, 4.0]))
     assert shift.tolist() == [-3.0, 2.5]
 
 
-def test_no_change_of_the_weight_shifts_nothing() -> None:
+def test_an_unchanged_weight_gives_no_shift() -> None:
     assert not bias_shift(nn.Conv2d(4, 6, 3, groups=2), torch.zeros(6, 2, 3, 3), torch.ones(4, 3, 3)).any()
 
 
@@ -121,7 +121,7 @@ def test_no_change_of_the_weight_shifts_nothing() -> None:
         ([float("nan"), 0.0], torch.float16, False),
     ],
 )
-def test_a_bias_is_corrected_as_a_whole_or_not_at_all(shift: list[float], storage: torch.dtype, fits: bool) -> None:
+def test_a_bias_is_corrected_completely_or_not_at_all(shift: list[float], storage: torch.dtype, fits: bool) -> None:
     bias = torch.tensor([16.0, 1.0])
     found = corrected_bias(bias, torch.tensor(shift), storage)
     assert (found is not None) == fits

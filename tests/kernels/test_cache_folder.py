@@ -1,4 +1,4 @@
-"""The cache is the user's own: what others own or may write to is not used, nor is a home that is not there."""
+"""The cache must belong to the user: folders that others own or can write to are not used, nor is a missing home."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="files have n
 
 
 @pytest.fixture(autouse=True)
-def said_nothing_yet() -> Iterator[None]:
+def no_warning_printed_yet() -> Iterator[None]:
     module._private.cache_clear()
     yield
     module._private.cache_clear()
 
 
-def test_it_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_user_can_choose_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("BITPOLICY_CACHE", str(tmp_path / "mine"))
     assert cache_folder() == tmp_path / "mine"
     monkeypatch.delenv("BITPOLICY_CACHE")
@@ -29,7 +29,7 @@ def test_it_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert cache_folder() == tmp_path / "bitpolicy"
 
 
-def test_a_folder_that_others_may_write_to_is_replaced_by_a_private_one(
+def test_a_folder_writable_by_others_is_replaced_by_a_private_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shared = tmp_path / "shared"
@@ -41,11 +41,11 @@ def test_a_folder_that_others_may_write_to_is_replaced_by_a_private_one(
     assert first.stat().st_mode & 0o077 == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: ")
-    assert f"others may write to {shared}" in line
+    assert f"write to {shared}" in line
     assert "BITPOLICY_CACHE" in line
 
 
-def test_one_that_is_not_there_is_judged_by_where_it_would_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_folder_is_judged_by_its_parent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()
     monkeypatch.setenv("BITPOLICY_CACHE", str(shared / "new" / "deeper"))
@@ -64,7 +64,7 @@ def test_a_folder_of_another_user_is_not_used(monkeypatch: pytest.MonkeyPatch, t
         assert cache_folder() != tmp_path
 
 
-def test_without_a_home_directory_there_is_a_cache_all_the_same(
+def test_a_user_without_a_home_directory_gets_a_cache(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("BITPOLICY_CACHE", "XDG_CACHE_HOME"):
@@ -78,7 +78,7 @@ def test_without_a_home_directory_there_is_a_cache_all_the_same(
     assert "there is no home directory" in capsys.readouterr().err
 
 
-def test_what_is_kept_is_own(tmp_path: Path) -> None:
+def test_files_written_to_the_cache_count_as_own(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file"
     assert keep(path, b"content")
     assert path.read_bytes() == b"content"

@@ -1,4 +1,4 @@
-"""What a compiled model keeps of its packed layers: as much as one that is not compiled, and never longer."""
+"""A compiled model keeps as much of its packed layers as an eager one, and frees it as early."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ every_compute = pytest.mark.parametrize("compute", ["exact", "int8"])
 
 
 class _Keeping(Kernel):
-    """The definition of INT8 compute by a kernel that makes a layout of the weight and counts how often."""
+    """A kernel for the definition of INT8 that makes a layout of the weight and counts how often."""
 
     name = "keeping"
     compute = Compute.INT8
@@ -46,7 +46,7 @@ class _Keeping(Kernel):
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_caches_remain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(dispatch, "TABLE", (Row("cpu", "linear conv2d", "*", _Keeping()), *dispatch.TABLE))
     monkeypatch.setattr(dispatch, "_chosen", {})
     _Keeping.made.clear()
@@ -75,22 +75,22 @@ def stored(model: nn.Module) -> list[tuple[PackedLayer, str]]:
 
 @both
 @pytest.mark.parametrize("grad", [False, True], ids=["no gradient", "a gradient"])
-def test_a_weight_is_laid_out_once_for_all_calls(backend: str, grad: bool) -> None:
+def test_a_layout_is_made_once_for_all_calls(backend: str, grad: bool) -> None:
     model, x = model_of()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     with torch.set_grad_enabled(grad):
         found = [compiled(x.clone().requires_grad_(grad)) for _ in range(3)]
     packed_of = [id(layer._buffers["weight_packed"]) for layer in (model[0], model[2])]
-    assert _Keeping.made == packed_of  # the linear layer's rows are short, so it is exact
+    assert _Keeping.made == packed_of  # the linear layer has short rows, so it stays exact
     with torch.no_grad():
-        model(x)  # has what the compiled one made
+        model(x)  # reuses what the compiled one made
     assert _Keeping.made == packed_of
     assert all(torch.equal(found[0], other) for other in found)
 
 
 @both
 @every_compute
-def test_tensors_that_are_replaced_or_written_to_are_computed_with_at_once(backend: str, compute: str) -> None:
+def test_replaced_or_edited_tensors_take_effect_at_once(backend: str, compute: str) -> None:
     model, x = model_of(compute)
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_tensors_that_are_replaced_or_written_to_are_computed_with_at_once(backe
 
 
 @both
-def test_layouts_go_with_the_model(backend: str) -> None:
+def test_layouts_are_freed_with_the_model(backend: str) -> None:
     gc.collect()
     before = len(dispatch._layouts)
     model, x = model_of()
@@ -128,8 +128,8 @@ def test_layouts_go_with_the_model(backend: str) -> None:
 
 
 @both
-def test_a_layout_goes_with_the_tensors_that_were_replaced(backend: str) -> None:
-    """A compiled model keeps none of them, and one that has taken a freed one's place is another weight."""
+def test_a_layout_is_freed_with_replaced_tensors(backend: str) -> None:
+    """A compiled model keeps none of them. A new tensor at a freed one's address is another weight."""
     model, x = model_of()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     with torch.no_grad():
@@ -145,7 +145,7 @@ def test_a_layout_goes_with_the_tensors_that_were_replaced(backend: str) -> None
 
 
 class _Watching(TorchDispatchMode):
-    """Notes every operator, and what ours was told."""
+    """Records every operator, and the arguments of ours."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class _Watching(TorchDispatchMode):
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no gradient", "a gradient"])
 def test_modes_that_watch_operators_see_one(grad: bool) -> None:
-    """And not what it does inside, although autograd asks no one else where nobody watches."""
+    """Only the product is seen, not its internals, although the autograd kernel bypasses the dispatcher."""
     layer, x = model_of()[0][0], torch.randn(1, 36, 4, 5)
     with torch.set_grad_enabled(grad), _Watching() as watching:
         found = layer(x.requires_grad_(grad))
@@ -167,7 +167,7 @@ def test_modes_that_watch_operators_see_one(grad: bool) -> None:
     assert found.requires_grad == grad
 
 
-def test_nothing_is_recorded_where_no_gradient_is_wanted() -> None:
+def test_no_graph_is_recorded_without_gradients() -> None:
     layer, x = model_of()[0][0], torch.randn(1, 36, 4, 5, requires_grad=True)
     arguments = ops.arguments(x, layer.held(), layer.bias, Compute.INT8)
     with torch.no_grad():
@@ -180,7 +180,7 @@ def test_nothing_is_recorded_where_no_gradient_is_wanted() -> None:
 
 
 @both
-def test_the_gradients_of_a_compiled_model_are_those_of_the_model(backend: str) -> None:
+def test_a_compiled_model_has_the_gradients_of_the_eager_model(backend: str) -> None:
     model, x = model_of()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     gradients = []
@@ -193,7 +193,7 @@ def test_the_gradients_of_a_compiled_model_are_those_of_the_model(backend: str) 
         torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
 
 
-def test_an_exported_program_is_saved_and_loaded() -> None:
+def test_an_exported_program_can_be_saved_and_loaded() -> None:
     model, x = model_of()
     file = io.BytesIO()
     torch.export.save(torch.export.export(model, (x,)), file)

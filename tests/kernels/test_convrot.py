@@ -1,4 +1,4 @@
-"""The rotated formats of ComfyUI, against the matrix written out and, where it is installed, comfy-kitchen."""
+"""ComfyUI's rotated formats, against the explicit matrix and, if it is installed, comfy-kitchen."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def weight(rows: int = 6, columns: int = 512) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [4, 16, 64, 256])
-def test_the_butterflies_are_the_matrix_and_undo_themselves(size: int) -> None:
+def test_the_butterflies_equal_the_matrix_and_are_their_own_inverse(size: int) -> None:
     rows = weight()
     expected = rows.double().numpy().reshape(6, -1, size) @ matrix(size)
     np.testing.assert_allclose(regular_hadamard(rows, size).numpy(), expected.reshape(6, -1), atol=1e-5)
@@ -34,7 +34,7 @@ def test_the_butterflies_are_the_matrix_and_undo_themselves(size: int) -> None:
 
 
 @FORMATS
-def test_a_code_is_half_a_step_away_in_the_rotated_domain(format: Any) -> None:
+def test_codes_are_within_half_a_step_in_the_rotated_domain(format: Any) -> None:
     original = weight()
     stored = format.quantize(original)
     back = format.dequantize(stored, original.shape, torch.float32)
@@ -44,7 +44,7 @@ def test_a_code_is_half_a_step_away_in_the_rotated_domain(format: Any) -> None:
 
 
 @FORMATS
-def test_the_bytes_are_as_announced_and_the_name_is_found(format: Any) -> None:
+def test_stored_bytes_match_the_specification_and_the_name_is_known(format: Any) -> None:
     specs = format.tensors((6, 512), torch.float16)
     stored = format.quantize(weight())
     assert {n: (t.dtype, tuple(t.shape)) for n, t in stored.items()} == {
@@ -57,13 +57,13 @@ def test_the_bytes_are_as_announced_and_the_name_is_found(format: Any) -> None:
 
 @FORMATS
 @pytest.mark.parametrize("shape", [(6, 100), (6, 512, 1, 1), (6, 512, 3)], ids=str)
-def test_it_fits_only_linear_layers_of_whole_runs(format: Any, shape: tuple[int, ...]) -> None:
+def test_it_fits_only_linear_layers_with_whole_blocks(format: Any, shape: tuple[int, ...]) -> None:
     assert format.fits((6, 512))
     assert not format.fits(shape)
 
 
 @FORMATS
-def test_a_hessian_is_rotated_as_the_rows_are(format: Any) -> None:
+def test_a_hessian_is_rotated_like_the_rows(format: Any) -> None:
     inputs = weight(40)
     hessian = inputs.mT @ inputs
     rotated = regular_hadamard(inputs, format.size)

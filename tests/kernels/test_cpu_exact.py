@@ -1,4 +1,4 @@
-"""Dequantization in C++ against the plain torch code of every format, to the bit."""
+"""Dequantization in C++ gives the bits of the plain torch code for every format."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def packed(format: Format, shape: tuple[int, ...], size: float = 1.0) -> PackedW
 def assert_same_bits(found: torch.Tensor, right: torch.Tensor) -> None:
     bits = {2: torch.int16, 4: torch.int32}[right.dtype.itemsize]
     assert (found.shape, found.dtype, found.stride()) == (right.shape, right.dtype, right.stride())
-    assert torch.equal(found.view(bits), right.view(bits))  # a negative zero is not a positive one
+    assert torch.equal(found.view(bits), right.view(bits))  # distinguishes negative from positive zero
 
 
 @pytest.mark.parametrize("format", PACKED, ids=lambda f: f.name)
-def test_every_format_has_the_bits_of_plain_torch(format: Format) -> None:
+def test_every_format_gives_the_bits_of_plain_torch(format: Format) -> None:
     for shape in SHAPES:
         weight = packed(format, shape) if format.fits(shape) else None
         for dtype in DTYPES if weight is not None and not isinstance(format, ConvRot) else ():
@@ -59,8 +59,8 @@ def test_every_format_has_the_bits_of_plain_torch(format: Format) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [3e-8, 1e-5, 1e3])
-def test_weights_beside_the_range_of_float16_are_rounded_as_torch_rounds(dtype: torch.dtype, size: float) -> None:
-    """Subnormal halves and infinite ones."""
+def test_weights_outside_the_normal_range_of_float16_are_rounded_as_in_torch(dtype: torch.dtype, size: float) -> None:
+    """Subnormal and infinite float16 values."""
     for name in ("int8", "fp8", "int4-g32", "nf4", "int3-g32-rot"):
         weight = packed(format_named(name), (7, 96), size)
         scaled = {
@@ -70,7 +70,7 @@ def test_weights_beside_the_range_of_float16_are_rounded_as_torch_rounds(dtype: 
         assert_same_bits(cpu_dequantize.dequantize(weight, torch.empty(7, 96, dtype=dtype)), weight.dequantize(dtype))
 
 
-def test_every_float8_is_what_torch_says() -> None:
+def test_every_float8_value_equals_torchs() -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(1, 256).view(torch.float8_e4m3fn)
     tensors = {"weight_packed": codes, "weight_scale": torch.tensor([3.0])}
     weight = PackedWeight(format_named("fp8"), (1, 256), tensors)
@@ -88,7 +88,7 @@ def test_threads_change_nothing() -> None:
     assert_same_bits(found, weight.dequantize(torch.float32))
 
 
-def test_what_it_does_not_know_it_refuses() -> None:
+def test_unsupported_calls_are_refused() -> None:
     convrot = packed(format_named("int4-convrot64"), (4, 64))
     assert "int4-convrot64" in str(cpu_dequantize.refuses(convrot, torch.float32))
     int4 = packed(format_named("int4"), (4, 64))
@@ -98,7 +98,7 @@ def test_what_it_does_not_know_it_refuses() -> None:
 
 
 def test_a_recorded_weight_outlives_the_next_call() -> None:
-    """Scratch would hold the second layer's weight when the first one's gradient is taken."""
+    """In scratch memory, the second layer's weight would be used for the first one's gradient."""
     kernel, first, second = (
         CpuDequantize(),
         packed(format_named("int4"), (6, 64)),
@@ -122,7 +122,7 @@ def test_a_recorded_bias_alone_is_recorded_too() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_products_are_the_references_to_the_bit(dtype: torch.dtype) -> None:
+def test_products_equal_the_reference_bit_for_bit(dtype: torch.dtype) -> None:
     for shape, geometry in (((40, 72), None), ((12, 40, 3, 3), Geometry((2, 1), (1, 0), (1, 2)))):
         weight = packed(format_named("int4"), shape)
         weight = PackedWeight(weight.format, shape, weight.tensors, geometry)
@@ -132,7 +132,7 @@ def test_products_are_the_references_to_the_bit(dtype: torch.dtype) -> None:
             assert_same_bits(found, Reference()(lying.to(dtype), weight, None, {}))
 
 
-def test_scratch_is_one_buffer_a_thread() -> None:
+def test_each_thread_has_one_scratch_buffer() -> None:
     release_scratch()
     small, large = scratch_tensor((3, 5), torch.float32), scratch(1000)
     assert scratch_bytes() == 1000

@@ -1,4 +1,4 @@
-"""The compiled library: where it lies, when it is built anew, and what happens where it cannot be built."""
+"""The compiled library: where it is stored, when it is rebuilt, and what happens if it cannot be built."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ needs_compiler = pytest.mark.skipif(not _has_compiler(), reason="no C++ compiler
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """An empty cache folder, and nothing loaded yet."""
+    """An empty cache folder, with no library loaded yet."""
     monkeypatch.setenv("BITPOLICY_CACHE", str(tmp_path / "cache"))
     cpu_extension._loaded.cache_clear()
     yield tmp_path / "cache"
@@ -44,7 +44,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Sources that compile at once, with the names that are looked for."""
+    """Sources that compile quickly and define the expected names."""
     functions = tuple(cpu_extension._SIGNATURES)
     folder = tmp_path / "csrc"
     folder.mkdir()
@@ -54,7 +54,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def compiler(folder: Path, script: str) -> str:
-    """A command that is asked to compile, and does what `script` says."""
+    """A compiler command that runs `script`."""
     path = folder / "compiler"
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
@@ -66,17 +66,17 @@ def libraries(folder: Path) -> list[Path]:
 
 
 @needs_compiler
-def test_it_is_compiled_once_and_then_found(fresh: Path, small: Path) -> None:
+def test_it_is_compiled_only_once(fresh: Path, small: Path) -> None:
     build()
     (path,) = libraries(fresh)
     written = path.stat().st_mtime_ns
     build()
     assert [p.stat().st_mtime_ns for p in libraries(fresh)] == [written]
-    assert list(fresh.iterdir()) == [path]  # nothing of the build is left
+    assert list(fresh.iterdir()) == [path]  # the build leaves nothing else behind
 
 
 @needs_compiler
-def test_other_sources_are_another_library(fresh: Path, small: Path) -> None:
+def test_changed_sources_give_another_library(fresh: Path, small: Path) -> None:
     build()
     with open(small / "small.cpp", "a") as source:
         source.write("// changed\n")
@@ -98,7 +98,7 @@ def test_a_damaged_library_in_the_cache_is_built_again(
 
 
 @needs_compiler
-def test_a_library_that_others_may_have_written_is_not_loaded(fresh: Path, small: Path) -> None:
+def test_a_library_writable_by_others_is_not_loaded(fresh: Path, small: Path) -> None:
     build()
     (path,) = libraries(fresh)
     path.chmod(0o666)
@@ -128,7 +128,7 @@ def test_two_processes_may_build_it_at_once(
 
 
 @needs_compiler
-def test_a_compiler_without_openmp_will_do(
+def test_a_compiler_without_openmp_is_sufficient(
     fresh: Path, small: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     real = " ".join(find_compiler())
@@ -137,7 +137,7 @@ def test_a_compiler_without_openmp_will_do(
     assert cpu_extension.library() is not None
 
 
-def test_without_a_compiler_it_says_so(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_reported(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(fresh))
     assert cpu_extension.library() is None
@@ -145,14 +145,14 @@ def test_without_a_compiler_it_says_so(fresh: Path, monkeypatch: pytest.MonkeyPa
     assert cpu_extension.main() == 1
 
 
-def test_a_compiler_that_fails_is_quoted(fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_failing_compilers_message_is_quoted(fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CXX", compiler(tmp_path, 'echo "cc1plus: error: out of luck" >&2; exit 1'))
     assert cpu_extension.library() is None
     assert "cc1plus: error: out of luck" in str(cpu_extension.why_unavailable())
 
 
 @needs_compiler
-def test_a_cache_that_cannot_be_written_is_named(fresh: Path, small: Path) -> None:
+def test_an_unwritable_cache_is_named(fresh: Path, small: Path) -> None:
     fresh.write_text("a file where the folder should be")
     assert cpu_extension.library() is None
     assert f"cannot write to the cache folder {fresh}" in str(cpu_extension.why_unavailable())
@@ -174,8 +174,8 @@ def test_without_the_library_other_kernels_compute_the_same(fresh: Path, monkeyp
 
 
 @needs_compiler
-def test_openmp_is_the_one_that_torch_has_loaded() -> None:
-    """Two of them would have their idle threads spin against each other."""
+def test_openmp_is_the_library_that_torch_loaded() -> None:
+    """With two OpenMP libraries, idle threads would spin against each other."""
     build()
     maps = Path("/proc/self/maps")
     if not maps.exists():

@@ -1,4 +1,4 @@
-"""The product of a few rows that dequantizes in registers: every weight to the bit, every tail, with any vectors."""
+"""The product of a few rows that dequantizes in registers: exact weights, all tail sizes, any vector width."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from bitpolicy.kernels.kernel import Compute, Geometry, PackedWeight
 pytestmark = pytest.mark.usefixtures("cpp_kernels")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FORMATS = "int4 int4-sym int4-g32 int4-g128 int4-channel int4-channel-sym nf4 int8 int8-g64-asym int8-g32-sym".split()
-# (out, K): strips of four channels and rests of them; whole blocks of 32, rests of every kind, less than a block
+# (out, K): strips of four channels and remainders; whole blocks of 32, all remainders, less than a block
 SHAPES = ((4, 64), (7, 320), (5, 67), (3, 33), (1, 31), (9, 1), (6, 130), (2, 200))
 FLAGS = {"the oldest x86-64": "-march=x86-64", "AVX2": "-march=x86-64-v3"}
 
 
 def packed(name: str, out: int, length: int) -> PackedWeight:
-    """Rows that differ in size and lie aside of zero, so that no two groups share a scale or a zero point."""
+    """Rows that differ in size and are off zero, so that no two groups share a scale or a zero point."""
     generator = torch.Generator().manual_seed(length)
     size = torch.rand(out, length, generator=generator).cumsum(1).add_(0.1) * (1 + torch.arange(out))[:, None]
     weight = (torch.randn(out, length, generator=generator) + 0.5) * size
@@ -43,7 +43,7 @@ def assert_close(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | Non
 
 
 def assert_bits_of_each_weight(weight: PackedWeight) -> None:
-    """A row that is one at k and zero elsewhere gives the weights at k, as nothing is added to them."""
+    """A row that is one at k and zero elsewhere gives the weights at k, with nothing added."""
     for rows in torch.eye(weight.row_length).split(7):
         picked = weight.dequantize(torch.float32) @ rows.T  # one product, and zeros
         assert torch.equal(CpuFloat()(rows, weight, None, {}), picked.T), weight.shape
@@ -56,7 +56,7 @@ def test_each_weight_has_the_bits_of_the_format(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_any_number_of_rows_is_summed_right(name: str) -> None:
+def test_sums_are_correct_for_any_number_of_rows(name: str) -> None:
     weight, bias = packed(name, 7, 200), torch.randn(7)
     for rows in range(1, 17):
         for dtype, bound in zip(DTYPES, (2e-6, 1e-3, 8e-3), strict=True):
@@ -66,7 +66,7 @@ def test_any_number_of_rows_is_summed_right(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["int4", "int8"])
-def test_a_row_has_the_same_bits_in_any_company(name: str) -> None:
+def test_a_rows_result_does_not_depend_on_other_rows(name: str) -> None:
     weight, x = packed(name, 7, 200), torch.randn(16, 200)
     alone = torch.cat([CpuFloat()(row, weight, None, {}) for row in x.split(1)])
     for rows in (2, 3, 5, 8, 16):
@@ -114,11 +114,11 @@ def test_processors_without_wide_vectors_compute_the_same(
         ("fp8", 2, torch.float32, "not for fp8"),
     ],
 )
-def test_what_it_does_not_know_it_refuses(name: str, rows: int, dtype: torch.dtype, why: str) -> None:
+def test_unsupported_calls_are_refused(name: str, rows: int, dtype: torch.dtype, why: str) -> None:
     assert CpuFloat().refuses(torch.zeros(rows, 64, dtype=dtype), packed(name, 4, 64)) == why
 
 
-def test_only_linear_layers_get_it() -> None:
+def test_it_serves_only_linear_layers() -> None:
     row = next(row for row in TABLE if row.kernel.name == "cpu-float")
     format, shape = format_named("int4"), (4, 64, 1, 1)
     conv = PackedWeight(format, shape, format.quantize(torch.randn(shape)), Geometry((1, 1), (0, 0), (1, 1)))
@@ -130,7 +130,7 @@ def chosen(x: torch.Tensor, compute: Compute) -> str:
     return choose(x, packed("int4", 40, 64), None, compute).name
 
 
-def test_it_is_tried_where_sums_may_be_taken_in_another_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_it_is_timed_where_sums_may_run_in_another_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("BITPOLICY_CACHE", str(tmp_path))
     monkeypatch.delenv("BITPOLICY_KERNELS", raising=False)
     monkeypatch.setattr("bitpolicy.kernels.dispatch._chosen", {})

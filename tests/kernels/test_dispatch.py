@@ -1,4 +1,4 @@
-"""Which kernel a call gets: by the table, by trying, by force; and what is kept of it."""
+"""How dispatch chooses a kernel: by the table, by timing, or by force; and what it keeps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CALL = "linear of odd sizes"
 
 
 class _OnCuda:
-    """What dispatching sees of an input on a GPU."""
+    """What dispatch sees of an input on a GPU."""
 
     is_cuda, dtype = True, torch.float16
 
@@ -49,7 +49,7 @@ class Slow(Reference):
 
 
 class Wrong(Reference):
-    """Fast, and off in the last bit of one value."""
+    """Fast, but wrong in the last bit of one value."""
 
     name = "wrong"
 
@@ -69,7 +69,7 @@ class Picky(Reference):
 
 
 class Keeping(Reference):
-    """Keeps the dequantized weight, and counts how often it made it."""
+    """Keeps the dequantized weight and counts how often it made it."""
 
     name = "keeping"
     made = 0
@@ -84,7 +84,7 @@ class Keeping(Reference):
 
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """Puts kernels before the references, on an empty cache."""
+    """Put kernels in front of the references, with an empty cache."""
     monkeypatch.setenv("BITPOLICY_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("BITPOLICY_KERNELS", raising=False)
     monkeypatch.setattr(dispatch, "_chosen", {})
@@ -107,12 +107,12 @@ def chosen(format: str = "int4", shape: str = CALL, compute: Compute = Compute.E
     return choose(input_of(shape), weight, bias_of(shape), compute).name
 
 
-def test_the_fastest_is_taken(table: Any) -> None:
+def test_the_fastest_kernel_is_chosen(table: Any) -> None:
     table(Slow())
     assert chosen() == "reference"
 
 
-def test_a_kernel_that_is_off_by_one_bit_is_never_taken(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_is_off_by_one_bit_is_never_chosen(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     table(Wrong())
     monkeypatch.setattr(micro_probe, "_seconds", lambda multiply, device: 0.0 if "Wrong" in repr(multiply) else 1.0)
     assert chosen() == "reference"
@@ -126,7 +126,7 @@ class Settled(Slow):
         return 12 * dtype.itemsize
 
 
-def test_nothing_is_tried_where_a_kernel_is_settled(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_settled_kernel_is_chosen_without_timing(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(micro_probe, "fastest", lambda *_: pytest.fail("tried"))
     table(Settled(), Keeping())
     assert chosen() == "settled"
@@ -139,7 +139,7 @@ def test_nothing_is_tried_where_a_kernel_is_settled(table: Any, monkeypatch: pyt
         assert dispatch.scratch_kept(weight, torch.float16) == 0
 
 
-def test_what_was_found_is_read_by_the_next_process(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_process_reads_stored_results(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     table(Slow())
     assert chosen() == "reference"
     micro_probe.forget()
@@ -148,7 +148,7 @@ def test_what_was_found_is_read_by_the_next_process(table: Any, monkeypatch: pyt
     assert chosen() == "reference"
 
 
-def test_a_kernel_that_is_new_is_tried(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_kernel_is_timed(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     table(Slow())
     chosen()
     table(Keeping(), Slow())
@@ -157,7 +157,7 @@ def test_a_kernel_that_is_new_is_tried(table: Any, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"fastest": 3}', '{"fastest": {"a": {}}}', "\x00"])
-def test_a_damaged_file_is_an_empty_one(table: Any, damage: str) -> None:
+def test_a_damaged_file_counts_as_empty(table: Any, damage: str) -> None:
     table(Slow())
     chosen()
     micro_probe._file().write_text(damage)
@@ -167,14 +167,14 @@ def test_a_damaged_file_is_an_empty_one(table: Any, damage: str) -> None:
     assert json.loads(micro_probe._file().read_text())["fastest"]
 
 
-def test_a_folder_that_cannot_be_written_harms_nobody(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_folder_is_harmless(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BITPOLICY_CACHE", "/proc/nowhere")
     micro_probe.forget()
     table(Slow())
     assert chosen() == "reference"
 
 
-def test_calls_are_told_apart(table: Any) -> None:
+def test_different_calls_are_timed_separately(table: Any) -> None:
     table(Slow())
     weight, x = weight_of(CALL, "int4"), input_of(CALL)
     assert weight is not None
@@ -189,7 +189,7 @@ def test_calls_are_told_apart(table: Any) -> None:
     assert len(calls) == 6
 
 
-def test_rows_are_for_their_layers_and_formats(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_rows_apply_only_to_their_layers_and_formats(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     table(Keeping(), layers="linear", formats="int4* nf4")
     monkeypatch.setattr(micro_probe, "_seconds", lambda multiply, device: 0.0 if "Keeping" in repr(multiply) else 1.0)
     assert [chosen(f) for f in ("int4", "int4-g32", "nf4", "int8")] == ["keeping"] * 3 + ["reference"]
@@ -199,7 +199,7 @@ def test_rows_are_for_their_layers_and_formats(table: Any, monkeypatch: pytest.M
     assert dispatch.TABLE[0].refuses(input_of(CALL), weight) == "for int4*, nf4"
 
 
-def test_a_refusal_counts_and_is_told(table: Any) -> None:
+def test_a_refusal_is_respected_and_reported(table: Any) -> None:
     table(Picky())
     assert chosen() == "reference"
     weight = weight_of(CALL, "int4")
@@ -235,7 +235,7 @@ def test_the_references_can_be_forced(table: Any) -> None:
 UNKNOWN = r"unknown kernel 'quick'; write any of auto, reference, slow"
 
 
-def test_an_unknown_kernel_is_an_error_that_lists_those_there_are(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_kernel_is_an_error_that_lists_the_known_ones(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     table(Slow())
     with pytest.raises(BitPolicyError, match=UNKNOWN), use_kernels("quick"):
         chosen()
@@ -244,19 +244,19 @@ def test_an_unknown_kernel_is_an_error_that_lists_those_there_are(table: Any, mo
         chosen()
 
 
-def test_float_compute_may_be_exact(table: Any) -> None:
+def test_float_compute_may_use_exact_kernels(table: Any) -> None:
     table()
     assert chosen(compute=Compute.FLOAT) == "reference"
 
 
-def test_a_compute_that_nobody_has_is_an_error(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compute_mode_without_kernels_is_an_error(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     table()
     monkeypatch.setattr(dispatch, "TABLE", dispatch.TABLE[:1])
-    with pytest.raises(BitPolicyError, match="no kernel computes in int8 on cpu"):
+    with pytest.raises(BitPolicyError, match=r"no kernel .* int8 on cpu; .* another compute"):
         chosen(compute=Compute.INT8)
 
 
-def test_what_is_prepared_is_made_once_a_dtype_and_anew_when_the_weight_is_written(table: Any) -> None:
+def test_layouts_are_prepared_once_per_dtype_and_again_when_the_weight_changes(table: Any) -> None:
     kernel, weight = Keeping(), weight_of(CALL, "int4")
     assert weight is not None
     Keeping.made = 0
@@ -269,7 +269,7 @@ def test_what_is_prepared_is_made_once_a_dtype_and_anew_when_the_weight_is_writt
     assert torch.equal(doubled, run(Reference(), input_of(CALL), weight, None))
 
 
-def test_what_is_prepared_goes_with_the_weight(table: Any) -> None:
+def test_layouts_are_freed_with_the_weight(table: Any) -> None:
     weight: Any = weight_of(CALL, "int4")
     gc.collect()
     before = len(dispatch._layouts)
@@ -282,7 +282,7 @@ def test_what_is_prepared_goes_with_the_weight(table: Any) -> None:
     assert len(dispatch._layouts) == before
 
 
-def test_asking_what_is_kept_of_a_weight_enters_nothing() -> None:
+def test_counting_layout_bytes_adds_no_entry() -> None:
     weight: Any = weight_of(CALL, "int4")
     gc.collect()
     before = len(dispatch._layouts)
@@ -290,14 +290,14 @@ def test_asking_what_is_kept_of_a_weight_enters_nothing() -> None:
     assert len(dispatch._layouts) == before
 
 
-def test_with_little_memory_nothing_is_kept(table: Any) -> None:
+def test_low_memory_keeps_no_layouts(table: Any) -> None:
     weight = weight_of(CALL, "int4", low_memory=True)
     assert weight is not None
     run(Keeping(), input_of(CALL), weight, None)
     assert prepared_bytes(weight.tensors["weight_packed"]) == 0
 
 
-def test_threads_may_call_at_once(table: Any) -> None:
+def test_threads_can_call_concurrently(table: Any) -> None:
     table(Keeping())
     weight, x = weight_of("linear of many rows", "int4"), input_of("linear of many rows")
     assert weight is not None
@@ -325,7 +325,7 @@ def test_threads_may_call_at_once(table: Any) -> None:
         ("linear of odd sizes", Compute.INT8),
     ],
 )
-def test_what_does_not_suit_8_bits_stays_exact(shape: str, compute: Compute) -> None:
+def test_layers_unsuited_to_8_bit_inputs_stay_exact(shape: str, compute: Compute) -> None:
     weight = weight_of(shape, "int4")
     assert weight is not None
     assert effective(Compute.INT8, weight) is compute
@@ -339,7 +339,7 @@ def test_what_does_not_suit_8_bits_stays_exact(shape: str, compute: Compute) -> 
         ("conv2d in groups", "fp8", Compute.FLOAT),
     ],
 )
-def test_what_does_not_suit_float8_may_add_in_another_order(shape: str, format: str, compute: Compute) -> None:
+def test_layers_unsuited_to_float8_compute_as_float(shape: str, format: str, compute: Compute) -> None:
     weight = weight_of(shape, format)
     assert weight is not None
     assert effective(Compute.FP8, weight) is compute
@@ -349,7 +349,7 @@ def test_what_does_not_suit_float8_may_add_in_another_order(shape: str, format: 
     ("capability", "refusal"),
     [((8, 0), "this machine's GPU does not multiply float8"), ((8, 6), "this machine's GPU"), ((8, 9), None)],
 )
-def test_float8_is_refused_by_gpus_before_ada(
+def test_float8_is_refused_on_gpus_before_ada(
     capability: tuple[int, int], refusal: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
@@ -363,14 +363,14 @@ def test_float8_is_refused_by_gpus_before_ada(
     assert found is None if refusal is None else str(found).startswith(refusal)
 
 
-def test_computes_have_names() -> None:
+def test_compute_modes_have_names() -> None:
     assert parse_compute(" INT8 ") is Compute.INT8
     with pytest.raises(BitPolicyError, match="unknown compute 'int4'; write any of exact, float, int8, fp8"):
         parse_compute("int4")
 
 
-def test_a_product_is_made_on_the_gpu_of_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton launches on the current one, whichever a tensor is on."""
+def test_a_product_runs_on_the_gpu_of_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current GPU, whichever GPU a tensor is on."""
     current = [0]
 
     @contextmanager

@@ -1,7 +1,7 @@
-"""What every format promises, on shapes that divide evenly and on shapes that do not.
+"""What every format guarantees, on shapes that divide evenly and on shapes that do not.
 
-Bounds follow from the levels that the specification gives a format, worked out here for each kind. Rotated formats keep
-their promises in the rotated domain, which is taken here with an explicit matrix.
+The bounds follow from the levels in a format's specification, computed here for each kind. Rotated formats are checked
+in the rotated domain, using an explicit matrix.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ on_every_shape_it_fits = pytest.mark.parametrize(
 
 
 def large_enough(format: Format) -> tuple[int, ...]:
-    """A shape that the format fits and whose last group is short where it may be."""
+    """A shape that the format fits, with a short last group if possible."""
     return (6, 128) if format in ROTATED else (6, 130)
 
 
 def normal(shape: tuple[int, ...], dtype: torch.dtype = torch.float16) -> torch.Tensor:
-    """Weights as models have them: normal, with rows of different size and a few outliers."""
+    """Realistic weights: normal, with rows of different size and a few outliers."""
     draw = torch.Generator().manual_seed(prod(shape))
     weight = torch.randn(shape, generator=draw) * torch.logspace(-3, 0, shape[0]).reshape(-1, *[1] * (len(shape) - 1))
     weight.view(-1)[:: max(1, weight.numel() // 3)] *= 4
@@ -84,12 +84,12 @@ def relative_bound(format: Format) -> float:
 
 
 def as_bytes(tensor: torch.Tensor) -> np.ndarray:
-    """For numpy, which has no float8."""
+    """As bytes for numpy, which has no float8."""
     return (tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor).numpy()
 
 
 def rows_of(format: Format, weight: torch.Tensor) -> torch.Tensor:
-    """The weight as rows, channels fastest, where the format rounds it: rotated if it rotates; float64."""
+    """The weight as the rows that the format rounds, channels fastest, rotated if the format rotates; float64."""
     rows = weight.double().movedim(1, -1).flatten(1)
     if "rotation" not in format.parameters():
         return rows
@@ -99,14 +99,14 @@ def rows_of(format: Format, weight: torch.Tensor) -> torch.Tensor:
 
 
 def along_rows(format: Format, part: torch.Tensor, length: int) -> torch.Tensor:
-    """Scales or zero points, one for each weight of a row; float64, shape (out, length)."""
+    """Scales or zero points, repeated for each weight of a row; float64, shape (out, length)."""
     group = format.parameters()["group"]
     run = length if group == "channel" else group
     return part.double().reshape(len(part), -1).repeat_interleave(run, 1)[:, :length]
 
 
 def levels(format: Format, stored: Mapping[str, torch.Tensor], length: int) -> torch.Tensor:
-    """What each weight may become with the scales that are stored; float64, shape (out, length, levels)."""
+    """The possible values of each weight with the stored scales; float64, shape (out, length, levels)."""
     scale = along_rows(format, stored["weight_scale"], length)[..., None]
     parameters = format.parameters()
     if format.name == "int8":
@@ -123,10 +123,10 @@ def levels(format: Format, stored: Mapping[str, torch.Tensor], length: int) -> t
 
 
 def bounds(format: Format, stored: Mapping[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
-    """How far from each weight its level may be; float64, shape (out, K).
+    """The largest allowed error of each weight; float64, shape (out, K).
 
-    Half a step, where the grid reaches. It falls short of the extremes by the rounding of its float16 scale, once for
-    every step to there; a symmetric one ends a step short on the side that is not its extreme's.
+    Within the grid, the bound is half a step. The rounding of the float16 scale shortens the grid at the extremes, once
+    per step up to there; a symmetric grid also ends one step short on the side opposite to its extreme.
     """
     scale = along_rows(format, stored["weight_scale"], rows.shape[1])
     step, bits = scale.abs(), format.parameters()["bits"]
@@ -134,7 +134,7 @@ def bounds(format: Format, stored: Mapping[str, torch.Tensor], rows: torch.Tenso
         return step * 0.50001
     if format.name == "fp8":
         return torch.maximum(rows.abs() / 16, step * 2.0**-10) * 1.00001
-    half_step = 2.0**-11 * step + 2.0**-25  # off by no more than this is a float16
+    half_step = 2.0**-11 * step + 2.0**-25  # the largest rounding error of a float16
     if format.name == "nf4":
         return step * (1 - 0.6961928) / 2 + half_step
     if not format.parameters()["symmetric"]:
@@ -145,7 +145,7 @@ def bounds(format: Format, stored: Mapping[str, torch.Tensor], rows: torch.Tenso
 
 @dataclass(frozen=True)
 class Held:
-    """A weight in one format: what is stored of it, and what of that the promises below look at."""
+    """A weight in one format: the stored tensors, and the values that the checks below use."""
 
     format: Format
     shape: tuple[int, ...]
@@ -177,11 +177,11 @@ class Held:
 
     @cached_property
     def float32(self) -> torch.Tensor:
-        """How far off a rotation and back may be, shape (out, 1)."""
+        """The rounding error of rotating forth and back, shape (out, 1)."""
         return 1e-6 * self.rows.abs().amax(1, keepdim=True)
 
 
-def what_is_stored_is_what_was_announced(held: Held) -> None:
+def stored_tensors_match_the_specification(held: Held) -> None:
     for storage in (torch.float16, torch.bfloat16):
         announced = held.format.tensors(held.shape, storage)
         stored = held.stored if held.format.packed else held.format.quantize(held.weight.to(storage))
@@ -197,21 +197,21 @@ def bytes_are_exact(held: Held) -> None:
     assert held.format.nbytes(held.shape, torch.float16) == counted
 
 
-def the_weight_lies_in_memory_like_an_ordinary_one(held: Held) -> None:
-    """Also along dimensions of 1: odd strides there mean channels-last to torch, and the layers after it compute so."""
+def the_weight_has_the_strides_of_an_ordinary_one(held: Held) -> None:
+    """Also for dimensions of size 1: odd strides there mean channels-last to torch, and later layers follow that."""
     assert held.back.stride() == torch.empty(held.shape).stride()
 
 
-def a_second_reader_sees_the_same_weight(held: Held) -> None:
+def an_independent_reader_gives_the_same_weight(held: Held) -> None:
     back = held.back.numpy()
     read = held.read_wire(held.format.name, {n: as_bytes(t) for n, t in held.stored.items()}, held.shape)
-    if held.format in ROTATED:  # float32 butterflies against a float64 product
+    if held.format in ROTATED:  # float32 butterflies versus a float64 product
         np.testing.assert_allclose(back, read, rtol=0, atol=1e-6 * np.abs(read).max())
     else:
         np.testing.assert_array_equal(back, read)
 
 
-def the_weight_comes_back_close_as_a_whole(held: Held) -> None:
+def the_whole_weight_is_restored_closely(held: Held) -> None:
     weight = torch.randn(held.shape, generator=torch.Generator().manual_seed(0)).to(torch.float16)
     worst = max(relative_error(b, row) for b, row in zip(restored(held.format, weight), weight, strict=True))
     assert worst <= relative_bound(held.format)
@@ -225,23 +225,23 @@ def zero_stays_zero(held: Held) -> None:
     assert back.any() == weight.any()
 
 
-def a_constant_weight_comes_back(held: Held) -> None:
+def a_constant_weight_is_restored(held: Held) -> None:
     for value in (0.0, 0.37, -2.5, 1000.0):
         weight = torch.full(held.shape, value, dtype=torch.float16)
         torch.testing.assert_close(restored(held.format, weight), weight.float(), rtol=1.01 * 2**-11, atol=0)
 
 
-def each_weight_comes_back_within_half_a_step(held: Held) -> None:
+def each_weight_is_restored_within_half_a_step(held: Held) -> None:
     bound = bounds(held.format, held.stored, held.rows)
     assert ((held.rows_back - held.rows).abs() <= bound + held.float32).all()
 
 
-def no_other_code_is_nearer_with_the_scale_that_is_stored(held: Held) -> None:
+def no_other_code_is_nearer_with_the_stored_scale(held: Held) -> None:
     away = (held.levels - held.rows[..., None]).abs().amin(-1)
     assert ((held.rows_back - held.rows).abs() <= away * (1 + 1e-4) + held.float32).all()
 
 
-def every_weight_comes_back_on_a_level(held: Held) -> None:
+def every_restored_weight_is_a_level(held: Held) -> None:
     off = (held.levels - held.rows_back[..., None]).abs().amin(-1)
     assert (off <= 1e-6 * held.rows_back.abs().amax(1, keepdim=True)).all()
 
@@ -253,7 +253,7 @@ def a_group_of_zeros_has_scale_one(held: Held) -> None:
     assert (held.format.dequantize(stored, held.shape, torch.float32) == 0).all()
 
 
-def a_weight_that_is_not_finite_is_refused_with_the_remedy(held: Held) -> None:
+def a_non_finite_weight_is_refused_with_a_remedy(held: Held) -> None:
     for value in (float("nan"), float("inf"), float("-inf")):
         weight = held.weight.clone()
         weight.view(-1)[-1] = value
@@ -262,25 +262,25 @@ def a_weight_that_is_not_finite_is_refused_with_the_remedy(held: Held) -> None:
 
 
 OF_EVERY_FORMAT = (
-    what_is_stored_is_what_was_announced,
+    stored_tensors_match_the_specification,
     bytes_are_exact,
-    the_weight_lies_in_memory_like_an_ordinary_one,
-    a_second_reader_sees_the_same_weight,
-    the_weight_comes_back_close_as_a_whole,
-    a_constant_weight_comes_back,
+    the_weight_has_the_strides_of_an_ordinary_one,
+    an_independent_reader_gives_the_same_weight,
+    the_whole_weight_is_restored_closely,
+    a_constant_weight_is_restored,
 )
 OF_PACKED_ONES = (
-    each_weight_comes_back_within_half_a_step,
-    no_other_code_is_nearer_with_the_scale_that_is_stored,
-    every_weight_comes_back_on_a_level,
+    each_weight_is_restored_within_half_a_step,
+    no_other_code_is_nearer_with_the_stored_scale,
+    every_restored_weight_is_a_level,
     a_group_of_zeros_has_scale_one,
-    a_weight_that_is_not_finite_is_refused_with_the_remedy,
+    a_non_finite_weight_is_refused_with_a_remedy,
 )
 
 
 @on_every_shape_it_fits
 def test_a_format_keeps_its_promises(format: Format, shape: tuple[int, ...], read_wire: WireReader) -> None:
-    """All that are broken are named; a traceback is that of the first."""
+    """The error names every broken guarantee; the traceback is that of the first."""
     held = Held(format, shape, read_wire)
     promises = [*OF_EVERY_FORMAT, *(OF_PACKED_ONES if format.packed else ())]
     if format not in ROTATED:
@@ -317,15 +317,15 @@ def test_the_dtype_and_the_strides_of_a_weight_do_not_matter(format: Format) -> 
 
 
 @every_packed_format
-def test_weights_too_small_for_their_scale_are_off_by_no_more_than_its_rounding(format: Format) -> None:
+def test_weights_too_small_for_their_scale_err_by_at_most_its_rounding(format: Format) -> None:
     for size in (1e-4, 1e-6, 3e-7, 1e-7, 6e-8, 1e-12, 1e-30):
         weight = normal(large_enough(format), torch.float32).clamp(-2, 2) * size
         stored = format.quantize(weight)
         rows, back = (rows_of(format, w) for w in (weight, format.dequantize(stored, weight.shape, torch.float32)))
-        underflown = along_rows(format, stored["weight_scale"], rows.shape[1]) == 1  # every code is that of zero
+        underflown = along_rows(format, stored["weight_scale"], rows.shape[1]) == 1  # every code is the zero code
         assert torch.isfinite(back).all(), size
         assert not back[underflown].any(), size
-        # float16 is spaced 2^-24 near zero, so a scale is off by 2^-25, and the end of a grid by that for each step
+        # float16 has a spacing of 2^-24 near zero, so a scale errs by 2^-25, and the end of a grid by that per step
         bound = torch.where(underflown, 2.0 ** format.parameters()["bits"] * 2.0**-25, bounds(format, stored, rows))
         assert ((back - rows).abs() <= bound + 1e-6 * rows.abs().amax(1, keepdim=True)).all(), size
 
@@ -340,8 +340,8 @@ def test_the_largest_float16_values_stay_finite_and_close(format: Format) -> Non
 
 
 @every_packed_format
-def test_values_beyond_the_range_of_a_scale_are_refused_or_kept(format: Format) -> None:
-    """A float16 scale cannot reach them, so grids refuse; scales of float32 can."""
+def test_values_beyond_the_range_of_a_scale_are_refused_or_stored(format: Format) -> None:
+    """Formats with a float16 scale refuse; formats with a float32 scale store them."""
     for values in ([3e38, 1.0, -1e38], [2e38, 2e38, 2e38]):
         given = torch.tensor([values * 128 if format in ROTATED else values]).bfloat16()
         if format.name in ("int8", "fp8"):
@@ -352,8 +352,8 @@ def test_values_beyond_the_range_of_a_scale_are_refused_or_kept(format: Format) 
 
 
 @pytest.mark.parametrize("format", ROTATED, ids=lambda f: f.name)
-def test_rotating_takes_an_outlier_off_its_group(format: Format) -> None:
-    """What rotation is for: one large weight in a run no longer sets the step of the others."""
+def test_rotation_spreads_an_outlier(format: Format) -> None:
+    """The purpose of rotation: one large weight in a group no longer sets the step of the others."""
     weight = torch.randn(16, 128, generator=torch.Generator().manual_seed(1))
     weight[:, ::32] = 20.0
     plain = format_named(format.name.removesuffix("-rot"))
@@ -361,7 +361,7 @@ def test_rotating_takes_an_outlier_off_its_group(format: Format) -> None:
 
 
 @pytest.mark.parametrize("format", ROTATED, ids=lambda f: f.name)
-def test_what_is_rotated_fits_only_rows_that_its_runs_divide(format: Format) -> None:
+def test_rotated_formats_fit_only_rows_of_whole_groups(format: Format) -> None:
     group = format.parameters()["group"]
     assert format.fits((3, group))
     assert format.fits((3, group // 2, 2, 3))
@@ -370,7 +370,7 @@ def test_what_is_rotated_fits_only_rows_that_its_runs_divide(format: Format) -> 
     assert not format.fits((3, 1))
 
 
-def test_a_format_is_a_value() -> None:
+def test_formats_are_immutable_values() -> None:
     for format in KINDS:
         assert from_parameters(format.name, format.parameters()) == format
         assert hash(from_parameters(format.name, dict(format.parameters()))) == hash(format)

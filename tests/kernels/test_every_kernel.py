@@ -1,4 +1,4 @@
-"""What every kernel promises. One that is added to the table inherits these tests, on the devices that there are."""
+"""What every kernel guarantees. A kernel that is added to the table inherits these tests, on the available devices."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from bitpolicy.kernels.kernel import Compute, PackedWeight
 NAMES = [format.name for format in FORMATS]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROUNDING = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # relative norm
-SMALL_BLOCKS = CpuBlocks(least=0, block=1, channels=16)  # in the table it is for weights larger than any here
-AWKWARD = 4.0  # how much worse a single value may be, against the largest
-READ_WORDS = ("cpu-float", "cpu-blocks", "cpu-dequantize")  # of stored tensors, so these have to be contiguous
+SMALL_BLOCKS = CpuBlocks(least=0, block=1, channels=16)  # the one in the table is for larger weights than these
+AWKWARD = 4.0  # how much larger the error of a single value may be, relative to the largest
+READ_WORDS = ("cpu-float", "cpu-blocks", "cpu-dequantize")  # they need contiguous stored tensors
 REFERENCES = ("reference", "int8-reference", "fp8-reference")
 
-# What each kernel is for. Said again here, or one that refused everything would pass.
+# The purpose of each kernel, repeated here, since otherwise a kernel that refuses everything would pass.
 
 
 def is_for(kernel: str, shape: str, format: str, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether a kernel has to take such a call, whatever it says of itself."""
+    """Whether a kernel must accept such a call, whatever `refuses` says."""
     call = SHAPES[shape]
     one_group = call.geometry is None or call.geometry.groups == 1
     in_words = format == "int8" or (format.startswith(("int4", "int8")) and "rot" not in format)
@@ -52,7 +52,7 @@ def is_for(kernel: str, shape: str, format: str, dtype: torch.dtype = torch.floa
 
 
 def _rows() -> list[tuple[Row, str]]:
-    """Each kernel on each device it is for, of those that are here."""
+    """Each kernel with each available device that it supports."""
     rows = [replace(row, kernel=SMALL_BLOCKS) if isinstance(row.kernel, CpuBlocks) else row for row in TABLE]
     here = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     return [(row, device) for row in rows for device in here if row.device in ("any", device)]
@@ -81,16 +81,16 @@ def on(device: str, weight: PackedWeight) -> PackedWeight:
 
 
 def dtype_for(row: Row) -> torch.dtype:
-    """One that the kernel takes."""
+    """A dtype that the kernel accepts."""
     return torch.float16 if row.kernel.name == "triton-float" else torch.float32
 
 
 def given(
     row: Row, device: str, shape: str, format: str, low_memory: bool = False
 ) -> tuple[torch.Tensor, PackedWeight, torch.Tensor] | None:
-    """Input, weight and bias of a call that the kernel is for; None where it is not.
+    """Input, weight and bias of a call that the kernel must accept; None if it need not.
 
-    The weight is in that format, or in the only one that the kernel's compute is for.
+    The weight is in that format, or in the only one that the kernel's compute mode supports.
     """
     format = "fp8" if row.kernel.compute is Compute.FP8 else format
     dtype = dtype_for(row)
@@ -104,9 +104,9 @@ def given(
 
 
 def calls(row: Row, device: str, shapes: str, formats: str = "int4", **how: bool) -> list[Any]:
-    """Those of `given` for shapes, separated by commas, and formats, separated by spaces; each with its name.
+    """The results of `given` for shapes, separated by commas, and formats, separated by spaces; each with its name.
 
-    Of a shape that every kernel is for, where it is for none of them.
+    If the kernel supports none of them, uses a shape that every kernel supports.
     """
     pairs = [(shape.strip(), format) for shape in shapes.split(",") for format in formats.split()]
     found = [(f"{shape}, {format}", given(row, device, shape, format, **how)) for shape, format in pairs]
@@ -115,7 +115,7 @@ def calls(row: Row, device: str, shapes: str, formats: str = "int4", **how: bool
 
 
 def require(row: Row, x: torch.Tensor, weight: PackedWeight) -> None:
-    """The kernel takes the call; skips where it is the machine that cannot."""
+    """Require that the kernel accepts the call; skip if the machine cannot run it."""
     reason = row.refuses(x, weight)
     if reason is not None and "this machine" in reason:
         pytest.skip(reason)
@@ -123,7 +123,7 @@ def require(row: Row, x: torch.Tensor, weight: PackedWeight) -> None:
 
 
 def expected(row: Row, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """The answer by other means: torch on dequantized weights, the definition of INT8 or FP8, or float64."""
+    """The answer by other means: torch with dequantized weights, the definition of INT8 or FP8, or float64."""
     if row.kernel.compute is Compute.FLOAT or row.kernel.name in REFERENCES:
         return in_float64(row.kernel.compute, x, weight, bias).to(x.dtype)
     if row.kernel.compute is Compute.INT8:
@@ -134,7 +134,7 @@ def expected(row: Row, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor
 
 
 def in_float64(compute: Compute, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """The product of what the codes of input and weight stand for."""
+    """The product of the decoded input and weight."""
     seen, w = x.double(), weight.dequantize(torch.float32).double()
     if compute.rounds_inputs:
         quantize_input = (fp8_compute if compute is Compute.FP8 else int8_compute).quantize_input
@@ -161,8 +161,8 @@ def assert_right(row: Row, x: torch.Tensor, weight: PackedWeight, bias: torch.Te
 
 
 @every_kernel
-def test_it_takes_the_calls_it_is_for_and_no_others(row: Row, device: str) -> None:
-    """Of 8-bit computes, those are asked for layers of one group only."""
+def test_it_accepts_exactly_the_calls_it_should(row: Row, device: str) -> None:
+    """Kernels that quantize their input are only called for layers with one group."""
     for shape in SHAPES:
         for name in NAMES:
             weight = weight_of(shape, name)
@@ -178,7 +178,7 @@ def test_it_takes_the_calls_it_is_for_and_no_others(row: Row, device: str) -> No
 
 @every_kernel_and_shape
 def test_it_gives_the_right_product_in_every_format(row: Row, device: str, shape: str) -> None:
-    """And without a bias."""
+    """Also without a bias."""
     for name in NAMES:
         weight = weight_of(shape, name)
         weight = None if weight is None else on(device, weight)
@@ -193,7 +193,7 @@ def test_it_gives_the_right_product_in_every_format(row: Row, device: str, shape
 
 
 @every_kernel_and_shape
-def test_the_input_may_lie_in_any_order(row: Row, device: str, shape: str) -> None:
+def test_the_input_may_have_any_strides(row: Row, device: str, shape: str) -> None:
     for about, contiguous, weight, bias in calls(row, device, shape, "int4 int8"):
         for order, x in layouts(contiguous):
             require(row, x, weight)
@@ -216,7 +216,7 @@ def test_values_may_be_huge_or_tiny(row: Row, device: str) -> None:
 
 
 @every_kernel
-def test_nan_and_infinity_come_out_where_they_should(row: Row, device: str) -> None:
+def test_nan_and_infinity_stay_in_their_places(row: Row, device: str) -> None:
     for about, x, weight, _ in calls(row, device, f"{TWO}, conv2d 1x1, conv3d 1x3x3"):
         for value in (float("nan"), float("inf")):
             bad = x.clone()
@@ -243,19 +243,19 @@ def test_the_same_call_gives_the_same_bits(row: Row, device: str) -> None:
 
 
 @every_kernel
-def test_it_writes_to_none_of_what_it_is_given(row: Row, device: str) -> None:
+def test_it_does_not_change_its_arguments(row: Row, device: str) -> None:
     for about, x, weight, bias in calls(row, device, IN_ROWS_AND_PIXELS, "int4 int8"):
         before = [t.clone() for t in (x, bias, *weight.tensors.values())]
         first = run(row.kernel, x, weight, bias)
         kept = first.clone()
         run(row.kernel, x + 1, weight, bias)
-        assert torch.equal(first, kept), about  # a reused buffer is never handed out
+        assert torch.equal(first, kept), about  # results are not in a reused buffer
         after = (x, bias, *weight.tensors.values())
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), about
 
 
 @every_kernel
-def test_with_little_memory_it_keeps_nothing_and_gives_the_same(row: Row, device: str) -> None:
+def test_low_memory_keeps_nothing_and_gives_the_same_result(row: Row, device: str) -> None:
     shapes = f"{IN_ROWS_AND_PIXELS}, conv2d 1x1, conv1d"
     for about, x, weight, _ in calls(row, device, shapes, "int4 int8", low_memory=True):
         assert row.kernel.prepare(weight, x.dtype) == {}, about
@@ -263,8 +263,8 @@ def test_with_little_memory_it_keeps_nothing_and_gives_the_same(row: Row, device
 
 
 @every_kernel
-def test_stored_codes_may_lie_channels_last(row: Row, device: str) -> None:
-    """As `model.to(memory_format=torch.channels_last)` leaves those of `int8` and `fp8`: taken, or refused outright."""
+def test_stored_codes_may_be_channels_last(row: Row, device: str) -> None:
+    """As `model.to(memory_format=torch.channels_last)` makes the codes of `int8` and `fp8`: accepted, or refused."""
     format, reads_words = ("fp8" if row.kernel.compute is Compute.FP8 else "int8"), row.kernel.name in READ_WORDS
     weight = weight_of("conv2d 3x3", format)
     assert weight is not None
@@ -297,6 +297,6 @@ def test_the_references_are_last_and_take_everything() -> None:
     assert {row.kernel.name: row.formats for row in TABLE[-3:]} == {
         "reference": "*",
         "int8-reference": "*",
-        "fp8-reference": "fp8",  # what else there is does not get that compute
+        "fp8-reference": "fp8",  # no other format gets that compute mode
     }
     assert {row.device for row in TABLE[-3:]} == {"any"}

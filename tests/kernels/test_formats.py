@@ -1,4 +1,4 @@
-"""Names of formats: how they are read, which is the shortest, and what a wrong one is told."""
+"""Names of formats: parsing, the shortest form, and the errors for wrong names."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ from bitpolicy.kernels.names import DEFAULT_FORMATS
         ("fp16", ["fp16"]),
     ],
 )
-def test_a_list_of_names_is_read_in_order_with_fp16_at_the_end(text: str | list[str], names: list[str]) -> None:
+def test_names_are_parsed_in_order_with_fp16_last(text: str | list[str], names: list[str]) -> None:
     assert [format.name for format in parse_formats(text)] == names
 
 
 @pytest.mark.parametrize("text", ["all", " ALL ", "int4,all", ["int8", "all"]])
-def test_all_is_every_format_there_is(text: str | list[str]) -> None:
+def test_all_means_every_format(text: str | list[str]) -> None:
     assert parse_formats(text) == all_formats()
 
 
 @pytest.mark.parametrize("text", ["", " ", ",", []])
-def test_no_format_at_all_is_told_what_to_write(text: str | list[str]) -> None:
+def test_an_empty_list_is_refused_with_an_example(text: str | list[str]) -> None:
     with pytest.raises(FormatError, match="--formats int4,int8,fp16"):
         parse_formats(text)
 
@@ -59,7 +59,7 @@ def test_every_format_is_found_by_its_own_name_and_its_parameters() -> None:
         assert from_parameters(format.name, format.parameters()) == format
 
 
-def test_there_is_every_width_group_and_symmetry_once_and_rotated_where_a_run_can_be() -> None:
+def test_every_combination_of_width_group_symmetry_and_rotation_exists_once() -> None:
     formats = all_formats()
     assert formats[-1] is FP16
     assert len({format.name for format in formats}) == len(formats)
@@ -74,8 +74,8 @@ def test_there_is_every_width_group_and_symmetry_once_and_rotated_where_a_run_ca
     assert {format.name for format in formats if format.parameters()["kind"] != "affine"} == {"nf4", "fp8", "fp16"}
 
 
-def test_a_name_says_no_more_than_it_has_to() -> None:
-    """Whatever part is left out of a name, what is left means something else or nothing."""
+def test_names_are_as_short_as_possible() -> None:
+    """If any part of a name is removed, the rest means something else or is invalid."""
     for format in all_formats():
         first, *options = format.name.split("-")
         for left_out in range(len(options)):
@@ -110,7 +110,7 @@ def _meaning(name: str) -> Any:
         (" Int8-G128-Asym ", "int8-g128-asym"),
     ],
 )
-def test_what_goes_without_saying_may_be_said(written: str, name: str) -> None:
+def test_defaults_may_be_written_out(written: str, name: str) -> None:
     assert format_named(written).name == name
     assert format_named(written) == format_named(name)
 
@@ -157,7 +157,7 @@ def test_parameters_make_the_format_under_its_shortest_name() -> None:
         *("int44", "uint4", "int4-asymm", "int4-g032"),
     ],
 )
-def test_an_unknown_name_is_told_which_there_are(name: str) -> None:
+def test_an_unknown_name_is_refused_with_the_known_ones(name: str) -> None:
     with pytest.raises(
         FormatError, match=rf"unknown format '{name}'; write int2 to int8.* -rot; nf4, fp8, fp16; or all"
     ):
@@ -165,16 +165,16 @@ def test_an_unknown_name_is_told_which_there_are(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["int4-channel-rot", "int8-rot", "int8-sym-rot", "int2-channel-sym-rot"])
-def test_a_whole_row_cannot_be_rotated_and_that_is_said_with_the_remedy(name: str) -> None:
+def test_rotating_a_whole_row_is_refused_with_a_remedy(name: str) -> None:
     with pytest.raises(FormatError, match=f"unknown format '{name}': .*32, 64 or 128 weights; add -g64"):
         format_named(name)
 
 
-def test_a_format_error_is_a_mistake_of_the_user() -> None:
+def test_a_format_error_is_a_user_error() -> None:
     assert issubclass(FormatError, BitPolicyError)
 
 
-def test_names_are_read_in_any_case() -> None:
+def test_names_are_case_insensitive() -> None:
     assert format_named(" FP16 ") is FP16
 
 
@@ -189,12 +189,12 @@ def test_names_are_read_in_any_case() -> None:
         ("fp16", {}),
     ],
 )
-def test_a_name_that_meant_something_else_is_refused(name: str, parameters: dict[str, object]) -> None:
+def test_a_name_with_other_parameters_is_refused(name: str, parameters: dict[str, object]) -> None:
     with pytest.raises(FormatError, match="use the bitpolicy that wrote it"):
         from_parameters(name, parameters)
 
 
-def test_bytes_grow_with_the_width_and_shrink_with_the_group() -> None:
+def test_bytes_grow_with_the_width_and_shrink_with_the_group_size() -> None:
     shape, half = (64, 48, 3, 3), torch.float16  # K = 432: seven runs of 64
     sizes = [affine(bits, 64, False).nbytes(shape, half) for bits in range(2, 9)]
     assert sizes == [64 * (432 * bits // 8 + 7 * 3) for bits in range(2, 9)]

@@ -1,4 +1,4 @@
-"""The definition of FP8 compute against float64, and what its codes and scales promise."""
+"""The definition of FP8 activation quantization, against float64, and the guarantees of its codes and scales."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def weight(shape: str) -> PackedWeight:
 
 
 @pytest.mark.parametrize("shape", SUITED)
-def test_it_is_the_product_of_what_the_codes_stand_for(shape: str) -> None:
+def test_it_is_the_product_of_the_decoded_values(shape: str) -> None:
     w = weight(shape)
     for dtype, bound in ((torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)):
         x, bias = input_of(shape, dtype), bias_of(shape, dtype)
@@ -38,11 +38,11 @@ def test_it_is_the_product_of_what_the_codes_stand_for(shape: str) -> None:
 
 
 @pytest.mark.parametrize("shape", ["linear of many rows", "conv2d 3x3", "conv2d 1x1"])
-def test_it_is_near_the_product_of_the_input_itself_and_not_equal(shape: str) -> None:
+def test_it_is_close_to_the_unrounded_product_but_not_equal(shape: str) -> None:
     x, w = input_of(shape), weight(shape)
     exact = multiply(x, w.dequantize(torch.float32), w.geometry)
     error = (fp8_product(x, w, None) - exact).norm() / exact.norm()
-    assert 0.01 < error < 0.05  # of values rounded by 2^-4 at most, whose errors are independent
+    assert 0.01 < error < 0.05  # independent rounding errors of at most 2^-4 per value
 
 
 @pytest.mark.parametrize("dims", [(-1,), (1,), (1, 2, 3)], ids=str)
@@ -62,7 +62,7 @@ def test_ties_go_to_even() -> None:
     assert quantize_input(x, (-1,))[0].tolist() == [[448.0, 16.0, 20.0, -20.0, 0.0, 2 * LEVEL]]
 
 
-def test_a_scale_that_is_subnormal_leaves_no_code_beyond_the_largest() -> None:
+def test_a_subnormal_scale_gives_no_code_above_the_largest() -> None:
     least = 2.0**-149
     x = torch.tensor([[600 * least, -600 * least, 100 * least]])  # 600 / 448 is rounded to 1
     codes, scale = quantize_input(x, (-1,))
@@ -70,7 +70,7 @@ def test_a_scale_that_is_subnormal_leaves_no_code_beyond_the_largest() -> None:
     assert codes.tolist() == [[LARGEST, -LARGEST, 96.0]]
 
 
-def test_zeros_have_scale_one_and_what_is_not_finite_gives_nan_where_it_is() -> None:
+def test_zeros_have_scale_one_and_non_finite_values_give_nan_in_place() -> None:
     x = torch.zeros(4, 64)
     x[1, 3], x[2, 3], x[3] = float("inf"), float("nan"), 1
     scale = quantize_input(x, (-1,))[1]
@@ -80,7 +80,7 @@ def test_zeros_have_scale_one_and_what_is_not_finite_gives_nan_where_it_is() -> 
     assert torch.equal(y[0], torch.zeros(6))
 
 
-def test_only_weights_of_fp8_that_are_long_and_of_one_group_are_multiplied_so() -> None:
+def test_only_long_ungrouped_fp8_weights_use_float8_inputs() -> None:
     assert suits(weight("conv2d 3x3"))
     assert not suits(weight("conv2d in groups"))
     assert not suits(weight("conv2d of a channel each"))
@@ -90,7 +90,7 @@ def test_only_weights_of_fp8_that_are_long_and_of_one_group_are_multiplied_so() 
         assert not suits(other)
 
 
-def test_it_is_finer_than_8_bits_where_one_value_of_a_row_is_far_larger_and_coarser_elsewhere() -> None:
+def test_it_is_finer_than_int8_for_rows_with_an_outlier_and_coarser_otherwise() -> None:
     x = torch.randn(20, 256, generator=torch.Generator().manual_seed(1))
 
     def error(quantize: Quantize, x: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""What a packed layer keeps between calls is never older than the layer: whatever changes, the next call sees it."""
+"""A packed layer's cache is never out of date: the next call sees any change of the layer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ every_compute = pytest.mark.parametrize("compute", ["exact", "float", "int8"])
 
 
 def called(make: Callable[[], nn.Module], size: tuple[int, ...], compute: str = "exact") -> tuple[Any, torch.Tensor]:
-    """A layer that has been called, and what with."""
+    """A layer that has been called, and its input."""
     torch.manual_seed(0)
     layer, format, x = make(), format_named("int4"), torch.randn(size)
     packed: Any = pack_layer(layer, format, format.quantize(layer.weight.detach()))
@@ -41,7 +41,7 @@ def called(make: Callable[[], nn.Module], size: tuple[int, ...], compute: str = 
 
 @torch.no_grad()
 def assert_new(layer: PackedLayer, x: torch.Tensor) -> None:
-    """It computes as a layer would that keeps nothing."""
+    """The layer computes like one without a cache."""
     right = product(x, PackedWeight(**vars_of(layer)), layer.bias, layer.compute)
     assert torch.equal(layer(x), right)
 
@@ -56,8 +56,8 @@ def vars_of(layer: Any) -> dict[str, Any]:
 
 @every_layer
 @every_compute
-def test_a_buffer_that_is_replaced_is_seen(make: Any, size: tuple[int, ...], compute: str) -> None:
-    """As accelerate does when it moves a layer, past all of its methods."""
+def test_a_replaced_buffer_takes_effect(make: Any, size: tuple[int, ...], compute: str) -> None:
+    """As when accelerate moves a layer without calling its methods."""
     layer, x = called(make, size, compute)
     before = layer(x)
     for suffix in layer.packed_tensors():
@@ -68,7 +68,7 @@ def test_a_buffer_that_is_replaced_is_seen(make: Any, size: tuple[int, ...], com
 
 @every_layer
 @every_compute
-def test_a_buffer_that_is_written_to_is_seen(make: Any, size: tuple[int, ...], compute: str) -> None:
+def test_an_edited_buffer_takes_effect(make: Any, size: tuple[int, ...], compute: str) -> None:
     layer, x = called(make, size, compute)
     before = layer(x)
     layer.weight_scale.mul_(2)
@@ -77,7 +77,7 @@ def test_a_buffer_that_is_written_to_is_seen(make: Any, size: tuple[int, ...], c
 
 
 @every_compute
-def test_a_shallow_copy_with_buffers_of_its_own_computes_with_those(compute: str) -> None:
+def test_a_shallow_copy_uses_its_own_buffers(compute: str) -> None:
     """As torch's DataParallel makes replicas."""
     layer, x = called(*MAKE["linear"], compute)
     replica = copy.copy(layer)
@@ -87,7 +87,7 @@ def test_a_shallow_copy_with_buffers_of_its_own_computes_with_those(compute: str
     assert not torch.equal(replica(x), layer(x))
 
 
-def test_a_convolution_that_slides_in_another_way_does_so_at_once() -> None:
+def test_changed_geometry_takes_effect_at_once() -> None:
     layer, x = called(*MAKE["conv2d"])
     for name, value in {"stride": (2, 1), "dilation": (1, 2)}.items():
         setattr(layer, name, value)
@@ -96,7 +96,7 @@ def test_a_convolution_that_slides_in_another_way_does_so_at_once() -> None:
     assert torch.equal(layer(x), unpack_layer(layer)(x))
 
 
-def test_what_is_asked_for_later_holds_from_the_next_call_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_settings_take_effect_at_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = called(*MAKE["linear"])
     set_compute(layer, "int8")
     rounded = layer(x)
@@ -118,7 +118,7 @@ def test_what_is_asked_for_later_holds_from_the_next_call_on(monkeypatch: pytest
 
 
 @every_layer
-def test_it_is_kept_and_no_copy_gets_it(make: Any, size: tuple[int, ...]) -> None:
+def test_the_cache_is_kept_but_not_copied(make: Any, size: tuple[int, ...]) -> None:
     layer, x = called(make, size)
     kept = layer.held()
     layer(x)
@@ -133,7 +133,7 @@ def test_it_is_kept_and_no_copy_gets_it(make: Any, size: tuple[int, ...]) -> Non
 
 @every_compute
 def test_it_keeps_no_tensor_alive(compute: str) -> None:
-    """A layer that was moved away would stay in memory all the same."""
+    """Otherwise a layer that was moved away would stay in memory."""
     layer, _ = called(*MAKE["linear"], compute)
     gc.collect()
     before = len(dispatch._layouts)
@@ -145,14 +145,14 @@ def test_it_keeps_no_tensor_alive(compute: str) -> None:
     assert len(dispatch._layouts) == before - (compute == "int8")
 
 
-def test_a_buffer_of_another_library_is_no_part_of_the_weight() -> None:
+def test_a_foreign_buffer_is_not_part_of_the_weight() -> None:
     layer, x = called(*MAKE["linear"])
     layer.register_buffer("calls", torch.zeros(1))
     assert list(layer.held().tensors) == ["weight_packed", "weight_scale", "weight_zero"]
     assert_new(layer, x)
 
 
-def test_weights_are_of_a_kind_if_nothing_but_their_tensors_differs() -> None:
+def test_weights_that_differ_only_in_tensors_have_the_same_kind() -> None:
     weight, other = called(*MAKE["conv2d"])[0].held(), called(*MAKE["conv2d"])[0].held()
     assert weight is not other
     assert weight.kind == other.kind

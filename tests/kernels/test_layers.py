@@ -1,4 +1,4 @@
-"""A packed layer is an ordinary layer with the dequantized weight, bit for bit, and stays packed whatever is done."""
+"""A packed layer equals an ordinary layer with the dequantized weight, bit for bit, and always stays packed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ Twins = dict[str, tuple[PackedLayer, nn.Module]]
 
 @pytest.fixture(scope="module", params=LAYERS.items(), ids=lambda item: item[0])
 def case(request: pytest.FixtureRequest) -> tuple[Twins, tuple[int, ...]]:
-    """A kind of layer: its twins in each format that it fits, and the size of an input. No test changes them."""
+    """A kind of layer: its twins in each format that it fits, and the size of an input. Tests must not change them."""
     _, (make, size) = request.param
     fitting = [format for format in PACKED if format.fits(make().weight.shape)]
     return {format.name: twins(make, format) for format in fitting}, size
@@ -62,7 +62,7 @@ def packed(layer: nn.Module, format: Format) -> PackedLayer:
 def twins(
     make: Callable[[], nn.Module], format: Format, dtype: torch.dtype = torch.float32
 ) -> tuple[PackedLayer, nn.Module]:
-    """A packed layer, and the ordinary one that was given its dequantized weight."""
+    """A packed layer, and an ordinary one with its dequantized weight."""
     torch.manual_seed(0)
     plain = make().to(dtype)
     layer = packed(plain, format)
@@ -103,14 +103,14 @@ def test_it_passes_the_gradient_to_its_input(make: Callable[[], nn.Module], size
     assert torch.equal(given.grad, expected.grad)
 
 
-def test_it_is_read_like_the_ordinary_layer(case: tuple[Twins, tuple[int, ...]]) -> None:
+def test_its_attributes_equal_the_ordinary_layers(case: tuple[Twins, tuple[int, ...]]) -> None:
     for name, (layer, plain) in case[0].items():
         assert isinstance(layer, type(plain)), name
         assert torch.equal(layer.weight, plain.weight), name
         assert layer.weight_shape == tuple(plain.weight.shape), name
         assert layer.bias is plain.bias, name
         assert f"format={name}" in repr(layer)
-        assert repr(plain)[:-1] in repr(layer)  # its geometry too
+        assert repr(plain)[:-1] in repr(layer)  # including its geometry
 
 
 def test_only_the_packed_tensors_and_the_bias_are_in_memory(case: tuple[Twins, tuple[int, ...]]) -> None:
@@ -167,7 +167,7 @@ def test_a_copy_shares_nothing() -> None:
 
 
 @every_packed_format
-def test_its_state_goes_through_a_file_of_plain_tensors(format: Format, tmp_path: Path) -> None:
+def test_its_state_can_be_saved_and_loaded_as_plain_tensors(format: Format, tmp_path: Path) -> None:
     layer, _ = twins(lambda: nn.Conv2d(64, 4, 3), format)
     save_file(layer.state_dict(), tmp_path / "layer.safetensors")
     torch.manual_seed(1)
@@ -180,7 +180,7 @@ def test_its_state_goes_through_a_file_of_plain_tensors(format: Format, tmp_path
 
 
 @every_packed_format
-def test_setting_the_data_of_its_weight_quantizes_anew(format: Format) -> None:
+def test_assigning_weight_data_quantizes_again(format: Format) -> None:
     for dtype in FLOATS:
         layer, _ = twins(lambda: nn.Conv2d(64, 4, 3), format, dtype)
         wanted = torch.randn(4, 64, 3, 3).to(dtype)
@@ -190,21 +190,21 @@ def test_setting_the_data_of_its_weight_quantizes_anew(format: Format) -> None:
         assert torch.equal(layer.weight, format.dequantize(expected, layer.weight_shape, dtype)), dtype
 
 
-def test_adding_to_the_data_of_its_weight_quantizes_anew() -> None:
+def test_adding_to_weight_data_quantizes_again() -> None:
     layer, plain = twins(lambda: nn.Linear(64, 4), format_named("int8"))
     delta = torch.randn(4, 64)
     layer.weight.data += delta
     torch.testing.assert_close(layer.weight.data, plain.weight.data + delta, rtol=0, atol=0.03)
 
 
-def test_what_is_computed_from_its_weight_is_an_ordinary_tensor() -> None:
+def test_results_computed_from_its_weight_are_ordinary_tensors() -> None:
     layer, plain = twins(lambda: nn.Linear(64, 4), format_named("int4"))
     for derived in (layer.weight + 1, layer.weight.data, layer.weight.detach().float(), layer.weight.clone()):
         derived.data = torch.zeros(4, 64)
     assert torch.equal(layer.weight, plain.weight)
 
 
-def test_a_weight_that_cannot_be_quantized_leaves_the_old_one() -> None:
+def test_a_failed_quantization_keeps_the_old_weight() -> None:
     layer, plain = twins(lambda: nn.Linear(64, 4), format_named("int4"))
     with pytest.raises(FormatError):
         layer.weight.data = torch.full((4, 64), float("nan"))
@@ -246,7 +246,7 @@ def test_unpacking_gives_an_ordinary_layer_that_computes_the_same(case: tuple[Tw
         assert torch.equal(back(x), plain(x)), name
 
 
-def test_what_a_library_put_on_a_layer_stays_behind() -> None:
+def test_attributes_set_by_other_libraries_are_not_copied() -> None:
     plain = nn.Conv2d(3, 4, 3)
     for change in (pack_int8, unpack_layer):
         plain.forward = lambda x: 0 * x  # as accelerate's and diffusers' hooks do
@@ -267,7 +267,7 @@ def test_a_layer_keeps_its_mode() -> None:
 
 
 class Scaled(nn.Linear):
-    """A subclass may compute something else than the product."""
+    """A subclass may compute more than the product."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(input)
@@ -294,12 +294,12 @@ def test_a_packed_layer_is_not_quantized_again() -> None:
 @pytest.mark.parametrize(
     "layer", [Scaled(4, 4), nn.Embedding(4, 4), nn.ConvTranspose2d(1, 1, 1)], ids=lambda m: type(m).__name__
 )
-def test_another_layer_is_refused_with_the_list_of_those_that_can_be_packed(layer: nn.Module) -> None:
+def test_an_unsupported_layer_is_refused_with_the_supported_ones(layer: nn.Module) -> None:
     with pytest.raises(FormatError, match=f"{type(layer).__name__} cannot be packed; supported are Linear, Conv1d"):
         packed(layer, format_named("int8"))
 
 
-def test_a_layer_is_replaced_where_its_path_leads() -> None:
+def test_a_layer_is_replaced_at_its_path() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
     new = nn.Linear(2, 2)
     replace_layer(model, "1.0", new)

@@ -1,4 +1,4 @@
-"""The product of a packed layer under everything torch does with a layer: gradients, autocast, compilers, copies."""
+"""The product of a packed layer under gradients, autocast, compilers and copies."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ every_compute = pytest.mark.parametrize("compute", ["exact", "int8", "fp8"])
 
 
 @pytest.fixture(autouse=True)
-def nothing_compiled_is_left() -> Iterator[None]:
+def no_compiled_code_remains() -> Iterator[None]:
     yield
     torch.compiler.reset()
 
@@ -65,7 +65,7 @@ def close(found: torch.Tensor, right: torch.Tensor, bound: float = 1e-5) -> bool
 
 @every_layer
 def test_8_bit_compute_rounds_the_padded_input(make: Callable[[], nn.Module], size: tuple[int, ...]) -> None:
-    """Around the definition stands what an ordinary layer does: padding, and inputs without a batch."""
+    """The packed layer must add what an ordinary layer does: padding, and inputs without a batch."""
     layer, x = packed(make), torch.randn(size)
     exact = unpack_layer(layer)(x)
     found = layer(x)
@@ -79,7 +79,7 @@ def test_8_bit_compute_rounds_the_padded_input(make: Callable[[], nn.Module], si
 
 @every_layer
 @every_compute
-def test_the_gradient_is_that_of_the_dequantized_layer(
+def test_it_has_the_gradient_of_the_dequantized_layer(
     make: Callable[[], nn.Module], size: tuple[int, ...], compute: str
 ) -> None:
     layer = packed(make, compute)
@@ -99,11 +99,11 @@ def test_the_gradient_is_that_of_the_dequantized_layer(
 
 @every_layer_that_the_operator_pads
 @pytest.mark.parametrize("compute", ["int8", "fp8"])
-def test_the_operator_keeps_torchs_rules(make: Callable[[], nn.Module], size: tuple[int, ...], compute: str) -> None:
+def test_the_operator_passes_torchs_checks(make: Callable[[], nn.Module], size: tuple[int, ...], compute: str) -> None:
     layer = packed(make, compute)
     x = torch.randn(size, requires_grad=True)
     arguments = ops.arguments(x, layer.held(), layer.bias, Compute(compute))
-    schema = ["test_schema"] if compute == "int8" else []  # torch's check of it cannot add up float8
+    schema = ["test_schema"] if compute == "int8" else []  # torch's schema check cannot sum float8
     checks = [*schema, "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     results = torch.library.opcheck(ops._product, arguments, test_utils=checks)
     assert set(results.values()) == {"SUCCESS"}
@@ -111,7 +111,7 @@ def test_the_operator_keeps_torchs_rules(make: Callable[[], nn.Module], size: tu
 
 @pytest.mark.parametrize("shape", ["linear of odd sizes", "conv2d 3x3 with stride", "conv1d", "conv3d"])
 @pytest.mark.parametrize(("compute", "format"), [(Compute.INT8, "int4"), (Compute.FP8, "fp8")])
-def test_the_fake_kernel_tells_shape_and_strides(shape: str, compute: Compute, format: str) -> None:
+def test_the_fake_kernel_gives_shape_and_strides(shape: str, compute: Compute, format: str) -> None:
     x, weight = input_of(shape), weight_of(shape, format)
     assert weight is not None
     for lies in (x, x.contiguous(memory_format=torch.channels_last)) if x.ndim == 4 else (x,):
@@ -130,7 +130,7 @@ def test_it_compiles_to_one_graph(make: Callable[[], nn.Module], size: tuple[int
 
 
 def test_the_default_compiler_gives_the_bits_of_exact_products() -> None:
-    """It once fused the dequantization of rows that are no whole groups, and read past them."""
+    """A past bug: the compiler fused the dequantization of rows with a partial group, and read past their end."""
     formats = ("int4", "int4-g32-sym", "nf4", "int3", "int8")
     layers = [packed(lambda: nn.Linear(152, 152), "exact", format) for format in formats]
     layers += [packed(lambda: nn.Conv1d(152, 152, 1), "exact", "int4")]
@@ -151,7 +151,7 @@ def test_autocast_decides_the_dtype_when_compiled(compute: str) -> None:
 
 @pytest.mark.parametrize("name", ["linear", "conv2d"])
 @every_compute
-def test_it_exports_with_a_batch_of_any_size(name: str, compute: str) -> None:
+def test_it_exports_with_a_dynamic_batch_size(name: str, compute: str) -> None:
     make, size = LAYERS[name]
     layer = packed(make, compute)
     batch = torch.export.Dim("batch", min=1)
@@ -189,7 +189,7 @@ def test_it_can_be_mapped_over_a_batch() -> None:
 
 
 @every_layer
-def test_low_memory_gives_the_same(make: Callable[[], nn.Module], size: tuple[int, ...]) -> None:
+def test_low_memory_gives_the_same_result(make: Callable[[], nn.Module], size: tuple[int, ...]) -> None:
     layer, x = packed(make), torch.randn(size)
     with torch.no_grad():
         right = layer(x)
@@ -197,18 +197,18 @@ def test_low_memory_gives_the_same(make: Callable[[], nn.Module], size: tuple[in
         assert close(layer(x), right)
 
 
-def test_what_is_set_holds_for_the_whole_model() -> None:
+def test_set_compute_applies_to_the_whole_model() -> None:
     model = nn.Sequential(
         packed(LAYERS["linear"][0], "exact"), nn.Linear(2, 2), packed(lambda: nn.Conv2d(6, 6, 3, groups=6))
     )
-    assert set_compute(model, "int8") == ["0"]  # channels of their own stay exact
+    assert set_compute(model, "int8") == ["0"]  # depthwise layers stay exact
     assert [layer.compute for layer in (model[0], model[2])] == [Compute.INT8] * 2
     assert model[0].effective_compute is Compute.INT8
     assert set_compute(model, "exact", low_memory=True) == []
     assert model[0].low_memory
 
 
-def test_under_fp8_compute_layers_of_other_formats_may_add_in_another_order() -> None:
+def test_under_fp8_layers_in_other_formats_compute_as_float() -> None:
     make = LAYERS["linear"][0]
     short = packed(lambda: nn.Linear(9, 5), "exact", "fp8")
     model = nn.Sequential(packed(make, "fp8"), packed(make, "exact", "int8"), short)
@@ -216,7 +216,7 @@ def test_under_fp8_compute_layers_of_other_formats_may_add_in_another_order() ->
     assert [layer.effective_compute for layer in model] == [Compute.FP8, Compute.FLOAT, Compute.FLOAT]
 
 
-def test_what_is_set_holds_for_each_model_of_a_pipeline() -> None:
+def test_set_compute_applies_to_every_model_of_a_pipeline() -> None:
     pipe = SimpleNamespace(components={"unet": nn.Sequential(packed(LAYERS["linear"][0])), "scheduler": object()})
     assert set_compute(pipe, "int8") == ["unet.0"]
 
@@ -226,7 +226,7 @@ def test_a_model_without_packed_layers_is_refused() -> None:
         set_compute(nn.Linear(2, 2), "int8")
 
 
-def test_a_copy_computes_alike() -> None:
+def test_a_copy_gives_the_same_result() -> None:
     layer, x = packed(LAYERS["conv2d"][0]), torch.randn(LAYERS["conv2d"][1])
     other = copy.deepcopy(layer)
     assert other.compute is Compute.INT8
@@ -236,7 +236,7 @@ def test_a_copy_computes_alike() -> None:
     assert torch.equal(other(x), other.bias.view(1, -1, 1, 1).expand(2, -1, 4, 4))
 
 
-def test_a_new_weight_is_computed_with_at_once() -> None:
+def test_a_new_weight_takes_effect_at_once() -> None:
     layer, x = packed(LAYERS["linear"][0]), torch.randn(2, 67)
     before = layer(x)
     layer.set_weight(2 * layer.weight)
@@ -245,7 +245,7 @@ def test_a_new_weight_is_computed_with_at_once() -> None:
     assert torch.equal(layer(x), layer.bias.expand(2, -1))
 
 
-def test_stored_bytes_are_those_of_the_tensors() -> None:
+def test_stored_bytes_are_the_bytes_of_the_tensors() -> None:
     model = nn.Sequential(packed(LAYERS["linear"][0], "exact"), packed(LAYERS["conv2d"][0], "exact"))
     with use_kernels("reference"), torch.no_grad():
         model[0](torch.randn(2, 67))
@@ -256,7 +256,7 @@ def test_stored_bytes_are_those_of_the_tensors() -> None:
 
 @pytest.mark.parametrize("shape", ["linear of odd sizes", "conv2d 3x3", "conv3d"])
 @pytest.mark.parametrize("low_memory", [False, True])
-def test_arguments_of_the_operator_are_taken_apart_and_put_together(shape: str, low_memory: bool) -> None:
+def test_operator_arguments_round_trip(shape: str, low_memory: bool) -> None:
     weight: Any = weight_of(shape, "int6-channel-sym")
     x, tensors, _, call = ops.arguments(input_of(shape), replace(weight, low_memory=low_memory), None, Compute.INT8)
     again = read(call).holding(tensors)

@@ -1,4 +1,4 @@
-"""What holds for any weight of any shape in any format, looked for by hypothesis: packing, bytes and layers."""
+"""Properties of packing, bytes and layers for any weight, shape and format, checked with hypothesis."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ formats = st.sampled_from(PACKED_KINDS)
 
 @SOON
 @given(bits=st.integers(2, 8), rows=st.integers(1, 4), length=st.integers(1, 150), seed=st.integers(0, 2**32))
-def test_codes_come_out_as_they_went_in(bits: int, rows: int, length: int, seed: int) -> None:
+def test_packed_codes_round_trip(bits: int, rows: int, length: int, seed: int) -> None:
     codes = torch.randint(0, 2**bits, (rows, length), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
     packed = pack_bits(codes, bits)
     assert packed.dtype == torch.uint8
@@ -44,7 +44,7 @@ def test_codes_come_out_as_they_went_in(bits: int, rows: int, length: int, seed:
 
 @SOON
 @given(weight=weights(), format=formats)
-def test_a_format_stores_what_it_announces(weight: torch.Tensor, format: Format) -> None:
+def test_a_format_stores_what_it_specifies(weight: torch.Tensor, format: Format) -> None:
     if not format.fits(weight.shape):
         return
     specs = format.tensors(weight.shape, torch.float16)
@@ -60,7 +60,7 @@ def test_a_format_stores_what_it_announces(weight: torch.Tensor, format: Format)
 
 
 def where_it_rounds(format: Format, weight: torch.Tensor) -> torch.Tensor:
-    """Rows, channels fastest, rotated if the format rotates; float64."""
+    """The rows that the format rounds, channels fastest, rotated if the format rotates; float64."""
     rows = weight.double().movedim(1, -1).flatten(1)
     if "rotation" not in format.parameters():
         return rows
@@ -70,19 +70,19 @@ def where_it_rounds(format: Format, weight: torch.Tensor) -> torch.Tensor:
 
 
 def half_gap(format: Format) -> float:
-    """How far from its level a weight may be, as a part of the largest of its row."""
+    """The largest error of a weight, relative to the largest weight of its row."""
     parameters = format.parameters()
     if parameters["kind"] == "float":
         return 1 / 16  # three bits of mantissa
     if parameters["kind"] == "codebook":
         return (1 - 0.6961928) / 2
     levels = 2 ** parameters["bits"]
-    return 2 / levels if parameters["symmetric"] else 1 / (levels - 1)  # symmetric ones end a step short on one side
+    return 2 / levels if parameters["symmetric"] else 1 / (levels - 1)  # a symmetric grid is one step short on one side
 
 
 @SOON
 @given(weight=weights(), format=formats)
-def test_no_weight_is_farther_off_than_the_widest_gap_of_its_levels(weight: torch.Tensor, format: Format) -> None:
+def test_no_weight_errs_by_more_than_the_widest_gap_between_levels(weight: torch.Tensor, format: Format) -> None:
     if not format.fits(weight.shape):
         return
     again = format.dequantize(format.quantize(weight), weight.shape, torch.float32)
@@ -94,7 +94,7 @@ def test_no_weight_is_farther_off_than_the_widest_gap_of_its_levels(weight: torc
 
 @SOON
 @given(weight=weights(), format=formats, bad=st.sampled_from([float("nan"), float("inf"), -float("inf")]))
-def test_what_is_not_finite_is_refused(weight: torch.Tensor, format: Format, bad: float) -> None:
+def test_non_finite_values_are_refused(weight: torch.Tensor, format: Format, bad: float) -> None:
     if not format.fits(weight.shape):
         return
     weight = weight.clone()
@@ -108,7 +108,7 @@ def test_what_is_not_finite_is_refused(weight: torch.Tensor, format: Format, bad
 
 @SOON
 @given(weight=weights(), storage=st.sampled_from([torch.float16, torch.bfloat16]))
-def test_bytes_are_counted_for_every_kind(weight: torch.Tensor, storage: torch.dtype) -> None:
+def test_bytes_are_counted_for_every_format(weight: torch.Tensor, storage: torch.dtype) -> None:
     for format in KINDS:
         if format.fits(weight.shape):
             specs = format.tensors(weight.shape, storage).values()

@@ -1,4 +1,4 @@
-"""Who rounds: each against an inequality it owes, and `gptq` against the textbook's update with an explicit inverse."""
+"""Rounding methods: each against an inequality it must satisfy, and `gptq` against the textbook update."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WITH_ZEROS = [format for format in GRIDS if format.parameters().get("symmetric")
 SHAPES = [(6, 128), (5, 101), (3, 7), (2, 1), (4, 6, 3), (4, 16, 3, 3), (3, 128, 1, 3)]
 DAMPING = 0.1
 ROUNDERS = [name for name in QUANTIZERS if name not in HESSIANS] + ["gptq"]
-"""Those that round in a way of their own: quantizers with a Hessian differ in which one it is."""
+"""Distinct rounding methods. Those with a Hessian differ only in which Hessian it is."""
 
 every_grid = pytest.mark.parametrize("format", GRIDS, ids=lambda f: f.name)
 every_small = pytest.mark.parametrize("format", SMALL, ids=lambda f: f.name)
@@ -33,14 +33,14 @@ Stored = Mapping[str, torch.Tensor]
 
 
 def fitting(format: GridFormat, shapes: list[tuple[int, ...]] = SHAPES) -> list[tuple[int, ...]]:
-    """Those of the shapes that the format fits."""
+    """The shapes that the format fits."""
     found = [shape for shape in shapes if format.fits(shape)]
     assert found
     return found
 
 
 def heavy_tailed(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
-    """Where clipping pays: many small weights and a few large ones, not symmetric."""
+    """Weights where clipping helps: many small ones and a few large ones, not symmetric."""
     draw = torch.Generator().manual_seed(seed)
     return (torch.randn(shape, generator=draw).pow(3) + 0.3 * torch.rand(shape, generator=draw)).half()
 
@@ -65,7 +65,7 @@ def error_rows(format: GridFormat, stored: Stored, weight: torch.Tensor) -> torc
 
 
 def group_sums(format: GridFormat, values: torch.Tensor) -> torch.Tensor:
-    """Over the weights that share a scale, shape (out, groups)."""
+    """Sums over the weights that share a scale, shape (out, groups)."""
     group = format.parameters()["group"]
     run = values.shape[1] if group == "channel" else group
     return torch.stack([part.sum(1) for part in values.split(run, dim=1)], dim=1)
@@ -81,7 +81,7 @@ def codes_of(format: GridFormat, stored: Stored, shape: tuple[int, ...]) -> torc
 
 
 @every_grid
-def test_every_quantizer_makes_what_the_format_announces(format: GridFormat) -> None:
+def test_every_rounding_method_stores_what_the_format_specifies(format: GridFormat) -> None:
     for shape, quantizer in product(fitting(format, [(6, 128), (3, 7), (2, 1), (3, 128, 1, 3)]), ROUNDERS):
         weight = heavy_tailed(shape)
         stored = quantized(quantizer, format, weight, inputs_hessian(weight[0].numel()))
@@ -92,11 +92,11 @@ def test_every_quantizer_makes_what_the_format_announces(format: GridFormat) -> 
         assert all(tensor.is_contiguous() for tensor in stored.values()), (quantizer, shape)
         back = format.dequantize(stored, shape, torch.float32)
         assert torch.isfinite(back).all(), (quantizer, shape)
-        assert (back - weight).norm() < weight.float().norm(), (quantizer, shape)  # nearer than zeros
+        assert (back - weight).norm() < weight.float().norm(), (quantizer, shape)  # better than all zeros
 
 
 @every_grid
-def test_a_weight_of_zeros_stays_one(format: GridFormat) -> None:
+def test_a_zero_weight_stays_zero(format: GridFormat) -> None:
     for shape in fitting(format, [(3, 128), (3, 7), (2, 1)]):
         for quantizer in ROUNDERS:
             stored = quantized(quantizer, format, torch.zeros(shape), inputs_hessian(shape[1]))
@@ -105,7 +105,7 @@ def test_a_weight_of_zeros_stays_one(format: GridFormat) -> None:
 
 
 @every_small
-def test_a_quantizer_gives_the_same_twice_and_leaves_the_weight_alone(format: GridFormat) -> None:
+def test_rounding_is_deterministic_and_leaves_the_weight_unchanged(format: GridFormat) -> None:
     weight, hessian = heavy_tailed((6, 128)), inputs_hessian(128)
     before = weight.clone(), hessian.clone()
     for quantizer in ROUNDERS:
@@ -116,7 +116,7 @@ def test_a_quantizer_gives_the_same_twice_and_leaves_the_weight_alone(format: Gr
 
 
 @pytest.mark.parametrize("quantizer", ROUNDERS)
-def test_a_weight_that_is_not_finite_is_refused(quantizer: str) -> None:
+def test_a_non_finite_weight_is_refused(quantizer: str) -> None:
     weight = heavy_tailed((6, 128))
     weight[3, 5] = float("nan")
     for format in SMALL:
@@ -134,7 +134,7 @@ def quantized(quantizer: str, format: GridFormat, weight: torch.Tensor, hessian:
 
 
 @every_grid
-def test_mse_errs_in_no_group_more_than_rounding_to_nearest(format: GridFormat) -> None:
+def test_mse_is_no_worse_than_rtn_in_any_group(format: GridFormat) -> None:
     for shape, seed in product(fitting(format), range(2)):
         weight = heavy_tailed(shape, seed)
         found, nearest = (
@@ -145,7 +145,7 @@ def test_mse_errs_in_no_group_more_than_rounding_to_nearest(format: GridFormat) 
 
 
 @pytest.mark.parametrize("name", ["int2", "int3", "int4", "int4-sym", "int4-rot", "nf4", "int3-channel"])
-def test_mse_is_worth_its_time_where_bits_are_few(name: str) -> None:
+def test_mse_clearly_helps_at_few_bits(name: str) -> None:
     format, weight = format_named(name), heavy_tailed((32, 256))
     found, nearest = (
         error_rows(format, s, weight).square().sum() for s in (mse(format, weight), format.quantize(weight))
@@ -154,7 +154,7 @@ def test_mse_is_worth_its_time_where_bits_are_few(name: str) -> None:
 
 
 @every_small
-def test_a_search_with_weights_errs_no_more_where_the_weights_are(format: GridFormat) -> None:
+def test_a_weighted_search_is_no_worse_under_its_weights(format: GridFormat) -> None:
     weight, diagonal = heavy_tailed((16, 128)), torch.logspace(-3, 3, 128)
     rows = format.rows(weight)
     found, nearest = (
@@ -169,7 +169,7 @@ def decoded(format: GridFormat, rows: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 
 def levels_of(format: GridFormat, codes: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """What codes (out, K) name."""
+    """The values of codes (out, K)."""
     return format.decode(format.grouped(codes), grid.wide).flatten(1)[:, : codes.shape[1]]
 
 
@@ -177,8 +177,8 @@ def levels_of(format: GridFormat, codes: torch.Tensor, grid: Grid) -> torch.Tens
 
 
 @every_grid
-def test_hqq_has_in_no_group_a_larger_lp_loss_than_rounding_to_nearest(format: GridFormat) -> None:
-    noise = 1e-3 if "rotation" in format.parameters() else 1e-5  # |1e-7|^0.7 is 1e-5, and rotating back costs that much
+def test_hqq_has_no_larger_lp_loss_than_rtn_in_any_group(format: GridFormat) -> None:
+    noise = 1e-3 if "rotation" in format.parameters() else 1e-5  # rotating back errs by 1e-7, and |1e-7|^0.7 is 1e-5
     for shape, seed in product(fitting(format), range(2)):
         weight = heavy_tailed(shape, seed)
         rows = format.rows(weight).double()
@@ -189,7 +189,7 @@ def test_hqq_has_in_no_group_a_larger_lp_loss_than_rounding_to_nearest(format: G
         assert (found <= nearest * (1 + noise) + noise).all(), (shape, seed)
 
 
-def test_hqq_finds_better_grids_than_rounding_to_nearest() -> None:
+def test_hqq_finds_better_grids_than_rtn() -> None:
     format, weight = format_named("int3"), heavy_tailed((64, 256))
     found, nearest = (
         error_rows(format, s, weight).abs().pow(0.7).sum() for s in (hqq(format, weight), format.quantize(weight))
@@ -201,10 +201,10 @@ def test_hqq_finds_better_grids_than_rounding_to_nearest() -> None:
 
 
 def by_the_textbook(format: GridFormat, stored: Stored, weight: torch.Tensor, hessian: torch.Tensor) -> np.ndarray:
-    """Levels of optimal brain quantization on the grids of `stored`, in float64 with the inverse itself.
+    """Levels of optimal brain quantization on the grids of `stored`, in float64 with an explicit inverse.
 
-    Columns go by falling diagonal. After each, what is left moves by the closed solution of least dw^T H dw, and the
-    inverse loses the column by elimination (Frantar and Alistarh 2022, "Optimal Brain Compression", equation 3).
+    Columns go by descending diagonal. After each one, the rest moves by the closed solution of least dw^T H dw, and the
+    column is eliminated from the inverse (Frantar and Alistarh 2022, "Optimal Brain Compression", equation 3).
     """
     scaled = hessian.double().numpy() / hessian.double().diagonal().mean().item()
     damped = scaled + DAMPING * np.eye(len(scaled))
@@ -237,7 +237,7 @@ def grid_levels(format: GridFormat, stored: Stored, shape: tuple[int, ...]) -> n
 
 @pytest.mark.parametrize("format", [f for f in SMALL if f.name != "int5-g32-rot"], ids=lambda f: f.name)
 @pytest.mark.parametrize("length", [5, 64, 70, 130], ids="K = {}".format)
-def test_gptq_takes_the_levels_of_the_textbook(format: GridFormat, length: int) -> None:
+def test_gptq_matches_the_textbook_update(format: GridFormat, length: int) -> None:
     for seed in range(2):
         weight, hessian = heavy_tailed((4, length), seed), inputs_hessian(length, seed)
         stored = gptq(format, weight, Curvature.of(hessian))
@@ -255,13 +255,13 @@ def test_gptq_of_a_convolution_takes_the_hessian_in_wire_order() -> None:
     assert all(torch.equal(of_rows[name], of_weight[name]) for name in of_rows)
 
 
-def test_a_rotated_weight_is_rounded_as_the_weight_that_was_rotated_by_hand() -> None:
+def test_a_rotated_format_rounds_like_a_weight_rotated_by_hand() -> None:
     weight, hessian = heavy_tailed((4, 128)).float(), inputs_hessian(128)
     rotation = rotation_of(64, 128).float()
     by_itself = gptq(format_named("int3-rot"), weight, Curvature.of(format_named("int3-rot").rotated_hessian(hessian)))
     by_hand = gptq(format_named("int3"), weight @ rotation, Curvature.of(rotation.T @ hessian @ rotation))
     same = [float((by_itself[name] == by_hand[name]).float().mean()) for name in by_hand]
-    assert min(same) > 0.98  # two ways of rounding in float32 may part at a tie
+    assert min(same) > 0.98  # two ways of rounding in float32 may differ at a tie
 
 
 def rotation_of(run: int, length: int) -> torch.Tensor:
@@ -271,7 +271,7 @@ def rotation_of(run: int, length: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["int4-g32-rot", "int4-rot", "int4-g128-sym-rot"])
-def test_a_rotated_hessian_sees_a_rotated_change_as_before(name: str) -> None:
+def test_a_rotated_hessian_gives_a_rotated_change_the_same_error(name: str) -> None:
     format, hessian = format_named(name), inputs_hessian(128)
     change = torch.randn(5, 128, generator=torch.Generator().manual_seed(3))
     rotated = rotation_of(format.rotation, 128)
@@ -282,7 +282,7 @@ def test_a_rotated_hessian_sees_a_rotated_change_as_before(name: str) -> None:
     )
 
 
-def test_what_is_not_rotated_takes_the_hessian_as_it_is() -> None:
+def test_unrotated_formats_leave_the_hessian_unchanged() -> None:
     hessian = inputs_hessian(8)
     for format in GRIDS:
         if "rotation" not in format.parameters():
@@ -291,7 +291,7 @@ def test_what_is_not_rotated_takes_the_hessian_as_it_is() -> None:
 
 
 @every_small
-def test_gptq_is_seen_less_than_rounding_to_nearest_on_the_same_grids(format: GridFormat) -> None:
+def test_gptq_has_a_smaller_hessian_error_than_rtn_on_the_same_grids(format: GridFormat) -> None:
     ratios = []
     for seed in range(12):
         weight, hessian = heavy_tailed((8, 128), seed), inputs_hessian(128, seed)
@@ -309,8 +309,8 @@ def test_gptq_is_seen_less_than_rounding_to_nearest_on_the_same_grids(format: Gr
 
 
 @every_small
-def test_gptq_rounds_to_nearest_where_no_input_goes_with_another(format: GridFormat) -> None:
-    """A diagonal H has nothing to make up with; rotated, it has to be diagonal in the rotated basis."""
+def test_gptq_equals_rounding_to_nearest_for_uncorrelated_inputs(format: GridFormat) -> None:
+    """A diagonal H offers no compensation. With rotation, H must be diagonal in the rotated basis."""
     weight, diagonal = heavy_tailed((8, 128)), torch.logspace(-2, 2, 128)
     stored = gptq(format, weight, Curvature.of(torch.diag(diagonal)))
     rows = format.rows(weight)
@@ -319,7 +319,7 @@ def test_gptq_rounds_to_nearest_where_no_input_goes_with_another(format: GridFor
 
 
 @every_small
-def test_the_size_of_a_hessian_does_not_count(format: GridFormat) -> None:
+def test_scaling_a_hessian_changes_nothing(format: GridFormat) -> None:
     weight, hessian = heavy_tailed((4, 128)), inputs_hessian(128)
     found = [gptq(format, weight, Curvature.of(hessian * factor)) for factor in (1.0, 2.0**40, 2.0**-40)]
     for other in found[1:]:
@@ -327,7 +327,7 @@ def test_the_size_of_a_hessian_does_not_count(format: GridFormat) -> None:
 
 
 @every_grid
-def test_without_any_input_gptq_is_mse(format: GridFormat) -> None:
+def test_gptq_with_a_zero_hessian_is_mse(format: GridFormat) -> None:
     weight = heavy_tailed((6, 128))
     found, expected = gptq(format, weight, Curvature.of(torch.zeros(128, 128))), mse(format, weight)
     back, wanted = (format.dequantize(s, weight.shape, torch.float32) for s in (found, expected))
@@ -335,7 +335,7 @@ def test_without_any_input_gptq_is_mse(format: GridFormat) -> None:
 
 
 @every_grid
-def test_a_hessian_of_few_inputs_is_enough(format: GridFormat) -> None:
+def test_a_low_rank_hessian_is_enough(format: GridFormat) -> None:
     for shape, rank in product(fitting(format), range(3)):
         weight = heavy_tailed(shape)
         x = torch.randn(rank, weight[0].numel(), generator=torch.Generator().manual_seed(5)) * 100
@@ -344,10 +344,10 @@ def test_a_hessian_of_few_inputs_is_enough(format: GridFormat) -> None:
         error, nearest = (error_rows(format, s, weight) for s in (stored, format.quantize(weight)))
         assert torch.isfinite(error).all(), (shape, rank)
         assert weighted(error, hessian) <= weighted(nearest, hessian) * (1 + 1e-6) + 1e-12, (shape, rank)
-        assert error.norm() < 0.6 * wire_rows(weight).norm(), (shape, rank)  # of zeros it is the norm itself
+        assert error.norm() < 0.6 * wire_rows(weight).norm(), (shape, rank)  # all zeros would give 1.0
 
 
-def test_an_input_that_is_always_zero_does_no_harm() -> None:
+def test_an_input_that_is_always_zero_is_harmless() -> None:
     """Dead channels: their rows and columns of H are zero."""
     hessian = inputs_hessian(64)
     hessian[10:20] = 0
@@ -356,7 +356,7 @@ def test_an_input_that_is_always_zero_does_no_harm() -> None:
     assert torch.isfinite(format.dequantize(gptq(format, weight, Curvature.of(hessian)), (4, 64), torch.float32)).all()
 
 
-def test_a_curvature_is_that_of_the_damped_hessian_in_falling_order() -> None:
+def test_a_curvature_orders_the_damped_hessian_by_descending_diagonal() -> None:
     hessian = inputs_hessian(40).double()
     damped = hessian / hessian.diagonal().mean() + DAMPING * torch.eye(40)
     found = Curvature.of(hessian.float())
@@ -370,9 +370,7 @@ def test_a_curvature_is_that_of_the_damped_hessian_in_falling_order() -> None:
 
 @pytest.mark.parametrize("format", [f for f in SMALL if f.name != "int5-g32-rot"], ids=lambda f: f.name)
 @pytest.mark.parametrize("seed", [1, 2])
-def test_blocks_of_a_long_row_take_the_levels_of_the_textbook_on_the_block_diagonal(
-    format: GridFormat, seed: int
-) -> None:
+def test_blocks_of_a_long_row_match_the_textbook_update_on_the_block_diagonal(format: GridFormat, seed: int) -> None:
     weight = heavy_tailed((4, 192), seed)
     blocks = [inputs_hessian(64, seed + i) * 3.0**i for i in range(3)]
     stored = gptq(format, weight, Curvature.of(torch.stack(blocks)[None]))
@@ -401,8 +399,8 @@ def test_a_last_block_may_be_short(format: GridFormat) -> None:
 
 
 @every_small
-def test_each_group_of_rows_is_rounded_as_alone_with_its_own_hessian(format: GridFormat) -> None:
-    """Of a convolution in 2 groups; one with a group for each channel has as many as rows."""
+def test_each_group_of_rows_is_rounded_with_its_own_hessian(format: GridFormat) -> None:
+    """A convolution with 2 groups, and a depthwise one with as many groups as rows."""
     for shape in fitting(format, [(6, 128), (6, 5, 3, 3), (8, 1, 3, 3), (6, 64, 2)]):
         groups = shape[0] if shape[1] == 1 else 2
         weight, length = heavy_tailed(shape), int(np.prod(shape[1:]))
@@ -420,12 +418,12 @@ def test_each_group_of_rows_is_rounded_as_alone_with_its_own_hessian(format: Gri
 # names
 
 
-def test_auto_is_all_of_them_and_a_name_is_itself() -> None:
+def test_auto_means_all_rounding_methods() -> None:
     assert parse_quantizer(AUTO) == QUANTIZERS == ("rtn", "mse", "hqq", "gptq", "gptq-trajectory")
     assert parse_quantizer(" GPTQ ") == ("gptq",)
     assert HESSIANS == {"gptq": "inputs", "gptq-trajectory": "trajectory"}
 
 
-def test_an_unknown_quantizer_is_told_which_there_are() -> None:
+def test_an_unknown_rounding_method_is_refused_with_the_known_ones() -> None:
     with pytest.raises(BitPolicyError, match=r"'awq'; write any of rtn, mse, hqq, gptq, gptq-trajectory, auto"):
         parse_quantizer("awq")

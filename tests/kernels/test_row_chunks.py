@@ -1,4 +1,4 @@
-"""A weight that is quantized a few rows at a time, in several threads, gets the codes it gets as a whole."""
+"""Quantizing a weight a few rows at a time, in several threads, gives the same codes as all at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAMES = ["int4", "int8", "int5-g32", "int3-channel", "int4-rot", "nf4", "fp8"]
 
 @pytest.fixture
 def threads() -> object:
-    """Three of them while the test runs."""
+    """Three threads during the test."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
@@ -41,7 +41,7 @@ def _note(seen: list[int], rows: slice) -> None:
     seen.extend(range(rows.start, rows.stop))
 
 
-def test_every_row_is_worked_on_once() -> None:
+def test_every_row_is_processed_once() -> None:
     for shape in [(1, 3), (5, 2**20), (7, 2**19, 3), (4096, 1000)]:
         seen: list[int] = []
         row_chunks.each_chunk(
@@ -52,7 +52,7 @@ def test_every_row_is_worked_on_once() -> None:
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_one_value_that_is_not_finite_is_found_in_any_chunk(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+def test_a_non_finite_value_is_found_in_any_chunk(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
     monkeypatch.setattr(row_chunks, "_CHUNK", 64)
     weight = torch.randn(9, 64).half()
     weight[7, 3] = value
@@ -61,7 +61,7 @@ def test_one_value_that_is_not_finite_is_found_in_any_chunk(monkeypatch: pytest.
     assert torch.get_num_threads() == 3
 
 
-def test_large_values_are_not_taken_for_infinite() -> None:
+def test_large_values_are_not_mistaken_for_infinite() -> None:
     weight = torch.full((4, 64), 3e38)
     assert torch.equal(
         format_named("int8").quantize(weight)["weight_packed"], torch.full((4, 64), 127, dtype=torch.int8)

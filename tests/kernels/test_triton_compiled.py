@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for GPUs that are not here, and what is in the machine code."""
+"""The Triton kernels compiled for GPUs that are not present, checked by their machine code."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ pytest.importorskip("triton")
 HERE = Path(__file__).parent
 
 
-def test_what_the_compiler_makes_of_them(tmp_path: Path) -> None:
-    """In a process of its own, with a stand-in for Triton's driver."""
+def test_the_compiled_machine_code(tmp_path: Path) -> None:
+    """Runs in a separate process with a replacement for Triton's driver."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), *sys.path])}
     command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", "triton_compiled.py"]

@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter, which has to be chosen before it is imported: in a process of its own."""
+"""The Triton kernels in Triton's interpreter. It must be selected before the import, so tests run in a new process."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from bitpolicy.kernels.dispatch import TABLE
 triton = pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
-TYPICAL = "right_product and (odd or stride or 1x1 or 1x3x3) or takes_the_calls"
-AWKWARD = "huge or nan or zeros or any_order and (odd or 1x3)"
+TYPICAL = "right_product and (odd or stride or 1x1 or 1x3x3) or accepts_exactly"
+AWKWARD = "huge or nan or zeros or any_strides and (odd or 1x3)"
 
 
 def _version(package: ModuleType) -> tuple[int, ...]:
@@ -26,7 +26,7 @@ def _version(package: ModuleType) -> tuple[int, ...]:
 
 
 def passed(tmp_path: Path, *arguments: str) -> int:
-    """How many tests passed in an interpreting process; fails unless all others were skipped."""
+    """The number of tests passed in an interpreting process. Fails unless all others were skipped."""
     report = tmp_path / "report.xml"
     paths = [str(HERE.parents[1]), str(HERE.parent / "toys"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
@@ -46,22 +46,22 @@ in_interpreter = pytest.mark.skipif(
 
 
 @in_interpreter
-def test_what_is_particular_to_triton(tmp_path: Path) -> None:
+def test_triton_kernels_in_the_interpreter(tmp_path: Path) -> None:
     assert passed(tmp_path, "triton_interpreted.py", "triton_inputs.py") >= 350
 
 
 @in_interpreter
 @pytest.mark.parametrize("selection", [TYPICAL, AWKWARD], ids=["typical calls", "awkward calls"])
-def test_what_every_kernel_promises(tmp_path: Path, selection: str) -> None:
-    """A part of it: the whole takes minutes. For that, leave out -k, and PYTHONPATH=tests/toys."""
+def test_triton_kernels_pass_the_kernel_tests(tmp_path: Path, selection: str) -> None:
+    """Only a selection, since all tests take minutes. To run all, leave out -k, with PYTHONPATH=tests/toys."""
     found = passed(
         tmp_path, "-p", "interpreted_triton", "test_every_kernel.py", "-k", f"({selection}) and not references"
     )
     assert found >= 10
 
 
-def test_a_quotient_by_the_reciprocal_and_two_corrections_is_the_nearest() -> None:
-    """`triton_tiles.quotient`, whose fused multiply-adds the interpreter cannot show, for all steps of 4-bit codes."""
+def test_a_quotient_by_reciprocal_and_two_corrections_is_correctly_rounded() -> None:
+    """`triton_tiles.quotient` uses fused multiply-adds, which the interpreter lacks; for all steps of 4-bit codes."""
     import torch
 
     def fused(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
@@ -70,7 +70,7 @@ def test_a_quotient_by_the_reciprocal_and_two_corrections_is_the_nearest() -> No
     scales = torch.rand(400, generator=torch.Generator().manual_seed(0)).add(0.01).half().float()
     p = torch.arange(-15, 16).view(-1, 1, 1) * scales
     for top in range(1, 16):
-        s = top * scales[:60].view(-1, 1) / 127  # ties are common: half of the largest weight is 63.5
+        s = top * scales[:60].view(-1, 1) / 127  # ties are common: half of the largest code is 63.5
         reciprocal = 1 / s
         q = p * reciprocal
         uncorrected = q
@@ -80,7 +80,7 @@ def test_a_quotient_by_the_reciprocal_and_two_corrections_is_the_nearest() -> No
         assert not torch.equal(uncorrected, q)
 
 
-def test_outside_the_interpreter_no_cpu_tensor_is_taken() -> None:
+def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
     import torch
 
     from bitpolicy.kernels.formats.named import FP8, INT8
@@ -94,7 +94,7 @@ def test_outside_the_interpreter_no_cpu_tensor_is_taken() -> None:
         assert kernel.refuses(torch.ones(2, 32, dtype=torch.float16), weight) == "for cuda"
 
 
-def test_without_triton_the_kernels_can_be_named_and_say_why_they_cannot_be_used() -> None:
+def test_without_triton_the_kernels_can_be_named_and_explain_their_refusal() -> None:
     code = """
 import sys
 sys.modules["triton"] = None
@@ -111,8 +111,8 @@ print(*{row.kernel.refuses(x, weights[row.kernel.name == "triton-fp8"]) for row 
     assert done.stdout.strip() == "triton is not installed on this machine", done.stderr[-2000:]
 
 
-def test_where_triton_cannot_compile_its_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine without a C compiler: here, without a GPU to compile for."""
+def test_kernels_are_refused_if_triton_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without a C compiler; here, without a GPU to compile for."""
     import torch
 
     from bitpolicy.kernels.triton import kernels as triton_kernels

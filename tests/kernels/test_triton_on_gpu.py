@@ -1,4 +1,4 @@
-"""The Triton kernels where a GPU can be had: real shapes, CUDA graphs, no waiting."""
+"""The Triton kernels on a real GPU: real shapes, CUDA graphs, no synchronization."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ of_float8 = pytest.param(
 
 
 def every_kernel(*formats: str) -> pytest.MarkDecorator:
-    """Each kernel with each of the formats, and the one of float8 with its own."""
+    """Each kernel with each of the formats, and the float8 kernel with its own."""
     calls = [(kernel, format) for kernel in KERNELS for format in formats]
     named = [pytest.param(*call, id=f"{call[0].name}-{call[1]}") for call in calls]
     return pytest.mark.parametrize(("kernel", "format"), [*named, of_float8])
@@ -64,7 +64,7 @@ def drawn(shape: str, format: str, dtype: torch.dtype) -> tuple[torch.Tensor, Pa
 
 
 def right(kernel: Kernel, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor) -> torch.Tensor:
-    """The product in float64, where 8-bit inputs and codes are exact."""
+    """The product in float64, in which 8-bit inputs and codes are exact."""
     if not kernel.compute.rounds_inputs:
         return multiply(x.double(), weight.dequantize(torch.float32).double(), weight.geometry, bias.double())
     convolution, float8 = weight.geometry is not None, kernel.compute is Compute.FP8
@@ -79,7 +79,7 @@ def right(kernel: Kernel, x: torch.Tensor, weight: PackedWeight, bias: torch.Ten
 @every_kernel(*FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_it_is_right_at_real_shapes(kernel: Kernel, shape: str, format: str, dtype: torch.dtype) -> None:
+def test_it_is_correct_at_real_shapes(kernel: Kernel, shape: str, format: str, dtype: torch.dtype) -> None:
     x, weight, bias = drawn(shape, format, dtype)
     assert kernel.refuses(x, weight) is None
     found, exact = run(kernel, x, weight, bias), right(kernel, x, weight, bias)
@@ -103,7 +103,7 @@ def test_a_cuda_graph_gives_the_same_bits_for_new_inputs(kernel: Kernel, format:
         assert all(torch.equal(y, expected) for y in outputs)
 
 
-def test_a_second_graph_of_the_same_input_does_not_lean_on_the_first() -> None:
+def test_a_second_graph_of_the_same_input_is_independent_of_the_first() -> None:
     x, weight, bias = drawn("64 rows", "int8", torch.float16)
     graph_of(lambda: [run(TritonInt8(), x, weight, bias)])
     second, outputs = graph_of(lambda: [run(TritonInt8(), x, weight, bias)])
@@ -113,7 +113,7 @@ def test_a_second_graph_of_the_same_input_does_not_lean_on_the_first() -> None:
 
 
 def graph_of(call: Callable[[], list[torch.Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
-    """A captured call, after one that compiled it."""
+    """A captured call, after a first one that compiled it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -139,7 +139,7 @@ def test_a_call_never_waits_for_the_gpu(kernel: Kernel, format: str) -> None:
 
 
 @pytest.mark.parametrize("shape", ["SDXL feed-forward", "a row", "conv 3x3"])
-def test_tuned_products_in_8_bits_stay_the_same_to_the_bit(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_does_not_change_int8_products(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from bitpolicy.kernels.triton import configs as triton_configs
 
     x, weight, bias = drawn(shape, "int8", torch.float16)
@@ -152,7 +152,7 @@ def test_tuned_products_in_8_bits_stay_the_same_to_the_bit(shape: str, monkeypat
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @every_kernel("int8", "int4")
-def test_a_weight_on_another_gpu_than_the_current_one_is_multiplied_there(kernel: Kernel, format: str) -> None:
+def test_a_weight_on_a_gpu_that_is_not_current_is_multiplied_there(kernel: Kernel, format: str) -> None:
     x, weight, bias = drawn("64 rows", format, torch.float16)
     expected = run(kernel, x, weight, bias)
     moved = replace(weight, tensors={name: tensor.to("cuda:1") for name, tensor in weight.tensors.items()})

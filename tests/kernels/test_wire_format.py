@@ -1,4 +1,4 @@
-"""The bytes of `format_version: 1`, worked out by hand. People keep files of them: a failure here is no detail."""
+"""The bytes of `format_version: 1`, computed by hand. A failure here breaks files that users already have."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bitpolicy.kernels.formats.packing import from_rows, pack_bits, packed_lengt
 
 
 def stored(name: str, weight: torch.Tensor) -> dict[str, list]:
-    """Lists of the numbers that are stored; of float8, of its bytes."""
+    """The stored numbers as lists; the bytes for float8."""
     tensors = format_named(name).quantize(weight)
     return {
         suffix: (tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor).tolist()
@@ -21,7 +21,7 @@ def stored(name: str, weight: torch.Tensor) -> dict[str, list]:
     }
 
 
-def test_the_even_weight_lies_in_the_low_nibble() -> None:
+def test_the_even_weight_is_in_the_low_nibble() -> None:
     assert stored("int4", torch.arange(16.0)[None]) == {
         "weight_packed": [[0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]],
         "weight_scale": [[1.0]],
@@ -68,7 +68,7 @@ def test_a_group_never_reaches_into_the_next_row() -> None:
 
 
 @pytest.mark.parametrize(("name", "group"), [("int4-g32", 32), ("int4", 64), ("int4-g128", 128)])
-def test_the_name_tells_the_group(name: str, group: int) -> None:
+def test_the_name_gives_the_group_size(name: str, group: int) -> None:
     weight = torch.cat([torch.full((group,), 15.0), torch.full((1,), 30.0)])[None]
     assert stored(name, weight)["weight_scale"] == [[1.0, 2.0]]
 
@@ -92,7 +92,7 @@ def test_fp16_is_the_weight_itself() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 5), (3, 4, 3), (2, 3, 2, 4), (2, 3, 2, 4, 3)], ids=str)
-def test_rows_and_back_is_the_same_weight(shape: tuple[int, ...]) -> None:
+def test_conversion_to_rows_round_trips(shape: tuple[int, ...]) -> None:
     weight = torch.randn(shape)
     rows = to_rows(weight)
     assert rows.shape == (shape[0], row_length(shape))
@@ -176,10 +176,10 @@ def test_one_scale_for_each_output_channel_reaches_over_the_whole_row() -> None:
     assert tensors["weight_zero"] == [[0], [10]]
 
 
-def test_what_is_rotated_is_each_run_times_the_matrix_of_sylvester() -> None:
+def test_rotation_multiplies_each_group_by_sylvesters_matrix() -> None:
     weight = torch.zeros(3, 64)
-    weight[0] = 1.0  # the first row of the matrix is constant: all of it goes to the first place, times sqrt(64)
-    weight[1, 0] = 8.0  # and the other way round
+    weight[0] = 1.0  # the first row of the matrix is constant: everything goes to the first position, times sqrt(64)
+    weight[1, 0] = 8.0  # and the reverse
     weight[2, 1] = 8.0  # the second row alternates
     tensors = stored("int4-sym-rot", weight)
     assert tensors["weight_scale"] == [[-1.0], [-0.125], [0.125]]
@@ -194,7 +194,7 @@ def test_fp8_is_e4m3_with_the_largest_weight_of_a_channel_at_448() -> None:
     }
 
 
-def test_nf4_names_the_levels_of_a_normal_distribution_between_plus_and_minus_its_scale() -> None:
+def test_nf4_codes_are_levels_of_a_normal_distribution_up_to_the_scale() -> None:
     assert stored("nf4", torch.tensor([[2.0, -2.0, 0.0, 2 * 0.0796]])) == {
         "weight_packed": [[0x0F, 0x87]],
         "weight_scale": [[2.0]],

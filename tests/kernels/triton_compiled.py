@@ -1,7 +1,7 @@
-"""The machine code of the Triton kernels for GPUs that are not here: run by test_triton_compiled.py in a process of
-its own, because it stands in for Triton's driver and compiles where Triton would launch.
+"""The machine code of the Triton kernels for GPUs that are not present. test_triton_compiled.py runs this in a separate
+process, because it replaces Triton's driver and compiles where Triton would launch.
 
-Calls are made with tensors that have shapes and no values, so that what is compiled is what such a call runs.
+Calls use tensors with shapes but no values, so that exactly the code of such a call is compiled.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
 
 class Pretended:
-    """A driver that says which GPU there is."""
+    """A driver that reports a given GPU."""
 
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
@@ -41,7 +41,7 @@ class Pretended:
         return GPUTarget("cuda", self.architecture, 32)
 
     def get_current_device(self) -> int:
-        return self.architecture  # Triton keeps what it compiled by device
+        return self.architecture  # Triton stores compiled kernels per device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -49,7 +49,7 @@ class Pretended:
 
 @dataclass(frozen=True)
 class Code:
-    """One compiled kernel: `ptx` is what Triton wrote, `sass` what the GPU runs."""
+    """One compiled kernel: `ptx` is Triton's output, `sass` is what the GPU executes."""
 
     name: str
     ptx: str = field(repr=False)
@@ -65,7 +65,7 @@ class Code:
 
     @property
     def local_memory(self) -> tuple[int, bool, bool]:
-        """Bytes of stack, and whether there are variables and accesses of local memory."""
+        """Bytes of stack, and whether there are variables or accesses in local memory."""
         return self.stack, ".local" in self.ptx, self.runs("LDL|STL")
 
 
@@ -73,7 +73,7 @@ _seen: dict[bytes, Code] = {}
 
 
 def disassembled(name: str, kernel: Any, folder: Path) -> Code:
-    """What was launched; several ways to cut a product share the kernels beside it, and these are taken apart once."""
+    """A launched kernel. Configurations of a product share the other kernels, so each is disassembled once."""
     code = kernel.asm["cubin"]
     if code not in _seen:
         _seen[code] = taken_apart(name, kernel, folder)
@@ -93,7 +93,7 @@ def taken_apart(name: str, kernel: Any, folder: Path) -> Code:
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, Any]]]:
-    """Names of kernels and what was compiled where they would have been launched."""
+    """Names of kernels, with the code compiled where they would have been launched."""
     compiled: list[tuple[str, Any]] = []
     run = JITFunction.run
 
@@ -114,7 +114,7 @@ def call(
     x: tuple[int, ...],
     order: torch.memory_format = torch.channels_last,
 ) -> None:
-    """Multiply once; a convolution keeps the size of its input, which lies in the given order."""
+    """Multiply once. A convolution keeps the size of its input, which has the given memory format."""
     found = format_named(format)
     specs = found.tensors(shape, torch.float16).items()
     stored = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs}
@@ -163,7 +163,7 @@ PRODUCTS = [
     PRODUCTS,
     ids=lambda v: getattr(v, "name", None) or str(v),
 )
-def test_a_product_runs_on_tensor_cores_from_asynchronous_copies_and_in_registers(
+def test_a_product_uses_tensor_cores_asynchronous_copies_and_registers(
     launched: list[tuple[str, Any]],
     tmp_path: Path,
     architecture: int,
@@ -186,7 +186,7 @@ def test_a_product_runs_on_tensor_cores_from_asynchronous_copies_and_in_register
         assert code.local_memory == (0, False, False), code
 
 
-# Channels that no step of a sum divides, as of latents; few outputs, as of the last layer; sums that are split
+# Channels that no step of a sum divides, as in latents; few outputs, as in the last layer; split sums
 FIRST = ((320, 9, 3, 3), (2, 9, 64, 64))
 LAST = ((4, 320, 3, 3), (2, 320, 64, 64))
 ODD = ((152, 152, 3, 3), (2, 152, 8, 8))
@@ -205,7 +205,7 @@ NARROW = [
 @pytest.mark.parametrize(
     ("architecture", "kernel", "format", "dtype", "shapes"), NARROW, ids=lambda v: getattr(v, "name", None)
 )
-def test_every_way_to_cut_a_narrow_product_stays_in_registers(
+def test_every_configuration_of_a_narrow_product_stays_in_registers(
     launched: list[tuple[str, Any]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -253,7 +253,7 @@ def test_weights_and_inputs_are_converted_without_local_memory(
 
 
 @pytest.mark.parametrize("architecture", [89, 90])
-def test_inputs_become_float8_by_arithmetic_as_triton_s_own_cast_goes_through_float16_on_ada(
+def test_inputs_become_float8_by_arithmetic_not_by_tritons_cast(
     launched: list[tuple[str, Any]], tmp_path: Path, architecture: int
 ) -> None:
     driver.set_active(Pretended(architecture))
@@ -281,12 +281,12 @@ def test_sums_of_float8_are_float32_from_step_to_step_in_every_tile(
     codes = [disassembled(name, compiled, tmp_path) for name, compiled in launched if name == "_product"]
     assert len(codes) >= 2
     for code in codes:
-        assert code.runs("FADD"), code  # of what a tensor core gives, which knows fewer digits
+        assert code.runs("FADD"), code  # adds the tensor core's results, which have less precision
         assert code.local_memory == (0, False, False), code
 
 
 def test_a_kernel_that_spills_is_found(launched: list[tuple[str, Any]], tmp_path: Path) -> None:
-    """The check itself: twice the sums that the registers of four warps hold."""
+    """Checks the check: twice as many sums as the registers of four warps hold."""
     driver.set_active(Pretended(80))
     with pytest.MonkeyPatch.context() as patch:
         too_wide = triton_configs.Config(256, 128, 64, 4, 2)

@@ -1,4 +1,4 @@
-"""Inputs that Triton quantizes, checked in its interpreter: run as triton_interpreted.py is."""
+"""Quantization of inputs by Triton, checked in its interpreter: run like triton_interpreted.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bitpolicy.kernels.triton import input as triton_input
 
 
 def assert_as_defined(made: triton_input.Quantized, x: torch.Tensor, dims: tuple[int, ...]) -> None:
-    """x_q - z, s_x and z of an input, whose channels the kernels write last; x_q and s_x of float8."""
+    """x_q - z, s_x and z of an input, whose channels the kernels write last; x_q and s_x for float8."""
     last = (lambda t: t) if dims == (-1,) else (lambda t: t.movedim(1, -1))
     assert made.codes.is_contiguous()
     if made.codes.dtype == FLOAT8:
@@ -45,12 +45,12 @@ def test_rows_are_quantized_as_defined(dtype: torch.dtype, length: int, sign: st
 @pytest.mark.parametrize(
     ("shape", "each"),
     [
-        *product([(3, 5, 9), (2, 70, 2, 7), (2, 3, 2, 3, 4)], ["pixel"]),  # a program each, which is slow here
+        *product([(3, 5, 9), (2, 70, 2, 7), (2, 3, 2, 3, 4)], ["pixel"]),  # one program each, which is slow here
         *product([(3, 5, 9), (2, 70, 9, 13), (2, 3, 4, 5, 6), (1, 40, 33, 32)], ["sample"]),
     ],
 )
 @any_sign_and_code
-def test_pixels_and_samples_are_quantized_as_defined_and_written_channels_last(
+def test_pixels_and_samples_are_quantized_as_defined_and_stored_channels_last(
     shape: tuple[int, ...], channels_last: bool, each: str, sign: str, code: torch.dtype
 ) -> None:
     x = SIGNS[sign](inputs(*shape))
@@ -78,7 +78,7 @@ def test_padding_has_the_code_of_zero(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @any_code
-def test_a_row_or_sample_that_is_not_finite_has_no_scale(value: float, code: torch.dtype) -> None:
+def test_a_non_finite_row_or_sample_has_no_scale(value: float, code: torch.dtype) -> None:
     x = inputs(3, 4, 65)
     x[1, 2, 64] = value
     rows = triton_input.quantized(x, (-1,), (), code).scale.view(3, 4)
@@ -92,8 +92,8 @@ def test_a_row_or_sample_that_is_not_finite_has_no_scale(value: float, code: tor
         assert torch.isnan(samples).tolist() == [False, True, False]
 
 
-def test_float8_is_the_nearest_for_every_size_of_value_at_ties_and_beside_them() -> None:
-    levels = torch.arange(0x7F, dtype=torch.uint8).view(FLOAT8).float()  # all that are positive, up to 448
+def test_float8_rounds_to_nearest_at_and_around_ties() -> None:
+    levels = torch.arange(0x7F, dtype=torch.uint8).view(FLOAT8).float()  # all positive ones, up to 448
     ties = (levels[1:] + levels[:-1]) / 2
     beside = [torch.nextafter(ties, torch.tensor(towards)) for towards in (0.0, 1e3)]
     values = torch.cat([levels, ties, *beside, torch.logspace(-12, 2.6, 3000)])
@@ -103,18 +103,18 @@ def test_float8_is_the_nearest_for_every_size_of_value_at_ties_and_beside_them()
     assert torch.equal(made.codes.view(torch.uint8), x.to(FLOAT8).view(torch.uint8))
 
 
-def test_float8_of_a_scale_of_one_bit_is_448_at_most() -> None:
+def test_float8_with_a_one_bit_scale_is_at_most_448() -> None:
     x = torch.tensor([[600.0, -600.0, 100.0], [1.0, 0.0, -1.0]]) * 2.0**-149
     assert_as_defined(triton_input.quantized(x, (-1,), (), FLOAT8), x, (-1,))
 
 
-def test_codes_of_one_kind_are_not_taken_for_the_other() -> None:
+def test_int8_and_float8_codes_are_not_mixed_up() -> None:
     x = inputs(3, 64)
     for code in (torch.int8, FLOAT8, torch.int8):
         assert triton_input.quantized(x, (-1,), (), code).codes.dtype == code
 
 
-def test_a_zero_point_is_a_code_where_a_scale_has_one_bit() -> None:
+def test_a_zero_point_is_a_valid_code_with_a_one_bit_scale() -> None:
     least = 2.0**-149
     x = torch.tensor([[-380 * least, 0.0], [0.0, 380 * least], [-least, least]])
     assert (-x[0, 0] / least).round() == 380

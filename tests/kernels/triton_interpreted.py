@@ -1,4 +1,4 @@
-"""What is Triton's own, checked in its interpreter: run by test_triton_interpreted.py, with TRITON_INTERPRET=1."""
+"""Tests specific to Triton, run in its interpreter by test_triton_interpreted.py, with TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def weight(format: str, shape: tuple[int, ...], geometry: Geometry | None = None
 
 @pytest.fixture
 def cut(monkeypatch: pytest.MonkeyPatch) -> Callable[[Config], None]:
-    """Cuts every product so."""
+    """Force the configuration of every product."""
 
     def so(config: Config) -> None:
         monkeypatch.setattr(triton_layers, "choose", lambda *_: config)
@@ -100,7 +100,7 @@ def test_a_flat_weight_has_scale_one() -> None:
     ],
     ids=str,
 )
-def test_products_are_those_of_the_definition_wherever_zero_lies(
+def test_products_equal_the_definition_for_any_zero_point(
     shape: tuple[int, ...], slides: Geometry | None, format: str, sign: str
 ) -> None:
     w, bias = weight(format, shape, slides), inputs(shape[0])
@@ -125,7 +125,7 @@ def test_products_are_those_of_the_definition_wherever_zero_lies(
     ids=str,
 )
 @pytest.mark.parametrize("splits", [1, 3])
-def test_products_of_float8_are_those_of_the_definition(
+def test_float8_products_equal_the_definition(
     cut: Callable[[Config], None], shape: tuple[int, ...], slides: Geometry | None, splits: int
 ) -> None:
     cut(Config(16, 16, 32, 1, 1, splits))
@@ -142,7 +142,7 @@ def test_products_of_float8_are_those_of_the_definition(
 @pytest.mark.parametrize("splits", [1, 2, 3])
 @pytest.mark.parametrize("slides", [SQUARE, ONE_TAP], ids=["a sample", "a pixel"])
 @pytest.mark.parametrize("channels", [40, 64])
-def test_scales_of_samples_and_pixels_are_found_in_every_split(
+def test_every_split_uses_the_scales_of_its_samples_and_pixels(
     cut: Callable[[Config], None], slides: Geometry, splits: int, channels: int
 ) -> None:
     cut(Config(16, 16, 32, 1, 1, splits))
@@ -193,14 +193,14 @@ def test_layers_that_multiply_the_same_input_share_its_codes(monkeypatch: pytest
     for view in (x, x, x.view(4, 64)):
         assert torch.equal(TritonInt8()(view, w, None, {}), int8_product(x, w, None))
     assert len(calls) == 1
-    x.mul_(2)  # a new value in the same place
+    x.mul_(2)  # new values in the same memory
     assert torch.equal(TritonInt8()(x, w, None, {}), int8_product(x, w, None))
     assert len(calls) == 2
     other = x.clone()
     del x
     assert torch.equal(TritonInt8()(other, w, None, {}), int8_product(other, w, None))
     assert len(calls) == 3
-    with torch.inference_mode():  # such tensors do not count their writes
+    with torch.inference_mode():  # torch does not count writes to such tensors
         uncounted = other * 1
         for _ in range(2):
             TritonInt8()(uncounted, w, None, {})
@@ -248,7 +248,7 @@ def test_4_bits_are_requantized_inside_the_product_for_few_rows_and_before_it_fo
     assert calls == [1]
 
 
-def test_codes_that_lie_channels_last_are_not_copied() -> None:
+def test_channels_last_codes_are_not_copied() -> None:
     w = weight("int8", (6, 32, 3, 3), SQUARE)
     assert set(TritonInt8().prepare(w, torch.float16)) == {"rows", "code_sums"}
     codes = w.tensors["weight_packed"].contiguous(memory_format=torch.channels_last)
@@ -259,7 +259,7 @@ def test_codes_that_lie_channels_last_are_not_copied() -> None:
 
 
 @pytest.mark.parametrize("kernel", [TritonDequantize(), TritonFloat(), TritonInt8(), TritonFp8()], ids=lambda k: k.name)
-def test_shapes_that_do_not_fit_are_errors(kernel: Kernel) -> None:
+def test_mismatched_shapes_are_errors(kernel: Kernel) -> None:
     format = "fp8" if kernel.name == "triton-fp8" else "int8"
     w = weight(format, (6, 32, 3, 3), SQUARE)
     with pytest.raises(RuntimeError, match="channels"):
@@ -268,7 +268,7 @@ def test_shapes_that_do_not_fit_are_errors(kernel: Kernel) -> None:
         kernel(inputs(5, 31, dtype=torch.float16), weight(format, (6, 32)), None, {})
 
 
-def test_tuning_takes_the_fastest_way_and_remembers_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_keeps_the_fastest_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_configs, "_tuned", {})
     product = triton_configs.Product(4096, 640, 640, 640, 8, True)
     ways = triton_configs.configs(product)

@@ -33,12 +33,12 @@ FORMATS = (format_named("int4"), format_named("int8"), FP16)
 
 @dataclass
 class ScriptedGenerations:
-    """Stands for `Generations`: an image's error is the sum of its layers' true errors times the sample's own factor.
+    """Replaces `Generations`: an image's error is the sum of its layers' true errors times a factor per sample.
 
     Attributes:
         true_error: float64, shape (layers, formats without FP16).
-        asked: each policy that was scored, with the samples whose error was taken.
-        stop_after: raise KeyboardInterrupt once so many errors were given.
+        asked: each scored policy, with the samples whose error was taken.
+        stop_after: raise KeyboardInterrupt once this many errors were given.
     """
 
     true_error: torch.Tensor
@@ -61,7 +61,7 @@ class ScriptedGenerations:
 
 
 def factor(sample: Sample) -> float:
-    """Between 1 and 1.5, no two alike."""
+    """A factor between 1 and 1.5, different for each sample."""
     return 1 + 0.5 * (sample.seed * 0.6180339887 % 1)
 
 
@@ -84,7 +84,7 @@ def new_problem() -> Problem:
 
 
 def scripted_generations(problem: Problem, **settings: Any) -> ScriptedGenerations:
-    """Generations whose truth is not the table's: the table is wrong by a factor of its own for every group."""
+    """Generations whose true errors differ from the table by a factor per group."""
     draw = torch.Generator().manual_seed(1)
     wrong = dict(zip(problem.groups, torch.rand(len(problem.groups), generator=draw).tolist(), strict=True))
     factors = torch.tensor([16 ** (2 * wrong[layer.group] - 1) for layer in problem.inventory], dtype=torch.float64)
@@ -106,7 +106,7 @@ def samples() -> list[Sample]:
     return [Sample("cat", seed) for seed in range(8)]
 
 
-# A process that takes part in study "s": conftest.py, storage, trials, seconds a sample. It prints the best policy
+# A process that works on study "s": conftest.py, storage, trials, seconds per sample. It prints the best policy
 # and the number of finished trials.
 WORKER = """
 import importlib.util, sys, time
@@ -137,8 +137,8 @@ print("-".join(choice.format.name for choice in study.best(1)[0].values()), len(
 
 @pytest.fixture
 def new_workers() -> Iterator[Callable[..., list[subprocess.Popen[str]]]]:
-    """`new_workers(url, count, trials)`: processes that run trials of study "s" in one storage; they begin together,
-    once each has imported what it needs, however long that takes."""
+    """`new_workers(url, count, trials)`: processes that run trials of study "s" in one storage. They start together,
+    once each has finished its imports, however long that takes."""
     started: list[subprocess.Popen[str]] = []
 
     def new(url: str, count: int = 1, trials: int = 1, seconds: float = 0.05) -> list[subprocess.Popen[str]]:
@@ -163,7 +163,7 @@ def new_workers() -> Iterator[Callable[..., list[subprocess.Popen[str]]]]:
 
 @pytest.fixture
 def share(new_workers: Callable[..., list[subprocess.Popen[str]]]) -> Callable[[str], None]:
-    """`share(url)`: two processes at one study in an empty storage; every trial is somebody's, none is done twice."""
+    """`share(url)`: two processes work on one study in an empty storage; every trial is done exactly once."""
 
     def run(url: str) -> None:
         outputs = []
@@ -174,7 +174,7 @@ def share(new_workers: Callable[..., list[subprocess.Popen[str]]]) -> Callable[[
         study = optuna.load_study(study_name="s", storage=open_storage(url))
         finished = study.get_trials(states=(TrialState.COMPLETE,))
         assert len(study.trials) == len(finished)
-        assert 12 <= len(finished) <= 13  # both may begin the last one
+        assert 12 <= len(finished) <= 13  # both may start the last one
         assert len(Counter(trial.user_attrs["worker"] for trial in finished)) == 2
         assert sorted(trial.user_attrs["turn"] for trial in finished) == list(range(len(finished)))
         assert outputs[0] == outputs[1]
@@ -185,7 +185,7 @@ def share(new_workers: Callable[..., list[subprocess.Popen[str]]]) -> Callable[[
 
 @pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
-    """`free_port()`: a port of this machine that nobody listens at."""
+    """`free_port()`: an unused port of this machine."""
 
     def find() -> int:
         with socket.socket() as free:

@@ -1,4 +1,4 @@
-"""Which estimates are measured before a solution is believed."""
+"""Which estimates are measured before a solution is trusted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bitpolicy.sensitivity.table import FIRST_ORDER, SensitivityTable
 
 
 def with_errors(problem: Problem, error: torch.Tensor, sketches: int = 32) -> Problem:
-    """The problem with other errors, as from so many sketches."""
+    """The problem with other errors, as if from this many sketches."""
     signs = torch.randn(sketches, *error.shape, generator=torch.Generator().manual_seed(0)).sign()
     table = replace(problem.table, probe="adjoint", error=error, sketches=signs * error.sqrt().float())
     return replace(problem, table=table)
@@ -21,7 +21,7 @@ def with_errors(problem: Problem, error: torch.Tensor, sketches: int = 32) -> Pr
 
 @pytest.fixture
 def small(problem: Problem) -> Problem:
-    """All errors within first order, each layer's two formats far apart."""
+    """All errors within first order, and each layer's two formats far apart."""
     return with_errors(problem, problem.table.error * 0.1 * FIRST_ORDER)
 
 
@@ -30,7 +30,7 @@ def chosen_places(problem: Problem) -> set[tuple[int, int]]:
     return {(i, problem.table.formats.index(f)) for i, f in enumerate(formats) if f.packed}
 
 
-def test_the_largest_errors_that_are_chosen_come_first(small: Problem) -> None:
+def test_the_largest_chosen_errors_come_first(small: Problem) -> None:
     error = small.table.error * 100
     problem = with_errors(small, error)
     large = sorted((p for p in chosen_places(problem) if error[p] > FIRST_ORDER), key=lambda p: -float(error[p]))
@@ -39,12 +39,12 @@ def test_the_largest_errors_that_are_chosen_come_first(small: Problem) -> None:
     assert beyond_first_order(problem, problem.solve(), 0) == []
 
 
-def test_errors_within_first_order_are_believed(small: Problem) -> None:
+def test_errors_within_first_order_are_trusted(small: Problem) -> None:
     assert beyond_first_order(small, small.solve(), 1000) == []
 
 
 def test_close_choices_are_found_and_clear_ones_are_not(small: Problem) -> None:
-    """The more sketches, the fewer choices an error of the estimate could turn."""
+    """The more sketches, the fewer choices depend on an estimate's error."""
     solution = small.solve()
     many = close_choices(with_errors(small, small.table.error, sketches=2), solution, 1000)
     few = close_choices(with_errors(small, small.table.error, sketches=20000), solution, 1000)
@@ -52,7 +52,7 @@ def test_close_choices_are_found_and_clear_ones_are_not(small: Problem) -> None:
     assert 2 * len(few) < len(many)
 
 
-def test_never_more_than_asked_and_never_twice(small: Problem) -> None:
+def test_at_most_count_places_and_none_twice(small: Problem) -> None:
     problem = with_errors(small, small.table.error, sketches=2)
     found = close_choices(problem, problem.solve(), 5)
     assert len(found) == len(set(found)) == 5
@@ -62,7 +62,7 @@ def test_never_more_than_asked_and_never_twice(small: Problem) -> None:
     assert close_choices(problem, problem.solve(), 0) == []
 
 
-def test_every_place_is_a_number_of_the_table(small: Problem) -> None:
+def test_every_place_is_in_the_table(small: Problem) -> None:
     table: SensitivityTable = small.table
     problem = with_errors(small, table.error, sketches=2)
     for layer, column in close_choices(problem, problem.solve(), 1000):

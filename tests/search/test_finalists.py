@@ -1,4 +1,4 @@
-"""The last choice is the one with the lowest error on fresh samples."""
+"""The final choice is the policy with the lowest error on fresh samples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAMPLES = [Sample("cat", 0), Sample("dog", 1)]
 
 
 class Scripted:
-    """Generations whose errors are known: one list for each format."""
+    """Generations with known errors: one list per format."""
 
     def __init__(self, *errors: Sequence[float]) -> None:
         self._errors = {c["layer"].format.name: e for c, e in zip(FINALISTS, errors, strict=False)}
@@ -41,7 +41,7 @@ def test_the_lowest_mean_error_wins() -> None:
     assert found.error == (2.0, 1.5, 4.5)
 
 
-def test_of_equals_the_earlier_wins() -> None:
+def test_the_earlier_of_two_equals_wins() -> None:
     assert confirmed(Scripted([9.0, 9.0], [1.0, 3.0], [3.0, 1.0], [2.0, 2.0])).choices == FINALISTS[1]
 
 
@@ -50,18 +50,18 @@ def test_a_single_finalist_wins() -> None:
     assert (found.choices, found.error) == (FINALISTS[0], (1.5,))
 
 
-def test_a_leader_that_is_best_on_fresh_samples_held() -> None:
+def test_a_leader_that_is_best_on_fresh_samples_is_confirmed() -> None:
     found = confirmed(Scripted([1.0, 1.0], [1.0, 2.0]))
     assert (found.won, found.held, found.leader_rank) == (0, True, 1)
 
 
-def test_a_leader_that_is_not_best_on_fresh_samples_did_not_hold_and_the_best_there_is_taken() -> None:
+def test_a_leader_that_is_not_best_on_fresh_samples_is_replaced() -> None:
     found = confirmed(Scripted([2.0, 2.0], [3.0, 3.0], [1.0, 1.0], [1.5, 1.5]))
     assert (found.won, found.held, found.leader_rank) == (2, False, 3)
     assert found.choices == FINALISTS[2]
 
 
-def test_a_leader_that_is_as_good_as_another_on_fresh_samples_held() -> None:
+def test_a_leader_that_ties_on_fresh_samples_is_confirmed() -> None:
     assert confirmed(Scripted([2.0, 2.0], [1.0, 3.0])).held
 
 

@@ -23,7 +23,7 @@ Draw = Callable[..., Features]
 
 @pytest.fixture
 def draw() -> Draw:
-    """`draw(n, d)`: features with a mean and a covariance of their own."""
+    """`draw(n, d)`: features with a random mean and covariance."""
     random = np.random.default_rng(0)
     return lambda n, d: random.normal(size=(n, d)) @ random.normal(size=(d, d)) + random.normal(size=d)
 
@@ -38,7 +38,7 @@ def with_moments(mean: Features, deviation: Features, n: int) -> Features:
 # Frechet
 
 
-def test_of_two_gaussians_with_diagonal_covariance_has_a_closed_form() -> None:
+def test_it_equals_the_closed_form_for_diagonal_gaussians() -> None:
     random = np.random.default_rng(2)
     m, s, n, t = random.normal(size=5), random.uniform(1, 2, 5), random.normal(size=5), random.uniform(1, 2, 5)
     found = frechet_distance(with_moments(m, s, 40), with_moments(n, t, 60))
@@ -46,8 +46,8 @@ def test_of_two_gaussians_with_diagonal_covariance_has_a_closed_form() -> None:
 
 
 @pytest.mark.parametrize(("n", "m", "d"), [(300, 200, 20), (30, 50, 20), (12, 9, 20), (2, 2, 3)])
-def test_agrees_with_the_root_of_the_product(draw: Draw, n: int, m: int, d: int) -> None:
-    """Heusel's formula through SciPy, with few pictures, too, where the product is singular."""
+def test_it_agrees_with_the_root_of_the_product(draw: Draw, n: int, m: int, d: int) -> None:
+    """Heusel's formula computed with SciPy, also with few pictures, for which the product is singular."""
     x, y = draw(n, d), draw(m, d)
     s, t = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
     root = sum(np.sqrt(np.clip(scipy.linalg.eigvals(s @ t).real, 0, None)))
@@ -57,7 +57,7 @@ def test_agrees_with_the_root_of_the_product(draw: Draw, n: int, m: int, d: int)
     assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-5)
 
 
-def test_is_a_distance(draw: Draw) -> None:
+def test_it_is_a_distance(draw: Draw) -> None:
     x, y = draw(50, 20), draw(40, 20)
     assert frechet_distance(x, x) == pytest.approx(0, abs=1e-10)
     assert frechet_distance(x, x[::-1]) == pytest.approx(0, abs=1e-10)
@@ -66,8 +66,8 @@ def test_is_a_distance(draw: Draw) -> None:
     assert frechet_distance(3 * x, 3 * y) == pytest.approx(9 * frechet_distance(x, y), rel=1e-10)
 
 
-def test_sees_a_difference_of_a_millionth(draw: Draw) -> None:
-    """Where pictures are fewer than features, the root of a product drowns that in its rounding errors."""
+def test_it_detects_a_difference_of_a_millionth(draw: Draw) -> None:
+    """With fewer pictures than features, the root of a product loses this in rounding errors."""
     x = draw(20, 50)
     assert frechet_distance(x, x * (1 + 1e-6)) == pytest.approx(
         1e-12 * (np.square(x.mean(0)).sum() + np.trace(np.cov(x, rowvar=False))), rel=0.1, abs=1e-11
@@ -83,7 +83,7 @@ def test_one_picture_has_no_distribution(distance: Callable[..., float], draw: D
 # Kernel
 
 
-def test_is_the_unbiased_estimator_of_its_definition(draw: Draw) -> None:
+def test_it_is_the_unbiased_estimator_of_its_definition(draw: Draw) -> None:
     x, y = draw(9, 4), draw(9, 4)
 
     def k(a: Features, b: Features) -> float:
@@ -97,7 +97,7 @@ def test_is_the_unbiased_estimator_of_its_definition(draw: Draw) -> None:
     assert paired_kernel_distance(x, y) == pytest.approx(paired, rel=1e-9)
 
 
-def test_is_clean_fids(draw: Draw) -> None:
+def test_it_equals_clean_fids(draw: Draw) -> None:
     x, y = draw(30, 6), draw(45, 6)
     np.random.seed(0)
     expected = fid.kernel_distance(x, y)
@@ -107,21 +107,21 @@ def test_is_clean_fids(draw: Draw) -> None:
     assert (np.random.get_state()[1] == before).all(), "the caller's random stream is left alone"
 
 
-def test_pairs_that_are_equal_have_no_distance(draw: Draw) -> None:
+def test_equal_pairs_have_distance_zero(draw: Draw) -> None:
     x = draw(1500, 6)  # more than one block of rows
     scale = ((x * x).sum(1) / 6 + 1).mean() ** 3
     assert paired_kernel_distance(x, x) == pytest.approx(0, abs=1e-12 * scale)
     assert kernel_distance(x[:30], x[:30]) < -0.1, "clean-fid's, meant for independent sets, is below zero there"
 
 
-def test_grows_with_the_difference(draw: Draw) -> None:
+def test_it_grows_with_the_difference(draw: Draw) -> None:
     x, noise = draw(60, 5), draw(60, 5)
     found = [paired_kernel_distance(x, x + size * noise) for size in (0.01, 0.1, 0.3, 1.0)]
     assert found == sorted(found)
     assert found[0] > 0
 
 
-# Through clean-fid's own doors
+# Through clean-fid's own functions
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +148,8 @@ def extractor() -> Extractor:
     tuple(map(int, scipy.__version__.split(".")[:2])) >= (1, 18), reason="clean-fid calls sqrtm(disp=False)"
 )
 @pytest.mark.filterwarnings("ignore:The `disp` argument:DeprecationWarning")
-def test_the_whole_road_gives_what_clean_fid_gives(folders: tuple[Path, Path], extractor: Extractor) -> None:
-    """With few pictures clean-fid's matrix root is off by some 1e-4."""
+def test_the_complete_computation_agrees_with_clean_fid(folders: tuple[Path, Path], extractor: Extractor) -> None:
+    """With few pictures, clean-fid's matrix root is off by about 1e-4."""
     first, second = folders
     expected = fid.compute_fid(
         str(first),
@@ -182,7 +182,7 @@ def test_a_video_counts_frame_by_frame_and_grey_as_rgb(extractor: Extractor) -> 
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_more_pictures_than_a_batch(extractor: Extractor) -> None:
+def test_more_pictures_than_one_batch(extractor: Extractor) -> None:
     images = [torch.rand(3, 64, 64) for _ in range(70)]
     found = extractor.of_images(images)
     np.testing.assert_allclose(found[66:], extractor.of_images(images[66:]), rtol=1e-4, atol=1e-5)

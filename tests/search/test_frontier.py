@@ -1,4 +1,4 @@
-"""The curve of bytes against error, and the reverse problem, against trying everything."""
+"""The frontier of bytes against error, and its inverse, against brute force."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Case = tuple[np.ndarray, np.ndarray]
 
 
 def cases(count: int, seed: int) -> Iterator[Case]:
-    """Small tables: ties, zero errors, errors near 1e-12, equal sizes, formats that may not be, sizes of gigabytes."""
+    """Small tables: ties, zero errors, errors near 1e-12, equal sizes, disallowed formats, sizes of gigabytes."""
     draw = np.random.default_rng(seed)
     for i in range(count):
         shape = (int(draw.integers(1, 6)), int(draw.integers(1, 5)))
@@ -34,7 +34,7 @@ def cases(count: int, seed: int) -> Iterator[Case]:
 
 
 def everything(error: np.ndarray, nbytes: np.ndarray) -> Case:
-    """Errors and bytes of all choices that may be."""
+    """Errors and bytes of all allowed choices."""
     allowed = [row.nonzero()[0] for row in np.isfinite(error)]
     choices = [np.array(choice) for choice in itertools.product(*allowed)]
     return np.array([total(error, c) for c in choices]), np.array([total(nbytes, c) for c in choices])
@@ -58,7 +58,7 @@ def many(layers: int = 80, formats: int = 5, seed: int = 0) -> Case:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_each_budget_has_the_least_error_of_all_choices(seed: int) -> None:
+def test_each_budget_gets_the_least_possible_error(seed: int) -> None:
     draw = np.random.default_rng(seed)
     for error, nbytes in cases(60, seed):
         errors, sizes = everything(error, nbytes)
@@ -81,8 +81,8 @@ def test_more_bytes_never_have_more_error(gap: float) -> None:
         assert max(solution.gap for solution in found) <= gap * 1.01
 
 
-def test_where_time_runs_out_more_bytes_still_have_no_more_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first budget has all the time there is, the next ones none."""
+def test_more_bytes_never_have_more_error_when_time_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first budget has unlimited time, the others none."""
 
     asked: list[int] = []
 
@@ -101,7 +101,7 @@ def test_where_time_runs_out_more_bytes_still_have_no_more_error(monkeypatch: py
     assert worse, "in none of the cases the time was needed"
 
 
-def test_a_gap_that_is_reached_and_a_time_that_is_over_end_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_solver_stops_at_the_gap_and_at_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     error, nbytes = many()
     budget = int(nbytes[:, -1].sum() * 0.4)
     monkeypatch.setitem(solve_hull.__globals__, "_highs", lambda *arguments: pytest.fail("HiGHS was asked"))
@@ -125,7 +125,7 @@ def test_solutions_come_in_the_order_of_the_budgets() -> None:
     assert first.error < third.error < fourth.error
 
 
-def test_without_time_gaps_are_still_true() -> None:
+def test_gaps_are_valid_without_any_time() -> None:
     for error, nbytes in cases(60, seed=9):
         errors, sizes = everything(error, nbytes)
         budget = int(np.median(sizes))
@@ -163,12 +163,12 @@ def test_the_hull_is_convex() -> None:
     assert (np.diff(saved / bought) <= 1e-9 * saved[0] / bought[0]).all()
 
 
-def test_layers_whose_bytes_save_alike_are_one_edge_of_the_hull() -> None:
+def test_layers_with_equal_rates_form_one_edge_of_the_hull() -> None:
     error, nbytes = np.array([[5.0, 1.0], [5.0, 1.0], [3.0, 0.0]]), np.array([[2, 4], [2, 4], [1, 7]])
     assert [(p.nbytes, p.error) for p in points(error, nbytes)] == [(5, 13.0), (9, 5.0), (15, 2.0)]
 
 
-# The reverse
+# The inverse
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -185,7 +185,7 @@ def test_the_fewest_bytes_within_an_error(seed: int) -> None:
             assert solution.nbytes * (1 - solution.gap) <= best * (1 + 1e-12)
 
 
-def test_the_reverse_of_a_solution_takes_no_more_bytes() -> None:
+def test_the_inverse_of_a_solution_takes_no_more_bytes() -> None:
     error, nbytes = many()
     for share in (0.2, 0.4, 0.6, 0.8):
         there = solve(error, nbytes, int(nbytes[:, -1].sum() * share))
@@ -195,7 +195,7 @@ def test_the_reverse_of_a_solution_takes_no_more_bytes() -> None:
         assert back.gap <= GAP * 1.01
 
 
-def test_without_time_the_gap_of_the_reverse_is_still_true() -> None:
+def test_the_gap_of_the_inverse_is_valid_without_any_time() -> None:
     worse = 0
     for seed in range(6):
         error, nbytes = many(seed=seed)
@@ -208,24 +208,24 @@ def test_without_time_the_gap_of_the_reverse_is_still_true() -> None:
     assert worse, "in none of the cases the time was needed"
 
 
-def test_any_error_at_all_is_the_smallest_policy() -> None:
+def test_an_unlimited_error_gives_the_smallest_policy() -> None:
     error, nbytes = np.array([[np.inf, 3.0, 0.0], [5.0, 1.0, 0.0]]), np.array([[1, 2, 4], [1, 2, 4]])
     for target in (8.0, 1e30, np.inf):
         assert smallest(error, nbytes, target).formats.tolist() == [1, 0]
 
 
-def test_no_error_at_all_is_the_smallest_without() -> None:
+def test_a_zero_error_gives_the_smallest_exact_policy() -> None:
     solution = smallest(np.array([[1.0, 0.0, 0.0], [1e-30, 0.5, 0.0]]), np.array([[1, 4, 3], [1, 2, 4]]), 0.0)
     assert (solution.formats.tolist(), solution.nbytes, solution.gap) == ([2, 2], 7, 0.0)
 
 
 @pytest.mark.parametrize("target", [0.2, -1.0, np.nan])
-def test_an_error_out_of_reach_is_refused_with_the_least(target: float) -> None:
-    with pytest.raises(BudgetError, match=r"below the least that any policy has, 0\.75; raise the target"):
+def test_an_unreachable_error_is_refused_with_the_smallest_one(target: float) -> None:
+    with pytest.raises(BudgetError, match=r"any policy has, 0\.75; raise the target"):
         smallest(np.array([[np.inf, 0.25], [0.5, 0.5]]), np.ones((2, 2), dtype=np.int64), target)
 
 
-def test_a_layer_without_any_format_is_named() -> None:
+def test_a_layer_without_an_allowed_format_is_named() -> None:
     for ask in (lambda e, b: frontier(e, b, [9]), lambda e, b: smallest(e, b, 9.0), points):
-        with pytest.raises(BitPolicyError, match="layer 0 may have none"):
+        with pytest.raises(BitPolicyError, match=r"layer 0 .* --formats"):
             ask(np.array([[np.inf, np.inf]]), np.array([[1, 2]]))

@@ -1,4 +1,4 @@
-"""Images under a policy: as the checkpoint would draw them, measured against the reference, and weights put back."""
+"""Images under a policy: equal to the checkpoint's, compared with the reference, and weights are restored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bitpolicy.sensitivity.samples import split_samples
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
 INT4, INT8 = format_named("int4"), format_named("int8")
-SAMPLES = split_samples(["cat", "a red heart", "pizza"], 6, seed=0)  # one call of four, one of two
+SAMPLES = split_samples(["cat", "a red heart", "pizza"], 6, seed=0)  # one call of four and one of two
 Choices = dict[str, Choice]
 
 
@@ -49,7 +49,7 @@ def generations(trajectories: Trajectories, calibration: dict[str, torch.Tensor]
 
 @pytest.fixture
 def choices(pipe: Any) -> Choices:
-    """INT4 and INT8 in turn, every third bias corrected."""
+    """INT4 and INT8 alternate, and every third bias is corrected."""
     names = [name for name, _ in quantizable_layers(pipe.unet)]
     return {name: Choice((INT4, INT8)[i % 2], i % 3 == 0) for i, name in enumerate(names)}
 
@@ -123,7 +123,7 @@ def test_a_reference_is_drawn_once(
     generations.references(SAMPLES[:3])
     assert drawn == SAMPLES[:3]
     list(generations.errors(choices, SAMPLES[:3]))
-    assert drawn == SAMPLES[:3] * 2  # the policy's images, no reference
+    assert drawn == SAMPLES[:3] * 2  # the policy's images, no references
 
 
 def test_weights_are_put_back_after_all_errors_were_taken(

@@ -1,4 +1,4 @@
-"""Two processes at one study through Optuna's gRPC proxy, which holds the only connection to a database."""
+"""Two processes work on one study through Optuna's gRPC proxy, which has the only connection to the database."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 if importlib.util.find_spec("grpc") is None:
     pytest.skip("needs gRPC: pip install 'bitpolicy[grpc]'", allow_module_level=True)
 
-# What docs/studies.md tells people to run, before SQLite: database, port.
+# The command that docs/studies.md recommends, with SQLite: database, port.
 PROXY = """
 import sys
 from optuna.storages import get_storage, run_grpc_proxy_server
@@ -26,7 +26,7 @@ run_grpc_proxy_server(get_storage(sys.argv[1]), host="127.0.0.1", port=int(sys.a
 
 @pytest.fixture
 def proxy(tmp_path: Path, free_port: Callable[[], int]) -> Iterator[str]:
-    """The URL of a proxy that answers."""
+    """The URL of a running proxy."""
     port = free_port()
     line = [sys.executable, "-c", PROXY, f"sqlite:///{tmp_path}/studies.db", str(port)]
     server = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

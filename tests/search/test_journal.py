@@ -1,4 +1,4 @@
-"""The journal: workers that slept or were killed while they held the lock, records that were cut short or damaged."""
+"""The journal: workers stopped or killed while they hold the lock, and truncated or damaged records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bitpolicy import BitPolicyError
 from bitpolicy.search.study.journal import SleepersLock, journal
 
 
-def test_a_lock_that_was_taken_away_is_released_without_a_word(tmp_path: Path) -> None:
+def test_releasing_a_lock_that_was_taken_away_is_silent(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     path.touch()
     lock = SleepersLock(str(path))
@@ -28,10 +28,10 @@ def test_a_lock_that_was_taken_away_is_released_without_a_word(tmp_path: Path) -
     lock.release()
     assert not os.path.lexists(f"{path}.lock")
     with pytest.raises(RuntimeError):
-        JournalFileSymlinkLock(str(path)).release()  # what it would have been
+        JournalFileSymlinkLock(str(path)).release()  # Optuna's own behaviour
 
 
-def test_the_journal_uses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_journal_uses_this_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "journal"
     study = optuna.create_study(storage=journal(str(path)))
     acquire = SleepersLock.acquire
@@ -48,8 +48,8 @@ def test_the_journal_uses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture
-def told(tmp_path: Path) -> tuple[Path, bytes]:
-    """A journal of three finished trials, and what it holds."""
+def filled_journal(tmp_path: Path) -> tuple[Path, bytes]:
+    """A journal of three finished trials, and its content."""
     path = tmp_path / "journal"
     study = optuna.create_study(study_name="s", storage=journal(str(path)))
     for value in (3.0, 1.0, 2.0):
@@ -57,10 +57,10 @@ def told(tmp_path: Path) -> tuple[Path, bytes]:
     return path, path.read_bytes()
 
 
-def test_a_record_that_was_cut_short_is_put_aside_and_the_study_goes_on(
-    told: tuple[Path, bytes], capsys: pytest.CaptureFixture[str]
+def test_a_truncated_record_is_moved_aside_and_the_study_continues(
+    filled_journal: tuple[Path, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, content = told
+    path, content = filled_journal
     last = content.rstrip(b"\n").rfind(b"\n") + 1
     for cut in (last + 1, last + 20, len(content) - 1):
         path.write_bytes(content[:cut])
@@ -77,8 +77,10 @@ def test_a_record_that_was_cut_short_is_put_aside_and_the_study_goes_on(
         assert str(torn) in line
 
 
-def test_a_whole_journal_is_left_as_it_is(told: tuple[Path, bytes], capsys: pytest.CaptureFixture[str]) -> None:
-    path, content = told
+def test_an_intact_journal_is_not_changed(
+    filled_journal: tuple[Path, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, content = filled_journal
     journal(str(path))
     assert path.read_bytes() == content
     assert capsys.readouterr().err == ""
@@ -86,8 +88,10 @@ def test_a_whole_journal_is_left_as_it_is(told: tuple[Path, bytes], capsys: pyte
 
 
 @pytest.mark.parametrize("tail", [b'{"op_code":4,"trial', b'{"op_code":4,"trial{"op_code":5}\n', b"\0" * 64, b"[1]\n"])
-def test_all_from_the_first_record_that_is_none_is_put_aside(told: tuple[Path, bytes], tail: bytes) -> None:
-    path, content = told
+def test_everything_from_the_first_invalid_record_is_moved_aside(
+    filled_journal: tuple[Path, bytes], tail: bytes
+) -> None:
+    path, content = filled_journal
     path.write_bytes(content + tail + b'{"op_code":4}\n')
     study = optuna.load_study(study_name="s", storage=journal(str(path)))
     assert len(study.trials) == 3
@@ -95,11 +99,11 @@ def test_all_from_the_first_record_that_is_none_is_put_aside(told: tuple[Path, b
     assert path.with_name("journal.torn").read_bytes().startswith(tail)
 
 
-def test_a_record_is_not_taken_for_torn_while_another_process_writes_it(
-    told: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch
+def test_a_record_being_written_is_not_mistaken_for_a_torn_one(
+    filled_journal: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever holds the lock may be in the middle of a line: opening waits."""
-    path, content = told
+    """The process that holds the lock may be in the middle of a line, so opening waits."""
+    path, content = filled_journal
     path.write_bytes(content[:-5])
     acquire = SleepersLock.acquire
 
@@ -113,8 +117,8 @@ def test_a_record_is_not_taken_for_torn_while_another_process_writes_it(
     assert path.read_bytes() == content
 
 
-def test_a_lock_can_be_followed_wherever_its_folder_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Optuna asks for its age through the link: one that leads nowhere is waited for for ever."""
+def test_the_lock_can_be_followed_wherever_its_folder_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optuna reads the age through the link, and waits forever for a dangling one."""
     monkeypatch.chdir(tmp_path)
     Path("out").mkdir()
     Path("out/journal").touch()
@@ -124,8 +128,8 @@ def test_a_lock_can_be_followed_wherever_its_folder_is(tmp_path: Path, monkeypat
     assert os.path.samefile("moved/journal.lock", "moved/journal")
 
 
-def test_a_lock_that_leads_nowhere_is_nobodys_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a killed process of an older version left it, which was given a relative path."""
+def test_a_dangling_lock_is_removed_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left by a killed process of an older version that was given a relative path."""
     path = tmp_path / "journal"
     path.touch()
     os.symlink("out/journal", f"{path}.lock")
@@ -135,7 +139,7 @@ def test_a_lock_that_leads_nowhere_is_nobodys_after_a_while(tmp_path: Path, monk
     assert os.path.samefile(f"{path}.lock", path)
 
 
-def test_who_is_alone_does_not_wait_for_a_lock_that_was_left_behind(tmp_path: Path) -> None:
+def test_a_process_that_is_alone_does_not_wait_for_a_stale_lock(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     path.touch()
     SleepersLock(str(path)).acquire()
@@ -150,11 +154,9 @@ def records(content: bytes) -> list[bytes]:
 
 @pytest.mark.parametrize("at", [0, 2, 5])
 @pytest.mark.parametrize("damage", ["another value", "gone", "twice", "exchanged"])
-def test_records_that_are_not_as_they_were_written_are_put_aside(
-    told: tuple[Path, bytes], at: int, damage: str
-) -> None:
-    """All of these are JSON objects, which Optuna would replay."""
-    path, content = told
+def test_altered_records_are_moved_aside(filled_journal: tuple[Path, bytes], at: int, damage: str) -> None:
+    """All of these are JSON objects that Optuna would replay."""
+    path, content = filled_journal
     lines = records(content)
     if damage == "another value":
         lines[at] = re.sub(rb'"op_code":.', b'"op_code":7', lines[at])
@@ -171,7 +173,7 @@ def test_records_that_are_not_as_they_were_written_are_put_aside(
     assert path.with_name("journal.torn").read_bytes() == b"".join(lines[len(kept) :])
 
 
-def test_a_journal_of_an_older_version_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_journal_of_an_older_version_can_be_continued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "journal"
     older = optuna.create_study(study_name="s", storage=JournalStorage(JournalFileBackend(str(path))))
     older.tell(older.ask(), 3.0)
@@ -184,8 +186,8 @@ def test_a_journal_of_an_older_version_goes_on(tmp_path: Path, capsys: pytest.Ca
     assert [b'"mark"' in line for line in lines] == [False] * len(unmarked) + [True] * (len(lines) - len(unmarked))
 
 
-def test_a_full_disk_leaves_no_half_record(told: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    path, content = told
+def test_a_full_disk_leaves_no_half_record(filled_journal: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    path, content = filled_journal
     study = optuna.load_study(study_name="s", storage=journal(str(path)))
 
     def full(descriptor: int) -> None:
@@ -200,7 +202,7 @@ def test_a_full_disk_leaves_no_half_record(told: tuple[Path, bytes], monkeypatch
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["a folder", "a pipe"])
-def test_what_is_no_file_is_refused(tmp_path: Path, make: Any) -> None:
+def test_a_path_that_is_not_a_file_is_refused(tmp_path: Path, make: Any) -> None:
     make(tmp_path / "journal")
-    with pytest.raises(BitPolicyError, match="journal is to be the study's journal, and is no file; move it away"):
+    with pytest.raises(BitPolicyError, match=r"study's journal .*journal is not a file; move it away"):
         journal(str(tmp_path / "journal"))

@@ -1,4 +1,4 @@
-"""The exact solver against trying everything, and what it says when nothing fits."""
+"""The exact solver against brute force, and its errors when nothing fits."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from bitpolicy.search.budget import BudgetError
 from bitpolicy.search.hull import Hull, total
 from bitpolicy.search.knapsack import Solution, least, solve
 
-GAP = 1e-4  # what the solver may leave
+GAP = 1e-4  # allowed optimality gap
 
 
 def best_of_all(error: np.ndarray, nbytes: np.ndarray, budget: int) -> float:
-    """The least total error of all choices that fit, every one tried."""
+    """The least total error of all choices that fit, by brute force."""
     rows = range(len(error))
     return min(
         sum(float(error[i, f]) for i, f in zip(rows, choice, strict=True))
@@ -28,7 +28,7 @@ def best_of_all(error: np.ndarray, nbytes: np.ndarray, budget: int) -> float:
 
 
 def instances(count: int, seed: int, largest: int = 1000) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Small random problems. Every third has a format without error; the budget is often exactly a choice's size."""
+    """Small random problems. Every third has a format without error; the budget often equals a choice's size."""
     draw = np.random.default_rng(seed)
     for i in range(count):
         shape = (draw.integers(1, 6), draw.integers(1, 5))
@@ -42,7 +42,7 @@ def instances(count: int, seed: int, largest: int = 1000) -> Iterator[tuple[np.n
 
 
 def check(solution: Solution, error: np.ndarray, nbytes: np.ndarray, budget: int) -> None:
-    """What is said of a solution is true of it."""
+    """The stated properties of a solution are true."""
     rows = np.arange(len(error))
     assert solution.formats.shape == rows.shape
     assert solution.nbytes == int(nbytes[rows, solution.formats].sum()) <= budget
@@ -61,7 +61,7 @@ def test_no_choice_that_fits_has_less_error(magnitude: float) -> None:
 
 
 @pytest.mark.parametrize("spread", [1, 4, 7])
-def test_errors_of_many_orders_of_magnitude_are_weighed_together(spread: int) -> None:
+def test_errors_may_span_many_orders_of_magnitude(spread: int) -> None:
     draw = np.random.default_rng(spread)
     for error, nbytes, budget in instances(60, seed=2):
         wide = error * 10.0 ** draw.uniform(-spread, 0, size=error.shape)
@@ -69,7 +69,7 @@ def test_errors_of_many_orders_of_magnitude_are_weighed_together(spread: int) ->
         assert solve(wide, nbytes, budget).error <= best * (1 + GAP) + 1e-13 * wide.max()
 
 
-def test_layers_of_gigabytes_are_solved_to_the_byte() -> None:
+def test_layers_of_gigabytes_are_solved_exactly_to_the_byte() -> None:
     worse = []
     for error, nbytes, budget in instances(240, seed=3, largest=10**10):
         found, best = solve(error, nbytes, budget).error, best_of_all(error, nbytes, budget)
@@ -78,7 +78,7 @@ def test_layers_of_gigabytes_are_solved_to_the_byte() -> None:
     assert worse == []
 
 
-def test_ties_are_solved_with_the_same_error() -> None:
+def test_ties_give_the_same_error() -> None:
     for error, nbytes, budget in instances(60, seed=4, largest=4):
         rough = np.ceil(error)
         solution = solve(rough, nbytes, budget)
@@ -86,18 +86,18 @@ def test_ties_are_solved_with_the_same_error() -> None:
         assert solution.error == best_of_all(rough, nbytes, budget)
 
 
-def test_without_errors_anything_that_fits_will_do() -> None:
+def test_with_zero_errors_any_fitting_choice_is_accepted() -> None:
     error, nbytes = np.zeros((3, 3)), np.array([[1, 2, 4]] * 3)
     for budget in (3, 5, 12, 100):
         check(solve(error, nbytes, budget), error, nbytes, budget)
 
 
-def test_without_errors_the_order_of_formats_does_not_matter() -> None:
+def test_with_zero_errors_the_order_of_formats_does_not_matter() -> None:
     error, nbytes = np.zeros((2, 2)), np.array([[4, 2], [4, 2]])
     check(solve(error, nbytes, 5), error, nbytes, 5)
 
 
-def test_with_room_for_all_every_layer_gets_its_best() -> None:
+def test_a_large_budget_gives_every_layer_its_best_format() -> None:
     error = np.array([[3.0, 1.0, 0.0], [2.0, 0.0, 0.5]])
     nbytes = np.array([[1, 2, 4], [1, 2, 4]])
     solution = solve(error, nbytes, 6)
@@ -105,25 +105,25 @@ def test_with_room_for_all_every_layer_gets_its_best() -> None:
     assert (solution.error, solution.nbytes, solution.gap) == (0.0, 6, 0.0)
 
 
-def test_of_equally_good_formats_the_smallest_is_taken() -> None:
+def test_the_smallest_of_equally_good_formats_is_chosen() -> None:
     solution = solve(np.array([[1.0, 0.0, 0.0]]), np.array([[1, 4, 2]]), 100)
     assert (solution.formats.tolist(), solution.nbytes) == ([2], 2)
 
 
-def test_a_budget_of_exactly_the_smallest_size_is_met() -> None:
+def test_a_budget_of_exactly_the_smallest_size_is_enough() -> None:
     for error, nbytes, _ in instances(30, seed=5):
         smallest = int(nbytes.min(axis=1).sum())
         assert solve(error, nbytes, smallest).nbytes == smallest
 
 
-def test_a_byte_less_than_the_smallest_size_is_refused_with_that_size() -> None:
+def test_one_byte_below_the_smallest_size_is_refused() -> None:
     nbytes = np.array([[1_000_000, 2_000_000], [705_001, 2_000_000]])
     with pytest.raises(BudgetError, match=r"1,705,000 bytes for the layers .* smallest policy, 1,705,001 bytes"):
         solve(np.ones((2, 2)), nbytes, 1_705_000)
 
 
 def unet_like(layers: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Errors and bytes as a U-Net has them: INT4, INT8 and FP16, sizes over three orders of magnitude."""
+    """Errors and bytes like those of a U-Net: INT4, INT8 and FP16, sizes over three orders of magnitude."""
     draw = np.random.default_rng(seed)
     weights = draw.choice([256, 4096, 9216, 36_864, 147_456, 589_824], size=layers)
     nbytes = np.stack([weights // 2 + weights // 64 * 3, weights + 256, weights * 2], axis=1)
@@ -131,7 +131,7 @@ def unet_like(layers: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([int4, int4 * draw.lognormal(-5, 1, size=layers), np.zeros(layers)], axis=1), nbytes
 
 
-def test_more_bytes_never_mean_more_error() -> None:
+def test_more_bytes_never_give_more_error() -> None:
     error, nbytes = unet_like(60, seed=0)
     budgets = np.linspace(nbytes[:, 0].sum(), nbytes[:, 2].sum(), 25).astype(int)
     found = [solve(error, nbytes, int(budget)).error for budget in budgets]
@@ -148,7 +148,7 @@ def test_a_budget_of_exactly_a_solutions_size_finds_it_again() -> None:
         assert again.error <= solution.error * (1 + GAP)
 
 
-def test_the_gap_that_was_asked_for_is_certified() -> None:
+def test_the_requested_gap_is_certified() -> None:
     for seed in range(3):
         error, nbytes = unet_like(80, seed)
         for share in (0.3, 0.45):
@@ -168,8 +168,8 @@ def best_of_each_budget(error: np.ndarray, nbytes: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("noise", [0.01, 0.3])
-def test_more_layers_than_can_all_be_tried_are_solved_as_dynamic_programming_does(seed: int, noise: float) -> None:
-    """Errors nearly fall in line with bytes, so that exchanges of two layers do not get there."""
+def test_many_layers_are_solved_as_well_as_by_dynamic_programming(seed: int, noise: float) -> None:
+    """Errors are nearly proportional to bytes, so exchanges of two layers are not enough."""
     draw = np.random.default_rng(seed)
     nbytes = draw.integers(20, 60, size=(30, 4))
     error = (60 - nbytes) * draw.uniform(1 - noise, 1 + noise, size=nbytes.shape)
@@ -190,7 +190,7 @@ def test_more_layers_than_can_all_be_tried_are_solved_as_dynamic_programming_doe
 
 
 def barred(count: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Problems in which a third of the errors are infinite, none a whole layer's, with ties and equal sizes."""
+    """Problems in which a third of the errors are infinite, but never a whole layer's, with ties and equal sizes."""
     draw = np.random.default_rng(seed)
     for i, (error, nbytes, _) in enumerate(instances(count, seed, largest=(5, 1000, 10**9)[seed % 3])):
         error = np.ceil(error) if i % 4 == 0 else error
@@ -204,7 +204,7 @@ def barred(count: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]
 
 @pytest.mark.parametrize("magnitude", [1.0, 1e-12, 1e12], ids=str)
 @pytest.mark.parametrize("seed", range(6))
-def test_formats_that_a_layer_may_not_have_are_never_chosen(seed: int, magnitude: float) -> None:
+def test_disallowed_formats_are_never_chosen(seed: int, magnitude: float) -> None:
     for error, nbytes, budget in barred(60, seed):
         solution = solve(error * magnitude, nbytes, budget)
         check(solution, error * magnitude, nbytes, budget)
@@ -213,22 +213,22 @@ def test_formats_that_a_layer_may_not_have_are_never_chosen(seed: int, magnitude
         assert solution.error * (1 - solution.gap) <= best * (1 + 1e-9)
 
 
-def test_the_smallest_size_counts_only_formats_that_may_be() -> None:
+def test_the_smallest_size_counts_only_allowed_formats() -> None:
     error, nbytes = np.array([[np.inf, 1.0, 0.0], [1.0, np.inf, 0.0]]), np.array([[1, 20, 40], [1, 2, 4]])
     assert solve(error, nbytes, 21).formats.tolist() == [1, 0]
     with pytest.raises(BudgetError, match=r"20 bytes for the layers .* smallest policy, 21 bytes"):
         solve(error, nbytes, 20)
 
 
-def test_a_layer_without_any_format_is_named() -> None:
+def test_a_layer_without_an_allowed_format_is_named() -> None:
     error = np.array([[1.0, 0.0], [np.inf, np.inf]])
-    with pytest.raises(BitPolicyError, match="layer 1 may have none of the formats"):
+    with pytest.raises(BitPolicyError, match=r"layer 1 .* --formats"):
         solve(error, np.ones((2, 2), dtype=np.int64), 10)
 
 
 @pytest.mark.parametrize("wrong", [np.nan, -1.0, -np.inf])
-def test_what_is_no_error_power_is_refused(wrong: float) -> None:
-    with pytest.raises(BitPolicyError, match="no error power"):
+def test_an_invalid_error_power_is_refused(wrong: float) -> None:
+    with pytest.raises(BitPolicyError, match=r"error power.*bitpolicy probe"):
         solve(np.array([[1.0, wrong]]), np.array([[1, 2]]), 10)
 
 
@@ -246,7 +246,7 @@ def test_the_lagrangian_bound_is_below_the_best_and_its_choice_fits(seed: int) -
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_no_choice_with_a_column_has_less_error_than_its_reduced_cost_says(seed: int) -> None:
+def test_reduced_costs_bound_every_choice_with_a_column(seed: int) -> None:
     for error, nbytes, budget in barred(40, seed):
         _, bound, reduced = Hull.of(error, nbytes).relaxed(budget)
         for layer, format in zip(*np.isfinite(error).nonzero(), strict=True):
@@ -256,7 +256,7 @@ def test_no_choice_with_a_column_has_less_error_than_its_reduced_cost_says(seed:
                 assert bound + reduced[layer, format] <= best_of_all(pinned, nbytes, budget) * (1 + 1e-12) + 1e-12
 
 
-def test_without_time_the_relaxed_choice_comes_with_a_gap_that_is_true() -> None:
+def test_without_time_the_relaxed_choice_has_a_valid_gap() -> None:
     for error, nbytes, budget in barred(60, seed=1):
         choice, bound = least(Hull.of(error, nbytes), budget, gap=0.0, seconds=0.0)
         assert total(nbytes, choice) <= budget
@@ -264,7 +264,7 @@ def test_without_time_the_relaxed_choice_comes_with_a_gap_that_is_true() -> None
 
 
 def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
-    """On these HiGHS does, by C's printf, which passes by sys.stdout and is held back until C is asked for it."""
+    """HiGHS prints on these problems with C's printf, which bypasses sys.stdout and is buffered until a flush."""
     draw, bits = np.random.default_rng(0), np.array([2.25, 3.25, 4.25, 4.5, 5.25, 6.25, 8, 16])
     sizes = [102_400, 409_600, 1_638_400, 6_553_600, 11_520, 3_686_400, 14_745_600, 1_310_720]
     nbytes = np.round(draw.choice(sizes, size=(100, 1)) * bits / 8).astype(np.int64)

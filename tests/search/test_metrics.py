@@ -1,4 +1,4 @@
-"""Every metric becomes numbers or says why it cannot; networks come from a named folder or a cache."""
+"""Every metric gives numbers or explains why it cannot; networks come from a named folder or a cache."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PROMPTS = ["a cat", "a dog", "a tree", "a house"]
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Every connection is an error, and the caches are empty."""
+    """Every connection fails, and the caches are empty."""
 
     def refuse(*_: Any) -> None:
         raise AssertionError("a connection was tried")
@@ -61,7 +61,7 @@ def pipeline(tmp_path: Path) -> Path:
 
 
 class FakeInception(nn.Module):
-    """Has Inception's doors: `.layers`, 299 pixels a side, 2048 features."""
+    """Has Inception's interface: `.layers`, 299 pixels per side, 2048 features."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def alexnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The convolutions of an AlexNet of chance, which is all that LPIPS wants."""
+    """The convolutions of a random AlexNet, which is all that LPIPS needs."""
     path = tmp_path_factory.mktemp("alexnet") / ALEXNET
     torch.manual_seed(0)
     weights = torchvision.models.alexnet(weights=None).features.state_dict(prefix="features.")
@@ -91,7 +91,7 @@ def alexnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory: pytest.TempPathFactory, toy_tokenizer: Any) -> Path:
-    """A CLIP of chance that reads ASCII and sees 32 x 32 pixels."""
+    """A random CLIP model that reads ASCII and takes 32 x 32 pixels."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
     tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -111,19 +111,19 @@ def clip(tmp_path_factory: pytest.TempPathFactory, toy_tokenizer: Any) -> Path:
 # What is asked for
 
 
-def test_metrics_are_names_with_commas() -> None:
+def test_metrics_are_names_separated_by_commas() -> None:
     assert parse_metrics("psnr, SSIM,psnr") == ("psnr", "ssim")
     assert parse_metrics("all") == METRICS
 
 
 @pytest.mark.parametrize("text", ["", ",", "psnr,fit", "fid-emoji"])
-def test_metrics_that_are_not_there_are_refused(text: str) -> None:
+def test_unknown_metrics_are_refused(text: str) -> None:
     with pytest.raises(BitPolicyError, match="psnr, ssim, lpips, latent, fid, kid, clip"):
         parse_metrics(text)
 
 
 def test_all_metrics_without_any_network(about: Comparison) -> None:
-    """What needs none is measured; the rest has a remedy and no number."""
+    """Metrics that need no network are measured; the others have a remedy and no number."""
     found = measure(METRICS, about, Networks())
     assert {name for name, result in found.items() if isinstance(result, Paired)} == {"psnr", "ssim", "latent"}
     missing = {name: result for name, result in found.items() if isinstance(result, Unavailable)}
@@ -160,7 +160,7 @@ def test_all_metrics_with_every_network(
 # Distances between sets
 
 
-def test_identical_images_have_no_distance(about: Comparison, pipeline: Path) -> None:
+def test_identical_images_have_distance_zero(about: Comparison, pipeline: Path) -> None:
     same = Comparison(about.reference, [image.clone() for image in about.reference])
     found = measure(("fid", "kid", "lpips"), same, Networks(pipeline=pipeline))
     fid, kid, lpips = found["fid-toy"], found["kid-toy"], found["lpips-toy"]
@@ -173,8 +173,8 @@ def test_identical_images_have_no_distance(about: Comparison, pipeline: Path) ->
 
 
 def test_a_folder_of_real_images_is_compared_with_both(about: Comparison, pipeline: Path, tmp_path: Path) -> None:
-    """The folder holds the reference's own images: it is at no distance from them, but for 8 bits."""
-    real = tmp_path / "real.zip"  # clean-fid would take such a folder for an archive
+    """The folder has the reference's own images, so their distance is zero up to 8-bit rounding."""
+    real = tmp_path / "real.zip"  # clean-fid would mistake such a folder for an archive
     (real / "deeper").mkdir(parents=True)
     for i, image in enumerate(about.reference):
         pixels = (image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
@@ -201,7 +201,7 @@ def test_one_image_has_no_distribution(about: Comparison, pipeline: Path) -> Non
     assert "--images" in found.remedy
 
 
-def test_inception_sees_299_pixels_as_clean_fid_shows_them(about: Comparison, inception: Path) -> None:
+def test_inception_gets_the_299_pixels_that_clean_fid_gives_it(about: Comparison, inception: Path) -> None:
     found = measure(("fid",), about, Networks(inception))["fid"]
     network = torch.jit.load(str(inception)).layers
 
@@ -221,7 +221,7 @@ def test_inception_sees_299_pixels_as_clean_fid_shows_them(about: Comparison, in
 # CLIPScore
 
 
-def test_clip_score_is_a_hundred_cosines(about: Comparison, clip: Path) -> None:
+def test_clip_score_is_a_hundred_times_the_cosine(about: Comparison, clip: Path) -> None:
     from transformers import CLIPModel, CLIPProcessor
 
     found = measure(("clip",), about, Networks(clip))["clip"]
@@ -258,7 +258,7 @@ def test_clip_needs_text(about: Comparison, clip: Path, prompts: list[str] | Non
     assert "not made from text" in found.reason
 
 
-def test_latents_have_to_be_kept(about: Comparison) -> None:
+def test_the_latent_metric_needs_kept_latents(about: Comparison) -> None:
     assert isinstance(
         measure(("latent",), Comparison(about.reference, about.images), Networks())["latent"], Unavailable
     )
@@ -274,7 +274,7 @@ def hub(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_cache_of_torch_hub_is_looked_into(about: Comparison, hub: Path, inception: Path, alexnet: Path) -> None:
+def test_networks_are_found_in_torch_hubs_cache(about: Comparison, hub: Path, inception: Path, alexnet: Path) -> None:
     shutil.copy(inception, hub)
     shutil.copy(alexnet, hub)
     found = measure(("lpips", "fid"), about, Networks())
@@ -283,7 +283,7 @@ def test_the_cache_of_torch_hub_is_looked_into(about: Comparison, hub: Path, inc
 
 
 @pytest.mark.parametrize(("name", "metric"), [(ALEXNET, "lpips"), ("inception-2015-12-05.pt", "fid")])
-def test_a_damaged_file_is_no_number(about: Comparison, tmp_path: Path, name: str, metric: str) -> None:
+def test_a_damaged_file_makes_its_metric_unavailable(about: Comparison, tmp_path: Path, name: str, metric: str) -> None:
     (tmp_path / name).write_bytes(b"<html>not found</html>")
     found = measure((metric,), about, Networks(tmp_path))[metric]
     assert isinstance(found, Unavailable)
@@ -291,7 +291,7 @@ def test_a_damaged_file_is_no_number(about: Comparison, tmp_path: Path, name: st
     assert "download" in found.remedy
 
 
-def test_a_damaged_clip_is_no_number(about: Comparison, clip: Path, tmp_path: Path) -> None:
+def test_a_damaged_clip_model_makes_its_metric_unavailable(about: Comparison, clip: Path, tmp_path: Path) -> None:
     shutil.copytree(clip, tmp_path / "clip")
     (tmp_path / "clip" / "model.safetensors").write_bytes(b"")
     found = measure(("clip",), about, Networks(tmp_path))["clip"]
@@ -299,7 +299,7 @@ def test_a_damaged_clip_is_no_number(about: Comparison, clip: Path, tmp_path: Pa
     assert str(tmp_path / "clip") in found.reason
 
 
-def test_a_small_network_may_be_named(about: Comparison, pipeline: Path) -> None:
+def test_the_user_can_name_a_small_network(about: Comparison, pipeline: Path) -> None:
     for path in (pipeline, pipeline / "features"):
         networks = Networks(path)
         networks.require()
@@ -314,7 +314,7 @@ def test_a_folder_without_any_network_is_refused(tmp_path: Path) -> None:
         Networks(tmp_path / "nothing").require()
 
 
-# One perceptual distance for whoever needs one
+# The perceptual distance
 
 
 def test_the_perceptual_distance_says_what_it_used(about: Comparison, pipeline: Path, hub: Path, alexnet: Path) -> None:

@@ -1,6 +1,6 @@
-"""Optuna's own test cases, which come with Optuna, run on our journal and on the samplers as a study uses them.
+"""Optuna's own test cases, run on our journal and on the samplers as a study uses them.
 
-Databases and the gRPC proxy are Optuna's as they are; its own tests cover them.
+Databases and the gRPC proxy are used unchanged, so Optuna's own tests cover them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from bitpolicy.search.study.samplers import SAMPLERS, sampler_named
 
 
 class TestJournal(StorageTestCase):
-    """A new journal, and one whose last record was cut short."""
+    """A new journal, and one whose last record was truncated."""
 
     @pytest.fixture(params=[b"", b'{"op_code":4,"trial'], ids=["new", "torn"])
     def storage(self, tmp_path: Path, request: pytest.FixtureRequest) -> BaseStorage:
@@ -38,7 +38,7 @@ class TestJournal(StorageTestCase):
 
 
 class OneForEachTrial(BaseSampler):
-    """Asks a new sampler for each trial, as a study does: nothing is remembered between trials but by the storage."""
+    """Makes a new sampler for each trial, as a study does: only the storage remembers anything between trials."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -60,7 +60,7 @@ class OneForEachTrial(BaseSampler):
 
 
 class LearnsAtOnce(OneForEachTrial):
-    """Without the first trials that are drawn at random: these cases ask for a joint draw after one trial."""
+    """Without the random first trials, since these cases expect a joint draw after one trial."""
 
     def _sampler_of(self, trial: FrozenTrial) -> BaseSampler:
         sampler = super()._sampler_of(trial)
@@ -69,7 +69,7 @@ class LearnsAtOnce(OneForEachTrial):
 
 
 def parametrized(*names: str, made: Callable[[str], BaseSampler] = OneForEachTrial) -> Any:
-    """Optuna's cases call the fixture `sampler` for a new sampler."""
+    """Optuna's cases call the fixture `sampler` to get a new sampler."""
     needs_cmaes = pytest.mark.skipif(
         importlib.util.find_spec("cmaes") is None, reason="needs pip install 'bitpolicy[cmaes]'"
     )
@@ -87,8 +87,8 @@ class TestEverySampler(BasicSamplerTestCase):
 
 
 class TestSamplersThatDrawJointly(RelativeSamplerTestCase):
-    """Not nsga2, which crosses parents and has none before the first generation is whole, nor random; and not gp, which
-    is Optuna's own to the letter and takes minutes."""
+    """Not nsga2, which crosses parents and has none in the first generation; not random; and not gp, which is unchanged
+    from Optuna and takes minutes."""
 
     sampler = parametrized("tpe", "cmaes", made=LearnsAtOnce)
 

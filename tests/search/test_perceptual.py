@@ -1,4 +1,4 @@
-"""Perceptual distance from its equation, with LPIPS' weights and with the small network; and that network's file."""
+"""Perceptual distance against its equation, with LPIPS' weights and with the small network; that network's file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def random_images(count: int, seed: int, size: int = 64) -> list[torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def alexnet(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
-    """An AlexNet of chance, and its file as torchvision publishes it."""
+    """A random AlexNet, and its file in torchvision's form."""
     torch.manual_seed(0)
     network = torchvision.models.alexnet(weights=None).eval()
     path = tmp_path_factory.mktemp("checkpoints") / ALEXNET
@@ -40,7 +40,7 @@ def alexnet(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
 
 @torch.no_grad()
 def lpips_by_definition(network: nn.Module, a: torch.Tensor, b: torch.Tensor) -> float:
-    """Zhang et al. 2018, equation 1; the weights of the channels are those of torchmetrics' file."""
+    """Zhang et al. 2018, equation 1, with the channel weights from torchmetrics' file."""
     shipped = files("torchmetrics") / "functional" / "image" / "lpips_models" / "alex.pth"
     weights = torch.load(str(shipped), map_location="cpu", weights_only=True)
     shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
@@ -55,7 +55,7 @@ def lpips_by_definition(network: nn.Module, a: torch.Tensor, b: torch.Tensor) ->
     return total
 
 
-def test_lpips_is_its_equation_with_the_backbone_from_the_file(alexnet: tuple[nn.Module, Path]) -> None:
+def test_lpips_equals_its_equation_with_the_backbone_from_the_file(alexnet: tuple[nn.Module, Path]) -> None:
     network, path = alexnet
     reference, images = random_images(3, 0), random_images(3, 1)
     found = Lpips.load(path, CPU)(reference, images)
@@ -65,7 +65,7 @@ def test_lpips_is_its_equation_with_the_backbone_from_the_file(alexnet: tuple[nn
     assert found.per_image == pytest.approx(expected, rel=1e-3)
 
 
-def test_lpips_takes_no_image_that_alexnet_cannot(alexnet: tuple[nn.Module, Path]) -> None:
+def test_lpips_refuses_images_too_small_for_alexnet(alexnet: tuple[nn.Module, Path]) -> None:
     lpips = Lpips.load(alexnet[1], CPU)
     small, enough = random_images(1, 0, 31), random_images(1, 0, 32)
     assert isinstance(lpips(small, small), Unavailable)
@@ -75,13 +75,13 @@ def test_lpips_takes_no_image_that_alexnet_cannot(alexnet: tuple[nn.Module, Path
 
 
 @pytest.mark.parametrize("content", [b"", b"no weights", None])
-def test_a_file_that_is_no_alexnet_is_refused(tmp_path: Path, content: bytes | None) -> None:
+def test_a_file_that_is_not_alexnet_is_refused(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / ALEXNET
     if content is None:
         torch.save({"other": torch.zeros(1)}, path)
     else:
         path.write_bytes(content)
-    with pytest.raises(BitPolicyError, match="does not hold torchvision's AlexNet"):
+    with pytest.raises(BitPolicyError, match="torchvision's AlexNet"):
         Lpips.load(path, CPU)
 
 
@@ -94,7 +94,7 @@ def small() -> FeatureNetwork:
     return FeatureNetwork("toy", 32, (8, 12, 16)).eval().requires_grad_(False)
 
 
-def test_the_network_is_its_equation(small: FeatureNetwork) -> None:
+def test_the_network_equals_its_equation(small: FeatureNetwork) -> None:
     pixels = torch.rand(2, 3, 32, 32) * 255
     y = pixels / 127.5 - 1
     for conv, stride in zip(small.convs, (1, 2, 2), strict=True):
@@ -123,7 +123,7 @@ def test_the_distance_grows_with_the_difference_and_is_zero_without(small: Featu
     assert found[-1] <= 1
 
 
-def test_a_network_comes_back_from_its_folder(small: FeatureNetwork, tmp_path: Path) -> None:
+def test_a_network_can_be_saved_and_loaded(small: FeatureNetwork, tmp_path: Path) -> None:
     assert not is_feature_network(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(small.config()))
     save_file({name: w.half() for name, w in small.state_dict().items()}, tmp_path / "model.safetensors")
@@ -145,7 +145,7 @@ def test_a_damaged_network_is_refused(small: FeatureNetwork, tmp_path: Path, mis
         FeatureNetwork.load(tmp_path)
 
 
-# The one that ships
+# The bundled network
 
 SHIPPED = Path(__file__).parents[2] / "bitpolicy" / "models" / "emoji" / "features"
 
@@ -157,8 +157,8 @@ def test_the_shipped_network_has_at_most_2_megabytes_of_float16() -> None:
     assert (network.name, network.size, network.channels[-1]) == ("emoji", 64, 128)
 
 
-def test_the_shipped_network_minds_damage_in_the_order_people_do() -> None:
-    """A picture of discs: the more noise or blur, the farther; shifted by a pixel, nearer than gone."""
+def test_the_shipped_network_ranks_damage_as_people_do() -> None:
+    """On a picture of discs, more noise or blur means more distance, and a shift by a pixel less than deletion."""
     rows, columns = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
     disc = ((rows - 32) ** 2 + (columns - 30) ** 2 < 400).float()
     picture = torch.stack([1 - 0.1 * disc, 1 - 0.3 * disc, 1 - 0.8 * disc])

@@ -1,4 +1,4 @@
-"""Two processes at one study in a PostgreSQL server of the test's own."""
+"""Two processes work on one study in a PostgreSQL server that the test starts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if importlib.util.find_spec("psycopg") is None:
 
 
 def program(name: str) -> str:
-    """Where a program of the server lies: Debian keeps them off the PATH."""
+    """The path of a server program. Debian does not put them on the PATH."""
     folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
     found = next((str(folder / name) for folder in folders if (folder / name).exists()), shutil.which(name))
     if found is None:
@@ -27,7 +27,7 @@ def program(name: str) -> str:
 
 
 def as_user() -> tuple[str, ...]:
-    """PostgreSQL refuses to be run by root; what is put before a command to run it as somebody else."""
+    """The prefix that runs a command as another user, since PostgreSQL refuses to run as root."""
     if os.getuid() != 0:
         return ()
     if shutil.which("setpriv") is None:
@@ -37,8 +37,8 @@ def as_user() -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def database(free_port: Callable[[], int]) -> Iterator[str]:
-    """The URL of an empty database; its server is stopped and its files are removed in the end."""
-    folder = Path(tempfile.mkdtemp(prefix="postgresql-"))  # not pytest's, which only its owner may enter
+    """The URL of an empty database. At the end its server is stopped and its files are removed."""
+    folder = Path(tempfile.mkdtemp(prefix="postgresql-"))  # pytest's folder is readable only by its owner
     user = as_user()
     if user:
         os.chown(folder, 65534, 65534)

@@ -1,4 +1,4 @@
-"""Pins, ties and what is barred, against every policy there is."""
+"""Pinned layers, shared formats and barred formats, against brute force."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def problem(request: pytest.FixtureRequest) -> Problem:
 
 
 def every_policy(problem: Problem) -> Iterator[tuple[float, int, dict[str, str]]]:
-    """Error, bytes and formats of each policy that is allowed, from the definitions alone."""
+    """Error, bytes and formats of each allowed policy, from the definitions alone."""
     names = [layer.name for layer in problem.inventory]
     for formats in itertools.product(FORMATS, repeat=len(names)):
         chosen = dict(zip(names, formats, strict=True))
@@ -61,7 +61,7 @@ CONSTRAINTS = [
 @pytest.mark.parametrize(
     "constraints", CONSTRAINTS, ids=["free", "pinned", "tied", "tied and pinned", "barred and tied"]
 )
-def test_the_solution_is_the_best_of_all_that_is_allowed(problem: Problem, constraints: dict) -> None:
+def test_the_solution_is_the_best_allowed_policy(problem: Problem, constraints: dict) -> None:
     problem = replace(problem, **constraints)
     allowed = list(every_policy(problem))
     best = min(error for error, nbytes, _ in allowed if nbytes <= problem.budget)
@@ -75,7 +75,7 @@ def test_the_solution_is_the_best_of_all_that_is_allowed(problem: Problem, const
 @pytest.mark.parametrize(
     "constraints", CONSTRAINTS, ids=["free", "pinned", "tied", "tied and pinned", "barred and tied"]
 )
-def test_the_smallest_policy_is_known(problem: Problem, constraints: dict) -> None:
+def test_the_smallest_policy_has_the_reported_size(problem: Problem, constraints: dict) -> None:
     problem = replace(problem, **constraints)
     smallest = min(nbytes for _, nbytes, _ in every_policy(problem))
     assert problem.smallest == smallest
@@ -95,12 +95,12 @@ def test_the_fewest_bytes_of_an_error_are_found(problem: Problem, constraints: d
         assert problem.smallest_within(error * (1 + 1e-12)).nbytes + problem.account.fixed <= fewest * (1 + 2e-4)
 
 
-def test_the_curve_is_the_solution_of_each_size(problem: Problem) -> None:
+def test_the_frontier_is_the_solution_for_each_size(problem: Problem) -> None:
     budgets = np.linspace(problem.smallest, problem.account.reference, 9).astype(int).tolist()
     for budget, found in zip(budgets, problem.frontier(budgets), strict=True):
         assert found.error == pytest.approx(problem.solve(budget=budget).error, rel=3e-4, abs=1e-15)
 
 
-def test_a_layer_kept_at_what_is_no_candidate_is_refused(problem: Problem) -> None:
+def test_keeping_a_format_that_is_not_a_candidate_is_refused(problem: Problem) -> None:
     with pytest.raises(BitPolicyError, match="a is kept at int3, which is no candidate; add int3 to --formats"):
         replace(problem, pinned={"a": format_named("int3")})

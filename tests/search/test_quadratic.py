@@ -1,4 +1,4 @@
-"""The quadratic form against its formula, its shrinkage against held-out samples, repair against trying everything."""
+"""The quadratic form against its formula, its shrinkage against held-out samples, repair against brute force."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Case = tuple[QuadraticForm, np.ndarray, int]
 
 
 def by_formula(sketches: np.ndarray, error: np.ndarray, shrinkage: float, policy: np.ndarray) -> float:
-    """E of one policy; sketches of shape (R, layers, formats)."""
+    """E of one policy. Sketches have shape (R, layers, formats)."""
     alone = sum(float(error[i, f]) for i, f in enumerate(policy))
     vectors = [sum(float(sketch[i, f]) for i, f in enumerate(policy)) for sketch in sketches]
     return (1 - shrinkage) * alone + shrinkage * sum(v * v for v in vectors) / len(vectors)
 
 
 def cases(count: int, seed: int) -> Iterator[Case]:
-    """Small problems: layers that add up and cancel, ties, no error, errors near 1e-12, formats that may not be."""
+    """Small problems: layers that add up and cancel, ties, no error, errors near 1e-12, disallowed formats."""
     draw = np.random.default_rng(seed)
     for i in range(count):
         layers, formats, sketches = int(draw.integers(1, 7)), int(draw.integers(1, 4)), int(draw.integers(1, 6))
@@ -49,7 +49,7 @@ def size(nbytes: np.ndarray, policy: np.ndarray) -> int:
 
 
 def neighbours(policy: np.ndarray, formats: int) -> Iterator[np.ndarray]:
-    """All policies that differ in one layer or in two."""
+    """All policies that differ in one or two layers."""
     for pair in itertools.combinations_with_replacement(range(len(policy)), 2):
         for new in itertools.product(range(formats), repeat=2):
             other = policy.copy()
@@ -58,8 +58,8 @@ def neighbours(policy: np.ndarray, formats: int) -> Iterator[np.ndarray]:
 
 
 def unet_like(layers: int, sketches: int, seed: int, common: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sketches of (int4, int8), errors of (int4, int8, fp16) and bytes; two sketches a sample. `common` is the share of
-    power that all layers have in one direction."""
+    """Sketches of (int4, int8), errors of (int4, int8, fp16) and bytes; two sketches per sample. `common` is the share
+    of power that all layers have in one direction."""
     draw = np.random.default_rng(seed)
     size = draw.lognormal(0, 1, size=(layers, 1)) ** 0.5 * np.array([1.0, 0.06])
     shared, own = draw.standard_normal((sketches, 1, 1)), draw.standard_normal((sketches, layers, 2))
@@ -73,7 +73,7 @@ def unet_like(layers: int, sketches: int, seed: int, common: float) -> tuple[np.
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_value_is_that_of_the_formula(seed: int) -> None:
+def test_the_value_equals_the_formula(seed: int) -> None:
     draw = np.random.default_rng(seed)
     for form, _, _ in cases(60, seed):
         layers, formats = form.error.shape
@@ -89,7 +89,7 @@ def test_adding_vectors_alone_still_bars_formats() -> None:
     assert form.value(np.array([[0, 0], [1, 0]])).tolist() == [np.inf, 4.0]
 
 
-def test_more_policies_than_are_evaluated_at_once() -> None:
+def test_more_policies_than_one_batch_are_evaluated() -> None:
     s, error, _ = unet_like(layers=11, sketches=6, seed=0, common=0.5)
     form = QuadraticForm.fixed(s, error, 0.4)
     policies = np.random.default_rng(0).integers(0, 3, size=(1100, 11))
@@ -97,7 +97,7 @@ def test_more_policies_than_are_evaluated_at_once() -> None:
     np.testing.assert_allclose(form.value(policies), one_by_one, rtol=1e-12)
 
 
-def test_fp16_is_added_as_the_last_format_and_does_nothing() -> None:
+def test_fp16_is_added_as_the_last_format_without_error() -> None:
     s, error, _ = unet_like(layers=5, sketches=6, seed=0, common=0.5)
     with_it = np.concatenate([s, np.zeros((6, 5, 1), np.float32)], axis=2)
     policies = np.random.default_rng(0).integers(0, 3, size=(50, 5))
@@ -117,7 +117,7 @@ def test_with_one_layer_powers_and_vectors_are_the_same() -> None:
 
 
 def held_out_loss(s: np.ndarray, groups: np.ndarray, policies: np.ndarray, shrinkage: float) -> list[float]:
-    """For each sample the mean squared relative error of what the others predict, by the formula."""
+    """For each sample, the mean squared relative error of the others' prediction, by the formula."""
     losses = []
     for sample in sorted(set(groups.tolist())):
         inside, outside = s[groups == sample], s[groups != sample]
@@ -151,7 +151,7 @@ def test_held_out_samples_are_predicted_no_worse_than_by_powers_alone(common: fl
 
 
 def test_the_shrinkage_is_the_least_loss_less_one_standard_error() -> None:
-    """The loss is a parabola: three points of it give b and c of each sample."""
+    """The loss is a parabola: three points of it determine b and c of each sample."""
     s, error, nbytes = unet_like(layers=12, sketches=40, seed=1, common=0.3)
     policies = feasible(error, nbytes, int(nbytes[:, 2].sum() * 0.4), count=10)
     groups = np.arange(40) // 2
@@ -164,7 +164,7 @@ def test_the_shrinkage_is_the_least_loss_less_one_standard_error() -> None:
     assert found == pytest.approx((b.mean() - b.std(ddof=1) / 20**0.5) / c.mean(), rel=1e-5)
 
 
-def test_layers_that_add_up_are_found_and_more_sketches_know_more() -> None:
+def test_correlated_layers_are_detected_better_with_more_sketches() -> None:
     mean = {
         sketches: np.mean([chosen(*unet_like(60, sketches, seed, common=0.2)) for seed in range(8)])
         for sketches in (16, 64, 256)
@@ -173,14 +173,14 @@ def test_layers_that_add_up_are_found_and_more_sketches_know_more() -> None:
     assert mean[256] > 0.6
 
 
-def test_independent_layers_get_next_to_no_vectors() -> None:
+def test_independent_layers_get_almost_no_shrinkage_weight() -> None:
     found = [chosen(*unet_like(60, 32, seed, common=0.0)) for seed in range(24)]
     assert np.median(found) == 0.0
     assert max(found) < 0.4
 
 
-@pytest.mark.filterwarnings("error")  # nothing is divided by zero, and no mean is taken of nothing
-def test_where_nothing_can_be_held_out_powers_are_added() -> None:
+@pytest.mark.filterwarnings("error")  # no division by zero, and no mean of an empty set
+def test_powers_are_added_if_nothing_can_be_held_out() -> None:
     s, error, nbytes = unet_like(layers=10, sketches=8, seed=0, common=0.9)
     policies = feasible(error, nbytes, int(nbytes[:, 2].sum() * 0.4), count=10)
     assert QuadraticForm.of(s, error, [0] * 8, policies).shrinkage == 0.0
@@ -189,13 +189,13 @@ def test_where_nothing_can_be_held_out_powers_are_added() -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_one_layer_has_nothing_to_meet() -> None:
+def test_a_single_layer_gets_no_shrinkage_weight() -> None:
     s, error, _ = unet_like(layers=1, sketches=8, seed=0, common=0.5)
     assert QuadraticForm.of(s, error, np.arange(8) // 2, np.array([[0], [1]])).shrinkage == 0.0
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_policy_that_quantizes_nothing_says_nothing() -> None:
+def test_a_policy_that_quantizes_nothing_is_ignored() -> None:
     s, error, nbytes = unet_like(layers=30, sketches=64, seed=0, common=0.5)
     policies = feasible(error, nbytes, int(nbytes[:, 2].sum() * 0.4), count=16)
     nothing = np.full((1, 30), 2)
@@ -204,7 +204,7 @@ def test_a_policy_that_quantizes_nothing_says_nothing() -> None:
     assert found[0] == found[1] > 0
 
 
-def test_a_form_with_formats_that_may_not_be_gets_a_shrinkage() -> None:
+def test_a_form_with_disallowed_formats_gets_a_shrinkage() -> None:
     s, error, nbytes = unet_like(layers=30, sketches=64, seed=0, common=0.5)
     error[::3, 0] = np.inf
     s[:, ::3, 0] = np.nan
@@ -232,8 +232,8 @@ def test_feasible_policies_fit_and_go_from_near_to_far() -> None:
     assert not np.array_equal(policies, feasible(error, nbytes, budget, count=64, seed=1))
 
 
-def test_feasible_policies_bend_each_format_alone() -> None:
-    """The middle format lies above the line between the others: no factor of a layer alone brings it in."""
+def test_feasible_policies_scale_each_format_separately() -> None:
+    """The middle format is above the line between the others, so no factor per layer selects it."""
     error, nbytes = np.tile([4.0, 3.0, 0.0], (30, 1)), np.tile([1, 2, 3], (30, 1))
     policies = feasible(error, nbytes, budget=60, count=16)
     assert 1 not in solve(error, nbytes, 60).formats
@@ -245,10 +245,10 @@ def test_feasible_policies_bend_each_format_alone() -> None:
 
 @pytest.mark.parametrize("columns", [256, 4, 1])
 @pytest.mark.parametrize("seed", range(3))
-def test_no_change_of_one_layer_or_two_betters_what_was_repaired(
+def test_no_change_of_one_or_two_layers_improves_a_repaired_policy(
     seed: int, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many columns are looked at together."""
+    """For any number of columns evaluated together."""
     monkeypatch.setitem(repair.__globals__, "_COLUMNS", columns)
     for form, nbytes, budget in cases(60, seed):
         start = solve(form.error, nbytes, budget)
@@ -262,7 +262,7 @@ def test_no_change_of_one_layer_or_two_betters_what_was_repaired(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_gap_of_what_was_repaired_is_true(seed: int) -> None:
+def test_the_gap_of_a_repaired_policy_is_valid(seed: int) -> None:
     for form, nbytes, budget in cases(40, seed):
         found = repair(form, nbytes, budget, solve(form.error, nbytes, budget))
         everything = np.array(list(itertools.product(range(form.error.shape[1]), repeat=len(form.error))))
@@ -271,9 +271,9 @@ def test_the_gap_of_what_was_repaired_is_true(seed: int) -> None:
         assert found.error * (1 - found.gap) <= form.value(fit).min() * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("columns", [1, 22])  # of 42, so that the last block is a short one
-def test_blocks_that_were_passed_are_looked_at_again(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A long way from the smallest policy, with layers that add up and cancel."""
+@pytest.mark.parametrize("columns", [1, 22])  # of 42, so that the last block is short
+def test_earlier_blocks_are_visited_again(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starts far from the optimum, at the smallest policy, with layers that add up and cancel."""
     monkeypatch.setitem(repair.__globals__, "_COLUMNS", columns)
     for seed in range(4):
         s, error, nbytes = unet_like(layers=14, sketches=4, seed=seed, common=0.9)
@@ -287,8 +287,8 @@ def test_blocks_that_were_passed_are_looked_at_again(columns: int, monkeypatch: 
 
 
 @pytest.mark.parametrize("shrinkage", [0.0, 0.3, 0.8])
-def test_the_gap_is_the_shrinkage_where_layers_do_not_meet(shrinkage: float) -> None:
-    """A sketch for each layer alone makes Q what A is; at a corner of the hull the bound is (1 - lambda) A."""
+def test_the_gap_is_the_shrinkage_for_uncorrelated_layers(shrinkage: float) -> None:
+    """With a separate sketch for each layer, Q equals A; at a corner of the hull the bound is (1 - lambda) A."""
     layers = 6
     s = np.zeros((layers, layers, 2))
     s[np.arange(layers), np.arange(layers)] = np.arange(1, layers + 1)[:, None] * [1.0, 0.1]
@@ -300,7 +300,7 @@ def test_the_gap_is_the_shrinkage_where_layers_do_not_meet(shrinkage: float) -> 
     assert found.gap == pytest.approx(shrinkage, abs=1e-12)
 
 
-def test_many_layers_are_repaired_across_blocks_and_the_same_way_each_time() -> None:
+def test_many_layers_are_repaired_across_blocks_deterministically() -> None:
     s, error, nbytes = unet_like(layers=250, sketches=16, seed=0, common=0.3)
     budget = int(nbytes[:, 2].sum() * 0.4)
     form, start = QuadraticForm.fixed(s, error, 0.5), solve(error, nbytes, budget)
@@ -316,7 +316,7 @@ def test_many_layers_are_repaired_across_blocks_and_the_same_way_each_time() -> 
     assert form.value(fit).min() >= found.error * (1 - 1e-9)
 
 
-def test_powers_alone_leave_an_exact_solution_as_it_is() -> None:
+def test_repair_with_powers_alone_keeps_an_exact_solution() -> None:
     s, error, nbytes = unet_like(layers=30, sketches=8, seed=0, common=0.5)
     budget = int(nbytes[:, 2].sum() * 0.4)
     start = solve(error, nbytes, budget, gap=0.0)
@@ -325,14 +325,14 @@ def test_powers_alone_leave_an_exact_solution_as_it_is() -> None:
     assert found.error == pytest.approx(start.error)
 
 
-def test_a_layer_alone_gets_the_best_format_that_fits() -> None:
+def test_a_single_layer_gets_the_best_format_that_fits() -> None:
     s = np.array([[[2.0, 1.0, 0.0]]])
     form, nbytes = QuadraticForm.fixed(s, np.square(s).mean(axis=0), 0.5), np.array([[1, 2, 4]])
     assert repair(form, nbytes, 3, Solution(np.array([0]), 4.0, 1, 0.0)).formats.tolist() == [1]
 
 
-def test_layers_that_cancel_are_taken_together() -> None:
-    """Either change alone makes it worse: T goes from 2 to 4 or to -2.5; both make it -0.5."""
+def test_layers_that_cancel_are_changed_together() -> None:
+    """Either change alone makes it worse: T goes from 2 to 4 or to -2.5; both together give -0.5."""
     s = np.array([[[1.0, 3.0], [1.0, -3.5]]])
     form, nbytes = QuadraticForm.fixed(s, np.square(s).mean(axis=0), 1.0), np.ones((2, 2), dtype=np.int64)
     start = solve(form.error, nbytes, 2)
@@ -341,10 +341,10 @@ def test_layers_that_cancel_are_taken_together() -> None:
     assert (found.formats.tolist(), found.error) == ([1, 1], 0.25)
 
 
-def test_a_start_that_does_not_fit_or_may_not_be_is_refused() -> None:
+def test_a_start_that_does_not_fit_or_is_not_allowed_is_refused() -> None:
     form = QuadraticForm.fixed(np.ones((1, 1, 2)), np.array([[np.inf, 1.0]]), 0.5)
     nbytes = np.array([[1, 2]])
-    with pytest.raises(BudgetError, match="takes 2 bytes of 1"):
+    with pytest.raises(BudgetError, match=r"takes 2 bytes.* 1;"):
         repair(form, nbytes, 1, Solution(np.array([1]), 1.0, 2, 0.0))
-    with pytest.raises(BitPolicyError, match="may not have"):
+    with pytest.raises(BitPolicyError, match="not allowed"):
         repair(form, nbytes, 2, Solution(np.array([0]), 1.0, 1, 0.0))

@@ -1,4 +1,4 @@
-"""The study on a problem whose truth is a formula: what it tries, what it keeps, and how it goes on after a stop."""
+"""The study on a problem with known truth: what it tries, what it keeps, and how it continues after a stop."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def suggested(study: Study) -> list[dict[str, Any]]:
 # The problem
 
 
-def test_the_exact_solution_fits_and_no_swap_of_a_layer_betters_it(problem: Problem) -> None:
+def test_the_exact_solution_fits_and_no_single_change_improves_it(problem: Problem) -> None:
     solution = problem.solve()
     choices = problem.choices(solution)
     assert nbytes(problem, choices) <= problem.budget
@@ -98,7 +98,7 @@ def test_the_first_trial_is_the_exact_solution(
     assert study.finished[0].value == pytest.approx(sum(errors) / len(errors))
 
 
-def test_every_policy_that_is_tried_fits_the_budget(
+def test_every_tried_policy_fits_the_budget(
     problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path
 ) -> None:
     generations = new_generations()
@@ -108,7 +108,7 @@ def test_every_policy_that_is_tried_fits_the_budget(
     assert len({tuple(choice.format.name for choice in choices.values()) for choices in tried}) > 5
 
 
-def test_a_study_betters_a_table_that_is_wrong(
+def test_a_study_improves_on_a_wrong_table(
     problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path
 ) -> None:
     generations = new_generations()
@@ -118,7 +118,7 @@ def test_a_study_betters_a_table_that_is_wrong(
     assert totals[0] < generations.total(exact(problem))
 
 
-def test_a_policy_that_was_scored_is_not_scored_again(
+def test_no_policy_is_scored_twice(
     problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path
 ) -> None:
     generations = new_generations()
@@ -131,7 +131,7 @@ def test_a_policy_that_was_scored_is_not_scored_again(
     assert len(seen) == len(set(seen))
 
 
-def test_a_loser_is_stopped_early(problem: Problem, new_generations: NewGenerations, tmp_path: Path) -> None:
+def test_a_losing_trial_is_stopped_early(problem: Problem, new_generations: NewGenerations, tmp_path: Path) -> None:
     samples, generations = [Sample("cat", seed) for seed in range(16)], new_generations()
     study = new_study(problem, generations, samples, tmp_path / "journal")
     study.run(20)
@@ -140,14 +140,14 @@ def test_a_loser_is_stopped_early(problem: Problem, new_generations: NewGenerati
     assert 4 <= min(scored) < 16
 
 
-def test_a_trial_of_a_policy_that_was_scored_is_finished_at_once_with_what_is_known(
+def test_a_trial_of_a_known_policy_finishes_at_once_with_the_known_result(
     problem: Problem,
     new_generations: NewGenerations,
     samples: Samples,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also by another worker, and without the pruner, which is slow where all differences are zero."""
+    """Also in another worker, and without the pruner, which is slow if all differences are zero."""
     new_study(problem, new_generations(), samples, tmp_path / "journal").run(1)
     optuna.load_study(study_name="s", storage=journal(str(tmp_path / "journal"))).enqueue_trial(
         dict.fromkeys(problem.groups, 0.0)
@@ -168,7 +168,7 @@ def test_a_trial_of_a_policy_that_was_scored_is_finished_at_once_with_what_is_kn
     assert second.user_attrs["samples"] == len(samples)
 
 
-def test_a_trial_says_what_its_policy_is(
+def test_a_trial_describes_its_policy(
     problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path
 ) -> None:
     """For optuna-dashboard."""
@@ -212,7 +212,7 @@ def test_a_policy_has_an_origin(
         assert int(number) == min(n for n, other in keys.items() if other == key)
 
 
-def test_the_best_are_different_policies_scored_on_every_sample_best_first(
+def test_the_best_are_distinct_policies_scored_on_every_sample(
     problem: Problem, new_generations: NewGenerations, tmp_path: Path
 ) -> None:
     samples, generations = [Sample("cat", seed) for seed in range(16)], new_generations()
@@ -221,7 +221,7 @@ def test_the_best_are_different_policies_scored_on_every_sample_best_first(
     taken: dict[tuple[str, ...], set[Sample]] = {}
     for choices, seen in generations.asked:
         taken.setdefault(tuple(c.format.name for c in choices.values()), set()).update(seen)
-    assert min(len(seen) for seen in taken.values()) < 16  # there are losers to leave out
+    assert min(len(seen) for seen in taken.values()) < 16  # some trials lost and must be left out
     best = study.best(3)
     assert 1 <= len(best) <= 4
     names = [tuple(c.format.name for c in choices.values()) for choices in best]
@@ -231,10 +231,10 @@ def test_the_best_are_different_policies_scored_on_every_sample_best_first(
     assert totals == sorted(totals)
 
 
-def test_a_policy_that_was_not_scored_on_every_sample_is_not_among_the_best(
+def test_a_partially_scored_policy_is_not_among_the_best(
     problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path
 ) -> None:
-    """However well it did on the few."""
+    """However good it was on a few samples."""
     study = new_study(problem, new_generations(), samples, tmp_path / "journal")
     study.run(1)
     octaves = {group: 3.0 if group.startswith("conv") else -3.0 for group in problem.groups}
@@ -256,7 +256,7 @@ def test_a_policy_that_was_not_scored_on_every_sample_is_not_among_the_best(
 
 @pytest.mark.parametrize("trials", [1, 2, 12])
 @pytest.mark.parametrize("count", [1, 3])
-def test_the_exact_solution_is_always_among_the_best_and_they_are_at_most_one_more(
+def test_the_exact_solution_is_always_among_the_best(
     problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path, trials: int, count: int
 ) -> None:
     study = new_study(problem, new_generations(), samples, tmp_path / "journal")
@@ -268,10 +268,10 @@ def test_the_exact_solution_is_always_among_the_best_and_they_are_at_most_one_mo
         assert best[-1] == exact(problem)
 
 
-# Stopping and going on
+# Stopping and continuing
 
 
-def test_a_study_goes_on_to_the_number_that_is_asked(
+def test_a_study_continues_to_the_requested_number_of_trials(
     problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path
 ) -> None:
     ticks: list[int] = []
@@ -281,7 +281,7 @@ def test_a_study_goes_on_to_the_number_that_is_asked(
         assert len(study.finished) == len(ticks) == finished
 
 
-def test_a_study_in_two_runs_is_the_study_in_one(
+def test_a_study_in_two_runs_equals_the_study_in_one(
     problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path
 ) -> None:
     whole = new_study(problem, new_generations(), samples, tmp_path / "whole")
@@ -295,7 +295,7 @@ def test_a_study_in_two_runs_is_the_study_in_one(
 
 
 @pytest.mark.parametrize("errors", [0, 3, 8, 20])
-def test_an_interrupted_study_is_in_the_end_the_study_in_one(
+def test_an_interrupted_study_ends_like_an_uninterrupted_one(
     problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path, errors: int
 ) -> None:
     whole = new_study(problem, new_generations(), samples, tmp_path / "whole")
@@ -314,7 +314,7 @@ def test_an_interrupted_study_is_in_the_end_the_study_in_one(
 def test_a_trial_left_running_by_a_killed_process_is_not_waited_for(
     problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path
 ) -> None:
-    """A process that is killed in its first trial leaves it in the journal, begun and never ended."""
+    """A process killed in its first trial leaves it in the journal, started but never finished."""
     whole = new_study(problem, new_generations(), samples, tmp_path / "whole")
     whole.run(4)
     new_study(problem, new_generations(), samples, tmp_path / "killed")
@@ -328,7 +328,7 @@ def test_a_trial_left_running_by_a_killed_process_is_not_waited_for(
     assert resumed.best(3) == whole.best(3)
 
 
-def test_equal_seeds_suggest_the_same_and_others_something_else(
+def test_equal_seeds_give_equal_suggestions(
     problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path
 ) -> None:
     def run(path: str, seed: int) -> list[dict[str, Any]]:
@@ -340,7 +340,7 @@ def test_equal_seeds_suggest_the_same_and_others_something_else(
     assert run("c", 5)[1:] != run("a", 0)[1:]
 
 
-def test_studies_of_other_names_in_one_journal_do_not_meet(
+def test_studies_with_different_names_in_one_journal_are_separate(
     problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path
 ) -> None:
     new_study(problem, new_generations(), samples, tmp_path / "journal", name="one").run(3)
@@ -350,7 +350,7 @@ def test_studies_of_other_names_in_one_journal_do_not_meet(
     assert len(other.finished) == 2
 
 
-def test_images_that_are_not_numbers_end_the_study(
+def test_images_with_nan_end_the_study(
     problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path
 ) -> None:
     class Broken:
@@ -366,20 +366,20 @@ def test_images_that_are_not_numbers_end_the_study(
         new_study(problem, Broken(), samples, tmp_path / "journal").run(1)
 
 
-def test_a_storage_that_optuna_does_not_know_is_refused_with_one_that_it_knows(
+def test_an_unknown_storage_is_refused_with_an_example(
     problem: Problem, new_generations: NewGenerations, samples: Samples
 ) -> None:
-    with pytest.raises(BitPolicyError, match=r"cannot use storage 'nowhere'.* e\.g\. sqlite:///study\.db"):
+    with pytest.raises(BitPolicyError, match=r"storage 'nowhere'.* e\.g\. sqlite:///study\.db"):
         Study(problem, new_generations(), samples, "nowhere", "s", 0)
 
 
-def test_a_storage_behind_a_proxy_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_storage_behind_a_proxy_names_the_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(BitPolicyError, match=r"pip install 'bitpolicy\[grpc\]'"):
         open_storage("grpc://localhost:13000")
 
 
-def test_tables_that_another_worker_makes_meanwhile_are_waited_for(
+def test_a_worker_waits_for_tables_that_another_one_is_creating(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     calls = iter([RuntimeError("table studies already exists"), RuntimeError("type x already exists")])
@@ -397,7 +397,7 @@ def test_tables_that_another_worker_makes_meanwhile_are_waited_for(
         open_storage("sqlite:///nowhere")
 
 
-def test_any_storage_that_optuna_knows_will_do(
+def test_any_optuna_storage_works(
     problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path
 ) -> None:
     url = f"sqlite:///{tmp_path}/study.db"

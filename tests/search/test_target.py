@@ -1,4 +1,4 @@
-"""The smallest policy of a quality, on curves whose answer is known."""
+"""The smallest policy of a given quality, on curves whose answer is known."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from bitpolicy.search.knapsack import Solution
 from bitpolicy.search.target import Reach
 
-LEAST, MOST = 1000, 20000  # bytes of the policies there are; error falls by 6 dB for each 1000
+LEAST, MOST = 1000, 20000  # range of policy bytes; error falls by 6 dB per 1000
 
 
 def error_of(nbytes: float) -> float:
@@ -58,7 +58,7 @@ def test_noise_in_the_measurements_does_not_hide_a_policy_that_reaches() -> None
     assert found.solution.nbytes <= truth(50.0, offset=7.0) * 1.02
 
 
-def test_the_smallest_policy_of_all_is_enough_where_it_reaches() -> None:
+def test_the_smallest_policy_is_chosen_if_it_reaches_the_target() -> None:
     looking = search()
     found = looking.smallest(10.0)
     assert found is not None
@@ -66,13 +66,13 @@ def test_the_smallest_policy_of_all_is_enough_where_it_reaches() -> None:
     assert len(looking.measured) == 1
 
 
-def test_what_nothing_reaches_is_told_so_after_measuring_the_best() -> None:
+def test_an_unreachable_target_is_reported_after_measuring_the_best_policy() -> None:
     looking = search(least=error_of(5000))
     assert looking.smallest(100.0) is None
     assert min(m.place for m in looking.measured) == pytest.approx(math.log10(error_of(5000)))
 
 
-def test_a_second_target_goes_on_from_what_was_measured() -> None:
+def test_a_second_target_reuses_measurements() -> None:
     looking = search()
     looking.smallest(50.0)
     before = len(looking.measured)

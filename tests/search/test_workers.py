@@ -1,4 +1,4 @@
-"""Several processes at one study, and one of them killed: every trial is somebody's, and none is done twice."""
+"""Several processes work on one study, and one is killed: every trial is done, and none is done twice."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def ended(worker: subprocess.Popen[str]) -> list[str]:
-    """What a worker printed: its best policy, and how many trials it saw."""
+    """What a worker printed: its best policy, and the number of trials it saw."""
     out, err = worker.communicate(timeout=TIMEOUT)
     assert worker.returncode == 0, err[-3000:]
     return out.split()
 
 
 def begun(url: str, samples: int = 1) -> bool:
-    """Whether some trial is under way and has reported so many samples."""
+    """Whether some running trial has reported this many samples."""
     try:
         running = trials(url, TrialState.RUNNING)
     except KeyError:
@@ -64,7 +64,7 @@ def test_two_processes_share_a_journal(new_workers: Workers, problem: Problem, t
     outputs = [ended(worker) for worker in new_workers(url, count=2, trials=12)]
     finished = trials(url, TrialState.COMPLETE)
     assert len(trials(url)) == len(finished)
-    assert 12 <= len(finished) <= 13  # both may begin the last one
+    assert 12 <= len(finished) <= 13  # both may start the last one
     by_worker = Counter(trial.user_attrs["worker"] for trial in finished)
     assert len(by_worker) == 2
     assert min(by_worker.values()) > 2
@@ -76,10 +76,10 @@ def test_two_processes_share_a_journal(new_workers: Workers, problem: Problem, t
     assert len({tuple(trial.params.values()) for trial in finished}) == len(finished)
 
 
-def test_a_killed_process_is_not_waited_for_and_its_trial_is_made_again(
+def test_a_killed_process_is_not_waited_for_and_its_trial_is_repeated(
     new_workers: Workers, problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path
 ) -> None:
-    """The next worker suggests what the study would have seen without the kill, and every turn is somebody's."""
+    """The next worker suggests what the study would have seen without the kill, and every turn is used."""
     whole = Study(problem, new_generations(), samples, f"journal:///{tmp_path}/whole", "s", 0)
     whole.run(5)
     url = f"journal:///{tmp_path}/killed"
@@ -95,7 +95,7 @@ def test_a_killed_process_is_not_waited_for_and_its_trial_is_made_again(
     assert [(t.params, t.value) for t in resumed.finished] == [(t.params, t.value) for t in whole.finished]
 
 
-def test_a_worker_takes_over_the_turn_of_one_that_is_killed_beside_it(
+def test_a_worker_takes_over_the_turn_of_a_killed_one(
     new_workers: Workers, problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path
 ) -> None:
     url = f"journal:///{tmp_path}/journal"
@@ -116,7 +116,7 @@ def test_a_worker_takes_over_the_turn_of_one_that_is_killed_beside_it(
     assert killed[0] in [trial.user_attrs["turn"] for trial in study.finished]
 
 
-def test_a_stopped_process_that_is_thought_dead_loses_its_trial_and_goes_on(
+def test_a_stopped_process_thought_dead_loses_its_trial_and_continues(
     new_workers: Workers,
     problem: Problem,
     new_generations: NewGenerations,
@@ -142,7 +142,7 @@ def test_a_stopped_process_that_is_thought_dead_loses_its_trial_and_goes_on(
 def test_the_last_trial_of_another_worker_is_waited_for(
     problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path
 ) -> None:
-    """Nobody leaves with a best that is not everybody's, and no trial more is begun meanwhile."""
+    """Every worker ends with the same best policy, and no further trial starts in the meantime."""
     slow, path = new_generations(), str(tmp_path / "journal")
     release = threading.Event()
     errors = slow.errors
@@ -165,8 +165,8 @@ def test_the_last_trial_of_another_worker_is_waited_for(
     thread.join()
 
 
-def test_trials_that_begin_together_take_different_turns(tmp_path: Path) -> None:
-    """The one with the lower number has signed, and not yet said which turn it takes: the lowest that is free."""
+def test_trials_that_start_together_take_different_turns(tmp_path: Path) -> None:
+    """The one with the lower number has signed, but not yet taken its turn, which will be the lowest free one."""
     path = str(tmp_path / "journal")
     study = optuna.create_study(study_name="s", storage=journal(path))
     crew = storage_module.Crew(study)
@@ -181,7 +181,7 @@ def test_trials_that_begin_together_take_different_turns(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("moment", range(1, 6))
-def test_a_trial_that_takes_its_turn_while_another_looks_is_counted_once(
+def test_a_trial_that_takes_its_turn_during_a_read_is_counted_once(
     moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = optuna.create_study(study_name="s", storage=journal(str(tmp_path / "journal")))
@@ -201,7 +201,7 @@ def test_a_trial_that_takes_its_turn_while_another_looks_is_counted_once(
 
 
 @pytest.mark.parametrize("here", [True, False])
-def test_a_turn_is_free_at_once_where_the_process_is_known_to_be_gone_and_after_a_while_where_it_cannot_be_known(
+def test_a_turn_is_freed_at_once_for_a_dead_process_and_later_for_an_unknown_one(
     problem: Problem,
     new_generations: NewGenerations,
     samples: Samples,
@@ -222,7 +222,7 @@ def test_a_turn_is_free_at_once_where_the_process_is_known_to_be_gone_and_after_
     assert len(trials(f"journal:///{path}", TrialState.FAIL)) == 1
 
 
-def test_a_run_begins_no_trial_after_its_time(
+def test_a_run_starts_no_trial_after_its_timeout(
     problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = str(tmp_path / "journal")

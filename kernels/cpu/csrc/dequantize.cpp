@@ -1,7 +1,7 @@
-// The weights that packed tensors stand for, in the layout that torch's layers want; bit-equal to the plain torch code.
+// Dequantizes packed tensors into the memory layout of torch's layers; bit-equal to the plain torch code.
 //
-// affine and nf4: rows of little-endian codes, channels fastest (kernels/formats/packing.py), a float16 scale for each group.
-// int8 and fp8: a byte for each weight in the weight's own shape, a float32 scale for each output channel.
+// affine and nf4: rows of little-endian codes, channels fastest (kernels/formats/packing.py), one float16 scale per group.
+// int8 and fp8: one byte per weight in the weight's own shape, one float32 scale per output channel.
 
 #include "nine_taps.h"
 
@@ -13,7 +13,7 @@
 
 namespace {
 
-// 8 codes fill BITS whole bytes, the lowest of `word`.
+// 8 codes fill BITS whole bytes, the low ones of `word`.
 template <int BITS>
 inline void unpack8(uint64_t word, uint8_t* codes) {
     constexpr uint64_t mask = (1u << BITS) - 1;
@@ -70,8 +70,8 @@ void look_up(const uint8_t* codes, int64_t length, const float* levels, float sc
 }
 
 #if defined(WIDE_VECTORS)
-// 16 weights of 4 bits: a group has but 16 weights, which fill one vector. Every byte is spread to eight, its high half moved
-// to the upper four, and the lowest four bits of each four choose.
+// 4-bit weights, 16 at a time: a group has only 16 distinct weights, which fill one vector. Each byte is widened to eight and
+// its high half moved to the upper four; the lowest four bits of each four are the index.
 inline __m512 chosen(__m128i bytes, __m512 weights) {
     const __m512i pairs = _mm512_cvtepu8_epi64(bytes);
     return _mm512_permutexvar_ps(_mm512_or_si512(pairs, _mm512_slli_epi64(pairs, 28)), weights);
@@ -88,7 +88,7 @@ void decode_halves(const uint8_t* bytes, int64_t length, __m512 weights, float* 
 }
 #endif
 
-// The butterflies of kernels/formats/hadamard.py, in its order: half = 1, 2, 4, ...
+// The butterflies of kernels/formats/hadamard.py, in the same order: half = 1, 2, 4, ...
 template <int HALF>
 void butterflies(float* run, int64_t size) {
     for (int64_t i = 0; i < size; i += 2 * HALF)
@@ -100,7 +100,7 @@ void butterflies(float* run, int64_t size) {
 }
 
 #if defined(WIDE_VECTORS)
-// The stages 1, 2, 4, 8 of 16 values.
+// Stages 1, 2, 4 and 8 on 16 values.
 inline __m512 hadamard16(__m512 v) {
     __m512 p = _mm512_permute_ps(v, 0xb1);
     v = _mm512_mask_sub_ps(_mm512_add_ps(v, p), 0xaaaa, p, v);
@@ -150,7 +150,7 @@ void hadamard(float* run, int64_t size, float norm) {
 }
 
 #if defined(__AVX__)
-// 8 rows of 8 floats, `from_step` apart -> its transpose, rows `to_step` apart
+// Transposes 8 rows of 8 floats, `from_step` apart, to rows `to_step` apart.
 inline void turn8(const float* from, int64_t from_step, float* to, int64_t to_step) {
     __m256 row[8], pair[8], four[8];
     for (int i = 0; i < 8; i++) row[i] = _mm256_loadu_ps(from + i * from_step);
@@ -195,7 +195,7 @@ void store_row(const float* row, int64_t channels, int64_t taps, T* to, float* t
     narrow_row(taps > 1 ? turned : row, channels * taps, to);
 }
 
-// Codes [at, at + size) of row n, `at` the first of a group; `codes` are packed if they are halves of bytes.
+// Codes [at, at + size) of row n, where `at` starts a group. `codes` are packed if they are half bytes.
 void decode_groups(const Packed& p, const uint8_t* codes, int64_t n, int64_t groups, int64_t at, int64_t size,
                    float* to) {
     const bool halves = p.halves();
@@ -214,7 +214,7 @@ void decode_groups(const Packed& p, const uint8_t* codes, int64_t n, int64_t gro
     }
 }
 
-constexpr int64_t BLOCK = 256;  // channels that are turned at once, so that all their taps stay in the first cache
+constexpr int64_t BLOCK = 256;  // channels transposed at once, so that all their taps stay in the L1 cache
 
 template <class T>
 void dequantize_groups(const Packed& p, T* to, int threads) {
@@ -228,7 +228,7 @@ void dequantize_groups(const Packed& p, T* to, int threads) {
         static thread_local std::vector<float> rows;
         const int64_t aligned = ((block > BLOCK ? block : BLOCK) * p.taps + 15) / 16 * 16;
         if (int64_t(rows.size()) < 2 * aligned + 16) rows.resize(2 * aligned + 16);
-        float* row = rows.data() + (-uintptr_t(rows.data()) / 4 & 15);  // starts a cache line
+        float* row = rows.data() + (-uintptr_t(rows.data()) / 4 & 15);  // aligned to a cache line
         const uint8_t* codes = p.codes + n * bytes;
 #if defined(HAS_NINE_TAPS)
         if (suits_nine_taps(p)) {
@@ -245,7 +245,7 @@ void dequantize_groups(const Packed& p, T* to, int threads) {
         }
 #endif
         if (!p.halves()) {
-            if (int64_t(unpacked.size()) < length + 8) unpacked.resize(length + 8);  // by eights
+            if (int64_t(unpacked.size()) < length + 8) unpacked.resize(length + 8);  // unpacked in eights
             UNPACK[p.bits](codes, length, unpacked.data());
             codes = unpacked.data();
         }
@@ -266,7 +266,7 @@ void dequantize_groups(const Packed& p, T* to, int threads) {
 }
 
 #if defined(WIDE_VECTORS)
-// float8 e4m3: its exponent and mantissa are those of a float32 that is 2^120 times smaller.
+// float8 e4m3: as bits of a float32, exponent and mantissa give the value divided by 2^120.
 inline __m512 float8(__m128i bytes) {
     const __m512i codes = _mm512_cvtepu8_epi32(bytes), rest = _mm512_and_si512(codes, _mm512_set1_epi32(0x7f));
     const __m512i sign = _mm512_slli_epi32(_mm512_and_si512(codes, _mm512_set1_epi32(0x80)), 24);
@@ -309,8 +309,8 @@ void dequantize_bytes(const uint8_t* codes, const float* scale, const float* val
 
 extern "C" {
 
-// plan: bits, out, channels, taps, group, rotated, the bits of norm, dtype. Runs of `group` are rotated by a Hadamard matrix
-// and multiplied by norm = group^-1/2.
+// plan: bits, out, channels, taps, group, rotated, the bits of norm, dtype. If rotated, each group is multiplied by a Hadamard
+// matrix and by norm = group^-1/2.
 void bitpolicy_dequantize_groups(const int64_t* plan, const uint8_t* codes, const void* scale, const uint8_t* zero,
                                  const float* levels, void* to, int threads) {
     const Half* scales = static_cast<const Half*>(scale);
@@ -321,7 +321,7 @@ void bitpolicy_dequantize_groups(const int64_t* plan, const uint8_t* codes, cons
     if (plan[7] == BFLOAT) dequantize_groups(packed, static_cast<Bfloat*>(to), threads);
 }
 
-// values: what each of the 256 bytes stands for as a float8; null: bytes are int8.
+// values: the float8 value of each of the 256 bytes; null if the bytes are int8.
 void bitpolicy_dequantize_bytes(const uint8_t* codes, const float* scale, const float* values, int64_t out,
                                 int64_t length, void* to, int dtype, int threads) {
     if (dtype == FLOAT) dequantize_bytes(codes, scale, values, out, length, static_cast<float*>(to), threads);

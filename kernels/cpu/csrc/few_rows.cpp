@@ -1,9 +1,9 @@
-// FLOAT compute of linear layers with few rows: the weight is dequantized in registers, between its bytes and the sums.
+// Linear layers with few rows, compute mode FLOAT: the weight is dequantized in registers, between its bytes and the sums.
 //
 //     y[r, n] = sum_k x[r, k] w[n, k] + b[n],    w = (code - zero) scale, or level[code] scale
 //
-// One or two rows are bound by reading the weight; codes are a quarter or an eighth of its floats, and nothing of it is
-// written. Sums are float32, in sixteen parts that are added at the end, so a row's result does not depend on the others.
+// With one or two rows, nearly all time goes into reading the weight. Codes are a quarter or an eighth of its float size, and
+// the weight is never written. Sums are float32, in sixteen parts added at the end, so no row's result depends on the others.
 
 #include "lanes.h"
 
@@ -11,24 +11,24 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 2 * LANES;  // weights that are read at once; a group is whole blocks or a row
+constexpr int64_t BLOCK = 2 * LANES;  // weights read at once; a group is a whole number of blocks, or a row
 
 struct Layer {
     const uint8_t* codes;
-    const void* scale;    // float32 of signed bytes, else float16
+    const void* scale;    // float32 for signed bytes, else float16
     const uint8_t* zero;  // null: 2^(bits-1)
-    const float* levels;  // of nf4; null: affine
+    const float* levels;  // for nf4; null: affine
     int64_t bits, out, length, group;
 
     int64_t row_bytes() const { return bits == 4 ? (length + 1) / 2 : length; }
     int64_t groups() const { return (length + group - 1) / group; }
 };
 
-// How the weights of one channel are read: `enter` each group, then `read` its blocks, two vectors each.
+// Readers for the weights of one channel: `enter` each group, then `read` its blocks, two vectors each.
 
-// int8: the scale of the channel multiplies the finished sum.
+// int8: the channel's scale multiplies the finished sum.
 struct Channel {
-    static constexpr int shift = 0;  // codes to bytes
+    static constexpr int shift = 0;  // log2 of codes per byte
     static constexpr bool paired = false;  // the second vector follows the first
 
     float scale;
@@ -71,7 +71,7 @@ struct GroupedBytes : Groups {
     }
 };
 
-// The 16 weights that a group can have fill one vector, from which low halves of bytes choose, then high ones.
+// The 16 distinct weights of a group fill one vector, indexed by the low halves of the bytes, then by the high ones.
 struct GroupedHalves : Groups {
     static constexpr int shift = 1;
     static constexpr bool paired = true;  // even weights, then odd ones
@@ -91,7 +91,7 @@ struct GroupedHalves : Groups {
     }
 };
 
-// The input, float32: rows of whole blocks, padded by zeros, in the order in which weights are read.
+// The input in float32: rows of whole blocks, padded with zeros, in the order in which weights are read.
 struct Input {
     const float* values;
     int64_t rows, pitch;
@@ -101,7 +101,7 @@ template <class T>
 Input arranged(const T* x, int64_t rows, int64_t length, bool paired, std::vector<float>& to) {
     const int64_t pitch = (length + BLOCK - 1) / BLOCK * BLOCK;
     to.assign((rows + 1) * pitch + LANES, 0);
-    float* values = to.data() + (-uintptr_t(to.data()) / sizeof(float) & (LANES - 1));  // starts a cache line
+    float* values = to.data() + (-uintptr_t(to.data()) / sizeof(float) & (LANES - 1));  // aligned to a cache line
     float* plain = values + rows * pitch;
     for (int64_t r = 0; r < rows; r++) {
         float* row = values + r * pitch;
@@ -147,7 +147,7 @@ void tile(const Layer& layer, int64_t n, const float* x, int64_t pitch, float* s
 #pragma GCC unroll 8
         for (int i = 0; i < N; i++) w[i].enter(group);
         for (; k + BLOCK <= end; k += BLOCK) add_block(codes, k >> Weights::shift, k);
-        if (k < end) {  // the end of a row, with zeros for what lies behind it
+        if (k < end) {  // the end of a row, padded with zeros
             const int64_t at = k >> Weights::shift;
             uint8_t rest[N][BLOCK] = {};
             const uint8_t* from[N];
@@ -174,13 +174,13 @@ void rows_by_channels(const Layer& layer, const Input& x, int64_t row, int64_t n
 // Rows [row, row + R) by channels [n, end).
 template <class Weights, int R, class T>
 void strip(const Layer& layer, const Input& x, int64_t row, int64_t n, int64_t end, const T* bias, T* y) {
-    constexpr int N = R <= 2 ? 4 : 2;  // as many sums as stay in registers
+    constexpr int N = R <= 2 ? 4 : 2;  // as many sums as fit the registers
     for (; n + N <= end; n += N) rows_by_channels<Weights, R, N>(layer, x, row, n, bias, y);
     for (; n < end; n++) rows_by_channels<Weights, R, 1>(layer, x, row, n, bias, y);
 }
 
-constexpr int64_t CHANNELS = 4;     // whose codes stay in the first cache while all rows are multiplied with them
-constexpr int64_t WORTH = 1 << 16;  // multiplications for which another thread is woken
+constexpr int64_t CHANNELS = 4;     // their codes stay in the L1 cache while all rows are multiplied with them
+constexpr int64_t WORTH = 1 << 16;  // multiplications that justify waking another thread
 
 template <class Weights, class T>
 void multiply(const Layer& layer, const T* x, int64_t rows, const T* bias, T* y, int threads) {
@@ -215,8 +215,8 @@ void multiply(const Layer& layer, const void* x, int64_t rows, const void* bias,
 
 extern "C" {
 
-// plan: bits (0: signed bytes with a float32 scale a channel), out, length, group (whole blocks, or the row), dtype. Codes,
-// scales of groups and zero points are those of dequantize.cpp.
+// plan: bits (0: signed bytes with one float32 scale per channel), out, length, group (whole blocks, or the row), dtype. Codes,
+// group scales and zero points are as in dequantize.cpp.
 void bitpolicy_few_rows(const int64_t* plan, const uint8_t* codes, const void* scale, const uint8_t* zero,
                         const float* levels, const void* x, int64_t rows, const void* bias, void* y, int threads) {
     const Layer layer{codes, scale, zero, levels, plan[0], plan[1], plan[2], plan[3]};

@@ -1,4 +1,4 @@
-// float32 from and to what is stored: float32 itself, float16 (IEEE 754 binary16) and bfloat16, rounded to nearest even.
+// Converts float32 to and from stored dtypes: float32, float16 (IEEE 754 binary16) and bfloat16, rounded to nearest even.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@
 #define PARALLEL_FOR(threads) (void)(threads);
 #endif
 
-#define ALWAYS_INLINE inline __attribute__((always_inline))  // vectors stay in registers
+#define ALWAYS_INLINE inline __attribute__((always_inline))  // so that vectors stay in registers
 
 struct Half {
     uint16_t bits;
@@ -60,9 +60,9 @@ inline void narrow(float value, Half* to) {
     uint32_t bits = as_bits(value), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
     if (rest > 0x7f800000) {
         to->bits = uint16_t(sign | 0x7e00);
-    } else if (rest >= 0x477ff000) {  // rounds beyond 65504
+    } else if (rest >= 0x477ff000) {  // rounds to more than 65504
         to->bits = uint16_t(sign | 0x7c00);
-    } else if (rest < 0x38800000) {  // subnormal: the float unit rounds, at the place where 2^-24 is the last bit
+    } else if (rest < 0x38800000) {  // subnormal: the float unit rounds at the position where 2^-24 is the last bit
         to->bits = uint16_t(sign | (as_bits(as_float(rest) + 0.5f) - as_bits(0.5f)));
     } else {
         to->bits = uint16_t(sign | (rest - (112u << 23) + 0xfff + (rest >> 13 & 1)) >> 13);

@@ -1,10 +1,10 @@
-// INT8 compute (kernels/compute/int8.py) with the VNNI instructions of AVX-512.
+// INT8 activation quantization (kernels/compute/int8.py) with the VNNI instructions of AVX-512.
 //
 //     y = (sum_k x_q w_q - z sum_k w_q) (s_x s_w) + b
 //
-// Inputs are quantized into bytes by int8_input.h, the borders of a convolution filled with the code of zero; so the second
-// sum is the same for every output position. A linear layer is a convolution of one tap over a line of rows. Tiles of 6
-// positions by up to 64 channels stay in registers for the whole sum.
+// int8_input.h quantizes the inputs to bytes and fills a convolution's padding with the code of zero, so the second sum is the
+// same for every output position. A linear layer is a convolution of one tap over a line of rows. Tiles of 6 positions by up
+// to 64 channels stay in registers for the whole sum.
 
 #include "int8_input.h"
 
@@ -56,7 +56,7 @@ void tile(const uint8_t* const* positions, const int8_t* weight, const int64_t* 
 #define TILES_OF(V) {nullptr, tile<1, V>, tile<2, V>, tile<3, V>, tile<4, V>, tile<5, V>, tile<6, V>}
 const Tile TILES[][TILE + 1] = {{}, TILES_OF(1), TILES_OF(2), TILES_OF(3), TILES_OF(4)};
 
-// Output channels in panels of 1 to 4 vectors, as even as can be.
+// Divides output channels into panels of 1 to 4 vectors, as even as possible.
 struct Panels {
     int64_t vectors, count;
     explicit Panels(int64_t out) : vectors((out + 15) / 16), count((vectors + 3) / 4) {}
@@ -73,7 +73,7 @@ struct Epilogue {
     int64_t by_position, out, positions, channels_last;
 };
 
-// sums[position][channel] -> values, in place or, where the result has channels last, written to y.
+// Turns sums[position][channel] into values, in place or, if the result is channels last, in y.
 template <int V, class T>
 void scale(int32_t* sums, const Grids& grids, int64_t step, const Epilogue& e, int64_t count, int64_t channel,
            const T* bias, T* y) {
@@ -86,7 +86,7 @@ void scale(int32_t* sums, const Grids& grids, int64_t step, const Epilogue& e, i
         lanes[v] = first_lanes(e.out - n);
         offset[v] = _mm512_loadu_si512(e.offsets + n);
         out_scale[v] = _mm512_loadu_ps(e.out_scale + n);
-        added[v] = bias ? load16(bias + n, lanes[v]) : _mm512_set1_ps(-0.0f);  // which changes no sum
+        added[v] = bias ? load16(bias + n, lanes[v]) : _mm512_set1_ps(-0.0f);  // -0 changes no sum
     }
     for (int64_t p = 0; p < count; p++) {
         const __m512 own = _mm512_set1_ps(grids.scale[p * step]);
@@ -143,7 +143,7 @@ void multiply(const Plan& p, const T* x, const int8_t* weight, const float* out_
     quantize(p, x, codes, grids, threads);
 
     const int64_t pitch = p.pitch(), taps = p.kernel[0] * p.kernel[1] * p.kernel[2];
-    const bool joined = p.dilation[2] == 1;  // the taps of a line lie side by side
+    const bool joined = p.dilation[2] == 1;  // the taps of a line are adjacent
     const int64_t across = joined ? 1 : p.kernel[2], run = joined ? pitch * p.kernel[2] : pitch;
     const int64_t run_count = p.kernel[0] * p.kernel[1] * across;
     int64_t few[64];
@@ -157,7 +157,7 @@ void multiply(const Plan& p, const T* x, const int8_t* weight, const float* out_
     const int64_t positions = p.positions(), strips = (positions + STRIP - 1) / STRIP;
     const int64_t high = p.steps(1), wide = p.steps(2);
     const Epilogue epilogue{grids, out_scale, offsets, p.by_position, p.out, positions, p.channels_last};
-    // As many panels as the second cache holds are multiplied with a strip before the next one.
+    // As many panels as fit the L2 cache are multiplied with a strip before the next strip.
     const int64_t held = CACHE / (PANEL * pitch * taps), group = held < 1 ? 1 : least(held, panels.count);
     const int64_t all = p.samples * strips;
     PARALLEL_FOR(threads)
@@ -190,7 +190,7 @@ extern "C" {
 
 int bitpolicy_has_int8() { return 1; }
 
-// w (out, channels, taps) -> panels of [tap][channel / 4][output channel][channel % 4], and sum_k w; padded by zeros.
+// w (out, channels, taps) -> panels of [tap][channel / 4][output channel][channel % 4], and sum_k w; padded with zeros.
 void bitpolicy_int8_pack(const int8_t* w, int64_t out, int64_t channels, int64_t taps, int8_t* packed,
                          int32_t* offsets) {
     const int64_t pitch = round_up(channels, 4);
@@ -212,7 +212,7 @@ void bitpolicy_int8_pack(const int8_t* w, int64_t out, int64_t channels, int64_t
     }
 }
 
-// codes: room for samples * sample_bytes(); scales: room for grids() of them and as many zero points.
+// codes: room for samples * sample_bytes(); scales: room for grids() scales and as many zero points.
 void bitpolicy_int8_multiply(const int64_t* plan, const void* x, const int8_t* weight, const float* out_scale,
                              const int32_t* offsets, const void* bias, void* y, uint8_t* codes, float* scales,
                              int dtype, int threads) {

@@ -1,8 +1,8 @@
-// Inputs of INT8 compute (kernels/compute/int8.py) as bytes.
+// Quantizes inputs to bytes for INT8 activation quantization (kernels/compute/int8.py).
 //
 //     s = hi / 255 - lo / 255,    z = round(-lo / s),    x_q = clamp(round(x / s) + z, 0, 255)
 //
-// Codes lie channels fastest, whole words of four to a pixel, and the borders of a convolution are filled with z.
+// Codes are stored channels fastest, in whole words of four per pixel. A convolution's padding is filled with z.
 #pragma once
 
 #include <cmath>
@@ -21,7 +21,7 @@ inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1)
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// How a convolution reads its padded input and writes its output; 3 dimensions, absent ones of size 1.
+// How a convolution reads its padded input and writes its output. Always 3 dimensions; unused ones have size 1.
 struct Plan {
     int64_t samples, channels, out;
     int64_t size[3], kernel[3], stride[3], padding[3], dilation[3];
@@ -36,14 +36,14 @@ struct Plan {
     int64_t grids() const { return by_position ? samples * pixels() : samples; }
 };
 
-// Scales and zero points: one a sample, or one a pixel.
+// Scales and zero points: one per sample or per pixel.
 struct Grids {
     float* scale;
     int32_t* zero;
 
     Grids from(int64_t i) const { return {scale + i, zero + i}; }
 
-    // hi and lo as bits. NaN where either is not finite; a zero point is larger than 255 only for subnormal values.
+    // hi and lo as bits. NaN if either is not finite; a zero point exceeds 255 only for subnormal values.
     void set(int64_t i, int32_t hi, uint32_t lo) const {
         const bool finite = hi < int32_t(INFINITE) && lo < (NEGATIVE | INFINITE);
         const float high = as_float(uint32_t(hi)), low = as_float(lo);
@@ -54,8 +54,8 @@ struct Grids {
     }
 };
 
-// The largest and the least of each lane, zero included, as bits: signed integers order positive numbers and have negative
-// ones below them, unsigned ones order negative numbers and have them above. NaN is beyond the infinity of its sign.
+// The maximum and minimum of each lane, zero included, as bits: as signed integers, positive floats are in order and negative
+// ones below them; as unsigned integers, negative floats are in order and above the rest. NaN exceeds the infinity of its sign.
 struct Range {
     __m512i hi = _mm512_setzero_si512(), lo = _mm512_set1_epi32(int32_t(NEGATIVE));
 
@@ -82,8 +82,8 @@ ALWAYS_INLINE Range range_of(const T* x, int64_t length) {
     return parts[0];
 }
 
-// round(x / scale), to nearest even, + zero, in [0, 255]. A product is faster than a division, and errs by less than 2^-14
-// here: only where it lies that close to a tie is it divided.
+// round(x / scale), to nearest even, + zero, in [0, 255]. A product is faster than a division and errs by less than 2^-14 here,
+// so only values that close to a tie are divided.
 struct Quantizer {
     __m512 scale, inverse, zero;
     bool simple;
@@ -124,7 +124,7 @@ ALWAYS_INLINE void quantize_row(const T* x, int64_t length, int64_t padded, cons
     }
 }
 
-// 16 pixels of 16 channels, channels `stride` apart -> a run of 16 bytes for each pixel
+// 16 pixels of 16 channels, channels `stride` apart -> 16 adjacent bytes per pixel
 template <class T>
 void turn_block(const T* x, int64_t stride, int64_t channels, int64_t pixels, const Quantizer& quantizer, uint8_t* to,
                 int64_t pitch) {
@@ -155,7 +155,7 @@ void turn_block(const T* x, int64_t stride, int64_t channels, int64_t pixels, co
     }
 }
 
-// As many pixels of all channels; `quantizer_of` says how the 16 from one on are quantized.
+// `pixels` pixels of all channels; `quantizer_of` gives the quantizer for the 16 pixels from a given one on.
 template <class T, class Of>
 void turn_pixels(const T* x, int64_t stride, int64_t channels, int64_t pixels, Of quantizer_of, uint8_t* to,
                  int64_t pitch) {
@@ -240,7 +240,7 @@ void quantize_samples(const Plan& p, const T* x, uint8_t* codes, const Grids& gr
     if (p.padding[0] || p.padding[1] || p.padding[2])
         for (int64_t b = 0; b < p.samples; b++)
             std::memset(codes + b * p.sample_bytes(), grids.zero[b], p.sample_bytes());
-    const bool whole = !p.padding[2] && !p.padding[1];  // lines follow each other: take all of a plane as one
+    const bool whole = !p.padding[2] && !p.padding[1];  // lines are adjacent: treat a plane as one line
     const int64_t width = whole ? p.size[1] * p.size[2] : p.size[2], count = whole ? p.size[0] : lines;
     PARALLEL_FOR(threads)
     for (int64_t i = 0; i < p.samples * count; i++) {

@@ -1,5 +1,5 @@
-// Sixteen numbers side by side, in the vectors that the processor has: one of AVX-512, or several narrower ones, into which
-// the compiler cuts the types below.
+// Sixteen numbers in the vectors that the processor has: one of AVX-512, or several narrower ones into which the compiler
+// splits the types below.
 #pragma once
 
 #include "floats.h"

@@ -1,5 +1,5 @@
-// 3x3 kernels of 4 bits, (taps, channels) -> (channels, taps): codes change places before they become floats, as bytes are a
-// quarter of the work, and what a tap's scale and zero point are is laid out once for the sixteen channels' 144 weights.
+// 3x3 kernels of 4 bits, (taps, channels) -> (channels, taps). Codes are transposed before they become floats, as bytes are a
+// quarter of the work. A tap's scale and zero point are spread once over the 144 weights of sixteen channels.
 #pragma once
 
 #include "packed.h"
@@ -11,12 +11,12 @@ namespace {
 
 constexpr int64_t TAPS = 9, CHANNELS = 16, VECTORS = TAPS * CHANNELS / 16;
 
-// Sixteen channels of one tap share a group and are whole bytes.
+// Sixteen channels of one tap share a group and fill whole bytes.
 inline bool suits_nine_taps(const Packed& p) {
     return p.taps == TAPS && p.bits == 4 && !p.rotated && p.channels % CHANNELS == 0 && p.group % CHANNELS == 0;
 }
 
-// Where weight i = 9 channel + tap comes from: byte 8 tap + channel / 2 of nine taps' eight bytes, its high half if `high`.
+// The source of weight i = 9 channel + tap: byte 8 tap + channel / 2 of the nine taps' eight bytes, the high half if `high`.
 struct Places {
     alignas(64) uint8_t byte[3][64] = {};
     alignas(64) int32_t tap[VECTORS][16];
@@ -32,7 +32,7 @@ struct Places {
     }
 };
 
-// Scales and zero points of the groups that nine taps of some channels are in, for each of their 144 weights.
+// Scales and zero points of the groups of some channels' nine taps, for each of their 144 weights.
 struct NineGrids {
     __m512 scale[VECTORS], zero[VECTORS];
 
@@ -52,10 +52,10 @@ struct NineGrids {
     }
 };
 
-// Channels [from, end) of a row, whose groups begin with `first_group`.
+// Channels [from, end) of a row whose groups begin with `first_group`.
 void decode_nine_taps(const Packed& p, const uint8_t* codes, int64_t first_group, int64_t from, int64_t end, float* to) {
     static const Places places;
-    const bool aligned = p.channels % p.group == 0;  // all taps enter a group at the same channel
+    const bool aligned = p.channels % p.group == 0;  // group boundaries are at the same channels in all taps
     const int64_t line = p.channels / 2;
     const __m512i low = _mm512_set1_epi8(15);
     NineGrids grids;

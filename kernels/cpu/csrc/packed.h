@@ -1,4 +1,4 @@
-// A weight in groups as it lies in memory: rows of little-endian codes, channels fastest, a float16 scale for each group.
+// A weight in its storage layout: rows of little-endian codes, channels fastest, one float16 scale per group.
 #pragma once
 
 #include "floats.h"
@@ -7,14 +7,14 @@ struct Packed {
     const uint8_t* codes;
     const Half* scale;
     const uint8_t* zero;   // null: 2^(bits-1)
-    const float* levels;  // of nf4; null: affine
+    const float* levels;  // for nf4; null: affine
     int64_t bits, out, channels, taps, group, rotated;
     float norm;
 
     int64_t length() const { return channels * taps; }
     int zero_of(int64_t at) const { return zero ? zero[at] : 1 << (bits - 1); }
 #if defined(WIDE_VECTORS)
-    bool halves() const { return bits == 4 && (group % 2 == 0 || group >= length()); }  // groups begin with a byte
+    bool halves() const { return bits == 4 && (group % 2 == 0 || group >= length()); }  // groups start at whole bytes
 
     __m512 weights(int64_t at) const {
         const __m512i codes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
