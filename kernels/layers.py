@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -238,20 +238,30 @@ _PACKED: dict[type[nn.Module], type[PackedLayer]] = {
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {packed: plain for plain, packed in _PACKED.items()}
 
 
-def quantizable_layers(model: nn.Module) -> Iterator[tuple[str, Quantizable]]:
+class HasModules(Protocol):
+    """What names its modules: a model, or several models together."""
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """(module path, module), each module once."""
+
+
+def quantizable_layers(model: HasModules) -> Iterator[tuple[str, Quantizable]]:
     """(module path, layer) of every layer a format can be given to, in the model's own order.
 
     Subclasses of the torch layers are passed over: their forward may do more than multiply. So is a layer that shares
     its weight with another module, as an output head does with an embedding: packed, it would be stored twice.
     """
-    owned = (weight for module in model.modules() for weight in module._parameters.values() if weight is not None)
+    named = list(model.named_modules())
+    owned = (weight for _, module in named for weight in module._parameters.values() if weight is not None)
     uses = Counter(map(id, owned))
-    for name, module in model.named_modules():
-        if type(module) in _PACKED and uses[id(module._parameters.get("weight"))] == 1:
+    for name, module in named:
+        if not isinstance(module, Quantizable) or type(module) not in _PACKED:
+            continue
+        if uses[id(module._parameters.get("weight"))] == 1:
             yield name, module
 
 
-def unsupported_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def unsupported_layers(model: HasModules) -> Iterator[tuple[str, nn.Module]]:
     """(module path, layer) of what multiplies with a weight of two or more dimensions and no format can be given to.
 
     Transposed convolutions, subclasses of the torch layers, layers that share their weight. Not embeddings, which look
@@ -264,7 +274,7 @@ def unsupported_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLayer]]:
+def packed_layers(model: HasModules) -> Iterator[tuple[str, PackedLayer]]:
     """(module path, layer) of every packed layer."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLayer))
 

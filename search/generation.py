@@ -47,7 +47,7 @@ class Generations:
     @contextmanager
     def under(self, choices: Mapping[str, Choice]) -> Iterator[None]:
         """While the block runs, the pipeline computes as the policy's checkpoint would."""
-        with quantized(self._trajectories.denoiser, choices, self._calibration, self._storage, self._compute):
+        with quantized(self._trajectories.target, choices, self._calibration, self._storage, self._compute):
             yield
 
     def images(self, choices: Mapping[str, Choice], samples: Sequence[Sample]) -> list[torch.Tensor]:

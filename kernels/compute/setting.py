@@ -17,7 +17,7 @@ def set_compute(model: Any, compute: str | Compute | None, low_memory: bool | No
     """Say what packed layers may round beside their weights.
 
     Args:
-        model: a pipeline, a denoiser, or any other module with packed layers.
+        model: a pipeline, a module with packed layers, or several modules by name.
         compute: "exact" (nothing), "float" (nothing, but sums may be taken in another order), "int8" (inputs, to 8
             bits: faster where the processor multiplies integers, at some loss) or "fp8" (inputs of `fp8` layers, to
             float8; other layers as "float"); None leaves it.
@@ -31,7 +31,7 @@ def set_compute(model: Any, compute: str | Compute | None, low_memory: bool | No
         BitPolicyError: there is no such compute, or there is no packed layer.
     """
     wanted = None if compute is None else parse_compute(compute)
-    parts = {"": model} if isinstance(model, nn.Module) else model.components
+    parts = {"": model} if isinstance(model, nn.Module) else dict(getattr(model, "components", model))
     modules = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
     layers = {f"{part}.{name}".strip("."): x for part, module in modules.items() for name, x in packed_layers(module)}
     if not layers:

@@ -14,7 +14,12 @@ from transformers import PreTrainedModel
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.policies.calibration import Calibration
-from bitpolicy.policies.checkpoints.checkpoint import MAX_SHARD_SIZE, checkpoint_bytes, export_denoiser, write_packed
+from bitpolicy.policies.checkpoints.checkpoint import (
+    MAX_SHARD_SIZE,
+    checkpoint_bytes,
+    export_diffusers_model,
+    write_packed,
+)
 from bitpolicy.policies.loading.packed_config import BitPolicyConfig
 from bitpolicy.policies.policy import Choice
 from bitpolicy.policies.storage.pipeline_files import TRANSFORMERS
@@ -50,7 +55,7 @@ def export_component(
         BitPolicyError: the model is of neither library, a layer to pack shares its weight, or a calibration is missing.
     """
     if isinstance(model, ModelMixin):
-        return export_denoiser(model, choices, calibration, storage, folder, max_shard_size, source, compute)
+        return export_diffusers_model(model, choices, calibration, storage, folder, max_shard_size, source, compute)
     if not isinstance(model, PreTrainedModel):
         raise BitPolicyError(f"{type(model).__name__} is of neither diffusers nor transformers; only their models are")
     tied = model.all_tied_weights_keys

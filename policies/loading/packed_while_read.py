@@ -15,16 +15,16 @@ import torch
 from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.formats.format import TensorSpec
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import Quantizable, pack_layer, quantizable_layers, replace_layer
-from bitpolicy.policies.accounting import stored_spec
 from bitpolicy.policies.apply import choices_for, quantize_layer
 from bitpolicy.policies.calibration import calibration_of
-from bitpolicy.policies.denoiser import of_component
 from bitpolicy.policies.finite import require_finite, warn_of_biases
 from bitpolicy.policies.identity import tensors_hash
 from bitpolicy.policies.loading.packed_config import BitPolicyConfig
 from bitpolicy.policies.policy import ModelReference, Policy
+from bitpolicy.policies.target import layer_prefix, within_component
 
 
 class PackedWhileRead:
@@ -54,7 +54,7 @@ class PackedWhileRead:
         policy.model.require_config(component, model)
         choices = choices_for(model, policy, component if len(components) > 1 else None)
         calibration = calibration_of(policy, path, choices.values())
-        self._calibration = of_component(calibration, component, components)
+        self._calibration = within_component(calibration, layer_prefix(component, components))
         self._choices = {name: choice for name, choice in choices.items() if choice.format.packed}
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         self._waiting: dict[str, dict[str, torch.Tensor]] = {}
@@ -107,7 +107,7 @@ class PackedWhileRead:
         return found if stored.bias is None else {f"{name}.bias": stored.bias, **found}
 
     def _rounded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        rounded = tensor.to(stored_spec(tensor, self._storage).dtype)
+        rounded = tensor.to(TensorSpec.stored(tensor, self._storage).dtype)
         if rounded.is_floating_point() and not torch.isfinite(rounded).all():
             raise BitPolicyError(f"{name} has values that {self._storage} cannot hold; give a bfloat16 policy")
         return rounded

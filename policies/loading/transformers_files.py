@@ -15,7 +15,7 @@ import transformers
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.format import TensorSpec
-from bitpolicy.policies.loading.denoiser_files import WRONG_CONFIG, bounded
+from bitpolicy.policies.loading.diffusers_files import WRONG_CONFIG, bounded
 from bitpolicy.policies.storage.source import TensorSource
 
 

@@ -36,15 +36,15 @@ def one_step_table(plan: Plan, work: Path, calibration: Calibration) -> Sensitiv
         return SensitivityTable.load(work / "one-step" / "sensitivity.safetensors")
     packed = [format for format in plan.formats if format.packed]
     calls = some_calls(work, plan.trajectories.call["num_inference_steps"])
-    exact = outputs(plan.source.denoiser, calls)
+    exact = outputs(plan.trajectories.denoisers[0], calls)
     power = float(exact.square().mean())
     error = torch.zeros(2, len(plan.layers), len(packed), dtype=torch.float64)
     for i, layer in enumerate(plan.layers):
         for j, format in enumerate(packed):
             for corrected in range(1 + layer.has_bias):
                 choice = {layer.name: Choice(format, bool(corrected))}
-                with quantized(plan.source.denoiser, choice, calibration, plan.source.storage):
-                    changed = outputs(plan.source.denoiser, calls)
+                with quantized(plan.trajectories.denoisers[0], choice, calibration, plan.source.storage):
+                    changed = outputs(plan.trajectories.denoisers[0], calls)
                 error[corrected, i, j] = float((changed - exact).double().square().mean()) / power
             if not layer.has_bias:
                 error[1, i, j] = error[0, i, j]

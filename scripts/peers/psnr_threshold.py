@@ -36,7 +36,7 @@ def one_step_psnr(plan: Plan, work: Path, calibration: Calibration, ours: Sensit
     kept = work / "one-step-psnr.npy"
     if kept.is_file():
         return np.load(kept)
-    once = Trajectories(plan.source.pipe, plan.source.component, {**plan.trajectories.call, "num_inference_steps": 1})
+    once = Trajectories(plan.source.pipe, plan.source.components, {**plan.trajectories.call, "num_inference_steps": 1})
     samples = plan.split.calibration[:PROMPTS]
     once.batch = PROMPTS
     exact = torch.stack([*once.latents(samples)])
@@ -45,7 +45,7 @@ def one_step_psnr(plan: Plan, work: Path, calibration: Calibration, ours: Sensit
         for j, format in enumerate(plan.formats):
             if format.packed:
                 choice = {layer.name: ours.choice(i, format)}
-                with quantized(plan.source.denoiser, choice, calibration, plan.source.storage):
+                with quantized(plan.trajectories.denoisers[0], choice, calibration, plan.source.storage):
                     found[i, j] = _psnr(torch.stack([*once.latents(samples)]), exact)
     np.save(kept, found)
     return found

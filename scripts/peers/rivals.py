@@ -75,8 +75,8 @@ class Rivals:
         counts = {format.name: list(formats.values()).count(format) for format in plan.formats}
         entry = Entry(name, row, kind, nbytes, ACCOUNTED, row, share, {**counts, **(about or {})})
         choices = {layer.name: self.ours.choice(i, formats[layer.name]) for i, layer in enumerate(plan.layers)}
-        with quantized(plan.source.denoiser, choices, self.calibration, plan.source.storage):
-            write_entry(self.work / "candidates", entry, plan.source.denoiser.state_dict())
+        with quantized(plan.trajectories.denoisers[0], choices, self.calibration, plan.source.storage):
+            write_entry(self.work / "candidates", entry, plan.trajectories.denoisers[0].state_dict())
         self._assigned(name).parent.mkdir(exist_ok=True)
         self._assigned(name).write_text(json.dumps({layer: f.name for layer, f in formats.items()}, indent=1) + "\n")
         return entry

@@ -139,6 +139,6 @@ def ablate(
     compute: Compute = Compute.EXACT,
 ) -> Measured:
     """Measure the error of `choices` under `compute`, layers that are not named left as they are."""
-    with quantized(trajectories.denoiser, choices, calibration, storage, compute):
+    with quantized(trajectories.target, choices, calibration, storage, compute):
         found = References.of(trajectories, samples, images=reference.images is not None)
     return reference.measured(found)

@@ -20,7 +20,6 @@ import torch
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.kernel import Compute
-from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.sensitivity.probes.compute_range import advice
 from bitpolicy.sensitivity.probes.directions import Direction, signal_of
@@ -56,7 +55,7 @@ class AdjointProbe:
         compute: Compute = Compute.EXACT,
     ) -> None:
         self._trajectories, self._recompute_inside = trajectories, recompute_inside
-        self._layers = dict(quantizable_layers(trajectories.denoiser))
+        self._layers = trajectories.target.layers
         self._inputs = InputRounding(self._layers, candidates, compute)
         changes = WeightChanges(self._layers, candidates, calibration, storage, compute)
         outside, amounts = trajectories.outside_layers, self._inputs.amounts
@@ -101,7 +100,7 @@ class AdjointProbe:
                 return self._recorder.sketch(scale, along=float((v * signal_of(signal)).sum()))
         assert where is not None
         place = f"step {where[0] + 1}" if where[0] >= 0 else "outside the loop"
-        remedy = advice(next(self._trajectories.denoiser.parameters()).dtype)
+        remedy = advice(self._trajectories.target.dtype)
         raise BitPolicyError(f"{place}: the gradient of {where[1]} is NaN or Inf; {remedy}, or take --probe ablation")
 
 

@@ -23,7 +23,6 @@ from torch.utils import _pytree as pytree
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.kernel import Compute
-from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.sensitivity.probes.compute_range import advice
 from bitpolicy.sensitivity.probes.directions import stream
@@ -61,7 +60,7 @@ class StepwiseProbe:
         compute: Compute = Compute.EXACT,
     ) -> None:
         self._trajectories = trajectories
-        self._layers = dict(quantizable_layers(trajectories.denoiser))
+        self._layers = trajectories.target.layers
         self._inputs = InputRounding(self._layers, candidates, compute)
         changes = WeightChanges(self._layers, candidates, calibration, storage, compute)
         outside, amounts = trajectories.outside_layers, self._inputs.amounts
@@ -76,7 +75,7 @@ class StepwiseProbe:
             power = self._followed(sample, index, rows)
             where = self._recorder.not_finite()
             if where is not None:
-                dtype = next(self._trajectories.denoiser.parameters()).dtype
+                dtype = self._trajectories.target.dtype
                 raise BitPolicyError(
                     f"step {where[0] + 1}: the gradient of {where[1]} is NaN or Inf; {advice(dtype)}, or take "
                     "--probe ablation"
@@ -91,7 +90,7 @@ class StepwiseProbe:
     def _followed(self, sample: Sample, index: int, rows: int) -> torch.Tensor:
         """Follow a trajectory, differentiate each call along its vector of random stream `index` and record what
         arrives; returns |e_t|^2, shape (lead + rows)."""
-        device = next(self._trajectories.denoiser.parameters()).device
+        device = self._trajectories.target.device
         power = torch.zeros(self._lead + rows, device=device)
         with (
             only_these_require_grad(self._trajectories, self._layers),

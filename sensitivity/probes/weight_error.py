@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from bitpolicy.kernels.kernel import Compute
-from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.kernels.layers import HasModules, quantizable_layers
 from bitpolicy.policies.apply import stored_weight
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.policy import Choice
@@ -17,7 +16,7 @@ from bitpolicy.sensitivity.rounding.candidates import Candidate
 
 
 def weight_errors(
-    denoiser: nn.Module,
+    model: HasModules,
     candidates: Sequence[Candidate],
     storage: torch.dtype,
     calibration: Calibration,
@@ -29,8 +28,9 @@ def weight_errors(
         calibration: what was rounded for the candidates.
         compute: weights are taken as it multiplies with them; it says nothing of inputs.
     """
-    found = torch.zeros(sum(1 for _ in quantizable_layers(denoiser)), len(candidates), dtype=torch.float64)
-    for i, (name, layer) in enumerate(quantizable_layers(denoiser)):
+    layers = list(quantizable_layers(model))
+    found = torch.zeros(len(layers), len(candidates), dtype=torch.float64)
+    for i, (name, layer) in enumerate(layers):
         weight = layer.weight.detach().to(storage)
         power = weight.double().square().sum().clamp(min=torch.finfo(torch.float64).tiny)
         for j, candidate in enumerate(candidates):

@@ -17,6 +17,7 @@ from bitpolicy.kernels.layers import PackedLayer, quantizable_layers
 from bitpolicy.policies.apply import pack
 from bitpolicy.policies.calibration import load_calibration
 from bitpolicy.policies.policy import Policy
+from bitpolicy.policies.target import Target
 
 NAMES = ("unet", "text_encoder", "vae")
 BUDGET = "45%"
@@ -76,7 +77,9 @@ def test_the_checkpoint_draws_the_images_of_the_policy_in_memory(whole: Any, toy
     ours = DiffusionPipeline.from_pretrained(toy, torch_dtype=torch.float32)
     choices = choices_of(folder)
     calibration = load_calibration(folder / "calibration.safetensors")
-    pack(nn.ModuleDict({name: getattr(ours, name) for name in NAMES}), choices, calibration, torch.float16)
+    target = Target.of(ours, NAMES)
+    for name, model in target.items():
+        pack(model, target.of_component(choices, name), target.of_component(calibration, name), torch.float16)
     assert torch.equal(drawn(reloaded), drawn(ours))
     assert not torch.equal(drawn(reloaded), drawn(DiffusionPipeline.from_pretrained(toy, torch_dtype=torch.float32)))
 

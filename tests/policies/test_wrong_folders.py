@@ -14,7 +14,7 @@ from pipeline_folders import change
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.pipelines.loading import open_pipeline
 from bitpolicy.policies.checkpoints.folder_parts import FolderParts, is_streamable
-from bitpolicy.policies.loading import denoiser_files
+from bitpolicy.policies.loading import diffusers_files
 
 F16 = torch.float16
 
@@ -24,7 +24,7 @@ def test_pickles_are_refused_with_the_remedy(saved: Callable[..., Path]) -> None
         folder = saved(F16)
         weights = folder / name / "diffusion_pytorch_model.safetensors"
         weights.rename(weights.with_suffix(".bin"))
-        assert not is_streamable(folder, "unet")
+        assert not is_streamable(folder, ["unet"])
         with pytest.raises(BitPolicyError, match=rf"{name} has its weights only as .*\.bin, a pickle.*save_pretrained"):
             FolderParts(folder)
 
@@ -44,7 +44,7 @@ def test_weights_that_do_not_fit_the_config_are_refused(saved: Callable[..., Pat
 def test_a_config_that_asks_for_billions_of_layers_is_refused_before_they_are_built(
     saved: Callable[..., Path], component: str, entry: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(denoiser_files, "MOST_MODULES", 2000)
+    monkeypatch.setattr(diffusers_files, "MOST_MODULES", 2000)
     folder = saved(F16)
     path = folder / component / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), entry: 2**31}))
@@ -97,10 +97,10 @@ def test_a_component_that_is_not_there_is_told(half: Path, component: str) -> No
 
 
 def test_streaming_is_refused_for_a_folder_without_an_index(tmp_path: Path) -> None:
-    assert not is_streamable(tmp_path, "unet")
+    assert not is_streamable(tmp_path, ["unet"])
     (tmp_path / "model_index.json").write_text("{")
-    assert not is_streamable(tmp_path, "unet")
+    assert not is_streamable(tmp_path, ["unet"])
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "DDPMPipeline"}))
-    assert is_streamable(tmp_path, "unet")
+    assert is_streamable(tmp_path, ["unet"])
     with pytest.raises(BitPolicyError, match="no component 'unet' or 'transformer'; it has none"):
         FolderParts(tmp_path)

@@ -157,7 +157,7 @@ def test_while_rounding_no_more_is_held_for_many_formats_than_for_few(
         paths = rounding_of(trajectories, formats, tmp_path / formats).files()
         sizes[formats] = sum(path.stat().st_size for path in paths.values())
     assert sizes[MANY] > 6 * sizes[FEW]
-    for name, layer in some_layers(trajectories.denoiser):
+    for name, layer in some_layers(trajectories.target):
         grown = peaks[MANY][name] - peaks[FEW][name]
         assert grown < 1.5 * layer.weight.numel() + 10_000, f"{name}: more than one rounding of it"
 
@@ -165,7 +165,7 @@ def test_while_rounding_no_more_is_held_for_many_formats_than_for_few(
 def test_reading_holds_nothing_and_changes_are_kept_up_to_a_limit(
     trajectories: Trajectories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layers = dict(some_layers(trajectories.denoiser))
+    layers = dict(some_layers(trajectories.target))
     weights = sum(layer.weight.numel() for layer in layers.values())
     monkeypatch.setattr("bitpolicy.sensitivity.probes.weight_changes._MOST", 8 * weights)
     grown = {}

@@ -1,4 +1,4 @@
-"""A denoiser in files: its class on `meta`, which has shapes and no values, and where its tensors are read."""
+"""A model of diffusers in files: its class on `meta`, which has shapes and no values, and where to read its tensors."""
 
 from __future__ import annotations
 
