@@ -59,6 +59,15 @@ class PackedLayer(nn.Module):
     bias: Any
     padding_mode: Any
 
+    def __new__(cls, *sizes: Any, **settings: Any) -> Any:
+        """`type(packed)(in, out, ...)` is an ordinary layer; a packed one is made by `pack_layer`.
+
+        peft makes the small convolutions of a LoRA by calling the class of the layer that they go on, and there is no
+        other place to step in: diffusers builds the LoRA's config itself, so that peft cannot be given classes of ours,
+        and a class that is no subclass of `nn.Conv2d` gets no LoRA at all.
+        """
+        return _PLAIN[cls](*sizes, **settings) if sizes or settings else super().__new__(cls)
+
     def _hold(
         self, format: Format, shape: tuple[int, ...], dtype: torch.dtype, tensors: Mapping[str, torch.Tensor]
     ) -> None:
@@ -160,17 +169,8 @@ class PackedLayer(nn.Module):
         return f"{super().extra_repr()}, format={self.format.name}"
 
 
-def _plain_when_called(plain: type[nn.Module]) -> Callable[..., Any]:
-    """`type(packed)(in, out, ...)` gives an ordinary layer: peft builds its LoRA layers that way."""
-
-    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
-        return plain(*args, **kwargs) if args or kwargs else object.__new__(cls)
-
-    return new
-
-
 class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # its weight is computed
-    __new__ = _plain_when_called(nn.Linear)
+    """A linear layer with a packed weight."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return product(*self.call(input))
@@ -198,15 +198,15 @@ class _PackedConv(PackedLayer):
 
 
 class PackedConv1d(_PackedConv, nn.Conv1d):  # type: ignore[override]
-    __new__ = _plain_when_called(nn.Conv1d)
+    """A convolution over one dimension with a packed weight."""
 
 
 class PackedConv2d(_PackedConv, nn.Conv2d):  # type: ignore[override]
-    __new__ = _plain_when_called(nn.Conv2d)
+    """A convolution over two dimensions with a packed weight."""
 
 
 class PackedConv3d(_PackedConv, nn.Conv3d):  # type: ignore[override]
-    __new__ = _plain_when_called(nn.Conv3d)
+    """A convolution over three dimensions with a packed weight."""
 
 
 def slides(layer: nn.Module) -> Geometry | None:

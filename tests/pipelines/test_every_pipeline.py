@@ -278,7 +278,7 @@ def test_the_reloaded_checkpoint_draws_what_the_policy_draws_in_memory(
     searched: tuple[Any, Policy], tmp_path: Path
 ) -> None:
     subject, policy = searched
-    denoiser, sample = subject.trajectories.target, subject.samples[1]
+    target, sample = subject.trajectories.target, subject.samples[1]
     assert policy.calibration is not None
     choices = policy.resolve(subject.layers)
     assert len({choice.format for choice in choices.values()}) > 1
@@ -286,7 +286,7 @@ def test_the_reloaded_checkpoint_draws_what_the_policy_draws_in_memory(
     assert policy.result is not None
     assert nbytes == policy.result.policy_bytes <= policy.budget.bytes
     plain = channels_first(subject.own_call(sample, "pt"))
-    with quantized(denoiser, choices, policy.calibration, torch.float16):
+    with quantized(target, choices, policy.calibration, torch.float16):
         expected = channels_first(subject.own_call(sample, "pt"))
     assert not torch.equal(expected, plain)
     reloaded = replace(subject, pipe=bitpolicy.load_pipeline(tmp_path / "checkpoint", torch.float32))

@@ -263,7 +263,7 @@ def test_only_the_layers_asked_for_are_measured(new_trajectories: NewTrajectorie
 @pytest.mark.parametrize("seen", [True, False])
 def test_a_layer_that_is_never_called_has_none(new_trajectories: NewTrajectories, seen: bool) -> None:
     trajectories = new_trajectories(num_inference_steps=1)
-    trajectories.target.idle = nn.Linear(3, 3)
+    trajectories.pipe.unet.idle = nn.Linear(3, 3)
     found = measured(trajectories, SAMPLE, seen=seen)
     assert "idle" not in found
     assert len(found) == 83
@@ -299,7 +299,7 @@ class ByName(nn.Module):
 @pytest.mark.parametrize("seen", [True, False])
 def test_measuring_leaves_no_trace(new_trajectories: NewTrajectories, seen: bool) -> None:
     trajectories = new_trajectories(num_inference_steps=2)
-    model = trajectories.target
+    model = trajectories.pipe.unet
     expected = next(trajectories.latents([SAMPLE]))
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     first = measured(trajectories, SAMPLE, seen=seen)

@@ -221,7 +221,7 @@ def test_a_stepwise_sketch_is_what_finite_differences_of_each_call_find(new_traj
     probe = StepwiseProbe(trajectories, candidates([INT4]), {}, torch.float16, Compute.INT8)
     (found,) = probe.sketches(SAMPLE, [SEED])
     assert of_inputs(found.sketch).shape == found.sketch.weight.shape[:2] == (3, 83)
-    denoiser: Any = trajectories.target
+    denoiser: Any = trajectories.pipe.unet
     calls: list[Any] = []
     handle = denoiser.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
     projected(trajectories)

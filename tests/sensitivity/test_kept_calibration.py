@@ -17,6 +17,7 @@ from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.calibration import calibration_hash, is_rounded, needed_for, rounded_key
 from bitpolicy.policies.policy import Choice
 from bitpolicy.policies.storage.safetensors_writer import SafetensorsWriter
+from bitpolicy.policies.target import Target
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.probes.weight_changes import WeightChanges
 from bitpolicy.sensitivity.rounding.candidates import candidates
@@ -124,13 +125,13 @@ FEW, MANY = "int4", "int2,int3,int4,int5,int6,int7,int8"
 SOME = ["conv_in", "mid_block.resnets.0.conv1", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "conv_out"]
 
 
-def some_layers(denoiser: torch.nn.Module) -> list[tuple[str, Any]]:
-    return [(name, layer) for name, layer in quantizable_layers(denoiser) if name in SOME]
+def some_layers(target: Target) -> list[tuple[str, Any]]:
+    return [(name, layer) for name, layer in quantizable_layers(target) if name in SOME]
 
 
 @pytest.fixture
 def trajectories(new_trajectories: NewTrajectories, monkeypatch: pytest.MonkeyPatch) -> Trajectories:
-    monkeypatch.setattr("bitpolicy.sensitivity.rounding.rounding_pass.quantizable_layers", some_layers)
+    monkeypatch.setattr(Target, "layers", property(lambda target: dict(some_layers(target))))
     return new_trajectories(num_inference_steps=1, guidance_scale=1.0)
 
 

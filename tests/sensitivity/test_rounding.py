@@ -311,7 +311,7 @@ def test_layers_of_long_rows_in_groups_or_never_called_are_rounded_all_the_same(
 ) -> None:
     monkeypatch.setattr(hessians, "WIDEST", widest)
     trajectories = new_trajectories(num_inference_steps=1, guidance_scale=1.0)
-    unet = trajectories.target
+    unet = trajectories.pipe.unet
     unet.idle = nn.Linear(8, 4)  # never called
     unet.conv_in = nn.Sequential(unet.conv_in, nn.Conv2d(16, 16, 3, padding=1, groups=4))
     settings = ProbeSettings("adjoint", SAMPLES[:1], vectors=1, quantizers=("gptq",))
