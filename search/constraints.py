@@ -66,18 +66,18 @@ def shared_qkv(layers: Sequence[Layer]) -> list[list[str]]:
 
 
 def not_held(
-    target: str, layers: Sequence[Layer], formats: Iterable[Format], kept: Mapping[str, Format]
+    program: str, layers: Sequence[Layer], formats: Iterable[Format], kept: Mapping[str, Format]
 ) -> frozenset[tuple[str, Format]]:
     """(layer name, format) that another program cannot hold.
 
     Args:
-        target: its name, one of `bitpolicy.policies.exporters.targets.NAMES`.
+        program: its name, one of `bitpolicy.policies.exporters.targets.NAMES`.
         kept: as `pinned` gives them.
 
     Raises:
         BitPolicyError: there is no such program, or a layer is kept at a format that it cannot hold.
     """
-    exporter = exporter_named(target)
+    exporter = exporter_named(program)
     found = frozenset(
         (layer.name, format)
         for layer in layers

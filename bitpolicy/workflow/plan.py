@@ -60,7 +60,7 @@ class Plan:
         asked: names of the formats that every layer may have; the others are only for layers that are pinned to them.
         barred: (layer name, format) that the program it is exported to cannot hold.
         bundled: whether it is the pipeline that comes with the package.
-        target: the program that it is exported to, if it is another.
+        program: the one that it is exported to, if it is another.
     """
 
     source: Source
@@ -75,7 +75,7 @@ class Plan:
     asked: frozenset[str] = frozenset()
     barred: frozenset[tuple[str, Format]] = frozenset()
     bundled: bool = False
-    target: str | None = None
+    program: str | None = None
 
     @property
     def model(self) -> str:
@@ -151,12 +151,12 @@ class Plan:
             BudgetError: it is below that.
         """
         names = [format.name for format in self.formats]
-        if self.target is None:
+        if self.program is None:
             self.budget.require(smallest, names)
             return
         packed = [format for format in self.formats if format.packed]
         unpacked = sum(all((layer.name, format) in self.barred for format in packed) for layer in self.layers)
-        self.budget.require(smallest, names, exporter_named(self.target).title, unpacked)
+        self.budget.require(smallest, names, exporter_named(self.program).title, unpacked)
 
     @property
     def fits_unquantized(self) -> bool:

@@ -47,7 +47,7 @@ class Exported:
 
 
 def export_to(
-    target: str,
+    program: str,
     parts: Parts,
     policy: Policy,
     calibration: Calibration,
@@ -60,17 +60,17 @@ def export_to(
     One layer is in memory at a time, unless a quantizer needs more.
 
     Args:
-        target: name of the program, one of `bitpolicy.policies.exporters.targets.NAMES`.
+        program: its name, one of `bitpolicy.policies.exporters.targets.NAMES`.
         parts: each component of its target gets a file or folder of its own.
         folder: where to; one that such an export left is replaced once the new one is complete.
         requantize: round layers anew whose format the target lacks, instead of refusing.
 
     Raises:
-        BitPolicyError: there is no such target, it does not know this class of model, the calibration is missing, or
+        BitPolicyError: there is no such program, it does not know this class of model, the calibration is missing, or
             the disk is full.
-        TargetError: the target cannot hold the policy, and `requantize` is off.
+        TargetError: the program cannot hold the policy, and `requantize` is off.
     """
-    exporter, storage = exporter_named(target), getattr(torch, policy.storage_dtype)
+    exporter, storage = exporter_named(program), getattr(torch, policy.storage_dtype)
     _require_diffusers(parts, exporter)
     _keep_others(folder)
     asked = choices_for(parts.target, policy)
