@@ -15,7 +15,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.pipelines.hub import push, require_login
 from bitpolicy.pipelines.loading import DTYPES, open_parts, open_pipeline, source_of, stored_dtype
 from bitpolicy.policies.apply import choices_for
-from bitpolicy.policies.calibration import Calibration, calibration_of
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.checkpoint import MAX_SHARD_SIZE
 from bitpolicy.policies.checkpoints.model_card import Card
 from bitpolicy.policies.checkpoints.parts import Parts
@@ -25,6 +25,7 @@ from bitpolicy.policies.exporters.export import Exported, export_to
 from bitpolicy.policies.exporters.targets import exporter_named
 from bitpolicy.policies.measured_compute import measured_compute
 from bitpolicy.policies.policy import Policy
+from bitpolicy.policies.storage.calibration_file import calibration_of
 from bitpolicy.policies.storage.folder_lock import working_in
 from bitpolicy.policies.storage.source import Unchanged, source_hashes
 from bitpolicy.search.budget import read_bytes
@@ -109,7 +110,8 @@ def search(
         run = SearchRun(settings, plan, folder, stages)
         policy = run.decide()
         assert policy is not None  # only a run without a budget and a target has none
-        return policy.with_calibration({key: tensor.clone() for key, tensor in run.calibration.items()})
+        held = {name: tensor.clone() for name, tensor in run.calibration.tensors().items()}
+        return policy.with_calibration(held)
 
 
 def _name(pipe: DiffusionPipeline | str | Path) -> str | None:

@@ -1,10 +1,11 @@
 """The probe against the truth: layer by layer, and over random policies.
 
-The truth is `bitpolicy.sensitivity.probes.ablation`: quantize, run the real trajectory, take the distance of the final
-latent from the reference's, on the samples the probe used. Layers are compared by Spearman's rank correlation and by
-the median ratio of predicted to measured error; policies likewise, over the whole range of sizes. A policy's prediction
-adds the layers' sketches up as vectors. With fewer sketches than layers the off-diagonal part of that quadratic form is
-noisy, so it is also judged held out: the form of one half of the samples against the measured error of the other half.
+The truth is `bitpolicy.sensitivity.probes.measurement`: quantize, run the real trajectory, take the distance of the
+final latent from the reference's, on the samples the probe used. Layers are compared by Spearman's rank correlation and
+by the median ratio of predicted to measured error; policies likewise, over the whole range of sizes. A policy's
+prediction adds the layers' sketches up as vectors. With fewer sketches than layers the off-diagonal part of that
+quadratic form is noisy, so it is also judged held out: the form of one half of the samples against the measured error
+of the other half.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from bitpolicy.kernels.formats.named import FP16
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.storage.atomic import write_text
 from bitpolicy.policies.storage.sealed import read_sealed, sealed
-from bitpolicy.sensitivity.probes.ablation import Measured
-from bitpolicy.sensitivity.probes.probe import ProbeRun, alone_name
+from bitpolicy.sensitivity.probes.ablation import alone_name
+from bitpolicy.sensitivity.probes.measurement import Measured
+from bitpolicy.sensitivity.probes.run import ProbeRun
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.trajectory.reference import ReferencePass
 

@@ -17,7 +17,6 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.format import Format
 from bitpolicy.kernels.formats.grid import GridFormat
 from bitpolicy.kernels.formats.row_chunks import each_chunk
-from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import (
     HasModules,
     Quantizable,
@@ -28,9 +27,10 @@ from bitpolicy.kernels.layers import (
 )
 from bitpolicy.kernels.quantizers.bias_correction import bias_shift, corrected_bias
 from bitpolicy.kernels.quantizers.named import HESSIANS, quantize_data_free
-from bitpolicy.policies.calibration import Calibration, rounded_key
+from bitpolicy.policies.calibration import Calibration, RoundedKey
 from bitpolicy.policies.finite import is_finite
 from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.rounded_layers import multiplied_weight, round_inputs, rounds_inputs
 from bitpolicy.policies.target import Target
 
@@ -65,17 +65,15 @@ def choices_for(model: HasModules, policy: Policy, component: str | None = None)
     return {name.removeprefix(start): choice for name, choice in choices.items()}
 
 
-def quantize_layer(
-    name: str, layer: Quantizable, choice: Choice, calibration: Calibration, storage: torch.dtype
-) -> QuantizedLayer:
+def quantize_layer(name: str, layer: Quantizable, choice: Choice, *, quantization: Quantization) -> QuantizedLayer:
     """Quantize one layer's weight, taken in the storage dtype, and correct its bias if the choice says so.
 
     Raises:
         BitPolicyError: the weight is not finite, or the correction lacks its calibration.
     """
-    weight = layer.weight.detach().to(storage)
+    weight = layer.weight.detach().to(quantization.storage)
     bias = None if layer.bias is None else layer.bias.detach()
-    return quantize_tensors(name, layer, weight, bias, choice, calibration)
+    return quantize_tensors(name, layer, weight, bias, choice, quantization.calibration)
 
 
 def quantize_tensors(
@@ -99,11 +97,11 @@ def quantize_tensors(
     plain = as_stored(f"{name}.bias", bias, weight.dtype)
     if not choice.bias_correction:
         return QuantizedLayer(tensors, plain)
-    if name not in calibration:
+    if name not in calibration.input_means:
         raise BitPolicyError(
             f"layer {name}: bias correction needs its mean input, and the calibration has none; measure it anew"
         )
-    shift = _mean_error(layer, weight, choice.format, tensors, calibration[name])
+    shift = _mean_error(layer, weight, choice.format, tensors, calibration.input_means[name])
     corrected = corrected_bias(plain, shift, weight.dtype)
     return QuantizedLayer(tensors, plain if corrected is None else corrected, left_as_it_was=corrected is None)
 
@@ -138,7 +136,7 @@ def stored_weight(name: str, weight: torch.Tensor, choice: Choice, calibration: 
             f"layer {name}: {format.name} does not fit its shape {tuple(weight.shape)}; give it another format"
         )
     specs = format.tensors(weight.shape, weight.dtype)
-    kept = {suffix: calibration.get(rounded_key(name, choice, suffix)) for suffix in specs}
+    kept = {suffix: calibration.rounded.get(RoundedKey.of(name, choice, suffix)) for suffix in specs}
     if all(tensor is not None for tensor in kept.values()):
         found = {suffix: tensor.to(weight.device) for suffix, tensor in kept.items() if tensor is not None}
         if any((t.dtype, tuple(t.shape)) != (specs[s].dtype, specs[s].shape) for s, t in found.items()):
@@ -161,12 +159,12 @@ def stored_weight(name: str, weight: torch.Tensor, choice: Choice, calibration: 
 def quantized(
     model: HasModules,
     choices: Mapping[str, Choice],
-    calibration: Calibration,
-    storage: torch.dtype,
-    compute: Compute = Compute.EXACT,
+    *,
+    quantization: Quantization,
 ) -> Iterator[None]:
     """While the block runs, `model`, a target or one of its models, computes with the weights and biases that `choices`
-    store, and with the inputs that packed layers see under `compute`. Restored after it."""
+    store, and with the inputs that packed layers see under the compute of `quantization`. Restored after it."""
+    compute = quantization.compute
     before: list[tuple[torch.Tensor, torch.Tensor]] = []
     with ExitStack() as undone:
         undone.callback(_restore, before)
@@ -174,7 +172,7 @@ def quantized(
             choice = choices.get(name)
             if choice is None or not choice.format.packed:
                 continue
-            stored = quantize_layer(name, layer, choice, calibration, storage)
+            stored = quantize_layer(name, layer, choice, quantization=quantization)
             weight = multiplied_weight(layer, choice.format, stored.tensors, layer.weight.dtype, compute)
             before.append((layer.weight, layer.weight.data))
             layer.weight.data = weight
@@ -191,13 +189,13 @@ def _restore(before: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         parameter.data = data
 
 
-def pack(model: nn.Module, choices: Mapping[str, Choice], calibration: Calibration, storage: torch.dtype) -> None:
+def pack(model: nn.Module, choices: Mapping[str, Choice], *, quantization: Quantization) -> None:
     """Replace the layers of `model` by packed ones, in place."""
     for name, layer in list(quantizable_layers(model)):
         choice = choices.get(name)
         if choice is None or not choice.format.packed:
             continue
-        stored = quantize_layer(name, layer, choice, calibration, storage)
+        stored = quantize_layer(name, layer, choice, quantization=quantization)
         if layer.bias is not None and stored.bias is not None:
             layer.bias.data = stored.bias.to(layer.bias.dtype)
         replace_layer(model, name, pack_layer(layer, choice.format, stored.tensors))

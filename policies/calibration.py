@@ -1,174 +1,191 @@
-"""What exporting needs beyond the policy and the model, measured on the reference.
+"""A calibration: what a search measured on the reference model, and what an export needs besides policy and model.
 
-`calibration.safetensors` holds E[x] per layer (see `bitpolicy.kernels.quantizers.bias_correction`), float32, by layer
-name; and, for layers that were not rounded to nearest, the packed tensors that their quantizer made, by `rounded_key`.
-Under `MADE_FROM` it says which weights all this is of: what quantizers made of one model is another model's weights.
-Its hash is recorded in the policy, so what is exported is what was searched.
+It has two parts. `input_means` holds E[x] of each layer, for bias correction (see
+`bitpolicy.kernels.quantizers.bias_correction`). `rounded` holds the packed tensors of layers that were not rounded to
+nearest. A calibration also records the hash of the weights it was made from, because it is wrong for any other model.
+The policy records the hash of the calibration, so an export uses exactly what was searched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import torch
-from safetensors.torch import save_file
 
-from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.choice import Choice
-from bitpolicy.policies.finite import is_finite, require_finite
+from bitpolicy.policies.finite import is_finite
 from bitpolicy.policies.identity import tensors_digest
-from bitpolicy.policies.storage.atomic import written_aside
-from bitpolicy.policies.storage.file_source import FileTensors
 
-FILE = "calibration.safetensors"  # in the folder of the policy file
-Calibration = Mapping[str, torch.Tensor]
-"""Layer name -> E[x], float32, shape (in) or (in, *kernel); `rounded_key` -> a packed tensor; `MADE_FROM`."""
-
-MADE_FROM = "made from"
-"""Key of the hash of the weights, as a policy records it, in ASCII, uint8; no layer's name has a space."""
+_MADE_FROM = "made from"  # name of the tensor that holds the hash of the weights; no layer's name has a space
+K = TypeVar("K")
+S = TypeVar("S")
+T = TypeVar("T")
 
 
-def rounded_key(layer: str, choice: Choice, suffix: str) -> str:
-    """Where a tensor that a quantizer made is kept; no layer's name has a slash."""
-    return f"{layer}/{choice.format.name}/{choice.quantizer}/{suffix}"
+class RoundedKey(NamedTuple):
+    """Identifies one packed tensor of a rounded weight.
 
-
-def is_rounded(calibration: Calibration) -> bool:
-    """Whether it holds packed tensors, which make it as large as the checkpoint."""
-    return any("/" in key for key in calibration)
-
-
-def needed_for(choices: Mapping[str, Choice], calibration: Calibration) -> dict[str, torch.Tensor]:
-    """The entries that putting `choices` on the model takes: every E[x] that is finite, and what was rounded for them.
-
-    No bias is corrected by an E[x] that is not finite.
+    Attributes:
+        layer: name of the layer.
+        format: name of the format.
+        quantizer: name of the quantizer that picked the codes.
+        suffix: which of the format's tensors, e.g. "weight_packed".
     """
-    wanted = {f"{name}/{choice.format.name}/{choice.quantizer}" for name, choice in choices.items()}
-    needed = {key: calibration[key] for key in calibration if "/" not in key or key.rpartition("/")[0] in wanted}
-    return {key: tensor for key, tensor in needed.items() if "/" in key or is_finite(tensor)}
+
+    layer: str
+    format: str
+    quantizer: str
+    suffix: str
+
+    @classmethod
+    def of(cls, layer: str, choice: Choice, suffix: str) -> RoundedKey:
+        return cls(layer, choice.format.name, choice.quantizer, suffix)
+
+    @classmethod
+    def read(cls, name: str) -> RoundedKey | None:
+        """Parse the name of a tensor in a file; None if it is no such name. No layer's name has a slash."""
+        parts = name.split("/")
+        return cls(*parts) if len(parts) == len(cls._fields) else None
+
+    def __str__(self) -> str:
+        """The tensor's name in a file."""
+        return "/".join(self)
 
 
-def stamped(calibration: Calibration, weights: str) -> dict[str, torch.Tensor]:
-    """The calibration with the hash of the weights that it was made from; one without entries stays so.
+InputMeans = Mapping[str, torch.Tensor]
+"""Layer name -> E[x], float32, shape (in) or (in, *kernel)."""
+
+RoundedWeights = Mapping[RoundedKey, torch.Tensor]
+"""Packed tensors in the dtypes and shapes of their format. Tensors in files are read on each lookup."""
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Measurements and rounded weights of one model.
+
+    Attributes:
+        input_means: E[x] by layer; a layer that was never called has none.
+        rounded: packed tensors made by quantizers.
+        made_from: hash of the model's weights, as a policy records it; None if unknown, as in files of older versions.
+    """
+
+    input_means: InputMeans = field(default_factory=dict)
+    rounded: RoundedWeights = field(default_factory=dict)
+    made_from: str | None = None
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor]) -> Calibration:
+        """From tensors under the names that they have in the file; they are looked up lazily.
+
+        A name without a slash is that of a layer; a name with three slashes is a `RoundedKey`. Others are ignored.
+        """
+        keys = {key: name for name in tensors if (key := RoundedKey.read(name)) is not None}
+        layers = {name: name for name in tensors if "/" not in name and name != _MADE_FROM}
+        made_from = bytes(tensors[_MADE_FROM].tolist()).decode() if _MADE_FROM in tensors else None
+        return cls(_renamed(tensors, layers), _renamed(tensors, keys), made_from)
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """All tensors under the names that they have in the file, looked up lazily."""
+        read: dict[str, Callable[[], torch.Tensor]] = {}
+        read |= {name: partial(self.input_means.__getitem__, name) for name in self.input_means}
+        read |= {str(key): partial(self.rounded.__getitem__, key) for key in self.rounded}
+        if self.made_from is not None:
+            read[_MADE_FROM] = partial(_ascii, self.made_from)
+        return _Lazy(read)
+
+    def __bool__(self) -> bool:
+        """Whether it has any entries."""
+        return bool(self.input_means or self.rounded)
+
+    @property
+    def nbytes(self) -> int:
+        """Tensor bytes of the file."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def needed_for(self, *policies: Mapping[str, Choice]) -> Calibration:
+        """The part that an export under any of `policies` needs, read into memory: the weights rounded for them, and
+        every finite E[x]. A bias is never corrected with an E[x] that is not finite.
+
+        Args:
+            policies: each a choice by layer name.
+        """
+        chosen = (entry for policy in policies for entry in policy.items())
+        wanted = {(name, choice.format.name, choice.quantizer) for name, choice in chosen}
+        means = {name: mean for name, mean in self.input_means.items() if is_finite(mean)}
+        rounded = {key: self.rounded[key] for key in self.rounded if key[:3] in wanted}
+        return replace(self, input_means=means, rounded=rounded)
+
+    def stamped(self, weights: str) -> Calibration:
+        """The same with the hash of the weights it was made from; an empty calibration is returned unchanged.
+
+        Args:
+            weights: hash by `bitpolicy.policies.identity.weights_hash`.
+        """
+        return replace(self, made_from=weights) if self else self
+
+    def of_component(self, component: str, components: Sequence[str]) -> Calibration:
+        """The entries of one component, under the layers' names within it.
+
+        Args:
+            components: all that the calibration covers; of a single one, layer names have no prefix.
+        """
+        if len(components) == 1:
+            return self
+        start = f"{component}."
+        means = {name.removeprefix(start): name for name in self.input_means if name.startswith(start)}
+        keys = {
+            key._replace(layer=key.layer.removeprefix(start)): key
+            for key in self.rounded
+            if key.layer.startswith(start)
+        }
+        return replace(self, input_means=_renamed(self.input_means, means), rounded=_renamed(self.rounded, keys))
+
+    @property
+    def sha256(self) -> str:
+        """ "sha256:..." over names, dtypes, shapes and values."""
+        return digest_of(self.tensors())
+
+
+def digest_of(tensors: Mapping[str, torch.Tensor], dtypes: bool = True) -> str:
+    """The hash of a calibration, given the tensors of its file.
 
     Args:
-        weights: `bitpolicy.policies.identity.weights_hash` of what is studied.
+        dtypes: whether dtypes are hashed; older policies recorded a hash without them.
     """
-    if not calibration:
-        return {}
-    return {**calibration, MADE_FROM: torch.frombuffer(bytearray(weights.encode()), dtype=torch.uint8)}
+    return f"sha256:{tensors_digest(((name, tensors[name]) for name in sorted(tensors)), dtypes)}"
 
 
-def made_from(calibration: Calibration) -> str | None:
-    """The hash of the weights that it was made from; None where it does not say, as those of older versions do not."""
-    recorded = calibration.get(MADE_FROM)
-    return None if recorded is None else bytes(recorded.tolist()).decode()
+def _ascii(value: str) -> torch.Tensor:
+    """The characters, uint8."""
+    return torch.frombuffer(bytearray(value.encode()), dtype=torch.uint8)
 
 
-def calibration_bytes(calibration: Calibration) -> int:
-    """Tensor bytes of its file."""
-    return sum(calibration[key].nbytes for key in calibration)
+class _Lazy(Mapping[K, T]):
+    """A mapping that reads a value on each lookup and keeps none."""
+
+    def __init__(self, read: Mapping[K, Callable[[], T]]) -> None:
+        self._read = read
+
+    def __getitem__(self, key: K) -> T:
+        return self._read[key]()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._read
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self._read)
+
+    def __len__(self) -> int:
+        return len(self._read)
 
 
-def save_calibration(calibration: Calibration, path: Path) -> None:
-    """Write the file, aside and renamed.
-
-    Raises:
-        BitPolicyError: a tensor is NaN or Inf.
-    """
-    for key in calibration:
-        require_finite(key.partition("/")[0], {key: calibration[key]})
-    with written_aside(path) as aside:
-        save_file(
-            {name: patch.contiguous() for name, patch in sorted(calibration.items())}, aside, metadata={"format": "pt"}
-        )
-
-
-def load_calibration(path: Path, expected_hash: str | None = None) -> Calibration:
-    """Check the file against the hash that a policy recorded; its tensors are read when they are asked for.
-
-    Raises:
-        BitPolicyError: it is missing, damaged, or another calibration than the policy's.
-    """
-    try:
-        calibration = FileTensors(path)
-    except BitPolicyError as error:
-        what = f"{path} is missing" if isinstance(error.__cause__, FileNotFoundError) else str(error)
-        raise BitPolicyError(
-            f"{what}; the policy needs the calibration.safetensors that was written beside it: "
-            "keep the two together, or set bias_correction: false and quantizer: rtn"
-        ) from error
-    if expected_hash is not None and not _is_hash(expected_hash, calibration):
-        raise BitPolicyError(
-            f"{path} has hash {calibration_hash(calibration)[:19]}..., the policy was made with "
-            f"{expected_hash[:19]}...; "
-            "use the file written beside it"
-        )
-    return calibration
-
-
-class _Model(Protocol):
-    id: str
-    sha256: str
-
-
-class Calibrated(Protocol):
-    """What a policy says of its calibration, and of the model that both were made from."""
-
-    provenance: dict[str, Any]
-
-    @property
-    def model(self) -> _Model: ...
-
-    @property
-    def calibration(self) -> Calibration | None: ...
-
-    @property
-    def calibration_path(self) -> Path | None: ...
-
-
-def calibration_of(policy: Calibrated, path: Path | None, choices: Iterable[Choice]) -> Calibration:
-    """What putting `choices` on a model takes: held by the policy, or in the file beside it.
+def _renamed(entries: Mapping[S, T], keys: Mapping[K, S]) -> Mapping[K, T]:
+    """A lazy view of some entries under other keys.
 
     Args:
-        path: of the policy's file; None for a policy in memory, or for the file that it was loaded from.
-        choices: of the policy, resolved.
-
-    Raises:
-        BitPolicyError: they need a calibration, and the file is missing or another than the policy's; or it was made
-            from other weights than those that the policy is for.
+        keys: new key -> key in `entries`.
     """
-    if policy.calibration_path is None and policy.calibration is not None:
-        return _of_these_weights(policy.calibration, policy)
-    if not any(choice.needs_calibration for choice in choices):
-        return {}
-    beside = (policy.calibration_path or Path(FILE)) if path is None else path.with_name(FILE)
-    return _of_these_weights(load_calibration(beside, policy.provenance.get("calibration")), policy)
-
-
-def _of_these_weights(calibration: Calibration, policy: Calibrated) -> Calibration:
-    """Whoever reads the weights compares them with the policy's hash; this compares that with the calibration's."""
-    found = made_from(calibration)
-    if found is None or found == policy.model.sha256:
-        return calibration
-    raise BitPolicyError(
-        f"the calibration was made from weights with sha256 {found[:12]}..., the policy is for {policy.model.id} with "
-        f"{policy.model.sha256[:12]}...: what was measured and rounded on one model is wrong for another; give the "
-        "model and the policy.yaml that belong to the calibration, or run search-policy on this model"
-    )
-
-
-def calibration_hash(calibration: Calibration) -> str:
-    """ "sha256:..." over names, dtypes, shapes and values."""
-    return _hash(calibration)
-
-
-def _is_hash(recorded: str, calibration: Calibration) -> bool:
-    """Whether it is the calibration's; older policies record one that leaves out dtypes."""
-    return any(recorded == _hash(calibration, dtypes) for dtypes in (True, False))
-
-
-def _hash(calibration: Calibration, dtypes: bool = True) -> str:
-    return f"sha256:{tensors_digest(((name, calibration[name]) for name in sorted(calibration)), dtypes)}"
+    return _Lazy({new: partial(entries.__getitem__, key) for new, key in keys.items()})

@@ -23,11 +23,12 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import FP8, format_named, from_parameters
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.quantizers.named import QUANTIZERS
-from bitpolicy.policies.calibration import FILE, load_calibration, save_calibration
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.choice import Choice
 from bitpolicy.policies.components import from_text, to_text
 from bitpolicy.policies.identity import config_hash
 from bitpolicy.policies.storage.atomic import write_text
+from bitpolicy.policies.storage.calibration_file import FILE, load_calibration, save_calibration
 from bitpolicy.policies.storage.plain_yaml import YamlError, read_yaml
 from bitpolicy.policies.target import Target
 
@@ -198,7 +199,7 @@ class Policy(_Strict):
     layers: dict[str, LayerSettings] = Field(default_factory=dict)
     result: Result | None = None
     provenance: dict[str, Any] = Field(default_factory=dict)
-    _calibration: Mapping[str, torch.Tensor] | None = PrivateAttr(default=None)
+    _calibration: Calibration | None = PrivateAttr(default=None)
     _path: Path | None = PrivateAttr(default=None)
 
     def __eq__(self, other: object) -> bool:
@@ -206,7 +207,7 @@ class Policy(_Strict):
         return isinstance(other, Policy) and self.model_dump() == other.model_dump()
 
     @property
-    def calibration(self) -> Mapping[str, torch.Tensor] | None:
+    def calibration(self) -> Calibration | None:
         """What exporting it takes: E[x] per layer, and packed tensors of layers that were not rounded to nearest.
 
         A policy that a search returned holds it; one that was loaded finds it in calibration.safetensors, in the folder
@@ -225,10 +226,15 @@ class Policy(_Strict):
         """Where the calibration of a policy that was loaded should be; None for a policy that was made in memory."""
         return None if self._path is None else self._path.with_name(FILE)
 
-    def with_calibration(self, calibration: Mapping[str, torch.Tensor]) -> Policy:
-        """The same policy, holding its calibration."""
+    def with_calibration(self, calibration: Calibration | Mapping[str, torch.Tensor]) -> Policy:
+        """The same policy, holding its calibration.
+
+        Args:
+            calibration: a `Calibration`, or tensors under the names that they have in the calibration file.
+        """
         copy = self.model_copy()
-        copy._calibration, copy._path = calibration, None
+        held = calibration if isinstance(calibration, Calibration) else Calibration.of(calibration)
+        copy._calibration, copy._path = held, None
         return copy
 
     def under(self, compute: Compute) -> Policy:

@@ -34,6 +34,7 @@ from bitpolicy.pipelines.loading import BUNDLED_FOLDER, open_parts
 from bitpolicy.policies.checkpoints.checkpoint import export_diffusers_model
 from bitpolicy.policies.loading.diffusers_files import skeleton
 from bitpolicy.policies.policy import Choice, ModelReference, Policy
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.storage.source import source_hash
 
 SHARD = 10**9  # bytes
@@ -77,7 +78,9 @@ def make(folder: Path, gigabytes: float) -> tuple[int, float]:
     """Write the pipeline and a policy for it; returns the denoiser's bytes and the seconds that its hash took."""
     shutil.copytree(BUNDLED_FOLDER, folder / "model", ignore=shutil.ignore_patterns("unet"))
     unet = unet_of(gigabytes)
-    nbytes = export_diffusers_model(unet, {}, {}, torch.float16, folder / "model" / "unet", SHARD, RandomSource(unet))
+    nbytes = export_diffusers_model(
+        unet, {}, folder / "model" / "unet", SHARD, RandomSource(unet), quantization=Quantization()
+    )
     unet.save_config(folder / "model" / "unet")  # without the note that it is a checkpoint of ours
     formats = zip(quantizable_layers(unet), cycle(FORMATS), strict=False)
     start = time.perf_counter()

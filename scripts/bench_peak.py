@@ -30,6 +30,7 @@ from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.pipelines.loading import BUNDLED_FOLDER, open_pipeline
 from bitpolicy.policies.apply import to_storage
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.footprint import measured_peak
 from bitpolicy.policies.policy import Choice, ModelReference, Policy
@@ -145,7 +146,9 @@ def _in_turn(pipe: Any, formats: tuple[Format, ...]) -> dict[str, Format]:
 
 def _export(pipe: Any, formats: Mapping[str, Format], folder: Path) -> None:
     model = ModelReference(id="bench", component="unet", class_name=type(pipe.unet).__name__, sha256="")
-    export_pipeline(pipe, ["unet"], Policy.of({n: Choice(f) for n, f in formats.items()}, model=model), {}, folder)
+    export_pipeline(
+        pipe, ["unet"], Policy.of({n: Choice(f) for n, f in formats.items()}, model=model), Calibration(), folder
+    )
 
 
 def _bundled() -> Any:

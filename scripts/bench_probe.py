@@ -32,8 +32,9 @@ from published_configs import published
 from torch import nn
 
 from bitpolicy.kernels.formats.named import format_named
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.cost.forwards import adjoint_forwards
-from bitpolicy.sensitivity.probes.adjoint import AdjointProbe
+from bitpolicy.sensitivity.probes.adjoint import AdjointSketches
 from bitpolicy.sensitivity.probes.directions import Random
 from bitpolicy.sensitivity.rounding.candidates import candidates
 from bitpolicy.sensitivity.samples import Sample
@@ -84,7 +85,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     def probe() -> None:
         formats = [format_named("int4"), format_named("int8")]
-        made = AdjointProbe(trajectories, candidates(formats), {}, torch.float16, recompute_inside=True)
+        made = AdjointSketches(trajectories, candidates(formats), recompute_inside=True, quantization=Quantization())
         list(made.sketches(sample, [Random(k) for k in range(args.vectors)]))
 
     adjoint = _timed(probe, device)

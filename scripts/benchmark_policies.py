@@ -25,6 +25,7 @@ from pathlib import Path
 from bitpolicy.kernels.formats.format import Format
 from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.search.budget import Budget
 from bitpolicy.search.generation import Generations
 from bitpolicy.search.problem import Problem
@@ -75,7 +76,10 @@ def main() -> None:
     )
     plan = make_plan(settings)
     tables = {name: _probe(plan, replace(settings, probe=name), args.work, stages) for name in ("adjoint", "weight")}
-    generations = Generations(plan.trajectories, tables["adjoint"][0].calibration, plan.source.storage)
+    generations = Generations(
+        plan.trajectories,
+        quantization=Quantization(calibration=tables["adjoint"][0].calibration, storage=plan.source.storage),
+    )
     reference = generations.references(stages.track(plan.split.held_out, "reference"))
     rows = []
     for asked in args.budgets:

@@ -17,6 +17,7 @@ from bitpolicy.kernels.formats.format import Format
 from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.quantizers.named import AUTO, QUANTIZERS, RTN
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.search.generation import Generations
 from bitpolicy.search.quality.psnr import Psnr
 from bitpolicy.sensitivity.cost.progress import Stages
@@ -44,7 +45,9 @@ def main() -> None:
     run = plan.probe(settings, args.work, stages)
     reference = run.reference()
     table = run.table(reference)
-    generations = Generations(plan.trajectories, reference.calibration, plan.source.storage)
+    generations = Generations(
+        plan.trajectories, quantization=Quantization(calibration=reference.calibration, storage=plan.source.storage)
+    )
     images = generations.references(stages.track(plan.split.held_out, "reference"))
     rows = []
     for format in map(format_named, args.formats):

@@ -32,6 +32,7 @@ from bitpolicy.kernels.layers import Quantizable, quantizable_layers
 from bitpolicy.kernels.quantizers.bias_correction import bias_shift
 from bitpolicy.policies.apply import quantized
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.trajectory.reference import ReferencePass
@@ -194,7 +195,9 @@ def round_off(plan: Plan, reference: ReferencePass, samples: Sequence[Sample]) -
         for column, format in enumerate(FORMATS):
             by_step = torch.stack([torch.stack(sums[name, column, step]).mean(0) for step in steps])  # T, 2, out
             corrected = layer.bias is not None
-            shift = bias_shift(layer, changes[name][column], reference.calibration[name]) if corrected else None
+            shift = (
+                bias_shift(layer, changes[name][column], reference.calibration.input_means[name]) if corrected else None
+            )
             row = {"input mean": sum(level[name]) / len(level[name]), **_mean_shares(by_step, shift)}
             rows[f"{format.name}, {kind}"].append(row)
     return {kind: {"layers": len(found), **_medians(found)} for kind, found in sorted(rows.items())}
@@ -263,7 +266,14 @@ def skips(plan: Plan, reference: ReferencePass, samples: Sequence[Sample]) -> di
         with _recorded(unet) as clean:
             unet.forward(*args, **kwargs)
         for way, closed in {"every way": (), "skips only": ("below",), "from below only": ("skips",)}.items():
-            with quantized(unet, choices, reference.calibration, plan.source.storage), _replaced(unet, clean, closed):
+            with (
+                quantized(
+                    unet,
+                    choices,
+                    quantization=Quantization(calibration=reference.calibration, storage=plan.source.storage),
+                ),
+                _replaced(unet, clean, closed),
+            ):
                 power[way] += float((unet.forward(*args, **kwargs)[0] - output[0]).square().sum())
 
     handle = unet.register_forward_hook(beside, with_kwargs=True)

@@ -7,10 +7,9 @@ from contextlib import closing, contextmanager
 
 import torch
 
-from bitpolicy.kernels.kernel import Compute
 from bitpolicy.policies.apply import quantized
-from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
@@ -20,20 +19,11 @@ class Generations:
 
     Args:
         trajectories: the unquantized pipeline with its call arguments.
-        calibration: E[x] per layer, for corrected biases.
-        storage: dtype of the stored weights.
-        compute: of packed layers.
+        quantization: of the policies' checkpoints.
     """
 
-    def __init__(
-        self,
-        trajectories: Trajectories,
-        calibration: Calibration,
-        storage: torch.dtype,
-        compute: Compute = Compute.EXACT,
-    ) -> None:
-        self._trajectories, self._calibration, self._storage = trajectories, calibration, storage
-        self._compute = compute
+    def __init__(self, trajectories: Trajectories, *, quantization: Quantization) -> None:
+        self._trajectories, self._quantization = trajectories, quantization
         self._references: dict[Sample, torch.Tensor] = {}
 
     def references(self, samples: Iterable[Sample]) -> list[torch.Tensor]:
@@ -47,7 +37,7 @@ class Generations:
     @contextmanager
     def under(self, choices: Mapping[str, Choice]) -> Iterator[None]:
         """While the block runs, the pipeline computes as the policy's checkpoint would."""
-        with quantized(self._trajectories.target, choices, self._calibration, self._storage, self._compute):
+        with quantized(self._trajectories.target, choices, quantization=self._quantization):
             yield
 
     def images(self, choices: Mapping[str, Choice], samples: Sequence[Sample]) -> list[torch.Tensor]:

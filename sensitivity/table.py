@@ -1,93 +1,24 @@
-"""The sensitivity table: what each (layer, format) does to the final latent.
-
-`sensitivity.safetensors` holds the numbers, `sensitivity.csv` the same for people and spreadsheets.
-"""
+"""The sensitivity table: what each (layer, format) does to the final latent."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.format import Format
-from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.names import DEFAULT_QUANTIZER
 from bitpolicy.kernels.quantizers.named import RTN
-from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.policy import Choice
-from bitpolicy.policies.storage.atomic import write_text, written_aside
-from bitpolicy.policies.storage.file_source import open_tensors
-from bitpolicy.policies.storage.sealed import sealed, unsealed
 from bitpolicy.sensitivity.cost.forwards import Cost
-from bitpolicy.sensitivity.inventory import Layer
 from bitpolicy.sensitivity.probes.sketch import Sketch
 from bitpolicy.sensitivity.rounding.candidates import Candidate
 from bitpolicy.sensitivity.rounding.quantizer_choice import chosen
 
 NO_IMAGE_ERROR = ("stepwise", "weight")  # probes whose numbers rank layers, and are no error of the image
 FIRST_ORDER = 1e-3  # relative error of the final latent up to which a prediction is trusted
-_TENSORS = ("error", "corrected", "sketches", "by_step", "measured", "quantizer", "inputs")
-
-
-@dataclass(frozen=True)
-class ModelContext:
-    """What a table's reader needs to know of the model, without the model.
-
-    Attributes:
-        inventory: its layers.
-        account: their bytes.
-        name: for people, e.g. "UNet2DConditionModel of owner/name"; empty where nobody said.
-    """
-
-    inventory: Sequence[Layer]
-    account: ByteAccount
-    name: str = ""
-
-    def as_json(self) -> dict[str, Any]:
-        storage = str(self.account.storage_dtype).removeprefix("torch.")
-        layers = [asdict(layer) for layer in self.inventory]
-        return {
-            "name": self.name,
-            "layers": layers,
-            "storage_dtype": storage,
-            "fixed": self.account.fixed,
-            "parameters": self.account.parameters,
-        }
-
-    @classmethod
-    def load(cls, path: Path) -> ModelContext:
-        """Read it from `sensitivity.safetensors`.
-
-        Raises:
-            BitPolicyError: it is missing or no such table.
-        """
-        try:
-            found = _read(path)[0]["model"]
-            layers = [Layer(**{**layer, "shape": tuple(layer["shape"])}) for layer in found["layers"]]
-            shapes = {layer.name: layer.shape for layer in layers}
-            storage = getattr(torch, found["storage_dtype"])
-            return cls(layers, ByteAccount(storage, shapes, found["fixed"], found["parameters"]), found["name"])
-        except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
-            raise BitPolicyError(
-                f"cannot read sensitivity table {path}: {error}; run `bitpolicy probe` again"
-            ) from error
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """What a table's file says, and its tensors, as they were written; those of older versions have no checksum."""
-    with open_tensors(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        return unsealed(json.loads((file.metadata() or {})["bitpolicy"]), tensors), tensors
 
 
 @dataclass(frozen=True)
@@ -244,71 +175,6 @@ class SensitivityTable:
             if format.packed:
                 total += self.sketches[:, i, self.formats.index(format)].double()
         return float(total.square().mean())
-
-    def save(self, folder: Path, inventory: Sequence[Layer], account: ByteAccount, model: str = "") -> None:
-        """Write both files into `folder`; `model` is a name for people."""
-        tensors = {name: getattr(self, name) for name in _TENSORS}
-        about = {
-            "probe": self.probe,
-            "layers": self.layers,
-            "formats": [f.name for f in self.formats],
-            "cost": None if self.cost is None else asdict(self.cost),
-            "quantizers": self.quantizers,
-            **({} if self.compute is Compute.EXACT else {"compute": self.compute.value}),
-            "model": ModelContext(inventory, account, model).as_json(),
-        }
-        with written_aside(folder / "sensitivity.safetensors") as aside:
-            kept = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
-            save_file(kept, aside, metadata={"bitpolicy": json.dumps(sealed(about, kept))})
-        write_text(folder / "sensitivity.csv", self._csv(inventory, account))
-
-    @classmethod
-    def load(cls, path: Path) -> SensitivityTable:
-        """Read `sensitivity.safetensors`.
-
-        Raises:
-            BitPolicyError: it is missing or no such table.
-        """
-        try:
-            about, tensors = _read(path)
-            formats = tuple(format_named(name) for name in about["formats"])
-            cost = Cost(**about["cost"]) if about.get("cost") else None
-            quantizers = tuple(about.get("quantizers", (RTN,)))
-            compute = Compute(about.get("compute", Compute.EXACT))
-            return cls(
-                about["probe"],
-                tuple(about["layers"]),
-                formats,
-                **tensors,
-                cost=cost,
-                quantizers=quantizers,
-                compute=compute,
-            )
-        except (OSError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
-            raise BitPolicyError(
-                f"cannot read sensitivity table {path}: {error}; run `bitpolicy probe` again"
-            ) from error
-
-    def _csv(self, inventory: Sequence[Layer], account: ByteAccount) -> str:
-        text = io.StringIO()
-        rows = csv.writer(text, lineterminator="\n")
-        names = "layer role stage kind shape format bytes error bias_corrected quantizer source".split()
-        rows.writerow(names if self.inputs is None else [*names, "inputs_share"])
-        for i, layer in enumerate(inventory):
-            for j, format in enumerate(self.formats):
-                shape = "x".join(map(str, layer.shape))
-                row: list[object] = [layer.name, layer.role, layer.stage, layer.kind, shape, format.name]
-                row += [
-                    account.layer(layer.name, format),
-                    f"{float(self.error[i, j]):.6e}",
-                    bool(self.corrected[i, j]),
-                    self.choice(i, format).quantizer,
-                    self.source(i, j),
-                ]
-                share = self.inputs_share(i, j)
-                row += [] if share is None else [f"{share:.4f}"]
-                rows.writerow(row)
-        return text.getvalue()
 
 
 def _of_inputs(sketches: Sequence[Sketch], column: torch.Tensor, latent_power: float) -> torch.Tensor | None:

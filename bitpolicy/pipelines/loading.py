@@ -223,13 +223,13 @@ def open_pipeline(
     files = PipelineFiles(folder, variant)
     for name in files.components:
         files.weights(name)  # which refuses pickles
-    arguments: dict[str, Any] = {"variant": variant, "local_files_only": True, "use_safetensors": True}
-    if dtype is not None:
-        arguments["dtype"] = dtype
+    dtypes: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     usual = torch.get_default_dtype()
     try:
         with bounded(), nothing_missing():
-            return DiffusionPipeline.from_pretrained(str(folder), **arguments)
+            return DiffusionPipeline.from_pretrained(
+                str(folder), variant=variant, local_files_only=True, use_safetensors=True, **dtypes
+            )
     except BitPolicyError:
         raise
     except Exception as error:  # whatever a folder makes it raise; tokenizers raises Exception itself

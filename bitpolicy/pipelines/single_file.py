@@ -107,9 +107,10 @@ class SingleFile:
         if not hasattr(kind, "from_single_file"):
             raise BitPolicyError(f"{name} cannot be read from a single file; convert it to a folder with diffusers")
         components |= {name: self._from_folder(name, dtype) for name in self._lacking() if name not in components}
-        arguments = {"config": str(self.configs.folder), "dtype": dtype, "local_files_only": True}
         try:
-            return kind.from_single_file(str(self.path), **arguments, **components)  # type: ignore[union-attr]
+            return kind.from_single_file(  # type: ignore[union-attr]
+                str(self.path), config=str(self.configs.folder), dtype=dtype, local_files_only=True, **components
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             raise BitPolicyError(
                 f"cannot load {self.path} as {name}: {' '.join(str(error).split())[:400]}; "

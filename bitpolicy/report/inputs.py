@@ -18,7 +18,8 @@ from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.policy import Policy
 from bitpolicy.sensitivity.inventory import AUTOENCODER, OUTSIDE, Layer
 from bitpolicy.sensitivity.probes.error_split import ErrorSplit
-from bitpolicy.sensitivity.table import ModelContext, SensitivityTable
+from bitpolicy.sensitivity.table import SensitivityTable
+from bitpolicy.sensitivity.table_files import ModelContext, read_table
 
 TABLE, SPLIT, CHECK, POLICY = "sensitivity.safetensors", "split.safetensors", "check.json", "policy.yaml"
 
@@ -52,7 +53,7 @@ class Probed:
         if not path.is_file():
             remedy = f"`{probe_command('--split --check', folder)}` makes it"
             raise BitPolicyError(f"{folder} holds no {TABLE}; {remedy}")
-        table = SensitivityTable.load(path)
+        table = read_table(path)
         found = cls(
             table,
             ModelContext.load(path),

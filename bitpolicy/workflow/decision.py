@@ -54,10 +54,10 @@ def within_budget(
 ) -> Decision:
     """The exact solution, or what a study finds that holds on fresh seeds."""
     exact = problem.solve()
-    about: dict[str, Any] = {"exact_gap": float(f"{exact.gap:.2g}")}
+    gap = float(f"{exact.gap:.2g}")
     if settings.trials == 0:
-        alone = {"trials": 0, "finalists_mse": [], "won": "the exact solution"}
-        return Decision(problem.choices(exact), {**about, **alone})
+        about = {"exact_gap": gap, "trials": 0, "finalists_mse": [], "won": "the exact solution"}
+        return Decision(problem.choices(exact), about)
     start = repaired(problem, exact, settings.vectors)
     study = Study(
         problem,
@@ -79,7 +79,7 @@ def within_budget(
     save_trials(study.rows, folder / TRIALS)
     finalists = stages.track(study.best(_FINALISTS), "confirming on fresh seeds")
     found = confirm(finalists, generations, plan.split.confirm)
-    return Decision(found.choices, {**about, **_told(study, found, repaired=start is not None)})
+    return Decision(found.choices, {"exact_gap": gap, **_told(study, found, repaired=start is not None)})
 
 
 def study_name(settings: Settings, plan: Plan) -> str:

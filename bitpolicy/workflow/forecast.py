@@ -19,14 +19,19 @@ from bitpolicy.kernels.layers import Quantizable
 from bitpolicy.kernels.quantizers.named import RTN, parse_quantizer
 from bitpolicy.policies.footprint import loaded_bytes
 from bitpolicy.policies.measured_compute import measured_compute
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.search.target import MEASUREMENTS
 from bitpolicy.sensitivity.cost.forwards import BACKWARD
 from bitpolicy.sensitivity.cost.step_cost import Timing, peak_of_step, time_plain, time_probed
-from bitpolicy.sensitivity.probes.probe import HESSIAN_SAMPLES, SHARED, is_large
-from bitpolicy.sensitivity.probes.stepwise import StepwiseProbe
+from bitpolicy.sensitivity.probes.adjoint import AdjointProbe
+from bitpolicy.sensitivity.probes.named import PROBES
+from bitpolicy.sensitivity.probes.run import SHARED
+from bitpolicy.sensitivity.probes.stepwise import LocalSketches, StepwiseProbe
 from bitpolicy.sensitivity.rounding.candidates import Candidate, candidates
 from bitpolicy.sensitivity.rounding.hessians import Moments, hessian_shape
 from bitpolicy.sensitivity.rounding.rounding import announced, needs_gradients, needs_hessian, parts, rounded
+from bitpolicy.sensitivity.rounding.rounding_pass import HESSIAN_SAMPLES
+from bitpolicy.sensitivity.trajectory.checkpointed_calls import is_large
 from bitpolicy.settings import Settings
 from bitpolicy.workflow.plan import Plan
 
@@ -80,6 +85,7 @@ class Forecast:
         self._candidates = candidates(plan.formats, self._quantizers)
         self._large = is_large(plan.trajectories)
         self._sample = plan.split.calibration[0]
+        self._kind = PROBES[settings.probe]
 
     @cached_property
     def _alone(self) -> Timing:
@@ -111,8 +117,8 @@ class Forecast:
         samples = len(self._plan.split.calibration)
         if split:
             shared = self._settings.shared + 1
-            stages[SHARED] = samples * self._sample_seconds("adjoint", shared)
-            stages["stepwise probe"] = samples * self._sample_seconds("stepwise", self._settings.vectors)
+            stages[SHARED] = samples * self._sample_seconds(AdjointProbe.name, shared)
+            stages["stepwise probe"] = samples * self._sample_seconds(StepwiseProbe.name, self._settings.vectors)
         if policies:
             stages[LAYERS] = (len(self._layers) * len(self._candidates) + 1) * samples * self._each
             stages[POLICIES] = (policies + 2) * samples * self._each
@@ -123,7 +129,7 @@ class Forecast:
         yield "reference", len(plan.split.calibration) * self._each
         yield "rounding", self._rounding()
         yield from self._probe()
-        if settings.probe == "adjoint" and settings.budget is not None:
+        if settings.probe == AdjointProbe.name and settings.budget is not None:
             most = settings.remeasure + settings.remeasure_close
             yield "re-measuring", most * len(plan.split.calibration) * self._each
 
@@ -154,18 +160,18 @@ class Forecast:
 
     def _probe(self) -> Iterator[tuple[str, float]]:
         settings, samples = self._settings, len(self._plan.split.calibration)
-        if settings.probe in ("adjoint", "stepwise"):
+        if self._kind.takes_gradients:
             yield f"{settings.probe} probe", samples * self._sample_seconds(settings.probe, settings.vectors)
-        if settings.probe == "weight":
-            yield "weight probe", self._requantized(len(self._candidates))
-        if settings.probe == "ablation":
+        elif self._kind.data_free:
+            yield f"{settings.probe} probe", self._requantized(len(self._candidates))
+        else:
             packed = sum(1 for format in self._plan.formats if format.packed)
             biases = sum(1 + layer.has_bias for layer in self._plan.layers)
-            yield "ablation probe", (biases * packed + 1) * samples * self._each
+            yield f"{settings.probe} probe", (biases * packed + 1) * samples * self._each
 
     def _sample_seconds(self, probe: str, vectors: int) -> float:
         """Seconds that the adjoint or the stepwise probe takes for one sample."""
-        if probe == "stepwise":
+        if probe == StepwiseProbe.name:
             return vectors * self._probed.trajectory
         inside = self._alone.trajectory if self._large else 0.0
         return self._alone.trajectory + vectors * (self._probed.trajectory + inside)
@@ -174,11 +180,11 @@ class Forecast:
     def _probed(self) -> Timing:
         return time_probed(self._plan.trajectories, self._stepwise(), self._sample)
 
-    def _stepwise(self) -> StepwiseProbe:
+    def _stepwise(self) -> LocalSketches:
         """Scores of all candidates, rounded to nearest: `gptq`'s are read from files that are not there yet."""
-        compute = measured_compute(self._settings.compute)
         alike = [Candidate(candidate.format) for candidate in self._candidates]
-        return StepwiseProbe(self._plan.trajectories, alike, {}, self._plan.source.storage, compute)
+        quantization = Quantization(storage=self._plan.source.storage, compute=measured_compute(self._settings.compute))
+        return LocalSketches(self._plan.trajectories, alike, quantization=quantization)
 
     def _rounding(self) -> float:
         """Seconds of the rounding pass: trajectories for Hessians, and the rounding of each layer."""
@@ -229,7 +235,7 @@ class Forecast:
     def memory(self) -> Memory:
         """The most bytes at once; it makes a step more, under torch's count of allocations."""
         trajectories = self._plan.trajectories
-        if self._settings.probe in ("adjoint", "stepwise"):
+        if self._kind.takes_gradients:
             probe = self._stepwise()
             most = peak_of_step(trajectories, lambda: probe.first_steps(self._sample, 1))
         else:
@@ -260,7 +266,7 @@ class Forecast:
         """Bytes of the probe's records: mean inputs, float64, and weights' and biases' share of every sketch."""
         samples, split = self._plan.split.calibration, self._plan.trajectories.parts(self._plan.split.calibration)
         means = sum(1 for _ in split) * sum(8 * (layer.weight[0].numel() + 1) for layer in self._layers.values())
-        if self._settings.probe not in ("adjoint", "stepwise"):
+        if not self._kind.takes_gradients:
             return means
         numbers = self._alone.steps * len(self._layers) * len(self._candidates)
         return means + 2 * 4 * len(samples) * self._settings.vectors * numbers

@@ -31,7 +31,8 @@ from bitpolicy.sensitivity.calls.signature import STEPS, Signature
 from bitpolicy.sensitivity.cost.peak_memory import observe
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import Layer, inventory, warn_of_unsupported
-from bitpolicy.sensitivity.probes.probe import ProbeRun, ProbeSettings
+from bitpolicy.sensitivity.probes.named import PROBES
+from bitpolicy.sensitivity.probes.run import ProbeRun, ProbeSettings
 from bitpolicy.sensitivity.rounding.candidates import useful_formats
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.table import SensitivityTable
@@ -96,8 +97,14 @@ class Plan:
         """
         if is_main():
             warn_of_idle_arguments(self.trajectories, self.split.calibration[0], dict(settings.call), stages)
-        how = (parse_quantizer(settings.quantizer), measured_compute(settings.compute))
-        wanted = ProbeSettings(settings.probe, self.split.calibration, settings.vectors, settings.shared, *how)
+        wanted = ProbeSettings(
+            settings.probe,
+            self.split.calibration,
+            vectors=settings.vectors,
+            shared=settings.shared,
+            quantizers=parse_quantizer(settings.quantizer),
+            compute=measured_compute(settings.compute),
+        )
         weights, storage = self.source.everything_sha256, self.source.storage
         return ProbeRun(self.trajectories, self.layers, self.formats, storage, weights, wanted, folder, stages)
 
@@ -108,7 +115,7 @@ class Plan:
         silent = {
             name
             for name, errors in zip(table.layers, table.error, strict=True)
-            if name not in calibration and (table.probe == "weight" or not errors.any())
+            if name not in calibration.input_means and (PROBES[table.probe].data_free or not errors.any())
         }
         starts = map(self.source.target.prefix, self.source.components)
         parts = [{name for name in table.layers if name.startswith(start)} for start in starts]
@@ -190,9 +197,9 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
     _require_formats_of(measured_compute(settings.compute), formats)
     call = {**default_call(source.pipe, bundled), **dict(settings.call)}
     trajectories = Trajectories(source.pipe, source.components, call)
-    if trajectories.outside and settings.probe == "stepwise":
+    if trajectories.outside and not PROBES[settings.probe].outside_loop:
         raise BitPolicyError(
-            f"the stepwise probe differentiates denoisers alone; for {', '.join(trajectories.outside)} take "
+            f"the {settings.probe} probe differentiates denoisers alone; for {', '.join(trajectories.outside)} take "
             "--probe adjoint or --probe ablation"
         )
     requests = list(settings.prompts) if settings.prompts else default_requests(source.pipe, bundled)
@@ -205,12 +212,21 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
         _require_steps(trajectories, arguments)
     account = ByteAccount.of(source.target, source.storage)
     scope = _scope(settings, source, account, trajectories, parts.calibration[0], formats)
-    tied = shared_qkv(layers) if settings.share_qkv else []
-    budget = Budget.parse(asked, scope)
-    barred = not_held(settings.target, layers, formats, kept) if settings.target else frozenset()
-    asked_for = frozenset(format.name for format in useful)
-    rest = (kept, tied, asked_for, barred, bundled, settings.target)
-    plan = Plan(source, layers, formats, account, budget, parts, trajectories, *rest)
+    plan = Plan(
+        source=source,
+        layers=layers,
+        formats=formats,
+        account=account,
+        budget=Budget.parse(asked, scope),
+        split=parts,
+        trajectories=trajectories,
+        pinned=kept,
+        tied=shared_qkv(layers) if settings.share_qkv else [],
+        asked=frozenset(format.name for format in useful),
+        barred=not_held(settings.target, layers, formats, kept) if settings.target else frozenset(),
+        bundled=bundled,
+        program=settings.target,
+    )
     plan.require_budget(plan.smallest)
     return plan
 

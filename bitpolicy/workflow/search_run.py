@@ -22,12 +22,14 @@ from bitpolicy.kernels.formats.named import FP16
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.output_folder import OutputFolder
 from bitpolicy.pipelines.loading import Source, open_pipeline
-from bitpolicy.policies.calibration import Calibration, calibration_hash, needed_for, save_calibration, stamped
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.checkpoint import checkpoint_bytes
 from bitpolicy.policies.checkpoints.pipeline import describe_checkpoint, export_parts
 from bitpolicy.policies.identity import configured
 from bitpolicy.policies.measured_compute import measured_compute
 from bitpolicy.policies.policy import BudgetRecord, Choice, ModelReference, Policy, Result
+from bitpolicy.policies.quantization import Quantization
+from bitpolicy.policies.storage.calibration_file import save_calibration
 from bitpolicy.policies.target import Target
 from bitpolicy.search.budget import BudgetError
 from bitpolicy.search.closeness import beyond_first_order, close_choices
@@ -38,6 +40,7 @@ from bitpolicy.search.quality.psnr import Psnr, Unavailable
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import Layer
 from bitpolicy.sensitivity.table import SensitivityTable
+from bitpolicy.sensitivity.table_files import ModelContext, write_table
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 from bitpolicy.settings import Settings
 from bitpolicy.workflow.compare import save_comparison
@@ -59,9 +62,9 @@ class SearchRun:
 
     def __init__(self, settings: Settings, plan: Plan, folder: Path, stages: Stages) -> None:
         self._settings, self._plan, self._folder, self._stages = settings, plan, folder, stages
-        self._rounded: Calibration = {}  # of every candidate
+        self._measured = Calibration()  # of every candidate
         self._never_called = 0  # layers that stay FP16 for it
-        self.calibration: dict[str, torch.Tensor] = {}
+        self.calibration = Calibration()
         self.points: list[Point] = []
 
     def decide(self) -> Policy | None:
@@ -74,10 +77,12 @@ class SearchRun:
         if settings.budget is not None and plan.fits_unquantized and not settings.frontier:
             choices = {layer.name: Choice(FP16) for layer in plan.layers}
             about: dict[str, Any] = {"search": "the budget holds all of it unquantized"}
-            return self._saved(self._policy(choices, 0.0, about, {}))
+            return self._saved(self._policy(choices, 0.0, about, Calibration()))
         problem = self._probed()
-        compute = measured_compute(settings.compute)
-        generations = Generations(plan.trajectories, self._rounded, plan.source.storage, compute)
+        quantization = Quantization(
+            calibration=self._measured, storage=plan.source.storage, compute=measured_compute(settings.compute)
+        )
+        generations = Generations(plan.trajectories, quantization=quantization)
         if settings.frontier:
             self._write_curve(problem, generations)
         if settings.budget is None and settings.target_psnr is None and settings.target_lpips is None:
@@ -87,7 +92,7 @@ class SearchRun:
                 found = reaching_target(settings, plan, problem, generations, self._stages)
             else:
                 found = within_budget(settings, plan, problem, generations, self._folder, self._stages)
-        self.calibration = stamped(needed_for(found.choices, self._rounded), plan.source.sha256)
+        self.calibration = self._measured.needed_for(found.choices).stamped(plan.source.sha256)
         save_calibration(self.calibration, self._folder / "calibration.safetensors")
         formats = [found.choices[layer.name].format for layer in plan.layers]
         about = {"probe": self._about_probe(problem), "search": found.about}
@@ -114,7 +119,7 @@ class SearchRun:
         plan = self._plan
         run = plan.probe(self._settings, self._folder / "work", self._stages)
         reference = run.reference()
-        self._rounded = reference.calibration
+        self._measured = reference.calibration
         problem = self._posed(run.table(reference))
         if problem.table.probe == "adjoint" and self._settings.budget is not None:
             for find, most in (
@@ -125,7 +130,7 @@ class SearchRun:
                 while places := find(problem, problem.solve(), left):
                     problem = replace(problem, table=run.remeasured(problem.table, reference, places))
                     left -= len(places)
-        problem.table.save(self._folder, plan.layers, plan.account, plan.model)
+        write_table(problem.table, self._folder, ModelContext(plan.layers, plan.account, plan.model))
         return problem
 
     def _posed(self, table: SensitivityTable) -> Problem:
@@ -135,7 +140,7 @@ class SearchRun:
             BudgetError: they leave no policy that fits.
         """
         plan = self._plan
-        never = [name for name in plan.never_called(table, self._rounded) if name not in plan.pinned]
+        never = [name for name in plan.never_called(table, self._measured) if name not in plan.pinned]
         self._never_called = len(never)
         problem = plan.problem(table, never)
         if not never:
@@ -159,10 +164,8 @@ class SearchRun:
             if self._settings.trials:
                 tracked = self._stages.track(found, "frontier, real images")
                 found = [replace(p, psnr_db=mean_db(generations, p.choices, plan.split.search)) for p in tracked]
-            shared: dict[str, torch.Tensor] = {}
-            for point in found:
-                shared |= needed_for(point.choices, self._rounded)
-            shared = stamped(shared, plan.source.sha256)
+            needed = self._measured.needed_for(*(point.choices for point in found))
+            shared = needed.stamped(plan.source.sha256)
             save_calibration(shared, folder / "calibration.safetensors")
             for point in found:
                 about = {"probe": self._about_probe(problem), "search": {"won": "the exact solution"}}
@@ -198,7 +201,7 @@ class SearchRun:
                 "call": {k: v for k, v in plan.trajectories.call.items() if isinstance(v, str | int | float | bool)},
                 "seed": self._settings.seed,
                 **provenance,
-                **({"calibration": calibration_hash(calibration)} if calibrated else {}),
+                **({"calibration": calibration.sha256} if calibrated else {}),
             },
         )
 

@@ -16,10 +16,10 @@ from bitpolicy.kernels.formats.format import TensorSpec
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import Quantizable, quantizable_layers
 from bitpolicy.policies.apply import QuantizedLayer, as_stored, quantize_tensors
-from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.finite import is_finite, require_finite, warn_of_biases, warn_of_source
 from bitpolicy.policies.loading.packed_config import BitPolicyConfig
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.storage.file_source import header
 from bitpolicy.policies.storage.pipeline_files import DIFFUSERS, shard_names, weights_index
 from bitpolicy.policies.storage.safetensors_writer import SafetensorsWriter
@@ -36,27 +36,32 @@ def checkpoint_bytes(folder: Path) -> int:
 def export_diffusers_model(
     model: nn.Module,
     choices: Mapping[str, Choice],
-    calibration: Calibration,
-    storage: torch.dtype,
     folder: Path,
     max_shard_size: int = MAX_SHARD_SIZE,
     source: TensorSource | None = None,
-    compute: Compute = Compute.EXACT,
+    *,
+    quantization: Quantization,
 ) -> int:
     """Write the config and the packed weights of one model of diffusers.
 
     Args:
         source: of its tensors; None is the model itself, which else may lie on `meta`.
-        compute: of the packed layers, once they are loaded.
+        quantization: its compute is that of the packed layers, once they are loaded.
 
     Returns:
         Its tensor bytes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     checksums = write_packed(
-        model, source or ModuleSource(model), choices, calibration, storage, folder, DIFFUSERS, max_shard_size
+        model,
+        source or ModuleSource(model),
+        choices,
+        folder,
+        DIFFUSERS,
+        max_shard_size,
+        quantization=quantization,
     )
-    write_config(model, choices, storage, folder, checksums, compute)
+    write_config(model, choices, quantization.storage, folder, checksums, quantization.compute)
     return checkpoint_bytes(folder)
 
 
@@ -64,12 +69,12 @@ def write_packed(
     model: nn.Module,
     source: TensorSource,
     choices: Mapping[str, Choice],
-    calibration: Calibration,
-    storage: torch.dtype,
     folder: Path,
     stem: str,
     max_shard_size: int = MAX_SHARD_SIZE,
     left_out: Collection[str] = (),
+    *,
+    quantization: Quantization,
 ) -> str:
     """Write the tensors of a model to `folder`, in `stem`.safetensors or in shards with an index.
 
@@ -83,14 +88,16 @@ def write_packed(
     Returns:
         Checksums of the tensors, as a `BitPolicyConfig` takes them.
     """
-    specs = {name: spec for name, spec in packed_specs(model, choices, storage).items() if name not in left_out}
+    specs = {
+        name: spec for name, spec in packed_specs(model, choices, quantization.storage).items() if name not in left_out
+    }
     shards = _shards(specs, max_shard_size, stem)
     with ExitStack() as files:
         place: dict[str, SafetensorsWriter] = {}
         for file, names in shards.items():
             writer = files.enter_context(SafetensorsWriter(folder / file, {name: specs[name] for name in names}))
             place |= dict.fromkeys(names, writer)
-        _write_behind(place, packed_tensors(model, source, choices, calibration, storage, left_out))
+        _write_behind(place, packed_tensors(model, source, choices, left_out, quantization=quantization))
     if len(shards) > 1:
         index = weights_index({file: {name: specs[name] for name in names} for file, names in shards.items()})
         (folder / f"{stem}.safetensors.index.json").write_text(index, encoding="utf-8")
@@ -137,9 +144,9 @@ def packed_tensors(
     model: nn.Module,
     source: TensorSource,
     choices: Mapping[str, Choice],
-    calibration: Calibration,
-    storage: torch.dtype,
     left_out: Collection[str] = (),
+    *,
+    quantization: Quantization,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Every stored tensor, those of one layer at a time.
 
@@ -148,11 +155,11 @@ def packed_tensors(
     Raises:
         BitPolicyError: a tensor that is made here would be NaN or Inf.
     """
-    done = set(left_out)
+    done, storage = set(left_out), quantization.storage
     uncorrected, not_finite = [], []
     for name, layer in quantizable_layers(model):
         if name in choices and choices[name].format.packed:
-            stored = _quantized(name, layer, source, choices[name], calibration, storage)
+            stored = _quantized(name, layer, source, choices[name], quantization)
             made = {f"{name}.{suffix}": tensor for suffix, tensor in stored.tensors.items()}
             require_finite(name, made)
             if stored.bias is not None:
@@ -175,13 +182,12 @@ def _quantized(
     layer: Quantizable,
     source: TensorSource,
     choice: Choice,
-    calibration: Calibration,
-    storage: torch.dtype,
+    quantization: Quantization,
 ) -> QuantizedLayer:
     """One layer as it is stored, read from the source."""
-    weight = as_stored(f"{name}.weight", source.read(f"{name}.weight"), storage)
+    weight = as_stored(f"{name}.weight", source.read(f"{name}.weight"), quantization.storage)
     bias = None if layer.bias is None else source.read(f"{name}.bias")
-    return quantize_tensors(name, layer, weight, bias, choice, calibration)
+    return quantize_tensors(name, layer, weight, bias, choice, quantization.calibration)
 
 
 def _shards(specs: Mapping[str, TensorSpec], most: int, stem: str) -> dict[str, list[str]]:

@@ -6,14 +6,11 @@ import copy
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from diffusers import ModelMixin
 from torch import nn
 from transformers import PreTrainedModel
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.kernel import Compute
-from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.checkpoint import (
     MAX_SHARD_SIZE,
     checkpoint_bytes,
@@ -22,6 +19,7 @@ from bitpolicy.policies.checkpoints.checkpoint import (
 )
 from bitpolicy.policies.loading.packed_config import BitPolicyConfig
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.storage.pipeline_files import TRANSFORMERS
 from bitpolicy.policies.storage.source import ModuleSource, TensorSource
 
@@ -29,24 +27,22 @@ from bitpolicy.policies.storage.source import ModuleSource, TensorSource
 def export_component(
     model: nn.Module,
     choices: Mapping[str, Choice],
-    calibration: Calibration,
-    storage: torch.dtype,
     folder: Path,
     max_shard_size: int = MAX_SHARD_SIZE,
     source: TensorSource | None = None,
-    compute: Compute = Compute.EXACT,
+    *,
+    quantization: Quantization,
 ) -> int:
     """Write the config and the packed weights of one unquantized model, as its own library reads them.
 
     Args:
         model: of diffusers or of transformers.
         choices: of its layers by their names in it; a layer without one stays as it is.
-        calibration: E[x] and rounded tensors by the same names, for the choices that need them.
-        storage: dtype of what is not packed.
         folder: where to; made if it is not there.
         max_shard_size: bytes; a larger model is split as its library splits it.
         source: of its tensors; None is the model itself, which else may lie on `meta`.
-        compute: of the packed layers, once they are loaded.
+        quantization: its calibration has the same names, for the choices that need it; its storage dtype is that of
+            what is not packed, its compute that of the packed layers once they are loaded.
 
     Returns:
         Tensor bytes of the files.
@@ -55,7 +51,7 @@ def export_component(
         BitPolicyError: the model is of neither library, a layer to pack shares its weight, or a calibration is missing.
     """
     if isinstance(model, ModelMixin):
-        return export_diffusers_model(model, choices, calibration, storage, folder, max_shard_size, source, compute)
+        return export_diffusers_model(model, choices, folder, max_shard_size, source, quantization=quantization)
     if not isinstance(model, PreTrainedModel):
         raise BitPolicyError(f"{type(model).__name__} is of neither diffusers nor transformers; only their models are")
     tied = model.all_tied_weights_keys
@@ -66,11 +62,11 @@ def export_component(
     folder.mkdir(parents=True, exist_ok=True)
     tensors = source or ModuleSource(model)
     checksums = write_packed(
-        model, tensors, choices, calibration, storage, folder, TRANSFORMERS, max_shard_size, frozenset(tied)
+        model, tensors, choices, folder, TRANSFORMERS, max_shard_size, frozenset(tied), quantization=quantization
     )
     config = copy.deepcopy(model.config)
-    config.dtype = str(storage).removeprefix("torch.")
+    config.dtype = str(quantization.storage).removeprefix("torch.")
     config.architectures = [type(model).__name__]
-    config.quantization_config = BitPolicyConfig.of(choices, storage, checksums, compute)
+    config.quantization_config = BitPolicyConfig.of(choices, quantization.storage, checksums, quantization.compute)
     config.save_pretrained(folder)
     return checkpoint_bytes(folder)

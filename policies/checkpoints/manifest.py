@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.policies.calibration import FILE as CALIBRATION
 from bitpolicy.policies.storage.atomic import write_text
+from bitpolicy.policies.storage.calibration_file import FILE as CALIBRATION
 
 FILE = "bitpolicy.json"
 SMALL = 32 * 2**20

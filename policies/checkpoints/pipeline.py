@@ -12,14 +12,16 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.apply import choices_for
-from bitpolicy.policies.calibration import Calibration, calibration_bytes, is_rounded, save_calibration
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.checkpoint import MAX_SHARD_SIZE
 from bitpolicy.policies.checkpoints.component import export_component
 from bitpolicy.policies.checkpoints.manifest import write_manifest
 from bitpolicy.policies.checkpoints.model_card import PLAIN, Card, model_card
 from bitpolicy.policies.checkpoints.parts import MemoryParts, Parts
 from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.storage.atomic import folder_written_aside, write_text
+from bitpolicy.policies.storage.calibration_file import save_calibration
 from bitpolicy.policies.storage.disk_space import require_space
 from bitpolicy.policies.target import Target
 
@@ -72,12 +74,13 @@ def export_parts(
     """
     storage = getattr(torch, policy.storage_dtype)
     others = component_dtype or storage
+    quantization = Quantization(calibration=calibration, storage=storage, compute=Compute(policy.compute))
     choices = choices_for(parts.target, policy)
     if folder.exists() and not (folder / "model_index.json").is_file() and (folder.is_file() or any(folder.iterdir())):
         raise BitPolicyError(f"{folder} holds something that is no pipeline; export to a new or an empty folder")
     with folder_written_aside(folder) as aside:
         packed = ByteAccount.of(parts.target, storage).total({name: c.format for name, c in choices.items()})
-        beside = calibration_bytes(calibration) if _is_kept(calibration, choices) else 0
+        beside = calibration.nbytes if _is_kept(calibration, choices) else 0
         require_space(aside.parent, packed + beside + parts.to_write(others, aside))
         aside.mkdir()
         parts.write_others(others, aside)
@@ -86,12 +89,10 @@ def export_parts(
             nbytes += export_component(
                 model,
                 parts.target.of_component(choices, name),
-                parts.target.of_component(calibration, name),
-                storage,
                 aside / name,
                 max_shard_size=max_shard_size,
                 source=parts.sources[name],
-                compute=Compute(policy.compute),
+                quantization=quantization.of_component(name, parts.target.names),
             )
         if _is_kept(calibration, choices):
             save_calibration(calibration, aside / "calibration.safetensors")
@@ -109,4 +110,4 @@ def describe_checkpoint(folder: Path, policy: Policy, target: Target, card: Card
 
 def _is_kept(calibration: Calibration, choices: Mapping[str, Choice]) -> bool:
     """Whether the calibration goes along; one of rounded layers would hold the weights again."""
-    return not is_rounded(calibration) and any(choice.bias_correction for choice in choices.values())
+    return not calibration.rounded and any(choice.bias_correction for choice in choices.values())

@@ -23,6 +23,7 @@ from bitpolicy.policies.exporters.exporter import Exporter, Layer, Source
 from bitpolicy.policies.exporters.requantize import Requantized, refuse, requantized
 from bitpolicy.policies.exporters.targets import exporter_named
 from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.storage.atomic import folder_written_aside, write_text
 from bitpolicy.policies.storage.source import TensorSource, joined
 
@@ -70,19 +71,21 @@ def export_to(
             the disk is full.
         TargetError: the program cannot hold the policy, and `requantize` is off.
     """
-    exporter, storage = exporter_named(program), getattr(torch, policy.storage_dtype)
+    exporter = exporter_named(program)
+    quantization = Quantization(calibration=calibration, storage=getattr(torch, policy.storage_dtype))
     _require_diffusers(parts, exporter)
     _keep_others(folder)
     asked = choices_for(parts.target, policy)
-    changed = _requantized(exporter, parts, asked, calibration, storage, requantize)
+    changed = _requantized(exporter, parts, asked, quantization, requantize)
     choices = asked | {one.name: one.after for one in changed}
     written = _policy_of(policy, choices, exporter) if changed else policy
     nbytes = 0
     with folder_written_aside(folder) as aside:
         aside.mkdir()
         for name, model in parts.target.items():
-            own, means = parts.target.of_component(choices, name), parts.target.of_component(calibration, name)
-            source = _source(model, parts.sources[name], name, own, means, storage, written)
+            own = parts.target.of_component(choices, name)
+            within = quantization.of_component(name, parts.target.names)
+            source = _source(model, parts.sources[name], name, own, within, written)
             nbytes += exporter.write(source, aside)
         write_text(aside / POLICY, written.to_yaml())  # without a calibration: the codes are in the target's own files
     return Exported(nbytes, changed, (*_notes(exporter, choices), *_compute_note(exporter, policy)))
@@ -92,8 +95,7 @@ def _requantized(
     exporter: Exporter,
     parts: Parts,
     choices: Mapping[str, Choice],
-    calibration: Calibration,
-    storage: torch.dtype,
+    quantization: Quantization,
     allowed: bool,
 ) -> tuple[Requantized, ...]:
     """What becomes of the layers that the exporter does not hold; an error where that is not allowed."""
@@ -102,9 +104,9 @@ def _requantized(
     unheld = {layer.name: layer for layer in layers if not exporter.holds(layer)}
     if not allowed:
         refuse(exporter, unheld)
-    weights = (as_stored(f"{name}.weight", source.read(f"{name}.weight"), storage) for name in unheld)
+    weights = (as_stored(f"{name}.weight", source.read(f"{name}.weight"), quantization.storage) for name in unheld)
     return tuple(
-        requantized(exporter, layer, weight, choices[name], calibration)
+        requantized(exporter, layer, weight, choices[name], quantization.calibration)
         for (name, layer), weight in zip(unheld.items(), weights, strict=True)
     )
 
@@ -114,10 +116,10 @@ def _source(
     tensors: TensorSource,
     component: str,
     choices: Mapping[str, Choice],
-    calibration: Calibration,
-    storage: torch.dtype,
+    quantization: Quantization,
     policy: Policy,
 ) -> Source:
+    storage = quantization.storage
     modules = dict(quantizable_layers(model))
     layers = {name: Layer.of(name, modules[name], choice.format) for name, choice in choices.items()}
     ours = {
@@ -134,7 +136,7 @@ def _source(
         layers=layers,
         others=others,
         tensors=lambda: itertools.chain.from_iterable(
-            layer.items() for layer in packed_tensors(model, tensors, choices, calibration, storage)
+            layer.items() for layer in packed_tensors(model, tensors, choices, quantization=quantization)
         ),
         origin=_origin(policy),
     )

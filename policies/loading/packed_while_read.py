@@ -19,12 +19,12 @@ from bitpolicy.kernels.formats.format import TensorSpec
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import Quantizable, pack_layer, quantizable_layers, replace_layer
 from bitpolicy.policies.apply import choices_for, quantize_layer
-from bitpolicy.policies.calibration import calibration_of
 from bitpolicy.policies.finite import require_finite, warn_of_biases
 from bitpolicy.policies.identity import tensors_hash
 from bitpolicy.policies.loading.packed_config import BitPolicyConfig
 from bitpolicy.policies.policy import ModelReference, Policy
-from bitpolicy.policies.target import layer_prefix, within_component
+from bitpolicy.policies.quantization import Quantization
+from bitpolicy.policies.storage.calibration_file import calibration_of
 
 
 class PackedWhileRead:
@@ -54,12 +54,13 @@ class PackedWhileRead:
         policy.model.require_config(component, model)
         choices = choices_for(model, policy, component if len(components) > 1 else None)
         calibration = calibration_of(policy, path, choices.values())
-        self._calibration = within_component(calibration, layer_prefix(component, components))
+        whole = Quantization(calibration=calibration, storage=self._storage, compute=Compute(policy.compute))
+        self._quantization = whole.of_component(component, components)
         self._choices = {name: choice for name, choice in choices.items() if choice.format.packed}
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         self._waiting: dict[str, dict[str, torch.Tensor]] = {}
         self._uncorrected: list[str] = []
-        self.config = BitPolicyConfig.of(self._choices, self._storage, compute=Compute(policy.compute))
+        self.config = BitPolicyConfig.of(self._choices, self._storage, compute=self._quantization.compute)
 
     def take(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         """What to keep now that tensor `name` was read, by name; empty while a layer's bias or weight is still to come.
@@ -98,7 +99,7 @@ class PackedWhileRead:
     def _pack(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         layer = self._layers[name]
         choice = self._choices[name]
-        stored = quantize_layer(name, _with_values(layer, weight, bias), choice, self._calibration, self._storage)
+        stored = quantize_layer(name, _with_values(layer, weight, bias), choice, quantization=self._quantization)
         self._uncorrected += [name] * stored.left_as_it_was
         packed = pack_layer(layer, choice.format, stored.tensors)
         replace_layer(self._model, name, packed)

@@ -94,11 +94,11 @@ def _read_independently(path: Path, names: Sequence[str]) -> dict[str, str]:
 def calibration_values(path: Path, names: Sequence[str]) -> Values:
     """What an export would take from beside the policy."""
     from bitpolicy import Policy
-    from bitpolicy.policies.calibration import calibration_of
+    from bitpolicy.policies.storage.calibration_file import calibration_of
 
     policy = Policy.load(path)
     calibration = calibration_of(policy, None, policy.resolve(names).values())
-    return {"calibration": tensors_digest({key: calibration[key] for key in calibration})}
+    return {"calibration": tensors_digest(dict(calibration.tensors()))}
 
 
 def exported(made: Artefacts, folder: Path, out: Path) -> Values:
@@ -170,7 +170,7 @@ def resumed(made: Artefacts, folder: Path, reset: bool) -> Values:
 def piece_values(path: Path, whole: Path) -> Values:
     """A piece of a probe is there as it was written, or counts as not there and is made again."""
     from bitpolicy.sensitivity.records import Records
-    from bitpolicy.sensitivity.rounding.kept_calibration import is_whole
+    from bitpolicy.sensitivity.rounding.kept_rounding import is_whole
 
     original = Records(whole.parent).get(whole.stem)
     if original is None:

@@ -19,7 +19,9 @@ from safetensors.torch import load_file
 from bitpolicy.policies.apply import quantized
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.table import SensitivityTable
+from bitpolicy.sensitivity.table_files import ModelContext, read_table, write_table
 from bitpolicy.workflow.plan import Plan
 
 TIMESTEPS = (0.05, 0.35, 0.65, 0.95)  # places on a trajectory, of the bundled pipeline's 20 steps 1, 7, 13 and 19
@@ -33,7 +35,7 @@ def one_step_table(plan: Plan, work: Path, calibration: Calibration) -> Sensitiv
         work: holds `calls.safetensors`; the finished table is kept beside it.
     """
     if (work / "one-step" / "sensitivity.safetensors").is_file():
-        return SensitivityTable.load(work / "one-step" / "sensitivity.safetensors")
+        return read_table(work / "one-step" / "sensitivity.safetensors")
     packed = [format for format in plan.formats if format.packed]
     calls = some_calls(work, plan.trajectories.call["num_inference_steps"])
     exact = outputs(plan.trajectories.denoisers[0], calls)
@@ -43,7 +45,11 @@ def one_step_table(plan: Plan, work: Path, calibration: Calibration) -> Sensitiv
         for j, format in enumerate(packed):
             for corrected in range(1 + layer.has_bias):
                 choice = {layer.name: Choice(format, bool(corrected))}
-                with quantized(plan.trajectories.denoisers[0], choice, calibration, plan.source.storage):
+                with quantized(
+                    plan.trajectories.denoisers[0],
+                    choice,
+                    quantization=Quantization(calibration=calibration, storage=plan.source.storage),
+                ):
                     changed = outputs(plan.trajectories.denoisers[0], calls)
                 error[corrected, i, j] = float((changed - exact).double().square().mean()) / power
             if not layer.has_bias:
@@ -51,7 +57,7 @@ def one_step_table(plan: Plan, work: Path, calibration: Calibration) -> Sensitiv
     names = tuple(layer.name for layer in plan.layers)
     table = SensitivityTable("stepwise", names, tuple(packed), error.amin(0), error[1] <= error[0])
     (work / "one-step").mkdir(exist_ok=True)
-    table.save(work / "one-step", plan.layers, plan.account, "one step")
+    write_table(table, work / "one-step", ModelContext(plan.layers, plan.account, "one step"))
     return table
 
 

@@ -19,6 +19,7 @@ import torch
 from bitpolicy.kernels.formats.format import Format
 from bitpolicy.policies.apply import quantized
 from bitpolicy.policies.calibration import Calibration
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 from bitpolicy.workflow.plan import Plan
@@ -45,7 +46,11 @@ def one_step_psnr(plan: Plan, work: Path, calibration: Calibration, ours: Sensit
         for j, format in enumerate(plan.formats):
             if format.packed:
                 choice = {layer.name: ours.choice(i, format)}
-                with quantized(plan.trajectories.denoisers[0], choice, calibration, plan.source.storage):
+                with quantized(
+                    plan.trajectories.denoisers[0],
+                    choice,
+                    quantization=Quantization(calibration=calibration, storage=plan.source.storage),
+                ):
                     found[i, j] = _psnr(torch.stack([*once.latents(samples)]), exact)
     np.save(kept, found)
     return found

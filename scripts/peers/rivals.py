@@ -19,8 +19,10 @@ from bitpolicy.kernels.formats.format import Format
 from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.policies.apply import quantized
 from bitpolicy.policies.calibration import Calibration
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.cost.progress import Stages
-from bitpolicy.sensitivity.probes.probe import ProbeRun, alone_name
+from bitpolicy.sensitivity.probes.ablation import alone_name
+from bitpolicy.sensitivity.probes.run import ProbeRun
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.settings import Settings
 from bitpolicy.workflow.plan import Plan
@@ -75,7 +77,11 @@ class Rivals:
         counts = {format.name: list(formats.values()).count(format) for format in plan.formats}
         entry = Entry(name, row, kind, nbytes, ACCOUNTED, row, share, {**counts, **(about or {})})
         choices = {layer.name: self.ours.choice(i, formats[layer.name]) for i, layer in enumerate(plan.layers)}
-        with quantized(plan.trajectories.denoisers[0], choices, self.calibration, plan.source.storage):
+        with quantized(
+            plan.trajectories.denoisers[0],
+            choices,
+            quantization=Quantization(calibration=self.calibration, storage=plan.source.storage),
+        ):
             write_entry(self.work / "candidates", entry, plan.trajectories.denoisers[0].state_dict())
         self._assigned(name).parent.mkdir(exist_ok=True)
         self._assigned(name).write_text(json.dumps({layer: f.name for layer, f in formats.items()}, indent=1) + "\n")
@@ -107,7 +113,8 @@ class Rivals:
         places = [*itertools.product(range(len(plan.layers)), range(len(packed)))]
         alone = {alone_name(table, i, j): {self.names[i]: table.choice(i, packed[j])} for i, j in places}
         reference = run.reference()
-        reference = replace(reference, calibration={**reference.calibration, **self.calibration})
+        means = {**reference.calibration.input_means, **self.calibration.input_means}
+        reference = replace(reference, calibration=replace(self.calibration, input_means=means))
         found = run.measure(alone, reference, "ablation")
         errors = [float(measured.power.mean()) / reference.latent_power for measured in found]
         return replace(table, error=torch.tensor(errors, dtype=torch.float64).reshape(table.error.shape))

@@ -160,7 +160,8 @@ def _lpips(reference: Images, images: Images, networks: Networks) -> Paired | Un
 def _latent(about: Comparison) -> Result:
     if about.latents is None:
         return Unavailable("the final latents were not kept", "compare through `bitpolicy eval`, which keeps them")
-    return latent_mse(*about.latents)
+    reference, latents = about.latents
+    return latent_mse(reference, latents)
 
 
 def _clip(about: Comparison, networks: Networks) -> Result:

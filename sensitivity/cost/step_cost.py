@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from bitpolicy.policies.footprint import most_allocated
-from bitpolicy.sensitivity.probes.stepwise import StepwiseProbe
+from bitpolicy.sensitivity.probes.stepwise import LocalSketches
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.trajectory.decoding import replaced_method
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
@@ -60,7 +60,7 @@ def time_plain(trajectories: Trajectories, samples: Sequence[Sample]) -> Timing:
     return _timed(trajectories, lambda: next(trajectories.latents(samples)))
 
 
-def time_probed(trajectories: Trajectories, probe: StepwiseProbe, sample: Sample) -> Timing:
+def time_probed(trajectories: Trajectories, probe: LocalSketches, sample: Sample) -> Timing:
     """The time of a call in which each denoiser call is differentiated and every candidate's score taken."""
     trajectories.learn(sample)
     return _timed(trajectories, lambda: probe.first_steps(sample, _TIMED))

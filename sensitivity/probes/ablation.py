@@ -1,144 +1,76 @@
-"""Ablation: quantize one layer, or a whole policy, run the real trajectory, measure. It is the truth.
+"""The ablation probe: quantize one layer, run the real trajectories, measure the error.
 
-    error(l, f) = E|x_0(Q_f(W_l)) - x_0|^2 / E|x_0|^2
-
-over the calibration samples, same seeds; x_0 is the image where an autoencoder is studied. It costs a trajectory a
-sample for each layer, format and bias; other probes are checked against it, and it takes their place where first order
-breaks.
+It is the truth that other probes are checked against, and it takes their place where first order breaks. It costs a
+trajectory per sample for each layer, format and bias. `bitpolicy.sensitivity.probes.measurement` does the measuring.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import itertools
 
 import torch
 
-from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.kernel import Compute
-from bitpolicy.policies.apply import quantized
-from bitpolicy.policies.calibration import Calibration
+from bitpolicy.kernels.quantizers.named import RTN
 from bitpolicy.policies.policy import Choice
-from bitpolicy.sensitivity.probes.error_split import pairs_mean
-from bitpolicy.sensitivity.samples import Sample
-from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
+from bitpolicy.sensitivity.probes.probe import Probe
+from bitpolicy.sensitivity.table import SensitivityTable
 
 
-@dataclass(frozen=True)
-class Measured:
-    """The error that some choices make, over N samples. Not yet divided by the latents' power.
+class AblationProbe(Probe):
+    """Every layer in every format with either bias, measured."""
 
-    Attributes:
-        power: |dx_0|^2 of each sample, float64, shape (N).
-        parallel: <dx_0, x_0> / |x_0| of each sample, float64, shape (N).
-        mean: |E dx_0|^2, the part that is a bias; unbiased over pairs of samples, so it may be slightly negative. NaN
-            for one sample.
-        rest_mean: the same after each sample's parallel part is taken out.
-        image_mse: mean squared error of each sample's decoded image, float64, shape (N); empty where none was made.
-    """
+    name = "ablation"
+    chooses_quantizer = False
+    outside_loop = True
+    takes_gradients = False
 
-    power: torch.Tensor
-    parallel: torch.Tensor
-    mean: float
-    rest_mean: float
-    image_mse: torch.Tensor
+    def table(self) -> SensitivityTable:
+        """The measured errors, with the bias that gives less."""
+        inputs = self._inputs
+        shape = (len(inputs.names), len(inputs.formats))
+        plain, fixed = (self._empty(torch.full(shape, corrected)) for corrected in (False, True))
+        places = [
+            (i, j)
+            for i, j in itertools.product(range(shape[0]), range(shape[1]))
+            if inputs.formats[j].fits(inputs.inventory[i].shape)
+        ]
+        both = [
+            layer.has_bias and layer.name in inputs.quantization.calibration.input_means for layer in inputs.inventory
+        ]
+        work = {
+            alone_name(table, *place): {inputs.names[place[0]]: choice_at(table, *place)}
+            for place in places
+            for table in ((plain, fixed) if both[place[0]] else (plain,))
+        }
+        measured = inputs.ablations.measure(work, "ablation probe", quantization=inputs.quantization)
+        found = dict(zip(work, measured, strict=True))
+        power = torch.zeros(2, *shape, dtype=torch.float64)
+        for place in places:
+            before = found[alone_name(plain, *place)]
+            after = found.get(alone_name(fixed, *place), before)
+            power[:, *place] = torch.stack([before.power.mean(), after.power.mean()]) / inputs.reference.latent_power
+        least, corrected = power.amin(0), power[1] <= power[0]
+        return SensitivityTable(self.name, inputs.names, inputs.formats, least, corrected, quantizers=inputs.quantizers)
 
-    @classmethod
-    def of(cls, errors: torch.Tensor, reference: torch.Tensor, image_mse: torch.Tensor) -> Measured:
-        """From dx_0 and x_0, shape (N, ...)."""
-        dx, x = errors.double().flatten(1), reference.double().flatten(1)
-        unit = x / x.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-        parallel = (dx * unit).sum(1)
-        rest = dx - parallel[:, None] * unit
-        mean, rest_mean = (float(pairs_mean(values).sum()) for values in (dx, rest))
-        return cls(dx.square().sum(1), parallel, mean, rest_mean, image_mse.double())
+    def _empty(self, corrected: torch.Tensor) -> SensitivityTable:
+        """A table without errors, which says what each layer gets with one bias."""
+        inputs, zeros = self._inputs, torch.zeros(corrected.shape)
+        return SensitivityTable(self.name, inputs.names, inputs.formats, zeros, corrected, quantizers=inputs.quantizers)
 
-    @property
-    def bias_share(self) -> float:
-        """Share of the error that is its mean over samples, in [0, 1]; 0 where it cannot be told."""
-        return self._share(self.mean)
-
-    @property
-    def parallel_share(self) -> float:
-        """Share of the error along the signal, a scale error, in [0, 1]."""
-        return self._share(float(self.parallel.square().mean()))
-
-    @property
-    def psnr_db(self) -> float | None:
-        """Mean over samples of the image's PSNR; None without images, or where one is identical."""
-        if not len(self.image_mse) or not self.image_mse.all():
-            return None
-        return float((-10 * self.image_mse.log10()).mean())
-
-    def _share(self, part: float) -> float:
-        whole = float(self.power.mean())
-        return min(max(part / whole, 0.0), 1.0) if whole > 0 and not math.isnan(part) else 0.0
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """For a record."""
-        bias = torch.tensor([self.mean, self.rest_mean], dtype=torch.float64)
-        return {"power": self.power, "parallel": self.parallel, "bias": bias, "image_mse": self.image_mse}
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Measured:
-        mean, rest = tensors["bias"].tolist()
-        return cls(tensors["power"], tensors["parallel"], mean, rest, tensors["image_mse"])
+    def forwards(self) -> int:
+        inputs = self._inputs
+        biases = sum(1 + layer.has_bias for layer in inputs.inventory)
+        return inputs.trajectory_forwards * biases * len(inputs.formats)
 
 
-@dataclass(frozen=True)
-class References:
-    """What errors are taken against: unquantized results of the same samples.
-
-    Attributes:
-        latents: shape (N, ...); images in [0, 1] where an autoencoder is studied.
-        images: shape (N, C, H, W) or (N, frames, C, H, W); None where only latents are measured.
-    """
-
-    latents: torch.Tensor
-    images: torch.Tensor | None
-
-    @classmethod
-    def of(cls, trajectories: Trajectories, samples: Sequence[Sample], images: bool) -> References:
-        """Run `samples` on the pipeline as it now is.
-
-        Raises:
-            BitPolicyError: they give latents of different sizes.
-        """
-        if not images:
-            return cls(_stacked(trajectories.signals(samples)), None)
-        drawn, signals = zip(*trajectories.images_and_signals(samples), strict=True)
-        return cls(_stacked(signals), _stacked(drawn))
-
-    def measured(self, found: References) -> Measured:
-        """How far `found` is from this."""
-        mse = torch.empty(0)
-        if self.images is not None and found.images is not None:
-            mse = (found.images - self.images).double().square().flatten(1).mean(1)
-        return Measured.of(found.latents - self.latents, self.latents, mse)
+def choice_at(table: SensitivityTable, layer: int, column: int) -> Choice:
+    """What a layer gets in the format of `column`."""
+    return table.choice(layer, table.formats[column])
 
 
-def _stacked(values: Iterable[torch.Tensor]) -> torch.Tensor:
-    together = list(values)
-    sizes = {tuple(value.shape) for value in together}
-    if len(sizes) > 1:
-        raise BitPolicyError(
-            f"what is measured has to be of one size; the requests give {', '.join(map(str, sorted(sizes)))}: "
-            "give them one size, or measure nothing (--remeasure 0, no --check)"
-        )
-    return torch.stack(together)
-
-
-def ablate(
-    trajectories: Trajectories,
-    choices: Mapping[str, Choice],
-    calibration: Calibration,
-    storage: torch.dtype,
-    samples: Sequence[Sample],
-    reference: References,
-    compute: Compute = Compute.EXACT,
-) -> Measured:
-    """Measure the error of `choices` under `compute`, layers that are not named left as they are."""
-    with quantized(trajectories.target, choices, calibration, storage, compute):
-        found = References.of(trajectories, samples, images=reference.images is not None)
-    return reference.measured(found)
+def alone_name(table: SensitivityTable, layer: int, column: int) -> str:
+    """What the record of one quantized layer is called."""
+    choice = choice_at(table, layer, column)
+    bias = "corrected" if choice.bias_correction else "plain"
+    rounded = "" if choice.quantizer == RTN else f"-{choice.quantizer}"
+    return f"ablation-{table.layers[layer]}-{choice.format.name}-{bias}{rounded}"

@@ -14,50 +14,101 @@ inputs do comes along in the same pass (`bitpolicy.sensitivity.probes.input_roun
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.kernel import Compute
-from bitpolicy.policies.calibration import Calibration
+from bitpolicy.policies.quantization import Quantization
+from bitpolicy.sensitivity.cost.forwards import adjoint_forwards
 from bitpolicy.sensitivity.probes.compute_range import advice
-from bitpolicy.sensitivity.probes.directions import Direction, signal_of
+from bitpolicy.sensitivity.probes.directions import Direction, Random, signal_of
 from bitpolicy.sensitivity.probes.input_rounding import InputRounding
-from bitpolicy.sensitivity.probes.sketch import Sketch, SketchRecorder, only_these_require_grad
+from bitpolicy.sensitivity.probes.probe import Probe
+from bitpolicy.sensitivity.probes.sketch import Sketch, SketchRecorder, equally_long, only_these_require_grad
 from bitpolicy.sensitivity.probes.weight_changes import WeightChanges
+from bitpolicy.sensitivity.records import Piece
 from bitpolicy.sensitivity.rounding.candidates import Candidate
 from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.trajectory.checkpointed_calls import CheckpointedCalls
 from bitpolicy.sensitivity.trajectory.scaled_backward import backward, scales_for
 from bitpolicy.sensitivity.trajectory.trajectories import LoopError, Trajectories
+from bitpolicy.sensitivity.workers import complete
 
 
-class AdjointProbe:
-    """Sketches of one pipeline.
+class AdjointProbe(Probe):
+    """Sketches along random directions, some for each sample."""
+
+    name = "adjoint"
+    chooses_quantizer = True
+    outside_loop = True
+    takes_gradients = True
+
+    def table(self) -> SensitivityTable:
+        """The scores, with the sketches that they are made of."""
+        inputs = self._inputs
+        of_samples = self.sketches([Random(k) for k in range(inputs.vectors)])
+        sketches = [sketch for of_sample in of_samples for sketch in of_sample]
+        return SensitivityTable.from_sketches(inputs.names, inputs.candidates, sketches, inputs.reference.latent_power)
+
+    def forwards(self) -> int:
+        inputs = self._inputs
+        of_sample = adjoint_forwards(inputs.reference.calls, inputs.vectors, inputs.recompute_inside)
+        return len(inputs.samples) * of_sample
+
+    def sketches(self, directions: Sequence[Direction], label: str = "adjoint probe") -> list[list[Sketch]]:
+        """The sketches of each sample in turn, one for each direction.
+
+        Args:
+            label: of the progress bar.
+        """
+        inputs = self._inputs
+        maker = AdjointSketches(
+            inputs.trajectories,
+            inputs.candidates,
+            recompute_inside=inputs.recompute_inside,
+            quantization=inputs.quantization,
+        )
+        work = {f"sketch-{i}-{d.name}": (i, d) for i, d in itertools.product(range(len(inputs.samples)), directions)}
+
+        def make(names: Sequence[str]) -> Iterator[tuple[str, Piece]]:
+            with inputs.stages.bar(len(names), label) as advance:
+                for i, group in itertools.groupby(names, key=lambda name: work[name][0]):
+                    of_sample = list(group)
+                    made = maker.sketches(inputs.samples[i], [work[name][1] for name in of_sample])
+                    for name, sketch in zip(of_sample, made, strict=True):
+                        yield name, sketch.tensors()
+                        advance()
+
+        pieces = complete(inputs.records, list(work), make).values()
+        found = equally_long([Sketch.from_tensors(piece) for piece in pieces])
+        return [found[k : k + len(directions)] for k in range(0, len(found), len(directions))]
+
+
+class AdjointSketches:
+    """Sketches of one pipeline, made one trajectory at a time.
 
     Args:
         trajectories: the pipeline with its call arguments.
         candidates: packed formats to score, each with its quantizer.
-        calibration: E[x] per layer, for the corrected bias.
-        storage: dtype of the stored weights; errors are taken against the weight in this dtype.
+        quantization: under INT8 and FP8 compute, the rounding of the layers' inputs is part of their error.
         recompute_inside: also checkpoint inside the denoiser, block by block: less memory, one more forward.
-        compute: of packed layers; under INT8 and FP8 the rounding of their inputs is part of their error.
     """
 
     def __init__(
         self,
         trajectories: Trajectories,
         candidates: Sequence[Candidate],
-        calibration: Calibration,
-        storage: torch.dtype,
+        *,
+        quantization: Quantization,
         recompute_inside: bool = False,
-        compute: Compute = Compute.EXACT,
     ) -> None:
         self._trajectories, self._recompute_inside = trajectories, recompute_inside
         self._layers = trajectories.target.layers
-        self._inputs = InputRounding(self._layers, candidates, compute)
-        changes = WeightChanges(self._layers, candidates, calibration, storage, compute)
+        self._inputs = InputRounding(self._layers, candidates, quantization.compute)
+        changes = WeightChanges(self._layers, candidates, quantization=quantization)
         outside, amounts = trajectories.outside_layers, self._inputs.amounts
         self._recorder = SketchRecorder(self._layers, changes, len(candidates), outside, amounts)
 

@@ -27,6 +27,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.storage.atomic import written_aside
 from bitpolicy.policies.storage.file_source import open_tensors
 from bitpolicy.policies.storage.sealed import sealed, unsealed
+from bitpolicy.sensitivity.probes.measurement import pairs_mean
 from bitpolicy.sensitivity.probes.sketch import Sketch
 from bitpolicy.sensitivity.probes.stepwise import LocalSketch
 
@@ -108,17 +109,6 @@ class ErrorSplit:
                 return cls(**tensors)
         except (OSError, ValueError, RecursionError, SafetensorError) as error:
             raise BitPolicyError(f"cannot read {path}: {error}; run `bitpolicy probe --split` again") from error
-
-
-def pairs_mean(values: torch.Tensor) -> torch.Tensor:
-    """The mean of x_n x_m over pairs n != m of the first axis: (|sum x|^2 - sum |x|^2) / N (N - 1), element by element.
-
-    NaN for one value.
-    """
-    count = len(values)
-    if count < 2:
-        return torch.full_like(values[0], torch.nan)
-    return (values.sum(0).square() - values.square().sum(0)) / (count * (count - 1))
 
 
 def _with_whole(sketch: Sketch) -> torch.Tensor:

@@ -22,17 +22,21 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.kernel import Compute
-from bitpolicy.policies.calibration import Calibration
+from bitpolicy.policies.quantization import Quantization
+from bitpolicy.sensitivity.cost.forwards import stepwise_forwards
 from bitpolicy.sensitivity.probes.compute_range import advice
 from bitpolicy.sensitivity.probes.directions import stream
 from bitpolicy.sensitivity.probes.input_rounding import InputRounding
-from bitpolicy.sensitivity.probes.sketch import Sketch, SketchRecorder, only_these_require_grad
+from bitpolicy.sensitivity.probes.probe import Probe
+from bitpolicy.sensitivity.probes.sketch import Sketch, SketchRecorder, equally_long, only_these_require_grad
 from bitpolicy.sensitivity.probes.weight_changes import WeightChanges
+from bitpolicy.sensitivity.records import Piece
 from bitpolicy.sensitivity.rounding.candidates import Candidate
 from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.trajectory.decoding import replaced_method
 from bitpolicy.sensitivity.trajectory.trajectories import LoopError, Trajectories
+from bitpolicy.sensitivity.workers import complete
 
 
 @dataclass(frozen=True)
@@ -48,21 +52,58 @@ class LocalSketch:
     power: torch.Tensor
 
 
-class StepwiseProbe:
-    """Local sketches of one pipeline. Arguments as of `AdjointProbe`."""
+class StepwiseProbe(Probe):
+    """Local sketches along random vectors, some for each sample."""
+
+    name = "stepwise"
+    chooses_quantizer = True
+    outside_loop = False
+    takes_gradients = True
+
+    def table(self) -> SensitivityTable:
+        """The scores, with the sketches that they are made of."""
+        inputs, local = self._inputs, self.sketches()
+        power = float(torch.stack([s.power.sum() for s in local]).double().mean())
+        sketches = [s.sketch for s in local]
+        return SensitivityTable.from_sketches(inputs.names, inputs.candidates, sketches, power, self.name)
+
+    def forwards(self) -> int:
+        inputs = self._inputs
+        return len(inputs.samples) * stepwise_forwards(inputs.reference.calls, inputs.vectors)
+
+    def sketches(self) -> list[LocalSketch]:
+        """Every local sketch, in sample order."""
+        inputs = self._inputs
+        maker = LocalSketches(inputs.trajectories, inputs.candidates, quantization=inputs.quantization)
+        numbers = itertools.product(range(len(inputs.samples)), range(inputs.vectors))
+        work = {f"local-{i}-{k}": (i, k) for i, k in numbers}
+
+        def make(names: Sequence[str]) -> Iterator[tuple[str, Piece]]:
+            for name in inputs.stages.track(names, "stepwise probe"):
+                i, k = work[name]
+                (local,) = maker.sketches(inputs.samples[i], [k])
+                yield name, {**local.sketch.tensors(), "power": local.power}
+
+        pieces = complete(inputs.records, list(work), make).values()
+        found = equally_long([Sketch.from_tensors(piece) for piece in pieces])
+        powers = torch.nn.utils.rnn.pad_sequence([piece["power"] for piece in pieces], batch_first=True)
+        return [LocalSketch(sketch, power) for sketch, power in zip(found, powers, strict=True)]
+
+
+class LocalSketches:
+    """Local sketches of one pipeline, made one trajectory at a time. Arguments as of `AdjointSketches`."""
 
     def __init__(
         self,
         trajectories: Trajectories,
         candidates: Sequence[Candidate],
-        calibration: Calibration,
-        storage: torch.dtype,
-        compute: Compute = Compute.EXACT,
+        *,
+        quantization: Quantization,
     ) -> None:
         self._trajectories = trajectories
         self._layers = trajectories.target.layers
-        self._inputs = InputRounding(self._layers, candidates, compute)
-        changes = WeightChanges(self._layers, candidates, calibration, storage, compute)
+        self._inputs = InputRounding(self._layers, candidates, quantization.compute)
+        changes = WeightChanges(self._layers, candidates, quantization=quantization)
         outside, amounts = trajectories.outside_layers, self._inputs.amounts
         self._recorder = SketchRecorder(self._layers, changes, len(candidates), outside, amounts)
         self._lead = self._recorder.lead

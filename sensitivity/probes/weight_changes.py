@@ -14,8 +14,8 @@ from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import Quantizable
 from bitpolicy.kernels.quantizers.bias_correction import bias_shift, corrected_bias
 from bitpolicy.policies.apply import stored_weight
-from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.rounded_layers import multiplied_weight, rounds_inputs
 from bitpolicy.sensitivity.rounding.candidates import Candidate
 
@@ -27,21 +27,19 @@ class WeightChanges:
     """dW and db of every layer for every candidate; zero where a format does not fit the layer.
 
     Args:
-        calibration: E[x] per layer, for db; a layer without one is not corrected (some models use a layer's weight
-            without calling the layer). And what was rounded for the candidates.
-        storage: dtype of the stored weights; changes are taken against the weight in this dtype.
+        quantization: changes are taken against the weight in its storage dtype. A layer whose E[x] the calibration
+            lacks is not corrected: some models use a layer's weight without calling the layer.
     """
 
     def __init__(
         self,
         layers: Mapping[str, Quantizable],
         candidates: Sequence[Candidate],
-        calibration: Calibration,
-        storage: torch.dtype,
-        compute: Compute = Compute.EXACT,
+        *,
+        quantization: Quantization,
     ) -> None:
-        self._layers, self._candidates, self._calibration, self._storage = layers, candidates, calibration, storage
-        self._compute = compute
+        self._layers, self._candidates, self._compute = layers, candidates, quantization.compute
+        self._calibration, self._storage = quantization.calibration, quantization.storage
         self._biases: dict[str, torch.Tensor] = {}
         self._kept: dict[str, list[torch.Tensor]] = {}
         self._room = min(_CACHE_BYTES * len(candidates), _MOST)
@@ -92,12 +90,12 @@ class WeightChanges:
     def _shifts(self, name: str) -> torch.Tensor:
         """db of each candidate, float32, shape (candidates, out); zero where the storage dtype cannot hold b + db."""
         layer = self._layers[name]
-        if name not in self._calibration:
+        if name not in self._calibration.input_means:
             return torch.zeros(len(self._candidates), layer.weight.shape[0], device=layer.weight.device)
         requantized = self._compute is Compute.INT8
         deltas = self._made(name, Compute.EXACT) if requantized else self._deltas(name)
         shaped = (delta.view(layer.weight.shape) for delta in deltas)
-        shifts = (bias_shift(layer, delta, self._calibration[name]) for delta in shaped)
+        shifts = (bias_shift(layer, delta, self._calibration.input_means[name]) for delta in shaped)
         return torch.stack([self._applied(layer, shift) for shift in shifts])
 
     def _applied(self, layer: Quantizable, shift: torch.Tensor) -> torch.Tensor:

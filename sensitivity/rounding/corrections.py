@@ -8,28 +8,25 @@ import torch
 
 from bitpolicy.kernels.layers import Quantizable
 from bitpolicy.policies.apply import quantize_layer
-from bitpolicy.policies.calibration import Calibration
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.table import SensitivityTable
 
 _WORST = 4.0  # |Q(W) - W| / |W| of a row: no rounding that is of any use errs so much
 
 
 def beyond_range(
-    table: SensitivityTable, layers: Mapping[str, Quantizable], calibration: Calibration, storage: torch.dtype
+    table: SensitivityTable, layers: Mapping[str, Quantizable], *, quantization: Quantization
 ) -> Iterator[tuple[int, int]]:
-    """(layer, column of the format) where `table` has the bias corrected and the storage dtype cannot hold it.
-
-    Args:
-        calibration: E[x], and what was rounded.
-    """
+    """(layer, column of the format) where `table` has the bias corrected and the storage dtype cannot hold it."""
+    means, storage = quantization.calibration.input_means, quantization.storage
     for i, name in enumerate(table.layers):
         layer = layers[name]
-        if name not in calibration or not _may_leave(layer, calibration[name], storage):
+        if name not in means or not _may_leave(layer, means[name], storage):
             continue
         for j, format in enumerate(table.formats):
             choice = table.choice(i, format)
             wanted = choice.bias_correction and format.fits(layer.weight.shape)
-            if wanted and quantize_layer(name, layer, choice, calibration, storage).left_as_it_was:
+            if wanted and quantize_layer(name, layer, choice, quantization=quantization).left_as_it_was:
                 yield i, j
 
 

@@ -18,8 +18,7 @@ from bitpolicy.kernels.formats.grid import GridFormat
 from bitpolicy.kernels.layers import Quantizable
 from bitpolicy.kernels.quantizers.gptq import Curvature, gptq
 from bitpolicy.kernels.quantizers.named import HESSIANS, RTN, quantize_data_free
-from bitpolicy.policies.calibration import rounded_key
-from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.calibration import RoundedKey
 from bitpolicy.sensitivity.rounding.candidates import Candidate
 from bitpolicy.sensitivity.rounding.hessians import Moments, hessian_shape
 
@@ -58,7 +57,9 @@ def needs_gradients(quantizers: Sequence[str]) -> bool:
     return any(HESSIANS.get(q) == "trajectory" for q in quantizers)
 
 
-def announced(name: str, shape: Shape, wanted: Sequence[Candidate], storage: torch.dtype) -> dict[str, TensorSpec]:
+def announced(
+    name: str, shape: Shape, wanted: Sequence[Candidate], storage: torch.dtype
+) -> dict[RoundedKey, TensorSpec]:
     """What `rounded` gives of a weight of `shape`."""
     return {
         _key(name, candidate, suffix): spec
@@ -69,8 +70,8 @@ def announced(name: str, shape: Shape, wanted: Sequence[Candidate], storage: tor
 
 def rounded(
     name: str, weight: torch.Tensor, wanted: Sequence[Candidate], moments: Moments | None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """What every candidate but round to nearest makes of one weight, by `rounded_key`, on the CPU, one at a time.
+) -> Iterator[tuple[RoundedKey, torch.Tensor]]:
+    """What every candidate but round to nearest makes of one weight, on the CPU, one at a time.
 
     Args:
         weight: in the storage dtype.
@@ -97,5 +98,5 @@ def _kept(wanted: Sequence[Candidate], shape: Shape) -> Iterator[_GridCandidate]
             yield _GridCandidate(format, candidate.quantizer)
 
 
-def _key(name: str, candidate: Candidate, suffix: str) -> str:
-    return rounded_key(name, Choice(candidate.format, quantizer=candidate.quantizer), suffix)
+def _key(name: str, candidate: Candidate, suffix: str) -> RoundedKey:
+    return RoundedKey(name, candidate.format.name, candidate.quantizer, suffix)

@@ -15,15 +15,18 @@ import torch
 
 from bitpolicy.kernels.formats.format import TensorSpec
 from bitpolicy.kernels.layers import Quantizable
+from bitpolicy.policies.calibration import RoundedKey
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.probes.compute_range import advice
 from bitpolicy.sensitivity.rounding.candidates import Candidate
 from bitpolicy.sensitivity.rounding.hessians import Moments, measure_moments
-from bitpolicy.sensitivity.rounding.kept_calibration import is_whole, write_rounded
+from bitpolicy.sensitivity.rounding.kept_rounding import is_whole, write_rounded
 from bitpolicy.sensitivity.rounding.rounding import announced, needs_gradients, needs_hessian, parts, rounded
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.trajectory.trajectories import LoopError, Trajectories
 from bitpolicy.sensitivity.workers import complete_files
+
+HESSIAN_SAMPLES = 8  # of the calibration samples, whose trajectories Hessians are of
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class RoundingPass:
                     write_rounded(paths[name], self._specs(name), made)
                     advance()
 
-    def _specs(self, name: str) -> dict[str, TensorSpec]:
+    def _specs(self, name: str) -> dict[RoundedKey, TensorSpec]:
         return announced(name, self._layers[name].weight.shape, self.candidates, self.storage)
 
     def _moments(self, names: Sequence[str], advance: Callable[[], None]) -> dict[str, Moments]:

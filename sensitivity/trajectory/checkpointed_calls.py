@@ -17,6 +17,14 @@ from bitpolicy.policies.components import is_autoencoder
 from bitpolicy.sensitivity.trajectory.decoding import replaced_method
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
+_LARGE = 500_000_000  # parameters; from here on models are also checkpointed inside, block by block
+
+
+def is_large(trajectories: Trajectories) -> bool:
+    """Whether what is studied and run is so large that gradients take checkpoints inside the models, too."""
+    models = [*trajectories.denoisers, *trajectories.outside.values()]
+    return sum(p.numel() for model in models for p in model.parameters()) >= _LARGE
+
 
 class CheckpointedCalls:
     """Checkpoints calls, and tells during the backward pass which step's call is being redone.

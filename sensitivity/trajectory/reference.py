@@ -20,8 +20,7 @@ class ReferencePass:
     """What the reference did on the calibration samples.
 
     Attributes:
-        calibration: layer name -> E[x] over samples, steps and positions, float32 on the CPU, shape (in) or
-            (in, *kernel). A layer that was never called has none. A probe adds what quantizers made, by `rounded_key`.
+        calibration: E[x] over samples, steps and positions, on the CPU. A probe adds what quantizers made.
         latent_power: E|x_0|^2, the mean squared norm of the signal: of the final latent, or of the image where an
             autoencoder is studied.
         calls: denoiser calls of one trajectory.
@@ -44,7 +43,7 @@ class ReferencePass:
             for key, value in part.items():
                 total[key] = total[key] + value if key in total else value
         sums = {key.removeprefix(_SUM): value for key, value in total.items() if key.startswith(_SUM)}
-        calibration = {name: (value / total[_COUNT + name]).float() for name, value in sums.items()}
+        calibration = Calibration({name: (value / total[_COUNT + name]).float() for name, value in sums.items()})
         samples = float(total["samples"])
         return cls(calibration, float(total["power"]) / samples, round(float(total["calls"]) / samples))
 

@@ -21,6 +21,7 @@ from bitpolicy.pipelines.loading import load_source
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.apply import pack, quantized
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.target import Target
 from bitpolicy.sensitivity.samples import split_samples
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
@@ -96,7 +97,7 @@ def test_reloaded_images_are_those_of_the_quantized_model_in_memory(
     pipe, choices = half_pipeline(), policy.resolve(layer_names)
     reference = draw(pipe)
     assert policy.calibration is not None
-    with quantized(pipe.unet, choices, policy.calibration, torch.float16):
+    with quantized(pipe.unet, choices, quantization=Quantization(calibration=policy.calibration)):
         expected = draw(pipe)
     found = draw(bitpolicy.load_pipeline(exported, torch.float32))
     assert torch.equal(found, expected)
@@ -136,7 +137,8 @@ def test_equal_searches_give_equal_policies(half_pipeline: NewPipeline, policy: 
     assert again.to_yaml() == policy.to_yaml()
     assert again.calibration is not None
     assert policy.calibration is not None
-    assert all(torch.equal(again.calibration[name], mean) for name, mean in policy.calibration.items())
+    same = again.calibration.tensors()
+    assert all(torch.equal(same[name], tensor) for name, tensor in policy.calibration.tensors().items())
 
 
 def test_another_seed_probes_other_samples(half_pipeline: NewPipeline, policy: Policy) -> None:
@@ -243,7 +245,11 @@ def test_prompts_that_are_not_given_are_the_built_in_ones(
 
 def test_a_model_that_is_packed_whole_is_refused(half_pipeline: NewPipeline, exported: Path) -> None:
     pipe = half_pipeline()
-    pack(pipe.unet, {n: Choice(format_named("int8")) for n, _ in quantizable_layers(pipe.unet)}, {}, torch.float16)
+    pack(
+        pipe.unet,
+        {n: Choice(format_named("int8")) for n, _ in quantizable_layers(pipe.unet)},
+        quantization=Quantization(),
+    )
     with pytest.raises(BitPolicyError, match="packed already"):
         search(pipe)
 

@@ -219,8 +219,9 @@ def test_a_policy_keeps_its_calibration_wherever_it_is_saved(pipe: Any, policy: 
     assert loaded == policy
     assert loaded.calibration is not None
     assert policy.calibration is not None
-    assert set(loaded.calibration) == set(policy.calibration)
-    assert all(torch.equal(loaded.calibration[key], tensor) for key, tensor in policy.calibration.items())
+    read, held = loaded.calibration.tensors(), policy.calibration.tensors()
+    assert set(read) == set(held)
+    assert all(torch.equal(read[name], tensor) for name, tensor in held.items())
     loaded.save(tmp_path / "there" / "mine.yaml")
     (tmp_path / "here" / "calibration.safetensors").unlink()
     moved = Policy.load(tmp_path / "there" / "mine.yaml")

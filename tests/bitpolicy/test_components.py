@@ -15,8 +15,9 @@ from torch import nn
 import bitpolicy
 from bitpolicy.kernels.layers import PackedLayer, quantizable_layers
 from bitpolicy.policies.apply import pack
-from bitpolicy.policies.calibration import load_calibration
 from bitpolicy.policies.policy import Policy
+from bitpolicy.policies.quantization import Quantization
+from bitpolicy.policies.storage.calibration_file import load_calibration
 from bitpolicy.policies.target import Target
 
 NAMES = ("unet", "text_encoder", "vae")
@@ -77,9 +78,10 @@ def test_the_checkpoint_draws_the_images_of_the_policy_in_memory(whole: Any, toy
     ours = DiffusionPipeline.from_pretrained(toy, torch_dtype=torch.float32)
     choices = choices_of(folder)
     calibration = load_calibration(folder / "calibration.safetensors")
-    target = Target.of(ours, NAMES)
+    target, quantization = Target.of(ours, NAMES), Quantization(calibration=calibration)
     for name, model in target.items():
-        pack(model, target.of_component(choices, name), target.of_component(calibration, name), torch.float16)
+        own = target.of_component(choices, name)
+        pack(model, own, quantization=quantization.of_component(name, target.names))
     assert torch.equal(drawn(reloaded), drawn(ours))
     assert not torch.equal(drawn(reloaded), drawn(DiffusionPipeline.from_pretrained(toy, torch_dtype=torch.float32)))
 

@@ -16,10 +16,11 @@ from bitpolicy.kernels.layers import packed_layers
 from bitpolicy.pipelines.loading import load_source
 from bitpolicy.pipelines.prompting import load_requests, split
 from bitpolicy.policies.apply import quantized
-from bitpolicy.policies.calibration import load_calibration
 from bitpolicy.policies.policy import Policy
+from bitpolicy.policies.quantization import Quantization
+from bitpolicy.policies.storage.calibration_file import load_calibration
 from bitpolicy.search.quality.psnr import Psnr
-from bitpolicy.sensitivity.table import SensitivityTable
+from bitpolicy.sensitivity.table_files import read_table
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
 CALL = ("--num-inference-steps", "2", "--guidance-scale", "1")
@@ -66,7 +67,7 @@ def test_a_search_without_it_says_nothing_of_it(finished: Any) -> None:
 
 
 def test_the_table_says_what_share_the_inputs_have(searched: Any) -> None:
-    table = SensitivityTable.load(searched[1] / "sensitivity.safetensors")
+    table = read_table(searched[1] / "sensitivity.safetensors")
     assert table.compute is Compute.INT8
     assert table.inputs is not None
     found = [float(row["inputs_share"]) for row in rows(searched[1])]
@@ -88,7 +89,11 @@ def test_the_images_that_are_measured_are_those_of_int8_compute(searched: Any, t
     reference = [image for image, _ in trajectories.images(samples)]
     found = {}
     for compute in (Compute.EXACT, Compute.INT8):
-        with quantized(source.target, choices, calibration, source.storage, compute):
+        with quantized(
+            source.target,
+            choices,
+            quantization=Quantization(calibration=calibration, storage=source.storage, compute=compute),
+        ):
             found[compute] = Psnr.of(reference, [image for image, _ in trajectories.images(samples)]).mean
     measured = outcome.result["psnr_db"]["mean"]
     assert measured == pytest.approx(found[Compute.INT8], abs=0.5)
@@ -143,7 +148,7 @@ def test_a_search_under_fp8_compute_is_measured_and_recorded_so(
     outcome = command("--budget", "50%", *small, *under, "--output-dir", "out", "--json")
     assert (outcome.code, outcome.result["compute"]) == (0, "fp8")
     assert Policy.load(here / "out" / "policy.yaml").compute == "fp8"
-    table = SensitivityTable.load(here / "out" / "sensitivity.safetensors")
+    table = read_table(here / "out" / "sensitivity.safetensors")
     assert table.inputs is not None
     shares = table.inputs[:, [f.name for f in table.formats].index("fp8")]
     assert shares.count_nonzero() > 10

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,15 @@ from bitpolicy.kernels.formats.named import FP16
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.kernels.quantizers.named import HESSIANS, QUANTIZERS
 from bitpolicy.policies.apply import quantized
-from bitpolicy.policies.calibration import MADE_FROM, load_calibration, made_from
+from bitpolicy.policies.calibration import RoundedKey
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.quantization import Quantization
+from bitpolicy.policies.storage.calibration_file import load_calibration
 from bitpolicy.sensitivity.records import Records
 from bitpolicy.sensitivity.rounding import rounding_pass
-from bitpolicy.sensitivity.rounding.kept_calibration import write_rounded
+from bitpolicy.sensitivity.rounding.kept_rounding import write_rounded
 from bitpolicy.sensitivity.samples import split_samples
-from bitpolicy.sensitivity.table import SensitivityTable
+from bitpolicy.sensitivity.table_files import read_table
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
 CALL = {"num_inference_steps": 1, "guidance_scale": 1.0}
@@ -93,7 +95,7 @@ def test_reloaded_images_are_those_that_were_searched(half_pipeline: NewPipeline
     pipe = half_pipeline()
     reference = draw(pipe)
     assert searched.policy.calibration is not None
-    with quantized(pipe.unet, searched.choices, searched.policy.calibration, torch.float16):
+    with quantized(pipe.unet, searched.choices, quantization=Quantization(calibration=searched.policy.calibration)):
         expected = draw(pipe)
     found = draw(bitpolicy.load_pipeline(searched.checkpoint, torch.float32))
     assert torch.equal(found, expected)
@@ -166,7 +168,7 @@ def stopped_file(at: str, path: Path, specs: Any, tensors: Any) -> None:
 
 
 def test_layers_have_the_quantizers_that_scored_best(auto: Searched, layer_names: list[str]) -> None:
-    table = SensitivityTable.load(auto.folder / "sensitivity.safetensors")
+    table = read_table(auto.folder / "sensitivity.safetensors")
     assert table.quantizers == QUANTIZERS
     for i, name in enumerate(layer_names):
         assert auto.choices[name] == table.choice(i, auto.choices[name].format)
@@ -179,23 +181,22 @@ def test_layers_have_the_quantizers_that_scored_best(auto: Searched, layer_names
 def test_the_calibration_keeps_what_the_policy_needs_and_no_more(auto: Searched, layer_names: list[str]) -> None:
     kept = load_calibration(auto.folder / "calibration.safetensors", auto.policy.provenance["calibration"])
     needed = {
-        f"{name}/{choice.format.name}/{choice.quantizer}/{suffix}"
+        RoundedKey.of(name, choice, suffix)
         for name, choice in auto.choices.items()
         if choice.quantizer != "rtn"
         for suffix in choice.format.tensors((4, 64), torch.float16)
     }
-    assert set(kept) == {*layer_names, *needed, MADE_FROM}
-    assert made_from(kept) == auto.policy.model.sha256
+    assert set(kept.input_means) == set(layer_names)
+    assert set(kept.rounded) == needed
+    assert kept.made_from == auto.policy.model.sha256
 
 
 def test_what_was_rounded_lies_in_the_checkpoint_as_it_was(auto: Searched) -> None:
     kept = load_calibration(auto.folder / "calibration.safetensors")
     stored = load_file(auto.checkpoint / UNET)
-    rounded = [key for key in kept if "/" in key]
-    for key in rounded:
-        layer, _, _, suffix = key.split("/")
-        assert torch.equal(stored[f"{layer}.{suffix}"].view(torch.uint8), kept[key].view(torch.uint8)), key
-    assert len(rounded) > 50
+    for key, tensor in kept.rounded.items():
+        assert torch.equal(stored[f"{key.layer}.{key.suffix}"].view(torch.uint8), tensor.view(torch.uint8)), key
+    assert len(kept.rounded) > 50
 
 
 def test_without_its_calibration_a_policy_is_refused_with_the_remedy(
@@ -206,7 +207,8 @@ def test_without_its_calibration_a_policy_is_refused_with_the_remedy(
         bitpolicy.export(half_pipeline(), tmp_path / "policy.yaml", tmp_path / "out")
     layer = next(name for name, choice in auto.choices.items() if choice.quantizer in HESSIANS)
     assert auto.policy.calibration is not None
-    lacking = {key: t for key, t in auto.policy.calibration.items() if not key.startswith(f"{layer}/")}
+    rounded = {key: tensor for key, tensor in auto.policy.calibration.rounded.items() if key.layer != layer}
+    lacking = replace(auto.policy.calibration, rounded=rounded)
     with pytest.raises(BitPolicyError, match=f"layer {layer} was rounded by gptq.*keep calibration.safetensors beside"):
         bitpolicy.export(half_pipeline(), auto.policy.with_calibration(lacking), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -242,7 +244,7 @@ def test_the_command_takes_a_quantizer(command: Any, toy: Path, prompts: Path, t
 
 
 def test_of_all_formats_a_few_are_probed_and_several_used(every: Searched) -> None:
-    table = SensitivityTable.load(every.folder / "sensitivity.safetensors")
+    table = read_table(every.folder / "sensitivity.safetensors")
     assert 7 <= len(table.formats) <= 14
     used = {choice.format for choice in every.choices.values()}
     assert len(used) > 3

@@ -31,7 +31,7 @@ from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.identity import weights_hash
 from bitpolicy.policies.policy import BudgetRecord, Choice, ModelReference, Policy
 from bitpolicy.policies.target import Target
-from bitpolicy.sensitivity.table import SensitivityTable
+from bitpolicy.sensitivity.table_files import read_table
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 from bitpolicy.workflow.over_budget import warn_if_over_budget
 
@@ -63,7 +63,7 @@ def probe(command: Any, toy: Path, prompts: Path) -> Any:
 def test_probe_writes_the_table_and_says_the_worst(probe: Any, here: Path) -> None:
     outcome = probe("--output-dir", "out")
     assert (outcome.code, outcome.err) == (0, "")
-    table = SensitivityTable.load(here / "out" / "sensitivity.safetensors")
+    table = read_table(here / "out" / "sensitivity.safetensors")
     rows = list(csv.DictReader((here / "out" / "sensitivity.csv").open()))
     assert len(rows) == 83 * 2
     worst = table.layers[int(table.error.amax(1).argmax())]
@@ -88,7 +88,7 @@ def test_probe_goes_on_where_it_stopped(probe: Any, here: Path, monkeypatch: pyt
 
 def test_probe_takes_the_formats_that_are_asked(probe: Any, here: Path) -> None:
     assert probe("--formats", "int4-g32", "--probe", "weight", "--output-dir", "out").code == 0
-    table = SensitivityTable.load(here / "out" / "sensitivity.safetensors")
+    table = read_table(here / "out" / "sensitivity.safetensors")
     assert [format.name for format in table.formats] == ["int4-g32"]
     assert table.probe == "weight"
 

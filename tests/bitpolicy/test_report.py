@@ -45,7 +45,8 @@ from bitpolicy.report.steps import amplification, coherence, entering
 from bitpolicy.sensitivity.cost.forwards import Cost
 from bitpolicy.sensitivity.inventory import Layer
 from bitpolicy.sensitivity.probes.error_split import ErrorSplit
-from bitpolicy.sensitivity.table import ModelContext, SensitivityTable
+from bitpolicy.sensitivity.table import SensitivityTable
+from bitpolicy.sensitivity.table_files import ModelContext, write_table
 
 INT4, INT8 = format_named("int4"), format_named("int8")
 FORMATS = (INT4, INT8)
@@ -125,7 +126,7 @@ def probed_of(error: torch.Tensor, **parts: object) -> Probed:
 
 
 def save(probed: Probed, folder: Path) -> Path:
-    probed.table.save(folder, probed.model.inventory, probed.account)
+    write_table(probed.table, folder, probed.model)
     if probed.split is not None:
         probed.split.save(folder / "split.safetensors")
     if probed.check is not None:

@@ -15,7 +15,7 @@ from bitpolicy.output_folder import identity_of
 from bitpolicy.pipelines.loading import DTYPES
 from bitpolicy.search.budget import SCOPES
 from bitpolicy.search.study.samplers import SAMPLERS, SPACES
-from bitpolicy.sensitivity.probes.probe import PROBES
+from bitpolicy.sensitivity.probes.named import PROBES
 from bitpolicy.settings import Settings, declared_options
 
 SETTINGS = Settings("5MB", prompts=("cat", "dog"), call=(("num_inference_steps", 2),))
@@ -76,7 +76,7 @@ def test_numbers_are_not_negative(name: str) -> None:
 def test_names_are_those_that_the_code_knows() -> None:
     """Where another module has a list of names of its own, it is the same list."""
     choices = {one.name: one.choices for one in declared_options(Settings)}
-    assert choices["probe"] == PROBES
+    assert choices["probe"] == tuple(PROBES)
     assert choices["scope"] == SCOPES
     assert choices["sampler"] == SAMPLERS
     assert choices["space"] == SPACES

@@ -16,11 +16,13 @@ import bitpolicy
 from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.pipelines.prompting import split
 from bitpolicy.policies.apply import quantized
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.inventory import inventory
-from bitpolicy.sensitivity.probes.ablation import References, ablate
-from bitpolicy.sensitivity.probes.adjoint import AdjointProbe
+from bitpolicy.sensitivity.probes.adjoint import AdjointSketches
 from bitpolicy.sensitivity.probes.directions import Random
+from bitpolicy.sensitivity.probes.measurement import References, ablate
 from bitpolicy.sensitivity.probes.sketch import Sketch
 from bitpolicy.sensitivity.rounding.candidates import candidates
 from bitpolicy.sensitivity.samples import Sample
@@ -66,7 +68,9 @@ def sketched(request: Any, new_subject: Any, made_up_means: Any) -> Sketched:
     subject = new_subject(request.param, torch.float64, num_inference_steps=steps)
     means = made_up_means(subject)
     with subject.unrounded():
-        probe = AdjointProbe(subject.trajectories, candidates(FORMATS), means, torch.float16)
+        probe = AdjointSketches(
+            subject.trajectories, candidates(FORMATS), quantization=Quantization(calibration=Calibration(means))
+        )
         (sketch,) = probe.sketches(subject.samples[0], [Random(VECTOR)])
     return Sketched(subject, means, sketch)
 
@@ -176,10 +180,10 @@ def test_the_calibration_is_the_mean_of_what_every_called_layer_sees(subject: An
         hook.remove()
     found = ReferencePass.of(subject.trajectories, [sample])
     assert found.calls == len(calls)
-    assert sorted(found.calibration) == sorted(seen)
+    assert sorted(found.calibration.input_means) == sorted(seen)
     for name, inputs in seen.items():
         expected = sum(mean * rows for mean, rows in inputs) / sum(rows for _, rows in inputs)
-        error = (found.calibration[name] - expected).abs().max() / (expected.abs().max() + 1e-3)
+        error = (found.calibration.input_means[name] - expected).abs().max() / (expected.abs().max() + 1e-3)
         assert error < 1e-5, name
 
 
@@ -231,8 +235,9 @@ def test_the_scores_rank_and_size_layers_as_ablation_does(probed: Probed) -> Non
     measured = []
     for place in chosen:
         choices = {table.layers[place]: Choice(INT4, bool(table.corrected[place, 0]))}
-        arguments = (calibration.calibration, torch.float16, probed.samples, references)
-        measured.append(float(ablate(subject.trajectories, choices, *arguments).power.mean()))
+        quantization = Quantization(calibration=calibration.calibration)
+        found = ablate(subject.trajectories, choices, probed.samples, references, quantization=quantization)
+        measured.append(float(found.power.mean()))
     power = torch.stack([subject.final_latent(sample) for sample in probed.samples]).double().square().sum()
     truth, predicted = torch.tensor(measured) / (power / len(probed.samples)), table.error[chosen, 0]
     felt = truth > 1e-9
@@ -244,7 +249,7 @@ def test_the_scores_rank_and_size_layers_as_ablation_does(probed: Probed) -> Non
 
 def test_a_layer_that_is_never_called_has_no_bias_correction(probed: Probed) -> None:
     """Hunyuan-DiT hands the projections of its pooler to one fused attention: their weights count, no input is met."""
-    called = ReferencePass.of(probed.subject.trajectories, probed.samples[:1]).calibration
+    called = ReferencePass.of(probed.subject.trajectories, probed.samples[:1]).calibration.input_means
     silent = [i for i, name in enumerate(probed.table.layers) if name not in called]
     assert bool(silent) == (probed.subject.toy.name == "HunyuanDiTPipeline")
     assert not probed.table.corrected[silent].any()
@@ -286,7 +291,7 @@ def test_the_reloaded_checkpoint_draws_what_the_policy_draws_in_memory(
     assert policy.result is not None
     assert nbytes == policy.result.policy_bytes <= policy.budget.bytes
     plain = channels_first(subject.own_call(sample, "pt"))
-    with quantized(target, choices, policy.calibration, torch.float16):
+    with quantized(target, choices, quantization=Quantization(calibration=policy.calibration)):
         expected = channels_first(subject.own_call(sample, "pt"))
     assert not torch.equal(expected, plain)
     reloaded = replace(subject, pipe=bitpolicy.load_pipeline(tmp_path / "checkpoint", torch.float32))

@@ -11,10 +11,12 @@ import torch
 from toy_pipelines import FLOW_SCHEDULERS, SCHEDULERS
 
 from bitpolicy.kernels.formats.named import format_named
-from bitpolicy.sensitivity.probes.adjoint import AdjointProbe
+from bitpolicy.policies.calibration import Calibration
+from bitpolicy.policies.quantization import Quantization
+from bitpolicy.sensitivity.probes.adjoint import AdjointSketches
 from bitpolicy.sensitivity.probes.directions import Random
 from bitpolicy.sensitivity.probes.sketch import Sketch
-from bitpolicy.sensitivity.probes.stepwise import StepwiseProbe
+from bitpolicy.sensitivity.probes.stepwise import LocalSketches
 from bitpolicy.sensitivity.rounding.candidates import candidates
 
 INT4 = format_named("int4")
@@ -59,7 +61,11 @@ def scheduler(request: pytest.FixtureRequest) -> str:
 def sketched(request: Any, scheduler: str, new_subject: Any, made_up_means: Any) -> Sketched:
     subject = subject_with(new_subject, scheduler, torch.float64, GUIDED[request.param])
     with subject.unrounded():
-        probe = AdjointProbe(subject.trajectories, candidates([INT4]), made_up_means(subject), torch.float16)
+        probe = AdjointSketches(
+            subject.trajectories,
+            candidates([INT4]),
+            quantization=Quantization(calibration=Calibration(made_up_means(subject))),
+        )
         (sketch,) = probe.sketches(subject.samples[0], [Random(VECTOR)])
     return Sketched(subject, sketch)
 
@@ -103,8 +109,16 @@ def test_the_scheduler_keeps_no_graph_and_is_as_it_was(new_subject: Any, made_up
     expected = subject.final_latent(sample)  # leaves a history behind, as a user's own call does
     used = dict(state)
     assert len(list(tensors_in(used))) >= len(list(tensors_in(before)))
-    adjoint = AdjointProbe(subject.trajectories, candidates([INT4]), made_up_means(subject), torch.float16)
-    stepwise = StepwiseProbe(subject.trajectories, candidates([INT4]), made_up_means(subject), torch.float16)
+    adjoint = AdjointSketches(
+        subject.trajectories,
+        candidates([INT4]),
+        quantization=Quantization(calibration=Calibration(made_up_means(subject))),
+    )
+    stepwise = LocalSketches(
+        subject.trajectories,
+        candidates([INT4]),
+        quantization=Quantization(calibration=Calibration(made_up_means(subject))),
+    )
     for passes in (adjoint.sketches(sample, [Random(0), Random(1)]), stepwise.sketches(sample, [0])):
         for _ in passes:
             pass

@@ -24,10 +24,12 @@ import bitpolicy
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.layers import quantizable_layers
-from bitpolicy.sensitivity.probes.adjoint import AdjointProbe
+from bitpolicy.policies.calibration import Calibration
+from bitpolicy.policies.quantization import Quantization
+from bitpolicy.sensitivity.probes.adjoint import AdjointSketches
 from bitpolicy.sensitivity.probes.directions import Random
 from bitpolicy.sensitivity.probes.sketch import Sketch
-from bitpolicy.sensitivity.probes.stepwise import StepwiseProbe
+from bitpolicy.sensitivity.probes.stepwise import LocalSketches
 from bitpolicy.sensitivity.rounding.candidates import candidates
 from bitpolicy.sensitivity.rounding.hessians import Moments, measure_moments
 from bitpolicy.sensitivity.samples import Sample
@@ -216,7 +218,9 @@ def new_pipe(kind: type[OwnLoop] = OwnLoop) -> OwnLoop:
 
 def adjoint_sketches(pipe: Any) -> Iterator[Sketch]:
     trajectories = Trajectories(pipe, ["unet"], {"num_inference_steps": STEPS})
-    return AdjointProbe(trajectories, candidates([INT4]), {}, torch.float16).sketches(SAMPLE, [Random(0), Random(1)])
+    return AdjointSketches(trajectories, candidates([INT4]), quantization=Quantization()).sketches(
+        SAMPLE, [Random(0), Random(1)]
+    )
 
 
 def probed(pipe: Any, **arguments: Any) -> SensitivityTable:
@@ -313,10 +317,9 @@ def test_weights_are_then_rounded_by_their_inputs_alone_with_one_line_that_says_
     assert policy.calibration is not None
     assert alone.calibration is not None
     chosen = policy.resolve(names)
-    for key, tensor in policy.calibration.items():
-        layer, _, rest = key.partition("/")
-        other = alone.calibration.get(f"{layer}/{rest.replace('gptq-trajectory', 'gptq')}")
-        if rest and chosen[layer].format == alone.resolve(names)[layer].format:
+    for key, tensor in policy.calibration.rounded.items():
+        other = alone.calibration.rounded.get(key._replace(quantizer=key.quantizer.replace("gptq-trajectory", "gptq")))
+        if chosen[key.layer].format == alone.resolve(names)[key.layer].format:
             assert other is not None
             assert float((tensor.float() == other.float()).float().mean()) > 0.97, key
 
@@ -351,7 +354,9 @@ def test_the_stepwise_probe_leaves_no_trace() -> None:
         parameter.requires_grad_(flags[name])
     expected = next(trajectories.latents([SAMPLE]))
     for passes in (1, 2):
-        list(StepwiseProbe(trajectories, candidates([INT4]), {}, torch.float16).sketches(SAMPLE, range(passes)))
+        list(
+            LocalSketches(trajectories, candidates([INT4]), quantization=Quantization()).sketches(SAMPLE, range(passes))
+        )
         assert {name: p.requires_grad for name, p in pipe.unet.named_parameters()} == flags
         assert all(p.grad is None and not p._post_accumulate_grad_hooks for p in pipe.unet.parameters())
         assert "forward" not in vars(pipe.unet)
@@ -450,7 +455,11 @@ def test_a_stepwise_sketch_is_what_finite_differences_of_each_call_find(
     layers = subject.layers
     signs = torch.randint(2, (len(layers),), generator=torch.Generator().manual_seed(1)).double() * 2 - 1
     with subject.unrounded():
-        probe = StepwiseProbe(subject.trajectories, candidates([INT4]), made_up_means(subject), torch.float16)
+        probe = LocalSketches(
+            subject.trajectories,
+            candidates([INT4]),
+            quantization=Quantization(calibration=Calibration(made_up_means(subject))),
+        )
         (found,) = probe.sketches(sample, [5])
     moves = {
         layer.weight: sign * subject.weight_change(layer_name, INT4)
@@ -473,7 +482,7 @@ def test_a_stepwise_sketch_is_what_finite_differences_of_each_call_find(
 def test_stepwise_directions_are_standard_normal_and_independent(vectors: list[torch.Tensor]) -> None:
     """Which makes a sketch's square unbiased: over calls, samples and numbers no two are alike."""
     trajectories = Trajectories(new_pipe(), ["unet"], {"num_inference_steps": STEPS})
-    probe = StepwiseProbe(trajectories, candidates([INT4]), {}, torch.float16)
+    probe = LocalSketches(trajectories, candidates([INT4]), quantization=Quantization())
     for seed in (0, 1, 1_000_000):
         list(probe.sketches(Sample("", seed), range(4)))
     together = torch.stack(vectors).flatten(1).double()
@@ -529,10 +538,10 @@ RUNS: dict[str, Callable[[Trajectories, list[Sample]], Any]] = {
     "images": lambda trajectories, samples: list(trajectories.images(samples)),
     "latents": lambda trajectories, samples: list(trajectories.latents(samples)),
     "adjoint": lambda t, samples: list(
-        AdjointProbe(t, candidates([INT4]), {}, torch.float16).sketches(samples[0], [Random(0)])
+        AdjointSketches(t, candidates([INT4]), quantization=Quantization()).sketches(samples[0], [Random(0)])
     ),
     "stepwise": lambda t, samples: list(
-        StepwiseProbe(t, candidates([INT4]), {}, torch.float16).sketches(samples[0], [0])
+        LocalSketches(t, candidates([INT4]), quantization=Quantization()).sketches(samples[0], [0])
     ),
     "reference": lambda trajectories, samples: ReferencePass.of(trajectories, samples),
 }

@@ -16,11 +16,13 @@ from scipy.stats import spearmanr
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import format_named
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.inventory import inventory
-from bitpolicy.sensitivity.probes.ablation import References, ablate
-from bitpolicy.sensitivity.probes.adjoint import AdjointProbe
+from bitpolicy.sensitivity.probes.adjoint import AdjointSketches
 from bitpolicy.sensitivity.probes.directions import Random
+from bitpolicy.sensitivity.probes.measurement import References, ablate
 from bitpolicy.sensitivity.probes.sketch import Sketch
 from bitpolicy.sensitivity.rounding.candidates import candidates
 from bitpolicy.sensitivity.samples import Sample
@@ -71,7 +73,9 @@ def sketched(request: Any, new_subject: Any, made_up_means: Any) -> Sketched:
     subject = new_subject(name, torch.float64, components=components, num_inference_steps=2)
     means = made_up_means(subject)
     with subject.unrounded():
-        probe = AdjointProbe(subject.trajectories, candidates([INT4]), means, torch.float16)
+        probe = AdjointSketches(
+            subject.trajectories, candidates([INT4]), quantization=Quantization(calibration=Calibration(means))
+        )
         first, _ = probe.sketches(subject.samples[0], [Random(VECTOR), Random(VECTOR + 1)])  # two from one graph
     return Sketched(subject, means, first)
 
@@ -131,7 +135,7 @@ def test_scores_rank_and_size_layers_as_ablation_does(name: str, new_subject: An
     subject = new_subject(name, components="all", num_inference_steps=3)
     trajectories, samples = subject.trajectories, subject.samples[:2]
     reference = ReferencePass.of(trajectories, samples)
-    probe = AdjointProbe(trajectories, candidates([INT8]), {}, torch.float16)
+    probe = AdjointSketches(trajectories, candidates([INT8]), quantization=Quantization())
     found = [s for sample in samples for s in probe.sketches(sample, [Random(k) for k in range(12)])]
     table = SensitivityTable.from_sketches(list(subject.layers), candidates([INT8]), found, reference.latent_power)
     images = References.of(trajectories, samples, images=False)
@@ -140,7 +144,7 @@ def test_scores_rank_and_size_layers_as_ablation_does(name: str, new_subject: An
     truth = []
     for place in kept:
         choice = {table.layers[place]: Choice(INT8)}
-        measured = ablate(trajectories, choice, {}, torch.float16, samples, images)
+        measured = ablate(trajectories, choice, samples, images, quantization=Quantization())
         truth.append(float(measured.power.mean()) / reference.latent_power)
     predicted = table.error[kept, 0]
     ratio = (predicted / torch.tensor(truth)).median()
@@ -158,15 +162,15 @@ def test_a_decoder_that_is_upcast_agrees_with_full_precision(new_subject: Any) -
     for dtype in (torch.float32, torch.float16):
         subject = new_subject("StableDiffusionXLPipeline", dtype, components="all", num_inference_steps=2)
         assert subject.pipe.vae.config.force_upcast
-        probe = AdjointProbe(subject.trajectories, candidates([INT4]), {}, torch.float16)
+        probe = AdjointSketches(subject.trajectories, candidates([INT4]), quantization=Quantization())
         sketches.append(next(iter(probe.sketches(subject.samples[0], [Random(0)]))).weight.sum(0))
         assert {p.dtype for p in subject.pipe.vae.parameters()} == {dtype}
     error = (sketches[1] - sketches[0]).norm() / sketches[0].norm()
     assert error < 0.03
 
 
-def probe_of(subject: Any) -> AdjointProbe:
-    return AdjointProbe(subject.trajectories, candidates([INT4]), {}, torch.float16)
+def probe_of(subject: Any) -> AdjointSketches:
+    return AdjointSketches(subject.trajectories, candidates([INT4]), quantization=Quantization())
 
 
 def test_encode_prompt_that_is_decorated_passes_gradients_on(new_subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +202,7 @@ def test_an_encoder_that_runs_without_gradients_is_refused_by_name(
 def test_the_mean_input_of_a_decoders_layer_is_known_and_that_of_its_encoder_is_not(new_subject: Any) -> None:
     subject = new_subject("StableDiffusionPipeline", components="unet,text_encoder,vae", num_inference_steps=2)
     found = ReferencePass.of(subject.trajectories, subject.samples)
-    missing = {layer for layer in subject.layers if layer not in found.calibration}
+    missing = {layer for layer in subject.layers if layer not in found.calibration.input_means}
     encoder = {layer for layer in subject.layers if layer.startswith(("vae.encoder.", "vae.quant_conv"))}
     assert missing == encoder
     assert encoder

@@ -16,6 +16,7 @@ from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.kernels.quantizers.bias_correction import mean_patch
 from bitpolicy.policies.apply import to_storage
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.components import to_text
 from bitpolicy.policies.policy import Choice, ModelReference, Policy
@@ -28,7 +29,7 @@ class Exported:
 
     pipe: Any
     choices: dict[str, Choice]
-    calibration: dict[str, torch.Tensor]
+    calibration: Calibration
     policy: Policy
     folder: Path
     nbytes: int
@@ -135,7 +136,7 @@ def exported(
     for model in (pipe.unet, pipe.vae, pipe.text_encoder):
         to_storage(model, torch.float16)
     choices = every_format_in_turn(pipe.unet)
-    calibration = calibrate(pipe.unet)
+    calibration = Calibration(calibrate(pipe.unet))
     policy = policy_of(pipe.unet, choices)
     folder = tmp_path_factory.mktemp("exported") / "checkpoint"
     nbytes = export_pipeline(pipe, ["unet"], policy, calibration, folder, component_dtype=torch.float16)

@@ -15,8 +15,9 @@ from bitpolicy.kernels.layers import PackedLayer, quantizable_layers
 from bitpolicy.kernels.quantizers.hqq import hqq
 from bitpolicy.kernels.quantizers.range_search import mse
 from bitpolicy.policies.apply import pack, quantize_layer, quantized, to_storage
-from bitpolicy.policies.calibration import rounded_key
+from bitpolicy.policies.calibration import Calibration, RoundedKey
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.quantization import Quantization
 
 INT4, INT8 = format_named("int4"), format_named("int8")
 Model = Any
@@ -42,12 +43,12 @@ def test_both_ways_give_the_same_bits(
     storage: torch.dtype,
 ) -> None:
     to_storage(toy_unet, storage)
-    choices, calibration = every_format_in_turn(toy_unet), calibrate(toy_unet)
+    choices, calibration = every_format_in_turn(toy_unet), Calibration(calibrate(toy_unet))
     reference = predict(toy_unet)
-    with quantized(toy_unet, choices, calibration, storage):
+    with quantized(toy_unet, choices, quantization=Quantization(calibration=calibration, storage=storage)):
         expected = predict(toy_unet)
     assert not torch.equal(expected, reference)
-    pack(toy_unet, choices, calibration, storage)
+    pack(toy_unet, choices, quantization=Quantization(calibration=calibration, storage=storage))
     packed = {name for name, module in toy_unet.named_modules() if isinstance(module, PackedLayer)}
     assert packed == {name for name, choice in choices.items() if choice.format.packed}
     assert torch.equal(predict(toy_unet), expected)
@@ -57,7 +58,11 @@ def test_the_model_is_as_before_after_the_block(
     toy_unet: Model, every_format_in_turn: Choose, calibrate: Calibrate, predict: Callable[[Model], torch.Tensor]
 ) -> None:
     before, reference = bits(toy_unet), predict(toy_unet)
-    with quantized(toy_unet, every_format_in_turn(toy_unet), calibrate(toy_unet), torch.float16):
+    with quantized(
+        toy_unet,
+        every_format_in_turn(toy_unet),
+        quantization=Quantization(calibration=Calibration(calibrate(toy_unet))),
+    ):
         changed = {name for name, tensor in toy_unet.state_dict().items() if not torch.equal(tensor, before[name])}
         assert {name.rpartition(".")[2] for name in changed} == {"weight", "bias"}
     assert_same(bits(toy_unet), before)
@@ -67,7 +72,7 @@ def test_the_model_is_as_before_after_the_block(
 def test_the_model_is_as_before_after_an_error_in_the_block(toy_unet: Model, every_format_in_turn: Choose) -> None:
     before = bits(toy_unet)
     choices = {name: Choice(choice.format) for name, choice in every_format_in_turn(toy_unet).items()}
-    with pytest.raises(KeyboardInterrupt), quantized(toy_unet, choices, {}, torch.float16):
+    with pytest.raises(KeyboardInterrupt), quantized(toy_unet, choices, quantization=Quantization()):
         raise KeyboardInterrupt
     assert_same(bits(toy_unet), before)
 
@@ -78,7 +83,7 @@ def test_the_model_is_as_before_if_a_layer_cannot_be_quantized(toy_unet: Model) 
     before = bits(toy_unet)
     with (
         pytest.raises(FormatError, match=f"layer {names[-1]}: .*keep this layer at fp16"),
-        quantized(toy_unet, dict.fromkeys(names, Choice(INT4)), {}, torch.float16),
+        quantized(toy_unet, dict.fromkeys(names, Choice(INT4)), quantization=Quantization()),
     ):
         pass
     assert_same(bits(toy_unet), before)
@@ -86,7 +91,7 @@ def test_the_model_is_as_before_if_a_layer_cannot_be_quantized(toy_unet: Model) 
 
 def test_layers_at_fp16_and_layers_without_a_choice_are_left_alone(toy_unet: Model) -> None:
     before = bits(toy_unet)
-    with quantized(toy_unet, {"conv_in": Choice(FP16), "conv_out": Choice(INT8)}, {}, torch.float16):
+    with quantized(toy_unet, {"conv_in": Choice(FP16), "conv_out": Choice(INT8)}, quantization=Quantization()):
         changed = [name for name, tensor in toy_unet.state_dict().items() if not torch.equal(tensor, before[name])]
     assert changed == ["conv_out.weight", "conv_out.bias"]  # the bias is stored in float16
 
@@ -95,7 +100,9 @@ def test_a_corrected_bias_undoes_the_mean_error() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(64, 4).half().float()
     x = torch.randn(32, 64) + 1
-    stored = quantize_layer("layer", layer, Choice(INT4, True), {"layer": x.mean(0)}, torch.float16)
+    stored = quantize_layer(
+        "layer", layer, Choice(INT4, True), quantization=Quantization(calibration=Calibration({"layer": x.mean(0)}))
+    )
     weight = INT4.dequantize(stored.tensors, (4, 64), torch.float32)
     plain_error = (x @ (weight - layer.weight).T).mean(0)
     error = (x @ weight.T + stored.bias.float() - layer(x)).mean(0)
@@ -106,9 +113,10 @@ def test_a_corrected_bias_undoes_the_mean_error() -> None:
 
 def test_codes_and_scales_do_not_depend_on_the_correction() -> None:
     layer = nn.Linear(64, 4)
-    calibration = {"layer": torch.ones(64)}
+    calibration = Calibration({"layer": torch.ones(64)})
     with_it, without = (
-        quantize_layer("layer", layer, Choice(INT4, c), calibration, torch.float16) for c in (True, False)
+        quantize_layer("layer", layer, Choice(INT4, c), quantization=Quantization(calibration=calibration))
+        for c in (True, False)
     )
     assert_same(with_it.tensors, without.tensors)
     assert torch.equal(without.bias, layer.bias.half())
@@ -118,18 +126,18 @@ def test_codes_and_scales_do_not_depend_on_the_correction() -> None:
 def test_the_weight_is_quantized_as_it_is_stored() -> None:
     """A policy is of the stored model: a float32 weight and its float16 copy give the same codes."""
     layer = nn.Linear(64, 4)
-    wide = quantize_layer("layer", layer, Choice(INT8), {}, torch.bfloat16)
+    wide = quantize_layer("layer", layer, Choice(INT8), quantization=Quantization(storage=torch.bfloat16))
     assert_same(wide.tensors, INT8.quantize(layer.weight.detach().bfloat16()))
 
 
 def test_a_layer_without_a_bias_has_nothing_to_correct() -> None:
-    stored = quantize_layer("layer", nn.Linear(64, 4, bias=False), Choice(INT4, True), {}, torch.float16)
+    stored = quantize_layer("layer", nn.Linear(64, 4, bias=False), Choice(INT4, True), quantization=Quantization())
     assert stored.bias is None
 
 
 def test_a_correction_without_its_mean_input_names_the_layer() -> None:
     with pytest.raises(BitPolicyError, match=r"layer mid\.conv: bias correction needs its mean input.*measure it anew"):
-        quantize_layer("mid.conv", nn.Conv2d(4, 4, 3), Choice(INT4, True), {}, torch.float16)
+        quantize_layer("mid.conv", nn.Conv2d(4, 4, 3), Choice(INT4, True), quantization=Quantization())
 
 
 # Quantizers
@@ -147,7 +155,7 @@ def heavy() -> nn.Linear:
 def test_a_quantizer_that_needs_only_the_weight_needs_no_calibration(
     heavy: nn.Linear, name: str, by_itself: Callable[..., dict[str, torch.Tensor]]
 ) -> None:
-    stored = quantize_layer("layer", heavy, Choice(INT4, quantizer=name), {}, torch.float16)
+    stored = quantize_layer("layer", heavy, Choice(INT4, quantizer=name), quantization=Quantization())
     assert_same(stored.tensors, by_itself(INT4, heavy.weight.detach()))
 
 
@@ -156,8 +164,9 @@ def test_a_quantizer_that_needs_only_the_weight_needs_no_calibration(
 def test_what_was_rounded_is_stored_bit_for_bit(heavy: nn.Linear, quantizer: str, format: Any) -> None:
     choice = Choice(format, True, quantizer)
     made = format.quantize(torch.randn(4, 64))  # of another weight, so that it cannot be made again
-    calibration = {"layer": torch.ones(64), **{rounded_key("layer", choice, s): t for s, t in made.items()}}
-    stored = quantize_layer("layer", heavy, choice, calibration, torch.float16)
+    rounded = {RoundedKey.of("layer", choice, s): t for s, t in made.items()}
+    calibration = Calibration({"layer": torch.ones(64)}, rounded)
+    stored = quantize_layer("layer", heavy, choice, quantization=Quantization(calibration=calibration))
     assert stored.tensors.keys() == made.keys()
     assert all(torch.equal(stored.tensors[s].view(torch.uint8), made[s].view(torch.uint8)) for s in made)
     delta = format.dequantize(made, (4, 64), torch.float32) - heavy.weight.detach()
@@ -168,9 +177,12 @@ def test_what_was_rounded_is_stored_bit_for_bit(heavy: nn.Linear, quantizer: str
 def test_what_was_rounded_for_another_choice_is_not_taken(heavy: nn.Linear) -> None:
     made = INT4.quantize(torch.randn(4, 64))
     others = [("layer", Choice(INT4, quantizer="gptq")), ("layer.2", Choice(INT4, quantizer="mse"))]
-    calibration = {rounded_key(name, choice, s): t for name, choice in others for s, t in made.items()}
+    rounded = {RoundedKey.of(name, choice, s): t for name, choice in others for s, t in made.items()}
+    calibration = Calibration(rounded=rounded)
     for quantizer, expected in (("mse", mse(INT4, heavy.weight.detach())), ("rtn", INT4.quantize(heavy.weight))):
-        stored = quantize_layer("layer", heavy, Choice(INT4, quantizer=quantizer), calibration, torch.float16)
+        stored = quantize_layer(
+            "layer", heavy, Choice(INT4, quantizer=quantizer), quantization=Quantization(calibration=calibration)
+        )
         assert_same(stored.tensors, expected)
 
 
@@ -181,9 +193,10 @@ def test_what_was_rounded_with_a_hessian_and_is_missing_is_told_with_the_remedy(
 ) -> None:
     choice = Choice(INT4, quantizer=quantizer)
     made = INT4.quantize(heavy.weight.detach())
-    kept = {rounded_key("mid.to_q", choice, s): t for s, t in made.items() if missing not in (s, "everything")}
+    rest = {s: t for s, t in made.items() if missing not in (s, "everything")}
+    kept = Calibration(rounded={RoundedKey.of("mid.to_q", choice, s): t for s, t in rest.items()})
     with pytest.raises(BitPolicyError, match=rf"layer mid\.to_q was rounded by {quantizer}, .*or set quantizer: rtn"):
-        quantize_layer("mid.to_q", heavy, choice, kept, torch.float16)
+        quantize_layer("mid.to_q", heavy, choice, quantization=Quantization(calibration=kept))
 
 
 @pytest.mark.parametrize("quantizer", ["mse", "gptq"])
@@ -202,9 +215,9 @@ def test_what_was_rounded_for_another_layer_is_refused(
 ) -> None:
     choice = Choice(INT4, quantizer=quantizer)
     made = {**INT4.quantize(heavy.weight.detach()), suffix: tensor}
-    calibration = {rounded_key("layer", choice, s): t for s, t in made.items()}
+    calibration = Calibration(rounded={RoundedKey.of("layer", choice, s): t for s, t in made.items()})
     with pytest.raises(BitPolicyError, match="layer layer: its calibration is of another shape; use the file of this"):
-        quantize_layer("layer", heavy, choice, calibration, torch.float16)
+        quantize_layer("layer", heavy, choice, quantization=Quantization(calibration=calibration))
 
 
 def test_a_weight_that_is_not_finite_names_its_layer_whoever_rounds() -> None:
@@ -212,12 +225,12 @@ def test_a_weight_that_is_not_finite_names_its_layer_whoever_rounds() -> None:
     layer.weight.data[0] = float("nan")
     for quantizer in ("rtn", "mse", "hqq"):
         with pytest.raises(FormatError, match=r"layer mid\.to_q: .*keep this layer at fp16"):
-            quantize_layer("mid.to_q", layer, Choice(INT4, quantizer=quantizer), {}, torch.float16)
+            quantize_layer("mid.to_q", layer, Choice(INT4, quantizer=quantizer), quantization=Quantization())
 
 
 def test_a_rotation_that_does_not_fit_names_its_layer() -> None:
     with pytest.raises(BitPolicyError, match="layer conv_in: "):
-        quantize_layer("conv_in", nn.Conv2d(4, 8, 3), Choice(format_named("int4-rot")), {}, torch.float16)
+        quantize_layer("conv_in", nn.Conv2d(4, 8, 3), Choice(format_named("int4-rot")), quantization=Quantization())
 
 
 @pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16], ids=str)

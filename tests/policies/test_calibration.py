@@ -9,37 +9,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import FP16, format_named
-from bitpolicy.policies.calibration import (
-    calibration_hash,
-    calibration_of,
-    is_rounded,
-    load_calibration,
-    made_from,
-    needed_for,
-    rounded_key,
-    save_calibration,
-    stamped,
-)
+from bitpolicy.policies.calibration import Calibration, RoundedKey
 from bitpolicy.policies.policy import Choice, ModelReference, Policy
+from bitpolicy.policies.storage.calibration_file import calibration_of, load_calibration, save_calibration
 
 MEANS = {"conv_in": torch.randn(4, 3, 3), "attn.to_q": torch.randn(16)}
+MEASURED = Calibration(MEANS)
 
 
 def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
-    save_calibration(MEANS, tmp_path / "calibration.safetensors")
-    found = load_calibration(tmp_path / "calibration.safetensors", calibration_hash(MEANS))
-    assert set(found) == set(MEANS)
-    assert all(torch.equal(found[name], MEANS[name]) for name in MEANS)
+    save_calibration(MEASURED, tmp_path / "calibration.safetensors")
+    found = load_calibration(tmp_path / "calibration.safetensors", MEASURED.sha256)
+    assert set(found.input_means) == set(MEANS)
+    assert all(torch.equal(found.input_means[name], MEANS[name]) for name in MEANS)
+    assert not found.rounded
 
 
 def test_what_is_read_is_held_by_nobody(tmp_path: Path) -> None:
     """With rounded weights in it the file is as large as the checkpoint."""
-    save_calibration(MEANS, tmp_path / "calibration.safetensors")
-    found = load_calibration(tmp_path / "calibration.safetensors")
+    save_calibration(MEASURED, tmp_path / "calibration.safetensors")
+    found = load_calibration(tmp_path / "calibration.safetensors").input_means
     assert list(found) == sorted(MEANS)
     assert "attn.to_k" not in found
     with pytest.raises(KeyError):
@@ -50,15 +43,15 @@ def test_what_is_read_is_held_by_nobody(tmp_path: Path) -> None:
 
 
 def test_two_files_of_the_same_means_are_the_same_bytes(tmp_path: Path) -> None:
-    save_calibration(MEANS, tmp_path / "a")
-    save_calibration(dict(reversed(MEANS.items())), tmp_path / "b")
+    save_calibration(MEASURED, tmp_path / "a")
+    save_calibration(Calibration(dict(reversed(MEANS.items()))), tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_strided_means_are_saved_as_they_read(tmp_path: Path) -> None:
     strided = torch.arange(6.0).reshape(2, 3).t()
-    save_calibration({"a": strided}, tmp_path / "a")
-    assert torch.equal(load_calibration(tmp_path / "a")["a"], strided)
+    save_calibration(Calibration({"a": strided}), tmp_path / "a")
+    assert torch.equal(load_calibration(tmp_path / "a").input_means["a"], strided)
 
 
 @pytest.mark.parametrize(
@@ -72,9 +65,9 @@ def test_strided_means_are_saved_as_they_read(tmp_path: Path) -> None:
     ids=["fewer", "another value", "another name", "another shape"],
 )
 def test_another_calibration_has_another_hash_and_is_refused(tmp_path: Path, other: dict[str, torch.Tensor]) -> None:
-    save_calibration(other, tmp_path / "calibration.safetensors")
+    save_calibration(Calibration(other), tmp_path / "calibration.safetensors")
     with pytest.raises(BitPolicyError, match=r"has hash sha256:.*, the policy was made with sha256:.*; use the file"):
-        load_calibration(tmp_path / "calibration.safetensors", calibration_hash(MEANS))
+        load_calibration(tmp_path / "calibration.safetensors", MEASURED.sha256)
 
 
 @pytest.mark.parametrize(
@@ -93,11 +86,11 @@ def test_a_file_that_cannot_be_read_is_told_what_to_do(tmp_path: Path, content: 
 INT4, INT8, FP8 = (format_named(name) for name in ("int4", "int8", "fp8"))
 
 
-def rounded(*choices: tuple[str, Choice]) -> dict[str, torch.Tensor]:
+def rounded(*choices: tuple[str, Choice]) -> dict[RoundedKey, torch.Tensor]:
     """Tensors as quantizers make them, of 2 x 64 weights."""
     weight = torch.randn(2, 64, generator=torch.Generator().manual_seed(1))
     return {
-        rounded_key(layer, choice, suffix): tensor
+        RoundedKey.of(layer, choice, suffix): tensor
         for layer, choice in choices
         for suffix, tensor in choice.format.quantize(weight).items()
     }
@@ -118,26 +111,64 @@ def test_every_mean_is_needed_and_of_what_was_rounded_just_what_was_chosen() -> 
         "attn.to_q": Choice(INT4),  # rounded to nearest
         "attn.to_k": Choice(INT4, False, "gptq-trajectory"),
     }
-    kept = needed_for(chosen, {**MEANS, **made})
+    kept = Calibration(MEANS, made).needed_for(chosen)
     suffixes = ("weight_packed", "weight_scale", "weight_zero")
-    assert set(kept) == {
-        *MEANS,
-        *(f"conv_in/int4/gptq/{suffix}" for suffix in suffixes),
-        *(f"attn.to_k/int4/gptq-trajectory/{suffix}" for suffix in suffixes),
+    assert kept.input_means == MEANS
+    assert set(kept.rounded) == {
+        *(RoundedKey("conv_in", "int4", "gptq", suffix) for suffix in suffixes),
+        *(RoundedKey("attn.to_k", "int4", "gptq-trajectory", suffix) for suffix in suffixes),
     }
-    assert all(torch.equal(kept[key], made[key]) for key in kept if key not in MEANS)
+    assert all(torch.equal(tensor, made[key]) for key, tensor in kept.rounded.items())
 
 
-def test_a_calibration_is_rounded_when_it_holds_packed_tensors() -> None:
-    assert not is_rounded(MEANS)
-    assert not is_rounded({})
-    assert is_rounded({**MEANS, **rounded(("conv_in", Choice(INT4, quantizer="mse")))})
+def test_of_several_policies_all_that_any_takes_is_needed() -> None:
+    one, other = (Choice(INT4, quantizer=quantizer) for quantizer in ("gptq", "mse"))
+    made = rounded(("conv_in", one), ("conv_in", other), ("conv_in", Choice(INT8, quantizer="gptq")))
+    kept = Calibration(MEANS, made).needed_for({"conv_in": one}, {"conv_in": other})
+    assert {key[1:3] for key in kept.rounded} == {("int4", "gptq"), ("int4", "mse")}
+
+
+def test_a_file_has_both_parts_by_the_names_that_it_always_had(tmp_path: Path) -> None:
+    made = rounded(("conv_in", Choice(INT8, quantizer="gptq")))
+    save_calibration(Calibration(MEANS, made, "a" * 64), tmp_path / "calibration.safetensors")
+    assert load_file(tmp_path / "calibration.safetensors").keys() == {
+        *("attn.to_q", "conv_in", "made from"),
+        *("conv_in/int8/gptq/weight_packed", "conv_in/int8/gptq/weight_scale"),
+    }
+
+
+def test_the_tensors_of_a_file_make_the_same_calibration() -> None:
+    made = Calibration(MEANS, rounded(("conv_in", Choice(INT4, quantizer="gptq"))), "a" * 64)
+    again = Calibration.of(dict(made.tensors()))
+    assert again.sha256 == made.sha256
+    assert again.nbytes == made.nbytes == sum(tensor.nbytes for tensor in made.tensors().values())
+    assert (set(again.input_means), set(again.rounded)) == (set(made.input_means), set(made.rounded))
+    assert again.made_from == "a" * 64
+
+
+@pytest.mark.parametrize("name", ["a/b", "a/int4/gptq", "a/int4/gptq/weight_packed/b", "/"])
+def test_a_tensor_of_another_name_is_passed_over(name: str) -> None:
+    found = Calibration.of({**MEANS, name: torch.ones(1)})
+    assert set(found.tensors()) == set(MEANS)
+
+
+def test_of_several_components_each_has_its_own() -> None:
+    means = {"unet.conv_in": torch.ones(3), "vae.conv_in": torch.zeros(3)}
+    made = rounded(*((name, Choice(INT4, quantizer="gptq")) for name in means))
+    whole = Calibration(means, made, "a,b")
+    one = whole.of_component("vae", ["unet", "vae"])
+    assert one.input_means.keys() == {"conv_in"}
+    assert torch.equal(one.input_means["conv_in"], torch.zeros(3))
+    assert {key.layer for key in one.rounded} == {"conv_in"}
+    assert len(one.rounded) == 3
+    assert whole.of_component("unet", ["unet"]) is whole
 
 
 def test_packed_tensors_of_every_dtype_are_saved_and_read_back(tmp_path: Path) -> None:
-    made = {**MEANS, **rounded(*((f.name, Choice(f, quantizer="gptq")) for f in (INT4, INT8, FP8)))}
-    save_calibration(made, tmp_path / "calibration.safetensors")
-    found = load_calibration(tmp_path / "calibration.safetensors", calibration_hash(made))
+    whole = Calibration(MEANS, rounded(*((f.name, Choice(f, quantizer="gptq")) for f in (INT4, INT8, FP8))))
+    save_calibration(whole, tmp_path / "calibration.safetensors")
+    made = whole.tensors()
+    found = load_calibration(tmp_path / "calibration.safetensors", whole.sha256).tensors()
     assert {key: tensor.dtype for key, tensor in found.items()} == {key: tensor.dtype for key, tensor in made.items()}
     assert all(torch.equal(found[key].view(torch.uint8), made[key].view(torch.uint8)) for key in made)
 
@@ -145,24 +176,24 @@ def test_packed_tensors_of_every_dtype_are_saved_and_read_back(tmp_path: Path) -
 def test_another_code_is_another_calibration() -> None:
     made = rounded(("conv_in", Choice(INT4, quantizer="gptq")))
     other = {key: tensor.clone() for key, tensor in made.items()}
-    other["conv_in/int4/gptq/weight_packed"][0, 0] ^= 1
-    assert calibration_hash(other) != calibration_hash(made)
+    other[RoundedKey("conv_in", "int4", "gptq", "weight_packed")][0, 0] ^= 1
+    assert Calibration(rounded=other).sha256 != Calibration(rounded=made).sha256
 
 
 def test_the_order_of_the_layers_does_not_change_the_hash() -> None:
-    assert calibration_hash(MEANS) == calibration_hash(dict(reversed(MEANS.items())))
+    assert MEASURED.sha256 == Calibration(dict(reversed(MEANS.items()))).sha256
 
 
 def test_the_same_bytes_under_another_dtype_are_another_calibration(tmp_path: Path) -> None:
     path = tmp_path / "calibration.safetensors"
-    save_calibration(MEANS, path)
+    save_calibration(MEASURED, path)
     save_file({name: tensor.view(torch.int32) for name, tensor in MEANS.items()}, path)
     with pytest.raises(BitPolicyError, match="the policy was made with"):
-        load_calibration(path, calibration_hash(MEANS))
+        load_calibration(path, MEASURED.sha256)
 
 
 def test_hashes_of_older_policies_leave_out_dtypes(tmp_path: Path) -> None:
-    save_calibration(MEANS, tmp_path / "calibration.safetensors")
+    save_calibration(MEASURED, tmp_path / "calibration.safetensors")
     old = hashlib.sha256()
     for name, tensor in sorted(MEANS.items()):
         old.update(f"{name}{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
@@ -172,44 +203,48 @@ def test_hashes_of_older_policies_leave_out_dtypes(tmp_path: Path) -> None:
 # Which weights it is of
 
 
-def a_policy(weights: str, calibration: dict[str, torch.Tensor]) -> Policy:
+def a_policy(weights: str, calibration: Calibration) -> Policy:
     model = ModelReference(id="owner/toy", component="unet", class_name="UNet2DConditionModel", sha256=weights)
-    return Policy(model=model, provenance={"calibration": calibration_hash(calibration)})
+    return Policy(model=model, provenance={"calibration": calibration.sha256})
 
 
-@pytest.mark.parametrize("kept", [MEANS, rounded(("conv_in", Choice(INT4, quantizer="gptq")))], ids=["means", "codes"])
+@pytest.mark.parametrize(
+    "kept",
+    [MEASURED, Calibration(rounded=rounded(("conv_in", Choice(INT4, quantizer="gptq"))))],
+    ids=["means", "codes"],
+)
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_it_says_which_weights_it_is_of_and_is_refused_for_others(
-    tmp_path: Path, kept: dict[str, torch.Tensor], in_memory: bool
+    tmp_path: Path, kept: Calibration, in_memory: bool
 ) -> None:
-    made = stamped(kept, "a" * 64)
+    made = kept.stamped("a" * 64)
     choices = [Choice(INT4, True)]
     save_calibration(made, tmp_path / "calibration.safetensors")
     own, other = a_policy("a" * 64, made), a_policy("b" * 64, made)
     if in_memory:
         own, other = own.with_calibration(made), other.with_calibration(made)
     found = calibration_of(own, tmp_path / "policy.yaml", choices)
-    assert made_from(found) == "a" * 64
-    assert found.keys() - kept.keys() == {"made from"}
+    assert found.made_from == "a" * 64
+    assert found.tensors().keys() - kept.tensors().keys() == {"made from"}
     needles = r"made from weights with sha256 a{12}\.\.\., the policy is for owner/toy with b{12}\.\.\.: .*run search"
     with pytest.raises(BitPolicyError, match=needles):
         calibration_of(other, tmp_path / "policy.yaml", choices)
 
 
 def test_one_of_an_older_version_does_not_say_and_is_taken(tmp_path: Path) -> None:
-    save_calibration(MEANS, tmp_path / "calibration.safetensors")
-    found = calibration_of(a_policy("b" * 64, MEANS), tmp_path / "policy.yaml", [Choice(INT4, True)])
-    assert made_from(found) is None
-    assert found.keys() == MEANS.keys()
+    save_calibration(MEASURED, tmp_path / "calibration.safetensors")
+    found = calibration_of(a_policy("b" * 64, MEASURED), tmp_path / "policy.yaml", [Choice(INT4, True)])
+    assert found.made_from is None
+    assert found.tensors().keys() == MEANS.keys()
 
 
 def test_its_hash_is_of_the_weights_too() -> None:
-    hashes = {calibration_hash(MEANS), *(calibration_hash(stamped(MEANS, weights)) for weights in ("a", "b", "a,b"))}
+    hashes = {MEASURED.sha256, *(MEASURED.stamped(weights).sha256 for weights in ("a", "b", "a,b"))}
     assert len(hashes) == 4
-    assert is_rounded(stamped(MEANS, "a")) is False
-    assert stamped({}, "a") == {}
+    assert Calibration().stamped("a").made_from is None
+    assert not Calibration().stamped("a")
 
 
 def test_the_weights_of_several_components_are_all_said(tmp_path: Path) -> None:
-    save_calibration(stamped(MEANS, "a" * 64 + "," + "b" * 64), tmp_path / "calibration.safetensors")
-    assert made_from(load_calibration(tmp_path / "calibration.safetensors")) == "a" * 64 + "," + "b" * 64
+    save_calibration(MEASURED.stamped("a" * 64 + "," + "b" * 64), tmp_path / "calibration.safetensors")
+    assert load_calibration(tmp_path / "calibration.safetensors").made_from == "a" * 64 + "," + "b" * 64

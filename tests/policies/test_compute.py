@@ -20,11 +20,13 @@ from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import packed_layers, quantizable_layers
 from bitpolicy.pipelines.offload import stream_weights
 from bitpolicy.policies.apply import pack, quantized, to_storage
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.component import export_component
 from bitpolicy.policies.checkpoints.model_card import model_card
 from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.identity import weights_hash
 from bitpolicy.policies.policy import Choice, LayerSettings, ModelReference, PolicyError, Result, Rule
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.target import Target
 
 INT4, INT8, NF4 = (format_named(name) for name in ("int4", "int8", "nf4"))
@@ -68,11 +70,11 @@ def test_an_ordinary_layer_gives_what_the_packed_one_gives(kind: str, format: An
     model = Alone(to_half(new()))
     choices, x = {"layer": Choice(format)}, torch.randn(shape) * torch.linspace(0.1, 10, shape[-1])
     with torch.no_grad():
-        with quantized(model, choices, {}, F16):
+        with quantized(model, choices, quantization=Quantization()):
             exact = model(x, named)
-        with quantized(model, choices, {}, F16, Compute.INT8):
+        with quantized(model, choices, quantization=Quantization(compute=Compute.INT8)):
             found = model(x, named)
-        pack(model, choices, {}, F16)
+        pack(model, choices, quantization=Quantization())
         set_compute(model, "int8")
         expected = model(x, named)
     largest = expected.abs().max()
@@ -88,11 +90,11 @@ def test_under_fp8_compute_it_does_too_and_only_fp8_layers_round_inputs(kind: st
     model = Alone(to_half(new()))
     choices, x = {"layer": Choice(format)}, torch.randn(shape) * torch.linspace(0.1, 10, shape[-1])
     with torch.no_grad():
-        with quantized(model, choices, {}, F16):
+        with quantized(model, choices, quantization=Quantization()):
             exact = model(x)
-        with quantized(model, choices, {}, F16, Compute.FP8):
+        with quantized(model, choices, quantization=Quantization(compute=Compute.FP8)):
             found = model(x)
-        pack(model, choices, {}, F16)
+        pack(model, choices, quantization=Quantization())
         assert set_compute(model, "fp8") == (["layer"] if format is FP8 else [])
         expected = model(x)
     largest = expected.abs().max()
@@ -110,15 +112,15 @@ def test_layers_that_do_not_suit_8_bits_stay_exact(layer: nn.Module) -> None:
     model = Alone(to_half(layer))
     x = torch.randn(4, 31) if isinstance(layer, nn.Linear) else torch.randn(2, 64, 5, 5)
     with torch.no_grad():
-        with quantized(model, {"layer": Choice(INT4)}, {}, F16):
+        with quantized(model, {"layer": Choice(INT4)}, quantization=Quantization()):
             expected = model(x)
-        with quantized(model, {"layer": Choice(INT4)}, {}, F16, Compute.INT8):
+        with quantized(model, {"layer": Choice(INT4)}, quantization=Quantization(compute=Compute.INT8)):
             assert torch.equal(model(x), expected)
 
 
 def test_fp16_layers_and_layers_without_a_choice_are_given_what_they_were_given(toy_unet: Any, predict: Any) -> None:
     before = predict(toy_unet)
-    with quantized(toy_unet, {"conv_out": Choice(FP16)}, {}, F16, Compute.INT8):
+    with quantized(toy_unet, {"conv_out": Choice(FP16)}, quantization=Quantization(compute=Compute.INT8)):
         assert torch.equal(predict(toy_unet), before)
 
 
@@ -126,14 +128,17 @@ def test_inputs_and_weights_are_as_before_after_the_block(
     toy_unet: Any, every_format_in_turn: Any, calibrate: Any, predict: Any
 ) -> None:
     before, choices, means = predict(toy_unet), every_format_in_turn(toy_unet), calibrate(toy_unet)
-    with quantized(toy_unet, choices, means, F16, Compute.INT8):
+    with quantized(toy_unet, choices, quantization=Quantization(calibration=Calibration(means), compute=Compute.INT8)):
         assert any(layer._forward_pre_hooks for layer in toy_unet.modules())
-    with pytest.raises(KeyboardInterrupt), quantized(toy_unet, choices, means, F16, Compute.INT8):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        quantized(toy_unet, choices, quantization=Quantization(calibration=Calibration(means), compute=Compute.INT8)),
+    ):
         raise KeyboardInterrupt
     del means[next(name for name, choice in reversed(choices.items()) if choice.bias_correction)]
     with (
         pytest.raises(BitPolicyError, match="needs its mean input"),
-        quantized(toy_unet, choices, means, F16, Compute.INT8),
+        quantized(toy_unet, choices, quantization=Quantization(calibration=Calibration(means), compute=Compute.INT8)),
     ):
         pass
     assert not any(layer._forward_pre_hooks for layer in toy_unet.modules())
@@ -155,9 +160,13 @@ def test_a_pipeline_draws_what_the_packed_one_draws(exported: Any, tmp_path: Pat
     policy = exported.policy.under(Compute.INT8)
     export_pipeline(exported.pipe, ["unet"], policy, exported.calibration, tmp_path / "c", component_dtype=F16)
     reference = image(exported.pipe)
-    with quantized(exported.pipe.unet, exported.choices, exported.calibration, F16, Compute.INT8):
+    with quantized(
+        exported.pipe.unet,
+        exported.choices,
+        quantization=Quantization(calibration=exported.calibration, compute=Compute.INT8),
+    ):
         found = image(exported.pipe)
-    with quantized(exported.pipe.unet, exported.choices, exported.calibration, F16):
+    with quantized(exported.pipe.unet, exported.choices, quantization=Quantization(calibration=exported.calibration)):
         exact = image(exported.pipe)
     packed = image(load_pipeline(tmp_path / "c", torch.float32))
     assert db(found, packed) > 55
@@ -169,10 +178,10 @@ def test_streamed_weights_change_nothing(new_toy_pipeline: Any, every_format_in_
     """Layers whose `forward` an offloading hook has replaced."""
     pipe = new_toy_pipeline()
     choices = {name: Choice(choice.format) for name, choice in every_format_in_turn(pipe.unet).items()}
-    with quantized(pipe.unet, choices, {}, F16, Compute.INT8):
+    with quantized(pipe.unet, choices, quantization=Quantization(compute=Compute.INT8)):
         expected = predict(pipe.unet)
     stream_weights(pipe, Target.of(pipe, ["unet"]), torch.device("cpu"))
-    with quantized(pipe.unet, choices, {}, F16, Compute.INT8):
+    with quantized(pipe.unet, choices, quantization=Quantization(compute=Compute.INT8)):
         assert torch.equal(predict(pipe.unet), expected)
 
 
@@ -243,7 +252,7 @@ def test_a_model_card_says_how_layers_compute() -> None:
 
 def test_a_checkpoint_of_fp8_compute_loads_with_it_and_is_saved_with_it(exported: Any, tmp_path: Path) -> None:
     choices = {name: Choice(FP8) for name in exported.choices}
-    export_component(exported.pipe.unet, choices, {}, F16, tmp_path / "packed", compute=Compute.FP8)
+    export_component(exported.pipe.unet, choices, tmp_path / "packed", quantization=Quantization(compute=Compute.FP8))
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "packed")
     assert computes(unet) == {Compute.FP8}
     assert Compute.FP8 in {layer.effective_compute for _, layer in packed_layers(unet)}
@@ -324,7 +333,7 @@ def test_a_text_encoder_loads_with_it_through_transformers(new_toy_pipeline: Any
     to_storage(model, F16)
     choices = {name: Choice(INT8) for name, _ in quantizable_layers(model)}
     model.save_pretrained(tmp_path / "full")
-    export_component(model, choices, {}, F16, tmp_path / "packed", compute=Compute.INT8)
+    export_component(model, choices, tmp_path / "packed", quantization=Quantization(compute=Compute.INT8))
     found = CLIPTextModel.from_pretrained(tmp_path / "packed")
     assert computes(found) == {Compute.INT8}
     found.save_pretrained(tmp_path / "again")

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 
 from bitpolicy.kernels.layers import PackedLayer
 from bitpolicy.policies.apply import to_storage
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.parts import MemoryParts
 from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.policy import Choice, Policy
@@ -32,7 +33,7 @@ def checkpoint(
         to_storage(getattr(pipe, name), torch.float16)
     together = MemoryParts(pipe, list(MODELS)).target
     choices = {name: Choice(choice.format) for name, choice in every_format_in_turn(together).items()}
-    export_pipeline(pipe, list(MODELS), policy_of(together, choices), {}, folder)
+    export_pipeline(pipe, ["", ""].join(MODELS), policy_of(together, choices), Calibration(), folder)
     return folder
 
 

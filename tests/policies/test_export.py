@@ -21,11 +21,13 @@ from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.apply import to_storage
-from bitpolicy.policies.calibration import load_calibration
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.checkpoint import checkpoint_bytes, export_diffusers_model
 from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.footprint import stored_others
 from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.policies.quantization import Quantization
+from bitpolicy.policies.storage.calibration_file import load_calibration
 from bitpolicy.policies.target import Target
 
 WireReader = Callable[[str, Mapping[str, np.ndarray], tuple[int, ...]], np.ndarray]
@@ -65,7 +67,11 @@ def test_the_account_is_exact_for_every_format_and_storage(
     predicted = ByteAccount.of(Target({"unet": toy_unet}), storage).total(
         {layer: c.format for layer, c in choices.items()}
     )
-    assert export_diffusers_model(toy_unet, choices, {}, storage, tmp_path) == predicted == nbytes(stored(tmp_path))
+    assert (
+        export_diffusers_model(toy_unet, choices, tmp_path, quantization=Quantization(storage=storage))
+        == predicted
+        == nbytes(stored(tmp_path))
+    )
     header = int.from_bytes((tmp_path / WEIGHTS).read_bytes()[:8], "little")
     assert (tmp_path / WEIGHTS).stat().st_size == 8 + header + predicted
     floats = {t.dtype for n, t in stored(tmp_path).items() if n.endswith(("bias", ".weight"))}
@@ -115,7 +121,7 @@ def test_the_folder_is_a_diffusers_pipeline_with_its_policy(exported: Any) -> No
     assert {f"unet/{WEIGHTS}", "unet/config.json", f"vae/{WEIGHTS}", "text_encoder/model.safetensors"} < names
     assert Policy.load(exported.folder / "policy.yaml").resolve(exported.choices) == exported.choices
     kept = load_calibration(exported.folder / "calibration.safetensors")
-    assert all(torch.equal(kept[name], patch) for name, patch in exported.calibration.items())
+    assert all(torch.equal(kept.input_means[name], patch) for name, patch in exported.calibration.input_means.items())
     assert [name for name in names if name.startswith(".") or "partial" in name] == []
 
 
@@ -149,7 +155,7 @@ def test_other_components_are_stored_as_asked(
     expected: torch.dtype,
 ) -> None:
     policy = policy_of(toy_pipeline.unet, {name: Choice(FP16) for name, _ in quantizable_layers(toy_pipeline.unet)})
-    export_pipeline(toy_pipeline, ["unet"], policy, {}, tmp_path / "out", component_dtype=dtype)
+    export_pipeline(toy_pipeline, ["unet"], policy, Calibration(), tmp_path / "out", component_dtype=dtype)
     found = load_file(tmp_path / "out" / "vae" / WEIGHTS)
     assert {tensor.dtype for tensor in found.values()} == {expected}
     assert not (tmp_path / "out" / "calibration.safetensors").exists(), "nothing was corrected"
@@ -157,7 +163,13 @@ def test_other_components_are_stored_as_asked(
 
 @pytest.mark.parametrize("most", [1, 5_000, 50_000, 100_000_000])
 def test_a_large_denoiser_is_split_as_diffusers_splits_it(exported: Any, tmp_path: Path, most: int) -> None:
-    total = export_diffusers_model(exported.pipe.unet, exported.choices, exported.calibration, F16, tmp_path, most)
+    total = export_diffusers_model(
+        exported.pipe.unet,
+        exported.choices,
+        tmp_path,
+        most,
+        quantization=Quantization(calibration=exported.calibration),
+    )
     whole = stored(exported.folder / "unet")
     files = sorted(tmp_path.glob("*.safetensors"))
     assert total == exported.nbytes == checkpoint_bytes(tmp_path)
@@ -200,9 +212,9 @@ def test_an_export_that_fails_leaves_what_was_there(exported: Any, tmp_path: Pat
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "model_index.json").write_text("old")
     last = [name for name, choice in exported.choices.items() if choice.bias_correction][-1]
-    lacking = {name: patch for name, patch in exported.calibration.items() if name != last}
+    means = {name: mean for name, mean in exported.calibration.input_means.items() if name != last}
     with pytest.raises(BitPolicyError, match=f"layer {last}: bias correction needs its mean input"):
-        export_pipeline(exported.pipe, ["unet"], exported.policy, lacking, tmp_path / "out")
+        export_pipeline(exported.pipe, ["unet"], exported.policy, Calibration(means), tmp_path / "out")
     assert [path.name for path in tmp_path.rglob("*")] == (["out", "model_index.json"] if before else [])
 
 
@@ -224,7 +236,7 @@ def test_a_weight_that_no_integer_holds_names_its_layer(
     policy = policy_of(toy_pipeline.unet, choices)
     toy_pipeline.unet.mid_block.resnets[0].conv1.weight.data[0] = float("nan")
     with pytest.raises(BitPolicyError, match=r"layer mid_block\.resnets\.0\.conv1: .*keep this layer at fp16"):
-        export_pipeline(toy_pipeline, ["unet"], policy, {}, tmp_path / "out")
+        export_pipeline(toy_pipeline, ["unet"], policy, Calibration(), tmp_path / "out")
 
 
 def test_a_policy_for_layers_that_are_not_there_is_refused(
@@ -232,13 +244,13 @@ def test_a_policy_for_layers_that_are_not_there_is_refused(
 ) -> None:
     policy = policy_of(toy_pipeline.unet, {"conv_in": Choice(FP16), "conv_inn": Choice(format_named("int8"))})
     with pytest.raises(BitPolicyError, match=r"'conv_inn', which this model does not have; did you mean 'conv_in'\?"):
-        export_pipeline(toy_pipeline, ["unet"], policy, {}, tmp_path / "out")
+        export_pipeline(toy_pipeline, ["unet"], policy, Calibration(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_float32_model_is_exported_as_its_rounded_self(toy_unet: Any, tmp_path: Path) -> None:
     choices = {name: Choice(format_named("int4")) for name, _ in quantizable_layers(toy_unet)}
-    export_diffusers_model(toy_unet, choices, {}, F16, tmp_path / "exact")
+    export_diffusers_model(toy_unet, choices, tmp_path / "exact", quantization=Quantization())
     to_storage(toy_unet, F16)
-    export_diffusers_model(toy_unet, choices, {}, F16, tmp_path / "rounded")
+    export_diffusers_model(toy_unet, choices, tmp_path / "rounded", quantization=Quantization())
     assert hashes(tmp_path / "exact") == hashes(tmp_path / "rounded")

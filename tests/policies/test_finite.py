@@ -17,13 +17,15 @@ from bitpolicy.kernels.formats.format import TensorSpec
 from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import pack, quantize_layer, quantized, to_storage
-from bitpolicy.policies.calibration import needed_for, rounded_key, save_calibration
+from bitpolicy.policies.calibration import Calibration, RoundedKey
 from bitpolicy.policies.checkpoints.parts import MemoryParts
 from bitpolicy.policies.checkpoints.pipeline import export_parts, export_pipeline
 from bitpolicy.policies.exporters.export import export_to
 from bitpolicy.policies.exporters.exporter import Layer, Source
 from bitpolicy.policies.exporters.translation import write_translated
 from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.policies.quantization import Quantization
+from bitpolicy.policies.storage.calibration_file import save_calibration
 
 INT4, INT8 = format_named("int4"), format_named("int8")
 WILD = "mid_block.resnets.0.conv1"
@@ -55,10 +57,17 @@ def not_finite(folder: Path) -> list[str]:
 
 def test_a_bias_that_leaves_the_range_stays_as_it_was(toy_pipeline: Any, wild_means: dict[str, torch.Tensor]) -> None:
     layer = toy_pipeline.unet.conv_out
-    stored = quantize_layer("conv_out", layer, Choice(INT4, True), wild_means, torch.float16)
+    stored = quantize_layer(
+        "conv_out", layer, Choice(INT4, True), quantization=Quantization(calibration=Calibration(wild_means))
+    )
     assert torch.equal(stored.bias, layer.bias.half())
     assert stored.left_as_it_was
-    wide = quantize_layer("conv_out", layer, Choice(INT4, True), wild_means, torch.bfloat16)
+    wide = quantize_layer(
+        "conv_out",
+        layer,
+        Choice(INT4, True),
+        quantization=Quantization(calibration=Calibration(wild_means), storage=torch.bfloat16),
+    )
     assert not wide.left_as_it_was
     assert wide.bias.abs().max() > 65504
 
@@ -75,7 +84,7 @@ def test_every_way_to_put_the_policy_on_the_model_leaves_the_same_biases(
     with pytest.warns(
         BitPolicyWarning, match=r"2 layers keep their bias, e\.g\. (conv_out|mid_b.*): corrected .*float16"
     ):
-        export_pipeline(toy_pipeline, ["unet"], policy_of(unet, choices), wild_means, tmp_path / "out")
+        export_pipeline(toy_pipeline, ["unet"], policy_of(unet, choices), Calibration(wild_means), tmp_path / "out")
     assert not_finite(tmp_path / "out") == []
     written = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
     plain = {
@@ -84,11 +93,11 @@ def test_every_way_to_put_the_policy_on_the_model_leaves_the_same_biases(
         if layer.bias is not None and torch.equal(written[f"{name}.bias"], layer.bias.half())
     }
     assert plain == {WILD, "conv_out"}
-    with quantized(unet, choices, wild_means, torch.float16):
+    with quantized(unet, choices, quantization=Quantization(calibration=Calibration(wild_means))):
         expected = predict(unet)
         assert all(torch.equal(written[f"{n}.bias"].float(), unet.get_submodule(n).bias) for n in plain)
     assert torch.isfinite(expected).all()
-    pack(unet, choices, wild_means, torch.float16)
+    pack(unet, choices, quantization=Quantization(calibration=Calibration(wild_means)))
     assert torch.equal(predict(unet), expected)
 
 
@@ -99,7 +108,7 @@ def test_a_policy_whose_biases_all_fit_is_exported_without_a_word(
     means, policy = calibrate(toy_pipeline.unet), policy_of(toy_pipeline.unet, all_int4(toy_pipeline.unet))
     with warnings.catch_warnings():
         warnings.simplefilter("error", BitPolicyWarning)
-        export_pipeline(toy_pipeline, ["unet"], policy, means, tmp_path / "out")
+        export_pipeline(toy_pipeline, ["unet"], policy, Calibration(means), tmp_path / "out")
 
 
 @pytest.mark.parametrize("target", [None, "comfy", "sdnq"])
@@ -109,7 +118,7 @@ def test_a_scale_that_is_not_finite_is_refused_by_its_name(
     unet, name, choice = toy_pipeline.unet, "time_embedding.linear_1", Choice(INT8, quantizer="gptq")
     made = INT8.quantize(unet.get_submodule(name).weight.detach())
     made["weight_scale"][3] = float("inf")
-    kept = {rounded_key(name, choice, suffix): tensor for suffix, tensor in made.items()}
+    kept = Calibration(rounded={RoundedKey.of(name, choice, suffix): tensor for suffix, tensor in made.items()})
     choices = {other: choice if other == name else Choice(FP16) for other, _ in quantizable_layers(unet)}
     about = (MemoryParts(toy_pipeline, ["unet"]), policy_of(unet, choices), kept, tmp_path / "out")
     export = export_parts if target is None else partial(export_to, target)
@@ -148,7 +157,7 @@ def test_what_the_model_itself_holds_is_written_and_said(
     with pytest.warns(
         BitPolicyWarning, match=r"the model itself has NaN or Inf in 1 tensor, e\.g\. conv_norm_out\.bias"
     ):
-        export_pipeline(toy_pipeline, ["unet"], policy, {}, tmp_path / "out")
+        export_pipeline(toy_pipeline, ["unet"], policy, Calibration(), tmp_path / "out")
     assert [line.rpartition(": ")[2] for line in not_finite(tmp_path / "out")] == ["conv_norm_out.bias"]
 
 
@@ -160,13 +169,13 @@ def test_a_value_beyond_the_storage_dtype_is_refused_by_its_name(
     policy = policy_of(toy_pipeline.unet, {n: Choice(INT8) for n, _ in quantizable_layers(toy_pipeline.unet)})
     getattr(toy_pipeline, component).get_parameter(name).data[0] = 1e6
     with pytest.raises(BitPolicyError, match=rf"{name} has values that torch.float16 cannot hold; save .* bfloat16"):
-        export_pipeline(toy_pipeline, ["unet"], policy, {}, tmp_path / "out")
+        export_pipeline(toy_pipeline, ["unet"], policy, Calibration(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_no_mean_that_is_not_finite_is_kept(tmp_path: Path) -> None:
-    means = {"a": torch.ones(3), "b": torch.tensor([1.0, float("inf")])}
-    assert needed_for({}, means).keys() == {"a"}
+    means = Calibration({"a": torch.ones(3), "b": torch.tensor([1.0, float("inf")])})
+    assert means.needed_for({}).input_means.keys() == {"a"}
     with pytest.raises(BitPolicyError, match=r"^b would be written as float32 with NaN or Inf"):
         save_calibration(means, tmp_path / "calibration.safetensors")
     assert list(tmp_path.iterdir()) == []

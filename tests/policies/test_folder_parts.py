@@ -22,6 +22,7 @@ from bitpolicy.policies.checkpoints.folder_parts import FolderParts
 from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.loading.diffusers_files import skeleton
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.storage.source import ModuleSource
 
 F16, F32 = torch.float16, torch.float32
@@ -159,7 +160,7 @@ def test_at_most_two_layers_are_held_at_once(new_toy_unet: Callable[[], Any], tm
     source = Counted(unet)
     choices = {layer: Choice(format_named(name) if name != "fp16" else FP16) for layer, _ in quantizable_layers(unet)}
     empty = skeleton("UNet2DConditionModel", dict(unet.config))
-    export_diffusers_model(empty, choices, {}, F16, tmp_path, source=source)
+    export_diffusers_model(empty, choices, tmp_path, source=source, quantization=Quantization())
     largest = max(spec.nbytes for spec in source.specs.values())
     whole = sum(spec.nbytes for spec in source.specs.values())
     assert largest <= source.most <= 2 * largest + 1024 < whole / 2

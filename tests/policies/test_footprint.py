@@ -14,6 +14,7 @@ from toy_pipelines import TOYS
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import format_named
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.checkpoint import checkpoint_bytes
 from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.components import to_text
@@ -182,7 +183,7 @@ def test_the_other_models_have_the_bytes_that_their_files_have(name: str, tmp_pa
         defaults=LayerSettings(format="int8"),
         storage_dtype="bfloat16",
     )
-    export_pipeline(pipe, components, policy, {}, tmp_path / "exported")
+    export_pipeline(pipe, components, policy, Calibration(), tmp_path / "exported")
     folders = {path.name for path in (tmp_path / "exported").iterdir() if [*path.glob("*.safetensors")]}
     on_disk = {name: checkpoint_bytes(tmp_path / "exported" / name) for name in folders - set(components)}
     assert stored_others(pipe, components, torch.bfloat16) == on_disk

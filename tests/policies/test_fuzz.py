@@ -26,6 +26,7 @@ from bitpolicy import BitPolicyError, Policy
 from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.checkpoints.component import export_component
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.quantization import Quantization
 
 FILES, CONFIGS, POLICIES = 60, 60, 150
 SECONDS = 30
@@ -63,7 +64,7 @@ def subject(
     to_storage(model, torch.float16)
     choices = {name: Choice(choice.format) for name, choice in every_format_in_turn(model).items()}
     folder = tmp_path_factory.mktemp("fuzz") / "whole"
-    export_component(model, choices, {}, torch.float16, folder)
+    export_component(model, choices, folder, quantization=Quantization())
     return Subject(type(model), folder, file, type(model).from_pretrained(folder).state_dict())
 
 

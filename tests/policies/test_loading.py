@@ -20,10 +20,12 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.layers import PackedLayer, quantizable_layers
 from bitpolicy.policies.apply import quantized
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.checkpoint import export_diffusers_model
 from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.loading.packed_config import BitPolicyConfig
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.quantization import Quantization
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 Predict = Callable[[Any], torch.Tensor]
@@ -77,7 +79,12 @@ def test_without_a_dtype_the_model_is_in_memory_what_it_is_in_the_file(exported:
 
 
 def test_bfloat16_stays_bfloat16(exported: Any, tmp_path: Path) -> None:
-    export_diffusers_model(exported.pipe.unet, exported.choices, exported.calibration, torch.bfloat16, tmp_path)
+    export_diffusers_model(
+        exported.pipe.unet,
+        exported.choices,
+        tmp_path,
+        quantization=Quantization(calibration=exported.calibration, storage=torch.bfloat16),
+    )
     unet = load(tmp_path)
     assert_same(unet.state_dict(), load_file(tmp_path / WEIGHTS))
     assert unet.dtype == torch.bfloat16
@@ -96,7 +103,7 @@ def test_a_dtype_is_for_what_is_not_packed(exported: Any, dtype: torch.dtype) ->
 
 
 def test_it_predicts_the_bits_that_were_searched(exported: Any, predict: Predict) -> None:
-    with quantized(exported.pipe.unet, exported.choices, exported.calibration, torch.float16):
+    with quantized(exported.pipe.unet, exported.choices, quantization=Quantization(calibration=exported.calibration)):
         expected = predict(exported.pipe.unet)
     assert torch.equal(predict(load(exported.folder / "unet", torch.float32)), expected)
 
@@ -106,13 +113,13 @@ def test_it_predicts_the_bits_of_an_ordinary_model_with_these_weights(
     exported: Any, predict: Predict, dtype: torch.dtype
 ) -> None:
     ordinary = copy.deepcopy(exported.pipe.unet)
-    with quantized(exported.pipe.unet, exported.choices, exported.calibration, torch.float16):
+    with quantized(exported.pipe.unet, exported.choices, quantization=Quantization(calibration=exported.calibration)):
         ordinary.load_state_dict(exported.pipe.unet.state_dict())
     assert torch.equal(predict(load(exported.folder / "unet", dtype)), predict(ordinary.to(dtype)))
 
 
 def test_the_pipeline_draws_the_bits_that_were_searched(exported: Any, draw: Callable[[Any], torch.Tensor]) -> None:
-    with quantized(exported.pipe.unet, exported.choices, exported.calibration, torch.float16):
+    with quantized(exported.pipe.unet, exported.choices, quantization=Quantization(calibration=exported.calibration)):
         expected = draw(exported.pipe)
     assert torch.equal(draw(DiffusionPipeline.from_pretrained(exported.folder, torch_dtype=torch.float32)), expected)
     assert torch.equal(draw(load_pipeline(exported.folder, torch.float32)), expected)
@@ -141,14 +148,20 @@ def test_a_bfloat16_pipeline_stays_in_bfloat16(
 ) -> None:
     choices = {name: Choice(format_named("int4")) for name, _ in quantizable_layers(toy_pipeline.unet)}
     policy = policy_of(toy_pipeline.unet, choices, torch.bfloat16)
-    export_pipeline(toy_pipeline, ["unet"], policy, {}, tmp_path / "out", component_dtype=torch.bfloat16)
+    export_pipeline(toy_pipeline, ["unet"], policy, Calibration(), tmp_path / "out", component_dtype=torch.bfloat16)
     pipe = load_pipeline(tmp_path / "out")
     assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("most", [5_000, 50_000])
 def test_shards_load_as_one_file(exported: Any, tmp_path: Path, most: int) -> None:
-    export_diffusers_model(exported.pipe.unet, exported.choices, exported.calibration, torch.float16, tmp_path, most)
+    export_diffusers_model(
+        exported.pipe.unet,
+        exported.choices,
+        tmp_path,
+        most,
+        quantization=Quantization(calibration=exported.calibration),
+    )
     assert_same(load(tmp_path).state_dict(), load(exported.folder / "unet").state_dict())
 
 

@@ -29,9 +29,11 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.layers import PackedLayer, PackedLinear, pack_layer, quantizable_layers, unsupported_layers
 from bitpolicy.policies.apply import quantized, to_storage
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.component import export_component
 from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.target import Target
 
 ROOT = Path(__file__).parents[2]
@@ -106,7 +108,7 @@ def case(
     folder = tmp_path_factory.mktemp("operations")
     to_storage(model, torch.float16)
     choices = {name: Choice(choice.format) for name, choice in every_format_in_turn(model).items()}
-    export_component(model, choices, {}, torch.float16, folder)
+    export_component(model, choices, folder, quantization=Quantization())
     loaded = type(model).from_pretrained(folder, dtype=torch.float32)
     return Case(model, choices, policy_of(model, choices), loaded, inputs, folder)
 
@@ -147,7 +149,7 @@ def quantize(case: Case, model: Any) -> None:
         name for name, layer in model.named_modules() if isinstance(layer, PackedLayer)
     }
     unquantized = output(case.source, case.inputs)
-    with quantized(case.source, case.choices, {}, torch.float16):
+    with quantized(case.source, case.choices, quantization=Quantization()):
         expected = output(case.source, case.inputs)
     assert torch.equal(output(model, case.inputs), expected)
     assert torch.isfinite(expected).all()
@@ -198,7 +200,7 @@ def pipeline(
     to_storage(studied, torch.float16)
     choices = {name: Choice(choice.format) for name, choice in every_format_in_turn(studied).items()}
     policy = policy_of(studied, choices)
-    export_pipeline(pipe, studied.names, policy, {}, folder / "packed", component_dtype=torch.float32)
+    export_pipeline(pipe, studied.names, policy, Calibration(), folder / "packed", component_dtype=torch.float32)
     pipe.save_pretrained(folder / "full")
     return PipelineCase(toy, folder / "packed", folder / "full")
 

@@ -166,7 +166,7 @@ def test_the_calibration_is_held_beside_the_policy_and_never_in_the_file(tmp_pat
     holding = policy.with_calibration({"conv_in": torch.ones(3)})
     assert policy.calibration is None
     assert holding.calibration is not None
-    assert torch.equal(holding.calibration["conv_in"], torch.ones(3))
+    assert torch.equal(holding.calibration.input_means["conv_in"], torch.ones(3))
     assert holding.to_yaml() == policy.to_yaml()
 
 

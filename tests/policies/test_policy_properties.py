@@ -18,6 +18,7 @@ from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.checkpoints.checkpoint import write_packed
 from bitpolicy.policies.loading.packed_config import BitPolicyConfig
 from bitpolicy.policies.policy import Choice, ModelReference
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.storage.source import ModuleSource
 from bitpolicy.policies.storage.stored_tensors import stored_tensors
 from bitpolicy.policies.target import Target
@@ -82,7 +83,9 @@ def test_a_config_comes_back_as_it_was_written(wanted: dict[str, Choice]) -> Non
 def test_the_bytes_of_the_file_are_those_that_were_counted(wanted: dict[str, Choice], storage: torch.dtype) -> None:
     wanted = {name: Choice(choice.format, False, choice.quantizer) for name, choice in wanted.items()}
     with tempfile.TemporaryDirectory() as folder:
-        write_packed(MODEL, ModuleSource(MODEL), wanted, {}, storage, Path(folder), "model")
+        write_packed(
+            MODEL, ModuleSource(MODEL), wanted, Path(folder), "model", quantization=Quantization(storage=storage)
+        )
         found = stored_tensors(Path(folder).glob("*.safetensors"))
     counted = ByteAccount.of(Target({"unet": MODEL}), storage).total(
         {name: choice.format for name, choice in wanted.items()}

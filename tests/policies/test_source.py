@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.policies.calibration import load_calibration
 from bitpolicy.policies.identity import weights_hash
 from bitpolicy.policies.storage import file_source as module
+from bitpolicy.policies.storage.calibration_file import load_calibration
 from bitpolicy.policies.storage.file_source import FileSource
 from bitpolicy.policies.storage.source import ModuleSource, Unchanged, joined, source_hash, source_hashes
 from bitpolicy.policies.storage.source_converted import converted
 from bitpolicy.policies.storage.stored_tensors import stored_tensors
 from bitpolicy.policies.target import Target
-from bitpolicy.sensitivity.table import SensitivityTable
+from bitpolicy.sensitivity.table_files import read_table
 
 TENSORS = {"b.x": torch.arange(6.0).reshape(2, 3), "a": torch.tensor(3), "c": torch.randn(4, 2).bfloat16()}
 
@@ -138,7 +138,7 @@ def test_a_file_without_permission_is_not_called_missing(forbidden: Path) -> Non
     with pytest.raises(BitPolicyError, match="Permission denied") as stored:
         stored_tensors([forbidden])
     with pytest.raises(BitPolicyError, match="Permission denied") as table:
-        SensitivityTable.load(forbidden)
+        read_table(forbidden)
     for error in (found, calibration, stored, table):
         assert "No such file" not in str(error.value)
 

@@ -15,6 +15,7 @@ from toy_pipelines import TOYS
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.apply import to_storage
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.folder_parts import FolderParts, is_streamable
 from bitpolicy.policies.checkpoints.parts import MemoryParts, Parts
 from bitpolicy.policies.checkpoints.pipeline import export_parts
@@ -65,8 +66,8 @@ def test_text_encoders_are_streamed_as_they_are_written_from_memory(
     assert {parameter.device.type for parameter in streamed.target.parameters()} == {"meta"}
     assert names_of(streamed) == names_of(memory)
     assert source_hashes(streamed.sources, F16) == policy.model.hashes
-    export_parts(memory, policy, {}, tmp_path / "from memory")
-    export_parts(streamed, policy, {}, tmp_path / "streamed")
+    export_parts(memory, policy, Calibration(), tmp_path / "from memory")
+    export_parts(streamed, policy, Calibration(), tmp_path / "streamed")
     differ = differing(tmp_path / "from memory", tmp_path / "streamed")
     assert [name for name in differ if "tokenizer" not in name and name != "bitpolicy.json"] == []  # which lists them
 

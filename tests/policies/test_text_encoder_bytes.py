@@ -18,6 +18,7 @@ from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.checkpoints.component import export_component
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.target import Target
 
 
@@ -58,7 +59,7 @@ def test_packed_it_has_the_bytes_that_are_written(model: Any, name: str, tmp_pat
     layers = {layer: format_named(name) for layer, _ in quantizable_layers(model)}
     account = ByteAccount.of(Target({"unet": model}), torch.float16)
     choices = {layer: Choice(format) for layer, format in layers.items()}
-    written = export_component(model, choices, {}, torch.float16, tmp_path)
+    written = export_component(model, choices, tmp_path, quantization=Quantization())
     assert account.total(layers) == written == tensor_bytes(tmp_path)
     assert account.total(layers) < account.reference
 

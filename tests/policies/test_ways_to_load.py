@@ -33,6 +33,7 @@ from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.apply import quantized, to_storage
 from bitpolicy.policies.checkpoints.component import export_component
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.target import Target
 
 Predict = Callable[[Any], torch.Tensor]
@@ -155,8 +156,8 @@ every_encoder = pytest.mark.parametrize("kind", ENCODERS, ids=lambda kind: kind.
 def test_text_encoders(choose: Any, tmp_path: Path, kind: type, shards: int, dtype: Any) -> None:
     model = encoder(kind)
     choices = choose(model)
-    nbytes = export_component(model, choices, {}, torch.float16, tmp_path / "packed", shards)
-    with quantized(model, choices, {}, torch.float16):
+    nbytes = export_component(model, choices, tmp_path / "packed", shards, quantization=Quantization())
+    with quantized(model, choices, quantization=Quantization()):
         model.save_pretrained(tmp_path / "plain")
     files = sorted((tmp_path / "packed").glob("*.safetensors"))
     assert (len(files) > 1) == (shards == 2_000)
@@ -174,7 +175,7 @@ def test_text_encoders(choose: Any, tmp_path: Path, kind: type, shards: int, dty
 @every_encoder
 def test_text_encoders_are_saved_again_byte_for_byte(choose: Any, tmp_path: Path, kind: type) -> None:
     model = encoder(kind)
-    export_component(model, choose(model), {}, torch.float16, tmp_path / "packed")
+    export_component(model, choose(model), tmp_path / "packed", quantization=Quantization())
     for dtype in ("auto", torch.float32):
         kind.from_pretrained(tmp_path / "packed", dtype=dtype).save_pretrained(tmp_path / "again")
         found, expected = ((tmp_path / f / "model.safetensors").read_bytes() for f in ("again", "packed"))
@@ -190,7 +191,7 @@ def test_text_encoders_are_saved_again_byte_for_byte(choose: Any, tmp_path: Path
 @every_encoder
 def test_text_encoders_move_cast_and_unpack(choose: Any, tmp_path: Path, kind: type) -> None:
     model = encoder(kind)
-    export_component(model, choose(model), {}, torch.float16, tmp_path)
+    export_component(model, choose(model), tmp_path, quantization=Quantization())
     found = kind.from_pretrained(tmp_path, dtype=torch.float32)
     expected = encode(found)
     for changed in (found.half(), found.to(torch.bfloat16), found.float()):
@@ -206,7 +207,7 @@ def test_text_encoders_move_cast_and_unpack(choose: Any, tmp_path: Path, kind: t
 
 def test_an_automatic_class_of_transformers(choose: Any, tmp_path: Path) -> None:
     model = encoder(CLIPTextModel)
-    export_component(model, choose(model), {}, torch.float16, tmp_path)
+    export_component(model, choose(model), tmp_path, quantization=Quantization())
     found = TransformersAutoModel.from_pretrained(tmp_path, dtype=torch.float32)
     assert packed(found)
     assert torch.equal(encode(found), encode(CLIPTextModel.from_pretrained(tmp_path, dtype=torch.float32)))
@@ -221,21 +222,21 @@ def test_a_weight_that_two_layers_share_is_not_packed(tmp_path: Path) -> None:
     assert "lm_head" not in choices
     choices["lm_head"] = Choice(format_named("int4"))
     with pytest.raises(BitPolicyError, match="is the weight of another layer, too, and cannot be packed; give it fp16"):
-        export_component(model, choices, {}, torch.float16, tmp_path)
+        export_component(model, choices, tmp_path, quantization=Quantization())
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
 def test_an_autoencoder(choose: Any, tmp_path: Path, dtype: torch.dtype | None) -> None:
     vae = TOYS["StableDiffusionPipeline"].new().vae
     choices = choose(vae)
-    nbytes = export_component(vae, choices, {}, torch.float16, tmp_path / "vae")
+    nbytes = export_component(vae, choices, tmp_path / "vae", quantization=Quantization())
     formats = {name: choice.format for name, choice in choices.items()}
     assert nbytes == ByteAccount.of(Target({"unet": vae}), torch.float16).total(formats)
     found = AutoencoderKL.from_pretrained(tmp_path / "vae", dtype=dtype)
     assert packed(found)
     pixels = torch.linspace(-1, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
     if dtype is torch.float32:
-        with torch.no_grad(), quantized(vae, choices, {}, torch.float16):
+        with torch.no_grad(), quantized(vae, choices, quantization=Quantization()):
             expected = vae(pixels).sample
         with torch.no_grad():
             assert torch.equal(found(pixels).sample, expected)
@@ -255,15 +256,15 @@ def test_a_pipeline_with_every_component_packed(
     for name in names:
         for file in (tmp_path / name).iterdir():
             file.unlink()
-        export_component(getattr(pipe, name), choices[name], {}, torch.float16, tmp_path / name)
+        export_component(getattr(pipe, name), choices[name], tmp_path / name, quantization=Quantization())
     found = DiffusionPipeline.from_pretrained(tmp_path, dtype=dtype)
     assert {name: packed(getattr(found, name)) for name in names} == dict.fromkeys(names, True)
     assert {getattr(found, name).dtype for name in names} == {dtype or torch.float16}
     if dtype is torch.float32:
         with (
-            quantized(pipe.unet, choices["unet"], {}, torch.float16),
-            quantized(pipe.vae, choices["vae"], {}, torch.float16),
-            quantized(pipe.text_encoder, choices["text_encoder"], {}, torch.float16),
+            quantized(pipe.unet, choices["unet"], quantization=Quantization()),
+            quantized(pipe.vae, choices["vae"], quantization=Quantization()),
+            quantized(pipe.text_encoder, choices["text_encoder"], quantization=Quantization()),
         ):
             expected = draw(pipe)
         assert torch.equal(draw(found), expected)

@@ -19,11 +19,13 @@ from bitpolicy import BitPolicyConfig, Policy
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.layers import PackedLayer, quantizable_layers
 from bitpolicy.policies.apply import to_storage
-from bitpolicy.policies.calibration import calibration_hash, save_calibration
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.component import export_component
 from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.identity import weights_hash
 from bitpolicy.policies.policy import Choice, ModelReference, Rule
+from bitpolicy.policies.quantization import Quantization
+from bitpolicy.policies.storage.calibration_file import save_calibration
 from bitpolicy.policies.target import Target
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -52,7 +54,7 @@ def unrounded(new_toy_pipeline: Callable[[], Any], tmp_path_factory: pytest.Temp
 def policy_file(exported: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("policy")
     save_calibration(exported.calibration, folder / "calibration.safetensors")
-    about = exported.policy.provenance | {"calibration": calibration_hash(exported.calibration)}
+    about = exported.policy.provenance | {"calibration": exported.calibration.sha256}
     exported.policy.model_copy(update={"provenance": about}).save(folder / "policy.yaml")
     return folder / "policy.yaml"
 
@@ -226,7 +228,9 @@ def test_a_text_encoder_is_packed_as_it_would_be_exported(
         id="toy", component="text_encoder", class_name=kind.__name__, sha256=weights_hash(model, storage)
     )
     policy = Policy.of(choices, model=about).with_calibration(means)
-    export_component(model, choices, means, storage, tmp_path / "packed")
+    export_component(
+        model, choices, tmp_path / "packed", quantization=Quantization(calibration=Calibration(means), storage=storage)
+    )
 
     found = kind.from_pretrained(tmp_path / "full", dtype=dtype, quantization_config=BitPolicyConfig(policy=policy))
     expected = kind.from_pretrained(tmp_path / "packed", dtype=torch.float32 if dtype == "auto" else dtype)

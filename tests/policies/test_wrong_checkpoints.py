@@ -21,6 +21,7 @@ from bitpolicy import BitPolicyConfig, BitPolicyError, load_pipeline
 from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.checkpoints.component import export_component
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.storage.stored_tensors import stored_tensors
 
 UNET, TEXT = "diffusion_pytorch_model.safetensors", "model.safetensors"
@@ -35,7 +36,7 @@ def text_encoder(
     to_storage(model, torch.float16)
     choices = {name: Choice(choice.format) for name, choice in every_format_in_turn(model).items()}
     folder = tmp_path_factory.mktemp("text") / "text_encoder"
-    export_component(model, choices, {}, torch.float16, folder)
+    export_component(model, choices, folder, quantization=Quantization())
     return folder
 
 

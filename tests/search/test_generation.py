@@ -12,7 +12,9 @@ from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import pack, quantized, to_storage
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.search.generation import Generations
 from bitpolicy.sensitivity.samples import split_samples
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
@@ -42,7 +44,7 @@ def calibration(pipe: Any) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def generations(trajectories: Trajectories, calibration: dict[str, torch.Tensor]) -> Generations:
-    return Generations(trajectories, calibration, torch.float16)
+    return Generations(trajectories, quantization=Quantization(calibration=Calibration(calibration)))
 
 
 @pytest.fixture
@@ -69,7 +71,7 @@ def test_images_are_those_of_the_packed_model(
     found = generations.images(choices, SAMPLES)
     other = new_toy_pipeline()
     to_storage(other.unet, torch.float16)
-    pack(other.unet, choices, calibration, torch.float16)
+    pack(other.unet, choices, quantization=Quantization(calibration=Calibration(calibration)))
     expected = [image for image, _ in Trajectories(other, ["unet"], {"num_inference_steps": 2}).images(SAMPLES)]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert not torch.equal(found[0], generations.references(SAMPLES)[0])
@@ -82,8 +84,12 @@ def test_under_int8_compute_images_are_those_of_layers_that_round_their_inputs(
     calibration: dict[str, torch.Tensor],
     pipe: Any,
 ) -> None:
-    found = Generations(trajectories, calibration, torch.float16, Compute.INT8).images(choices, SAMPLES[:2])
-    with quantized(pipe.unet, choices, calibration, torch.float16, Compute.INT8):
+    found = Generations(
+        trajectories, quantization=Quantization(calibration=Calibration(calibration), compute=Compute.INT8)
+    ).images(choices, SAMPLES[:2])
+    with quantized(
+        pipe.unet, choices, quantization=Quantization(calibration=Calibration(calibration), compute=Compute.INT8)
+    ):
         expected = [image for image, _ in trajectories.images(SAMPLES[:2])]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert not torch.equal(found[0], generations.images(choices, SAMPLES[:2])[0])

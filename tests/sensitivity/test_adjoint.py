@@ -18,16 +18,18 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.layers import quantizable_layers
-from bitpolicy.sensitivity.probes.adjoint import AdjointProbe
+from bitpolicy.policies.calibration import Calibration
+from bitpolicy.policies.quantization import Quantization
+from bitpolicy.sensitivity.probes.adjoint import AdjointSketches
 from bitpolicy.sensitivity.probes.directions import Random, Shared, Signal
 from bitpolicy.sensitivity.probes.sketch import Sketch
 from bitpolicy.sensitivity.rounding.candidates import candidates
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
-Calibration = dict[str, torch.Tensor]
+Means = dict[str, torch.Tensor]
 NewTrajectories = Callable[..., Trajectories]
-NewCalibration = Callable[[torch.nn.Module], Calibration]
+NewCalibration = Callable[[torch.nn.Module], Means]
 Nudges = Mapping[str, torch.Tensor]
 SAMPLE, SEED = Sample("a red heart", 11), 4
 ONE_OF_EACH_ROLE = (
@@ -54,8 +56,12 @@ LOOPS = {  # scheduler, guidance, size of the step, accuracy: Euler and DPM++ ro
 }
 
 
-def sketches(trajectories: Trajectories, nudge: Any, calibration: Calibration, *seeds: int) -> list[Sketch]:
-    probe = AdjointProbe(trajectories, candidates([nudge]), calibration, torch.float32)
+def sketches(trajectories: Trajectories, nudge: Any, calibration: Means, *seeds: int) -> list[Sketch]:
+    probe = AdjointSketches(
+        trajectories,
+        candidates([nudge]),
+        quantization=Quantization(calibration=Calibration(calibration), storage=torch.float32),
+    )
     return list(probe.sketches(SAMPLE, [Random(seed) for seed in seeds or (SEED,)]))
 
 
@@ -67,7 +73,7 @@ def weight_nudge(trajectories: Trajectories, nudge: Any, name: str) -> dict[str,
     return {f"{name}.weight": nudge.delta(trajectories.pipe.unet.get_parameter(f"{name}.weight").shape)}
 
 
-def bias_nudge(trajectories: Trajectories, nudge: Any, name: str, calibration: Calibration) -> dict[str, torch.Tensor]:
+def bias_nudge(trajectories: Trajectories, nudge: Any, name: str, calibration: Means) -> dict[str, torch.Tensor]:
     """-D E[x], the sum over everything but the output; nothing for a layer without a bias."""
     if trajectories.pipe.unet.get_submodule(name).bias is None:
         return {}
@@ -210,13 +216,13 @@ def test_several_formats_in_one_pass_are_the_passes_of_each(
     trajectories = new_trajectories()
     calibration = random_calibration(trajectories.target)
     formats = [format_named("int4"), nudge, format_named("int8")]
-    (together,) = AdjointProbe(trajectories, candidates(formats), calibration, torch.float16).sketches(
-        SAMPLE, [Random(SEED)]
-    )
+    (together,) = AdjointSketches(
+        trajectories, candidates(formats), quantization=Quantization(calibration=Calibration(calibration))
+    ).sketches(SAMPLE, [Random(SEED)])
     for column, format in enumerate(formats):
-        (alone,) = AdjointProbe(trajectories, candidates([format]), calibration, torch.float16).sketches(
-            SAMPLE, [Random(SEED)]
-        )
+        (alone,) = AdjointSketches(
+            trajectories, candidates([format]), quantization=Quantization(calibration=Calibration(calibration))
+        ).sketches(SAMPLE, [Random(SEED)])
         torch.testing.assert_close(together.weight[..., column], alone.weight[..., 0], rtol=1e-3, atol=1e-6)
         torch.testing.assert_close(together.bias[..., column], alone.bias[..., 0], rtol=1e-3, atol=1e-6)
 
@@ -240,9 +246,12 @@ def test_recomputing_inside_the_denoiser_changes_nothing(
     trajectories = new_trajectories(dtype=torch.float64)
     calibration = random_calibration(trajectories.target)
     (expected,) = sketches(trajectories, nudge, calibration)
-    (found,) = AdjointProbe(trajectories, candidates([nudge]), calibration, torch.float32, True).sketches(
-        SAMPLE, [Random(SEED)]
-    )
+    (found,) = AdjointSketches(
+        trajectories,
+        candidates([nudge]),
+        recompute_inside=True,
+        quantization=Quantization(calibration=Calibration(calibration), storage=torch.float32),
+    ).sketches(SAMPLE, [Random(SEED)])
     torch.testing.assert_close(found.weight, expected.weight)
     assert not trajectories.pipe.unet.is_gradient_checkpointing  # type: ignore[union-attr]
 
@@ -329,7 +338,13 @@ def test_a_reader_that_stops_early_leaves_no_trace(
     new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration
 ) -> None:
     trajectories = new_trajectories()
-    probe = AdjointProbe(trajectories, candidates([nudge]), random_calibration(trajectories.target), torch.float32)
+    probe = AdjointSketches(
+        trajectories,
+        candidates([nudge]),
+        quantization=Quantization(
+            calibration=Calibration(random_calibration(trajectories.target)), storage=torch.float32
+        ),
+    )
     with leaving_no_trace(trajectories):
         passes = probe.sketches(SAMPLE, [Random(0), Random(1), Shared(0), Signal()])
         next(passes)

@@ -12,9 +12,10 @@ import torch
 from bitpolicy.kernels.formats.named import parse_formats
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import quantize_layer
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import inventory
-from bitpolicy.sensitivity.probes.probe import ProbeRun, ProbeSettings
+from bitpolicy.sensitivity.probes.run import ProbeRun, ProbeSettings
 from bitpolicy.sensitivity.samples import split_samples
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
@@ -62,7 +63,12 @@ def test_what_cannot_be_corrected_is_scored_as_it_is_and_said(
     layers = dict(quantizable_layers(wild.target))
     for i, name in enumerate(table.layers):
         for format in table.formats:
-            stored = quantize_layer(name, layers[name], table.choice(i, format), reference.calibration, torch.float16)
+            stored = quantize_layer(
+                name,
+                layers[name],
+                table.choice(i, format),
+                quantization=Quantization(calibration=reference.calibration),
+            )
             assert not stored.left_as_it_was
             assert stored.bias is None or torch.isfinite(stored.bias).all(), name
     place = table.layers.index(WILD), 0

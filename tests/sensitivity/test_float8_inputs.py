@@ -10,9 +10,10 @@ from bitpolicy.kernels.formats.named import FP8, format_named
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.policy import Choice
-from bitpolicy.sensitivity.probes.ablation import References, ablate
-from bitpolicy.sensitivity.probes.adjoint import AdjointProbe
+from bitpolicy.policies.quantization import Quantization
+from bitpolicy.sensitivity.probes.adjoint import AdjointSketches
 from bitpolicy.sensitivity.probes.directions import Random
+from bitpolicy.sensitivity.probes.measurement import References, ablate
 from bitpolicy.sensitivity.rounding.candidates import candidates
 from bitpolicy.sensitivity.samples import split_samples
 from bitpolicy.sensitivity.table import SensitivityTable
@@ -32,7 +33,7 @@ def test_only_fp8_has_a_part_of_the_inputs(new_trajectories: NewTrajectories) ->
     trajectories = new_trajectories()
 
     def of_inputs(*formats: object) -> torch.Tensor | None:
-        probe = AdjointProbe(trajectories, candidates(formats), {}, torch.float16, compute=Compute.FP8)
+        probe = AdjointSketches(trajectories, candidates(formats), quantization=Quantization(compute=Compute.FP8))
         (found,) = probe.sketches(SAMPLES[0], [Random(4)])
         return found.inputs
 
@@ -50,13 +51,15 @@ def test_they_make_as_much_of_the_error_as_they_do_in_truth(new_trajectories: Ne
     trajectories = new_trajectories(num_inference_steps=2, guidance_scale=1.0)
     names = [name for name, _ in quantizable_layers(trajectories.target)]
     power = ReferencePass.of(trajectories, SAMPLES).latent_power
-    probe = AdjointProbe(trajectories, candidates([FP8]), {}, torch.float16, compute=Compute.FP8)
+    probe = AdjointSketches(trajectories, candidates([FP8]), quantization=Quantization(compute=Compute.FP8))
     sketches = [s for sample in SAMPLES for s in probe.sketches(sample, [Random(k) for k in range(16)])]
     table = SensitivityTable.from_sketches(names, candidates([FP8]), sketches, power)
     references = References.of(trajectories, SAMPLES, images=False)
 
     def measured(name: str, compute: Compute) -> float:
-        found = ablate(trajectories, {name: Choice(FP8)}, {}, torch.float16, SAMPLES, references, compute)
+        found = ablate(
+            trajectories, {name: Choice(FP8)}, SAMPLES, references, quantization=Quantization(compute=compute)
+        )
         return float(found.power.mean()) / power
 
     truth = torch.tensor([measured(name, Compute.FP8) for name in SOME])

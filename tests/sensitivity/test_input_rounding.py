@@ -23,16 +23,18 @@ from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.kernels.quantizers.bias_correction import bias_shift
 from bitpolicy.policies.apply import to_storage
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.rounded_layers import seen_input
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import inventory
-from bitpolicy.sensitivity.probes.ablation import References, ablate
-from bitpolicy.sensitivity.probes.adjoint import AdjointProbe
+from bitpolicy.sensitivity.probes.adjoint import AdjointSketches
 from bitpolicy.sensitivity.probes.directions import Random, stream
-from bitpolicy.sensitivity.probes.probe import ProbeRun, ProbeSettings
+from bitpolicy.sensitivity.probes.measurement import References, ablate
+from bitpolicy.sensitivity.probes.run import ProbeRun, ProbeSettings
 from bitpolicy.sensitivity.probes.sketch import Sketch
-from bitpolicy.sensitivity.probes.stepwise import StepwiseProbe
+from bitpolicy.sensitivity.probes.stepwise import LocalSketches
 from bitpolicy.sensitivity.probes.weight_changes import WeightChanges
 from bitpolicy.sensitivity.rounding.candidates import candidates
 from bitpolicy.sensitivity.samples import Sample, split_samples
@@ -50,8 +52,13 @@ OTHERS = ("time_embedding.linear_2", "mid_block.resnets.0.time_emb_proj", "up_bl
 
 
 def sketch(trajectories: Trajectories, *formats: Any, inside: bool = False) -> Sketch:
-    about = (candidates(formats or [INT4]), {}, torch.float16, inside, Compute.INT8)
-    (found,) = AdjointProbe(trajectories, *about).sketches(SAMPLE, [Random(SEED)])
+    probe = AdjointSketches(
+        trajectories,
+        candidates(formats or [INT4]),
+        recompute_inside=inside,
+        quantization=Quantization(compute=Compute.INT8),
+    )
+    (found,) = probe.sketches(SAMPLE, [Random(SEED)])
     return found
 
 
@@ -152,7 +159,7 @@ def test_short_rows_have_no_inputs_to_round_and_exact_compute_has_none_at_all(
     short = torch.tensor([layer.weight[0].numel() < 32 for _, layer in quantizable_layers(trajectories.target)])
     assert 0 < int(short.sum()) < len(short)
     assert torch.equal(of_inputs(sketch(trajectories)).abs().sum(0) == 0, short)
-    exact = AdjointProbe(trajectories, candidates([INT4]), {}, torch.float16)
+    exact = AdjointSketches(trajectories, candidates([INT4]), quantization=Quantization())
     (without,) = exact.sketches(SAMPLE, [Random(SEED)])
     assert without.inputs is None
     assert torch.equal(without.plain, without.weight)
@@ -177,7 +184,11 @@ def test_the_weight_part_is_of_the_weight_that_is_multiplied_and_the_bias_part_o
     layer = nn.Linear(shape[1], shape[0]) if len(shape) == 2 else nn.Conv2d(shape[1], shape[0], 3)
     to_storage(layer, torch.float16)
     mean, gradient = torch.randn(shape[1:]), torch.randn(shape)
-    changes = WeightChanges({"layer": layer}, candidates([INT4]), {"layer": mean}, torch.float16, Compute.INT8)
+    changes = WeightChanges(
+        {"layer": layer},
+        candidates([INT4]),
+        quantization=Quantization(calibration=Calibration({"layer": mean}), compute=Compute.INT8),
+    )
     stored = INT4.dequantize(INT4.quantize(layer.weight.detach()), shape, torch.float32)
     step = (stored.flatten(1).abs().amax(1) / 127).view(-1, *[1] * (len(shape) - 1))
     multiplied = stored if stored[0].numel() < 32 else (stored / step).round() * step
@@ -218,7 +229,7 @@ def test_a_gradient_that_overflows_at_an_input_is_seen(
 
 def test_a_stepwise_sketch_is_what_finite_differences_of_each_call_find(new_trajectories: NewTrajectories) -> None:
     trajectories = new_trajectories(dtype=torch.float64)
-    probe = StepwiseProbe(trajectories, candidates([INT4]), {}, torch.float16, Compute.INT8)
+    probe = LocalSketches(trajectories, candidates([INT4]), quantization=Quantization(compute=Compute.INT8))
     (found,) = probe.sketches(SAMPLE, [SEED])
     assert of_inputs(found.sketch).shape == found.sketch.weight.shape[:2] == (3, 83)
     denoiser: Any = trajectories.pipe.unet
@@ -243,11 +254,15 @@ def test_a_stepwise_sketch_is_what_finite_differences_of_each_call_find(new_traj
 def test_a_pass_leaves_no_hooks(new_trajectories: NewTrajectories) -> None:
     trajectories = new_trajectories()
     before = next(trajectories.latents([SAMPLE]))
-    probe = AdjointProbe(trajectories, candidates([INT4]), {}, torch.float16, compute=Compute.INT8)
+    probe = AdjointSketches(trajectories, candidates([INT4]), quantization=Quantization(compute=Compute.INT8))
     passes = probe.sketches(SAMPLE, [Random(0), Random(1)])
     next(passes)
     passes.close()  # type: ignore[attr-defined]
-    list(StepwiseProbe(trajectories, candidates([INT4]), {}, torch.float16, Compute.INT8).sketches(SAMPLE, [0]))
+    list(
+        LocalSketches(trajectories, candidates([INT4]), quantization=Quantization(compute=Compute.INT8)).sketches(
+            SAMPLE, [0]
+        )
+    )
     assert not any(layer._forward_pre_hooks for _, layer in quantizable_layers(trajectories.target))
     assert torch.equal(next(trajectories.latents([SAMPLE])), before)
 
@@ -309,18 +324,16 @@ def test_a_layer_whose_inputs_hurt_more_than_its_weight_is_seen(new_trajectories
     reference = ReferencePass.of(trajectories, SAMPLES[:2])
     errors = {}
     for compute in (Compute.EXACT, Compute.INT8):
-        probe = AdjointProbe(trajectories, candidates([INT8]), {}, torch.float16, compute=compute)
+        probe = AdjointSketches(trajectories, candidates([INT8]), quantization=Quantization(compute=compute))
         found = [s for sample in SAMPLES[:2] for s in probe.sketches(sample, [Random(k) for k in range(12)])]
         names = names_of(trajectories)
         table = SensitivityTable.from_sketches(names, candidates([INT8]), found, reference.latent_power)
         measured = ablate(
             trajectories,
             {name: Choice(INT8)},
-            {},
-            torch.float16,
             SAMPLES[:2],
             References.of(trajectories, SAMPLES[:2], images=False),
-            compute,
+            quantization=Quantization(compute=compute),
         )
         errors[compute] = (table.error[names.index(name), 0], measured.power.mean() / reference.latent_power)
     for predicted, truth in errors.values():
@@ -337,7 +350,7 @@ def test_what_is_outside_the_loop_is_scored_like_the_rest(new_toy_pipeline: Call
     )
     samples = SAMPLES[:2]
     power = ReferencePass.of(trajectories, samples).latent_power
-    probe = AdjointProbe(trajectories, candidates([INT8]), {}, torch.float16, compute=Compute.INT8)
+    probe = AdjointSketches(trajectories, candidates([INT8]), quantization=Quantization(compute=Compute.INT8))
     sketches = [s for sample in samples for s in probe.sketches(sample, [Random(k) for k in range(12)])]
     table = SensitivityTable.from_sketches(names_of(trajectories), candidates([INT8]), sketches, power)
     owners = trajectories.outside_layers
@@ -348,8 +361,11 @@ def test_what_is_outside_the_loop_is_scored_like_the_rest(new_toy_pipeline: Call
     assert not outside[1:].any()
     kept = kept[::2]  # what follows draws anew for each
     references = References.of(trajectories, samples, images=False)
-    about = ({}, torch.float16, samples, references, Compute.INT8)
-    truth = [float(ablate(trajectories, {table.layers[i]: Choice(INT8)}, *about).power.mean()) / power for i in kept]
+    truth = []
+    for i in kept:
+        choices = {table.layers[i]: Choice(INT8)}
+        found = ablate(trajectories, choices, samples, references, quantization=Quantization(compute=Compute.INT8))
+        truth.append(float(found.power.mean()) / power)
     assert spearmanr(table.error[kept, 0], truth).statistic > 0.9
     assert 0.7 < float((table.error[kept, 0] / torch.tensor(truth)).median()) < 1.4
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from diffusers import (
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
@@ -29,6 +28,7 @@ from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import pack
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.target import Target
 from bitpolicy.sensitivity.inventory import Layer, inventory, warn_of_unsupported
 
@@ -537,13 +537,13 @@ def test_a_unet_that_scales_and_resamples_in_its_residual_blocks_has_no_other_la
 
 def test_a_packed_model_is_refused(toy_unet: Any) -> None:
     names = [name for name, _ in quantizable_layers(toy_unet)]
-    pack(toy_unet, dict.fromkeys(names, Choice(format_named("int8"))), {}, torch.float16)
+    pack(toy_unet, dict.fromkeys(names, Choice(format_named("int8"))), quantization=Quantization())
     with pytest.raises(BitPolicyError, match="packed already"):
         inventory(Target({"unet": toy_unet}))
 
 
 def test_a_model_packed_in_part_is_refused(toy_unet: Any) -> None:
-    pack(toy_unet, {"conv_in": Choice(format_named("int8"))}, {}, torch.float16)
+    pack(toy_unet, {"conv_in": Choice(format_named("int8"))}, quantization=Quantization())
     with pytest.raises(BitPolicyError, match="packed already"):
         inventory(Target({"text_encoder": nn.Linear(2, 2), "unet": toy_unet}))
 

@@ -22,6 +22,7 @@ from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.pipelines.loading import BUNDLED_FOLDER, open_pipeline
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.apply import to_storage
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.components import to_text
 from bitpolicy.policies.footprint import loaded_bytes, measured_peak
@@ -211,7 +212,7 @@ def reloaded(pipe: Any, target: Target, formats: Mapping[str, Format], folder: P
     component = to_text(target)
     model = ModelReference(id="toy", component=component, class_name=component, sha256=component)  # an entry for each
     policy = Policy.of({name: Choice(format) for name, format in formats.items()}, model=model)
-    export_pipeline(pipe, target.names, policy, {}, folder / "exported")
+    export_pipeline(pipe, target.names, policy, Calibration(), folder / "exported")
     loaded = open_pipeline(folder / "exported", torch.float32)
     loaded.set_progress_bar_config(disable=True)
     return loaded

@@ -16,12 +16,14 @@ from scipy.stats import spearmanr
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import FP16, format_named, parse_formats
 from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import Layer, inventory
-from bitpolicy.sensitivity.probes.ablation import References, ablate
-from bitpolicy.sensitivity.probes.probe import ProbeRun, ProbeSettings
-from bitpolicy.sensitivity.probes.weight_error import weight_errors
+from bitpolicy.sensitivity.probes.measurement import References, ablate
+from bitpolicy.sensitivity.probes.run import ProbeRun, ProbeSettings
+from bitpolicy.sensitivity.probes.weight import weight_errors
 from bitpolicy.sensitivity.records import Records
 from bitpolicy.sensitivity.rounding.candidates import candidates
 from bitpolicy.sensitivity.samples import Sample, split_samples
@@ -127,7 +129,7 @@ def test_the_predicted_error_of_a_policy_is_near_the_measured_one(
 
 
 def test_weight_errors_are_what_the_formula_says(toy_unet: Any) -> None:
-    found = weight_errors(toy_unet, candidates([INT4, INT8]), torch.float16, {})
+    found = weight_errors(toy_unet, candidates([INT4, INT8]), quantization=Quantization())
     for row, (_, layer) in enumerate(quantizable_layers(toy_unet)):
         weight = layer.weight.detach().half()
         for column, format in enumerate((INT4, INT8)):
@@ -138,7 +140,7 @@ def test_weight_errors_are_what_the_formula_says(toy_unet: Any) -> None:
 
 def test_a_weight_of_zeros_has_no_weight_error(toy_unet: Any) -> None:
     toy_unet.conv_in.weight.data.zero_()
-    assert weight_errors(toy_unet, candidates([INT4, INT8]), torch.float16, {})[0].tolist() == [0.0, 0.0]
+    assert weight_errors(toy_unet, candidates([INT4, INT8]), quantization=Quantization())[0].tolist() == [0.0, 0.0]
 
 
 # The ablation probe
@@ -170,7 +172,9 @@ def test_ablation_is_the_run_with_that_layer_alone_quantized(new_trajectories: N
     reference = References.of(trajectories, SAMPLES, images=False)
     for format, correct in itertools.product((INT4, INT8), (False, True)):
         choices = {name: Choice(format, correct)}
-        found = ablate(trajectories, choices, {name: patch}, torch.float16, SAMPLES, reference)
+        found = ablate(
+            trajectories, choices, SAMPLES, reference, quantization=Quantization(calibration=Calibration({name: patch}))
+        )
         errors = (one_layer_by_hand(trajectories, layer, format, patch, correct) - reference.latents).double()
         expected = errors.square().flatten(1).sum(1)
         torch.testing.assert_close(found.power, expected, rtol=1e-3, atol=0)

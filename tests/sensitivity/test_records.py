@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bitpolicy.sensitivity.records import Records, settings_key
-from bitpolicy.sensitivity.rounding.kept_calibration import is_whole
+from bitpolicy.sensitivity.rounding.kept_rounding import is_whole
 
 PIECE = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.tensor([1, 2])}
 

@@ -54,7 +54,7 @@ def caught_means(trajectories: Trajectories, samples: list[Any]) -> dict[str, to
 )
 def test_the_mean_inputs_are_those_of_every_patch_that_was_met(new_trajectories: NewTrajectories, count: int) -> None:
     samples = split_samples(["cat", "a red heart", "pizza"], count, seed=0)
-    found = ReferencePass.of(new_trajectories(), samples).calibration
+    found = ReferencePass.of(new_trajectories(), samples).calibration.input_means
     expected = caught_means(new_trajectories(), samples)
     assert set(found) == set(expected) == {name for name, _ in quantizable_layers(new_trajectories().target)}
     for name, patch in found.items():

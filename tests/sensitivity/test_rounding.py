@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import format_named, parse_formats
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.kernels.quantizers.bias_correction import bias_shift
@@ -18,17 +19,17 @@ from bitpolicy.kernels.quantizers.gptq import Curvature, gptq
 from bitpolicy.kernels.quantizers.named import QUANTIZERS, quantize_data_free
 from bitpolicy.kernels.quantizers.range_search import mse
 from bitpolicy.policies.apply import quantize_layer, quantized, stored_weight
-from bitpolicy.policies.calibration import rounded_key
+from bitpolicy.policies.calibration import Calibration, RoundedKey, RoundedWeights
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import inventory
-from bitpolicy.sensitivity.probes import probe
-from bitpolicy.sensitivity.probes.probe import ProbeRun, ProbeSettings
+from bitpolicy.sensitivity.probes.run import ProbeRun, ProbeSettings
 from bitpolicy.sensitivity.probes.weight_changes import WeightChanges
 from bitpolicy.sensitivity.rounding import hessians, rounding, rounding_pass
 from bitpolicy.sensitivity.rounding.candidates import Candidate, candidates
 from bitpolicy.sensitivity.rounding.hessians import Moments, measure_moments
-from bitpolicy.sensitivity.rounding.kept_calibration import write_rounded
+from bitpolicy.sensitivity.rounding.kept_rounding import write_rounded
 from bitpolicy.sensitivity.rounding.rounding import announced, needs_hessian, parts, rounded
 from bitpolicy.sensitivity.samples import split_samples
 from bitpolicy.sensitivity.trajectory import scaled_backward
@@ -50,10 +51,10 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> b
     )
 
 
-def of(found: Mapping[str, torch.Tensor], name: str, candidate: Candidate) -> dict[str, torch.Tensor]:
+def of(found: RoundedWeights, name: str, candidate: Candidate) -> dict[str, torch.Tensor]:
     """What was rounded for one candidate, by suffix."""
-    prefix = rounded_key(name, Choice(candidate.format, quantizer=candidate.quantizer), "")
-    return {key.removeprefix(prefix): found[key] for key in found if key.startswith(prefix)}
+    rounding = (name, candidate.format.name, candidate.quantizer)
+    return {key.suffix: found[key] for key in found if key[:3] == rounding}
 
 
 def moments(length: int, seed: int = 0) -> Moments:
@@ -133,7 +134,12 @@ def test_without_moments_the_search_for_ranges_takes_the_place_under_the_same_na
     found = dict(rounded("conv", layer.weight.detach(), wanted, None))
     assert same(of(found, "conv", wanted[0]), mse(INT4, layer.weight.detach()))
     assert (
-        quantize_layer("conv", layer, Choice(INT4, False, quantizer), found, F16).tensors.keys()
+        quantize_layer(
+            "conv",
+            layer,
+            Choice(INT4, False, quantizer),
+            quantization=Quantization(calibration=Calibration(rounded=found)),
+        ).tensors.keys()
         == INT4.tensors(layer.weight.shape, F16).keys()
     )
 
@@ -161,19 +167,19 @@ def test_a_change_of_a_weight_is_that_of_what_was_rounded(toy_unet: Any) -> None
     names = ["conv_in", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"]
     layers = {name: layer for name, layer in quantizable_layers(toy_unet) if name in names}
     wanted = candidates([INT4, INT8], ("rtn", "mse", "gptq"))
-    made: dict[str, torch.Tensor] = {}
+    made: dict[RoundedKey, torch.Tensor] = {}
     for name, layer in layers.items():
         made |= dict(rounded(name, layer.weight.detach().half(), wanted, moments(layer.weight[0].numel())))
-        made[name] = torch.randn(layer.weight.shape[1:])
-    changes = WeightChanges(layers, wanted, made, F16)
+    calibration = Calibration({name: torch.randn(layer.weight.shape[1:]) for name, layer in layers.items()}, made)
+    changes = WeightChanges(layers, wanted, quantization=Quantization(calibration=calibration))
     for name, layer in layers.items():
         gradient, weight = torch.randn(layer.weight.shape), layer.weight.detach().half()
         expected, shifts = [], []
         for c in wanted:
-            stored = stored_weight(name, weight, Choice(c.format, False, c.quantizer), made)
+            stored = stored_weight(name, weight, Choice(c.format, False, c.quantizer), calibration)
             delta = c.format.dequantize(stored, weight.shape, torch.float32) - weight.float()
             expected.append(float((delta.double() * gradient.double()).sum()))
-            shifts.append(bias_shift(layer, delta, made[name]))
+            shifts.append(bias_shift(layer, delta, calibration.input_means[name]))
         found = changes.weight_products(name, gradient)
         torch.testing.assert_close(found.double(), torch.tensor(expected).double(), rtol=1e-4, atol=1e-5)
         along = torch.randn(len(layer.weight))
@@ -212,7 +218,7 @@ def test_what_a_probe_rounds_is_what_the_moments_of_its_samples_say(finished: An
     for name in names:
         weight = layers[name].weight.detach().half()
         expected = dict(rounded(name, weight, candidates([INT4, ROTATED], QUANTIZERS), found[name]))
-        kept = {key: reference.calibration[key] for key in reference.calibration if key.startswith(f"{name}/")}
+        kept = {key: tensor for key, tensor in reference.calibration.rounded.items() if key.layer == name}
         assert same(kept, expected), name
 
 
@@ -221,7 +227,7 @@ def test_every_layer_has_every_candidate_that_fits(finished: Any) -> None:
     for name, layer in quantizable_layers(trajectories.target):
         for format in (INT4, ROTATED):
             for quantizer in QUANTIZERS[1:]:
-                kept = of(reference.calibration, name, Candidate(format, quantizer))
+                kept = of(reference.calibration.rounded, name, Candidate(format, quantizer))
                 assert bool(kept) == format.fits(layer.weight.shape)
     assert table.quantizers == QUANTIZERS
 
@@ -243,7 +249,7 @@ def test_scores_are_measured_with_the_quantizer_they_name(finished: Any, tmp_pat
     choice = {table.layers[place[0]]: table.choice(place[0], INT4)}
     for sample in SAMPLES:
         before = next(trajectories.latents([sample]))
-        with quantized(trajectories.target, choice, reference.calibration, F16):
+        with quantized(trajectories.target, choice, quantization=Quantization(calibration=reference.calibration)):
             after = next(trajectories.latents([sample]))
         sample_errors.append(float((after - before).double().square().sum()))
     expected = sum(sample_errors) / len(sample_errors) / reference.latent_power
@@ -256,7 +262,7 @@ def test_rounding_in_many_parts_with_an_interruption_ends_as_in_one_go(
 ) -> None:
     settings = ProbeSettings("adjoint", SAMPLES, vectors=1, quantizers=("gptq-trajectory", "mse"))
     call = {"num_inference_steps": 1, "guidance_scale": 1.0}
-    whole = new_run(new_trajectories(**call), tmp_path / "whole", settings, "int4").reference().calibration
+    whole = new_run(new_trajectories(**call), tmp_path / "whole", settings, "int4").reference().calibration.rounded
     monkeypatch.setattr(rounding, "_MEMORY", memory)
 
     def stop_in_the_fifth(path: Path, specs: Any, tensors: Any) -> None:
@@ -270,7 +276,7 @@ def test_rounding_in_many_parts_with_an_interruption_ends_as_in_one_go(
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").rglob("rounded/*")}
     assert len(kept) == 4, "the one that was being written is gone"
     monkeypatch.setattr(rounding_pass, "write_rounded", write_rounded)
-    resumed = new_run(new_trajectories(**call), tmp_path / "parts", settings, "int4").reference().calibration
+    resumed = new_run(new_trajectories(**call), tmp_path / "parts", settings, "int4").reference().calibration.rounded
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items()), "made anew"
     assert same(dict(resumed), dict(whole))
 
@@ -293,8 +299,8 @@ def test_gradients_that_are_not_finite_under_any_scale_are_told_with_the_layer(
     made = {}
     for quantizer in ("gptq", "gptq-trajectory"):
         settings = ProbeSettings("weight", SAMPLES[:1], quantizers=(quantizer,))
-        kept = new_run(trajectories, tmp_path, settings, "int4").reference().calibration
-        made[quantizer] = of(dict(kept), "conv_in", Candidate(INT4, quantizer))
+        kept = new_run(trajectories, tmp_path, settings, "int4").reference().calibration.rounded
+        made[quantizer] = of(kept, "conv_in", Candidate(INT4, quantizer))
         told = capsys.readouterr().err
         assert ("warning: the gradient at conv_in and 82 other layers is NaN or Inf" in told) == (quantizer != "gptq")
     assert same(made["gptq-trajectory"], made["gptq"])
@@ -320,17 +326,20 @@ def test_layers_of_long_rows_in_groups_or_never_called_are_rounded_all_the_same(
     table = run.table(reference)
     by_mse = set()
     for i, (name, layer) in enumerate(quantizable_layers(unet)):
-        kept = of(dict(reference.calibration), name, Candidate(INT4, "gptq"))
+        kept = of(reference.calibration.rounded, name, Candidate(INT4, "gptq"))
         if same(kept, mse(INT4, layer.weight.detach().half())):
             by_mse.add(name)
         choice = table.choice(i, INT4)
-        assert same(quantize_layer(name, layer, choice, reference.calibration, F16).tensors, kept)
+        assert same(
+            quantize_layer(name, layer, choice, quantization=Quantization(calibration=reference.calibration)).tensors,
+            kept,
+        )
     assert by_mse == {"idle"}
 
 
 @pytest.mark.parametrize("probe_name", ["ablation", "weight"])
 def test_probes_that_cannot_choose_say_so(probe_name: str) -> None:
-    with pytest.raises(probe.BitPolicyError, match=r"does not choose between quantizers; name one with --quantizer"):
+    with pytest.raises(BitPolicyError, match=r"does not choose between quantizers; name one with --quantizer"):
         ProbeSettings(probe_name, SAMPLES, quantizers=QUANTIZERS)
     ProbeSettings(probe_name, SAMPLES, quantizers=("gptq",))
 
@@ -350,4 +359,4 @@ def test_the_weight_probe_scores_what_was_rounded(new_trajectories: NewTrajector
 def test_fp16_alone_leaves_nothing_to_round(new_trajectories: NewTrajectories, tmp_path: Path) -> None:
     trajectories = new_trajectories(num_inference_steps=1, guidance_scale=1.0)
     settings = ProbeSettings("adjoint", SAMPLES[:1], vectors=1, quantizers=("mse",))
-    assert not [key for key in new_run(trajectories, tmp_path, settings, "fp16").reference().calibration if "/" in key]
+    assert not new_run(trajectories, tmp_path, settings, "fp16").reference().calibration.rounded

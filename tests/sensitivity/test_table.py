@@ -22,6 +22,7 @@ from bitpolicy.sensitivity.probes.sketch import Sketch
 from bitpolicy.sensitivity.rounding.candidates import candidates
 from bitpolicy.sensitivity.rounding.quantizer_choice import chosen
 from bitpolicy.sensitivity.table import SensitivityTable
+from bitpolicy.sensitivity.table_files import ModelContext, read_table, write_table
 
 INT4, INT8 = format_named("int4"), format_named("int8")
 POWER = 4.0
@@ -242,8 +243,8 @@ def test_a_saved_table_keeps_its_quantizers(toy_unet: Any, tmp_path: Path) -> No
     sketches = [Sketch(size * torch.randn(shape, generator=draw), size * torch.zeros(shape)) for _ in range(9)]
     names = [layer.name for layer in layers]
     table = SensitivityTable.from_sketches(names, candidates([INT4, INT8], QUANTIZERS), sketches, POWER)
-    table.save(tmp_path, layers, ByteAccount.of(Target({"unet": toy_unet}), torch.float16))
-    found = SensitivityTable.load(tmp_path / "sensitivity.safetensors")
+    write_table(table, tmp_path, ModelContext(layers, ByteAccount.of(Target({"unet": toy_unet}), torch.float16)))
+    found = read_table(tmp_path / "sensitivity.safetensors")
     assert found.quantizers == QUANTIZERS
     assert found.quantizer is not None
     assert table.quantizer is not None
@@ -321,13 +322,13 @@ def saved(toy_unet: Any, tmp_path: Path) -> tuple[SensitivityTable, Path]:
     layers = inventory(Target({"unet": toy_unet}))
     names = [layer.name for layer in layers]
     table = SensitivityTable.from_sketches(names, candidates([INT4, INT8]), random_scores(5, len(names)), POWER)
-    table.save(tmp_path, layers, ByteAccount.of(Target({"unet": toy_unet}), torch.float16))
+    write_table(table, tmp_path, ModelContext(layers, ByteAccount.of(Target({"unet": toy_unet}), torch.float16)))
     return table, tmp_path
 
 
 def test_a_saved_table_is_loaded_as_it_was(saved: tuple[SensitivityTable, Path]) -> None:
     table, folder = saved
-    found = SensitivityTable.load(folder / "sensitivity.safetensors")
+    found = read_table(folder / "sensitivity.safetensors")
     assert (found.probe, found.layers, found.formats) == (table.probe, table.layers, table.formats)
     for name in ("error", "corrected", "sketches", "by_step"):
         assert torch.equal(getattr(found, name), getattr(table, name)), name
@@ -339,8 +340,8 @@ def test_a_table_without_sketches_is_loaded_without(toy_unet: Any, tmp_path: Pat
     error = torch.rand(len(layers), 1, dtype=torch.float64)
     names = tuple(layer.name for layer in layers)
     table = SensitivityTable("ablation", names, (INT8,), error, torch.ones(len(layers), 1, dtype=torch.bool))
-    table.save(tmp_path, layers, ByteAccount.of(Target({"unet": toy_unet}), torch.float16))
-    found = SensitivityTable.load(tmp_path / "sensitivity.safetensors")
+    write_table(table, tmp_path, ModelContext(layers, ByteAccount.of(Target({"unet": toy_unet}), torch.float16)))
+    found = read_table(tmp_path / "sensitivity.safetensors")
     assert (found.probe, found.sketches, found.by_step) == ("ablation", None, None)
     assert torch.equal(found.error, error)
 
@@ -361,10 +362,10 @@ def test_the_csv_has_a_row_for_every_layer_and_format(saved: tuple[SensitivityTa
 
 def test_a_missing_table_is_said_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(BitPolicyError, match=r"cannot read sensitivity table .*; run `bitpolicy probe` again"):
-        SensitivityTable.load(tmp_path / "sensitivity.safetensors")
+        read_table(tmp_path / "sensitivity.safetensors")
 
 
 def test_a_damaged_table_is_said_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "sensitivity.safetensors").write_bytes(b"not a table")
     with pytest.raises(BitPolicyError, match=r"cannot read sensitivity table .*; run `bitpolicy probe` again"):
-        SensitivityTable.load(tmp_path / "sensitivity.safetensors")
+        read_table(tmp_path / "sensitivity.safetensors")

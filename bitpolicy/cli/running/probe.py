@@ -20,6 +20,7 @@ from bitpolicy.policies.storage.atomic import require_nameable
 from bitpolicy.policies.storage.folder_lock import working_in
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.table import SensitivityTable
+from bitpolicy.sensitivity.table_files import ModelContext, write_table
 from bitpolicy.sensitivity.workers import is_main, launched
 from bitpolicy.workflow.forecast import Forecast
 from bitpolicy.workflow.plan import make_plan
@@ -54,7 +55,7 @@ def run(options: Mapping[str, Any]) -> None:
             table = probing.remeasured(table, reference, table.largest(settings.remeasure))
         if not is_main():
             return
-        table.save(output_dir, plan.layers, plan.account, plan.model)
+        write_table(table, output_dir, ModelContext(plan.layers, plan.account, plan.model))
         if error_split is not None:
             error_split.save(output_dir / "split.safetensors")
         if checked is not None:

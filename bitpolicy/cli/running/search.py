@@ -27,11 +27,11 @@ def run(options: Mapping[str, Any]) -> None:
         options: of the command, by name.
     """
     output_dir, as_json, dry_run = options["output_dir"], options["as_json"], options["dry_run"]
-    how = {"overwrite": options["overwrite"], "resume": options["resume"]}
+    overwrite, resume = options["overwrite"], options["resume"]
     settings = settings_of(options)
     require_sampler(settings.sampler)
     stages = Stages(options["quiet"] or as_json)
-    held = OutputFolder.peek(output_dir, settings, **how)
+    held = OutputFolder.peek(output_dir, settings, overwrite=overwrite, resume=resume)
     if dry_run:
         with stages.whole_run():
             plan, forecast = _checked(settings, output_dir, stages, dry_run)
@@ -42,7 +42,7 @@ def run(options: Mapping[str, Any]) -> None:
         with stages.whole_run():
             plan, forecast = _checked(settings, output_dir, stages, dry_run)
             stages.expect(forecast.of_search())
-            with OutputFolder.claimed(output_dir, settings, **how) as output:
+            with OutputFolder.claimed(output_dir, settings, overwrite=overwrite, resume=resume) as output:
                 _say_notices(settings, plan)
                 run_search(settings, plan, output, stages)
         held = output.finished()

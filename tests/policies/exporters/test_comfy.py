@@ -15,6 +15,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.format import TensorSpec
 from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.exporters.comfy import Comfy
 from bitpolicy.policies.exporters.comfy_names import comfy_namer
 from bitpolicy.policies.exporters.export import export_to
@@ -100,7 +101,7 @@ def test_a_class_whose_names_are_not_known_is_refused(policy_of: Any, parts_of: 
     model = DiTTransformer2DModel(num_layers=1, num_attention_heads=2, attention_head_dim=8, norm_num_groups=4)
     policy = policy_of(model, {name: Choice(FP16) for name, _ in quantizable_layers(model)})
     with pytest.raises(BitPolicyError, match=r"not known here .*UNet2DConditionModel.* --target sdnq"):
-        export_to("comfy", parts_of(transformer=model), policy, {}, tmp_path / "out")
+        export_to("comfy", parts_of(transformer=model), policy, Calibration(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -111,7 +112,7 @@ def test_a_transformer_with_the_same_names_keeps_them(policy_of: Any, parts_of: 
         patch_size=2, in_channels=16, out_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=4
     )
     choices = {name: Choice(format_named("int8")) for name, _ in quantizable_layers(model)}
-    export_to("comfy", parts_of(transformer=model), policy_of(model, choices), {}, tmp_path / "out")
+    export_to("comfy", parts_of(transformer=model), policy_of(model, choices), Calibration(), tmp_path / "out")
     with safe_open(tmp_path / "out" / "transformer.safetensors", "pt") as file:
         names = set(file.keys())
     assert model.state_dict().keys() < names
@@ -121,8 +122,9 @@ def test_a_transformer_with_the_same_names_keeps_them(policy_of: Any, parts_of: 
 
 def test_several_denoisers_get_a_file_each(even_unet: Any, policy_of: Any, parts_of: Any, tmp_path: Path) -> None:
     both = Target({"unet": even_unet(), "other": even_unet()})
-    policy = policy_of(both, {name: Choice(FP16) for name in both.layers})
-    export_to("comfy", parts_of(**both), policy, {}, tmp_path / "out")
+    names = list(both.layers)
+    policy = policy_of(both, {name: Choice(FP16) for name in names})
+    export_to("comfy", parts_of(**both), policy, Calibration(), tmp_path / "out")
     found = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert found == ["other.safetensors", "policy.yaml", "unet.safetensors"]
 

@@ -23,7 +23,7 @@ from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import quantized, stored_weight
-from bitpolicy.policies.calibration import rounded_key
+from bitpolicy.policies.calibration import Calibration, RoundedKey
 from bitpolicy.policies.checkpoints.folder_parts import FolderParts
 from bitpolicy.policies.checkpoints.parts import Parts
 from bitpolicy.policies.exporters.export import Exported, export_to
@@ -32,6 +32,7 @@ from bitpolicy.policies.exporters.names import NAMES
 from bitpolicy.policies.exporters.requantize import TargetError
 from bitpolicy.policies.exporters.targets import EXPORTERS, exporter_named
 from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.policies.quantization import Quantization
 
 F16 = torch.float16
 
@@ -45,13 +46,19 @@ class Written:
     parts: Parts
     choices: dict[str, Choice]
     policy: Policy
-    means: dict[str, torch.Tensor]
+    calibration: Calibration
     folder: Path
     result: Exported
 
     def again(self, folder: Path, **changed: Any) -> Exported:
         """Another export of the same."""
-        given = {"parts": self.parts, "policy": self.policy, "calibration": self.means, "folder": folder, **changed}
+        given = {
+            "parts": self.parts,
+            "policy": self.policy,
+            "calibration": self.calibration,
+            "folder": folder,
+            **changed,
+        }
         return export_to(self.exporter.name, **given)
 
 
@@ -69,8 +76,9 @@ def written(
     choices = held_choices(exporter, unet)
     policy, folder = policy_of(unet, choices), tmp_path_factory.mktemp(exporter.name) / "out"
     parts = parts_of(unet=unet)
-    result = export_to(exporter.name, parts, policy, even_means, folder)
-    return Written(exporter, unet, parts, choices, policy, even_means, folder, result)
+    calibration = Calibration(even_means)
+    result = export_to(exporter.name, parts, policy, calibration, folder)
+    return Written(exporter, unet, parts, choices, policy, calibration, folder, result)
 
 
 @pytest.fixture(scope="module")
@@ -86,16 +94,16 @@ def hashes(folder: Path) -> dict[str, str]:
 
 def ours(written: Written) -> dict[str, torch.Tensor]:
     """The weights of the packed layers as bitpolicy multiplies with them, float32."""
-    return _weights(written.unet, written.choices, written.means)
+    return _weights(written.unet, written.choices, written.calibration)
 
 
-def _weights(unet: Any, choices: dict[str, Choice], means: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _weights(unet: Any, choices: dict[str, Choice], calibration: Calibration) -> dict[str, torch.Tensor]:
     modules = dict(quantizable_layers(unet))
     found = {}
     for name, choice in choices.items():
         weight = modules[name].weight.detach().half()
         if choice.format.packed:
-            stored = stored_weight(name, weight, choice, means)
+            stored = stored_weight(name, weight, choice, calibration)
             found[name] = choice.format.dequantize(stored, weight.shape, torch.float32)
     return found
 
@@ -158,7 +166,7 @@ def test_a_recipe_gives_our_weights_where_the_grids_are_the_same(written: Writte
 
 def test_the_other_program_predicts_the_same(written: Written, reading: Reading, predict_even: Any) -> None:
     plain = predict_even(written.unet)
-    with quantized(written.unet, written.choices, written.means, F16):
+    with quantized(written.unet, written.choices, quantization=Quantization(calibration=written.calibration)):
         expected = predict_even(written.unet)
     found = predict_even(reading.model)
     harm = float((expected - plain).norm())
@@ -227,7 +235,7 @@ def test_with_requantize_each_becomes_the_nearest_that_it_holds(
     after = Policy.load(tmp_path / "out" / "policy.yaml").resolve(choices)
     assert [one.name for one in result.requantized] == list(choices)
     assert {one.name: one.after for one in result.requantized} == after
-    expected = _weights(written.unet, after, written.means)
+    expected = _weights(written.unet, after, written.calibration)
     for one in result.requantized:
         original = written.unet.get_submodule(one.name).weight.detach()
         assert written.exporter.holds(Layer.of(one.name, written.unet.get_submodule(one.name), one.after.format))
@@ -264,7 +272,7 @@ def test_codes_that_the_calibration_keeps_are_the_codes_that_are_written(
     name, choice = "time_embedding.linear_1", Choice(format_named("int8"), quantizer="gptq")
     shape = written.unet.get_submodule(name).weight.shape
     kept = {"weight_packed": torch.ones(shape, dtype=torch.int8), "weight_scale": torch.arange(1.0, shape[0] + 1)}
-    calibration = {rounded_key(name, choice, suffix): tensor for suffix, tensor in kept.items()}
+    calibration = Calibration(rounded={RoundedKey.of(name, choice, s): tensor for s, tensor in kept.items()})
     policy = policy_of(written.unet, {**dict.fromkeys(written.choices, Choice(FP16)), name: choice})
     written.again(tmp_path / "out", policy=policy, calibration=calibration)
     found = READERS[written.exporter.name].read(tmp_path / "out", even_unet()).weights

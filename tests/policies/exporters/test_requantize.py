@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bitpolicy.kernels.formats.named import format_named
+from bitpolicy.policies.calibration import Calibration, RoundedKey
 from bitpolicy.policies.exporters.exporter import Layer
 from bitpolicy.policies.exporters.requantize import TargetError, nearest, refuse, relative_error, requantized
 from bitpolicy.policies.exporters.targets import exporter_named
@@ -53,7 +54,7 @@ def test_the_quantizer_stays_and_the_error_is_that_of_the_original(before: str, 
     module = torch.nn.Linear(128, 16)
     layer = Layer.of("a", module, format_named("int6"))
     choice = Choice(format_named("int6"), True, before)
-    one = requantized(exporter_named("comfy"), layer, module.weight.detach().half(), choice, {})
+    one = requantized(exporter_named("comfy"), layer, module.weight.detach().half(), choice, Calibration())
     assert one.after == Choice(format_named("int6-channel-sym"), True, after)
     original = module.weight.detach().half()
     if before == "rtn":
@@ -67,7 +68,7 @@ def test_fp16_has_no_bias_to_correct() -> None:
     module = torch.nn.Conv2d(16, 8, 3)
     choice = Choice(format_named("int8"), bias_correction=True)
     layer = Layer.of("a", module, choice.format)
-    one = requantized(exporter_named("comfy"), layer, module.weight.detach().half(), choice, {})
+    one = requantized(exporter_named("comfy"), layer, module.weight.detach().half(), choice, Calibration())
     assert one.after == Choice(format_named("fp16"))
     assert one.error_after == 0.0
 
@@ -76,7 +77,8 @@ def test_what_gptq_rounded_is_rounded_by_mse() -> None:
     module = torch.nn.Linear(128, 16)
     choice = Choice(format_named("int6"), quantizer="gptq")
     layer = Layer.of("a", module, choice.format)
-    kept = {f"a/int6/gptq/{suffix}": t for suffix, t in choice.format.quantize(module.weight.detach().half()).items()}
+    made = choice.format.quantize(module.weight.detach().half())
+    kept = Calibration(rounded={RoundedKey.of("a", choice, suffix): tensor for suffix, tensor in made.items()})
     one = requantized(exporter_named("comfy"), layer, module.weight.detach().half(), choice, kept)
     assert one.after.quantizer == "mse"
 

@@ -1,4 +1,4 @@
-"""A calibration too large for memory: E[x] of every layer is held, what quantizers made of it lies on disk.
+"""Rounded weights on disk, because those of all candidates together do not fit in memory.
 
 There is one safetensors file a layer, which holds every candidate and a checksum. It is written tensor by tensor, aside
 and renamed, and never changed again; what is read from it is mapped into memory by the system, not copied. So what is
@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from bitpolicy.kernels.formats.format import TensorSpec
+from bitpolicy.policies.calibration import RoundedKey
 from bitpolicy.policies.identity import tensor_bytes
 from bitpolicy.policies.storage.atomic import written_aside
 from bitpolicy.policies.storage.safetensors_writer import SafetensorsWriter
@@ -24,41 +25,36 @@ _CHECKSUM = "checksum"  # of the other tensors; their names have slashes
 _SPEC = TensorSpec(torch.uint8, (32,))
 
 
-class KeptCalibration(Mapping[str, torch.Tensor]):
-    """E[x] by layer name, and packed tensors by `rounded_key`, of layers whose files `write_rounded` wrote.
+class KeptRounding(Mapping[RoundedKey, torch.Tensor]):
+    """The rounded weights of layers whose files `write_rounded` wrote.
 
     Args:
-        means: layer name -> E[x].
         files: layer name -> its file.
     """
 
-    def __init__(self, means: Mapping[str, torch.Tensor], files: Mapping[str, Path]) -> None:
-        self._means, self._files = means, files
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self._files = files
         self._open: tuple[str, Any, frozenset[str]] = "", None, frozenset()
 
-    def __getitem__(self, key: str) -> torch.Tensor:
-        if "/" not in key:
-            return self._means[key]
-        file, keys = self._file(key.partition("/")[0])
-        if key not in keys:
+    def __getitem__(self, key: RoundedKey) -> torch.Tensor:
+        file, names = self._file(key.layer)
+        if str(key) not in names:
             raise KeyError(key)
-        return file.get_tensor(key)
+        return file.get_tensor(str(key))
 
     def __contains__(self, key: object) -> bool:
-        if not isinstance(key, str) or "/" not in key:
-            return key in self._means
-        return key in self._file(key.partition("/")[0])[1]
+        return isinstance(key, RoundedKey) and str(key) in self._file(key.layer)[1]
 
-    def __iter__(self) -> Iterator[str]:
-        yield from self._means
+    def __iter__(self) -> Iterator[RoundedKey]:
         for layer in self._files:
-            yield from sorted(self._file(layer)[1])
+            names = sorted(self._file(layer)[1])
+            yield from (key for name in names if (key := RoundedKey.read(name)) is not None)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     def _file(self, layer: str) -> tuple[Any, frozenset[str]]:
-        """The layer's file and the keys it has; that of the last layer asked for is open."""
+        """The layer's file and the names of its tensors; that of the last layer asked for is open."""
         if self._open[0] != layer:
             if layer not in self._files:
                 return None, frozenset()
@@ -67,21 +63,24 @@ class KeptCalibration(Mapping[str, torch.Tensor]):
         return self._open[1:]
 
 
-def write_rounded(path: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+def write_rounded(
+    path: Path, specs: Mapping[RoundedKey, TensorSpec], tensors: Iterable[tuple[RoundedKey, torch.Tensor]]
+) -> None:
     """Write one layer's file.
 
     Args:
         specs: what `tensors` yields, in any order; each is written before the next is asked for.
     """
     digests: dict[str, bytes] = {}
-    with written_aside(path) as aside, SafetensorsWriter(aside, {**specs, _CHECKSUM: _SPEC}) as file:
+    named = {str(key): spec for key, spec in specs.items()}
+    with written_aside(path) as aside, SafetensorsWriter(aside, {**named, _CHECKSUM: _SPEC}) as file:
         for key, tensor in tensors:
-            file.write(key, tensor)
-            digests[key] = _digest(tensor)
+            file.write(str(key), tensor)
+            digests[str(key)] = _digest(tensor)
         file.write(_CHECKSUM, _checksum(digests))
 
 
-def is_whole(path: Path, keys: Iterable[str]) -> bool:
+def is_whole(path: Path, keys: Iterable[RoundedKey]) -> bool:
     """Whether the file is there as it was written, and holds `keys`."""
     if not path.is_file():  # a pipe would be waited for
         return False
@@ -89,7 +88,7 @@ def is_whole(path: Path, keys: Iterable[str]) -> bool:
         with safe_open(path, "pt") as file:
             found = set(file.keys()) - {_CHECKSUM}
             checksum = _checksum({key: _digest(file.get_tensor(key)) for key in found})
-            return found == set(keys) and torch.equal(file.get_tensor(_CHECKSUM), checksum)
+            return found == set(map(str, keys)) and torch.equal(file.get_tensor(_CHECKSUM), checksum)
     except (OSError, SafetensorError):
         return False
 

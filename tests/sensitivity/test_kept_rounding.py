@@ -14,14 +14,15 @@ from safetensors.torch import load_file
 from bitpolicy.kernels.formats.format import TensorSpec
 from bitpolicy.kernels.formats.named import parse_formats
 from bitpolicy.kernels.layers import quantizable_layers
-from bitpolicy.policies.calibration import calibration_hash, is_rounded, needed_for, rounded_key
+from bitpolicy.policies.calibration import Calibration, RoundedKey
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.storage.safetensors_writer import SafetensorsWriter
 from bitpolicy.policies.target import Target
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.probes.weight_changes import WeightChanges
 from bitpolicy.sensitivity.rounding.candidates import candidates
-from bitpolicy.sensitivity.rounding.kept_calibration import KeptCalibration, is_whole, write_rounded
+from bitpolicy.sensitivity.rounding.kept_rounding import KeptRounding, is_whole, write_rounded
 from bitpolicy.sensitivity.rounding.rounding_pass import RoundingPass
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
@@ -29,13 +30,13 @@ from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 NewTrajectories = Callable[..., Trajectories]
 MEANS = {"a": torch.arange(3.0), "b": torch.arange(4.0)}
 ROUNDED = {
-    "a/int4/gptq/weight_packed": torch.arange(6, dtype=torch.uint8).view(2, 3),
-    "a/int4/gptq/weight_scale": torch.rand(2, 1).half(),
-    "a/int8/mse/weight_packed": torch.arange(-3, 3, dtype=torch.int8),
+    RoundedKey("a", "int4", "gptq", "weight_packed"): torch.arange(6, dtype=torch.uint8).view(2, 3),
+    RoundedKey("a", "int4", "gptq", "weight_scale"): torch.rand(2, 1).half(),
+    RoundedKey("a", "int8", "mse", "weight_packed"): torch.arange(-3, 3, dtype=torch.int8),
 }
 
 
-def specs(tensors: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
+def specs(tensors: dict[RoundedKey, torch.Tensor]) -> dict[RoundedKey, TensorSpec]:
     return {key: TensorSpec(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
 
 
@@ -48,20 +49,19 @@ def files(tmp_path: Path) -> dict[str, Path]:
     return paths
 
 
-def test_a_kept_calibration_is_the_mapping_of_what_was_put_into_it(files: dict[str, Path]) -> None:
-    kept, expected = KeptCalibration(MEANS, files), {**MEANS, **ROUNDED}
-    assert list(kept) == list(expected)
-    assert len(kept) == 5
-    assert all(torch.equal(kept[key], tensor) and key in kept for key, tensor in expected.items())
-    assert calibration_hash(kept) == calibration_hash(expected)
-    assert is_rounded(kept)
+def test_it_is_the_mapping_of_what_was_written(files: dict[str, Path]) -> None:
+    kept = KeptRounding(files)
+    assert list(kept) == list(ROUNDED)
+    assert len(kept) == 3
+    assert all(torch.equal(kept[key], tensor) and key in kept for key, tensor in ROUNDED.items())
+    assert Calibration(MEANS, kept).sha256 == Calibration(MEANS, ROUNDED).sha256
 
 
 @pytest.mark.parametrize(
-    "key", ["c", "c/int4/gptq/weight_packed", "a/int4/rtn/weight_packed", "checksum", "a/checksum"]
+    "key", [RoundedKey("c", "int4", "gptq", "weight_packed"), RoundedKey("a", "int4", "rtn", "weight_packed")]
 )
-def test_what_was_not_put_in_is_not_there(files: dict[str, Path], key: str) -> None:
-    kept = KeptCalibration(MEANS, files)
+def test_what_was_not_put_in_is_not_there(files: dict[str, Path], key: RoundedKey) -> None:
+    kept = KeptRounding(files)
     assert key not in kept
     assert kept.get(key) is None
     with pytest.raises(KeyError):
@@ -69,19 +69,20 @@ def test_what_was_not_put_in_is_not_there(files: dict[str, Path], key: str) -> N
 
 
 def test_only_what_choices_take_is_read(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    kept, read = KeptCalibration(MEANS, files), []
-    plain = KeptCalibration.__getitem__
-    monkeypatch.setattr(KeptCalibration, "__getitem__", lambda self, key: read.append(key) or plain(self, key))
+    kept, read = KeptRounding(files), []
+    plain = KeptRounding.__getitem__
+    monkeypatch.setattr(KeptRounding, "__getitem__", lambda self, key: read.append(key) or plain(self, key))
     (int4,) = (format for format in parse_formats("int4") if format.packed)
-    found = needed_for({"a": Choice(int4, True, "gptq"), "b": Choice(int4, True)}, kept)
-    assert list(found) == read == ["a", "b", *sorted(ROUNDED)[:2]]
+    found = Calibration(MEANS, kept).needed_for({"a": Choice(int4, True, "gptq"), "b": Choice(int4, True)})
+    assert list(found.input_means) == ["a", "b"]
+    assert list(found.rounded) == read == list(ROUNDED)[:2]
 
 
 def test_a_file_is_whole_as_it_was_written(files: dict[str, Path]) -> None:
     assert is_whole(files["a"], ROUNDED)
     assert is_whole(files["b"], ())
     assert not is_whole(files["a"], list(ROUNDED)[:2])
-    assert not is_whole(files["a"], [*ROUNDED, "a/int8/mse/weight_scale"])
+    assert not is_whole(files["a"], [*ROUNDED, RoundedKey("a", "int8", "mse", "weight_scale")])
     assert not is_whole(files["a"].with_name("c.safetensors"), ())
 
 
@@ -91,19 +92,19 @@ def test_a_damaged_file_is_not_whole(files: dict[str, Path], keep: int) -> None:
     assert not is_whole(files["a"], ROUNDED)
 
 
-@pytest.mark.parametrize("key", list(ROUNDED))
-def test_a_file_whose_numbers_were_changed_is_not_whole(files: dict[str, Path], key: str) -> None:
+@pytest.mark.parametrize("key", list(ROUNDED), ids=str)
+def test_a_file_whose_numbers_were_changed_is_not_whole(files: dict[str, Path], key: RoundedKey) -> None:
     before = files["a"].read_bytes()
     where = before.index(ROUNDED[key].view(torch.uint8).numpy().tobytes())
     changed = bytearray(before)
     changed[where] ^= 1
     files["a"].write_bytes(changed)
-    assert not torch.equal(load_file(files["a"])[key], ROUNDED[key])
+    assert not torch.equal(load_file(files["a"])[str(key)], ROUNDED[key])
     assert not is_whole(files["a"], ROUNDED)
 
 
 def test_a_layer_that_was_not_finished_leaves_nothing(tmp_path: Path) -> None:
-    def killed() -> Iterator[tuple[str, torch.Tensor]]:
+    def killed() -> Iterator[tuple[RoundedKey, torch.Tensor]]:
         yield next(iter(ROUNDED.items()))
         raise KeyboardInterrupt
 
@@ -172,13 +173,15 @@ def test_reading_holds_nothing_and_changes_are_kept_up_to_a_limit(
     grown = {}
     for formats in (FEW, MANY):
         rounding = rounding_of(trajectories, formats, tmp_path / formats)
-        kept = KeptCalibration({}, rounding.files())
+        kept = KeptRounding(rounding.files())
         before = reachable()
-        changes = WeightChanges(layers, rounding.candidates, kept, torch.float16)
+        changes = WeightChanges(
+            layers, rounding.candidates, quantization=Quantization(calibration=Calibration(rounded=kept))
+        )
         for _ in range(2):
             for name, layer in layers.items():
                 changes.weight_products(name, layer.weight)
         grown[formats] = reachable() - before
-        assert rounded_key("conv_in", Choice(rounding.candidates[0].format, quantizer="gptq"), "weight_packed") in kept
+        assert RoundedKey("conv_in", rounding.candidates[0].format.name, "gptq", "weight_packed") in kept
     assert 0 < grown[FEW] <= 8 * weights
     assert grown[MANY] <= 8 * weights

@@ -1,0 +1,98 @@
+"""What holds for every probe: a new one is added to the registry and has to pass all of this."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.formats.named import parse_formats
+from bitpolicy.sensitivity.cost.progress import Stages
+from bitpolicy.sensitivity.inventory import inventory
+from bitpolicy.sensitivity.probes.named import PROBES, probe_named
+from bitpolicy.sensitivity.probes.run import ProbeRun, ProbeSettings
+from bitpolicy.sensitivity.samples import split_samples
+from bitpolicy.sensitivity.table import SensitivityTable
+from bitpolicy.sensitivity.trajectory.reference import ReferencePass
+from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
+
+NewTrajectories = Callable[..., Trajectories]
+SAMPLES = tuple(split_samples(["a red heart", "pizza"], 2, seed=0))
+FORMATS = "int4,int8,fp16"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A probe that ran once."""
+
+    trajectories: Trajectories
+    folder: Path
+    reference: ReferencePass
+    table: SensitivityTable
+
+
+def new_run(trajectories: Trajectories, folder: Path, probe: str, quantizers: tuple[str, ...] = ("rtn",)) -> ProbeRun:
+    settings = ProbeSettings(probe, SAMPLES, vectors=1, quantizers=quantizers)
+    layers = inventory(trajectories.target)
+    formats = parse_formats(FORMATS)
+    return ProbeRun(trajectories, layers, formats, torch.float16, "toy", settings, folder, Stages(quiet=True))
+
+
+@pytest.fixture(scope="module", params=PROBES)
+def ran(
+    request: pytest.FixtureRequest, new_trajectories: NewTrajectories, tmp_path_factory: pytest.TempPathFactory
+) -> Run:
+    trajectories = new_trajectories(num_inference_steps=1, guidance_scale=1.0)
+    folder = tmp_path_factory.mktemp(request.param)
+    run = new_run(trajectories, folder, request.param)
+    reference = run.reference()
+    return Run(trajectories, folder, reference, run.table(reference))
+
+
+def test_the_table_has_every_layer_in_every_packed_format(ran: Run) -> None:
+    layers = [layer.name for layer in inventory(ran.trajectories.target)]
+    assert ran.table.layers == tuple(layers)
+    assert [format.name for format in ran.table.formats] == ["int4", "int8"]
+    for values in (ran.table.error, ran.table.corrected):
+        assert values.shape == (len(layers), 2)
+    assert (ran.table.error >= 0).all()
+    assert ran.table.error.sum() > 0
+
+
+def test_the_table_names_its_probe(ran: Run) -> None:
+    assert probe_named(ran.table.probe).name == ran.table.probe
+
+
+def test_only_a_probe_that_takes_gradients_has_sketches(ran: Run) -> None:
+    assert (ran.table.sketches is not None) == PROBES[ran.table.probe].takes_gradients
+
+
+def test_a_probe_is_free_where_it_runs_nothing(ran: Run) -> None:
+    assert ran.table.cost is not None
+    assert (ran.table.cost.probe == 0) == PROBES[ran.table.probe].data_free
+
+
+def test_a_second_run_finds_its_records_and_makes_nothing(ran: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for method in ("latents", "signals", "differentiable_signal"):
+        monkeypatch.setattr(Trajectories, method, lambda *_: pytest.fail("the pipeline ran"))
+    again = new_run(ran.trajectories, ran.folder, ran.table.probe).table(ran.reference)
+    assert torch.equal(again.error, ran.table.error)
+    assert torch.equal(again.corrected, ran.table.corrected)
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_several_quantizers_are_for_probes_that_choose(name: str) -> None:
+    if PROBES[name].chooses_quantizer:
+        ProbeSettings(name, SAMPLES, quantizers=("rtn", "mse"))
+        return
+    with pytest.raises(BitPolicyError, match=f"the {name} probe does not choose between quantizers"):
+        ProbeSettings(name, SAMPLES, quantizers=("rtn", "mse"))
+
+
+def test_an_unknown_probe_is_refused_with_the_names_of_all() -> None:
+    with pytest.raises(BitPolicyError, match="unknown probe 'nose'; write any of adjoint, stepwise, ablation, weight"):
+        probe_named("nose")
