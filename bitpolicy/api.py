@@ -20,14 +20,14 @@ from bitpolicy.policies.checkpoints.checkpoint import MAX_SHARD_SIZE
 from bitpolicy.policies.checkpoints.model_card import Card
 from bitpolicy.policies.checkpoints.parts import Parts
 from bitpolicy.policies.checkpoints.pipeline import export_parts
-from bitpolicy.policies.denoiser import denoisers_in
+from bitpolicy.policies.components import asked_components
 from bitpolicy.policies.exporters.export import Exported, export_to
 from bitpolicy.policies.exporters.targets import exporter_named
 from bitpolicy.policies.measured_compute import measured_compute
 from bitpolicy.policies.policy import Policy
 from bitpolicy.policies.storage.calibration_file import calibration_of
 from bitpolicy.policies.storage.folder_lock import working_in
-from bitpolicy.policies.storage.source import Unchanged, source_hash
+from bitpolicy.policies.storage.source import Unchanged, source_hashes
 from bitpolicy.search.budget import read_bytes
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import inventory, warn_of_unsupported
@@ -125,7 +125,7 @@ def _plan(pipe: DiffusionPipeline | str | Path, settings: Settings) -> Plan:
     default = Settings(budget="100%")
     names = ("dtype", "device", "offload", "revision", "variant", "config")
     _require_path(**{name: getattr(settings, name) != getattr(default, name) for name in names})
-    return make_plan(settings, source_of(pipe, settings.component))
+    return make_plan(settings, source_of(pipe, asked_components(settings.component)))
 
 
 def _require_path(**given: bool) -> None:
@@ -188,9 +188,9 @@ def export(
     if push_to_hub is not None:
         require_login(push_to_hub)
     parts = _parts(pipe, given, revision, variant, config)
-    layers = inventory(parts.denoiser)
-    warn_of_unsupported(parts.denoiser)
-    warn_if_over_budget(given, parts.denoiser)
+    layers = inventory(parts.target)
+    warn_of_unsupported(parts.target)
+    warn_if_over_budget(given, parts.target)
     nbytes = export_parts(
         parts,
         given,
@@ -236,8 +236,8 @@ def export_for(
     given = policy if isinstance(policy, Policy) else Policy.load(policy)
     parts = _parts(pipe, given, revision, variant, config)
     calibration = _calibration(given, policy, parts)
-    warn_of_unsupported(parts.denoiser)
-    warn_if_over_budget(given, parts.denoiser)
+    warn_of_unsupported(parts.target)
+    warn_if_over_budget(given, parts.target)
     return export_to(target, parts, given, calibration, Path(output_dir), requantize=requantize)
 
 
@@ -256,10 +256,10 @@ def _parts(
     storage = getattr(torch, policy.storage_dtype)
     if isinstance(pipe, str | Path):
         where = None if config is None else str(config)
-        parts = open_parts(str(pipe), policy.model.component, storage, revision, variant, where)
+        parts = open_parts(str(pipe), policy.model.components, storage, revision, variant, where)
     else:
         _require_path(revision=revision is not None, variant=variant is not None, config=config is not None)
-        parts = source_of(pipe, policy.model.component, storage).parts
+        parts = source_of(pipe, policy.model.components, storage).parts
     _require_model(policy, parts, storage)
     return parts
 
@@ -316,19 +316,20 @@ def _require_model(policy: Policy, parts: Parts, storage: torch.dtype) -> None:
     """What is read later has to be the same still."""
     model = policy.model
     parts.sources = {name: Unchanged(source, storage) for name, source in parts.sources.items()}
-    found = source_hash(parts.sources, storage)
-    for (component, wanted), has in zip(model.hashes.items(), found.split(","), strict=True):
+    found = source_hashes(parts.sources, storage)
+    for component, wanted in model.hashes.items():
+        has = found[component]
         if has != wanted:
             raise BitPolicyError(
                 f"the policy was made for {model.id} ({model.class_name}, "
                 f"sha256 {wanted[:12]}...), this {component} has sha256 {has[:12]}...; "
                 "give that model, or run search-policy on this one"
             )
-    for component, part in zip(model.components, denoisers_in(parts.denoiser), strict=True):
+    for component, part in parts.target.items():
         model.require_config(component, part)
 
 
 def _calibration(policy: Policy, given: Policy | str | Path, parts: Parts) -> Calibration:
     """Of a policy that was given in memory or as a file."""
     path = None if isinstance(given, Policy) else Path(given)
-    return calibration_of(policy, path, choices_for(parts.denoiser, policy).values())
+    return calibration_of(policy, path, choices_for(parts.target, policy).values())

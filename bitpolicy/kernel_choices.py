@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from bitpolicy.kernels import dispatch
 from bitpolicy.kernels.kernel import Compute, Kernel, PackedWeight
-from bitpolicy.kernels.layers import PackedLayer, packed_layers
+from bitpolicy.kernels.layers import HasModules, PackedLayer, packed_layers
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class KernelChoice:
 
 
 @contextmanager
-def watching(model: nn.Module) -> Iterator[dict[str, KernelChoice]]:
+def watching(model: HasModules) -> Iterator[dict[str, KernelChoice]]:
     """While the block runs, the first call of each packed layer is noted, by the layer's name."""
     seen: dict[str, KernelChoice] = {}
 

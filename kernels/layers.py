@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -57,6 +57,15 @@ class PackedLayer(nn.Module):
     low_memory: bool = False
     bias: Any
     padding_mode: Any
+
+    def __new__(cls, *sizes: Any, **settings: Any) -> Any:
+        """`type(packed)(in, out, ...)` is an ordinary layer; a packed one is made by `pack_layer`.
+
+        peft makes the small convolutions of a LoRA by calling the class of the layer that they go on, and there is no
+        other place to step in: diffusers builds the LoRA's config itself, so that peft cannot be given classes of ours,
+        and a class that is no subclass of `nn.Conv2d` gets no LoRA at all.
+        """
+        return _PLAIN[cls](*sizes, **settings) if sizes or settings else super().__new__(cls)
 
     def _hold(
         self, format: Format, shape: tuple[int, ...], dtype: torch.dtype, tensors: Mapping[str, torch.Tensor]
@@ -159,17 +168,8 @@ class PackedLayer(nn.Module):
         return f"{super().extra_repr()}, format={self.format.name}"
 
 
-def _plain_when_called(plain: type[nn.Module]) -> Callable[..., Any]:
-    """`type(packed)(in, out, ...)` gives an ordinary layer: peft builds its LoRA layers that way."""
-
-    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
-        return plain(*args, **kwargs) if args or kwargs else object.__new__(cls)
-
-    return new
-
-
 class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # its weight is computed
-    __new__ = _plain_when_called(nn.Linear)
+    """A linear layer with a packed weight."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return product(*self.call(input))
@@ -197,15 +197,15 @@ class _PackedConv(PackedLayer):
 
 
 class PackedConv1d(_PackedConv, nn.Conv1d):  # type: ignore[override]
-    __new__ = _plain_when_called(nn.Conv1d)
+    """A convolution over one dimension with a packed weight."""
 
 
 class PackedConv2d(_PackedConv, nn.Conv2d):  # type: ignore[override]
-    __new__ = _plain_when_called(nn.Conv2d)
+    """A convolution over two dimensions with a packed weight."""
 
 
 class PackedConv3d(_PackedConv, nn.Conv3d):  # type: ignore[override]
-    __new__ = _plain_when_called(nn.Conv3d)
+    """A convolution over three dimensions with a packed weight."""
 
 
 def slides(layer: nn.Module) -> Geometry | None:
@@ -237,20 +237,30 @@ _PACKED: dict[type[nn.Module], type[PackedLayer]] = {
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {packed: plain for plain, packed in _PACKED.items()}
 
 
-def quantizable_layers(model: nn.Module) -> Iterator[tuple[str, Quantizable]]:
+class HasModules(Protocol):
+    """What names its modules: a model, or several models together."""
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """(module path, module), each module once."""
+
+
+def quantizable_layers(model: HasModules) -> Iterator[tuple[str, Quantizable]]:
     """(module path, layer) of every layer a format can be given to, in the model's own order.
 
     Subclasses of the torch layers are skipped, because their forward may do more than multiply. So are layers that
     share their weight with another module, as an output head does with an embedding: packing would store it twice.
     """
-    owned = (weight for module in model.modules() for weight in module._parameters.values() if weight is not None)
+    named = list(model.named_modules())
+    owned = (weight for _, module in named for weight in module._parameters.values() if weight is not None)
     uses = Counter(map(id, owned))
-    for name, module in model.named_modules():
-        if type(module) in _PACKED and uses[id(module._parameters.get("weight"))] == 1:
+    for name, module in named:
+        if not isinstance(module, Quantizable) or type(module) not in _PACKED:
+            continue
+        if uses[id(module._parameters.get("weight"))] == 1:
             yield name, module
 
 
-def unsupported_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def unsupported_layers(model: HasModules) -> Iterator[tuple[str, nn.Module]]:
     """(module path, layer) of what multiplies with a weight of two or more dimensions and no format can be given to.
 
     These are transposed convolutions, subclasses of the torch layers, and layers that share their weight. Embeddings
@@ -263,7 +273,7 @@ def unsupported_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLayer]]:
+def packed_layers(model: HasModules) -> Iterator[tuple[str, PackedLayer]]:
     """(module path, layer) of every packed layer."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLayer))
 

@@ -10,12 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
 from bitpolicy.kernels.formats.format import Format, TensorSpec
 from bitpolicy.kernels.formats.named import FP16
-from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.policies.target import Target
 
 
 @dataclass(frozen=True)
@@ -35,15 +33,12 @@ class ByteAccount:
     parameters: int
 
     @classmethod
-    def of(cls, model: nn.Module, storage_dtype: torch.dtype) -> ByteAccount:
-        shapes = {name: tuple(layer.weight.shape) for name, layer in quantizable_layers(model)}
-        others = {
-            n: t
-            for n, t in stored_tensors(model).items()
-            if n.removesuffix(".weight") not in shapes or not n.endswith(".weight")
-        }
-        fixed = sum(stored_spec(tensor, storage_dtype).nbytes for tensor in others.values())
-        return cls(storage_dtype, shapes, fixed, sum(p.numel() for p in model.parameters()))
+    def of(cls, target: Target, storage_dtype: torch.dtype) -> ByteAccount:
+        shapes = {name: tuple(layer.weight.shape) for name, layer in target.layers.items()}
+        weights = {f"{name}.weight" for name in shapes}
+        others = (tensor for name, tensor in target.stored_tensors().items() if name not in weights)
+        fixed = sum(TensorSpec.stored(tensor, storage_dtype).nbytes for tensor in others)
+        return cls(storage_dtype, shapes, fixed, sum(p.numel() for p in target.parameters()))
 
     def layer(self, name: str, format: Format) -> int:
         """Bytes of one layer's weight in `format`."""
@@ -57,19 +52,3 @@ class ByteAccount:
     def reference(self) -> int:
         """Tensor bytes with every layer at FP16: what `%` is relative to."""
         return self.total(dict.fromkeys(self.shapes, FP16))
-
-
-def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict as it is written: without the second names of tied weights in models of transformers, whose own
-    `save_pretrained` leaves them out, and whose `from_pretrained` ties them again."""
-    if isinstance(model, nn.ModuleDict):
-        return {f"{name}.{key}": t for name, part in model.items() for key, t in stored_tensors(part).items()}
-    state = model.state_dict()
-    if not isinstance(model, PreTrainedModel):
-        return state
-    return {name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}
-
-
-def stored_spec(tensor: torch.Tensor, storage_dtype: torch.dtype) -> TensorSpec:
-    """How a tensor that no format touches is stored: floats in the storage dtype, everything else as it is."""
-    return TensorSpec(storage_dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))

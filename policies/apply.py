@@ -17,7 +17,14 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.format import Format
 from bitpolicy.kernels.formats.grid import GridFormat
 from bitpolicy.kernels.formats.row_chunks import each_chunk
-from bitpolicy.kernels.layers import Quantizable, pack_layer, quantizable_layers, replace_layer, unsupported_layers
+from bitpolicy.kernels.layers import (
+    HasModules,
+    Quantizable,
+    pack_layer,
+    quantizable_layers,
+    replace_layer,
+    unsupported_layers,
+)
 from bitpolicy.kernels.quantizers.bias_correction import bias_shift, corrected_bias
 from bitpolicy.kernels.quantizers.named import HESSIANS, quantize_data_free
 from bitpolicy.policies.calibration import Calibration, RoundedKey
@@ -25,6 +32,7 @@ from bitpolicy.policies.finite import is_finite
 from bitpolicy.policies.policy import Choice, Policy
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.rounded_layers import multiplied_weight, round_inputs, rounds_inputs
+from bitpolicy.policies.target import Target
 
 
 @dataclass(frozen=True)
@@ -42,11 +50,11 @@ class QuantizedLayer:
     left_as_it_was: bool = False
 
 
-def choices_for(model: nn.Module, policy: Policy, component: str | None = None) -> dict[str, Choice]:
-    """What a policy gives each layer of a model, which may lie on `meta`.
+def choices_for(model: HasModules, policy: Policy, component: str | None = None) -> dict[str, Choice]:
+    """What a policy gives each layer of a target, or of one of its models. Both may lie on `meta`.
 
     Args:
-        component: which one the model is, of several that the policy covers; None is all that it covers.
+        component: which one the model is, of several that the policy covers; None where it is all that it covers.
 
     Raises:
         PolicyError: it does not fit the model.
@@ -149,13 +157,13 @@ def stored_weight(name: str, weight: torch.Tensor, choice: Choice, calibration: 
 
 @contextmanager
 def quantized(
-    model: nn.Module,
+    model: HasModules,
     choices: Mapping[str, Choice],
     *,
     quantization: Quantization,
 ) -> Iterator[None]:
-    """While the block runs, `model` computes with the weights and biases that `choices` store, and with the inputs that
-    packed layers see under the compute of `quantization`. Restored after it."""
+    """While the block runs, `model`, a target or one of its models, computes with the weights and biases that `choices`
+    store, and with the inputs that packed layers see under the compute of `quantization`. Restored after it."""
     compute = quantization.compute
     before: list[tuple[torch.Tensor, torch.Tensor]] = []
     with ExitStack() as undone:
@@ -193,13 +201,14 @@ def pack(model: nn.Module, choices: Mapping[str, Choice], *, quantization: Quant
         replace_layer(model, name, pack_layer(layer, choice.format, stored.tensors))
 
 
-def to_storage(model: nn.Module, storage: torch.dtype) -> None:
-    """Round every float of `model` to what the storage dtype can hold, in place: the reference is the model as stored.
+def to_storage(model: nn.Module | Target, storage: torch.dtype) -> None:
+    """Round every float of a model or a target to what the storage dtype can hold, in place: the reference is the model
+    as stored.
 
     Raises:
         BitPolicyError: a value is beyond the storage dtype's range.
     """
-    for name, tensor in model.state_dict(keep_vars=False).items():
+    for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and tensor.dtype != storage:
             tensor.copy_(as_stored(name, tensor, storage))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -20,23 +20,22 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from bitpolicy.kernels.cpu.scratch import release_scratch
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.policies.accounting import stored_spec
+from bitpolicy.kernels.formats.format import TensorSpec
 
 _MARK = "bitpolicy:"
 
 
-def stored_others(pipe: DiffusionPipeline, component: str, storage: torch.dtype) -> dict[str, int]:
-    """Tensor bytes of each model but the denoiser, as `export_pipeline` stores it.
+def stored_others(pipe: DiffusionPipeline, components: Collection[str], storage: torch.dtype) -> dict[str, int]:
+    """Tensor bytes of each model that is not packed, as `export_pipeline` stores it.
 
     Args:
-        component: name of the denoiser, or several, separated by commas.
+        components: names of those that are.
         storage: dtype that floats are stored in.
 
     Returns:
         Component name -> bytes: text encoders, VAE, ControlNet and whatever else has weights.
     """
-    denoisers = component.split(",")
-    return {name: _stored(model, storage) for name, model in _models(pipe).items() if name not in denoisers}
+    return {name: _stored(model, storage) for name, model in _models(pipe).items() if name not in components}
 
 
 def loaded_bytes(pipe: DiffusionPipeline) -> int:
@@ -181,7 +180,7 @@ def _models(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
 
 def _stored(model: nn.Module, storage: torch.dtype) -> int:
     """Bytes of a model's file; tied weights, such as a text encoder's, are written once."""
-    return sum(stored_spec(tensor, storage).nbytes for tensor in _once(model.state_dict().values()))
+    return sum(TensorSpec.stored(tensor, storage).nbytes for tensor in _once(model.state_dict().values()))
 
 
 def _once(tensors: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:

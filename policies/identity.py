@@ -18,24 +18,19 @@ from diffusers import ConfigMixin
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from bitpolicy.policies.accounting import stored_spec
+from bitpolicy.kernels.formats.format import TensorSpec
 
 _HISTORY = ("architectures", "dtype", "torch_dtype", "transformers_version", "quantization_config")
 
 
 def weights_hash(model: nn.Module, storage_dtype: torch.dtype) -> str:
-    """SHA-256 over names, shapes and values of all tensors in the storage dtype: the identity of a denoiser.
-
-    Of an `nn.ModuleDict` of several models: theirs, with commas between.
-    """
-    if isinstance(model, nn.ModuleDict):
-        return ",".join(weights_hash(part, storage_dtype) for part in model.values())
+    """SHA-256 over names, shapes and values of all tensors in the storage dtype: the identity of a model."""
     return tensors_hash(sorted(model.state_dict().items()), storage_dtype)
 
 
 def tensors_hash(tensors: Iterable[tuple[str, torch.Tensor]], storage_dtype: torch.dtype) -> str:
     """The same of (name, tensor) pairs, sorted by name; one is held at a time."""
-    return tensors_digest((name, tensor.to(stored_spec(tensor, storage_dtype).dtype)) for name, tensor in tensors)
+    return tensors_digest((name, tensor.to(TensorSpec.stored(tensor, storage_dtype).dtype)) for name, tensor in tensors)
 
 
 def tensors_digest(tensors: Iterable[tuple[str, torch.Tensor]], dtypes: bool = True) -> str:
@@ -62,10 +57,7 @@ def checksum(data: memoryview) -> str:
 
 
 def config_hash(component: Any) -> str:
-    """SHA-256 over what the config of a part of a pipeline says. Of an `nn.ModuleDict` of several models: theirs, with
-    commas between."""
-    if isinstance(component, nn.ModuleDict):
-        return ",".join(config_hash(part) for part in component.values())
+    """SHA-256 over what the config of a part of a pipeline says."""
     return _of_json(configured(component))
 
 

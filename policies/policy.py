@@ -25,10 +25,12 @@ from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.quantizers.named import QUANTIZERS
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.choice import Choice
+from bitpolicy.policies.components import from_text, to_text
 from bitpolicy.policies.identity import config_hash
 from bitpolicy.policies.storage.atomic import write_text
 from bitpolicy.policies.storage.calibration_file import FILE, load_calibration, save_calibration
 from bitpolicy.policies.storage.plain_yaml import YamlError, read_yaml
+from bitpolicy.policies.target import Target
 
 SCHEMA: Final = 1
 
@@ -42,8 +44,8 @@ class _Strict(BaseModel):
 
 
 class ModelReference(_Strict):
-    """What a policy was made for: a denoiser, or several components; then all but `id` and `revision` are lists with
-    commas, one entry a component.
+    """What a policy was made for. All but `id` and `revision` have an entry for each component, with commas between, as
+    the file has them; the properties take them apart.
 
     `sha256` is of its tensors in the storage dtype, `config` of what its config says beyond the defaults of its class
     (`bitpolicy.policies.identity`); older files have none.
@@ -59,25 +61,43 @@ class ModelReference(_Strict):
     @model_validator(mode="after")
     def _has_an_entry_for_each_component(self) -> ModelReference:
         lists = ("component", "class_name", "sha256", *(("config",) if self.config is not None else ()))
-        counts = {name: getattr(self, name).count(",") + 1 for name in lists}
+        counts = {name: len(from_text(getattr(self, name))) for name in lists}
         if len(set(counts.values())) > 1:
             found = ", ".join(f"{count} in {name}" for name, count in counts.items())
             raise ValueError(f"needed one entry a component in component, class, sha256 and config, found {found}")
         return self
 
+    @classmethod
+    def of(cls, target: Target, hashes: Mapping[str, str], id: str, revision: str | None = None) -> ModelReference:
+        """What is recorded of the components under study.
+
+        Args:
+            hashes: component -> hash of its tensors, as `target.weights_hashes` gives them.
+        """
+        return cls.model_validate(
+            {
+                "id": id,
+                "revision": revision,
+                "component": to_text(target),
+                "class": to_text(target.class_names),
+                "sha256": to_text(hashes[name] for name in target),
+                "config": to_text(target.config_hashes().values()),
+            }
+        )
+
     @property
     def components(self) -> list[str]:
-        return self.component.split(",")
+        return from_text(self.component)
 
     @property
     def hashes(self) -> dict[str, str]:
         """Component -> hash of its tensors."""
-        return dict(zip(self.components, self.sha256.split(","), strict=True))
+        return dict(zip(self.components, from_text(self.sha256), strict=True))
 
     @property
     def configs(self) -> dict[str, str | None]:
         """Component -> hash of its config; None where none is recorded."""
-        found = [None] * len(self.components) if self.config is None else self.config.split(",")
+        found = [None] * len(self.components) if self.config is None else from_text(self.config)
         return dict(zip(self.components, found, strict=True))
 
     def require_config(self, component: str, model: nn.Module) -> None:
@@ -94,7 +114,7 @@ class ModelReference(_Strict):
 
     def components_of(self, class_name: str) -> list[str]:
         """Which of the components are of a class."""
-        classes = zip(self.components, self.class_name.split(","), strict=True)
+        classes = zip(self.components, from_text(self.class_name), strict=True)
         return [component for component, found in classes if found == class_name]
 
 

@@ -31,8 +31,8 @@ from bitpolicy.kernels.formats.format import TensorSpec
 from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.pipelines.loading import BUNDLED_FOLDER, open_parts
-from bitpolicy.policies.checkpoints.checkpoint import export_denoiser
-from bitpolicy.policies.loading.denoiser_files import skeleton
+from bitpolicy.policies.checkpoints.checkpoint import export_diffusers_model
+from bitpolicy.policies.loading.diffusers_files import skeleton
 from bitpolicy.policies.policy import Choice, ModelReference, Policy
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.storage.source import source_hash
@@ -78,13 +78,13 @@ def make(folder: Path, gigabytes: float) -> tuple[int, float]:
     """Write the pipeline and a policy for it; returns the denoiser's bytes and the seconds that its hash took."""
     shutil.copytree(BUNDLED_FOLDER, folder / "model", ignore=shutil.ignore_patterns("unet"))
     unet = unet_of(gigabytes)
-    nbytes = export_denoiser(
+    nbytes = export_diffusers_model(
         unet, {}, folder / "model" / "unet", SHARD, RandomSource(unet), quantization=Quantization()
     )
     unet.save_config(folder / "model" / "unet")  # without the note that it is a checkpoint of ours
     formats = zip(quantizable_layers(unet), cycle(FORMATS), strict=False)
     start = time.perf_counter()
-    sha256 = source_hash(open_parts(str(folder / "model"), "unet", torch.float16).sources, torch.float16)
+    sha256 = source_hash(open_parts(str(folder / "model"), ["unet"], torch.float16).sources["unet"], torch.float16)
     seconds = time.perf_counter() - start
     reference = ModelReference(
         id="synthetic", component="unet", class_name=UNet2DConditionModel.__name__, sha256=sha256

@@ -131,7 +131,7 @@ def _embeddings(subject: str, batch: int, pipe: Any) -> dict[str, Any]:
 
 def _observed(pipe: Any, subject: str, pixels: int, batch: int) -> PeakMemory:
     sample = Sample("pizza", 0, _embeddings(subject, 1, pipe))
-    return observe(pipe, "unet", _call(subject, pixels), sample, CANDIDATES, batch)
+    return observe(pipe, ["unet"], _call(subject, pixels), sample, CANDIDATES, batch)
 
 
 def _drawn(pipe: Any, subject: str, pixels: int, batch: int) -> int:
@@ -147,7 +147,7 @@ def _in_turn(pipe: Any, formats: tuple[Format, ...]) -> dict[str, Format]:
 def _export(pipe: Any, formats: Mapping[str, Format], folder: Path) -> None:
     model = ModelReference(id="bench", component="unet", class_name=type(pipe.unet).__name__, sha256="")
     export_pipeline(
-        pipe, "unet", Policy.of({n: Choice(f) for n, f in formats.items()}, model=model), Calibration(), folder
+        pipe, ["unet"], Policy.of({n: Choice(f) for n, f in formats.items()}, model=model), Calibration(), folder
     )
 
 

@@ -32,7 +32,6 @@ from published_configs import published
 from torch import nn
 
 from bitpolicy.kernels.formats.named import format_named
-from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.cost.forwards import adjoint_forwards
 from bitpolicy.sensitivity.probes.adjoint import AdjointSketches
@@ -79,8 +78,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     dtype, device = getattr(torch, args.dtype), torch.device(args.device)
     trajectories, sample = _loop(args.one, dtype, device, args.pixels, args.steps)
-    layers = dict(quantizable_layers(trajectories.denoiser))
-    weights = sum(p.numel() * p.element_size() for p in trajectories.denoiser.parameters())
+    layers = trajectories.target.layers
+    weights = sum(p.numel() * p.element_size() for p in trajectories.target.parameters())
     plain = _timed(lambda: list(trajectories.latents([sample])), device)
     steps = trajectories.steps
 
@@ -94,7 +93,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     ablation = len(layers) * 2 * full_steps
     return {
         "model": args.one,
-        "parameters": sum(p.numel() for p in trajectories.denoiser.parameters()),
+        "parameters": sum(p.numel() for p in trajectories.target.parameters()),
         "layers": len(layers),
         "weights_mib": weights / MIB,
         "largest_layer_mib": max(layer.weight.nbytes for layer in layers.values()) / MIB,
@@ -146,7 +145,7 @@ def _loop(model: str, dtype: torch.dtype, device: torch.device, pixels: int, ste
     call = {"num_inference_steps": steps}
     if model == "DiT-XL-2-256":
         pipe: Any = DiTPipeline(denoiser, vae, DDIMScheduler())
-        return Trajectories(pipe, "transformer", call), Sample("207", 0)
+        return Trajectories(pipe, ["transformer"], call), Sample("207", 0)
     arguments: dict[str, Any] = {"height": pixels, "width": pixels}
     width = denoiser.config.cross_attention_dim
     for name in ("prompt_embeds", "negative_prompt_embeds"):
@@ -158,7 +157,7 @@ def _loop(model: str, dtype: torch.dtype, device: torch.device, pixels: int, ste
     else:
         parts: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         pipe = StableDiffusionPipeline(vae, None, None, denoiser, DDIMScheduler(), **parts)
-    return Trajectories(pipe, "unet", call), Sample("", 0, arguments)
+    return Trajectories(pipe, ["unet"], call), Sample("", 0, arguments)
 
 
 def _randomize(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import diffusers
 from published_configs import PUBLISHED, parameter_count, published
 
+from bitpolicy.policies.target import Target
 from bitpolicy.sensitivity.inventory import Layer, inventory
 
 MEANINGS = {
@@ -76,7 +77,7 @@ def main() -> None:
 
 
 def page() -> str:
-    described = {name: inventory(published(name)) for name in PUBLISHED}
+    described = {name: inventory(Target({"unet": published(name)})) for name in PUBLISHED}
     meanings = [(f"`{role}`", meaning) for role, meaning in MEANINGS.items()]
     parts = [
         INTRO,

@@ -100,7 +100,7 @@ def sampler(plan: Plan, samples: Sequence[Sample]) -> dict[str, list[float]]:
     for step in range(len(a) - 1):
         sizes: list[torch.Tensor] = []
         call = {**plan.trajectories.call, "callback_on_step_end": _nudge(step, sizes)}
-        found = torch.stack(list(Trajectories(plan.source.pipe, plan.source.component, call).latents(samples)))
+        found = torch.stack(list(Trajectories(plan.source.pipe, plan.source.components, call).latents(samples)))
         gains.append(float((found - clean).norm() / torch.cat(sizes).norm()))
     return {"a": a, "b": b, "gain": [*gains, 1.0]}
 
@@ -174,7 +174,7 @@ def _err(layer: Quantizable, change: torch.Tensor, x: torch.Tensor) -> torch.Ten
 
 def round_off(plan: Plan, reference: ReferencePass, samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
     """Medians over layers of the share that is a mean, over everything and at each step, with either bias."""
-    layers = dict(quantizable_layers(plan.trajectories.denoiser))
+    layers = plan.trajectories.target.layers
     changes = {name: [_change(one, f, plan.source.storage) for f in FORMATS] for name, one in layers.items()}
     sums: dict[tuple[str, int, int], list[torch.Tensor]] = defaultdict(list)
     level: dict[str, list[float]] = defaultdict(list)
@@ -225,7 +225,7 @@ def _medians(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def group_norm(plan: Plan, samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
     """|GN(h + d) - GN(h)|^2 / |(gain / sigma) d|^2 for the INT4 error d of `conv1`, and for its channels' means."""
-    denoiser = plan.trajectories.denoiser
+    denoiser = plan.trajectories.pipe.unet
     layers = {n: layer for n, layer in quantizable_layers(denoiser) if re.search(r"resnets\.\d+\.conv1$", n)}
     changes = {name: _change(one, FORMATS[0], plan.source.storage) for name, one in layers.items()}
     held: dict[str, torch.Tensor] = {}
@@ -258,7 +258,7 @@ def group_norm(plan: Plan, samples: Sequence[Sample]) -> dict[str, dict[str, flo
 
 def skips(plan: Plan, reference: ReferencePass, samples: Sequence[Sample]) -> dict[str, float]:
     """Error power of the denoiser's output with an INT4 encoder, relative to that with all ways open."""
-    unet: Any = plan.trajectories.denoiser
+    unet: Any = plan.trajectories.pipe.unet
     choices = {layer.name: Choice(FORMATS[0], True) for layer in plan.layers if ENCODER.match(layer.name)}
     power: dict[str, float] = defaultdict(float)
 

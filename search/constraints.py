@@ -68,18 +68,18 @@ def shared_qkv(layers: Sequence[Layer]) -> list[list[str]]:
 
 
 def not_held(
-    target: str, layers: Sequence[Layer], formats: Iterable[Format], kept: Mapping[str, Format]
+    program: str, layers: Sequence[Layer], formats: Iterable[Format], kept: Mapping[str, Format]
 ) -> frozenset[tuple[str, Format]]:
     """The (layer name, format) pairs that another program cannot hold.
 
     Args:
-        target: the program's name, one of `bitpolicy.policies.exporters.targets.NAMES`.
+        program: its name, one of `bitpolicy.policies.exporters.targets.NAMES`.
         kept: from `pinned`.
 
     Raises:
         BitPolicyError: there is no such program, or `kept` has a format that it cannot hold.
     """
-    exporter = exporter_named(target)
+    exporter = exporter_named(program)
     found = frozenset(
         (layer.name, format)
         for layer in layers

@@ -37,7 +37,7 @@ class Generations:
     @contextmanager
     def under(self, choices: Mapping[str, Choice]) -> Iterator[None]:
         """While the block runs, the pipeline computes as the policy's checkpoint would."""
-        with quantized(self._trajectories.denoiser, choices, quantization=self._quantization):
+        with quantized(self._trajectories.target, choices, quantization=self._quantization):
             yield
 
     def images(self, choices: Mapping[str, Choice], samples: Sequence[Sample]) -> list[torch.Tensor]:

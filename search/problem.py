@@ -30,7 +30,7 @@ class Problem:
         formats: the candidates, F of them, FP16 among them.
         table: their sensitivities.
         account: their bytes.
-        budget: tensor bytes the whole denoiser may have.
+        budget: tensor bytes the whole target may have.
         pinned: layer name -> the one format it may have.
         tied: groups of layer names that share a format; a layer is in at most one group.
         barred: (layer name, format) pairs that may not be chosen.
@@ -56,7 +56,7 @@ class Problem:
 
         Args:
             multipliers: by which the errors of a group of layers are bent first.
-            budget: tensor bytes of the whole denoiser, if it is another than the problem's.
+            budget: tensor bytes of the whole target, if it is another than the problem's.
 
         Raises:
             BudgetError: no policy is as small.
@@ -69,7 +69,7 @@ class Problem:
         return self.spread(solve(errors, sizes, limit - self.account.fixed))
 
     def frontier(self, budgets: Sequence[int]) -> list[Solution]:
-        """The exact solution for each number of tensor bytes of the whole denoiser.
+        """The exact solution for each number of tensor bytes of the whole target.
 
         Raises:
             BudgetError: a budget is below the smallest policy.

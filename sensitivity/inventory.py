@@ -1,7 +1,7 @@
-"""The layers under study, with what each does (role) and where it sits (stage).
+"""The layers of the target, with what each does (role) and where it sits (stage).
 
-Several components that are studied together come in an `nn.ModuleDict`; each is described as if it were alone. Outside
-the denoisers a stage is a whole component's: the search scales its layers by role.
+Each component of the target is described as if it were alone. Outside the denoisers a stage is a whole component's: the
+search scales its layers by role.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bitpolicy.kernels.errors import BitPolicyError, BitPolicyWarning
-from bitpolicy.kernels.layers import PackedLayer, quantizable_layers, unsupported_layers
-from bitpolicy.policies.denoiser import is_autoencoder
+from bitpolicy.kernels.layers import HasModules, packed_layers, quantizable_layers, unsupported_layers
+from bitpolicy.policies.components import is_autoencoder
+from bitpolicy.policies.target import Target
 from bitpolicy.sensitivity.outside_roles import autoencoder_role, conditioner_role
 from bitpolicy.sensitivity.roles import is_attention, roles
 
@@ -27,7 +28,7 @@ class Layer:
     """One quantizable layer.
 
     Attributes:
-        name: its module path in the component, or from the component's name on where several are studied.
+        name: its module path in the component; in a target of several, beginning with the component's name.
         kind: its torch class, e.g. "Conv2d".
         shape: of its weight, (out, in/groups, *kernel).
         has_bias: whether bias correction has something to correct.
@@ -49,27 +50,26 @@ class Layer:
         return f"{self.role}/{self.stage}"
 
 
-def inventory(model: nn.Module) -> list[Layer]:
-    """Every quantizable layer of `model`, in the model's own order.
-
-    Args:
-        model: a component, or an `nn.ModuleDict` of several, whose names then begin the names of the layers.
+def inventory(target: Target) -> list[Layer]:
+    """Every quantizable layer of the target, in the models' own order.
 
     Raises:
-        BitPolicyError: there is none, or the model is packed.
+        BitPolicyError: there is none, or a model is packed.
     """
-    if any(isinstance(module, PackedLayer) for module in model.modules()):
-        raise BitPolicyError(
-            f"{type(model).__name__} is packed already; give the full-precision model it was made from"
-        )
-    parts = {f"{name}.": part for name, part in model.items()} if isinstance(model, nn.ModuleDict) else {"": model}
-    placed = {f"{prefix}{name}": place for prefix, part in parts.items() for name, place in _places(part).items()}
+    packed = next((type(model).__name__ for model in target.models if any(packed_layers(model))), None)
+    if packed is not None:
+        raise BitPolicyError(f"{packed} is packed already; give the full-precision model it was made from")
+    placed = {
+        f"{target.prefix(component)}{name}": place
+        for component, model in target.items()
+        for name, place in _places(model).items()
+    }
     layers = [
         Layer(name, type(layer).__name__, tuple(layer.weight.shape), layer.bias is not None, *placed[name])
-        for name, layer in quantizable_layers(model)
+        for name, layer in target.layers.items()
     ]
     if not layers:
-        raise BitPolicyError(f"{type(model).__name__} has no linear or convolution layer to quantize")
+        raise BitPolicyError(f"no linear or convolution layer to quantize in {' or '.join(target.class_names)}")
     return layers
 
 
@@ -77,13 +77,13 @@ class UnsupportedLayers(BitPolicyWarning):
     """Layers that no format can be given to."""
 
 
-def warn_of_unsupported(model: nn.Module) -> None:
+def warn_of_unsupported(target: HasModules) -> None:
     """Warn, in one line, of the layers that no format can be given to: they stay in the storage dtype, and are counted.
 
     Of each kind the first three are named.
     """
     found: dict[str, list[str]] = {}
-    for name, layer in unsupported_layers(model):
+    for name, layer in unsupported_layers(target):
         found.setdefault(type(layer).__name__, []).append(name)
     if found:
         kinds = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -17,7 +17,7 @@ from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.format import TensorSpec
-from bitpolicy.kernels.layers import PackedLayer
+from bitpolicy.kernels.layers import packed_layers
 from bitpolicy.pipelines.hub import download
 from bitpolicy.pipelines.offload import stream_weights
 from bitpolicy.pipelines.single_file import SingleFile
@@ -25,14 +25,15 @@ from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.checkpoints.folder_parts import FolderParts, has_names_of_models, is_streamable
 from bitpolicy.policies.checkpoints.manifest import verify
 from bitpolicy.policies.checkpoints.parts import MemoryParts, Parts, require_no_adapter
-from bitpolicy.policies.denoiser import ALL, DENOISERS, denoiser_names, denoiser_of, denoisers_in, studied
+from bitpolicy.policies.components import ALL, DENOISERS, to_text
 from bitpolicy.policies.identity import config_hash, weights_hash
-from bitpolicy.policies.loading.denoiser_files import bounded
+from bitpolicy.policies.loading.diffusers_files import bounded
 from bitpolicy.policies.loading.named_classes import require_known_classes
 from bitpolicy.policies.loading.nothing_missing import nothing_missing
 from bitpolicy.policies.loading.packed_config import METHOD
 from bitpolicy.policies.storage.pipeline_files import PipelineFiles, read_json
 from bitpolicy.policies.storage.source import ModuleSource, Unchanged
+from bitpolicy.policies.target import Target
 from bitpolicy.sensitivity.workers import device_of_this_process
 
 BUNDLED = "bitpolicy/emoji"
@@ -49,8 +50,8 @@ class Source:
     """A loaded, unquantized pipeline.
 
     Attributes:
-        pipe: on its device, in the compute dtype; the values of what is studied are those of the storage dtype.
-        component: name of what is studied; several names are separated by commas.
+        pipe: on its device, in the compute dtype; the target's values are those of the storage dtype.
+        components: names of the target's.
         storage: dtype of the checkpoint that will be exported.
         id: hub id or folder, for the policy file.
         revision: of a hub model.
@@ -59,7 +60,7 @@ class Source:
     """
 
     pipe: DiffusionPipeline
-    component: str
+    components: Sequence[str]
     storage: torch.dtype
     id: str
     revision: str | None = None
@@ -67,30 +68,31 @@ class Source:
     stamps: Mapping[Path, tuple[int, int]] | None = None
 
     @property
-    def denoiser(self) -> nn.Module:
-        return denoiser_of(self.pipe, self.component)
-
-    @property
-    def studied(self) -> str:
-        """What is studied, in words."""
-        return studied(self.pipe, self.component)
+    def target(self) -> Target:
+        """The components under study, as the pipeline has them now."""
+        return Target.of(self.pipe, self.components)
 
     @cached_property
     def parts(self) -> Parts:
         """What is exported: the files that it was loaded from, where they can be streamed, else what is in memory."""
-        if self.files is not None and is_streamable(self.files.folder, self.component):
-            parts = FolderParts(self.files.folder, self.component, self.files.variant, self.stamps)
+        if self.files is not None and is_streamable(self.files.folder, self.components):
+            parts = FolderParts(self.files.folder, self.components, self.files.variant, self.stamps)
             parts.sources = {
                 name: Unchanged(source, self.storage, ModuleSource(getattr(self.pipe, name)))
                 for name, source in parts.sources.items()
             }
             return parts
-        return MemoryParts(self.pipe, self.component)
+        return MemoryParts(self.pipe, self.components)
 
     @cached_property
+    def hashes(self) -> dict[str, str]:
+        """Identity of the target: component -> hash of its weights in the storage dtype."""
+        return self.target.weights_hashes(self.storage)
+
+    @property
     def sha256(self) -> str:
-        """Identity of what is studied: a hash of its weights in the storage dtype."""
-        return weights_hash(self.denoiser, self.storage)
+        """`hashes` as files record them."""
+        return to_text(self.hashes.values())
 
     @cached_property
     def everything_sha256(self) -> str:
@@ -98,14 +100,14 @@ class Source:
         digest = hashlib.sha256(self.sha256.encode())
         for name, other in sorted(self.pipe.components.items()):
             digest.update(config_hash(other).encode())
-            if isinstance(other, nn.Module) and name not in self.component.split(","):
+            if isinstance(other, nn.Module) and name not in self.components:
                 digest.update(f"{name}{weights_hash(other, next(iter(_floats(other)), self.storage))}".encode())
         return digest.hexdigest()
 
 
 def load_source(
     model: str | None = None,
-    component: str | None = None,
+    components: Sequence[str] | None = None,
     *,
     dtype: str = "auto",
     device: str = "auto",
@@ -119,7 +121,7 @@ def load_source(
 
     Args:
         model: hub id, folder or .safetensors file; None is the bundled emoji pipeline.
-        component: what is studied, names separated by commas or "all"; None finds the denoiser.
+        components: names of what is studied, or "all" alone; None finds the denoisers.
         config: folder or hub id with the configs of a file.
         dtype: compute dtype; "auto" is float32 on the CPU and the storage dtype on CUDA.
         device: "auto" is CUDA where there is one.
@@ -129,36 +131,37 @@ def load_source(
     Raises:
         BitPolicyError: there is no such folder, repository, component, dtype or device, or it is no diffusers pipeline.
     """
-    target = device_named(device)
+    place = device_named(device)
     if dtype not in ("auto", *DTYPES):
         raise BitPolicyError(f"unknown dtype {dtype!r}; write auto, {', '.join(DTYPES)}")
     path = locate(model, revision, variant, config)
     if path.is_file():
-        single = SingleFile.of(path, config, component)
-        storage, component, files, stamps = storage or dtype_of_file(single), single.component, None, None
+        single = SingleFile.of(path, config, components)
+        storage, components, files, stamps = storage or dtype_of_file(single), [single.component], None, None
         pipe = single.open(storage)
     else:
         files = PipelineFiles(path, variant)
         require_pipeline(path)
         stamps = files.stamps()
-        storage = storage or storage_dtype(path, component, variant)
+        storage = storage or storage_dtype(path, components, variant)
         pipe = open_pipeline(path, storage, variant)
-    compute = DTYPES.get(dtype) or (torch.float32 if target.type == "cpu" else storage)
-    name = denoiser_names(pipe, component)
-    if any(getattr(denoiser, "hf_quantizer", None) is not None for denoiser in denoisers_in(denoiser_of(pipe, name))):
-        raise BitPolicyError(
-            f"{model}: its {name} is quantized already; give the full-precision pipeline it was made from"
-        )
-    to_storage(denoiser_of(pipe, name), storage)  # transformers keeps some weights in float32, whatever it is asked
-    pipe.to(compute) if offload else pipe.to(target, compute)
+    compute = DTYPES.get(dtype) or (torch.float32 if place.type == "cpu" else storage)
+    target = Target.chosen(pipe, components)
+    for name, studied in target.items():
+        if getattr(studied, "hf_quantizer", None) is not None:
+            raise BitPolicyError(
+                f"{model}: its {name} is quantized already; give the full-precision pipeline it was made from"
+            )
+    to_storage(target, storage)  # transformers keeps some weights in float32, whatever it is asked
+    pipe.to(compute) if offload else pipe.to(place, compute)
     if offload:
-        stream_weights(pipe, name, target)
-    return Source(pipe, name, storage, model or BUNDLED, revision, files, stamps)
+        stream_weights(pipe, target, place)
+    return Source(pipe, target.names, storage, model or BUNDLED, revision, files, stamps)
 
 
 def open_parts(
     model: str | None,
-    component: str | None,
+    components: Sequence[str] | None,
     storage: torch.dtype,
     revision: str | None = None,
     variant: str | None = None,
@@ -174,29 +177,32 @@ def open_parts(
     """
     path = locate(model, revision, variant, config)
     if path.is_file():
-        return SingleFile.of(path, config, component).parts(storage)
+        return SingleFile.of(path, config, components).parts(storage)
     require_pipeline(path)
-    if component is not None and not has_names_of_models(path, component):
+    if components is not None and not has_names_of_models(path, components):
         pipe = open_pipeline(path, torch.float32, variant)
-        return source_of(pipe, component, storage).parts
-    return FolderParts(path, component, variant)
+        return source_of(pipe, components, storage).parts
+    return FolderParts(path, components, variant)
 
 
-def source_of(pipe: DiffusionPipeline, component: str | None = None, storage: torch.dtype | None = None) -> Source:
+def source_of(
+    pipe: DiffusionPipeline, components: Sequence[str] | None = None, storage: torch.dtype | None = None
+) -> Source:
     """A pipeline that is in memory already. What is studied of it is rounded, in place, to the storage dtype.
 
     Args:
-        storage: None is bfloat16 for a bfloat16 denoiser and float16 for any other.
+        components: names of what is studied, or "all" alone; None finds the denoisers.
+        storage: None is bfloat16 for a bfloat16 target and float16 for any other.
     """
     require_no_adapter(pipe)
-    name = denoiser_names(pipe, component)
-    denoiser = denoiser_of(pipe, name)
-    if any(isinstance(module, PackedLayer) for module in denoiser.modules()):
-        raise BitPolicyError(f"the {name} is packed already; give the full-precision pipeline it was made from")
+    target = Target.chosen(pipe, components)
+    packed = next((name for name, model in target.items() if any(packed_layers(model))), None)
+    if packed is not None:
+        raise BitPolicyError(f"the {packed} is packed already; give the full-precision pipeline it was made from")
     if storage is None:
-        storage = torch.bfloat16 if next(denoiser.parameters()).dtype == torch.bfloat16 else torch.float16
-    to_storage(denoiser, storage)
-    return Source(pipe, name, storage, str(pipe.config.get("_name_or_path") or type(pipe).__name__))
+        storage = torch.bfloat16 if target.dtype == torch.bfloat16 else torch.float16
+    to_storage(target, storage)
+    return Source(pipe, target.names, storage, str(pipe.config.get("_name_or_path") or type(pipe).__name__))
 
 
 def open_pipeline(
@@ -245,12 +251,12 @@ def require_pipeline(folder: Path) -> None:
     )
 
 
-def storage_dtype(folder: Path, component: str | None = None, variant: str | None = None) -> torch.dtype:
+def storage_dtype(folder: Path, components: Sequence[str] | None = None, variant: str | None = None) -> torch.dtype:
     """The dtype of most values in the safetensors files of the denoiser, or of the components named; float16 for
     float32 files, and where there are none."""
     files = PipelineFiles(folder, variant)
     specs: list[TensorSpec] = []
-    for name in component.split(",") if component not in (None, ALL) else DENOISERS:
+    for name in DENOISERS if components is None or list(components) == [ALL] else components:
         if files.has_weights(name):
             specs += [spec for file in files.specs(name).values() for spec in file.values()]
     return _commonest(specs)
@@ -293,10 +299,10 @@ def _recorded(config: Path) -> dict[str, Any]:
     return found
 
 
-def packed_components(folder: Path) -> str | None:
-    """The components of an exported pipeline that hold packed layers, separated by commas; None if there are none."""
+def packed_components(folder: Path) -> list[str] | None:
+    """The components of an exported pipeline that hold packed layers; None if there are none."""
     found = [path.parent.name for path in sorted(folder.glob("*/config.json")) if _packs_layers(path)]
-    return ",".join(found) or None
+    return found or None
 
 
 def is_ours(folder: Path) -> bool:

@@ -18,26 +18,25 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from bitpolicy.kernels.layers import Quantizable, quantizable_layers
-from bitpolicy.policies.denoiser import denoiser_of, denoisers_in
+from bitpolicy.policies.target import Target
 
 
-def stream_weights(pipe: DiffusionPipeline, components: str, device: torch.device) -> None:
+def stream_weights(pipe: DiffusionPipeline, target: Target, device: torch.device) -> None:
     """Prepare `pipe`, which is on the CPU, to run on `device` with streamed weights; for good.
 
     Args:
-        components: names of the denoisers, separated by commas.
+        target: the components whose weights are streamed; the other models come over whole.
     """
-    denoisers = denoisers_in(denoiser_of(pipe, components))
-    others = [m for m in pipe.components.values() if isinstance(m, nn.Module) and m not in denoisers]
+    others = [m for m in pipe.components.values() if isinstance(m, nn.Module) and m not in target.models]
     leaving = [cpu_offload_with_hook(other, device)[1] for other in others]
-    for denoiser in denoisers:
-        streamed = dict(quantizable_layers(denoiser))
+    for model in target.models:
+        streamed = dict(quantizable_layers(model))
         for layer in streamed.values():
             layer.forward = _streaming(layer)  # type: ignore[assignment, method-assign]
-        for module in denoiser.modules():
+        for module in model.modules():
             if module not in streamed.values():
                 _move_own(module, device)
-        add_hook_to_module(denoiser, _RunsOn(device, leaving))
+        add_hook_to_module(model, _RunsOn(device, leaving))
 
 
 class _RunsOn(ModelHook):

@@ -56,7 +56,7 @@ def load_reference(
         _require_there(checkpoint, recorded, revision, variant)
     source = load_source(
         model or recorded.id,
-        recorded.component,
+        recorded.components,
         revision=revision,
         variant=variant,
         storage=getattr(torch, policy.storage_dtype),

@@ -13,7 +13,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.policies.denoiser import class_count
+from bitpolicy.policies.components import class_count
 from bitpolicy.sensitivity.calls.signature import Signature
 from bitpolicy.sensitivity.samples import Request, Sample, beside, split_samples, takes_pictures
 

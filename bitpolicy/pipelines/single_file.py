@@ -7,6 +7,7 @@ time; text encoders and VAE are loaded by diffusers, which maps the file into me
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from safetensors import SafetensorError
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.pipelines.hub import download_configs
 from bitpolicy.policies.checkpoints.parts import MemoryParts
-from bitpolicy.policies.denoiser import DENOISERS
-from bitpolicy.policies.loading.denoiser_files import bounded, fitted, skeleton
+from bitpolicy.policies.components import DENOISERS, to_text
+from bitpolicy.policies.loading.diffusers_files import bounded, fitted, skeleton
 from bitpolicy.policies.loading.named_classes import class_named, require_known_classes
 from bitpolicy.policies.loading.nothing_missing import nothing_missing
 from bitpolicy.policies.storage.file_source import FileSource
@@ -43,7 +44,7 @@ class SingleFile:
         path: a .safetensors file.
         configs: a diffusers folder of the same kind of model; its weights, if it has any, stand in for components that
             the file does not have.
-        component: the denoiser.
+        component: what is packed, the denoiser.
     """
 
     path: Path
@@ -51,11 +52,12 @@ class SingleFile:
     component: str
 
     @classmethod
-    def of(cls, path: Path, config: str | None = None, component: str | None = None) -> SingleFile:
+    def of(cls, path: Path, config: str | None = None, components: Sequence[str] | None = None) -> SingleFile:
         """Find the configs.
 
         Args:
             config: folder or hub id; None asks the hub for what diffusers takes the file for.
+            components: the name of the one to pack; None finds the denoiser.
 
         Raises:
             BitPolicyError: it is a pickle or damaged, or there are no configs.
@@ -66,10 +68,11 @@ class SingleFile:
             raise BitPolicyError(f"{path} is no safetensors file; {remedy}")
         configs = PipelineFiles(_configs(path, config))
         require_known_classes(configs.index, configs.folder / "model_index.json")
-        there = [name for name in ([component] if component else DENOISERS) if name in configs.components]
+        candidates = [to_text(components)] if components else DENOISERS
+        there = [name for name in candidates if name in configs.components]
         if not there:
             raise BitPolicyError(
-                f"{configs.folder} has no component {' or '.join([component] if component else DENOISERS)}; "
+                f"{configs.folder} has no component {' or '.join(candidates)}; "
                 f"it has {', '.join(configs.components) or 'none'}: give another --config or --component"
             )
         return cls(path, configs, there[0])
@@ -139,7 +142,7 @@ class SingleFile:
     def parts(self, dtype: torch.dtype) -> MemoryParts:
         """For export: the denoiser stays in the file, the rest is loaded."""
         model, source = self.denoiser()
-        return MemoryParts(self.open(dtype, **{self.component: model}), self.component, {self.component: source})
+        return MemoryParts(self.open(dtype, **{self.component: model}), [self.component], {self.component: source})
 
 
 def _configs(path: Path, config: str | None) -> Path:

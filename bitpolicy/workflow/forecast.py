@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 
 from bitpolicy.check import LAYERS, POLICIES
-from bitpolicy.kernels.layers import Quantizable, quantizable_layers
+from bitpolicy.kernels.layers import Quantizable
 from bitpolicy.kernels.quantizers.named import RTN, parse_quantizer
 from bitpolicy.policies.footprint import loaded_bytes
 from bitpolicy.policies.measured_compute import measured_compute
@@ -80,7 +80,7 @@ class Forecast:
 
     def __init__(self, settings: Settings, plan: Plan) -> None:
         self._settings, self._plan = settings, plan
-        self._layers = dict(quantizable_layers(plan.trajectories.denoiser))
+        self._layers = plan.trajectories.target.layers
         self._quantizers = parse_quantizer(settings.quantizer)
         self._candidates = candidates(plan.formats, self._quantizers)
         self._large = is_large(plan.trajectories)

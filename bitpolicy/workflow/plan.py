@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.format import Format
@@ -21,9 +20,10 @@ from bitpolicy.pipelines.prompting import Split, default_requests, split
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.model_card import Card
-from bitpolicy.policies.denoiser import denoisers_in, of_component
+from bitpolicy.policies.components import asked_components, to_text
 from bitpolicy.policies.exporters.targets import exporter_named
 from bitpolicy.policies.measured_compute import measured_compute
+from bitpolicy.policies.target import Target
 from bitpolicy.search.budget import SCOPES, Budget, Scope, read
 from bitpolicy.search.constraints import not_held, pinned, shared_qkv
 from bitpolicy.search.problem import Problem
@@ -50,7 +50,7 @@ class Plan:
 
     Attributes:
         source: the loaded pipeline.
-        layers: of what is studied, its denoiser or several components.
+        layers: of the target.
         formats: the candidates.
         account: exact bytes of what is studied, as exported.
         budget: in bytes; all there is where none was asked for.
@@ -61,7 +61,7 @@ class Plan:
         asked: names of the formats that every layer may have; the others are only for layers that are pinned to them.
         barred: (layer name, format) that the program it is exported to cannot hold.
         bundled: whether it is the pipeline that comes with the package.
-        target: the program that it is exported to, if it is another.
+        program: the one that it is exported to, if it is another.
     """
 
     source: Source
@@ -76,12 +76,12 @@ class Plan:
     asked: frozenset[str] = frozenset()
     barred: frozenset[tuple[str, Format]] = frozenset()
     bundled: bool = False
-    target: str | None = None
+    program: str | None = None
 
     @property
     def model(self) -> str:
         """A name for people."""
-        return f"{class_name(self.source.denoiser).replace(',', ', ')} of {self.source.id}"
+        return f"{', '.join(dict.fromkeys(self.source.target.class_names))} of {self.source.id}"
 
     @property
     def card(self) -> Card:
@@ -117,14 +117,9 @@ class Plan:
             for name, errors in zip(table.layers, table.error, strict=True)
             if name not in calibration.input_means and (PROBES[table.probe].data_free or not errors.any())
         }
-        names = self.source.component.split(",")
-        parts = [of_component(dict.fromkeys(table.layers), name, names) for name in names]
-        whole = [
-            f"{name}.{layer}" if len(names) > 1 else layer
-            for name, part in zip(names, parts, strict=True)
-            for layer in part
-            if all((f"{name}.{other}" if len(names) > 1 else other) in silent for other in part)
-        ]
+        starts = map(self.source.target.prefix, self.source.components)
+        parts = [{name for name in table.layers if name.startswith(start)} for start in starts]
+        whole = {name for part in parts if part <= silent for name in part}
         return [name for name in table.layers if name in silent and (name in outside or name in whole)]
 
     def problem(self, table: SensitivityTable, never_called: Iterable[str] = ()) -> Problem:
@@ -163,12 +158,12 @@ class Plan:
             BudgetError: it is below that.
         """
         names = [format.name for format in self.formats]
-        if self.target is None:
+        if self.program is None:
             self.budget.require(smallest, names)
             return
         packed = [format for format in self.formats if format.packed]
         unpacked = sum(all((layer.name, format) in self.barred for format in packed) for layer in self.layers)
-        self.budget.require(smallest, names, exporter_named(self.target).title, unpacked)
+        self.budget.require(smallest, names, exporter_named(self.program).title, unpacked)
 
     @property
     def fits_unquantized(self) -> bool:
@@ -186,7 +181,7 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
     if source is None:
         source = load_source(
             settings.model,
-            settings.component,
+            asked_components(settings.component),
             dtype=settings.dtype,
             device=settings.device,
             revision=settings.revision,
@@ -194,14 +189,14 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
             config=settings.config,
             offload=settings.offload,
         )
-    layers = inventory(source.denoiser)
-    warn_of_unsupported(source.denoiser)
-    useful = useful_formats(source.denoiser, parse_formats(settings.formats), source.storage)
+    layers = inventory(source.target)
+    warn_of_unsupported(source.target)
+    useful = useful_formats(source.target, parse_formats(settings.formats), source.storage)
     kept = pinned(settings.keep, layers)
     formats = (*dict.fromkeys(f for f in kept.values() if f not in useful), *useful)
     _require_formats_of(measured_compute(settings.compute), formats)
     call = {**default_call(source.pipe, bundled), **dict(settings.call)}
-    trajectories = Trajectories(source.pipe, source.component, call)
+    trajectories = Trajectories(source.pipe, source.components, call)
     if trajectories.outside and not PROBES[settings.probe].outside_loop:
         raise BitPolicyError(
             f"the {settings.probe} probe differentiates denoisers alone; for {', '.join(trajectories.outside)} take "
@@ -215,7 +210,7 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
         arguments = Sample.of(request, 0).arguments
         trajectories.require(arguments)
         _require_steps(trajectories, arguments)
-    account = ByteAccount.of(source.denoiser, source.storage)
+    account = ByteAccount.of(source.target, source.storage)
     scope = _scope(settings, source, account, trajectories, parts.calibration[0], formats)
     plan = Plan(
         source=source,
@@ -230,7 +225,7 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
         asked=frozenset(format.name for format in useful),
         barred=not_held(settings.target, layers, formats, kept) if settings.target else frozenset(),
         bundled=bundled,
-        target=settings.target,
+        program=settings.target,
     )
     plan.require_budget(plan.smallest)
     return plan
@@ -293,13 +288,13 @@ def _scope(
 ) -> Scope:
     """What the budget covers; a peak takes one observed call."""
     if settings.scope == "weights":
-        return Scope.of_weights(account, source.studied)
+        return Scope.of_weights(account, source.target.in_words)
     if settings.scope == "pipeline":
-        return Scope.of_pipeline(account, sum(source.parts.others(source.storage).values()), source.studied)
+        return Scope.of_pipeline(account, sum(source.parts.others(source.storage).values()), source.target.in_words)
     size = {name: value for name in ("height", "width") if (value := getattr(settings, name)) is not None}
     call = {**trajectories.call, **size}
-    peak = observe(source.pipe, source.component, call, sample, formats, settings.batch_size)
-    return Scope.of_peak(peak, formats, source.studied)
+    peak = observe(source.pipe, source.components, call, sample, formats, settings.batch_size)
+    return Scope.of_peak(peak, formats, source.target.in_words)
 
 
 def warn_of_idle_arguments(
@@ -314,9 +309,9 @@ def warn_of_idle_arguments(
         )
 
 
-def class_name(denoiser: nn.Module) -> str:
-    """Of what is studied, or of each of several components."""
-    return ",".join(dict.fromkeys(type(part).__name__ for part in denoisers_in(denoiser)))
+def class_name(target: Target) -> str:
+    """The classes of its models, each once."""
+    return to_text(dict.fromkeys(target.class_names))
 
 
 def default_call(pipe: DiffusionPipeline, bundled: bool) -> dict[str, Any]:

@@ -20,18 +20,17 @@ from bitpolicy.kernels.compute.setting import set_compute
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import FP16
 from bitpolicy.kernels.kernel import Compute
-from bitpolicy.kernels.layers import packed_layers
 from bitpolicy.output_folder import OutputFolder
 from bitpolicy.pipelines.loading import Source, open_pipeline
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.checkpoint import checkpoint_bytes
 from bitpolicy.policies.checkpoints.pipeline import describe_checkpoint, export_parts
-from bitpolicy.policies.denoiser import denoisers_in
-from bitpolicy.policies.identity import config_hash, configured
+from bitpolicy.policies.identity import configured
 from bitpolicy.policies.measured_compute import measured_compute
 from bitpolicy.policies.policy import BudgetRecord, Choice, ModelReference, Policy, Result
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.storage.calibration_file import save_calibration
+from bitpolicy.policies.target import Target
 from bitpolicy.search.budget import BudgetError
 from bitpolicy.search.closeness import beyond_first_order, close_choices
 from bitpolicy.search.generation import Generations
@@ -190,16 +189,7 @@ class SearchRun:
         calibrated = any(choice.needs_calibration for choice in choices.values())
         return Policy.of(
             choices,
-            model=ModelReference.model_validate(
-                {
-                    "id": source.id,
-                    "revision": source.revision,
-                    "component": source.component,
-                    "class": ",".join(type(part).__name__ for part in denoisers_in(source.denoiser)),
-                    "sha256": source.sha256,
-                    "config": config_hash(source.denoiser),
-                }
-            ),
+            model=ModelReference.of(source.target, source.hashes, source.id, source.revision),
             budget=self._budget_record(nbytes),
             storage_dtype=str(source.storage).removeprefix("torch."),
             compute=measured_compute(self._settings.compute).value,
@@ -232,7 +222,7 @@ class SearchRun:
             with self._stages.bar(1, "writing the checkpoint") as advance:
                 export_parts(source.parts, policy, self.calibration, folder, card=self._plan.card)
                 advance()
-            return sum(checkpoint_bytes(folder / name) for name in source.component.split(","))
+            return sum(checkpoint_bytes(folder / name) for name in source.components)
 
     def evaluate(self, policy: Policy) -> tuple[Policy, Psnr, dict[str, Any]]:
         """Reload the checkpoint, compare on held-out samples, write compare.png and the measured PSNR into the policy.
@@ -245,7 +235,7 @@ class SearchRun:
         with self._stages.timed("evaluate"):
             before = list(plan.trajectories.images(self._stages.track(samples, "held-out, reference")))
             with swapped_components(source, self._folder / "checkpoint"):
-                reloaded = Trajectories(source.pipe, source.component, plan.trajectories.call)
+                reloaded = Trajectories(source.pipe, source.components, plan.trajectories.call)
                 after = list(reloaded.images(self._stages.track(samples, "held-out, checkpoint")))
             (reference, latents), (images, found) = zip(*before, strict=True), zip(*after, strict=True)
             psnr = Psnr.of(reference, images)
@@ -264,7 +254,7 @@ class SearchRun:
         result = policy.result.model_copy(update={"psnr_db": None if psnr.mean is None else round(psnr.mean, 2)})
         policy = policy.model_copy(update={"result": result})
         policy.save(self._folder / "policy.yaml")
-        describe_checkpoint(self._folder / "checkpoint", policy, self._plan.source.denoiser, self._plan.card)
+        describe_checkpoint(self._folder / "checkpoint", policy, self._plan.source.target, self._plan.card)
         return policy
 
 
@@ -279,14 +269,14 @@ def swapped_components(source: Source, checkpoint: Path, compute: Compute | None
     Raises:
         BitPolicyError: a file of the checkpoint is not as it was written, or no layer rounds what that compute rounds.
     """
-    dtype = next(source.denoiser.parameters()).dtype
+    dtype = source.target.dtype
     reloaded = open_pipeline(checkpoint, dtype, everything=True)
     if compute is not None and not set_compute(reloaded, compute) and compute is not Compute.EXACT:
         raise BitPolicyError(
             f"no layer of {checkpoint} would be multiplied differently under compute {compute}; fp8 is for layers in "
             "fp8, and int8 for those of 32 weights a row or more"
         )
-    packed = (layer for name in source.component.split(",") for _, layer in packed_layers(getattr(reloaded, name)))
+    packed = Target.of(reloaded, source.components).packed_layers.values()
     used = next((layer.compute for layer in packed), Compute.EXACT)
     device, originals = source.pipe._execution_device, {}
     try:

@@ -17,7 +17,7 @@ def set_compute(model: Any, compute: str | Compute | None, low_memory: bool | No
     """Set what packed layers may round in addition to their weights (activation quantization).
 
     Args:
-        model: a pipeline, a denoiser, or any other module with packed layers.
+        model: a pipeline, a module with packed layers, or several modules by name.
         compute: "exact" (nothing), "float" (nothing, but sums may be taken in another order), "int8" (inputs, to 8
             bits: faster where the processor multiplies integers, with some loss) or "fp8" (inputs of `fp8` layers, to
             float8; other layers compute as under "float"); None leaves the setting unchanged.
@@ -31,7 +31,7 @@ def set_compute(model: Any, compute: str | Compute | None, low_memory: bool | No
         BitPolicyError: there is no such mode, or the model has no packed layer.
     """
     wanted = None if compute is None else parse_compute(compute)
-    parts = {"": model} if isinstance(model, nn.Module) else model.components
+    parts = {"": model} if isinstance(model, nn.Module) else dict(getattr(model, "components", model))
     modules = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
     layers = {f"{part}.{name}".strip("."): x for part, module in modules.items() for name, x in packed_layers(module)}
     if not layers:

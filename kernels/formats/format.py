@@ -25,6 +25,11 @@ class TensorSpec:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @classmethod
+    def stored(cls, tensor: torch.Tensor, storage_dtype: torch.dtype) -> TensorSpec:
+        """How a tensor that no format touches is stored: floats in the storage dtype, everything else as it is."""
+        return cls(storage_dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
+
     @property
     def nbytes(self) -> int:
         return self.dtype.itemsize * prod(self.shape)

@@ -15,7 +15,6 @@ from torch import nn
 from bitpolicy.kernels.formats.format import TensorSpec
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import Quantizable, quantizable_layers
-from bitpolicy.policies.accounting import stored_spec
 from bitpolicy.policies.apply import QuantizedLayer, as_stored, quantize_tensors
 from bitpolicy.policies.finite import is_finite, require_finite, warn_of_biases, warn_of_source
 from bitpolicy.policies.loading.packed_config import BitPolicyConfig
@@ -30,12 +29,12 @@ MAX_SHARD_SIZE = 10 * 10**9  # bytes; diffusers' default
 
 
 def checkpoint_bytes(folder: Path) -> int:
-    """Tensor bytes of the safetensors files in a denoiser's folder, as their headers tell."""
+    """Tensor bytes of the safetensors files in a component's folder, as their headers tell."""
     return sum(spec.nbytes for path in sorted(folder.glob("*.safetensors")) for spec in header(path).values())
 
 
-def export_denoiser(
-    denoiser: nn.Module,
+def export_diffusers_model(
+    model: nn.Module,
     choices: Mapping[str, Choice],
     folder: Path,
     max_shard_size: int = MAX_SHARD_SIZE,
@@ -54,15 +53,15 @@ def export_denoiser(
     """
     folder.mkdir(parents=True, exist_ok=True)
     checksums = write_packed(
-        denoiser,
-        source or ModuleSource(denoiser),
+        model,
+        source or ModuleSource(model),
         choices,
         folder,
         DIFFUSERS,
         max_shard_size,
         quantization=quantization,
     )
-    write_config(denoiser, choices, quantization.storage, folder, checksums, quantization.compute)
+    write_config(model, choices, quantization.storage, folder, checksums, quantization.compute)
     return checkpoint_bytes(folder)
 
 
@@ -128,13 +127,13 @@ def _packed_name(name: str, choices: Mapping[str, Choice]) -> str | None:
     return layer if leaf == "weight" and layer in choices and choices[layer].format.packed else None
 
 
-def packed_specs(denoiser: nn.Module, choices: Mapping[str, Choice], storage: torch.dtype) -> dict[str, TensorSpec]:
+def packed_specs(model: nn.Module, choices: Mapping[str, Choice], storage: torch.dtype) -> dict[str, TensorSpec]:
     """Every stored tensor, by name, before anything is quantized."""
     specs: dict[str, TensorSpec] = {}
-    for name, tensor in denoiser.state_dict().items():
+    for name, tensor in model.state_dict().items():
         layer = _packed_name(name, choices)
         if layer is None:
-            specs[name] = stored_spec(tensor, storage)
+            specs[name] = TensorSpec.stored(tensor, storage)
         else:
             stored = choices[layer].format.tensors(tensor.shape, storage)
             specs |= {f"{layer}.{suffix}": spec for suffix, spec in stored.items()}
@@ -142,7 +141,7 @@ def packed_specs(denoiser: nn.Module, choices: Mapping[str, Choice], storage: to
 
 
 def packed_tensors(
-    denoiser: nn.Module,
+    model: nn.Module,
     source: TensorSource,
     choices: Mapping[str, Choice],
     left_out: Collection[str] = (),
@@ -158,7 +157,7 @@ def packed_tensors(
     """
     done, storage = set(left_out), quantization.storage
     uncorrected, not_finite = [], []
-    for name, layer in quantizable_layers(denoiser):
+    for name, layer in quantizable_layers(model):
         if name in choices and choices[name].format.packed:
             stored = _quantized(name, layer, source, choices[name], quantization)
             made = {f"{name}.{suffix}": tensor for suffix, tensor in stored.tensors.items()}
@@ -169,7 +168,7 @@ def packed_tensors(
                 not_finite += [f"{name}.bias"] * (not is_finite(stored.bias))
             done |= {f"{name}.weight", *made}
             yield made
-    for name in denoiser.state_dict():
+    for name in model.state_dict():
         if name not in done:
             tensor = as_stored(name, source.read(name), storage)
             not_finite += [name] * (not is_finite(tensor))

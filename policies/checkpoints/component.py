@@ -11,7 +11,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.policies.checkpoints.checkpoint import MAX_SHARD_SIZE, checkpoint_bytes, export_denoiser, write_packed
+from bitpolicy.policies.checkpoints.checkpoint import (
+    MAX_SHARD_SIZE,
+    checkpoint_bytes,
+    export_diffusers_model,
+    write_packed,
+)
 from bitpolicy.policies.loading.packed_config import BitPolicyConfig
 from bitpolicy.policies.policy import Choice
 from bitpolicy.policies.quantization import Quantization
@@ -46,7 +51,7 @@ def export_component(
         BitPolicyError: the model is of neither library, a layer to pack shares its weight, or a calibration is missing.
     """
     if isinstance(model, ModelMixin):
-        return export_denoiser(model, choices, folder, max_shard_size, source, quantization=quantization)
+        return export_diffusers_model(model, choices, folder, max_shard_size, source, quantization=quantization)
     if not isinstance(model, PreTrainedModel):
         raise BitPolicyError(f"{type(model).__name__} is of neither diffusers nor transformers; only their models are")
     tied = model.all_tied_weights_keys

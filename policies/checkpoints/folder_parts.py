@@ -1,4 +1,4 @@
-"""A pipeline in a folder, exported without being loaded: the denoisers are built on `meta`, their tensors read one by
+"""A pipeline in a folder, exported without being loaded: what is packed is built on `meta`, their tensors read one by
 one, and the files of all other components go along unchanged where they have the dtype that is wanted, and else are
 cast tensor by tensor.
 """
@@ -6,26 +6,26 @@ cast tensor by tensor.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.format import TensorSpec
 from bitpolicy.policies.apply import as_stored
 from bitpolicy.policies.checkpoints.checkpoint import rewrite_json, write_config
-from bitpolicy.policies.denoiser import DENOISERS, SECOND_DENOISERS
-from bitpolicy.policies.loading.denoiser_files import fitted, skeleton
+from bitpolicy.policies.components import DENOISERS, SECOND_DENOISERS
+from bitpolicy.policies.loading.diffusers_files import fitted, skeleton
 from bitpolicy.policies.loading.transformers_files import TextEncoderSource, places, text_encoder_skeleton
 from bitpolicy.policies.storage.file_source import FileSource
 from bitpolicy.policies.storage.linking import can_link, link_or_copy
 from bitpolicy.policies.storage.pipeline_files import DIFFUSERS, TRANSFORMERS, PipelineFiles, weights_index
 from bitpolicy.policies.storage.safetensors_writer import SafetensorsWriter
 from bitpolicy.policies.storage.source import TensorSource
+from bitpolicy.policies.target import Target
 
 
 class FolderParts:
@@ -35,13 +35,13 @@ class FolderParts:
         stamps: of its files when they were first read (`PipelineFiles.stamps`); None is now.
 
     Raises:
-        BitPolicyError: it is no pipeline, has no such denoiser, its weights are only pickles or do not fit its config.
+        BitPolicyError: it is no pipeline, has no such component, its weights are only pickles or do not fit its config.
     """
 
     def __init__(
         self,
         folder: Path,
-        component: str | None = None,
+        components: Sequence[str] | None = None,
         variant: str | None = None,
         stamps: Mapping[Path, tuple[int, int]] | None = None,
     ) -> None:
@@ -50,10 +50,10 @@ class FolderParts:
         self._files.require_variant()
         models: dict[str, Any] = {}
         sources: dict[str, TensorSource] = {}
-        for name in _denoisers(self._files, component):
+        for name in _to_pack(self._files, components):
             models[name], sources[name] = _unquantized(self._files, name)
         self.sources: Mapping[str, TensorSource] = sources
-        self.denoiser: nn.Module = next(iter(models.values())) if len(models) == 1 else nn.ModuleDict(models)
+        self.target = Target(models)
         self._others = {name: self._files.specs(name) for name in self._files.components if name not in sources}
 
     def others(self, dtype: torch.dtype) -> dict[str, int]:
@@ -139,11 +139,11 @@ def _cast(source: Path, dtype: torch.dtype, specs: Mapping[str, TensorSpec], tar
             writer.write(name, as_stored(name, tensors.read(name), dtype))
 
 
-def _denoisers(files: PipelineFiles, component: str | None) -> list[str]:
+def _to_pack(files: PipelineFiles, components: Sequence[str] | None) -> list[str]:
     """Names of the components to pack: those given, else every denoiser that there is."""
     there = files.components
-    if component:
-        wanted = [name.strip() for name in component.split(",")]
+    if components:
+        wanted = list(components)
     else:
         wanted = [name for name in DENOISERS if name in there][:1]
         wanted += [name for name in SECOND_DENOISERS if name in there]
@@ -173,11 +173,11 @@ def _unquantized(files: PipelineFiles, name: str) -> tuple[Any, TensorSource]:
     return model, fitted(FileSource(files.weights(name).values()), model, folder)
 
 
-def has_names_of_models(folder: Path, component: str) -> bool:
+def has_names_of_models(folder: Path, components: Iterable[str]) -> bool:
     """Whether the files of the components to pack hold every tensor under one name that tells which it is; transformers
     converts some models' tensors while it loads them."""
     files = PipelineFiles(folder)
-    return all(_names_are_clear(files, name) for name in component.split(",") if name in files.components)
+    return all(_names_are_clear(files, name) for name in components if name in files.components)
 
 
 def _names_are_clear(files: PipelineFiles, name: str) -> bool:
@@ -192,11 +192,11 @@ def _names_are_clear(files: PipelineFiles, name: str) -> bool:
     return True
 
 
-def is_streamable(folder: Path, component: str) -> bool:
+def is_streamable(folder: Path, components: Iterable[str]) -> bool:
     """Whether every component's weights are safetensors, with names that are clear for those to pack."""
     files = PipelineFiles(folder)
     try:
         there = all(files.weights(name) is not None for name in files.components)
-        return there and has_names_of_models(folder, component)
+        return there and has_names_of_models(folder, components)
     except (BitPolicyError, OSError):
         return False

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from torch import nn
 
 from bitpolicy.policies.accounting import ByteAccount
-from bitpolicy.policies.denoiser import denoisers_in, is_autoencoder
+from bitpolicy.policies.components import is_autoencoder
 from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.policies.target import Target
 
 _TEXT = """
 # {title}, quantized by bitpolicy
@@ -71,10 +71,10 @@ class Card:
 PLAIN = Card()
 
 
-def model_card(policy: Policy, denoiser: nn.Module, choices: Mapping[str, Choice], card: Card = PLAIN) -> str:
-    """The card's text, front matter included. `denoiser` may lie on `meta`."""
+def model_card(policy: Policy, target: Target, choices: Mapping[str, Choice], card: Card = PLAIN) -> str:
+    """The card's text, front matter included. `target` may lie on `meta`."""
     counts = Counter(choice.format.name for choice in choices.values())
-    account = ByteAccount.of(denoiser, getattr(torch, policy.storage_dtype))
+    account = ByteAccount.of(target, getattr(torch, policy.storage_dtype))
     nbytes = account.total({name: choice.format for name, choice in choices.items()})
     result, budget = policy.result, policy.budget
     if result is not None and result.policy_bytes != nbytes:
@@ -84,9 +84,9 @@ def model_card(policy: Policy, denoiser: nn.Module, choices: Mapping[str, Choice
     data = ModelCardData(library_name="diffusers", tags=["bitpolicy", "quantized"], base_model=_hub_id(policy.model.id))
     body = _TEXT.format(
         title=policy.model.id,
-        component=_whose_layers(policy.model.component.split(",")),
-        names=", ".join(policy.model.component.split(",")),
-        signal="the images" if _has_autoencoder(denoiser) else "the final latents",
+        component=_whose_layers(policy.model.components),
+        names=", ".join(policy.model.components),
+        signal="the images" if _has_autoencoder(target) else "the final latents",
         counts=", ".join(f"{n} {name}" for name, n in sorted(counts.items())),
         location=card.location,
         base=policy.model.id + (f", revision {policy.model.revision}" if policy.model.revision else ""),
@@ -110,9 +110,9 @@ def _whose_layers(components: list[str]) -> str:
     return f"{', '.join(others)} and {last} hold the layers" if others else f"{last} holds the layers"
 
 
-def _has_autoencoder(model: nn.Module) -> bool:
+def _has_autoencoder(target: Target) -> bool:
     """Whether errors were measured on images."""
-    return any(is_autoencoder(part) for part in denoisers_in(model))
+    return any(is_autoencoder(model) for model in target.models)
 
 
 def _table(choices: Mapping[str, Choice], roles: Mapping[str, str], account: ByteAccount) -> str:

@@ -1,11 +1,11 @@
-"""What is exported: the denoisers with the places that their tensors are read from, and the other components.
+"""What is exported: the target with the places that their tensors are read from, and the other components.
 
 `MemoryParts` is a pipeline in memory, `bitpolicy.policies.checkpoints.folder_parts` one that lies in files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,20 +17,20 @@ from torch import nn
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.apply import as_stored
 from bitpolicy.policies.checkpoints.checkpoint import rewrite_json, write_config
-from bitpolicy.policies.denoiser import denoiser_of
 from bitpolicy.policies.footprint import stored_others
 from bitpolicy.policies.storage.source import ModuleSource, TensorSource
+from bitpolicy.policies.target import Target
 
 
 class Parts(Protocol):
     """A pipeline to export.
 
     Attributes:
-        denoiser: the model to be packed, or an `nn.ModuleDict` of several; it may lie on `meta`.
-        sources: component name of each denoiser -> its tensors.
+        target: the components to be packed; they may lie on `meta`.
+        sources: name of each of them -> its tensors.
     """
 
-    denoiser: nn.Module
+    target: Target
     sources: Mapping[str, TensorSource]
 
     def others(self, dtype: torch.dtype) -> dict[str, int]:
@@ -40,7 +40,7 @@ class Parts(Protocol):
         """How many of these bytes take up space if they are written to `folder`."""
 
     def write_others(self, dtype: torch.dtype, folder: Path) -> None:
-        """Write model_index.json and all components but the denoisers.
+        """Write model_index.json and all components that are not packed.
 
         Raises:
             BitPolicyError: a value is beyond the range of `dtype`.
@@ -51,22 +51,22 @@ class MemoryParts:
     """A pipeline in memory.
 
     Attributes:
-        pipe: its denoisers may lie on `meta` if `sources` are given.
+        target: its models may lie on `meta` if `sources` are given.
 
     Raises:
         BitPolicyError: an adapter is on one of its models.
     """
 
     def __init__(
-        self, pipe: DiffusionPipeline, component: str, sources: Mapping[str, TensorSource] | None = None
+        self, pipe: DiffusionPipeline, components: Sequence[str], sources: Mapping[str, TensorSource] | None = None
     ) -> None:
         require_no_adapter(pipe)
-        self._pipe, self._component = pipe, component
-        self.denoiser = denoiser_of(pipe, component)
-        self.sources = sources or {name: ModuleSource(getattr(pipe, name)) for name in component.split(",")}
+        self._pipe = pipe
+        self.target = Target.of(pipe, components)
+        self.sources = sources or {name: ModuleSource(model) for name, model in self.target.items()}
 
     def others(self, dtype: torch.dtype) -> dict[str, int]:
-        return stored_others(self._pipe, self._component, dtype)
+        return stored_others(self._pipe, self.target, dtype)
 
     def to_write(self, dtype: torch.dtype, folder: Path) -> int:
         return sum(self.others(dtype).values())

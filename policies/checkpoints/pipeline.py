@@ -1,13 +1,12 @@
-"""Export: a diffusers folder whose studied components are packed as the policy says."""
+"""Export: a diffusers folder whose target is packed as the policy says."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.kernel import Compute
@@ -19,17 +18,17 @@ from bitpolicy.policies.checkpoints.component import export_component
 from bitpolicy.policies.checkpoints.manifest import write_manifest
 from bitpolicy.policies.checkpoints.model_card import PLAIN, Card, model_card
 from bitpolicy.policies.checkpoints.parts import MemoryParts, Parts
-from bitpolicy.policies.denoiser import denoisers_in, of_component
 from bitpolicy.policies.policy import Choice, Policy
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.storage.atomic import folder_written_aside, write_text
 from bitpolicy.policies.storage.calibration_file import save_calibration
 from bitpolicy.policies.storage.disk_space import require_space
+from bitpolicy.policies.target import Target
 
 
 def export_pipeline(
     pipe: DiffusionPipeline,
-    component: str,
+    components: Sequence[str],
     policy: Policy,
     calibration: Calibration,
     folder: Path,
@@ -41,10 +40,9 @@ def export_pipeline(
     """Write a pipeline in memory as a diffusers folder with packed components; see `export_parts`.
 
     Args:
-        component: name of what is packed in the pipeline, e.g. "unet", or several, separated by commas; then the
-            policy's layer names begin with theirs. They must be unquantized.
+        components: names of what is packed in the pipeline, e.g. ["unet"]. They must be unquantized.
     """
-    parts = MemoryParts(pipe, component)
+    parts = MemoryParts(pipe, components)
     return export_parts(
         parts, policy, calibration, folder, component_dtype=component_dtype, max_shard_size=max_shard_size, card=card
     )
@@ -77,38 +75,37 @@ def export_parts(
     storage = getattr(torch, policy.storage_dtype)
     others = component_dtype or storage
     quantization = Quantization(calibration=calibration, storage=storage, compute=Compute(policy.compute))
-    choices = choices_for(parts.denoiser, policy)
+    choices = choices_for(parts.target, policy)
     if folder.exists() and not (folder / "model_index.json").is_file() and (folder.is_file() or any(folder.iterdir())):
         raise BitPolicyError(f"{folder} holds something that is no pipeline; export to a new or an empty folder")
     with folder_written_aside(folder) as aside:
-        packed = ByteAccount.of(parts.denoiser, storage).total({name: c.format for name, c in choices.items()})
+        packed = ByteAccount.of(parts.target, storage).total({name: c.format for name, c in choices.items()})
         beside = calibration.nbytes if _is_kept(calibration, choices) else 0
         require_space(aside.parent, packed + beside + parts.to_write(others, aside))
         aside.mkdir()
         parts.write_others(others, aside)
         nbytes = 0
-        components = list(parts.sources)
-        for name, model in zip(components, denoisers_in(parts.denoiser), strict=True):
+        for name, model in parts.target.items():
             nbytes += export_component(
                 model,
-                of_component(choices, name, components),
+                parts.target.of_component(choices, name),
                 aside / name,
                 max_shard_size=max_shard_size,
                 source=parts.sources[name],
-                quantization=quantization.of_component(name, components),
+                quantization=quantization.of_component(name, parts.target.names),
             )
         if _is_kept(calibration, choices):
             save_calibration(calibration, aside / "calibration.safetensors")
-        describe_checkpoint(aside, policy, parts.denoiser, card)
+        describe_checkpoint(aside, policy, parts.target, card)
         write_manifest(aside)
     return nbytes
 
 
-def describe_checkpoint(folder: Path, policy: Policy, denoiser: nn.Module, card: Card = PLAIN) -> None:
+def describe_checkpoint(folder: Path, policy: Policy, target: Target, card: Card = PLAIN) -> None:
     """Write policy.yaml and the model card of an exported folder anew, after its quality was measured."""
     write_text(folder / "policy.yaml", policy.to_yaml())  # whether its calibration goes along, `export_parts` decides
-    choices = choices_for(denoiser, policy)
-    write_text(folder / "README.md", model_card(policy, denoiser, choices, card))
+    choices = choices_for(target, policy)
+    write_text(folder / "README.md", model_card(policy, target, choices, card))
 
 
 def _is_kept(calibration: Calibration, choices: Mapping[str, Choice]) -> bool:

@@ -19,7 +19,6 @@ from bitpolicy.policies.apply import as_stored, choices_for
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.checkpoint import packed_specs, packed_tensors
 from bitpolicy.policies.checkpoints.parts import Parts
-from bitpolicy.policies.denoiser import denoisers_in, of_component
 from bitpolicy.policies.exporters.exporter import Exporter, Layer, Source
 from bitpolicy.policies.exporters.requantize import Requantized, refuse, requantized
 from bitpolicy.policies.exporters.targets import exporter_named
@@ -49,7 +48,7 @@ class Exported:
 
 
 def export_to(
-    target: str,
+    program: str,
     parts: Parts,
     policy: Policy,
     calibration: Calibration,
@@ -57,36 +56,35 @@ def export_to(
     *,
     requantize: bool = False,
 ) -> Exported:
-    """Write a denoiser as another program reads it, aside and renamed, with the policy of what is in the files.
+    """Write a target as another program reads it, aside and renamed, with the policy of what is in the files.
 
     One layer is in memory at a time, unless a quantizer needs more.
 
     Args:
-        target: name of the program, one of `bitpolicy.policies.exporters.targets.NAMES`.
-        parts: of several denoisers, each gets a file or folder of its own.
+        program: its name, one of `bitpolicy.policies.exporters.targets.NAMES`.
+        parts: each component of its target gets a file or folder of its own.
         folder: where to; one that such an export left is replaced once the new one is complete.
         requantize: round layers anew whose format the target lacks, instead of refusing.
 
     Raises:
-        BitPolicyError: there is no such target, it does not know this class of model, the calibration is missing, or
+        BitPolicyError: there is no such program, it does not know this class of model, the calibration is missing, or
             the disk is full.
-        TargetError: the target cannot hold the policy, and `requantize` is off.
+        TargetError: the program cannot hold the policy, and `requantize` is off.
     """
-    exporter = exporter_named(target)
+    exporter = exporter_named(program)
     quantization = Quantization(calibration=calibration, storage=getattr(torch, policy.storage_dtype))
-    components = list(parts.sources)
     _require_diffusers(parts, exporter)
     _keep_others(folder)
-    asked = choices_for(parts.denoiser, policy)
+    asked = choices_for(parts.target, policy)
     changed = _requantized(exporter, parts, asked, quantization, requantize)
     choices = asked | {one.name: one.after for one in changed}
     written = _policy_of(policy, choices, exporter) if changed else policy
     nbytes = 0
     with folder_written_aside(folder) as aside:
         aside.mkdir()
-        for name, model in zip(components, denoisers_in(parts.denoiser), strict=True):
-            own = of_component(choices, name, components)
-            within = quantization.of_component(name, components)
+        for name, model in parts.target.items():
+            own = parts.target.of_component(choices, name)
+            within = quantization.of_component(name, parts.target.names)
             source = _source(model, parts.sources[name], name, own, within, written)
             nbytes += exporter.write(source, aside)
         write_text(aside / POLICY, written.to_yaml())  # without a calibration: the codes are in the target's own files
@@ -101,7 +99,7 @@ def _requantized(
     allowed: bool,
 ) -> tuple[Requantized, ...]:
     """What becomes of the layers that the exporter does not hold; an error where that is not allowed."""
-    modules, source = dict(quantizable_layers(parts.denoiser)), joined(parts.sources)
+    modules, source = parts.target.layers, joined(parts.sources)
     layers = [Layer.of(name, modules[name], choice.format) for name, choice in choices.items()]
     unheld = {layer.name: layer for layer in layers if not exporter.holds(layer)}
     if not allowed:
@@ -182,9 +180,7 @@ def _compute_note(exporter: Exporter, policy: Policy) -> tuple[str, ...]:
 
 
 def _require_diffusers(parts: Parts, exporter: Exporter) -> None:
-    others = [
-        n for n, m in zip(parts.sources, denoisers_in(parts.denoiser), strict=True) if not isinstance(m, ModelMixin)
-    ]
+    others = [name for name, model in parts.target.items() if not isinstance(model, ModelMixin)]
     if others:
         raise BitPolicyError(
             f"{exporter.title} gets models of diffusers only, and the policy covers {others[0]}, too; "

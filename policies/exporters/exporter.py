@@ -63,7 +63,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Source:
-    """What there is to export: one denoiser under a policy.
+    """What there is to export: one component under a policy.
 
     Attributes:
         component: its name in the pipeline, e.g. "unet".
@@ -115,7 +115,7 @@ class Exporter(Protocol):
         """Whether the target can have this layer in its format; FP16 always."""
 
     def write(self, source: Source, folder: Path) -> int:
-        """Write the files of one denoiser into a folder that is there; returns their tensor bytes.
+        """Write the files of one component into a folder that is there; returns their tensor bytes.
 
         Raises:
             BitPolicyError: the target does not know this class of model.

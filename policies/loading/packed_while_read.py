@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.formats.format import TensorSpec
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import Quantizable, pack_layer, quantizable_layers, replace_layer
-from bitpolicy.policies.accounting import stored_spec
 from bitpolicy.policies.apply import choices_for, quantize_layer
 from bitpolicy.policies.finite import require_finite, warn_of_biases
 from bitpolicy.policies.identity import tensors_hash
@@ -108,7 +108,7 @@ class PackedWhileRead:
         return found if stored.bias is None else {f"{name}.bias": stored.bias, **found}
 
     def _rounded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        rounded = tensor.to(stored_spec(tensor, self._storage).dtype)
+        rounded = tensor.to(TensorSpec.stored(tensor, self._storage).dtype)
         if rounded.is_floating_point() and not torch.isfinite(rounded).all():
             raise BitPolicyError(f"{name} has values that {self._storage} cannot hold; give a bfloat16 policy")
         return rounded

@@ -15,7 +15,8 @@ import transformers
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.format import TensorSpec
-from bitpolicy.policies.loading.denoiser_files import WRONG_CONFIG, bounded
+from bitpolicy.policies.loading.diffusers_files import bounded, config_to_blame
+from bitpolicy.policies.storage.pipeline_files import read_json
 from bitpolicy.policies.storage.source import TensorSource
 
 
@@ -34,16 +35,13 @@ def text_encoder_skeleton(class_name: str, folder: Path) -> Any:
             f"transformers {transformers.__version__} has no model {class_name}; load the pipeline and export it "
             "from memory: bitpolicy.export(pipe, policy, folder)"
         )
-    try:
+    read_json(folder / "config.json")  # with an error of ours where it is no JSON
+    with config_to_blame(class_name, f"the config in {folder}"):
         config = kind.config_class.from_pretrained(folder, local_files_only=True)
-        with bounded(), torch.device("meta"):  # accelerate's way would part weights that two layers share
-            return kind(config).eval()
-    except BitPolicyError:
-        raise
-    except WRONG_CONFIG as error:
-        raise BitPolicyError(
-            f"the config in {folder} makes no {class_name}: {' '.join(str(error).split())[:300]}; download it again"
-        ) from error
+    # accelerate's way to build without values would part weights that two layers share
+    with bounded(), torch.device("meta"), config_to_blame(class_name, f"the config in {folder}"):
+        model = kind(config)
+    return model.eval()
 
 
 def places(model: Any, stored: Iterable[str]) -> dict[str, str]:

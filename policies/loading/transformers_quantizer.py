@@ -1,4 +1,4 @@
-"""Teach transformers the quantization method "bitpolicy": text encoders are packed like denoisers.
+"""Teach transformers the quantization method "bitpolicy": text encoders are packed like models of diffusers.
 
 The same road as for diffusers through other hooks. What is particular: tied weights are stored once; transformers
 gives what a file lacks random values and reports errors in a conversion as text, so files are checked beforehand and

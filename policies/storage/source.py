@@ -80,7 +80,7 @@ class Unchanged:
 
 
 class _Joined:
-    """Several models as one; the names of tensors begin with their model's."""
+    """The tensors of several components; their names begin with their component's."""
 
     def __init__(self, parts: Mapping[str, TensorSource]) -> None:
         self._parts = parts
@@ -95,18 +95,23 @@ class _Joined:
 
 
 def joined(sources: Mapping[str, TensorSource]) -> TensorSource:
-    """The tensors of a denoiser, or of several as one, by component name."""
+    """The tensors of a target by the names that they have in it.
+
+    Args:
+        sources: component -> its tensors.
+    """
     return next(iter(sources.values())) if len(sources) == 1 else _Joined(sources)
 
 
-def source_hash(sources: Mapping[str, TensorSource], storage: torch.dtype) -> str:
-    """`bitpolicy.policies.identity.weights_hash` of a denoiser, or of several as one.
+def source_hashes(sources: Mapping[str, TensorSource], storage: torch.dtype) -> dict[str, str]:
+    """Component -> what `bitpolicy.policies.identity.weights_hash` gives for its tensors.
 
     Raises:
         BitPolicyError: a value is beyond the storage dtype's range.
     """
-    return ",".join(_hash(source, storage) for source in sources.values())
+    return {name: source_hash(source, storage) for name, source in sources.items()}
 
 
-def _hash(source: TensorSource, storage: torch.dtype) -> str:
+def source_hash(source: TensorSource, storage: torch.dtype) -> str:
+    """The same of one component."""
     return tensors_hash(((name, as_stored(name, source.read(name), storage)) for name in sorted(source.specs)), storage)

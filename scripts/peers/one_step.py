@@ -38,7 +38,7 @@ def one_step_table(plan: Plan, work: Path, calibration: Calibration) -> Sensitiv
         return read_table(work / "one-step" / "sensitivity.safetensors")
     packed = [format for format in plan.formats if format.packed]
     calls = some_calls(work, plan.trajectories.call["num_inference_steps"])
-    exact = outputs(plan.source.denoiser, calls)
+    exact = outputs(plan.trajectories.denoisers[0], calls)
     power = float(exact.square().mean())
     error = torch.zeros(2, len(plan.layers), len(packed), dtype=torch.float64)
     for i, layer in enumerate(plan.layers):
@@ -46,11 +46,11 @@ def one_step_table(plan: Plan, work: Path, calibration: Calibration) -> Sensitiv
             for corrected in range(1 + layer.has_bias):
                 choice = {layer.name: Choice(format, bool(corrected))}
                 with quantized(
-                    plan.source.denoiser,
+                    plan.trajectories.denoisers[0],
                     choice,
                     quantization=Quantization(calibration=calibration, storage=plan.source.storage),
                 ):
-                    changed = outputs(plan.source.denoiser, calls)
+                    changed = outputs(plan.trajectories.denoisers[0], calls)
                 error[corrected, i, j] = float((changed - exact).double().square().mean()) / power
             if not layer.has_bias:
                 error[1, i, j] = error[0, i, j]

@@ -37,7 +37,7 @@ def one_step_psnr(plan: Plan, work: Path, calibration: Calibration, ours: Sensit
     kept = work / "one-step-psnr.npy"
     if kept.is_file():
         return np.load(kept)
-    once = Trajectories(plan.source.pipe, plan.source.component, {**plan.trajectories.call, "num_inference_steps": 1})
+    once = Trajectories(plan.source.pipe, plan.source.components, {**plan.trajectories.call, "num_inference_steps": 1})
     samples = plan.split.calibration[:PROMPTS]
     once.batch = PROMPTS
     exact = torch.stack([*once.latents(samples)])
@@ -47,7 +47,7 @@ def one_step_psnr(plan: Plan, work: Path, calibration: Calibration, ours: Sensit
             if format.packed:
                 choice = {layer.name: ours.choice(i, format)}
                 with quantized(
-                    plan.source.denoiser,
+                    plan.trajectories.denoisers[0],
                     choice,
                     quantization=Quantization(calibration=calibration, storage=plan.source.storage),
                 ):

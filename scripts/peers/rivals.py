@@ -78,11 +78,11 @@ class Rivals:
         entry = Entry(name, row, kind, nbytes, ACCOUNTED, row, share, {**counts, **(about or {})})
         choices = {layer.name: self.ours.choice(i, formats[layer.name]) for i, layer in enumerate(plan.layers)}
         with quantized(
-            plan.source.denoiser,
+            plan.trajectories.denoisers[0],
             choices,
             quantization=Quantization(calibration=self.calibration, storage=plan.source.storage),
         ):
-            write_entry(self.work / "candidates", entry, plan.source.denoiser.state_dict())
+            write_entry(self.work / "candidates", entry, plan.trajectories.denoisers[0].state_dict())
         self._assigned(name).parent.mkdir(exist_ok=True)
         self._assigned(name).write_text(json.dumps({layer: f.name for layer, f in formats.items()}, indent=1) + "\n")
         return entry

@@ -91,7 +91,7 @@ def write_samples(plan: Plan, work: Path, trajectories: int = 16) -> None:
     about = {"call": plan.trajectories.call, "fp16_bytes": plan.account.reference, "kept": usually_kept(plan)}
     (work / "samples.json").write_text(json.dumps({**listed, **about}, indent=1) + "\n")
     calls: list[dict[str, torch.Tensor]] = []
-    denoiser = plan.source.denoiser
+    denoiser = plan.trajectories.denoisers[0]
     signature = inspect.signature(type(denoiser).forward)
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

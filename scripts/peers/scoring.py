@@ -43,9 +43,9 @@ class Scores:
         self._keys: dict[str, str] = {}
         self._called: dict[str, torch.Tensor] = {}
         self._loaded = REFERENCE
-        self._reference = {k: v.clone() for k, v in plan.source.denoiser.state_dict().items()}
+        self._reference = {k: v.clone() for k, v in plan.trajectories.denoisers[0].state_dict().items()}
         plan.trajectories.batch = _BATCH
-        plan.source.denoiser.to(memory_format=torch.channels_last)  # a tenth faster
+        plan.trajectories.denoisers[0].to(memory_format=torch.channels_last)  # a tenth faster
 
     def errors(self, name: str, part: str, count: int, make: bool = True) -> list[float]:
         """Mean squared error of each of the first `count` images of a part; of fewer where `make` is false and they
@@ -65,7 +65,7 @@ class Scores:
     def _outputs(self, name: str) -> torch.Tensor:
         if name not in self._called:
             self._load(name)
-            self._called[name] = outputs(self._plan.source.denoiser, self._calls)
+            self._called[name] = outputs(self._plan.trajectories.denoisers[0], self._calls)
         return self._called[name] if name == REFERENCE else self._called.pop(name)
 
     @cached_property
@@ -110,7 +110,7 @@ class Scores:
         """Put the weights of `name` into the pipeline; what the state dict lacks or has too much is an error."""
         if name != self._loaded:
             weights = self._reference if name == REFERENCE else read_weights(self._entries, name)
-            self._plan.source.denoiser.load_state_dict(weights)
+            self._plan.trajectories.denoisers[0].load_state_dict(weights)
             self._loaded = name
 
     def prompts(self, part: str) -> list[str]:

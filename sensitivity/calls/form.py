@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.policies.denoiser import class_count
+from bitpolicy.policies.components import class_count
 from bitpolicy.sensitivity.calls.hints import fits
 from bitpolicy.sensitivity.calls.signature import Signature, is_of_each_sample
 from bitpolicy.sensitivity.samples import Sample

@@ -11,7 +11,7 @@ from typing import Any, Union
 from diffusers import DiffusionPipeline
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.policies.denoiser import class_count
+from bitpolicy.policies.components import class_count
 from bitpolicy.sensitivity.calls.hints import fits, hints_of, in_words
 from bitpolicy.sensitivity.samples import takes_pictures
 

@@ -25,16 +25,15 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
 
 from bitpolicy.kernels.dispatch import scratch_kept
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.format import Format
 from bitpolicy.kernels.formats.named import FP16
 from bitpolicy.kernels.kernel import PackedWeight
-from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.footprint import Meter, Span, loaded_bytes, metered
+from bitpolicy.policies.target import Target
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
@@ -67,10 +66,10 @@ class PeakMemory:
     """One pipeline at one image size, batch size and compute dtype.
 
     Attributes:
-        account: the denoiser's bytes as they lie in memory: packed layers as stored, the rest in the compute dtype.
+        account: the target's bytes as they lie in memory: packed layers as stored, the rest in the compute dtype.
         others: bytes in memory of the pipeline's other models.
         unpacked: the most bytes of activations in the whole call, decoding included, with every layer at FP16.
-        calls: of the denoiser's layers, by name; one that is never called is not there.
+        calls: of the target's layers, by name; one that is never called is not there.
         unpacking: the most bytes at once while a weight of this shape is dequantized from this format.
         kept: of these, the bytes that stay reserved afterwards.
         height, width: of the image, in pixels.
@@ -136,7 +135,7 @@ class PeakMemory:
 
 def observe(
     pipe: DiffusionPipeline,
-    component: str,
+    components: Sequence[str],
     call: Mapping[str, Any],
     sample: Sample,
     candidates: Sequence[Format],
@@ -146,7 +145,7 @@ def observe(
 
     Args:
         pipe: on the device and in the dtype it will run in.
-        component: name of the denoiser, or several, separated by commas.
+        components: names of those that are packed.
         call: arguments of the pipeline call, e.g. {"num_inference_steps": 20, "height": 512, "width": 512}.
         sample: what to draw.
         candidates: the formats a policy may use.
@@ -155,11 +154,11 @@ def observe(
     Raises:
         BitPolicyError: the pipeline takes no such arguments, or it is neither on the CPU nor on CUDA.
     """
-    trajectories = Trajectories(pipe, component, call)
+    trajectories = Trajectories(pipe, components, call)
     trajectories.learn(sample)  # the only call that is observed is the one below
     resident = loaded_bytes(pipe)
-    account = ByteAccount.of(trajectories.denoiser, next(trajectories.denoiser.parameters()).dtype)
-    with metered(pipe.device) as meter, _marked(trajectories.denoiser, meter):
+    account = ByteAccount.of(trajectories.target, trajectories.target.dtype)
+    with metered(pipe.device) as meter, _marked(trajectories.target, meter):
         image = _draw(trajectories, sample, batch_size)
     return PeakMemory(
         account=account,
@@ -188,10 +187,10 @@ def _draw(trajectories: Trajectories, sample: Sample, batch_size: int) -> torch.
 
 
 @contextmanager
-def _marked(denoiser: nn.Module, meter: Meter) -> Iterator[None]:
+def _marked(target: Target, meter: Meter) -> Iterator[None]:
     """While the block runs, the call of a layer is a span of its own, labelled with the layer's name."""
     handles = []
-    for name, layer in quantizable_layers(denoiser):
+    for name, layer in target.layers.items():
         handles += [
             layer.register_forward_pre_hook(_marking(meter, name)),
             layer.register_forward_hook(_marking(meter)),

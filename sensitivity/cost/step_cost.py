@@ -80,7 +80,7 @@ def peak_of_step(trajectories: Trajectories, run: Callable[[], object]) -> int:
         with _leaving_after(trajectories, 1):
             run()
 
-    return most_allocated(next(trajectories.denoiser.parameters()).device, first_step)
+    return most_allocated(trajectories.target.device, first_step)
 
 
 def _timed(trajectories: Trajectories, run: Callable[[], object]) -> Timing:
@@ -106,7 +106,7 @@ class _Watch:
 @contextmanager
 def _leaving_after(trajectories: Trajectories, count: int) -> Iterator[_Watch]:
     """While the block runs, a sampling loop ends after `count` steps."""
-    scheduler, device = trajectories.pipe.scheduler, next(trajectories.denoiser.parameters()).device
+    scheduler, device = trajectories.pipe.scheduler, trajectories.target.device
     watch = _Watch([])
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:

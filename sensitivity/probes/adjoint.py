@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.cost.forwards import adjoint_forwards
 from bitpolicy.sensitivity.probes.compute_range import advice
@@ -107,7 +106,7 @@ class AdjointSketches:
         recompute_inside: bool = False,
     ) -> None:
         self._trajectories, self._recompute_inside = trajectories, recompute_inside
-        self._layers = dict(quantizable_layers(trajectories.denoiser))
+        self._layers = trajectories.target.layers
         self._inputs = InputRounding(self._layers, candidates, quantization.compute)
         changes = WeightChanges(self._layers, candidates, quantization=quantization)
         outside, amounts = trajectories.outside_layers, self._inputs.amounts
@@ -152,7 +151,7 @@ class AdjointSketches:
                 return self._recorder.sketch(scale, along=float((v * signal_of(signal)).sum()))
         assert where is not None
         place = f"step {where[0] + 1}" if where[0] >= 0 else "outside the loop"
-        remedy = advice(next(self._trajectories.denoiser.parameters()).dtype)
+        remedy = advice(self._trajectories.target.dtype)
         raise BitPolicyError(f"{place}: the gradient of {where[1]} is NaN or Inf; {remedy}, or take --probe ablation")
 
 

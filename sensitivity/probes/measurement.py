@@ -148,7 +148,7 @@ def ablate(
     quantization: Quantization,
 ) -> Measured:
     """Measure the error of `choices`; layers that they do not name stay as they are."""
-    with quantized(trajectories.denoiser, choices, quantization=quantization):
+    with quantized(trajectories.target, choices, quantization=quantization):
         found = References.of(trajectories, samples, images=reference.images is not None)
     return reference.measured(found)
 

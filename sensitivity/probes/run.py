@@ -15,7 +15,6 @@ import torch
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.format import Format
 from bitpolicy.kernels.kernel import Compute
-from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.kernels.quantizers.named import RTN
 from bitpolicy.policies.finite import left_as_they_were
 from bitpolicy.policies.policy import Choice
@@ -122,7 +121,7 @@ class ProbeRun:
         compute = self._settings.compute
         return {
             "weights": weights,
-            "compute": str(next(self._trajectories.denoiser.parameters()).dtype),
+            "compute": str(self._trajectories.target.dtype),
             "pipeline": type(pipe).__name__,
             "scheduler": steppers,
             "call": fingerprint(self._trajectories.call),
@@ -204,7 +203,7 @@ class ProbeRun:
 
     def _storable(self, table: SensitivityTable, reference: ReferencePass) -> torch.Tensor:
         """`table.corrected` without the biases that the storage dtype cannot hold once they are corrected."""
-        layers, corrected = dict(quantizable_layers(self._trajectories.denoiser)), table.corrected.clone()
+        layers, corrected = self._trajectories.target.layers, table.corrected.clone()
         names = []
         for place in beyond_range(table, layers, quantization=self._quantization(reference)):
             corrected[place] = False

@@ -22,7 +22,6 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.cost.forwards import stepwise_forwards
 from bitpolicy.sensitivity.probes.compute_range import advice
@@ -102,7 +101,7 @@ class LocalSketches:
         quantization: Quantization,
     ) -> None:
         self._trajectories = trajectories
-        self._layers = dict(quantizable_layers(trajectories.denoiser))
+        self._layers = trajectories.target.layers
         self._inputs = InputRounding(self._layers, candidates, quantization.compute)
         changes = WeightChanges(self._layers, candidates, quantization=quantization)
         outside, amounts = trajectories.outside_layers, self._inputs.amounts
@@ -117,7 +116,7 @@ class LocalSketches:
             power = self._followed(sample, index, rows)
             where = self._recorder.not_finite()
             if where is not None:
-                dtype = next(self._trajectories.denoiser.parameters()).dtype
+                dtype = self._trajectories.target.dtype
                 raise BitPolicyError(
                     f"step {where[0] + 1}: the gradient of {where[1]} is NaN or Inf; {advice(dtype)}, or take "
                     "--probe ablation"
@@ -132,7 +131,7 @@ class LocalSketches:
     def _followed(self, sample: Sample, index: int, rows: int) -> torch.Tensor:
         """Follow a trajectory, differentiate each call along its vector of random stream `index` and record what
         arrives; returns |e_t|^2, shape (lead + rows)."""
-        device = next(self._trajectories.denoiser.parameters()).device
+        device = self._trajectories.target.device
         power = torch.zeros(self._lead + rows, device=device)
         with (
             only_these_require_grad(self._trajectories, self._layers),

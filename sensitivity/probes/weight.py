@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
-from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.kernels.layers import HasModules, quantizable_layers
 from bitpolicy.policies.apply import stored_weight
 from bitpolicy.policies.policy import Choice
 from bitpolicy.policies.quantization import Quantization
@@ -30,7 +29,7 @@ class WeightProbe(Probe):
         """The weight errors; every bias is corrected."""
         inputs = self._inputs
         with inputs.stages.bar(1, "weight probe") as advance:
-            error = weight_errors(inputs.trajectories.denoiser, inputs.candidates, quantization=inputs.quantization)
+            error = weight_errors(inputs.trajectories.target, inputs.candidates, quantization=inputs.quantization)
             advance()
         corrected = torch.ones_like(error, dtype=torch.bool)
         return SensitivityTable(self.name, inputs.names, inputs.formats, error, corrected, quantizers=inputs.quantizers)
@@ -40,7 +39,7 @@ class WeightProbe(Probe):
 
 
 def weight_errors(
-    denoiser: nn.Module,
+    model: HasModules,
     candidates: Sequence[Candidate],
     *,
     quantization: Quantization,
@@ -50,8 +49,9 @@ def weight_errors(
     Args:
         quantization: weights are taken as its compute multiplies with them; inputs are left out.
     """
-    found = torch.zeros(sum(1 for _ in quantizable_layers(denoiser)), len(candidates), dtype=torch.float64)
-    for i, (name, layer) in enumerate(quantizable_layers(denoiser)):
+    layers = list(quantizable_layers(model))
+    found = torch.zeros(len(layers), len(candidates), dtype=torch.float64)
+    for i, (name, layer) in enumerate(layers):
         weight = layer.weight.detach().to(quantization.storage)
         power = weight.double().square().sum().clamp(min=torch.finfo(torch.float64).tiny)
         for j, candidate in enumerate(candidates):

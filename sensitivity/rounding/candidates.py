@@ -7,11 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from bitpolicy.kernels.formats.format import Format
 from bitpolicy.kernels.formats.named import FP16
-from bitpolicy.kernels.layers import quantizable_layers
+from bitpolicy.kernels.layers import HasModules, quantizable_layers
 from bitpolicy.kernels.quantizers.named import RTN
 
 _MANY = 16  # packed formats that are probed as they are; of more, the most useful
@@ -32,7 +31,7 @@ def candidates(formats: Iterable[Format], quantizers: Sequence[str] = (RTN,)) ->
     return tuple(Candidate(f, quantizer) for f in formats if f.packed for quantizer in quantizers)
 
 
-def useful_formats(denoiser: nn.Module, formats: Sequence[Format], storage: torch.dtype) -> tuple[Format, ...]:
+def useful_formats(model: HasModules, formats: Sequence[Format], storage: torch.dtype) -> tuple[Format, ...]:
     """`formats`, or where they are very many those worth a probe: of each width the two that lie, for the most weights,
     on the lower convex hull of bytes against weight error.
 
@@ -42,7 +41,7 @@ def useful_formats(denoiser: nn.Module, formats: Sequence[Format], storage: torc
     if len(formats) <= _MANY + 1:
         return tuple(formats)
     weights: Counter[Format] = Counter()
-    for _, layer in quantizable_layers(denoiser):
+    for _, layer in quantizable_layers(model):
         for format in _on_hull(layer.weight.detach().to(storage), formats):
             weights[format] += layer.weight.numel()
     kept: list[Format] = []

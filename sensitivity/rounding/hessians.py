@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
-from bitpolicy.kernels.layers import Quantizable, quantizable_layers
+from bitpolicy.kernels.layers import Quantizable
 from bitpolicy.kernels.quantizers.bias_correction import patches
 from bitpolicy.sensitivity.probes.adjoint import require_uncut
 from bitpolicy.sensitivity.probes.directions import Random, stream
@@ -191,7 +191,7 @@ def measure_moments(
     if not names:
         return
     trajectories.learn(sample)  # whose short runs are not measured
-    layers = dict(quantizable_layers(trajectories.denoiser))
+    layers = trajectories.target.layers
     watch = _Watch(moments, sample.seed, seen)
     with _hooked(watch.hook, {name: layers[name] for name in names}):
         if seen:
@@ -214,7 +214,7 @@ def _backward(
     trajectories: Trajectories, watch: _Watch, sample: Sample, recompute_inside: bool, scales: dict[Sample, float]
 ) -> None:
     """One backward pass of a random direction through the sampling loop; no gradient of a parameter is kept."""
-    layers = dict(quantizable_layers(trajectories.denoiser))
+    layers = trajectories.target.layers
     trajectories.end(sample)
     reached = _Reached()
     calls = CheckpointedCalls(trajectories, reached.at)

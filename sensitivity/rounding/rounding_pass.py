@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from bitpolicy.kernels.formats.format import TensorSpec
-from bitpolicy.kernels.layers import Quantizable, quantizable_layers
+from bitpolicy.kernels.layers import Quantizable
 from bitpolicy.policies.calibration import RoundedKey
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.probes.compute_range import advice
@@ -64,7 +64,7 @@ class RoundingPass:
 
     @cached_property
     def _layers(self) -> dict[str, Quantizable]:
-        return dict(quantizable_layers(self.trajectories.denoiser))
+        return self.trajectories.target.layers
 
     @property
     def _quantizers(self) -> list[str]:
@@ -110,5 +110,5 @@ class RoundingPass:
             others = f" and {len(bad) - 1} other layers" if bad[1:] else ""
             self.stages.warn(
                 f"the gradient at {bad[0]}{others} is NaN or Inf: rounded by what is given there alone; "
-                f"{advice(next(self.trajectories.denoiser.parameters()).dtype)}"
+                f"{advice(self.trajectories.target.dtype)}"
             )

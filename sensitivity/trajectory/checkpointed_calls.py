@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from bitpolicy.policies.denoiser import is_autoencoder
+from bitpolicy.policies.components import is_autoencoder
 from bitpolicy.sensitivity.trajectory.decoding import replaced_method
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 

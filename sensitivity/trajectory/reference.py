@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bitpolicy.kernels.layers import Quantizable, quantizable_layers
+from bitpolicy.kernels.layers import Quantizable
 from bitpolicy.kernels.quantizers.bias_correction import mean_patch
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.sensitivity.samples import Sample
@@ -54,7 +54,7 @@ _SUM, _COUNT = "sum ", "count "  # no layer's name begins with these: a space ca
 def reference_part(trajectories: Trajectories, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
     """Sums over the trajectories of `samples`, float64, for `ReferencePass.merged`."""
     sums = _Sums()
-    layers = quantizable_layers(trajectories.denoiser)
+    layers = trajectories.target.layers.items()
     for sample in samples[:1]:
         trajectories.learn(sample)  # whose short runs are none of those that are added up
     handles: list[Any] = [

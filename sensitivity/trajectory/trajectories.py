@@ -22,7 +22,8 @@ from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.layers import packed_layers, quantizable_layers
-from bitpolicy.policies.denoiser import denoiser_of, denoisers_in, is_autoencoder, loop_denoisers, outside_loop
+from bitpolicy.policies.components import is_autoencoder
+from bitpolicy.policies.target import Target, loop_denoisers
 from bitpolicy.sensitivity.calls.caller import Caller
 from bitpolicy.sensitivity.calls.effects import without_effect
 from bitpolicy.sensitivity.calls.form import Form
@@ -65,20 +66,20 @@ class Trajectories:
 
     Attributes:
         pipe: the pipeline; its models may be changed between runs, and the change shows.
-        denoiser: the module under study; an `nn.ModuleDict` where there are several.
+        target: the components under study.
         denoisers: the models whose calls make up the trajectory, studied or not.
-        outside: what is studied and called before the loop or after it: text encoders, the autoencoder; by name.
+        outside: what of the target is called before the loop or after it: text encoders, the autoencoder; by name.
         draws: whether the autoencoder is studied, and so the signal is the image.
         call: arguments of every pipeline call, e.g. {"num_inference_steps": 20}.
         steps: number of scheduler steps of the last run, those of the current run so far.
         batch: how many samples share one call where no gradient is wanted.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, component: str, call: Mapping[str, Any]) -> None:
+    def __init__(self, pipe: DiffusionPipeline, components: Sequence[str], call: Mapping[str, Any]) -> None:
         self.pipe, self.call = pipe, dict(call)
-        self.denoiser: nn.Module = denoiser_of(pipe, component)
-        self.denoisers = loop_denoisers(pipe, component)
-        self.outside = outside_loop(pipe, component)
+        self.target = Target.of(pipe, components)
+        self.denoisers = loop_denoisers(pipe, self.target)
+        self.outside = self.target.outside_loop
         self._decoding = self._watch_autoencoder()
         self.caller = Caller(pipe, self.call, self._decoding)
         self.require(self.call)
@@ -127,15 +128,13 @@ class Trajectories:
     @property
     def studied_denoisers(self) -> list[nn.Module]:
         """Those of `denoisers` that are under study."""
-        parts = denoisers_in(self.denoiser)
-        return [model for model in self.denoisers if any(model is part for part in parts)]
+        return [model for model in self.denoisers if any(model is studied for studied in self.target.models)]
 
     @property
     def outside_layers(self) -> dict[str, str]:
         """Layer name -> component, of the studied layers outside the loop."""
-        prefixes = {name: "" if model is self.denoiser else f"{name}." for name, model in self.outside.items()}
         return {
-            f"{prefixes[owner]}{name}": owner
+            f"{self.target.prefix(owner)}{name}": owner
             for owner, model in self.outside.items()
             for name, _ in quantizable_layers(model)
         }
@@ -201,7 +200,7 @@ class Trajectories:
     def _overflow(self, part: Sequence[Sample]) -> BitPolicyError:
         return BitPolicyError(
             f"the decoded image of {part[0].prompt!r}, seed {part[0].seed}, has NaN or Inf, its latent has "
-            f"none: the decoder overflows; {advice(next(self.denoiser.parameters()).dtype)}"
+            f"none: the decoder overflows; {advice(self.target.dtype)}"
         )
 
     def latents(self, samples: Iterable[Sample]) -> Generator[torch.Tensor, None, None]:
@@ -306,7 +305,7 @@ class Trajectories:
 
             return hook
 
-        layers = itertools.chain(quantizable_layers(self.denoiser), packed_layers(self.denoiser))
+        layers = itertools.chain(quantizable_layers(self.target), packed_layers(self.target))
         handles = [layer.register_forward_hook(look(name)) for name, layer in layers]
         try:
             self.caller.run(part, self.learn(part[0]).writing, asked)
@@ -318,5 +317,5 @@ class Trajectories:
         step, where = found[0] if found else (self.steps - 1, "the scheduler, not a layer,")
         return BitPolicyError(
             f"step {step + 1}: {where} gives NaN or Inf for {part[0].prompt!r}, seed {part[0].seed}; "
-            f"{advice(next(self.denoiser.parameters()).dtype)}"
+            f"{advice(self.target.dtype)}"
         )

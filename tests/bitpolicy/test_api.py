@@ -22,6 +22,7 @@ from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.apply import pack, quantized
 from bitpolicy.policies.policy import Choice
 from bitpolicy.policies.quantization import Quantization
+from bitpolicy.policies.target import Target
 from bitpolicy.sensitivity.samples import split_samples
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
@@ -40,7 +41,7 @@ def search(pipe: Any, budget: str = "40%", **more: Any) -> Policy:
 
 
 def draw(pipe: Any) -> torch.Tensor:
-    return torch.stack([image for image, _ in Trajectories(pipe, "unet", CALL).images(SAMPLES)])
+    return torch.stack([image for image, _ in Trajectories(pipe, ["unet"], CALL).images(SAMPLES)])
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -77,7 +78,7 @@ def test_the_checkpoint_has_the_bytes_of_the_policy_within_the_budget(policy: Po
 
 def test_the_budget_is_what_was_asked(policy: Policy, half_pipeline: NewPipeline) -> None:
     assert policy.budget is not None
-    reference = ByteAccount.of(half_pipeline().unet, torch.float16).reference
+    reference = ByteAccount.of(Target({"unet": half_pipeline().unet}), torch.float16).reference
     assert reference == 2 * sum(parameter.numel() for parameter in half_pipeline().unet.parameters())
     assert policy.budget.bytes == reference * 40 // 100
 

@@ -45,9 +45,9 @@ def formats(policy: Policy, pipe: Any) -> dict[str, str]:
 
 def psnr_db(pipe: Any, folder: Path, samples: Any) -> float:
     """Of an exported checkpoint, by the definition."""
-    reference = torch.stack([image for image, _ in Trajectories(pipe, "unet", dict(CALL)).images(samples)])
+    reference = torch.stack([image for image, _ in Trajectories(pipe, ["unet"], dict(CALL)).images(samples)])
     packed = bitpolicy.load_pipeline(folder, dtype=torch.float32)
-    images = torch.stack([image for image, _ in Trajectories(packed, "unet", dict(CALL)).images(samples)])
+    images = torch.stack([image for image, _ in Trajectories(packed, ["unet"], dict(CALL)).images(samples)])
     return float((-10 * (images - reference).square().flatten(1).mean(1).log10()).mean())
 
 

@@ -43,7 +43,7 @@ def bundled() -> Any:
 def images(bundled: Any) -> dict[str, torch.Tensor]:
     """Four guided steps of three prompts."""
     samples = [Sample(prompt, 0) for prompt in ("red heart", "cat face", "pizza")]
-    loop = Trajectories(bundled.pipe, "unet", default_call(bundled.pipe, bundled=True) | {"num_inference_steps": 4})
+    loop = Trajectories(bundled.pipe, ["unet"], default_call(bundled.pipe, bundled=True) | {"num_inference_steps": 4})
     return {sample.prompt: image for sample, (image, _) in zip(samples, loop.images(samples), strict=True)}
 
 
@@ -59,8 +59,8 @@ def test_the_whole_folder_has_at_most_24_megabytes() -> None:
 
 def test_it_is_a_stable_diffusion_pipeline_with_every_kind_of_layer(bundled: Any) -> None:
     assert type(bundled.pipe).__name__ == "StableDiffusionPipeline"
-    assert (bundled.id, bundled.component, bundled.storage) == (BUNDLED, "unet", torch.float16)
-    roles = {layer.role for layer in inventory(bundled.denoiser)}
+    assert (bundled.id, bundled.components, bundled.storage) == (BUNDLED, ["unet"], torch.float16)
+    roles = {layer.role for layer in inventory(bundled.target)}
     assert {"input_stem", "conv", "shortcut", "resample", "timestep_embedding", "output_head"} <= roles
     assert {"attention_qkv", "cross_attention_qkv", "feed_forward"} <= roles
     assert "other" not in roles

@@ -18,6 +18,7 @@ from bitpolicy.policies.apply import pack
 from bitpolicy.policies.policy import Policy
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.storage.calibration_file import load_calibration
+from bitpolicy.policies.target import Target
 
 NAMES = ("unet", "text_encoder", "vae")
 BUDGET = "45%"
@@ -77,11 +78,10 @@ def test_the_checkpoint_draws_the_images_of_the_policy_in_memory(whole: Any, toy
     ours = DiffusionPipeline.from_pretrained(toy, torch_dtype=torch.float32)
     choices = choices_of(folder)
     calibration = load_calibration(folder / "calibration.safetensors")
-    pack(
-        nn.ModuleDict({name: getattr(ours, name) for name in NAMES}),
-        choices,
-        quantization=Quantization(calibration=calibration),
-    )
+    target, quantization = Target.of(ours, NAMES), Quantization(calibration=calibration)
+    for name, model in target.items():
+        own = target.of_component(choices, name)
+        pack(model, own, quantization=quantization.of_component(name, target.names))
     assert torch.equal(drawn(reloaded), drawn(ours))
     assert not torch.equal(drawn(reloaded), drawn(DiffusionPipeline.from_pretrained(toy, torch_dtype=torch.float32)))
 

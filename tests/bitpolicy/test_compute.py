@@ -81,16 +81,16 @@ def test_the_images_that_are_measured_are_those_of_int8_compute(searched: Any, t
     """Drawn once more in floats: the search's own number is of the packed layers."""
     outcome, folder = searched
     source = load_source(str(toy))
-    trajectories = Trajectories(source.pipe, "unet", {"num_inference_steps": 2, "guidance_scale": 1.0})
+    trajectories = Trajectories(source.pipe, ["unet"], {"num_inference_steps": 2, "guidance_scale": 1.0})
     samples = split(load_requests(prompts), 0, 16, 16, 16, 16).held_out
     policy = Policy.load(folder / "policy.yaml")
-    choices = policy.resolve(name for name, _ in bitpolicy.kernels.layers.quantizable_layers(source.denoiser))
+    choices = policy.resolve(name for name, _ in bitpolicy.kernels.layers.quantizable_layers(source.target))
     calibration = load_calibration(folder / "calibration.safetensors")
     reference = [image for image, _ in trajectories.images(samples)]
     found = {}
     for compute in (Compute.EXACT, Compute.INT8):
         with quantized(
-            source.denoiser,
+            source.target,
             choices,
             quantization=Quantization(calibration=calibration, storage=source.storage, compute=compute),
         ):

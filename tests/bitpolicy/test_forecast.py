@@ -143,7 +143,7 @@ def test_memory_is_of_the_weights_a_step_and_the_rounding(command: Any, small: t
 def test_a_step_is_timed_without_running_the_rest(
     half_pipeline: Callable[[], Any],
 ) -> None:
-    trajectories, sample = Trajectories(half_pipeline(), "unet", {"num_inference_steps": 20}), Sample("cat", 0)
+    trajectories, sample = Trajectories(half_pipeline(), ["unet"], {"num_inference_steps": 20}), Sample("cat", 0)
     trajectories.learn(sample)
     calls = 0
 

@@ -47,7 +47,7 @@ def search(pipe: Any, budget: str = "28%", **more: Any) -> Policy:
 
 
 def draw(pipe: Any) -> torch.Tensor:
-    return torch.stack([image for image, _ in Trajectories(pipe, "unet", CALL).images(SAMPLES)])
+    return torch.stack([image for image, _ in Trajectories(pipe, ["unet"], CALL).images(SAMPLES)])
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -26,7 +26,7 @@ ANSWERS = {
 
 ASK = {
     "search": lambda: load_source("owner/name", revision="v9", device="cpu"),
-    "export": lambda: open_parts("owner/name", "unet", torch.float16, "v9"),
+    "export": lambda: open_parts("owner/name", ["unet"], torch.float16, "v9"),
 }
 
 

@@ -46,15 +46,15 @@ def test_the_storage_dtype_is_that_of_the_file_and_float16_for_float32(
 
 def test_on_the_cpu_it_computes_in_float32_with_the_values_that_are_stored(toy: Path) -> None:
     source = load_source(str(toy), device="cpu")
-    assert (source.component, source.id, source.revision) == ("unet", str(toy), None)
-    assert {p.dtype for p in source.denoiser.parameters()} == {torch.float32}
-    assert all(torch.equal(p, p.half().float()) for p in source.denoiser.parameters())
+    assert (source.components, source.id, source.revision) == (["unet"], str(toy), None)
+    assert {p.dtype for p in source.target.parameters()} == {torch.float32}
+    assert all(torch.equal(p, p.half().float()) for p in source.target.parameters())
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_it_computes_in_the_dtype_that_is_asked(toy: Path, dtype: str) -> None:
     source = load_source(str(toy), dtype=dtype, device="cpu")
-    assert source.denoiser.dtype == getattr(torch, dtype)  # type: ignore[union-attr]
+    assert source.target.dtype == getattr(torch, dtype)
     assert source.storage == torch.float16
 
 

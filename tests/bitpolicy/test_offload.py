@@ -13,6 +13,7 @@ import bitpolicy
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.pipelines.loading import load_source
 from bitpolicy.pipelines.offload import stream_weights
+from bitpolicy.policies.target import Target
 
 CALL = {"num_inference_steps": 2, "guidance_scale": 3.0}
 
@@ -23,7 +24,7 @@ def scores(pipe: Any) -> torch.Tensor:
 
 def test_scores_and_images_are_the_same(half_pipeline: Callable[[], Any]) -> None:
     plain, streamed = half_pipeline(), half_pipeline()
-    stream_weights(streamed, "unet", torch.device("cpu"))
+    stream_weights(streamed, Target.of(streamed, ["unet"]), torch.device("cpu"))
     assert torch.equal(scores(plain), scores(streamed))
     images = [
         pipe("cat", output_type="pt", generator=torch.Generator().manual_seed(0), **CALL).images
@@ -35,7 +36,7 @@ def test_scores_and_images_are_the_same(half_pipeline: Callable[[], Any]) -> Non
 def test_every_streamed_layer_asks_for_its_weight_anew(half_pipeline: Callable[[], Any]) -> None:
     """What is quantized while it is streamed shows at once."""
     pipe = half_pipeline()
-    stream_weights(pipe, "unet", torch.device("cpu"))
+    stream_weights(pipe, Target.of(pipe, ["unet"]), torch.device("cpu"))
     x = torch.ones(1, 4, 8, 8)
     (layer,) = [layer for name, layer in quantizable_layers(pipe.unet) if name == "conv_in"]
     before = layer(x)
@@ -46,14 +47,14 @@ def test_every_streamed_layer_asks_for_its_weight_anew(half_pipeline: Callable[[
 def test_a_pipeline_is_loaded_streaming(toy: Path) -> None:
     source = load_source(str(toy), offload=True, device="cpu")
     assert source.pipe._execution_device == torch.device("cpu")
-    assert "forward" in vars(source.denoiser.conv_in)
+    assert "forward" in vars(source.pipe.unet.conv_in)
 
 
 @pytest.mark.gpu
 def test_the_device_never_holds_all_weights(half_pipeline: Callable[[], Any]) -> None:
     pipe = half_pipeline()
     expected = scores(half_pipeline())
-    stream_weights(pipe, "unet", torch.device("cuda"))
+    stream_weights(pipe, Target.of(pipe, ["unet"]), torch.device("cuda"))
     torch.cuda.reset_peak_memory_stats()
     found = scores(pipe)
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0)

@@ -30,6 +30,7 @@ from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.identity import weights_hash
 from bitpolicy.policies.policy import BudgetRecord, Choice, ModelReference, Policy
+from bitpolicy.policies.target import Target
 from bitpolicy.sensitivity.table_files import read_table
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 from bitpolicy.workflow.over_budget import warn_if_over_budget
@@ -246,7 +247,7 @@ def test_a_policy_is_over_its_budget_by_what_the_scope_counts(
     policy = Policy.load(finished.folder / "policy.yaml").model_copy(update={"budget": budget})
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        warn_if_over_budget(policy, half_pipeline().unet)
+        warn_if_over_budget(policy, Target.of(half_pipeline(), ["unet"]))
     assert [w.category for w in said] == [BitPolicyWarning] * over
 
 

@@ -75,7 +75,7 @@ def single(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_is_loaded_as_its_folder_is(single: Path, toy: Path) -> None:
     one, other = load_source(str(single), config=str(toy), device="cpu"), load_source(str(toy), device="cpu")
-    assert (one.sha256, one.storage, one.component) == (other.sha256, other.storage, other.component)
+    assert (one.sha256, one.storage, one.components) == (other.sha256, other.storage, other.components)
     assert one.everything_sha256 == other.everything_sha256
     assert one.id == str(single)
 
@@ -95,7 +95,7 @@ def test_it_is_exported_as_its_folder_is(finished: Any, single: Path, toy: Path,
 
 def test_its_denoiser_is_never_loaded(single: Path, toy: Path) -> None:
     parts = open_parts(str(single), None, torch.float16, config=str(toy))
-    assert {tensor.device.type for tensor in parts.denoiser.state_dict().values()} == {"meta"}
+    assert {tensor.device.type for tensor in parts.target.state_dict().values()} == {"meta"}
     assert isinstance(parts.sources["unet"]._source, _Replayed)  # type: ignore[attr-defined]
     expected = load_file(toy / UNET)
     assert parts.sources["unet"].specs.keys() == expected.keys()
@@ -173,7 +173,7 @@ def test_configs_that_lack_what_the_file_lacks_are_told(single: Path, toy: Path,
 def test_configs_of_another_model_are_told(single: Path, toy: Path, tmp_path: Path) -> None:
     config = str(other_width(toy, tmp_path / "configs"))
     with pytest.raises(BitPolicyError, match=r"has shape \(16, 24\), the config of .* says \(16, 32\)"):
-        open_parts(str(single), "unet", torch.float16, config=config)
+        open_parts(str(single), ["unet"], torch.float16, config=config)
 
 
 @pytest.mark.parametrize(

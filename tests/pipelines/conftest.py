@@ -23,9 +23,10 @@ from torch.overrides import TorchFunctionMode
 from toy_pipelines import TOYS, Toy
 
 from bitpolicy.kernels.formats.format import Format
-from bitpolicy.kernels.layers import Quantizable, quantizable_layers
+from bitpolicy.kernels.layers import Quantizable
 from bitpolicy.policies.apply import to_storage
-from bitpolicy.policies.denoiser import denoiser_names
+from bitpolicy.policies.components import asked_components
+from bitpolicy.policies.target import Target
 from bitpolicy.sensitivity.probes.directions import Random
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
@@ -100,7 +101,7 @@ class Subject:
 
     @property
     def layers(self) -> dict[str, Quantizable]:
-        return dict(quantizable_layers(self.trajectories.denoiser))
+        return self.trajectories.target.layers
 
     def own_call(self, sample: Sample, output_type: str) -> Any:
         """The first output of the pipeline, called as a user calls it."""
@@ -211,13 +212,12 @@ def new_subject() -> Callable[..., Subject]:
         if scheduler is not None:
             pipe.scheduler = scheduler
         call = {**toy.call, **call}
-        component = denoiser_names(pipe, components)
-        for part in component.split(","):
-            to_storage(getattr(pipe, part), torch.float16)
+        target = Target.chosen(pipe, asked_components(components))
+        to_storage(target, torch.float16)
         if dtype != torch.float32:
             pipe.to(dtype)
         samples = [Sample(text, 11 + i, toy.extra) for i, text in enumerate(REQUESTS[toy.takes])]
-        return Subject(toy, pipe, call, Trajectories(pipe, component, call), tuple(samples))
+        return Subject(toy, pipe, call, Trajectories(pipe, target.names, call), tuple(samples))
 
     return new
 

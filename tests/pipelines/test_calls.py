@@ -136,7 +136,7 @@ def new_pipe(kind: type[Pixels]) -> Any:
 
 
 def trajectories_of(kind: type[Pixels]) -> Trajectories:
-    return Trajectories(new_pipe(kind), "unet", CALL)
+    return Trajectories(new_pipe(kind), ["unet"], CALL)
 
 
 def as_a_user_calls(pipe: Any, sample: Sample) -> Any:

@@ -92,7 +92,7 @@ def test_all_layers_together_have_the_slope_that_finite_differences_find(sketche
 
 def test_one_layer_of_each_role_has_the_slope_that_finite_differences_find(sketched: Sketched) -> None:
     found = sketched.sketch.weight.double().sum(0)[:, 0]
-    by_role = {layer.role: i for i, layer in enumerate(inventory(sketched.subject.trajectories.denoiser))}
+    by_role = {layer.role: i for i, layer in enumerate(inventory(sketched.subject.trajectories.target))}
     for role, place in by_role.items():
         name, layer = list(sketched.subject.layers.items())[place]
         expected = sketched.slope({layer.weight: sketched.subject.weight_change(name, INT4)})
@@ -283,7 +283,7 @@ def test_the_reloaded_checkpoint_draws_what_the_policy_draws_in_memory(
     searched: tuple[Any, Policy], tmp_path: Path
 ) -> None:
     subject, policy = searched
-    denoiser, sample = subject.trajectories.denoiser, subject.samples[1]
+    target, sample = subject.trajectories.target, subject.samples[1]
     assert policy.calibration is not None
     choices = policy.resolve(subject.layers)
     assert len({choice.format for choice in choices.values()}) > 1
@@ -291,7 +291,7 @@ def test_the_reloaded_checkpoint_draws_what_the_policy_draws_in_memory(
     assert policy.result is not None
     assert nbytes == policy.result.policy_bytes <= policy.budget.bytes
     plain = channels_first(subject.own_call(sample, "pt"))
-    with quantized(denoiser, choices, quantization=Quantization(calibration=policy.calibration)):
+    with quantized(target, choices, quantization=Quantization(calibration=policy.calibration)):
         expected = channels_first(subject.own_call(sample, "pt"))
     assert not torch.equal(expected, plain)
     reloaded = replace(subject, pipe=bitpolicy.load_pipeline(tmp_path / "checkpoint", torch.float32))

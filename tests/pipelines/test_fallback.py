@@ -217,7 +217,7 @@ def new_pipe(kind: type[OwnLoop] = OwnLoop) -> OwnLoop:
 
 
 def adjoint_sketches(pipe: Any) -> Iterator[Sketch]:
-    trajectories = Trajectories(pipe, "unet", {"num_inference_steps": STEPS})
+    trajectories = Trajectories(pipe, ["unet"], {"num_inference_steps": STEPS})
     return AdjointSketches(trajectories, candidates([INT4]), quantization=Quantization()).sketches(
         SAMPLE, [Random(0), Random(1)]
     )
@@ -286,14 +286,14 @@ def assert_ranks_but_predicts_nothing(table: SensitivityTable) -> None:
 
 @pytest.mark.parametrize("kind", BROKEN, ids=lambda kind: kind.__name__)
 def test_what_the_image_sees_of_inputs_is_not_measured_through_a_broken_loop(kind: type[OwnLoop]) -> None:
-    trajectories = Trajectories(new_pipe(kind), "unet", {"num_inference_steps": STEPS})
+    trajectories = Trajectories(new_pipe(kind), ["unet"], {"num_inference_steps": STEPS})
     with pytest.raises(LoopError):
         measure_moments(trajectories, {}, ["conv_in"], SAMPLE, True, False)
 
 
 @every_broken_loop
 def test_inputs_alone_are_measured_through_any_loop(kind: type[OwnLoop]) -> None:
-    trajectories = Trajectories(new_pipe(kind), "unet", {"num_inference_steps": STEPS})
+    trajectories = Trajectories(new_pipe(kind), ["unet"], {"num_inference_steps": STEPS})
     found: dict[str, Moments] = {}
     for _ in range(2):
         measure_moments(trajectories, found, ["conv_in", "conv_out"], SAMPLE, False, False)
@@ -348,7 +348,7 @@ def test_a_search_goes_on_with_the_stepwise_scores(capsys: pytest.CaptureFixture
 
 def test_the_stepwise_probe_leaves_no_trace() -> None:
     pipe = new_pipe()
-    trajectories = Trajectories(pipe, "unet", {"num_inference_steps": STEPS})
+    trajectories = Trajectories(pipe, ["unet"], {"num_inference_steps": STEPS})
     flags = {name: i % 3 != 0 for i, (name, _) in enumerate(pipe.unet.named_parameters())}
     for name, parameter in pipe.unet.named_parameters():
         parameter.requires_grad_(flags[name])
@@ -481,7 +481,7 @@ def test_a_stepwise_sketch_is_what_finite_differences_of_each_call_find(
 
 def test_stepwise_directions_are_standard_normal_and_independent(vectors: list[torch.Tensor]) -> None:
     """Which makes a sketch's square unbiased: over calls, samples and numbers no two are alike."""
-    trajectories = Trajectories(new_pipe(), "unet", {"num_inference_steps": STEPS})
+    trajectories = Trajectories(new_pipe(), ["unet"], {"num_inference_steps": STEPS})
     probe = LocalSketches(trajectories, candidates([INT4]), quantization=Quantization())
     for seed in (0, 1, 1_000_000):
         list(probe.sketches(Sample("", seed), range(4)))
@@ -531,7 +531,7 @@ def new_stable_diffusion(dtype: torch.dtype = torch.float32) -> Trajectories:
     toy = TOYS["StableDiffusionPipeline"]
     pipe = toy.new()
     pipe.to(dtype)
-    return Trajectories(pipe, "unet", {**toy.call, "num_inference_steps": STEPS})
+    return Trajectories(pipe, ["unet"], {**toy.call, "num_inference_steps": STEPS})
 
 
 RUNS: dict[str, Callable[[Trajectories, list[Sample]], Any]] = {
@@ -553,7 +553,7 @@ LAYER = "mid_block.resnets.0.conv1"
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_weight_that_is_not_finite_is_named_with_its_step(run: str, value: float) -> None:
     trajectories = new_stable_diffusion()
-    trajectories.denoiser.get_parameter(f"{LAYER}.weight").data[0, 0, 0, 0] = value
+    trajectories.pipe.unet.get_parameter(f"{LAYER}.weight").data[0, 0, 0, 0] = value
     said = f"^step 1: {LAYER} gives NaN or Inf for 'a red heart', seed 1; float32 has the widest range"
     with pytest.raises(BitPolicyError, match=said):
         RUNS[run](trajectories, HEARTS)
@@ -562,7 +562,7 @@ def test_a_weight_that_is_not_finite_is_named_with_its_step(run: str, value: flo
 @pytest.mark.parametrize("run", RUNS)
 def test_a_float16_overflow_on_the_way_is_named_with_its_step(run: str) -> None:
     trajectories = new_stable_diffusion(torch.float16)
-    layer: Any = trajectories.denoiser.get_submodule(LAYER)
+    layer: Any = trajectories.pipe.unet.get_submodule(LAYER)
     layer.register_forward_pre_hook(lambda _, args: (args[0] * 6e4,) if trajectories.steps == 2 else None)
     with pytest.raises(BitPolicyError, match=f"^step 3: {LAYER} gives NaN or Inf for 'a red heart', seed 1; try"):
         RUNS[run](trajectories, HEARTS)

@@ -22,7 +22,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import parse_formats
 from bitpolicy.pipelines.loading import source_of
 from bitpolicy.pipelines.prompting import default_requests, load_requests
-from bitpolicy.policies.denoiser import denoiser_names
+from bitpolicy.policies.target import Target
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import inventory
 from bitpolicy.sensitivity.probes.measurement import References
@@ -38,7 +38,7 @@ NEED_A_PICTURE = [name for name, toy in TOYS.items() if toy.extra]
 def new_trajectories(name: str, **call: Any) -> Trajectories:
     toy = TOYS[name]
     pipe = toy.new()
-    return Trajectories(pipe, denoiser_names(pipe), {**toy.call, "num_inference_steps": 2, **call})
+    return Trajectories(pipe, Target.chosen(pipe).names, {**toy.call, "num_inference_steps": 2, **call})
 
 
 def picture(path: Path, colour: str, size: int = 16) -> Path:
@@ -157,7 +157,7 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path, content: bytes |
 
 def key_of(trajectories: Trajectories, sample: Sample, folder: Path) -> set[str]:
     """The names of the folders of records that a probe of `sample` has made so far."""
-    layers, formats = inventory(trajectories.denoiser), parse_formats("int8")
+    layers, formats = inventory(trajectories.target), parse_formats("int8")
     settings = ProbeSettings("adjoint", (sample,))
     ProbeRun(trajectories, layers, formats, torch.float16, "weights", settings, folder, Stages(quiet=True))
     return {path.name for path in folder.iterdir()}
@@ -229,7 +229,7 @@ def dit() -> Any:
 
 @pytest.mark.parametrize(("written", "label"), [("207", 207), ("golden retriever", 207), ("Cod", 3), ("0", 0)])
 def test_a_class_is_given_by_number_or_by_name(dit: Any, written: str, label: int) -> None:
-    trajectories = Trajectories(dit, "transformer", {"num_inference_steps": 2})
+    trajectories = Trajectories(dit, ["transformer"], {"num_inference_steps": 2})
     seeded = torch.Generator().manual_seed(5)
     expected = dit(class_labels=[label], num_inference_steps=2, generator=seeded, output_type="pt").images
     if not isinstance(expected, torch.Tensor):  # DiT of diffusers 0.40 does not know "pt"
@@ -248,7 +248,7 @@ def test_a_class_that_there_is_not_is_refused(dit: Any, written: str) -> None:
 
 def test_a_class_can_be_asked_for_in_a_file_of_json_lines(dit: Any, lines: Callable[..., Path]) -> None:
     requests = load_requests(lines({"prompt": 207, "guidance_scale": 2.0}, {"prompt": "Cod"}))
-    trajectories = Trajectories(dit, "transformer", {"num_inference_steps": 2})
+    trajectories = Trajectories(dit, ["transformer"], {"num_inference_steps": 2})
     found = list(trajectories.latents([Sample.of(request, 0) for request in requests]))
     plain = list(trajectories.latents([Sample("207", 0), Sample("3", 0)]))
     assert not torch.equal(found[0], plain[0])
@@ -409,7 +409,7 @@ class WithSystemPrompt(StableDiffusionPipeline):
 def test_texts_of_each_sample_come_in_lists_and_a_text_for_all_stays_one(count: int) -> None:
     pipe = WithSystemPrompt(**TOYS["StableDiffusionPipeline"].new().components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    trajectories = Trajectories(pipe, "unet", {"system_prompt": "Draw ", "negative_prompt": "blurry"})
+    trajectories = Trajectories(pipe, ["unet"], {"system_prompt": "Draw ", "negative_prompt": "blurry"})
     samples = [Sample("a cat", 1), Sample("a dog", 2)][:count]
     seeded = [torch.Generator().manual_seed(sample.seed) for sample in samples]
     prompts = [f"Draw {sample.prompt}" for sample in samples]
@@ -471,6 +471,6 @@ def test_a_number_that_is_not_finite_is_refused(value: str) -> None:
 def test_a_call_option_reaches_the_pipeline() -> None:
     name = "FluxPipeline"
     given = pipeline_call(2, 3.0, ["height=16", "width=32", "max_sequence_length=8"])
-    trajectories = Trajectories(TOYS[name].new(), "transformer", given)
+    trajectories = Trajectories(TOYS[name].new(), ["transformer"], given)
     ((image, _),) = trajectories.images([Sample("a cat", 0)])
     assert image.shape == (3, 16, 32)

@@ -99,7 +99,7 @@ def test_all_layers_together_have_the_slope_that_finite_differences_find(sketche
 
 def test_a_layer_of_each_role_of_each_component_has_the_slope_that_finite_differences_find(sketched: Sketched) -> None:
     found = sketched.sketch.weight.double().sum(0)[:, 0]
-    layers = inventory(sketched.subject.trajectories.denoiser)
+    layers = inventory(sketched.subject.trajectories.target)
     places = {(owner, layer.role): i for i, (owner, layer) in enumerate(zip(sketched.owners, layers, strict=True))}
     for (owner, role), place in places.items():
         if not owner:

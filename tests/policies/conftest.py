@@ -18,9 +18,9 @@ from bitpolicy.kernels.quantizers.bias_correction import mean_patch
 from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.pipeline import export_pipeline
-from bitpolicy.policies.denoiser import denoisers_in
-from bitpolicy.policies.identity import weights_hash
+from bitpolicy.policies.components import to_text
 from bitpolicy.policies.policy import Choice, ModelReference, Policy
+from bitpolicy.policies.target import Target
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,17 @@ def every_format_in_turn() -> Callable[[torch.nn.Module], dict[str, Choice]]:
 
 @pytest.fixture(scope="session")
 def policy_of() -> Callable[..., Policy]:
-    """The policy that gives `unet`, or several models as one, these choices."""
+    """The policy that gives a U-Net, or a target, these choices."""
 
     def policy(
-        unet: torch.nn.Module,
-        choices: dict[str, Choice],
-        storage: torch.dtype = torch.float16,
-        component: str | None = None,
+        studied: torch.nn.Module | Target, choices: dict[str, Choice], storage: torch.dtype = torch.float16
     ) -> Policy:
-        names = ",".join(unet) if isinstance(unet, torch.nn.ModuleDict) else "unet"
-        kinds = ",".join(type(part).__name__ for part in denoisers_in(unet))
+        target = studied if isinstance(studied, Target) else Target({"unet": studied})
         model = ModelReference(
-            id="toy", component=component or names, class_name=kinds, sha256=weights_hash(unet, storage)
+            id="toy",
+            component=to_text(target),
+            class_name=to_text(target.class_names),
+            sha256=to_text(target.weights_hashes(storage).values()),
         )
         return Policy.of(choices, model=model, storage_dtype=str(storage).removeprefix("torch."))
 
@@ -140,7 +139,7 @@ def exported(
     calibration = Calibration(calibrate(pipe.unet))
     policy = policy_of(pipe.unet, choices)
     folder = tmp_path_factory.mktemp("exported") / "checkpoint"
-    nbytes = export_pipeline(pipe, "unet", policy, calibration, folder, component_dtype=torch.float16)
+    nbytes = export_pipeline(pipe, ["unet"], policy, calibration, folder, component_dtype=torch.float16)
     return Exported(pipe, choices, calibration, policy, folder, nbytes)
 
 

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from toy_formats import FEW
 
+from bitpolicy.kernels.formats.format import TensorSpec
 from bitpolicy.kernels.formats.named import FP16, format_named
-from bitpolicy.policies.accounting import ByteAccount, stored_spec
+from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.identity import tensor_bytes, weights_hash
+from bitpolicy.policies.target import Target
 
 
 class Small(nn.Module):
@@ -30,7 +32,7 @@ class Small(nn.Module):
 
 @pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16], ids=str)
 def test_everything_in_the_file_is_counted(storage: torch.dtype) -> None:
-    account = ByteAccount.of(Small(), storage)
+    account = ByteAccount.of(Target({"unet": Small()}), storage)
     assert account.shapes == {"first": (10, 3), "second": (4, 10)}
     assert account.fixed == 2 * (4 + 8 + 4) + 3 * 8
     assert account.parameters == 30 + 40 + 4 + 8 + 4
@@ -38,7 +40,7 @@ def test_everything_in_the_file_is_counted(storage: torch.dtype) -> None:
 
 
 def test_each_layer_costs_its_codes_scales_zero_points_and_padding() -> None:
-    account = ByteAccount.of(Small(), torch.float16)
+    account = ByteAccount.of(Target({"unet": Small()}), torch.float16)
     assert account.layer("first", format_named("int4")) == 10 * (2 + 2 + 1)
     assert account.layer("second", format_named("int4")) == 4 * (5 + 2 + 1)
     assert account.layer("first", format_named("int8")) == 30 + 10 * 4
@@ -48,28 +50,28 @@ def test_each_layer_costs_its_codes_scales_zero_points_and_padding() -> None:
 
 @pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16], ids=str)
 def test_the_total_of_fp16_is_the_model_as_diffusers_would_store_it(toy_unet: Any, storage: torch.dtype) -> None:
-    account = ByteAccount.of(toy_unet, storage)
+    account = ByteAccount.of(Target({"unet": toy_unet}), storage)
     toy_unet.to(storage)
     assert account.reference == sum(t.numel() * t.element_size() for t in toy_unet.state_dict().values())
     assert account.reference == 2 * account.parameters
 
 
 def test_the_dtype_in_memory_does_not_count(toy_unet: Any) -> None:
-    before = ByteAccount.of(toy_unet, torch.float16)
-    assert ByteAccount.of(toy_unet.double(), torch.float16) == before
+    before = ByteAccount.of(Target({"unet": toy_unet}), torch.float16)
+    assert ByteAccount.of(Target({"unet": toy_unet.double()}), torch.float16) == before
 
 
 def test_a_tied_weight_is_one_parameter() -> None:
     model = Small()
     model.copy = model.second
-    account = ByteAccount.of(model, torch.float16)
-    assert account.parameters == ByteAccount.of(Small(), torch.float16).parameters
+    account = ByteAccount.of(Target({"unet": model}), torch.float16)
+    assert account.parameters == ByteAccount.of(Target({"unet": Small()}), torch.float16).parameters
 
 
 @pytest.mark.parametrize("format", FEW, ids=lambda f: f.name)
 def test_the_total_is_the_sum_of_what_formats_produce(toy_unet: Any, format: Any) -> None:
     toy_unet.half()
-    account = ByteAccount.of(toy_unet, torch.float16)
+    account = ByteAccount.of(Target({"unet": toy_unet}), torch.float16)
     formats = {name: format if format.fits(shape) else FP16 for name, shape in account.shapes.items()}
     assert format in formats.values()
     produced = 0
@@ -81,8 +83,8 @@ def test_the_total_is_the_sum_of_what_formats_produce(toy_unet: Any, format: Any
 
 
 def test_integers_are_stored_as_they_are() -> None:
-    assert stored_spec(torch.zeros(2, dtype=torch.int64), torch.float16).nbytes == 16
-    assert stored_spec(torch.zeros(2, dtype=torch.float64), torch.float16).nbytes == 4
+    assert TensorSpec.stored(torch.zeros(2, dtype=torch.int64), torch.float16).nbytes == 16
+    assert TensorSpec.stored(torch.zeros(2, dtype=torch.float64), torch.float16).nbytes == 4
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.identity import weights_hash
 from bitpolicy.policies.policy import Choice, LayerSettings, ModelReference, PolicyError, Result, Rule
 from bitpolicy.policies.quantization import Quantization
+from bitpolicy.policies.target import Target
 
 INT4, INT8, NF4 = (format_named(name) for name in ("int4", "int8", "nf4"))
 F16 = torch.float16
@@ -157,7 +158,7 @@ def image(pipe: Any) -> torch.Tensor:
 def test_a_pipeline_draws_what_the_packed_one_draws(exported: Any, tmp_path: Path) -> None:
     """Up to sums of floats, which move some inputs across a tie; next to what quantizing does that is nothing."""
     policy = exported.policy.under(Compute.INT8)
-    export_pipeline(exported.pipe, "unet", policy, exported.calibration, tmp_path / "c", component_dtype=F16)
+    export_pipeline(exported.pipe, ["unet"], policy, exported.calibration, tmp_path / "c", component_dtype=F16)
     reference = image(exported.pipe)
     with quantized(
         exported.pipe.unet,
@@ -179,7 +180,7 @@ def test_streamed_weights_change_nothing(new_toy_pipeline: Any, every_format_in_
     choices = {name: Choice(choice.format) for name, choice in every_format_in_turn(pipe.unet).items()}
     with quantized(pipe.unet, choices, quantization=Quantization(compute=Compute.INT8)):
         expected = predict(pipe.unet)
-    stream_weights(pipe, "unet", torch.device("cpu"))
+    stream_weights(pipe, Target.of(pipe, ["unet"]), torch.device("cpu"))
     with quantized(pipe.unet, choices, quantization=Quantization(compute=Compute.INT8)):
         assert torch.equal(predict(pipe.unet), expected)
 
@@ -241,7 +242,7 @@ def test_a_model_card_says_how_layers_compute() -> None:
         ("int8", "(`compute: int8`)"),
         ("fp8", "(`compute: fp8`)"),
     ):
-        text = model_card(Policy(model=ABOUT, compute=compute), model, {"0": Choice(INT8)})
+        text = model_card(Policy(model=ABOUT, compute=compute), Target({"unet": model}), {"0": Choice(INT8)})
         (row,) = (line for line in text.splitlines() if line.startswith("| packed layers compute |"))
         assert words in row
 
@@ -264,7 +265,7 @@ def folder(exported: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of `exported` with INT8 compute."""
     path = tmp_path_factory.mktemp("int8") / "checkpoint"
     policy = exported.policy.under(Compute.INT8)
-    export_pipeline(exported.pipe, "unet", policy, exported.calibration, path, component_dtype=F16)
+    export_pipeline(exported.pipe, ["unet"], policy, exported.calibration, path, component_dtype=F16)
     return path
 
 

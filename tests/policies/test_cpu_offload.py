@@ -31,9 +31,9 @@ def checkpoint(
     pipe, folder = new_toy_pipeline(), tmp_path_factory.mktemp("packed") / "checkpoint"
     for name in MODELS:
         to_storage(getattr(pipe, name), torch.float16)
-    together = MemoryParts(pipe, ",".join(MODELS)).denoiser
+    together = MemoryParts(pipe, list(MODELS)).target
     choices = {name: Choice(choice.format) for name, choice in every_format_in_turn(together).items()}
-    export_pipeline(pipe, ",".join(MODELS), policy_of(together, choices), Calibration(), folder)
+    export_pipeline(pipe, ["", ""].join(MODELS), policy_of(together, choices), Calibration(), folder)
     return folder
 
 

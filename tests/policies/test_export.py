@@ -22,12 +22,13 @@ from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.calibration import Calibration
-from bitpolicy.policies.checkpoints.checkpoint import checkpoint_bytes, export_denoiser
+from bitpolicy.policies.checkpoints.checkpoint import checkpoint_bytes, export_diffusers_model
 from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.footprint import stored_others
 from bitpolicy.policies.policy import Choice, Policy
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.storage.calibration_file import load_calibration
+from bitpolicy.policies.target import Target
 
 WireReader = Callable[[str, Mapping[str, np.ndarray], tuple[int, ...]], np.ndarray]
 Policymaker = Callable[..., Policy]
@@ -50,7 +51,7 @@ def nbytes(tensors: Mapping[str, torch.Tensor]) -> int:
 
 
 def test_the_bytes_of_the_file_are_those_of_the_account(exported: Any) -> None:
-    account = ByteAccount.of(exported.pipe.unet, F16)
+    account = ByteAccount.of(Target({"unet": exported.pipe.unet}), F16)
     predicted = account.total({name: choice.format for name, choice in exported.choices.items()})
     tensors = stored(exported.folder / "unet")
     assert predicted == exported.nbytes == checkpoint_bytes(exported.folder / "unet") == nbytes(tensors)
@@ -63,9 +64,11 @@ def test_the_account_is_exact_for_every_format_and_storage(
     toy_unet: Any, tmp_path: Path, name: str, storage: torch.dtype
 ) -> None:
     choices = {layer: Choice(format_named(name)) for layer, _ in quantizable_layers(toy_unet)}
-    predicted = ByteAccount.of(toy_unet, storage).total({layer: c.format for layer, c in choices.items()})
+    predicted = ByteAccount.of(Target({"unet": toy_unet}), storage).total(
+        {layer: c.format for layer, c in choices.items()}
+    )
     assert (
-        export_denoiser(toy_unet, choices, tmp_path, quantization=Quantization(storage=storage))
+        export_diffusers_model(toy_unet, choices, tmp_path, quantization=Quantization(storage=storage))
         == predicted
         == nbytes(stored(tmp_path))
     )
@@ -108,7 +111,7 @@ def test_what_no_format_touches_is_the_model_in_its_storage_dtype(exported: Any)
 
 
 def test_two_exports_are_the_same_files(exported: Any, tmp_path: Path) -> None:
-    export_pipeline(exported.pipe, "unet", exported.policy, exported.calibration, tmp_path / "a", component_dtype=F16)
+    export_pipeline(exported.pipe, ["unet"], exported.policy, exported.calibration, tmp_path / "a", component_dtype=F16)
     assert hashes(tmp_path / "a") == hashes(exported.folder)
 
 
@@ -136,7 +139,7 @@ def test_exporting_changes_nothing_in_memory(exported: Any, tmp_path: Path) -> N
     pipe = exported.pipe
     models = {"unet": pipe.unet, "vae": pipe.vae, "text_encoder": pipe.text_encoder}
     before = {(n, k): t.clone() for n, model in models.items() for k, t in model.state_dict().items()}
-    export_pipeline(pipe, "unet", exported.policy, exported.calibration, tmp_path / "out", component_dtype=F16)
+    export_pipeline(pipe, ["unet"], exported.policy, exported.calibration, tmp_path / "out", component_dtype=F16)
     after = {(n, k): t for n, model in models.items() for k, t in model.state_dict().items()}
     assert {model.dtype for model in models.values()} == {torch.float32}
     assert [key for key in before if not torch.equal(before[key], after[key])] == []
@@ -152,7 +155,7 @@ def test_other_components_are_stored_as_asked(
     expected: torch.dtype,
 ) -> None:
     policy = policy_of(toy_pipeline.unet, {name: Choice(FP16) for name, _ in quantizable_layers(toy_pipeline.unet)})
-    export_pipeline(toy_pipeline, "unet", policy, Calibration(), tmp_path / "out", component_dtype=dtype)
+    export_pipeline(toy_pipeline, ["unet"], policy, Calibration(), tmp_path / "out", component_dtype=dtype)
     found = load_file(tmp_path / "out" / "vae" / WEIGHTS)
     assert {tensor.dtype for tensor in found.values()} == {expected}
     assert not (tmp_path / "out" / "calibration.safetensors").exists(), "nothing was corrected"
@@ -160,7 +163,7 @@ def test_other_components_are_stored_as_asked(
 
 @pytest.mark.parametrize("most", [1, 5_000, 50_000, 100_000_000])
 def test_a_large_denoiser_is_split_as_diffusers_splits_it(exported: Any, tmp_path: Path, most: int) -> None:
-    total = export_denoiser(
+    total = export_diffusers_model(
         exported.pipe.unet,
         exported.choices,
         tmp_path,
@@ -188,7 +191,9 @@ def test_an_older_export_is_replaced_whole(exported: Any, tmp_path: Path) -> Non
     (tmp_path / "out" / "unet").mkdir(parents=True)
     (tmp_path / "out" / "unet" / "diffusion_pytorch_model-00001-of-00002.safetensors").write_bytes(b"old")
     (tmp_path / "out" / "model_index.json").write_text("old")
-    export_pipeline(exported.pipe, "unet", exported.policy, exported.calibration, tmp_path / "out", component_dtype=F16)
+    export_pipeline(
+        exported.pipe, ["unet"], exported.policy, exported.calibration, tmp_path / "out", component_dtype=F16
+    )
     assert hashes(tmp_path / "out") == hashes(exported.folder)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -197,7 +202,7 @@ def test_a_folder_that_is_no_pipeline_is_never_replaced(exported: Any, tmp_path:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("mine")
     with pytest.raises(BitPolicyError, match="no pipeline"):
-        export_pipeline(exported.pipe, "unet", exported.policy, exported.calibration, tmp_path / "out")
+        export_pipeline(exported.pipe, ["unet"], exported.policy, exported.calibration, tmp_path / "out")
     assert (tmp_path / "out" / "thesis.tex").read_text() == "mine"
 
 
@@ -209,7 +214,7 @@ def test_an_export_that_fails_leaves_what_was_there(exported: Any, tmp_path: Pat
     last = [name for name, choice in exported.choices.items() if choice.bias_correction][-1]
     means = {name: mean for name, mean in exported.calibration.input_means.items() if name != last}
     with pytest.raises(BitPolicyError, match=f"layer {last}: bias correction needs its mean input"):
-        export_pipeline(exported.pipe, "unet", exported.policy, Calibration(means), tmp_path / "out")
+        export_pipeline(exported.pipe, ["unet"], exported.policy, Calibration(means), tmp_path / "out")
     assert [path.name for path in tmp_path.rglob("*")] == (["out", "model_index.json"] if before else [])
 
 
@@ -217,10 +222,10 @@ def test_a_full_disk_is_told_before_anything_is_written(
     exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calibration = checkpoint_bytes(exported.folder)  # of the files beside the components'
-    needed = exported.nbytes + calibration + sum(stored_others(exported.pipe, "unet", F16).values())
+    needed = exported.nbytes + calibration + sum(stored_others(exported.pipe, ["unet"], F16).values())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
     with pytest.raises(BitPolicyError, match=f"{needed - 1:,} bytes free, .* at least {needed:,}; free some space or"):
-        export_pipeline(exported.pipe, "unet", exported.policy, exported.calibration, tmp_path / "out")
+        export_pipeline(exported.pipe, ["unet"], exported.policy, exported.calibration, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -231,7 +236,7 @@ def test_a_weight_that_no_integer_holds_names_its_layer(
     policy = policy_of(toy_pipeline.unet, choices)
     toy_pipeline.unet.mid_block.resnets[0].conv1.weight.data[0] = float("nan")
     with pytest.raises(BitPolicyError, match=r"layer mid_block\.resnets\.0\.conv1: .*keep this layer at fp16"):
-        export_pipeline(toy_pipeline, "unet", policy, Calibration(), tmp_path / "out")
+        export_pipeline(toy_pipeline, ["unet"], policy, Calibration(), tmp_path / "out")
 
 
 def test_a_policy_for_layers_that_are_not_there_is_refused(
@@ -239,13 +244,13 @@ def test_a_policy_for_layers_that_are_not_there_is_refused(
 ) -> None:
     policy = policy_of(toy_pipeline.unet, {"conv_in": Choice(FP16), "conv_inn": Choice(format_named("int8"))})
     with pytest.raises(BitPolicyError, match=r"'conv_inn', which this model does not have; did you mean 'conv_in'\?"):
-        export_pipeline(toy_pipeline, "unet", policy, Calibration(), tmp_path / "out")
+        export_pipeline(toy_pipeline, ["unet"], policy, Calibration(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_float32_model_is_exported_as_its_rounded_self(toy_unet: Any, tmp_path: Path) -> None:
     choices = {name: Choice(format_named("int4")) for name, _ in quantizable_layers(toy_unet)}
-    export_denoiser(toy_unet, choices, tmp_path / "exact", quantization=Quantization())
+    export_diffusers_model(toy_unet, choices, tmp_path / "exact", quantization=Quantization())
     to_storage(toy_unet, F16)
-    export_denoiser(toy_unet, choices, tmp_path / "rounded", quantization=Quantization())
+    export_diffusers_model(toy_unet, choices, tmp_path / "rounded", quantization=Quantization())
     assert hashes(tmp_path / "exact") == hashes(tmp_path / "rounded")

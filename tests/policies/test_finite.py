@@ -84,7 +84,7 @@ def test_every_way_to_put_the_policy_on_the_model_leaves_the_same_biases(
     with pytest.warns(
         BitPolicyWarning, match=r"2 layers keep their bias, e\.g\. (conv_out|mid_b.*): corrected .*float16"
     ):
-        export_pipeline(toy_pipeline, "unet", policy_of(unet, choices), Calibration(wild_means), tmp_path / "out")
+        export_pipeline(toy_pipeline, ["unet"], policy_of(unet, choices), Calibration(wild_means), tmp_path / "out")
     assert not_finite(tmp_path / "out") == []
     written = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
     plain = {
@@ -108,7 +108,7 @@ def test_a_policy_whose_biases_all_fit_is_exported_without_a_word(
     means, policy = calibrate(toy_pipeline.unet), policy_of(toy_pipeline.unet, all_int4(toy_pipeline.unet))
     with warnings.catch_warnings():
         warnings.simplefilter("error", BitPolicyWarning)
-        export_pipeline(toy_pipeline, "unet", policy, Calibration(means), tmp_path / "out")
+        export_pipeline(toy_pipeline, ["unet"], policy, Calibration(means), tmp_path / "out")
 
 
 @pytest.mark.parametrize("target", [None, "comfy", "sdnq"])
@@ -120,7 +120,7 @@ def test_a_scale_that_is_not_finite_is_refused_by_its_name(
     made["weight_scale"][3] = float("inf")
     kept = Calibration(rounded={RoundedKey.of(name, choice, suffix): tensor for suffix, tensor in made.items()})
     choices = {other: choice if other == name else Choice(FP16) for other, _ in quantizable_layers(unet)}
-    about = (MemoryParts(toy_pipeline, "unet"), policy_of(unet, choices), kept, tmp_path / "out")
+    about = (MemoryParts(toy_pipeline, ["unet"]), policy_of(unet, choices), kept, tmp_path / "out")
     export = export_parts if target is None else partial(export_to, target)
     with pytest.raises(BitPolicyError, match=rf"{name}\.weight_scale would be written as float32 with NaN or Inf"):
         export(*about)
@@ -157,7 +157,7 @@ def test_what_the_model_itself_holds_is_written_and_said(
     with pytest.warns(
         BitPolicyWarning, match=r"the model itself has NaN or Inf in 1 tensor, e\.g\. conv_norm_out\.bias"
     ):
-        export_pipeline(toy_pipeline, "unet", policy, Calibration(), tmp_path / "out")
+        export_pipeline(toy_pipeline, ["unet"], policy, Calibration(), tmp_path / "out")
     assert [line.rpartition(": ")[2] for line in not_finite(tmp_path / "out")] == ["conv_norm_out.bias"]
 
 
@@ -169,7 +169,7 @@ def test_a_value_beyond_the_storage_dtype_is_refused_by_its_name(
     policy = policy_of(toy_pipeline.unet, {n: Choice(INT8) for n, _ in quantizable_layers(toy_pipeline.unet)})
     getattr(toy_pipeline, component).get_parameter(name).data[0] = 1e6
     with pytest.raises(BitPolicyError, match=rf"{name} has values that torch.float16 cannot hold; save .* bfloat16"):
-        export_pipeline(toy_pipeline, "unet", policy, Calibration(), tmp_path / "out")
+        export_pipeline(toy_pipeline, ["unet"], policy, Calibration(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

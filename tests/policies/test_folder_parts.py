@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.kernels.layers import quantizable_layers
-from bitpolicy.policies.checkpoints.checkpoint import export_denoiser
+from bitpolicy.policies.checkpoints.checkpoint import export_diffusers_model
 from bitpolicy.policies.checkpoints.folder_parts import FolderParts
 from bitpolicy.policies.checkpoints.pipeline import export_pipeline
-from bitpolicy.policies.loading.denoiser_files import skeleton
+from bitpolicy.policies.loading.diffusers_files import skeleton
 from bitpolicy.policies.policy import Choice
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.storage.source import ModuleSource
@@ -67,7 +67,7 @@ def test_a_pipeline_that_was_loaded_from_a_folder_does_not_tell_which(
     exported: Any, half: Path, tmp_path: Path
 ) -> None:
     pipe = diffusers.DiffusionPipeline.from_pretrained(half)
-    export_pipeline(pipe, "unet", exported.policy, exported.calibration, tmp_path / "out")
+    export_pipeline(pipe, ["unet"], exported.policy, exported.calibration, tmp_path / "out")
     tokenizer = "tokenizer/tokenizer_config.json"  # transformers notes whether it was loaded from a folder
     assert differing(tmp_path / "out", exported.folder) in ([], ["bitpolicy.json", tokenizer])
     assert [name for name, content in files(tmp_path / "out").items() if str(half).encode() in content] == []
@@ -160,7 +160,7 @@ def test_at_most_two_layers_are_held_at_once(new_toy_unet: Callable[[], Any], tm
     source = Counted(unet)
     choices = {layer: Choice(format_named(name) if name != "fp16" else FP16) for layer, _ in quantizable_layers(unet)}
     empty = skeleton("UNet2DConditionModel", dict(unet.config))
-    export_denoiser(empty, choices, tmp_path, source=source, quantization=Quantization())
+    export_diffusers_model(empty, choices, tmp_path, source=source, quantization=Quantization())
     largest = max(spec.nbytes for spec in source.specs.values())
     whole = sum(spec.nbytes for spec in source.specs.values())
     assert largest <= source.most <= 2 * largest + 1024 < whole / 2

@@ -17,9 +17,10 @@ from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.checkpoint import checkpoint_bytes
 from bitpolicy.policies.checkpoints.pipeline import export_pipeline
-from bitpolicy.policies.denoiser import denoiser_names
+from bitpolicy.policies.components import to_text
 from bitpolicy.policies.footprint import Span, loaded_bytes, measured_peak, metered, stored_others
 from bitpolicy.policies.policy import LayerSettings, ModelReference, Policy
+from bitpolicy.policies.target import Target
 
 CPU = torch.device("cpu")
 N = 2**18  # values in the tensors of the tests
@@ -173,7 +174,8 @@ def test_a_measured_peak_is_the_models_and_what_comes_on_top() -> None:
 @pytest.mark.parametrize("name", TOYS)
 def test_the_other_models_have_the_bytes_that_their_files_have(name: str, tmp_path: Path) -> None:
     pipe: Any = TOYS[name].new()
-    component = denoiser_names(pipe)
+    components = Target.chosen(pipe).names
+    component = to_text(components)
     model = ModelReference(id="toy", component=component, class_name=component, sha256=component)  # an entry for each
     policy = Policy(
         model=model,
@@ -181,7 +183,7 @@ def test_the_other_models_have_the_bytes_that_their_files_have(name: str, tmp_pa
         defaults=LayerSettings(format="int8"),
         storage_dtype="bfloat16",
     )
-    export_pipeline(pipe, component, policy, Calibration(), tmp_path / "exported")
+    export_pipeline(pipe, components, policy, Calibration(), tmp_path / "exported")
     folders = {path.name for path in (tmp_path / "exported").iterdir() if [*path.glob("*.safetensors")]}
-    on_disk = {name: checkpoint_bytes(tmp_path / "exported" / name) for name in folders - set(component.split(","))}
-    assert stored_others(pipe, component, torch.bfloat16) == on_disk
+    on_disk = {name: checkpoint_bytes(tmp_path / "exported" / name) for name in folders - set(components)}
+    assert stored_others(pipe, components, torch.bfloat16) == on_disk

@@ -51,8 +51,8 @@ def test_a_damaged_source_is_exported_or_refused(exported: Any, source: Path, tm
     for i in range(TIMES):
         damaged(folder / file, whole, draw, i)
         try:
-            FolderParts(folder, "unet,text_encoder")
-            export_parts(FolderParts(folder, "unet"), exported.policy, exported.calibration, tmp_path / "out")
+            FolderParts(folder, ["unet", "text_encoder"])
+            export_parts(FolderParts(folder, ["unet"]), exported.policy, exported.calibration, tmp_path / "out")
         except BitPolicyError:
             refused += 1
         assert {path.name for path in tmp_path.iterdir()} <= {"copy", "out"}
@@ -85,7 +85,7 @@ def test_a_component_that_is_a_path_is_refused(source: Path, tmp_path: Path, nam
     shutil.copytree(source / "vae", tmp_path / "in" / "evil")
     change(folder / "model_index.json", **{name: ["diffusers", "AutoencoderKL"]})
     with pytest.raises(BitPolicyError, match=r"model_index.json names '.*', which is a path; download the model again"):
-        FolderParts(folder, "unet")
+        FolderParts(folder, ["unet"])
 
 
 @pytest.mark.parametrize("name", ["../evil.safetensors", "/tmp/evil.safetensors"])
@@ -94,7 +94,7 @@ def test_a_shard_that_is_a_path_is_refused(source: Path, tmp_path: Path, name: s
     listed = json.loads((folder / INDEX).read_text())["weight_map"]
     change(folder / INDEX, weight_map={**listed, "conv_in.bias": name})
     with pytest.raises(BitPolicyError, match=rf"index.json names '{name}', which is a path; download the model again"):
-        FolderParts(folder, "unet")
+        FolderParts(folder, ["unet"])
 
 
 @pytest.mark.parametrize(

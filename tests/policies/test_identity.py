@@ -73,7 +73,7 @@ def test_a_file_that_changes_while_a_folder_is_exported_stops_it(
 ) -> None:
     """What was measured before may be of another model than what would be written."""
     folder = saved(torch.float16)
-    stamps = FolderParts(folder, "unet")._stamps
+    stamps = FolderParts(folder, ["unet"])._stamps
     if name.endswith(".json"):
         (folder / name).write_text((folder / name).read_text() + " ")
     else:

@@ -21,7 +21,7 @@ from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.layers import PackedLayer, quantizable_layers
 from bitpolicy.policies.apply import quantized
 from bitpolicy.policies.calibration import Calibration
-from bitpolicy.policies.checkpoints.checkpoint import export_denoiser
+from bitpolicy.policies.checkpoints.checkpoint import export_diffusers_model
 from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.loading.packed_config import BitPolicyConfig
 from bitpolicy.policies.policy import Choice
@@ -79,7 +79,7 @@ def test_without_a_dtype_the_model_is_in_memory_what_it_is_in_the_file(exported:
 
 
 def test_bfloat16_stays_bfloat16(exported: Any, tmp_path: Path) -> None:
-    export_denoiser(
+    export_diffusers_model(
         exported.pipe.unet,
         exported.choices,
         tmp_path,
@@ -148,14 +148,14 @@ def test_a_bfloat16_pipeline_stays_in_bfloat16(
 ) -> None:
     choices = {name: Choice(format_named("int4")) for name, _ in quantizable_layers(toy_pipeline.unet)}
     policy = policy_of(toy_pipeline.unet, choices, torch.bfloat16)
-    export_pipeline(toy_pipeline, "unet", policy, Calibration(), tmp_path / "out", component_dtype=torch.bfloat16)
+    export_pipeline(toy_pipeline, ["unet"], policy, Calibration(), tmp_path / "out", component_dtype=torch.bfloat16)
     pipe = load_pipeline(tmp_path / "out")
     assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("most", [5_000, 50_000])
 def test_shards_load_as_one_file(exported: Any, tmp_path: Path, most: int) -> None:
-    export_denoiser(
+    export_diffusers_model(
         exported.pipe.unet,
         exported.choices,
         tmp_path,

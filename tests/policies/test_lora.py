@@ -155,7 +155,7 @@ def test_a_pipeline_with_an_adapter_on_it_is_not_exported_or_searched(
     with pytest.raises(BitPolicyError, match=needles):
         bitpolicy.export(pipe, exported.policy, tmp_path / "out")
     with pytest.raises(BitPolicyError, match=needles):
-        export_pipeline(pipe, "unet", exported.policy, exported.calibration, tmp_path / "out")
+        export_pipeline(pipe, ["unet"], exported.policy, exported.calibration, tmp_path / "out")
     with pytest.raises(BitPolicyError, match=needles):
         bitpolicy.search(pipe, "50%")
     assert list(tmp_path.iterdir()) == []

@@ -13,6 +13,7 @@ from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.checkpoints.model_card import PLAIN, Card, model_card
 from bitpolicy.policies.policy import BudgetRecord, Choice, Policy, Result
+from bitpolicy.policies.target import Target
 
 BYTES = 2 * (4 + 2 * 4) + 8 + 3 * 2 * 2  # codes and scales of two layers, a plain one, biases
 
@@ -24,7 +25,7 @@ def card(model: str = "someone/model", about: Card = PLAIN, **fields: Any) -> tu
     """Front matter and text."""
     reference = {"id": model, "revision": "main", "component": "unet", "class": "Sequential", "sha256": "0"}
     policy = Policy(model=reference, **fields)
-    text = model_card(policy, nn.Sequential(*(nn.Linear(2, 2) for _ in range(3))), CHOICES, about)
+    text = model_card(policy, Target({"unet": nn.Sequential(*(nn.Linear(2, 2) for _ in range(3)))}), CHOICES, about)
     _, front, body = text.split("---\n", 2)
     return yaml.safe_load(front), body
 
@@ -80,7 +81,7 @@ def test_it_says_what_was_not_measured(fields: dict[str, Any]) -> None:
 def test_it_tells_the_bytes_of_a_policy_that_a_person_wrote() -> None:
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(3)))
     formats = {"0": format_named("int8"), "1": format_named("int8"), "2": FP16}
-    nbytes = ByteAccount.of(model, torch.float16).total(formats)
+    nbytes = ByteAccount.of(Target({"unet": model}), torch.float16).total(formats)
     assert f"tensor bytes of the unet | {nbytes} |" in card()[1]
 
 

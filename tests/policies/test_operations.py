@@ -32,9 +32,9 @@ from bitpolicy.policies.apply import quantized, to_storage
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.component import export_component
 from bitpolicy.policies.checkpoints.pipeline import export_pipeline
-from bitpolicy.policies.denoiser import denoiser_names, denoiser_of
 from bitpolicy.policies.policy import Choice, Policy
 from bitpolicy.policies.quantization import Quantization
+from bitpolicy.policies.target import Target
 
 ROOT = Path(__file__).parents[2]
 TABLE = yaml.safe_load((Path(__file__).parent / "operations.yaml").read_text())
@@ -196,12 +196,11 @@ def pipeline(
 ) -> PipelineCase:
     toy, folder = TOYS[request.param], tmp_path_factory.mktemp("operations")
     pipe = toy.new()
-    components = denoiser_names(pipe)
-    studied = denoiser_of(pipe, components)
+    studied = Target.chosen(pipe)
     to_storage(studied, torch.float16)
     choices = {name: Choice(choice.format) for name, choice in every_format_in_turn(studied).items()}
-    policy = policy_of(studied, choices, component=components)
-    export_pipeline(pipe, components, policy, Calibration(), folder / "packed", component_dtype=torch.float32)
+    policy = policy_of(studied, choices)
+    export_pipeline(pipe, studied.names, policy, Calibration(), folder / "packed", component_dtype=torch.float32)
     pipe.save_pretrained(folder / "full")
     return PipelineCase(toy, folder / "packed", folder / "full")
 

@@ -110,10 +110,10 @@ def test_the_bytes_of_other_components_are_those_that_were_predicted(
     exported: Any, saved: Callable[..., Path], tmp_path: Path, stored: torch.dtype, wanted: torch.dtype
 ) -> None:
     folder = saved(stored)
-    parts = FolderParts(folder, "unet")
+    parts = FolderParts(folder, ["unet"])
     export_parts(parts, exported.policy, exported.calibration, tmp_path / "out", component_dtype=wanted)
     assert parts.others(wanted) == {n: checkpoint_bytes(tmp_path / "out" / n) for n in ("text_encoder", "vae")}
-    assert parts.others(wanted) == MemoryParts(exported.pipe, "unet").others(wanted)
+    assert parts.others(wanted) == MemoryParts(exported.pipe, ["unet"]).others(wanted)
     found = tensors(tmp_path / "out")
     assert {tensor.dtype for tensor in found.values() if tensor.is_floating_point()} == {wanted}
     loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")

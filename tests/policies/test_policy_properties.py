@@ -21,6 +21,7 @@ from bitpolicy.policies.policy import Choice, ModelReference
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.storage.source import ModuleSource
 from bitpolicy.policies.storage.stored_tensors import stored_tensors
+from bitpolicy.policies.target import Target
 
 SOON = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 MODEL = nn.ModuleDict(
@@ -86,5 +87,7 @@ def test_the_bytes_of_the_file_are_those_that_were_counted(wanted: dict[str, Cho
             MODEL, ModuleSource(MODEL), wanted, Path(folder), "model", quantization=Quantization(storage=storage)
         )
         found = stored_tensors(Path(folder).glob("*.safetensors"))
-    counted = ByteAccount.of(MODEL, storage).total({name: choice.format for name, choice in wanted.items()})
+    counted = ByteAccount.of(Target({"unet": MODEL}), storage).total(
+        {name: choice.format for name, choice in wanted.items()}
+    )
     assert sum(stored.spec.nbytes for stored in found.values()) == counted

@@ -18,9 +18,10 @@ from bitpolicy.policies.identity import weights_hash
 from bitpolicy.policies.storage import file_source as module
 from bitpolicy.policies.storage.calibration_file import load_calibration
 from bitpolicy.policies.storage.file_source import FileSource
-from bitpolicy.policies.storage.source import ModuleSource, Unchanged, joined, source_hash
+from bitpolicy.policies.storage.source import ModuleSource, Unchanged, joined, source_hash, source_hashes
 from bitpolicy.policies.storage.source_converted import converted
 from bitpolicy.policies.storage.stored_tensors import stored_tensors
+from bitpolicy.policies.target import Target
 from bitpolicy.sensitivity.table_files import read_table
 
 TENSORS = {"b.x": torch.arange(6.0).reshape(2, 3), "a": torch.tensor(3), "c": torch.randn(4, 2).bfloat16()}
@@ -43,15 +44,15 @@ def test_files_are_read_as_safetensors_reads_them(tmp_path: Path, monkeypatch: p
 def test_the_hash_of_files_is_that_of_the_model(toy_unet: Any, tmp_path: Path, storage: torch.dtype) -> None:
     toy_unet.save_pretrained(tmp_path, max_shard_size="50KB")
     files = FileSource(sorted(tmp_path.glob("*.safetensors")))
-    assert source_hash({"unet": files}, storage) == weights_hash(toy_unet, storage)
-    assert source_hash({"unet": ModuleSource(toy_unet)}, storage) == weights_hash(toy_unet, storage)
+    assert source_hash(files, storage) == weights_hash(toy_unet, storage)
+    assert source_hash(ModuleSource(toy_unet), storage) == weights_hash(toy_unet, storage)
 
 
 def test_a_tensor_that_changes_between_two_readings_is_told() -> None:
     layer = nn.Linear(3, 2)
     source = Unchanged(ModuleSource(layer), torch.float16)
-    before = source_hash({"unet": source}, torch.float16)
-    assert source_hash({"unet": source}, torch.float16) == before == weights_hash(layer, torch.float16)
+    before = source_hash(source, torch.float16)
+    assert source_hash(source, torch.float16) == before == weights_hash(layer, torch.float16)
     layer.weight.data[0, 0] += 1
     source.read("bias")
     with pytest.raises(BitPolicyError, match="changed while they were used: weight is another than it was"):
@@ -70,10 +71,10 @@ def test_what_is_read_is_compared_with_the_model_in_memory_in_the_storage_dtype(
         changed.read("bias")
 
 
-def test_several_models_hash_as_one() -> None:
+def test_several_models_are_hashed_each_and_read_as_one() -> None:
     models = {"transformer": nn.Linear(3, 2), "transformer_2": nn.Linear(2, 5)}
     sources = {name: ModuleSource(model) for name, model in models.items()}
-    assert source_hash(sources, torch.float16) == weights_hash(nn.ModuleDict(models), torch.float16)
+    assert source_hashes(sources, torch.float16) == Target(models).weights_hashes(torch.float16)
     assert torch.equal(joined(sources).read("transformer_2.bias"), models["transformer_2"].bias)
 
 
@@ -81,7 +82,7 @@ def test_a_value_that_float16_cannot_hold_is_told() -> None:
     layer = nn.Linear(2, 2)
     layer.weight.data[1, 1] = 1e6
     with pytest.raises(BitPolicyError, match=r"weight has values that torch\.float16 cannot hold; .* bfloat16"):
-        source_hash({"unet": ModuleSource(layer)}, torch.float16)
+        source_hash(ModuleSource(layer), torch.float16)
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,13 @@ from safetensors.torch import load_file, save_file
 from toy_pipelines import TOYS
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.folder_parts import FolderParts, is_streamable
 from bitpolicy.policies.checkpoints.parts import MemoryParts, Parts
 from bitpolicy.policies.checkpoints.pipeline import export_parts
 from bitpolicy.policies.policy import Choice, Policy
-from bitpolicy.policies.storage.source import source_hash
+from bitpolicy.policies.storage.source import source_hashes
 
 F16 = torch.float16
 
@@ -37,7 +36,7 @@ def unread(kind: Any, folder: Path) -> set[str]:
 
 
 def names_of(parts: Parts) -> list[str]:
-    return [name for name, _ in quantizable_layers(parts.denoiser)]
+    return list(parts.target.layers)
 
 
 @pytest.mark.parametrize("toy", ["StableDiffusionPipeline", "StableDiffusion3Pipeline"])  # CLIP; two CLIPs and a T5
@@ -59,14 +58,14 @@ def test_text_encoders_are_streamed_as_they_are_written_from_memory(
     save_file(stored, file, metadata={"format": "pt"})
     if unread(type(pipe.text_encoder), file.parent):
         pytest.skip("the installed transformers does not read such names")
-    memory = MemoryParts(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "model"), ",".join(names))
-    choices = {name: Choice(choice.format) for name, choice in every_format_in_turn(memory.denoiser).items()}
-    policy = policy_of(memory.denoiser, choices)
-    assert is_streamable(tmp_path / "model", ",".join(names))
-    streamed = FolderParts(tmp_path / "model", ",".join(names))
-    assert {parameter.device.type for parameter in streamed.denoiser.parameters()} == {"meta"}
+    memory = MemoryParts(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "model"), names)
+    choices = {name: Choice(choice.format) for name, choice in every_format_in_turn(memory.target).items()}
+    policy = policy_of(memory.target, choices)
+    assert is_streamable(tmp_path / "model", names)
+    streamed = FolderParts(tmp_path / "model", names)
+    assert {parameter.device.type for parameter in streamed.target.parameters()} == {"meta"}
     assert names_of(streamed) == names_of(memory)
-    assert source_hash(streamed.sources, F16) == policy.model.sha256
+    assert source_hashes(streamed.sources, F16) == policy.model.hashes
     export_parts(memory, policy, Calibration(), tmp_path / "from memory")
     export_parts(streamed, policy, Calibration(), tmp_path / "streamed")
     differ = differing(tmp_path / "from memory", tmp_path / "streamed")
@@ -80,12 +79,12 @@ def test_tensors_that_transformers_would_convert_are_not_streamed(
     found = load_file(tmp_path / TEXT)
     name = next(name for name in found if name.endswith("q_proj.weight"))
     save_file(found | {name.replace("q_proj", "qkv_proj"): found.pop(name)}, tmp_path / TEXT)
-    assert not is_streamable(tmp_path, "unet,text_encoder")
-    assert is_streamable(tmp_path, "unet")
+    assert not is_streamable(tmp_path, ["unet", "text_encoder"])
+    assert is_streamable(tmp_path, ["unet"])
     with pytest.raises(
         BitPolicyError, match=r"do not hold .*q_proj.weight under one name; download them again, or load"
     ):
-        FolderParts(tmp_path, "text_encoder")
+        FolderParts(tmp_path, ["text_encoder"])
 
 
 def test_a_text_encoder_that_does_not_fit_its_config_is_refused(
@@ -95,4 +94,4 @@ def test_a_text_encoder_that_does_not_fit_its_config_is_refused(
     name = next(name for name in load_file(tmp_path / TEXT) if name.endswith("fc1.bias"))
     change(tmp_path / TEXT, **{name.replace(".", "__"): torch.zeros(3)})
     with pytest.raises(BitPolicyError, match=r"fc1\.bias has shape \(3,\), the config of CLIPTextModel says \(32,\)"):
-        FolderParts(tmp_path, "text_encoder")
+        FolderParts(tmp_path, ["text_encoder"])

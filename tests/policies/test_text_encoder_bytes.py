@@ -19,6 +19,7 @@ from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.checkpoints.component import export_component
 from bitpolicy.policies.policy import Choice
 from bitpolicy.policies.quantization import Quantization
+from bitpolicy.policies.target import Target
 
 
 def language_model() -> Any:
@@ -47,7 +48,7 @@ def tensor_bytes(folder: Path) -> int:
 
 
 def test_unquantized_it_has_the_bytes_that_its_own_library_writes(model: Any, tmp_path: Path) -> None:
-    account = ByteAccount.of(model, torch.float16)
+    account = ByteAccount.of(Target({"unet": model}), torch.float16)
     nn.Module.to(model, torch.float16)
     model.save_pretrained(tmp_path)
     assert account.reference == tensor_bytes(tmp_path)
@@ -56,7 +57,7 @@ def test_unquantized_it_has_the_bytes_that_its_own_library_writes(model: Any, tm
 @pytest.mark.parametrize("name", ["int4", "int8"])
 def test_packed_it_has_the_bytes_that_are_written(model: Any, name: str, tmp_path: Path) -> None:
     layers = {layer: format_named(name) for layer, _ in quantizable_layers(model)}
-    account = ByteAccount.of(model, torch.float16)
+    account = ByteAccount.of(Target({"unet": model}), torch.float16)
     choices = {layer: Choice(format) for layer, format in layers.items()}
     written = export_component(model, choices, tmp_path, quantization=Quantization())
     assert account.total(layers) == written == tensor_bytes(tmp_path)
@@ -65,8 +66,8 @@ def test_packed_it_has_the_bytes_that_are_written(model: Any, name: str, tmp_pat
 
 def test_several_together_have_the_bytes_of_each() -> None:
     models = {name: MODELS[name]() for name in ("T5", "AutoencoderKL")}
-    together = ByteAccount.of(nn.ModuleDict(models), torch.float16)
-    apart = [ByteAccount.of(model, torch.float16) for model in models.values()]
+    together = ByteAccount.of(Target(models), torch.float16)
+    apart = [ByteAccount.of(Target({"unet": model}), torch.float16) for model in models.values()]
     assert together.reference == sum(account.reference for account in apart)
     assert together.fixed == sum(account.fixed for account in apart)
 

@@ -34,6 +34,7 @@ from bitpolicy.policies.apply import quantized, to_storage
 from bitpolicy.policies.checkpoints.component import export_component
 from bitpolicy.policies.policy import Choice
 from bitpolicy.policies.quantization import Quantization
+from bitpolicy.policies.target import Target
 
 Predict = Callable[[Any], torch.Tensor]
 IDS = torch.arange(8)[None]
@@ -230,7 +231,7 @@ def test_an_autoencoder(choose: Any, tmp_path: Path, dtype: torch.dtype | None) 
     choices = choose(vae)
     nbytes = export_component(vae, choices, tmp_path / "vae", quantization=Quantization())
     formats = {name: choice.format for name, choice in choices.items()}
-    assert nbytes == ByteAccount.of(vae, torch.float16).total(formats)
+    assert nbytes == ByteAccount.of(Target({"unet": vae}), torch.float16).total(formats)
     found = AutoencoderKL.from_pretrained(tmp_path / "vae", dtype=dtype)
     assert packed(found)
     pixels = torch.linspace(-1, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)

@@ -22,11 +22,11 @@ from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.component import export_component
 from bitpolicy.policies.checkpoints.pipeline import export_pipeline
-from bitpolicy.policies.denoiser import denoiser_of
 from bitpolicy.policies.identity import weights_hash
 from bitpolicy.policies.policy import Choice, ModelReference, Rule
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.storage.calibration_file import save_calibration
+from bitpolicy.policies.target import Target
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 Predict = Callable[[Any], torch.Tensor]
@@ -133,12 +133,12 @@ def together(
     policy_of: Callable[..., Policy],
 ) -> tuple[Any, Policy]:
     """A pipeline rounded to float16, and a policy of its U-Net and its text encoder as one that corrects biases."""
-    pipe, names = new_toy_pipeline(), "unet,text_encoder"
+    pipe = new_toy_pipeline()
     for name in ("unet", "text_encoder", "vae"):
         to_storage(getattr(pipe, name), torch.float16)
-    both = denoiser_of(pipe, names)
+    both = Target.of(pipe, ["unet", "text_encoder"])
     choices = every_format_in_turn(both)
-    layers = dict(quantizable_layers(both))
+    layers = both.layers
     means = {
         name: torch.linspace(-1, 1, layers[name].weight[0].numel()).view(layers[name].weight.shape[1:])
         for name, choice in choices.items()
@@ -154,7 +154,7 @@ def test_a_policy_of_several_components_is_put_on_each(
 ) -> None:
     pipe, policy = together
     pipe.save_pretrained(tmp_path / "full")
-    export_pipeline(pipe, policy.model.component, policy, policy.calibration, tmp_path / "packed")
+    export_pipeline(pipe, policy.model.components, policy, policy.calibration, tmp_path / "packed")
     config = BitPolicyConfig(policy=policy)
     found = DiffusionPipeline.from_pretrained(
         tmp_path / "full",
@@ -170,7 +170,7 @@ def test_a_policy_of_several_components_is_put_on_each(
 def test_one_component_of_several_may_be_loaded_alone(together: tuple[Any, Policy], tmp_path: Path) -> None:
     pipe, policy = together
     pipe.save_pretrained(tmp_path / "full")
-    export_pipeline(pipe, policy.model.component, policy, policy.calibration, tmp_path / "packed")
+    export_pipeline(pipe, policy.model.components, policy, policy.calibration, tmp_path / "packed")
     expected = UNet2DConditionModel.from_pretrained(tmp_path / "packed", subfolder="unet")
     assert same_tensors(load(tmp_path / "full", policy), expected)
 

@@ -14,9 +14,13 @@ from pipeline_folders import change
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.pipelines.loading import open_pipeline
 from bitpolicy.policies.checkpoints.folder_parts import FolderParts, is_streamable
-from bitpolicy.policies.loading import denoiser_files
+from bitpolicy.policies.loading import diffusers_files
 
 F16 = torch.float16
+
+
+def change_config(path: Path, **entries: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
 
 
 def test_pickles_are_refused_with_the_remedy(saved: Callable[..., Path]) -> None:
@@ -24,7 +28,7 @@ def test_pickles_are_refused_with_the_remedy(saved: Callable[..., Path]) -> None
         folder = saved(F16)
         weights = folder / name / "diffusion_pytorch_model.safetensors"
         weights.rename(weights.with_suffix(".bin"))
-        assert not is_streamable(folder, "unet")
+        assert not is_streamable(folder, ["unet"])
         with pytest.raises(BitPolicyError, match=rf"{name} has its weights only as .*\.bin, a pickle.*save_pretrained"):
             FolderParts(folder)
 
@@ -44,14 +48,51 @@ def test_weights_that_do_not_fit_the_config_are_refused(saved: Callable[..., Pat
 def test_a_config_that_asks_for_billions_of_layers_is_refused_before_they_are_built(
     saved: Callable[..., Path], component: str, entry: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(denoiser_files, "MOST_MODULES", 2000)
+    monkeypatch.setattr(diffusers_files, "MOST_MODULES", 2000)
     folder = saved(F16)
-    path = folder / component / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), entry: 2**31}))
+    change_config(folder / component / "config.json", **{entry: 2**31})
     with pytest.raises(BitPolicyError, match="a config asks for a model of more than 2,000 modules"):
-        FolderParts(folder, component)
+        FolderParts(folder, [component])
     with pytest.raises(BitPolicyError, match="a config asks for a model of more than 2,000 modules"):
         open_pipeline(folder)
+
+
+@pytest.mark.parametrize(
+    ("component", "entries", "reason"),
+    [
+        ("unet", {"layers_per_block": "two"}, "has layers_per_block: 'two', and UNet2DConditionModel needs a number"),
+        ("unet", {"norm_num_groups": {}}, "has norm_num_groups: {}, and UNet2DConditionModel needs a number"),
+        ("unet", {"down_block_types": [5, 5]}, "makes no UNet2DConditionModel: .*; download it again"),
+        ("unet", {"norm_num_groups": 0}, "makes no UNet2DConditionModel: .*zero"),
+        ("text_encoder", {"hidden_size": "wide"}, "makes no CLIPTextModel"),
+        ("text_encoder", {"num_attention_heads": 0}, "makes no CLIPTextModel"),
+    ],
+)
+def test_a_config_of_which_no_model_can_be_built_is_told(
+    saved: Callable[..., Path], component: str, entries: dict[str, Any], reason: str
+) -> None:
+    folder = saved(F16)
+    change_config(folder / component / "config.json", **entries)
+    with pytest.raises(BitPolicyError, match=f"the config in .*{component} {reason}"):
+        FolderParts(folder, [component])
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_a_config_that_is_no_json_is_told(saved: Callable[..., Path], component: str) -> None:
+    folder = saved(F16)
+    (folder / component / "config.json").write_text("{")
+    with pytest.raises(BitPolicyError, match=rf"cannot read .*{component}.config\.json"):
+        FolderParts(folder, [component])
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_an_error_in_our_own_code_is_no_fault_of_the_config(
+    saved: Callable[..., Path], component: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is raised while a model is built: a hook of ours counts the modules."""
+    monkeypatch.setattr(diffusers_files, "MOST_MODULES", "many")  # which no number can be compared with
+    with pytest.raises(TypeError, match="not supported between"):
+        FolderParts(saved(F16), [component])
 
 
 def test_pickles_are_loaded_on_no_road(saved: Callable[..., Path]) -> None:
@@ -93,14 +134,14 @@ def test_a_packed_denoiser_is_refused(exported: Any) -> None:
 @pytest.mark.parametrize("component", ["transformer", "scheduler_2"])
 def test_a_component_that_is_not_there_is_told(half: Path, component: str) -> None:
     with pytest.raises(BitPolicyError, match=f"no component '{component}'; it has .*unet.*--component"):
-        FolderParts(half, component)
+        FolderParts(half, [component])
 
 
 def test_streaming_is_refused_for_a_folder_without_an_index(tmp_path: Path) -> None:
-    assert not is_streamable(tmp_path, "unet")
+    assert not is_streamable(tmp_path, ["unet"])
     (tmp_path / "model_index.json").write_text("{")
-    assert not is_streamable(tmp_path, "unet")
+    assert not is_streamable(tmp_path, ["unet"])
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "DDPMPipeline"}))
-    assert is_streamable(tmp_path, "unet")
+    assert is_streamable(tmp_path, ["unet"])
     with pytest.raises(BitPolicyError, match="no component 'unet' or 'transformer'; it has none"):
         FolderParts(tmp_path)

@@ -137,7 +137,7 @@ def test_calls_are_recorded_by_the_names_that_the_denoiser_gives_its_arguments(t
     write_samples(plan, tmp_path, trajectories=4)
     calls = some_calls(tmp_path, 4)
     assert {"sample", "timestep", "encoder_hidden_states", OUTPUT} <= set(calls)
-    assert torch.allclose(outputs(plan.source.denoiser, calls), calls[OUTPUT], atol=1e-5)
+    assert torch.allclose(outputs(plan.trajectories.denoisers[0], calls), calls[OUTPUT], atol=1e-5)
 
 
 def test_the_judge_tells_the_pictures_of_captions_from_those_of_others() -> None:

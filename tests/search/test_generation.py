@@ -33,7 +33,7 @@ def pipe(new_toy_pipeline: Callable[[], Any]) -> Any:
 
 @pytest.fixture
 def trajectories(pipe: Any) -> Trajectories:
-    return Trajectories(pipe, "unet", {"num_inference_steps": 2})
+    return Trajectories(pipe, ["unet"], {"num_inference_steps": 2})
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_images_are_those_of_the_packed_model(
     other = new_toy_pipeline()
     to_storage(other.unet, torch.float16)
     pack(other.unet, choices, quantization=Quantization(calibration=Calibration(calibration)))
-    expected = [image for image, _ in Trajectories(other, "unet", {"num_inference_steps": 2}).images(SAMPLES)]
+    expected = [image for image, _ in Trajectories(other, ["unet"], {"num_inference_steps": 2}).images(SAMPLES)]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert not torch.equal(found[0], generations.references(SAMPLES)[0])
 

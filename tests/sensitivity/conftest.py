@@ -27,7 +27,7 @@ def new_trajectories(new_toy_pipeline: Callable[[], Any]) -> Callable[..., Traje
         if dtype != torch.float32:
             pipe.to(dtype)
             pipe.prepare_latents = _in_float32(pipe.prepare_latents)
-        return Trajectories(pipe, "unet", {"num_inference_steps": 3, "guidance_scale": 3.0, **call})
+        return Trajectories(pipe, ["unet"], {"num_inference_steps": 3, "guidance_scale": 3.0, **call})
 
     return new
 

@@ -66,16 +66,16 @@ def sketches(trajectories: Trajectories, nudge: Any, calibration: Means, *seeds:
 
 
 def layer_names(trajectories: Trajectories) -> list[str]:
-    return [name for name, _ in quantizable_layers(trajectories.denoiser)]
+    return [name for name, _ in quantizable_layers(trajectories.target)]
 
 
 def weight_nudge(trajectories: Trajectories, nudge: Any, name: str) -> dict[str, torch.Tensor]:
-    return {f"{name}.weight": nudge.delta(trajectories.denoiser.get_parameter(f"{name}.weight").shape)}
+    return {f"{name}.weight": nudge.delta(trajectories.pipe.unet.get_parameter(f"{name}.weight").shape)}
 
 
 def bias_nudge(trajectories: Trajectories, nudge: Any, name: str, calibration: Means) -> dict[str, torch.Tensor]:
     """-D E[x], the sum over everything but the output; nothing for a layer without a bias."""
-    if trajectories.denoiser.get_submodule(name).bias is None:
+    if trajectories.pipe.unet.get_submodule(name).bias is None:
         return {}
     (delta,) = weight_nudge(trajectories, nudge, name).values()
     return {f"{name}.bias": -(delta.double() * calibration[name]).flatten(1).sum(1)}
@@ -83,7 +83,7 @@ def bias_nudge(trajectories: Trajectories, nudge: Any, name: str, calibration: M
 
 @contextmanager
 def moved(trajectories: Trajectories, nudges: Nudges, amount: float) -> Iterator[None]:
-    parameters = {name: trajectories.denoiser.get_parameter(name) for name in nudges}
+    parameters = {name: trajectories.pipe.unet.get_parameter(name) for name in nudges}
     before = {name: parameter.data for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
         parameter.data = before[name] + amount * nudges[name].to(before[name])
@@ -120,7 +120,7 @@ def test_a_sketch_is_the_slope_that_finite_differences_find(
     loop: tuple[Trajectories, float, float], nudge: Any, random_calibration: NewCalibration
 ) -> None:
     trajectories, amount, accuracy = loop
-    calibration, names = random_calibration(trajectories.denoiser), layer_names(trajectories)
+    calibration, names = random_calibration(trajectories.target), layer_names(trajectories)
     (found,) = sketches(trajectories, nudge, calibration)
     weight = dict(zip(names, found.weight.sum(0)[:, 0].tolist(), strict=True))
     bias = dict(zip(names, found.bias.sum(0)[:, 0].tolist(), strict=True))
@@ -135,7 +135,7 @@ def test_all_layers_together_have_the_slope_that_finite_differences_find(
     loop: tuple[Trajectories, float, float], nudge: Any, random_calibration: NewCalibration
 ) -> None:
     trajectories, amount, accuracy = loop
-    calibration, names = random_calibration(trajectories.denoiser), layer_names(trajectories)
+    calibration, names = random_calibration(trajectories.target), layer_names(trajectories)
     (found,) = sketches(trajectories, nudge, calibration)
     weights = {k: v for name in names for k, v in weight_nudge(trajectories, nudge, name).items()}
     biases = {k: v for name in names for k, v in bias_nudge(trajectories, nudge, name, calibration).items()}
@@ -149,11 +149,11 @@ def test_a_step_has_the_slope_of_a_nudge_in_that_step_alone(
     new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration
 ) -> None:
     trajectories = new_trajectories(dtype=torch.float64)
-    (found,) = sketches(trajectories, nudge, random_calibration(trajectories.denoiser))
+    (found,) = sketches(trajectories, nudge, random_calibration(trajectories.target))
     name = "mid_block.resnets.0.conv1"
     index = layer_names(trajectories).index(name)
     (delta,) = weight_nudge(trajectories, nudge, name).values()
-    weight = trajectories.denoiser.get_parameter(f"{name}.weight")
+    weight = trajectories.pipe.unet.get_parameter(f"{name}.weight")
     whole, amount = weight.data, 1e-4
     for step in range(3):
         ends = []
@@ -163,7 +163,7 @@ def test_a_step_has_the_slope_of_a_nudge_in_that_step_alone(
             def only_now(*_: Any, step: int = step, sign: int = sign, calls: Iterator[int] = calls) -> None:
                 weight.data = whole + sign * amount * delta.double() if next(calls) == step else whole
 
-            hook = trajectories.denoiser.register_forward_pre_hook(only_now)
+            hook = trajectories.pipe.unet.register_forward_pre_hook(only_now)
             ends.append(projected(trajectories))
             hook.remove()
             weight.data = whole
@@ -175,7 +175,7 @@ def test_the_steps_add_up_to_the_gradient_of_plain_autograd(
     new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration
 ) -> None:
     trajectories = new_trajectories(dtype=torch.float64)
-    (found,) = sketches(trajectories, nudge, random_calibration(trajectories.denoiser))
+    (found,) = sketches(trajectories, nudge, random_calibration(trajectories.target))
     undecorated = StableDiffusionPipeline.__call__.__wrapped__  # type: ignore[attr-defined]
     seeded = torch.Generator().manual_seed(SAMPLE.seed)
     latent = undecorated(
@@ -183,7 +183,7 @@ def test_the_steps_add_up_to_the_gradient_of_plain_autograd(
     ).images
     (Random(SEED).vector(latent, SAMPLE) * latent).sum().backward()
     expected = []
-    for name, layer in quantizable_layers(trajectories.denoiser):
+    for name, layer in quantizable_layers(trajectories.target):
         (delta,) = weight_nudge(trajectories, nudge, name).values()
         expected.append(float((layer.weight.grad * delta).sum()))  # type: ignore[operator]
     torch.testing.assert_close(
@@ -196,7 +196,7 @@ def test_a_sketch_has_one_row_a_step(
     new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration, steps: int
 ) -> None:
     trajectories = new_trajectories(num_inference_steps=steps)
-    (found,) = sketches(trajectories, nudge, random_calibration(trajectories.denoiser))
+    (found,) = sketches(trajectories, nudge, random_calibration(trajectories.target))
     assert found.weight.shape == found.bias.shape == (steps, 83, 1)
     assert (found.weight.abs().amax((1, 2)) > 0).all()
 
@@ -205,8 +205,8 @@ def test_a_layer_without_a_bias_has_no_bias_part(
     new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration
 ) -> None:
     trajectories = new_trajectories()
-    (found,) = sketches(trajectories, nudge, random_calibration(trajectories.denoiser))
-    has_bias = torch.tensor([layer.bias is not None for _, layer in quantizable_layers(trajectories.denoiser)])
+    (found,) = sketches(trajectories, nudge, random_calibration(trajectories.target))
+    has_bias = torch.tensor([layer.bias is not None for _, layer in quantizable_layers(trajectories.target)])
     assert torch.equal(found.bias.abs().amax((0, 2)) > 0, has_bias)
 
 
@@ -214,7 +214,7 @@ def test_several_formats_in_one_pass_are_the_passes_of_each(
     new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration
 ) -> None:
     trajectories = new_trajectories()
-    calibration = random_calibration(trajectories.denoiser)
+    calibration = random_calibration(trajectories.target)
     formats = [format_named("int4"), nudge, format_named("int8")]
     (together,) = AdjointSketches(
         trajectories, candidates(formats), quantization=Quantization(calibration=Calibration(calibration))
@@ -231,7 +231,7 @@ def test_several_vectors_of_one_trajectory_are_those_of_one_each(
     new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration
 ) -> None:
     trajectories = new_trajectories()
-    calibration = random_calibration(trajectories.denoiser)
+    calibration = random_calibration(trajectories.target)
     together = sketches(trajectories, nudge, calibration, 0, 1, 2)
     for seed, found in enumerate(together):
         (alone,) = sketches(trajectories, nudge, calibration, seed)
@@ -244,7 +244,7 @@ def test_recomputing_inside_the_denoiser_changes_nothing(
     new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration
 ) -> None:
     trajectories = new_trajectories(dtype=torch.float64)
-    calibration = random_calibration(trajectories.denoiser)
+    calibration = random_calibration(trajectories.target)
     (expected,) = sketches(trajectories, nudge, calibration)
     (found,) = AdjointSketches(
         trajectories,
@@ -253,7 +253,7 @@ def test_recomputing_inside_the_denoiser_changes_nothing(
         quantization=Quantization(calibration=Calibration(calibration), storage=torch.float32),
     ).sketches(SAMPLE, [Random(SEED)])
     torch.testing.assert_close(found.weight, expected.weight)
-    assert not trajectories.denoiser.is_gradient_checkpointing  # type: ignore[union-attr]
+    assert not trajectories.pipe.unet.is_gradient_checkpointing  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -261,7 +261,7 @@ def test_half_precision_agrees_with_full(
     new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration, dtype: torch.dtype
 ) -> None:
     full, half = new_trajectories(), new_trajectories(dtype=dtype)
-    calibration = random_calibration(full.denoiser)
+    calibration = random_calibration(full.target)
     (expected,), (found,) = sketches(full, nudge, calibration), sketches(half, nudge, calibration)
     error = (found.weight.sum(0) - expected.weight.sum(0)).norm() / expected.weight.sum(0).norm()
     assert error < {torch.float16: 0.02, torch.bfloat16: 0.15}[dtype]
@@ -280,8 +280,8 @@ def test_a_gradient_that_is_not_finite_is_refused_with_a_way_out_that_is_not_in_
     new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration, dtype: torch.dtype, remedy: str
 ) -> None:
     trajectories = new_trajectories(dtype=dtype)
-    calibration = random_calibration(trajectories.denoiser)
-    trajectories.denoiser.get_parameter("conv_out.weight").data[0, 0, 0, 0] = float("nan")
+    calibration = random_calibration(trajectories.target)
+    trajectories.pipe.unet.get_parameter("conv_out.weight").data[0, 0, 0, 0] = float("nan")
     with pytest.raises(BitPolicyError, match=rf"step 1: conv_out gives NaN or Inf.*{remedy}") as found:
         sketches(trajectories, nudge, calibration)
     assert str(dtype).removeprefix("torch.") not in str(found.value).partition("--dtype")[2].split()
@@ -305,7 +305,7 @@ def leaving_no_trace(trajectories: Trajectories) -> Iterator[None]:
     assert {name: p.requires_grad for name, p in parameters(trajectories).items()} == flags
     assert [name for name, p in parameters(trajectories).items() if p.grad is not None] == []
     assert [name for name, p in parameters(trajectories).items() if p._post_accumulate_grad_hooks] == []
-    assert "forward" not in vars(trajectories.denoiser)
+    assert "forward" not in vars(trajectories.pipe.unet)
     assert "step" not in vars(trajectories.pipe.scheduler)
 
 
@@ -315,7 +315,7 @@ def test_a_pass_leaves_no_trace(
     trajectories = new_trajectories()
     bits = {name: p.data.clone() for name, p in parameters(trajectories).items()}
     with leaving_no_trace(trajectories):
-        sketches(trajectories, nudge, random_calibration(trajectories.denoiser))
+        sketches(trajectories, nudge, random_calibration(trajectories.target))
     assert [name for name, p in parameters(trajectories).items() if not torch.equal(p.data, bits[name])] == []
 
 
@@ -329,9 +329,9 @@ def test_an_interruption_leaves_no_trace(
         if next(calls) == call:
             raise KeyboardInterrupt
 
-    trajectories.denoiser.conv_out.register_forward_pre_hook(stop)  # type: ignore[union-attr]
+    trajectories.pipe.unet.conv_out.register_forward_pre_hook(stop)  # type: ignore[union-attr]
     with leaving_no_trace(trajectories), pytest.raises(KeyboardInterrupt):
-        sketches(trajectories, nudge, random_calibration(trajectories.denoiser))
+        sketches(trajectories, nudge, random_calibration(trajectories.target))
 
 
 def test_a_reader_that_stops_early_leaves_no_trace(
@@ -342,7 +342,7 @@ def test_a_reader_that_stops_early_leaves_no_trace(
         trajectories,
         candidates([nudge]),
         quantization=Quantization(
-            calibration=Calibration(random_calibration(trajectories.denoiser)), storage=torch.float32
+            calibration=Calibration(random_calibration(trajectories.target)), storage=torch.float32
         ),
     )
     with leaving_no_trace(trajectories):
@@ -355,7 +355,7 @@ def test_gradients_of_a_training_before_do_not_count(
     new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration
 ) -> None:
     trajectories = new_trajectories()
-    calibration = random_calibration(trajectories.denoiser)
+    calibration = random_calibration(trajectories.target)
     (expected,) = sketches(trajectories, nudge, calibration)
     for parameter in parameters(trajectories).values():
         parameter.grad = torch.ones_like(parameter)
@@ -369,16 +369,16 @@ def test_a_forward_of_the_instances_own_is_put_back(
 ) -> None:
     """accelerate's offloading hooks set one."""
     trajectories, calls = new_trajectories(), itertools.count()
-    usual = trajectories.denoiser.forward
+    usual = trajectories.pipe.unet.forward
 
     def own(*args: Any, **kwargs: Any) -> Any:
         next(calls)
         return usual(*args, **kwargs)
 
-    trajectories.denoiser.forward = own  # type: ignore[method-assign]
-    sketches(trajectories, nudge, random_calibration(trajectories.denoiser))
+    trajectories.pipe.unet.forward = own  # type: ignore[method-assign]
+    sketches(trajectories, nudge, random_calibration(trajectories.target))
     assert next(calls) >= 6
-    assert trajectories.denoiser.forward is own
+    assert trajectories.pipe.unet.forward is own
 
 
 # The random directions

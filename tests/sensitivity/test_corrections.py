@@ -27,7 +27,7 @@ SAMPLES = tuple(split_samples(["a red heart", "pizza"], 2, seed=0))
 def wild(new_trajectories: Callable[..., Trajectories]) -> Trajectories:
     """A pipeline whose middle convolution is given 6e4 everywhere; the norm after it takes that off again."""
     trajectories = new_trajectories(num_inference_steps=2, guidance_scale=1.0)
-    resnet = trajectories.denoiser.get_submodule("mid_block.resnets.0")
+    resnet = trajectories.pipe.unet.get_submodule("mid_block.resnets.0")
     resnet.norm1.weight.data.zero_()
     resnet.norm1.bias.data.fill_(6e4)
     resnet.conv1.weight.data.mul_(256.0)
@@ -38,7 +38,7 @@ def run(trajectories: Trajectories, probe: str, quantizers: tuple[str, ...], fol
     many = probe == "ablation"  # a trajectory for each layer, format and sample
     settings = ProbeSettings(probe, SAMPLES[:1] if many else SAMPLES, quantizers=quantizers)
     formats = parse_formats("int4" if many else "int4,int8")
-    layers = inventory(trajectories.denoiser)
+    layers = inventory(trajectories.target)
     return ProbeRun(trajectories, layers, formats, torch.float16, "toy", settings, folder, Stages(quiet=True))
 
 
@@ -60,7 +60,7 @@ def test_what_cannot_be_corrected_is_scored_as_it_is_and_said(
     table = probed.table(reference)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "bias" in line]
     assert line.startswith(f"warning: 1 layer keeps its bias, {WILD}: corrected for the weight's mean error, it would")
-    layers = dict(quantizable_layers(wild.denoiser))
+    layers = dict(quantizable_layers(wild.target))
     for i, name in enumerate(table.layers):
         for format in table.formats:
             stored = quantize_layer(

@@ -82,7 +82,7 @@ def probed(new_trajectories: Callable[..., Any], tmp_path_factory: pytest.TempPa
     trajectories = new_trajectories(num_inference_steps=2, guidance_scale=1.0)
     samples = tuple(split_samples(["a red heart", "pizza", "cat", "moon"], 4, seed=0))
     settings = ProbeSettings("adjoint", samples, vectors=2, shared=24)
-    layers = inventory(trajectories.denoiser)
+    layers = inventory(trajectories.target)
     folder = tmp_path_factory.mktemp("split")
     formats = parse_formats("int4,int8")
     run = ProbeRun(trajectories, layers, formats, torch.float16, "toy", settings, folder, Stages(quiet=True))
@@ -131,7 +131,7 @@ def test_a_missing_split_says_which_command_makes_it(tmp_path: Path) -> None:
 def test_one_sample_has_no_bias(new_trajectories: Callable[..., Any], tmp_path: Path) -> None:
     trajectories = new_trajectories(num_inference_steps=1)
     settings = ProbeSettings("adjoint", (Sample("cat", 0),))
-    layers = inventory(trajectories.denoiser)
+    layers = inventory(trajectories.target)
     run = ProbeRun(trajectories, layers, parse_formats("int8"), torch.float16, "toy", settings, tmp_path, Stages(True))
     with pytest.raises(BitPolicyError, match="give --samples 2 or more"):
         run.split(run.reference())

@@ -37,7 +37,7 @@ class Run:
 
 def new_run(trajectories: Trajectories, folder: Path, probe: str, quantizers: tuple[str, ...] = ("rtn",)) -> ProbeRun:
     settings = ProbeSettings(probe, SAMPLES, vectors=1, quantizers=quantizers)
-    layers = inventory(trajectories.denoiser)
+    layers = inventory(trajectories.target)
     formats = parse_formats(FORMATS)
     return ProbeRun(trajectories, layers, formats, torch.float16, "toy", settings, folder, Stages(quiet=True))
 
@@ -54,7 +54,7 @@ def ran(
 
 
 def test_the_table_has_every_layer_in_every_packed_format(ran: Run) -> None:
-    layers = [layer.name for layer in inventory(ran.trajectories.denoiser)]
+    layers = [layer.name for layer in inventory(ran.trajectories.target)]
     assert ran.table.layers == tuple(layers)
     assert [format.name for format in ran.table.formats] == ["int4", "int8"]
     for values in (ran.table.error, ran.table.corrected):

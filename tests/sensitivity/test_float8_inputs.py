@@ -40,7 +40,7 @@ def test_only_fp8_has_a_part_of_the_inputs(new_trajectories: NewTrajectories) ->
     found = of_inputs(INT4, FP8, INT8)
     assert found is not None
     assert not found[..., [0, 2]].any()
-    short = torch.tensor([layer.weight[0].numel() < 32 for _, layer in quantizable_layers(trajectories.denoiser)])
+    short = torch.tensor([layer.weight[0].numel() < 32 for _, layer in quantizable_layers(trajectories.target)])
     assert 0 < int(short.sum()) < len(short)
     assert torch.equal(found[..., 1].abs().sum(0) == 0, short)
     assert of_inputs(INT4, INT8) is None
@@ -49,7 +49,7 @@ def test_only_fp8_has_a_part_of_the_inputs(new_trajectories: NewTrajectories) ->
 def test_they_make_as_much_of_the_error_as_they_do_in_truth(new_trajectories: NewTrajectories) -> None:
     """By the probe and by drawing, of single layers: without inputs the prediction would be far too small."""
     trajectories = new_trajectories(num_inference_steps=2, guidance_scale=1.0)
-    names = [name for name, _ in quantizable_layers(trajectories.denoiser)]
+    names = [name for name, _ in quantizable_layers(trajectories.target)]
     power = ReferencePass.of(trajectories, SAMPLES).latent_power
     probe = AdjointSketches(trajectories, candidates([FP8]), quantization=Quantization(compute=Compute.FP8))
     sketches = [s for sample in SAMPLES for s in probe.sketches(sample, [Random(k) for k in range(16)])]

@@ -178,7 +178,7 @@ def by_position(layer: Quantizable, gradient: torch.Tensor) -> torch.Tensor:
 
 def by_hand(trajectories: Trajectories, sample: Sample) -> dict[str, Moments]:
     """The same sums from one graph of the whole loop, which nothing checkpoints."""
-    layers = dict(quantizable_layers(trajectories.denoiser))
+    layers = trajectories.target.layers
     calls: list[tuple[str, torch.Tensor, torch.Tensor]] = []
     trajectories.end(sample)
     handles = [
@@ -212,7 +212,7 @@ def measured(
 ) -> dict[str, Moments]:
     found: dict[str, Moments] = {}
     for sample in samples:
-        every = [name for name, _ in quantizable_layers(trajectories.denoiser)]
+        every = [name for name, _ in quantizable_layers(trajectories.target)]
         measure_moments(trajectories, found, names or every, sample, seen, inside)
     return found
 
@@ -263,7 +263,7 @@ def test_only_the_layers_asked_for_are_measured(new_trajectories: NewTrajectorie
 @pytest.mark.parametrize("seen", [True, False])
 def test_a_layer_that_is_never_called_has_none(new_trajectories: NewTrajectories, seen: bool) -> None:
     trajectories = new_trajectories(num_inference_steps=1)
-    trajectories.denoiser.idle = nn.Linear(3, 3)
+    trajectories.pipe.unet.idle = nn.Linear(3, 3)
     found = measured(trajectories, SAMPLE, seen=seen)
     assert "idle" not in found
     assert len(found) == 83
@@ -276,7 +276,7 @@ def test_a_layer_may_be_given_its_input_by_name(new_trajectories: NewTrajectorie
     expected = measured(trajectories, SAMPLE, seen=seen, names=names)
     for name in names:
         parent, _, leaf = name.rpartition(".")
-        owner = trajectories.denoiser.get_submodule(parent)
+        owner = trajectories.pipe.unet.get_submodule(parent)
         setattr(owner, leaf, ByName(owner.get_submodule(leaf)))
     found = measured(trajectories, SAMPLE, seen=seen, names=[f"{name}.layer" for name in names])
     for name in names:
@@ -299,7 +299,7 @@ class ByName(nn.Module):
 @pytest.mark.parametrize("seen", [True, False])
 def test_measuring_leaves_no_trace(new_trajectories: NewTrajectories, seen: bool) -> None:
     trajectories = new_trajectories(num_inference_steps=2)
-    model = trajectories.denoiser
+    model = trajectories.pipe.unet
     expected = next(trajectories.latents([SAMPLE]))
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     first = measured(trajectories, SAMPLE, seen=seen)

@@ -69,7 +69,7 @@ def of_inputs(found: Sketch) -> torch.Tensor:
 
 
 def names_of(trajectories: Trajectories) -> list[str]:
-    return [name for name, _ in quantizable_layers(trajectories.denoiser)]
+    return [name for name, _ in quantizable_layers(trajectories.target)]
 
 
 def rounding(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
@@ -94,7 +94,7 @@ class PartlyRounded:
     @contextmanager
     def by(self, amount: float) -> Iterator[None]:
         calls = iter(range(1000))
-        layer = self.trajectories.denoiser.get_submodule(self.name)
+        layer = self.trajectories.pipe.unet.get_submodule(self.name)
 
         def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             here = amount if self.only in (None, next(calls)) else 0.0
@@ -156,7 +156,7 @@ def test_short_rows_have_no_inputs_to_round_and_exact_compute_has_none_at_all(
     new_trajectories: NewTrajectories,
 ) -> None:
     trajectories = new_trajectories()
-    short = torch.tensor([layer.weight[0].numel() < 32 for _, layer in quantizable_layers(trajectories.denoiser)])
+    short = torch.tensor([layer.weight[0].numel() < 32 for _, layer in quantizable_layers(trajectories.target)])
     assert 0 < int(short.sum()) < len(short)
     assert torch.equal(of_inputs(sketch(trajectories)).abs().sum(0) == 0, short)
     exact = AdjointSketches(trajectories, candidates([INT4]), quantization=Quantization())
@@ -170,7 +170,7 @@ def test_every_candidate_that_fits_has_the_same_part_of_the_inputs(new_trajector
     found = sketch(trajectories, INT4, INT8, ROTATED).inputs
     assert found is not None
     assert torch.equal(found[..., 0], found[..., 1])
-    fits = torch.tensor([ROTATED.fits(layer.weight.shape) for _, layer in quantizable_layers(trajectories.denoiser)])
+    fits = torch.tensor([ROTATED.fits(layer.weight.shape) for _, layer in quantizable_layers(trajectories.target)])
     assert 0 < int(fits.sum()) < len(fits)
     assert torch.equal(found[:, fits, 2], found[:, fits, 0])
     assert not found[:, ~fits, 2].any()
@@ -232,7 +232,7 @@ def test_a_stepwise_sketch_is_what_finite_differences_of_each_call_find(new_traj
     probe = LocalSketches(trajectories, candidates([INT4]), quantization=Quantization(compute=Compute.INT8))
     (found,) = probe.sketches(SAMPLE, [SEED])
     assert of_inputs(found.sketch).shape == found.sketch.weight.shape[:2] == (3, 83)
-    denoiser: Any = trajectories.denoiser
+    denoiser: Any = trajectories.pipe.unet
     calls: list[Any] = []
     handle = denoiser.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
     projected(trajectories)
@@ -263,7 +263,7 @@ def test_a_pass_leaves_no_hooks(new_trajectories: NewTrajectories) -> None:
             SAMPLE, [0]
         )
     )
-    assert not any(layer._forward_pre_hooks for _, layer in quantizable_layers(trajectories.denoiser))
+    assert not any(layer._forward_pre_hooks for _, layer in quantizable_layers(trajectories.target))
     assert torch.equal(next(trajectories.latents([SAMPLE])), before)
 
 
@@ -271,7 +271,7 @@ def test_a_pass_leaves_no_hooks(new_trajectories: NewTrajectories) -> None:
 
 
 def new_run(trajectories: Trajectories, folder: Path, settings: ProbeSettings) -> ProbeRun:
-    layers, formats = inventory(trajectories.denoiser), parse_formats("int4,int8")
+    layers, formats = inventory(trajectories.target), parse_formats("int4,int8")
     return ProbeRun(trajectories, layers, formats, torch.float16, "toy", settings, folder, Stages(quiet=True))
 
 
@@ -288,7 +288,7 @@ def tables(new_trajectories: NewTrajectories, tmp_path_factory: pytest.TempPathF
 
 
 def rounded_layers(new_trajectories: NewTrajectories) -> list[int]:
-    layers = quantizable_layers(new_trajectories().denoiser)
+    layers = quantizable_layers(new_trajectories().target)
     return [i for i, (_, layer) in enumerate(layers) if layer.weight[0].numel() >= 32]
 
 
@@ -317,10 +317,10 @@ def test_of_int8_layers_the_inputs_make_a_good_part_of_the_error(
 def test_a_layer_whose_inputs_hurt_more_than_its_weight_is_seen(new_trajectories: NewTrajectories) -> None:
     """One input channel a hundred times the others takes all the steps; the weight of that channel makes up for it."""
     trajectories = new_trajectories(num_inference_steps=2, guidance_scale=1.0)
-    block = trajectories.denoiser.get_submodule("mid_block.attentions.0.transformer_blocks.0")
+    block = trajectories.pipe.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0")
     norm, name = block.get_submodule("norm3"), "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj"
     norm.weight.data[3] *= 100
-    trajectories.denoiser.get_submodule(name).weight.data[:, 3] /= 100
+    trajectories.pipe.unet.get_submodule(name).weight.data[:, 3] /= 100
     reference = ReferencePass.of(trajectories, SAMPLES[:2])
     errors = {}
     for compute in (Compute.EXACT, Compute.INT8):
@@ -345,7 +345,9 @@ def test_what_is_outside_the_loop_is_scored_like_the_rest(new_toy_pipeline: Call
     pipe = new_toy_pipeline()
     for model in (pipe.unet, pipe.vae, pipe.text_encoder):
         to_storage(model, torch.float16)
-    trajectories = Trajectories(pipe, "unet,text_encoder,vae", {"num_inference_steps": 2, "guidance_scale": 1.0})
+    trajectories = Trajectories(
+        pipe, ["unet", "text_encoder", "vae"], {"num_inference_steps": 2, "guidance_scale": 1.0}
+    )
     samples = SAMPLES[:2]
     power = ReferencePass.of(trajectories, samples).latent_power
     probe = AdjointSketches(trajectories, candidates([INT8]), quantization=Quantization(compute=Compute.INT8))

@@ -29,6 +29,7 @@ from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import pack
 from bitpolicy.policies.policy import Choice
 from bitpolicy.policies.quantization import Quantization
+from bitpolicy.policies.target import Target
 from bitpolicy.sensitivity.inventory import Layer, inventory, warn_of_unsupported
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "published_configs.py"
@@ -56,7 +57,7 @@ def published(name: str) -> Any:
 
 @cache
 def described(name: str) -> dict[str, Layer]:
-    return by_name(inventory(published(name)))
+    return by_name(inventory(Target({"unet": published(name)})))
 
 
 def by_name(layers: list[Layer]) -> dict[str, Layer]:
@@ -98,7 +99,7 @@ STAGES = {
 
 
 def test_every_weight_of_two_or_more_dimensions_is_listed_exactly_once(toy_unet: Any) -> None:
-    listed = [layer.name for layer in inventory(toy_unet)]
+    listed = [layer.name for layer in inventory(Target({"unet": toy_unet}))]
     weights = {
         n.removesuffix(".weight") for n, t in toy_unet.state_dict().items() if n.endswith("weight") and t.ndim > 1
     }
@@ -107,7 +108,7 @@ def test_every_weight_of_two_or_more_dimensions_is_listed_exactly_once(toy_unet:
 
 
 def test_every_layer_of_a_unet_has_the_role_it_is_known_for(toy_unet: Any) -> None:
-    layers = inventory(toy_unet)
+    layers = inventory(Target({"unet": toy_unet}))
     assert {layer.name: layer.role for layer in layers} == {
         layer.name: only_match(ROLES, layer.name) for layer in layers
     }
@@ -115,7 +116,7 @@ def test_every_layer_of_a_unet_has_the_role_it_is_known_for(toy_unet: Any) -> No
 
 
 def test_a_layer_is_described_as_torch_made_it(toy_unet: Any) -> None:
-    layers = by_name(inventory(toy_unet))
+    layers = by_name(inventory(Target({"unet": toy_unet})))
     for name, layer in layers.items():
         module = toy_unet.get_submodule(name)
         assert (layer.kind, layer.shape) == (type(module).__name__, tuple(module.weight.shape))
@@ -125,7 +126,11 @@ def test_a_layer_is_described_as_torch_made_it(toy_unet: Any) -> None:
 
 def test_projections_that_diffusers_has_fused_are_still_attention(toy_unet: Any) -> None:
     toy_unet.fuse_qkv_projections()
-    fused = {layer.name: layer.role for layer in inventory(toy_unet) if re.search(r"to_(qkv|kv)$", layer.name)}
+    fused = {
+        layer.name: layer.role
+        for layer in inventory(Target({"unet": toy_unet}))
+        if re.search(r"to_(qkv|kv)$", layer.name)
+    }
     assert set(fused.values()) == {"attention_qkv", "cross_attention_qkv"}
     assert all(role.startswith("cross") == ("attn2" in name) for name, role in fused.items())
 
@@ -360,7 +365,7 @@ def test_the_two_stacks_of_flux_are_one_depth() -> None:
 
 def test_denoisers_that_are_probed_together_are_described_as_each_alone() -> None:
     names = {"transformer": "Wan2.1-T2V-1.3B", "transformer_2": "FLUX.1-dev", "unet": "stable-diffusion-v1-5"}
-    together = inventory(nn.ModuleDict({key: published(name) for key, name in names.items()}))
+    together = inventory(Target({key: published(name) for key, name in names.items()}))
     apart = [(f"{key}.{n}", layer) for key, name in names.items() for n, layer in described(name).items()]
     assert [(layer.name, layer.group, layer.shape) for layer in together] == [
         (name, layer.group, layer.shape) for name, layer in apart
@@ -369,7 +374,7 @@ def test_denoisers_that_are_probed_together_are_described_as_each_alone() -> Non
 
 def test_denoisers_without_a_layer_between_them_are_refused() -> None:
     with pytest.raises(BitPolicyError, match="no linear or convolution"):
-        inventory(nn.ModuleDict({"transformer": nn.Identity()}))
+        inventory(Target({"transformer": nn.Identity(), "transformer_2": nn.Identity()}))
 
 
 # Other models
@@ -396,7 +401,7 @@ class Kitchen(nn.Module):
 
 def test_a_layer_that_no_rule_knows_is_other_and_only_a_convolution_over_places_is_told_by_its_kernel() -> None:
     stages = ("early", "middle", "late")
-    assert {layer.name: layer.group for layer in inventory(Kitchen())} == {
+    assert {layer.name: layer.group for layer in inventory(Target({"unet": Kitchen()}))} == {
         **{f"mixers.{i}.stir": f"other/{stage}" for i, stage in enumerate(stages)},
         **{f"mixers.{i}.fold": f"other/{stage}" for i, stage in enumerate(stages)},
         **{f"mixers.{i}.blur": f"conv/{stage}" for i, stage in enumerate(stages)},
@@ -423,7 +428,7 @@ class Library(nn.Module):
 
 
 def test_attention_of_another_make_is_known_by_its_projections_and_blocks_are_what_holds_it() -> None:
-    groups = {layer.name: layer.group for layer in inventory(Library())}
+    groups = {layer.name: layer.group for layer in inventory(Target({"unet": Library()}))}
     assert groups["shelves.0.0"] == groups["shelves.1.0"] == "other/ends"
     assert groups["rooms.0.look.to_v"] == "cross_attention_qkv/early"
     assert groups["rooms.1.look.to_out"] == "cross_attention_out/middle"
@@ -443,7 +448,11 @@ def test_widths_that_coincide_do_not_confuse_the_ends() -> None:
         pooled_projection_dim=32,
         axes_dims_rope=(4, 4, 8),
     )
-    ends = {layer.name: layer.role for layer in inventory(flux) if layer.stage == "ends" and "time" not in layer.name}
+    ends = {
+        layer.name: layer.role
+        for layer in inventory(Target({"unet": flux}))
+        if layer.stage == "ends" and "time" not in layer.name
+    }
     assert ends == {
         "context_embedder": "context_embedding",
         "x_embedder": "input_stem",
@@ -462,7 +471,7 @@ def test_a_transformer_is_staged_by_depth() -> None:
         caption_channels=16,
         norm_num_groups=4,
     )
-    layers = by_name(inventory(model))
+    layers = by_name(inventory(Target({"unet": model})))
     stages = [layers[f"transformer_blocks.{i}.attn2.to_q"].stage for i in range(6)]
     assert stages == ["early", "early", "middle", "middle", "late", "late"]
     assert "other" not in {layer.role for layer in layers.values()}
@@ -480,7 +489,7 @@ def test_the_second_attention_of_stable_diffusion_3_5_attends_to_the_sample() ->
         pos_embed_max_size=8,
         dual_attention_layers=(0,),
     )
-    roles = {layer.name: layer.role for layer in inventory(model)}
+    roles = {layer.name: layer.role for layer in inventory(Target({"unet": model}))}
     assert roles["transformer_blocks.0.attn2.to_k"] == "attention_qkv"
     assert roles["transformer_blocks.0.attn.add_k_proj"] == "cross_attention_qkv"
 
@@ -498,7 +507,7 @@ def test_an_image_that_guides_a_video_is_context() -> None:
         image_dim=20,
         added_kv_proj_dim=24,
     )
-    roles = {layer.name: layer.role for layer in inventory(model)}
+    roles = {layer.name: layer.role for layer in inventory(Target({"unet": model}))}
     image = [role for name, role in roles.items() if name.startswith("condition_embedder.image_embedder.")]
     assert image == ["context_embedding"] * 2
     assert roles["blocks.0.attn2.add_k_proj"] == "cross_attention_qkv"
@@ -517,7 +526,7 @@ def test_a_unet_that_scales_and_resamples_in_its_residual_blocks_has_no_other_la
         up_block_types=("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
         resnet_time_scale_shift="scale_shift",
     )
-    roles = {layer.name: layer.role for layer in inventory(model)}
+    roles = {layer.name: layer.role for layer in inventory(Target({"unet": model}))}
     assert roles["down_blocks.0.downsamplers.0.conv1"] == "conv"
     assert roles["down_blocks.0.downsamplers.0.time_emb_proj"] == "timestep_embedding"
     assert "other" not in roles.values()
@@ -530,18 +539,18 @@ def test_a_packed_model_is_refused(toy_unet: Any) -> None:
     names = [name for name, _ in quantizable_layers(toy_unet)]
     pack(toy_unet, dict.fromkeys(names, Choice(format_named("int8"))), quantization=Quantization())
     with pytest.raises(BitPolicyError, match="packed already"):
-        inventory(toy_unet)
+        inventory(Target({"unet": toy_unet}))
 
 
 def test_a_model_packed_in_part_is_refused(toy_unet: Any) -> None:
     pack(toy_unet, {"conv_in": Choice(format_named("int8"))}, quantization=Quantization())
     with pytest.raises(BitPolicyError, match="packed already"):
-        inventory(nn.ModuleDict({"unet": toy_unet}))
+        inventory(Target({"text_encoder": nn.Linear(2, 2), "unet": toy_unet}))
 
 
 def test_a_model_without_layers_is_refused() -> None:
     with pytest.raises(BitPolicyError, match="no linear or convolution"):
-        inventory(nn.Sequential(nn.GroupNorm(2, 4)))
+        inventory(Target({"unet": nn.Sequential(nn.GroupNorm(2, 4))}))
 
 
 def test_layers_of_kinds_that_cannot_be_packed_are_named_once_by_kind() -> None:

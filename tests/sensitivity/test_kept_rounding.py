@@ -18,6 +18,7 @@ from bitpolicy.policies.calibration import Calibration, RoundedKey
 from bitpolicy.policies.policy import Choice
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.storage.safetensors_writer import SafetensorsWriter
+from bitpolicy.policies.target import Target
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.probes.weight_changes import WeightChanges
 from bitpolicy.sensitivity.rounding.candidates import candidates
@@ -125,13 +126,13 @@ FEW, MANY = "int4", "int2,int3,int4,int5,int6,int7,int8"
 SOME = ["conv_in", "mid_block.resnets.0.conv1", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "conv_out"]
 
 
-def some_layers(denoiser: torch.nn.Module) -> list[tuple[str, Any]]:
-    return [(name, layer) for name, layer in quantizable_layers(denoiser) if name in SOME]
+def some_layers(target: Target) -> list[tuple[str, Any]]:
+    return [(name, layer) for name, layer in quantizable_layers(target) if name in SOME]
 
 
 @pytest.fixture
 def trajectories(new_trajectories: NewTrajectories, monkeypatch: pytest.MonkeyPatch) -> Trajectories:
-    monkeypatch.setattr("bitpolicy.sensitivity.rounding.rounding_pass.quantizable_layers", some_layers)
+    monkeypatch.setattr(Target, "layers", property(lambda target: dict(some_layers(target))))
     return new_trajectories(num_inference_steps=1, guidance_scale=1.0)
 
 
@@ -158,7 +159,7 @@ def test_while_rounding_no_more_is_held_for_many_formats_than_for_few(
         paths = rounding_of(trajectories, formats, tmp_path / formats).files()
         sizes[formats] = sum(path.stat().st_size for path in paths.values())
     assert sizes[MANY] > 6 * sizes[FEW]
-    for name, layer in some_layers(trajectories.denoiser):
+    for name, layer in some_layers(trajectories.target):
         grown = peaks[MANY][name] - peaks[FEW][name]
         assert grown < 1.5 * layer.weight.numel() + 10_000, f"{name}: more than one rounding of it"
 
@@ -166,7 +167,7 @@ def test_while_rounding_no_more_is_held_for_many_formats_than_for_few(
 def test_reading_holds_nothing_and_changes_are_kept_up_to_a_limit(
     trajectories: Trajectories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layers = dict(some_layers(trajectories.denoiser))
+    layers = dict(some_layers(trajectories.target))
     weights = sum(layer.weight.numel() for layer in layers.values())
     monkeypatch.setattr("bitpolicy.sensitivity.probes.weight_changes._MOST", 8 * weights)
     grown = {}

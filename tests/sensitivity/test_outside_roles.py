@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from toy_pipelines import TOYS
 
-from bitpolicy.policies.denoiser import denoiser_names, denoiser_of
+from bitpolicy.policies.target import Target
 from bitpolicy.search.constraints import shared_qkv
 from bitpolicy.sensitivity.inventory import Layer, inventory
 
@@ -60,7 +60,7 @@ EXPECTED = {
 @pytest.fixture(scope="module", params=EXPECTED)
 def layers(request: Any) -> tuple[str, dict[str, Layer]]:
     pipe = TOYS[request.param].new()
-    found = inventory(denoiser_of(pipe, denoiser_names(pipe, "all")))
+    found = inventory(Target.chosen(pipe, ["all"]))
     return request.param, {layer.name: layer for layer in found}
 
 
@@ -80,7 +80,7 @@ def test_no_layer_is_without_a_role_and_stages_are_whole_components(layers: tupl
 
 def test_projections_of_one_attention_share_a_format_whatever_they_are_called() -> None:
     pipe = TOYS["HunyuanDiTPipeline"].new()
-    groups = shared_qkv(inventory(denoiser_of(pipe, "text_encoder,text_encoder_2")))
+    groups = shared_qkv(inventory(Target.of(pipe, ["text_encoder", "text_encoder_2"])))
     bert, t5 = ("text_encoder.encoder.layer.0.attention.self", "text_encoder_2.encoder.block.0.layer.0.SelfAttention")
     assert [f"{bert}.{leaf}" for leaf in ("query", "key", "value")] in groups
     assert [f"{t5}.{leaf}" for leaf in ("q", "k", "v")] in groups

@@ -19,15 +19,15 @@ from bitpolicy import load_pipeline
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.format import Format, Shape, TensorSpec
 from bitpolicy.kernels.formats.named import FP16, format_named
-from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.pipelines.loading import BUNDLED_FOLDER, open_pipeline
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.pipeline import export_pipeline
-from bitpolicy.policies.denoiser import denoiser_names, denoiser_of
+from bitpolicy.policies.components import to_text
 from bitpolicy.policies.footprint import loaded_bytes, measured_peak
 from bitpolicy.policies.policy import Choice, ModelReference, Policy
+from bitpolicy.policies.target import Target
 from bitpolicy.sensitivity.cost.peak_memory import LayerCall, PeakMemory, observe, unpacking_bytes
 from bitpolicy.sensitivity.samples import Sample
 
@@ -99,7 +99,7 @@ assert MIB == 2**20  # of a sample, and of a layer's weight
 
 def on_paper(widened: int, batch_size: int = 1, hungry: Sequence[Format] = ()) -> PeakMemory:
     pipe: Any = PaperPipeline(widened)
-    return observe(pipe, "unet", {}, Sample("", 0), [*hungry, FP16], batch_size)
+    return observe(pipe, ["unet"], {}, Sample("", 0), [*hungry, FP16], batch_size)
 
 
 @pytest.mark.parametrize(("widened", "batch_size"), [(1, 1), (4, 1), (4, 3)])
@@ -144,7 +144,7 @@ def test_the_peak_is_what_lies_there_and_what_comes_on_top() -> None:
 
 def test_observing_leaves_no_hook_behind() -> None:
     pipe: Any = PaperPipeline(1)
-    observe(pipe, "unet", {}, Sample("", 0), CANDIDATES)
+    observe(pipe, ["unet"], {}, Sample("", 0), CANDIDATES)
     assert all(not layer._forward_hooks and not layer._forward_pre_hooks for layer in pipe.unet.values())
 
 
@@ -202,16 +202,17 @@ ASKED: dict[str, dict[str, Any]] = {
 SAMPLE = {"prompt": "a red heart", "class_labels": "207", "nothing": ""}
 
 
-def in_turn(pipe: Any, component: str, formats: Sequence[Format] = CANDIDATES) -> dict[str, Format]:
-    layers = quantizable_layers(denoiser_of(pipe, component))
+def in_turn(target: Target, formats: Sequence[Format] = CANDIDATES) -> dict[str, Format]:
+    layers = target.layers.items()
     return {name: format for (name, _), format in zip(layers, itertools.cycle(formats), strict=False)}
 
 
-def reloaded(pipe: Any, component: str, formats: Mapping[str, Format], folder: Path) -> Any:
+def reloaded(pipe: Any, target: Target, formats: Mapping[str, Format], folder: Path) -> Any:
     """`pipe` exported under a policy and read back, in float32."""
+    component = to_text(target)
     model = ModelReference(id="toy", component=component, class_name=component, sha256=component)  # an entry for each
     policy = Policy.of({name: Choice(format) for name, format in formats.items()}, model=model)
-    export_pipeline(pipe, component, policy, Calibration(), folder / "exported")
+    export_pipeline(pipe, target.names, policy, Calibration(), folder / "exported")
     loaded = open_pipeline(folder / "exported", torch.float32)
     loaded.set_progress_bar_config(disable=True)
     return loaded
@@ -225,10 +226,10 @@ def reloaded(pipe: Any, component: str, formats: Mapping[str, Format], folder: P
 def test_every_kind_of_pipeline_takes_what_was_predicted(name: str, tmp_path: Path) -> None:
     toy = TOYS[name]
     pipe: Any = toy.new()
-    component = denoiser_names(pipe)
-    formats = in_turn(pipe, component)
-    peak = observe(pipe, component, toy.call, Sample(SAMPLE[toy.takes], 1, toy.extra), CANDIDATES)
-    packed = reloaded(pipe, component, formats, tmp_path)
+    target = Target.chosen(pipe)
+    formats = in_turn(target)
+    peak = observe(pipe, target.names, toy.call, Sample(SAMPLE[toy.takes], 1, toy.extra), CANDIDATES)
+    packed = reloaded(pipe, target, formats, tmp_path)
     call = {**ASKED[toy.takes], **toy.call, **toy.extra}
     assert peak.others + peak.account.total(formats) == loaded_bytes(packed)
     for subject, policy in ((packed, formats), (pipe, dict.fromkeys(formats, FP16))):
@@ -253,10 +254,10 @@ def test_the_bundled_pipeline_takes_what_was_predicted_at_any_size(
 ) -> None:
     pipe = new_bundled()
     call = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": size, "width": size}
-    peak = observe(pipe, "unet", call, Sample("pizza", 1), CANDIDATES, batch_size)
+    peak = observe(pipe, ["unet"], call, Sample("pizza", 1), CANDIDATES, batch_size)
     assert (peak.height, peak.width, peak.batch_size) == (size, size, batch_size)
-    formats = in_turn(pipe, "unet")
-    packed = reloaded(pipe, "unet", formats, tmp_path)
+    formats = in_turn(Target.of(pipe, ["unet"]))
+    packed = reloaded(pipe, Target.of(pipe, ["unet"]), formats, tmp_path)
     measured = measured_peak(packed, lambda: packed(["pizza"] * batch_size, **call))
     assert peak.peak(formats) == pytest.approx(measured, rel=0.03)
 
@@ -266,11 +267,11 @@ def test_a_policy_in_the_room_stays_within_the_budget_when_it_is_measured(
 ) -> None:
     pipe = new_bundled()
     call = {"num_inference_steps": 2, "guidance_scale": 3.0}
-    peak = observe(pipe, "unet", call, Sample("pizza", 1), CANDIDATES)
+    peak = observe(pipe, ["unet"], call, Sample("pizza", 1), CANDIDATES)
     room = peak.room(CANDIDATES)
     allowed = {n: [f for f in CANDIDATES if (n, f) not in room.barred] for n in peak.account.shapes}
     smallest = {n: min(fs, key=lambda f, n=n: peak.account.layer(n, f)) for n, fs in allowed.items()}
-    packed = reloaded(pipe, "unet", smallest, tmp_path)
+    packed = reloaded(pipe, Target.of(pipe, ["unet"]), smallest, tmp_path)
     budget = peak.others + peak.account.total(smallest) + room.activations
     measured = measured_peak(packed, lambda: packed("pizza", **call))
     assert 0.97 * budget <= measured <= budget
@@ -279,13 +280,13 @@ def test_a_policy_in_the_room_stays_within_the_budget_when_it_is_measured(
 def test_the_size_has_to_be_one_that_the_pipeline_takes() -> None:
     toy = TOYS["DiTPipeline"]
     with pytest.raises(BitPolicyError, match="DiTPipeline does not take height"):
-        observe(toy.new(), "transformer", {**toy.call, "height": 64}, Sample("207", 0), CANDIDATES)
+        observe(toy.new(), ["transformer"], {**toy.call, "height": 64}, Sample("207", 0), CANDIDATES)
 
 
 def test_requests_with_arguments_of_their_own_are_observed_alone() -> None:
     toy = TOYS["StableVideoDiffusionPipeline"]
     with pytest.raises(BitPolicyError, match=r"--batch-size 2: a request that brings image is drawn alone"):
-        observe(toy.new(), "unet", toy.call, Sample("", 0, toy.extra), CANDIDATES, 2)
+        observe(toy.new(), ["unet"], toy.call, Sample("", 0, toy.extra), CANDIDATES, 2)
 
 
 @pytest.mark.gpu
@@ -293,12 +294,12 @@ def test_requests_with_arguments_of_their_own_are_observed_alone() -> None:
 def test_on_cuda_the_counters_agree(size: int, batch_size: int, new_bundled: Callable[[], Any], tmp_path: Path) -> None:
     cuda = torch.device("cuda")
     pipe = new_bundled()
-    formats = in_turn(pipe, "unet")
+    formats = in_turn(Target.of(pipe, ["unet"]))
     pipe.to(cuda, torch.float16)
     call = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": size, "width": size}
-    peak = observe(pipe, "unet", call, Sample("pizza", 1), CANDIDATES, batch_size)
+    peak = observe(pipe, ["unet"], call, Sample("pizza", 1), CANDIDATES, batch_size)
     pipe.to("cpu", torch.float32)
-    reloaded(pipe, "unet", formats, tmp_path)
+    reloaded(pipe, Target.of(pipe, ["unet"]), formats, tmp_path)
     del pipe
     packed = load_pipeline(tmp_path / "exported", dtype=torch.float16, device="cuda")
     measured = measured_peak(packed, lambda: packed(["pizza"] * batch_size, **call))

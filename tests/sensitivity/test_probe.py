@@ -43,7 +43,7 @@ def new_run(
     formats: str = "int4,int8",
     weights: str = "toy",
 ) -> ProbeRun:
-    layers = inventory(trajectories.denoiser)
+    layers = inventory(trajectories.target)
     chosen = parse_formats(formats)
     return ProbeRun(trajectories, layers, chosen, torch.float16, weights, settings, folder, Stages(quiet=True))
 
@@ -114,7 +114,7 @@ def test_the_predicted_error_of_a_policy_is_near_the_measured_one(
     """All INT8, plain bias: small enough for the first order."""
     trajectories, table = new_trajectories(num_inference_steps=2, guidance_scale=1.0), tables["adjoint"]
     reference = torch.stack(list(trajectories.latents(SAMPLES[:2])))
-    for _, layer in quantizable_layers(trajectories.denoiser):
+    for _, layer in quantizable_layers(trajectories.target):
         layer.weight.data = INT8.dequantize(INT8.quantize(layer.weight.data), layer.weight.shape, torch.float32)
     moved = torch.stack(list(trajectories.latents(SAMPLES[:2])))
     measured = float((moved - reference).square().sum() / reference.square().sum())
@@ -150,7 +150,7 @@ def one_layer_by_hand(
     trajectories: Trajectories, layer: Layer, format: Any, patch: torch.Tensor, correct: bool
 ) -> torch.Tensor:
     """The latents with one layer's weight, and its bias if asked, put in by hand and rounded as they are stored."""
-    module: Any = trajectories.denoiser.get_submodule(layer.name)
+    module: Any = trajectories.pipe.unet.get_submodule(layer.name)
     weight, bias = module.weight.data, None if module.bias is None else module.bias.data
     half = weight.half()
     module.weight.data = format.dequantize(format.quantize(half), half.shape, torch.float32)
@@ -167,7 +167,7 @@ def one_layer_by_hand(
 @pytest.mark.parametrize("name", ["conv_in", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k", "conv_out"])
 def test_ablation_is_the_run_with_that_layer_alone_quantized(new_trajectories: NewTrajectories, name: str) -> None:
     trajectories = new_trajectories(num_inference_steps=2)
-    (layer,) = [layer for layer in inventory(trajectories.denoiser) if layer.name == name]
+    (layer,) = [layer for layer in inventory(trajectories.target) if layer.name == name]
     patch = torch.randn(layer.shape[1:], generator=torch.Generator().manual_seed(1))
     reference = References.of(trajectories, SAMPLES, images=False)
     for format, correct in itertools.product((INT4, INT8), (False, True)):

@@ -35,12 +35,12 @@ def caught_means(trajectories: Trajectories, samples: list[Any]) -> dict[str, to
         layer.register_forward_hook(
             lambda layer, args, _, name=name: rows[name].append(taps(layer, args[0].double()).mean(0))
         )
-        for name, layer in quantizable_layers(trajectories.denoiser)
+        for name, layer in quantizable_layers(trajectories.target)
     ]
     list(trajectories.latents(samples))
     for hook in hooks:
         hook.remove()
-    layers = dict(quantizable_layers(trajectories.denoiser))
+    layers = trajectories.target.layers
     return {name: torch.stack(means).mean(0).view(layers[name].weight.shape[1:]) for name, means in rows.items()}
 
 
@@ -56,7 +56,7 @@ def test_the_mean_inputs_are_those_of_every_patch_that_was_met(new_trajectories:
     samples = split_samples(["cat", "a red heart", "pizza"], count, seed=0)
     found = ReferencePass.of(new_trajectories(), samples).calibration.input_means
     expected = caught_means(new_trajectories(), samples)
-    assert set(found) == set(expected) == {name for name, _ in quantizable_layers(new_trajectories().denoiser)}
+    assert set(found) == set(expected) == {name for name, _ in quantizable_layers(new_trajectories().target)}
     for name, patch in found.items():
         assert patch.dtype == torch.float32
         assert torch.allclose(patch.double(), expected[name], rtol=1e-4, atol=1e-5), name
@@ -75,8 +75,8 @@ def test_no_hook_stays_after_an_interruption(new_trajectories: NewTrajectories) 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    mine = trajectories.denoiser.conv_out.register_forward_hook(stop)  # type: ignore[union-attr]
+    mine = trajectories.pipe.unet.conv_out.register_forward_hook(stop)  # type: ignore[union-attr]
     with pytest.raises(KeyboardInterrupt):
         ReferencePass.of(trajectories, split_samples(["cat"], 1, seed=0))
     mine.remove()
-    assert [name for name, layer in quantizable_layers(trajectories.denoiser) if layer._forward_pre_hooks] == []
+    assert [name for name, layer in quantizable_layers(trajectories.target) if layer._forward_pre_hooks] == []

@@ -194,7 +194,7 @@ def new_run(
     trajectories: Trajectories, folder: Path, settings: ProbeSettings = AUTO, formats: str = "int3-g32-rot,int4"
 ) -> ProbeRun:
     chosen = parse_formats(formats)
-    layers = inventory(trajectories.denoiser)
+    layers = inventory(trajectories.target)
     return ProbeRun(trajectories, layers, chosen, F16, "toy", settings, folder, Stages(quiet=True))
 
 
@@ -211,10 +211,10 @@ def test_what_a_probe_rounds_is_what_the_moments_of_its_samples_say(finished: An
     trajectories, reference, _ = finished
     names = ["conv_in", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "conv_out"]
     found: dict[str, Moments] = {}
-    every = [name for name, _ in quantizable_layers(trajectories.denoiser)]
+    every = [name for name, _ in quantizable_layers(trajectories.target)]
     for sample in SAMPLES:
         measure_moments(trajectories, found, every, sample, True, False)
-    layers = dict(quantizable_layers(trajectories.denoiser))
+    layers = trajectories.target.layers
     for name in names:
         weight = layers[name].weight.detach().half()
         expected = dict(rounded(name, weight, candidates([INT4, ROTATED], QUANTIZERS), found[name]))
@@ -224,7 +224,7 @@ def test_what_a_probe_rounds_is_what_the_moments_of_its_samples_say(finished: An
 
 def test_every_layer_has_every_candidate_that_fits(finished: Any) -> None:
     trajectories, reference, table = finished
-    for name, layer in quantizable_layers(trajectories.denoiser):
+    for name, layer in quantizable_layers(trajectories.target):
         for format in (INT4, ROTATED):
             for quantizer in QUANTIZERS[1:]:
                 kept = of(reference.calibration.rounded, name, Candidate(format, quantizer))
@@ -249,7 +249,7 @@ def test_scores_are_measured_with_the_quantizer_they_name(finished: Any, tmp_pat
     choice = {table.layers[place[0]]: table.choice(place[0], INT4)}
     for sample in SAMPLES:
         before = next(trajectories.latents([sample]))
-        with quantized(trajectories.denoiser, choice, quantization=Quantization(calibration=reference.calibration)):
+        with quantized(trajectories.target, choice, quantization=Quantization(calibration=reference.calibration)):
             after = next(trajectories.latents([sample]))
         sample_errors.append(float((after - before).double().square().sum()))
     expected = sum(sample_errors) / len(sample_errors) / reference.latent_power
@@ -317,7 +317,7 @@ def test_layers_of_long_rows_in_groups_or_never_called_are_rounded_all_the_same(
 ) -> None:
     monkeypatch.setattr(hessians, "WIDEST", widest)
     trajectories = new_trajectories(num_inference_steps=1, guidance_scale=1.0)
-    unet = trajectories.denoiser
+    unet = trajectories.pipe.unet
     unet.idle = nn.Linear(8, 4)  # never called
     unet.conv_in = nn.Sequential(unet.conv_in, nn.Conv2d(16, 16, 3, padding=1, groups=4))
     settings = ProbeSettings("adjoint", SAMPLES[:1], vectors=1, quantizers=("gptq",))

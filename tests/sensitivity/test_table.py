@@ -16,6 +16,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.target import Target
 from bitpolicy.sensitivity.inventory import inventory
 from bitpolicy.sensitivity.probes.sketch import Sketch
 from bitpolicy.sensitivity.rounding.candidates import candidates
@@ -235,14 +236,14 @@ def test_one_quantizer_is_everyones() -> None:
 
 
 def test_a_saved_table_keeps_its_quantizers(toy_unet: Any, tmp_path: Path) -> None:
-    layers = inventory(toy_unet)
+    layers = inventory(Target({"unet": toy_unet}))
     draw = torch.Generator().manual_seed(4)
     shape = (2, len(layers), 6)
     size = 100 ** torch.randn(shape[1:], generator=draw)
     sketches = [Sketch(size * torch.randn(shape, generator=draw), size * torch.zeros(shape)) for _ in range(9)]
     names = [layer.name for layer in layers]
     table = SensitivityTable.from_sketches(names, candidates([INT4, INT8], QUANTIZERS), sketches, POWER)
-    write_table(table, tmp_path, ModelContext(layers, ByteAccount.of(toy_unet, torch.float16)))
+    write_table(table, tmp_path, ModelContext(layers, ByteAccount.of(Target({"unet": toy_unet}), torch.float16)))
     found = read_table(tmp_path / "sensitivity.safetensors")
     assert found.quantizers == QUANTIZERS
     assert found.quantizer is not None
@@ -318,10 +319,10 @@ def random_scores(count: int, layers: int) -> list[Sketch]:
 
 @pytest.fixture
 def saved(toy_unet: Any, tmp_path: Path) -> tuple[SensitivityTable, Path]:
-    layers = inventory(toy_unet)
+    layers = inventory(Target({"unet": toy_unet}))
     names = [layer.name for layer in layers]
     table = SensitivityTable.from_sketches(names, candidates([INT4, INT8]), random_scores(5, len(names)), POWER)
-    write_table(table, tmp_path, ModelContext(layers, ByteAccount.of(toy_unet, torch.float16)))
+    write_table(table, tmp_path, ModelContext(layers, ByteAccount.of(Target({"unet": toy_unet}), torch.float16)))
     return table, tmp_path
 
 
@@ -335,11 +336,11 @@ def test_a_saved_table_is_loaded_as_it_was(saved: tuple[SensitivityTable, Path])
 
 
 def test_a_table_without_sketches_is_loaded_without(toy_unet: Any, tmp_path: Path) -> None:
-    layers = inventory(toy_unet)
+    layers = inventory(Target({"unet": toy_unet}))
     error = torch.rand(len(layers), 1, dtype=torch.float64)
     names = tuple(layer.name for layer in layers)
     table = SensitivityTable("ablation", names, (INT8,), error, torch.ones(len(layers), 1, dtype=torch.bool))
-    write_table(table, tmp_path, ModelContext(layers, ByteAccount.of(toy_unet, torch.float16)))
+    write_table(table, tmp_path, ModelContext(layers, ByteAccount.of(Target({"unet": toy_unet}), torch.float16)))
     found = read_table(tmp_path / "sensitivity.safetensors")
     assert (found.probe, found.sketches, found.by_step) == ("ablation", None, None)
     assert torch.equal(found.error, error)

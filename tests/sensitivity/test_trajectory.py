@@ -17,7 +17,7 @@ from diffusers import (
 )
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.policies.denoiser import denoiser_name
+from bitpolicy.policies.target import Target
 from bitpolicy.sensitivity.samples import Sample, split_samples
 from bitpolicy.sensitivity.trajectory.trajectories import LoopError, Trajectories
 
@@ -113,7 +113,7 @@ def test_a_pipeline_without_a_latent_output_gives_the_last_sample() -> None:
         norm_num_groups=4,
     )
     pipe = DDIMPipeline(unet.eval(), DDIMScheduler(clip_sample=False))
-    trajectories = Trajectories(pipe, "unet", {"num_inference_steps": 2})
+    trajectories = Trajectories(pipe, ["unet"], {"num_inference_steps": 2})
     ((image, last),) = trajectories.images([SAMPLES[0]])
     assert torch.equal((last / 2 + 0.5).clamp(0, 1), image)
     assert torch.equal(next(trajectories.latents([SAMPLES[0]])), last)
@@ -136,7 +136,7 @@ def test_the_scheduler_is_as_before_after_an_interruption(new_trajectories: NewT
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    hook = trajectories.denoiser.register_forward_pre_hook(stop)
+    hook = trajectories.pipe.unet.register_forward_pre_hook(stop)
     for run in (trajectories.images, trajectories.latents):
         with pytest.raises(KeyboardInterrupt):
             list(run(SAMPLES))
@@ -157,17 +157,14 @@ def test_a_loop_without_a_graph_is_told(new_trajectories: NewTrajectories) -> No
 
 def test_an_argument_the_pipeline_does_not_take_is_refused(toy_pipeline: Any) -> None:
     with pytest.raises(BitPolicyError, match="StableDiffusionPipeline does not take heigth"):
-        Trajectories(toy_pipeline, "unet", {"heigth": 64})
+        Trajectories(toy_pipeline, ["unet"], {"heigth": 64})
 
 
 def test_the_denoiser_is_found_or_named(toy_pipeline: Any) -> None:
-    assert denoiser_name(toy_pipeline) == "unet"
-    assert denoiser_name(toy_pipeline, "unet") == "unet"
-    with pytest.raises(BitPolicyError, match=r"the vae of .* is no denoiser"):
-        denoiser_name(toy_pipeline, "vae")
+    assert Target.chosen(toy_pipeline).names == Target.chosen(toy_pipeline, ["unet"]).names == ["unet"]
     for wrong in ("scheduler", "transformer", "no such"):
         with pytest.raises(BitPolicyError, match=f"no component '{wrong}'; it has .*unet"):
-            denoiser_name(toy_pipeline, wrong)
+            Target.chosen(toy_pipeline, [wrong])
 
 
 def test_samples_take_prompts_in_turn_and_no_seed_twice() -> None:

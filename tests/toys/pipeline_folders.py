@@ -37,5 +37,5 @@ def change(path: Path, **tensors: torch.Tensor | None) -> None:
 
 
 def export(exported: Any, folder: Path, out: Path, variant: str | None = None, **more: Any) -> int:
-    parts = FolderParts(folder, "unet", variant)
+    parts = FolderParts(folder, ["unet"], variant)
     return export_parts(parts, exported.policy, exported.calibration, out, **more)

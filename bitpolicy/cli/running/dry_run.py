@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from bitpolicy.policies.components import to_text
 from bitpolicy.search.budget import decimal, readable
 from bitpolicy.sensitivity.cost.progress import in_words
 from bitpolicy.sensitivity.samples import fingerprint
@@ -18,7 +19,7 @@ def described(plan: Plan) -> dict[str, Any]:
     parts = plan.split
     return {
         "model": plan.model,
-        "component": plan.source.component,
+        "component": to_text(plan.source.components),
         "layers": len(plan.layers),
         "parameters": plan.account.parameters,
         "reference_bytes": plan.account.reference,

@@ -51,7 +51,7 @@ def run(options: EvalOptions) -> None:
     requests = load_requests(options.prompts) if options.prompts else default_requests(source.pipe, bundled)
     samples = split_samples(requests, options.images, _SEED + options.seed)
     stages = Stages(options.quiet or options.as_json)
-    warn_of_idle_arguments(Trajectories(source.pipe, source.component, arguments), samples[0], given, stages)
+    warn_of_idle_arguments(Trajectories(source.pipe, source.components, arguments), samples[0], given, stages)
     comparison, used = _drawn(source, options.checkpoint, wanted, arguments, samples, options.real_images, stages)
     psnr = Psnr.of(comparison.reference, comparison.images)
     if options.picture is not None:
@@ -102,7 +102,7 @@ def _images(
     source: Source, call: dict[str, Any], samples: Iterable[Sample]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Images and final latents."""
-    both = list(Trajectories(source.pipe, source.component, call).images(samples))
+    both = list(Trajectories(source.pipe, source.components, call).images(samples))
     return [image for image, _ in both], [latent for _, latent in both]
 
 

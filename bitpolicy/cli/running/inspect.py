@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import nn
 
 from bitpolicy.api import load_pipeline
 from bitpolicy.cli.command_options import InspectOptions
@@ -18,12 +17,12 @@ from bitpolicy.kernels.compute.setting import resident_bytes, set_compute
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.format import Format
 from bitpolicy.kernels.formats.named import FP16
-from bitpolicy.kernels.layers import PackedLayer
 from bitpolicy.pipelines.loading import DTYPES, device_named, load_source, open_pipeline, packed_components
 from bitpolicy.pipelines.prompting import default_requests, load_requests
-from bitpolicy.policies.accounting import ByteAccount, stored_tensors
-from bitpolicy.policies.denoiser import denoiser_names, denoiser_of, denoisers_in
+from bitpolicy.policies.accounting import ByteAccount
+from bitpolicy.policies.components import asked_components
 from bitpolicy.policies.policy import Policy
+from bitpolicy.policies.target import Target
 from bitpolicy.sensitivity.inventory import inventory
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
@@ -72,20 +71,20 @@ def _kernels(options: InspectOptions, folder: Path) -> tuple[list[dict[str, Any]
     device = device_named(options.device)
     dtype = DTYPES.get(options.dtype) or (torch.float32 if device.type == "cpu" else None)
     pipe = load_pipeline(folder, dtype, device)
-    names = denoiser_names(pipe, options.component or packed_components(folder))
-    model = denoiser_of(pipe, names)
+    target = Target.chosen(pipe, asked_components(options.component) or packed_components(folder))
     if options.compute is not None or options.low_memory:
-        set_compute(model, options.compute, options.low_memory)
+        set_compute(target, options.compute, options.low_memory)
     asked = load_requests(options.prompts) if options.prompts else default_requests(pipe, bundled=False)
     sample = Sample.of(asked[0], 0)
-    trajectories = Trajectories(pipe, names, {**short_call(pipe), **options.arguments})
+    trajectories = Trajectories(pipe, target.names, {**short_call(pipe), **options.arguments})
     trajectories.learn(sample)
-    with watching(model) as seen:
+    with watching(target) as seen:
         next(trajectories.images([sample]))
-    held = resident_bytes(model)
+    held = [resident_bytes(model) for model in target.models]
+    stored, layouts = sum(part.stored for part in held), sum(part.layouts for part in held)
     title = (
-        f"{folder}: {len(seen)} packed layers on {device}; {held.stored:,} bytes as stored, "
-        f"{held.layouts:,} bytes of kernels' own layouts"
+        f"{folder}: {len(seen)} packed layers on {device}; {stored:,} bytes as stored, "
+        f"{layouts:,} bytes of kernels' own layouts"
     )
     return [choice.as_row() for choice in seen.values()], title
 
@@ -93,39 +92,36 @@ def _kernels(options: InspectOptions, folder: Path) -> tuple[list[dict[str, Any]
 def _of_model(
     what: str | None, component: str | None, revision: str | None, variant: str | None
 ) -> tuple[list[dict[str, Any]], str]:
-    source = load_source(what, component, dtype="auto", device="cpu", revision=revision, variant=variant)
-    account = ByteAccount.of(source.denoiser, source.storage)
+    components = asked_components(component)
+    source = load_source(what, components, dtype="auto", device="cpu", revision=revision, variant=variant)
+    account = ByteAccount.of(source.target, source.storage)
     rows = [
         _row(layer.name, layer.role, layer.stage, layer.shape, FP16, account.layer(layer.name, FP16))
-        for layer in inventory(source.denoiser)
+        for layer in inventory(source.target)
     ]
     return (
         rows,
-        f"{source.id}: {class_name(source.denoiser)}, {len(rows)} layers, {account.reference:,} bytes at FP16",
+        f"{source.id}: {class_name(source.target)}, {len(rows)} layers, {account.reference:,} bytes at FP16",
     )
 
 
 def _of_checkpoint(folder: Path, component: str | None) -> tuple[list[dict[str, Any]], str]:
     pipe = open_pipeline(folder)
-    denoiser: Any = denoiser_of(pipe, denoiser_names(pipe, component or packed_components(folder)))
-    formats = {name: module for name, module in denoiser.named_modules() if isinstance(module, PackedLayer)}
-    total = sum(tensor.nbytes for tensor in stored_tensors(denoiser).values())
+    target = Target.chosen(pipe, asked_components(component) or packed_components(folder))
+    formats = target.packed_layers
+    total = sum(tensor.nbytes for tensor in target.stored_tensors().values())
     packed_bytes = {name: sum(t.nbytes for t in module.packed_tensors().values()) for name, module in formats.items()}
-    layers = inventory(_unpacked_view(denoiser, formats))
+    if formats:  # roles are told of ordinary layers, as they are for the model it was made from
+        unpacked: list[Any] = target.models
+        for model in unpacked:
+            model.dequantize()
+    layers = inventory(target)
     rows = []
     for layer in layers:
         format = formats[layer.name].format if layer.name in formats else FP16
-        nbytes = packed_bytes.get(layer.name) or denoiser.get_submodule(layer.name).weight.nbytes
+        nbytes = packed_bytes.get(layer.name) or target.layers[layer.name].weight.nbytes
         rows.append(_row(layer.name, layer.role, layer.stage, layer.shape, format, nbytes))
-    return rows, f"{folder}: {class_name(denoiser)}, {len(rows)} layers, {total:,} bytes"
-
-
-def _unpacked_view(denoiser: Any, packed: dict[str, PackedLayer]) -> nn.Module:
-    """The same model with ordinary layers, so that roles are told as they are for the model it was made from."""
-    parts: list[Any] = denoisers_in(denoiser) if packed else []
-    for part in parts:
-        part.dequantize()
-    return denoiser
+    return rows, f"{folder}: {class_name(target)}, {len(rows)} layers, {total:,} bytes"
 
 
 def _row(name: str, role: str, stage: str, shape: tuple[int, ...], format: Format, nbytes: int) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def parts_of() -> Callable[..., Parts]:
 
     def parts(**models: Any) -> Parts:
         pipe: Any = SimpleNamespace(**models, components=models)
-        return MemoryParts(pipe, ",".join(models))
+        return MemoryParts(pipe, list(models))
 
     return parts
 

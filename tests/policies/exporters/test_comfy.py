@@ -21,6 +21,7 @@ from bitpolicy.policies.exporters.comfy_names import comfy_namer
 from bitpolicy.policies.exporters.export import export_to
 from bitpolicy.policies.exporters.exporter import Layer, Source
 from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.target import Target
 
 F16 = torch.float16
 SMALL = {"sample_size": 8, "cross_attention_dim": 16, "attention_head_dim": 8, "norm_num_groups": 4}
@@ -120,8 +121,8 @@ def test_a_transformer_with_the_same_names_keeps_them(policy_of: Any, parts_of: 
 
 
 def test_several_denoisers_get_a_file_each(even_unet: Any, policy_of: Any, parts_of: Any, tmp_path: Path) -> None:
-    both = torch.nn.ModuleDict({"unet": even_unet(), "other": even_unet()})
-    names = [name for name, _ in quantizable_layers(both)]
+    both = Target({"unet": even_unet(), "other": even_unet()})
+    names = list(both.layers)
     policy = policy_of(both, {name: Choice(FP16) for name in names})
     export_to("comfy", parts_of(**both), policy, Calibration(), tmp_path / "out")
     found = sorted(path.name for path in (tmp_path / "out").iterdir())

@@ -323,8 +323,8 @@ def test_a_folder_is_exported_as_the_model_in_memory_is_and_without_loading_it(
     unet = copy.deepcopy(written.unet).half()
     pipe = DDPMPipeline(unet, DDPMScheduler())  # any pipeline: it is never called
     pipe.save_pretrained(tmp_path / "model", max_shard_size="1MB")
-    parts = FolderParts(tmp_path / "model", "unet")
-    assert {tensor.device.type for tensor in parts.denoiser.state_dict().values()} == {"meta"}
+    parts = FolderParts(tmp_path / "model", ["unet"])
+    assert {tensor.device.type for tensor in parts.target.state_dict().values()} == {"meta"}
     result = written.again(tmp_path / "out", parts=parts)
     assert result == written.result
     assert hashes(tmp_path / "out") == hashes(written.folder)
@@ -334,7 +334,7 @@ def test_a_folder_is_requantized_as_the_model_in_memory_is(written: Written, pol
     DDPMPipeline(copy.deepcopy(written.unet).half(), DDPMScheduler()).save_pretrained(tmp_path / "model")
     choices = dict.fromkeys(written.choices, Choice(format_named("nf4"), bias_correction=True))
     given = {"policy": policy_of(written.unet, choices), "requantize": True}
-    from_file = written.again(tmp_path / "a", parts=FolderParts(tmp_path / "model", "unet"), **given)
+    from_file = written.again(tmp_path / "a", parts=FolderParts(tmp_path / "model", ["unet"]), **given)
     assert len(from_file.requantized) > 10
     assert from_file == written.again(tmp_path / "b", **given)
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
@@ -356,7 +356,7 @@ def test_a_policy_with_a_text_encoder_is_refused_by_its_name(
     written: Written, policy_of: Any, parts_of: Any, toy_pipeline: Any, tmp_path: Path
 ) -> None:
     parts = parts_of(unet=toy_pipeline.unet, text_encoder=toy_pipeline.text_encoder)
-    policy = policy_of(parts.denoiser, {name: Choice(FP16) for name, _ in quantizable_layers(parts.denoiser)})
+    policy = policy_of(parts.target, {name: Choice(FP16) for name, _ in quantizable_layers(parts.target)})
     with pytest.raises(BitPolicyError, match=r"models of diffusers only, and the policy covers text_encoder, too"):
         written.again(tmp_path / "out", parts=parts, policy=policy)
     assert list(tmp_path.iterdir()) == []
