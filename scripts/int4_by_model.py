@@ -96,7 +96,7 @@ def measured(folder: Path, work: Path, images: int, stages: Stages) -> Iterator[
     for rounding in (NEAREST, GPTQ):
         quantization, choices = uniform(plan, rounding, work, stages)
         for format, of_format in choices.items():
-            with quantized(plan.source.denoiser, of_format, quantization=quantization):
+            with quantized(plan.trajectories.denoisers[0], of_format, quantization=quantization):
                 errors = call_errors(plan, reference)
                 drawn = list(plan.trajectories.images(plan.split.held_out[:images]))
             share = plan.account.total({name: choice.format for name, choice in of_format.items()})
@@ -138,7 +138,7 @@ def call_errors(plan: Plan, reference: Reference) -> dict[str, float]:
     power, bias, scale, signal = (torch.zeros(len(reference.calls), dtype=torch.float64) for _ in range(4))
     for step, recorded in enumerate(reference.calls):
         exact = recorded[OUTPUT].double().flatten(1)
-        error = call(plan.source.denoiser, recorded).double().flatten(1) - exact
+        error = call(plan.trajectories.denoisers[0], recorded).double().flatten(1) - exact
         rows = len(error)
         of_rows, of_mean = error.square().sum(1).mean(), error.mean(0).square().sum()
         power[step], signal[step] = of_rows, exact.square().sum(1).mean()
