@@ -117,7 +117,7 @@ def _rivals(
     stages: Stages,
 ) -> dict[str, Mapping[str, Choice]]:
     problems = {
-        name: Problem(plan.layers, plan.formats, table, plan.account, budget.nbytes)
+        name: Problem(plan.layers, plan.formats, plan.account, table=table, budget=budget.nbytes)
         for name, (_, table) in tables.items()
     }
     exact = problems["adjoint"].choices(problems["adjoint"].solve())

@@ -122,7 +122,7 @@ def make_lists(probed: Probed, asked: str | None) -> Lists:
     recorded = policy.budget.asked if policy is not None and policy.budget is not None else None
     budget = Budget.parse(asked or recorded or DEFAULT_BUDGET, probed.account)
     formats = (*probed.table.formats, FP16)
-    problem = Problem(probed.layers, formats, probed.table, probed.account, budget.nbytes)
+    problem = Problem(probed.layers, formats, probed.account, table=probed.table, budget=budget.nbytes)
     budget.require(problem.smallest, [f.name for f in formats])
     solution = problem.solve()
     layers = tuple(_marked(probed, solution, formats, place) for place in range(len(probed.layers)))

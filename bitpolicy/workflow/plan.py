@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 
 from bitpolicy.kernels.errors import BitPolicyError
@@ -24,15 +23,15 @@ from bitpolicy.policies.components import asked_components, to_text
 from bitpolicy.policies.exporters.targets import exporter_named
 from bitpolicy.policies.measured_compute import measured_compute
 from bitpolicy.policies.target import Target
-from bitpolicy.search.budget import SCOPES, Budget, Scope, read
+from bitpolicy.search.budget import Budget, Scope, read
 from bitpolicy.search.constraints import not_held, pinned, shared_qkv
-from bitpolicy.search.problem import Problem
+from bitpolicy.search.problem import PolicySpace, Problem
 from bitpolicy.sensitivity.calls.signature import STEPS, Signature
 from bitpolicy.sensitivity.cost.peak_memory import observe
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import Layer, inventory, warn_of_unsupported
 from bitpolicy.sensitivity.probes.named import PROBES
-from bitpolicy.sensitivity.probes.run import ProbeRun, ProbeSettings
+from bitpolicy.sensitivity.probes.run import ProbeRun, ProbeSettings, require_one_quantizer
 from bitpolicy.sensitivity.rounding.candidates import useful_formats
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.table import SensitivityTable
@@ -122,8 +121,8 @@ class Plan:
         whole = {name for part in parts if part <= silent for name in part}
         return [name for name in table.layers if name in silent and (name in outside or name in whole)]
 
-    def problem(self, table: SensitivityTable, never_called: Iterable[str] = ()) -> Problem:
-        """What the search decides, given the scores.
+    def space(self, never_called: Iterable[str] = ()) -> PolicySpace:
+        """The policies that the search chooses from.
 
         Args:
             never_called: layers that stay FP16 if they are not pinned to another format.
@@ -132,24 +131,17 @@ class Plan:
         extra = {f for f in self.pinned.values() if f.name not in self.asked and f.packed}
         kept_alone = {(x.name, f) for x in self.layers for f in extra if self.pinned.get(x.name) != f}
         unknown = {(name, f) for name in never_called if name not in self.pinned for f in self.formats if f.packed}
-        return Problem(
-            self.layers,
-            self.formats,
-            table,
-            scope.account,
-            self.budget.nbytes,
-            pinned=self.pinned,
-            tied=self.tied,
-            barred=scope.barred | kept_alone | unknown | self.barred,
-        )
+        barred = scope.barred | kept_alone | unknown | self.barred
+        return PolicySpace(self.layers, self.formats, scope.account, self.pinned, self.tied, barred)
+
+    def problem(self, table: SensitivityTable, never_called: Iterable[str] = ()) -> Problem:
+        """What the search decides, given the scores; `never_called` as for `space`."""
+        return self.space(never_called).problem(table, self.budget.nbytes)
 
     @property
     def smallest(self) -> int:
-        """Bytes of the smallest policy that is allowed, as the budget's scope counts what is studied."""
-        packed = [format for format in self.formats if format.packed]
-        zeros = torch.zeros(len(self.layers), len(packed))
-        names = tuple(layer.name for layer in self.layers)
-        return self.problem(SensitivityTable("weight", names, tuple(packed), zeros, zeros.bool())).smallest
+        """Bytes of the smallest allowed policy, counted as the scope of the budget counts the target."""
+        return self.space().smallest
 
     def require_budget(self, smallest: int) -> None:
         """Check the budget against the size of the smallest policy that is allowed.
@@ -232,25 +224,30 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
 
 
 def _require_sound(settings: Settings) -> str:
-    """Tell mistakes before a model is loaded; returns the budget, all there is where none was asked for."""
+    """Check everything that can be checked before a model is loaded.
+
+    Returns:
+        The budget as written; "100%" where a quality or the whole curve is asked for.
+
+    Raises:
+        BitPolicyError: an option is wrong, or two do not go together.
+    """
     parse_formats(settings.formats)
     if settings.target is not None:
         exporter_named(settings.target)
     asked = "100%" if settings.budget is None else settings.budget
     read(asked)
-    ProbeSettings(settings.probe, (Sample("", 0),), quantizers=parse_quantizer(settings.quantizer))
+    require_one_quantizer(settings.probe, parse_quantizer(settings.quantizer))
     compute = measured_compute(settings.compute)
-    if settings.scope not in SCOPES:
-        raise BitPolicyError(f"unknown scope {settings.scope!r}; write any of {', '.join(SCOPES)}")
     if settings.scope == "peak" and settings.offload:
-        raise BitPolicyError("--scope peak is of a model that lies on its device as a whole; leave --offload out")
+        raise BitPolicyError("--scope peak needs the whole model on its device; leave out --offload")
     if settings.scope == "peak" and compute is not Compute.EXACT:
         raise BitPolicyError(
-            f"--scope peak counts what exact compute holds, and {compute} keeps weights in layouts of its own; take "
+            f"--scope peak counts the memory of exact compute, and {compute} keeps weights in layouts of its own; take "
             "--scope weights, or --compute exact"
         )
     if settings.scope != "peak" and (settings.height or settings.width or settings.batch_size != 1):
-        raise BitPolicyError("--height, --width and --batch-size say what a peak is of; add --scope peak")
+        raise BitPolicyError("--height, --width and --batch-size describe the call of a peak; add --scope peak")
     return asked
 
 

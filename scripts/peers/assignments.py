@@ -107,7 +107,9 @@ def _thresholded(rivals: Rivals) -> Iterator[Entry]:
 def _exact(rivals: Rivals, family: str, table: SensitivityTable, kind: str = "assignment") -> Iterator[Entry]:
     plan = rivals.plan
     for share in SHARES:
-        problem = Problem(plan.layers, plan.formats, table, plan.account, int(share * plan.account.reference))
+        problem = Problem(
+            plan.layers, plan.formats, plan.account, table=table, budget=int(share * plan.account.reference)
+        )
         chosen = problem.choices(problem.solve())
         yield rivals.write(family, {name: choice.format for name, choice in chosen.items()}, share, kind)
 

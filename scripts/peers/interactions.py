@@ -24,7 +24,9 @@ def quadratic(rivals: Rivals) -> Iterator[Entry]:
     """Entries at every size for every lambda."""
     for share, shrinkage in itertools.product(SHARES, (None, *GIVEN)):
         plan = rivals.plan
-        problem = Problem(plan.layers, plan.formats, rivals.ours, plan.account, int(share * plan.account.reference))
+        problem = Problem(
+            plan.layers, plan.formats, plan.account, table=rivals.ours, budget=int(share * plan.account.reference)
+        )
         formats, used = _repaired(problem, shrinkage, rivals.vectors)
         label = "asked" if shrinkage is None else f"{shrinkage:g}"
         chosen = {layer.name: plan.formats[f] for layer, f in zip(plan.layers, formats, strict=True)}

@@ -53,7 +53,9 @@ def _row(
 ) -> list[str]:
     def solved(table: SensitivityTable) -> dict[str, Format]:
         plan = rivals.plan
-        problem = Problem(plan.layers, plan.formats, table, plan.account, int(share * plan.account.reference))
+        problem = Problem(
+            plan.layers, plan.formats, plan.account, table=table, budget=int(share * plan.account.reference)
+        )
         return {layer.name: plan.formats[f] for layer, f in zip(plan.layers, problem.solve().formats, strict=True)}
 
     own = [solved(half) for half in halves]

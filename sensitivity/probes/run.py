@@ -69,16 +69,23 @@ class ProbeSettings:
     compute: Compute = Compute.EXACT
 
     def __post_init__(self) -> None:
-        if not probe_named(self.probe).chooses_quantizer and len(self.quantizers) > 1:
-            raise BitPolicyError(
-                f"the {self.probe} probe does not choose between quantizers; name one with --quantizer, or take "
-                "--probe adjoint"
-            )
+        require_one_quantizer(self.probe, self.quantizers)
         if not self.samples or self.vectors < 1 or self.shared < 1:
             raise BitPolicyError(
                 f"a probe needs samples and vectors; got {len(self.samples)} samples, {self.vectors} vectors, "
                 f"{self.shared} shared"
             )
+
+
+def require_one_quantizer(probe: str, quantizers: Sequence[str]) -> None:
+    """
+    Raises:
+        BitPolicyError: there is no such probe, or several rounding methods are named and it cannot choose between them.
+    """
+    if not probe_named(probe).chooses_quantizer and len(quantizers) > 1:
+        raise BitPolicyError(
+            f"the {probe} probe does not choose between quantizers; name one with --quantizer, or take --probe adjoint"
+        )
 
 
 class ProbeRun:

@@ -80,7 +80,7 @@ def new_problem() -> Problem:
     account = ByteAccount(
         torch.float16, {layer.name: layer.shape for layer in layers}, fixed=1000, parameters=1_000_000
     )
-    return Problem(layers, FORMATS, table, account, account.reference // 3)
+    return Problem(layers, FORMATS, account, table=table, budget=account.reference // 3)
 
 
 def scripted_generations(problem: Problem, **settings: Any) -> ScriptedGenerations:

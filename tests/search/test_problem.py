@@ -31,7 +31,7 @@ def problem(request: pytest.FixtureRequest) -> Problem:
     layers = [Layer(name, "Linear", shape, True, "other", "ends") for name, shape in SHAPES.items()]
     table = SensitivityTable("ablation", tuple(SHAPES), FORMATS[:2], error, torch.zeros(len(SHAPES), 2).bool())
     account = ByteAccount(torch.float16, SHAPES, fixed=100, parameters=9000)
-    return Problem(layers, FORMATS, table, account, budget=account.reference // 2)
+    return Problem(layers, FORMATS, account, table=table, budget=account.reference // 2)
 
 
 def every_policy(problem: Problem) -> Iterator[tuple[float, int, dict[str, str]]]:
