@@ -114,10 +114,10 @@ def test_the_operator_passes_torchs_checks(make: Callable[[], nn.Module], size: 
 def test_the_fake_kernel_gives_shape_and_strides(shape: str, compute: Compute, format: str) -> None:
     x, weight = input_of(shape), weight_of(shape, format)
     assert weight is not None
-    for lies in (x, x.contiguous(memory_format=torch.channels_last)) if x.ndim == 4 else (x,):
-        arguments = ops.arguments(lies, weight, bias_of(shape), compute)
-        found, told = ops._product(*arguments), ops._shape_of_product(*arguments)
-        assert (found.shape, found.stride(), found.dtype) == (told.shape, told.stride(), told.dtype), lies.stride()
+    for arranged in (x, x.contiguous(memory_format=torch.channels_last)) if x.ndim == 4 else (x,):
+        arguments = ops.arguments(arranged, weight, bias_of(shape), compute)
+        found, fake = ops._product(*arguments), ops._shape_of_product(*arguments)
+        assert (found.shape, found.stride(), found.dtype) == (fake.shape, fake.stride(), fake.dtype), arranged.stride()
 
 
 @every_layer

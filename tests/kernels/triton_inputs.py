@@ -84,19 +84,19 @@ def test_a_non_finite_row_or_sample_has_no_scale(value: float, code: torch.dtype
     rows = triton_input.quantized(x, (-1,), (), code).scale.view(3, 4)
     assert torch.isnan(rows).nonzero().tolist() == [[1, 2]]
     few = x[..., 60:].contiguous()
-    for lies in (few, few.movedim(1, -1).contiguous().movedim(-1, 1)):
-        pixels = triton_input.quantized(lies, (1,), (), code).scale.view(3, 5)
+    for arranged in (few, few.movedim(1, -1).contiguous().movedim(-1, 1)):
+        pixels = triton_input.quantized(arranged, (1,), (), code).scale.view(3, 5)
         assert torch.isnan(pixels).nonzero().tolist() == [[1, 4]]
-    for lies in (x, x.movedim(1, -1).contiguous().movedim(-1, 1)):
-        samples = triton_input.quantized(lies, (1, 2), (), code).scale
+    for arranged in (x, x.movedim(1, -1).contiguous().movedim(-1, 1)):
+        samples = triton_input.quantized(arranged, (1, 2), (), code).scale
         assert torch.isnan(samples).tolist() == [False, True, False]
 
 
 def test_float8_rounds_to_nearest_at_and_around_ties() -> None:
     levels = torch.arange(0x7F, dtype=torch.uint8).view(FLOAT8).float()  # all positive ones, up to 448
     ties = (levels[1:] + levels[:-1]) / 2
-    beside = [torch.nextafter(ties, torch.tensor(towards)) for towards in (0.0, 1e3)]
-    values = torch.cat([levels, ties, *beside, torch.logspace(-12, 2.6, 3000)])
+    neighbours = [torch.nextafter(ties, torch.tensor(towards)) for towards in (0.0, 1e3)]
+    values = torch.cat([levels, ties, *neighbours, torch.logspace(-12, 2.6, 3000)])
     x = torch.cat([torch.tensor([448.0]), values, -values])[None]  # so that the scale is 1
     made = triton_input.quantized(x, (-1,), (), FLOAT8)
     assert made.scale.tolist() == [1.0]

@@ -107,8 +107,8 @@ def test_products_equal_the_definition_for_any_zero_point(
     x = SIGNS[sign](inputs(3, shape[1]) if slides is None else inputs(2, shape[1], 5, 6))
     x[0] *= 100
     right = int8_product(x, w, bias)
-    for lies in (x, x if slides is None else x.contiguous(memory_format=torch.channels_last)):
-        assert torch.equal(TritonInt8()(lies, w, bias, TritonInt8().prepare(w, x.dtype)), right)
+    for arranged in (x, x if slides is None else x.contiguous(memory_format=torch.channels_last)):
+        assert torch.equal(TritonInt8()(arranged, w, bias, TritonInt8().prepare(w, x.dtype)), right)
     if format != "fp8":
         assert torch.equal(TritonInt8()(x, w, bias, {}), right)  # as with low_memory
 
@@ -134,9 +134,9 @@ def test_float8_products_equal_the_definition(
     x[0] *= 100
     right = fp8_product(x, w, bias)
     bound = 1e-6 * multiply(x.abs(), w.dequantize(torch.float32).abs(), slides, bias.abs())
-    for lies in (x, x if slides is None else x.contiguous(memory_format=torch.channels_last)):
+    for arranged in (x, x if slides is None else x.contiguous(memory_format=torch.channels_last)):
         for prepared in (TritonFp8().prepare(w, x.dtype), {}):  # {} as with low_memory
-            assert ((TritonFp8()(lies, w, bias, prepared) - right).abs() <= bound).all()
+            assert ((TritonFp8()(arranged, w, bias, prepared) - right).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3])
