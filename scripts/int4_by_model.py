@@ -4,8 +4,8 @@ the image, and to what the image shows.
     python scripts/int4_by_model.py                                 the bundled model and all of scripts/trained
     python scripts/int4_by_model.py --models scripts/trained/mmdit --images 64
 
-Every layer has the same format: INT4 in groups of 64, INT4 with one scale per output channel, or INT8; rounded to
-nearest with biases as they were, or by GPTQ with corrected biases. For each:
+Every layer has the same format: INT4 in groups of 64, INT4 with one scale per output channel, or INT8. Weights are
+rounded to nearest, rounded to nearest with corrected biases, or rounded by GPTQ with corrected biases. For each:
 
     call          error of the denoiser's output at the reference's own latents, relative to the output's power, in dB,
                   over the trajectory and at its first and its last recorded step
@@ -44,7 +44,7 @@ from bitpolicy.settings import Settings
 from bitpolicy.workflow.plan import Plan
 
 FORMATS = ("int4", "int4-channel", "int8")
-NEAREST, GPTQ = "nearest", "gptq"
+NEAREST, CORRECTED, GPTQ = "nearest", "nearest, corrected", "gptq, corrected"
 STEPS = 6  # recorded steps that single calls are measured at, evenly spread over the trajectory
 
 
@@ -93,7 +93,7 @@ def measured(folder: Path, work: Path, images: int, stages: Stages) -> Iterator[
     if not (work / "calls.safetensors").is_file():
         write_samples(plan, work)
     reference = referenced(plan, work, images)
-    for rounding in (NEAREST, GPTQ):
+    for rounding in (NEAREST, CORRECTED, GPTQ):
         quantization, choices = uniform(plan, rounding, work, stages)
         for format, of_format in choices.items():
             with quantized(plan.trajectories.denoisers[0], of_format, quantization=quantization):
@@ -119,7 +119,7 @@ def uniform(
     plan: Plan, rounding: str, work: Path, stages: Stages
 ) -> tuple[Quantization, dict[Format, dict[str, Choice]]]:
     """One format for all layers that its groups fit, for each format."""
-    settings = Settings(budget="100%", probe="weight", quantizer="rtn" if rounding == NEAREST else GPTQ)
+    settings = Settings(budget="100%", probe="weight", quantizer="gptq" if rounding == GPTQ else "rtn")
     run = plan.probe(settings, work / "probes", stages)
     reference = run.reference()
     table = run.table(reference)
