@@ -15,14 +15,14 @@ rounded to nearest, rounded to nearest with corrected biases, or rounded by GPTQ
     PSNR          of the images, mean and worst
     right         share of the images that still show their caption, of those that did
 
-Writes a Markdown table and JSON to --work.
+Writes a Markdown table and JSON to --work. If it is interrupted, the same command continues it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -44,7 +44,7 @@ from bitpolicy.settings import Settings
 from bitpolicy.workflow.plan import Plan
 
 FORMATS = ("int4", "int4-channel", "int8")
-NEAREST, CORRECTED, GPTQ = "nearest", "nearest, corrected", "gptq, corrected"
+ROUNDINGS = NEAREST, CORRECTED, GPTQ = "nearest", "nearest, corrected", "gptq, corrected"
 STEPS = 6  # recorded steps that single calls are measured at, evenly spread over the trajectory
 
 
@@ -87,15 +87,19 @@ class Reference:
     shows: list[bool] | None
 
 
-def measured(folder: Path, work: Path, images: int, stages: Stages) -> Iterator[Row]:
-    """The rows of one model."""
+def measured(folder: Path, work: Path, images: int, done: Collection[tuple[str, str]]) -> Iterator[Row]:
+    """The rows of one model, but for the (format, rounding) pairs that are done."""
     plan = plan_of(folder, (*FORMATS, "fp16"))
     if not (work / "calls.safetensors").is_file():
         write_samples(plan, work)
     reference = referenced(plan, work, images)
-    for rounding in (NEAREST, CORRECTED, GPTQ):
-        quantization, choices = uniform(plan, rounding, work, stages)
+    for rounding in ROUNDINGS:
+        if all((format, rounding) in done for format in FORMATS):
+            continue
+        quantization, choices = uniform(plan, rounding, work)
         for format, of_format in choices.items():
+            if (format.name, rounding) in done:
+                continue
             with quantized(plan.trajectories.denoisers[0], of_format, quantization=quantization):
                 errors = call_errors(plan, reference)
                 drawn = list(plan.trajectories.images(plan.split.held_out[:images]))
@@ -115,12 +119,10 @@ def referenced(plan: Plan, work: Path, images: int) -> Reference:
     return Reference(calls, pictures, torch.stack([latent for _, latent in drawn]), _shown(plan, pictures))
 
 
-def uniform(
-    plan: Plan, rounding: str, work: Path, stages: Stages
-) -> tuple[Quantization, dict[Format, dict[str, Choice]]]:
+def uniform(plan: Plan, rounding: str, work: Path) -> tuple[Quantization, dict[Format, dict[str, Choice]]]:
     """One format for all layers that its groups fit, for each format."""
     settings = Settings(budget="100%", probe="weight", quantizer="gptq" if rounding == GPTQ else "rtn")
-    run = plan.probe(settings, work / "probes", stages)
+    run = plan.probe(settings, work / "probes", Stages())
     reference = run.reference()
     table = run.table(reference)
     found: dict[Format, dict[str, Choice]] = {}
@@ -190,6 +192,10 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
     return "\n".join(lines)
 
 
+def _order(row: Mapping[str, object]) -> tuple[object, ...]:
+    return row["model"], FORMATS.index(str(row["format"])), ROUNDINGS.index(str(row["rounding"]))
+
+
 def _cell(name: str, value: object) -> str:
     if value is None:
         return ""
@@ -209,13 +215,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rows: list[dict[str, object]] = []
+    kept = args.work / f"rows-{args.images}.json"
+    rows: list[dict[str, object]] = json.loads(kept.read_text()) if kept.is_file() else []
     for folder in args.models:
-        for row in measured(folder.resolve(), args.work / folder.name, args.images, Stages()):
+        done = {(str(row["format"]), str(row["rounding"])) for row in rows if row["model"] == folder.name}
+        if len(done) == len(FORMATS) * len(ROUNDINGS):
+            continue
+        for row in measured(folder.resolve(), args.work / folder.name, args.images, done):
             rows.append(asdict(row))
             print(" ".join(f"{name}={_cell(name, value)}" for name, value in rows[-1].items()), flush=True)
-    (args.work / "rows.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (args.work / "table.md").write_text(table(rows) + "\n")
+            kept.write_text(json.dumps(rows, indent=1) + "\n")
+    (args.work / "table.md").write_text(table(sorted(rows, key=_order)) + "\n")
 
 
 if __name__ == "__main__":
