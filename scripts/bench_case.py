@@ -1,4 +1,4 @@
-"""What the kernel benchmarks multiply: a layer, its input, and how many operations that is."""
+"""A case of the kernel benchmarks: a layer, its input and the number of operations of one call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bitpolicy.kernels.kernel import Geometry
 
 @dataclass(frozen=True)
 class Case:
-    """A layer and its input; convolutions are padded by half their kernel.
+    """A layer and its input; convolutions are padded by half the kernel size.
 
     Attributes:
         input: (rows, in) or (B, in, H, W).

@@ -1,7 +1,7 @@
-"""What is timed beside torch's own layers: packed layers, and what other projects make of the same layers.
+"""The contenders that are timed against torch's own layers: packed layers, and the same layers quantized by others.
 
-Each function takes a layer or a whole model, which it leaves as it is, and returns a quantized copy; one that finds no
-layer that it can quantize raises ValueError.
+Each function takes a layer or a whole model, leaves it unchanged and returns a quantized copy. It raises ValueError if
+it finds no layer that it can quantize.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bitpolicy.kernels.layers import pack_layer, quantizable_layers, replace_lay
 
 
 def packed(model: nn.Module, format: str, compute: str) -> nn.Module:
-    """Packed layers, rounded to nearest."""
+    """Pack every quantizable layer, rounded to nearest."""
     root = _copy(model)
     for name, layer in list(quantizable_layers(root)):
         tensors = format_named(format).quantize(layer.weight.detach())
@@ -29,10 +29,10 @@ def packed(model: nn.Module, format: str, compute: str) -> nn.Module:
 
 
 def by_torchao(model: nn.Module, what: Literal["int8", "int8-weights", "int4-weights"] = "int8") -> nn.Module:
-    """Linear layers, whose products torchao leaves to torch.compile to make fast: the caller has to do that.
+    """Quantize linear layers with torchao. They are fast only under torch.compile, which the caller has to run.
 
     Args:
-        what: dynamic int8, or weights only; int4 in groups of 32 for CPUs.
+        what: dynamic int8, or weights only; int4 is for CPUs, in groups of 32.
     """
     from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
@@ -49,11 +49,11 @@ def by_torchao(model: nn.Module, what: Literal["int8", "int8-weights", "int4-wei
 
 
 def by_sdnq(model: nn.Module, weights: str = "int8", matmul: bool = True) -> nn.Module:
-    """Linear layers and convolutions of any size; SDNQ compiles its functions itself.
+    """Quantize linear layers and convolutions of any size with SDNQ, which compiles its own functions.
 
     Args:
-        weights: its dtype for them.
-        matmul: whether inputs are quantized, too, and multiplied as integers.
+        weights: SDNQ's name of the weights' dtype.
+        matmul: whether inputs are quantized too and multiplied as integers.
     """
     from sdnq import SDNQConfig
     from sdnq.quantizer import apply_sdnq_to_module
@@ -70,7 +70,7 @@ def by_sdnq(model: nn.Module, weights: str = "int8", matmul: bool = True) -> nn.
 
 
 def by_comfy(model: nn.Module) -> nn.Module:
-    """Linear layers with one scale for all of a weight and one for all of an input."""
+    """Quantize linear layers with comfy-kitchen: one scale per weight tensor and one per input tensor."""
     from comfy_kitchen.tensor import QuantizedTensor
 
     root = _copy(model)
@@ -81,14 +81,14 @@ def by_comfy(model: nn.Module) -> nn.Module:
 
 
 def require_known(parser: ArgumentParser, names: Iterable[str], known: Collection[str]) -> None:
-    """Refuse names of contenders that are none of `known`."""
+    """Refuse names of contenders that are not in `known`."""
     unknown = set(names) - set(known)
     if unknown:
         parser.error(f"unknown contender {', '.join(sorted(unknown))}; write any of {', '.join(known)}")
 
 
 def _copy(model: nn.Module) -> nn.ModuleDict:
-    """With a name above the model, as a lone layer has none by which it could be replaced."""
+    """A copy inside a container, because a layer can only be replaced under a name."""
     return nn.ModuleDict({"model": deepcopy(model)})
 
 

@@ -1,9 +1,10 @@
-"""How fast the Triton kernels are on an NVIDIA GPU, beside torch's fp16 layer and beside what others offer.
+"""How fast the Triton kernels are on an NVIDIA GPU, compared with torch's fp16 layer and with other projects.
 
-Every contender runs as a CUDA graph, quantization of its input included, a few replays at a time by turns in one
-process. Times are medians over the rounds, with the distance between the quartiles. A ratio above 1 is faster than
-fp16. The ceiling is what cuBLAS reaches here on one large product of the same arithmetic. Rivals that are not
-installed, or that fail, are reported so. The last case is a U-Net of SDXL's shape with random weights.
+Every contender runs as a CUDA graph that includes the quantization of its input. The contenders take turns in one
+process, a few replays at a time. Times are medians over the rounds; the spread is half the interquartile range. A ratio
+above 1 means faster than fp16. The ceiling is the speed of cuBLAS on one large product in the same arithmetic, measured
+on the same GPU. Rivals that are not installed or that fail are listed as unavailable. The last case is a U-Net of
+SDXL's shape with random weights.
 
     python scripts/bench_cuda.py --json cuda.json
     python scripts/bench_cuda.py --list
@@ -57,12 +58,12 @@ OURS = {
     "w8a16-unpacked": ("int8", "exact", "triton-dequantize"),
     "w4a16-unpacked": ("int4", "exact", "triton-dequantize"),
 }
-"""Contenders of our own: format, compute, kernel."""
+"""Our own contenders: format, compute mode, kernel."""
 ARITHMETIC = {
     **dict.fromkeys(("w8a8", "w4a8", "torchao-int8", "sdnq-int8", "comfy-int8"), "integer"),
     "w8a8-float8": "float8",
 }
-"""Contenders that do not multiply 16-bit floats, and what they multiply."""
+"""What each contender multiplies, unless that is 16-bit floats."""
 
 
 RIVALS: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -74,7 +75,7 @@ CONTENDERS = ("fp16", *OURS, *RIVALS)
 
 
 def contender(name: str, model: nn.Module) -> tuple[nn.Module, str]:
-    """A model and the mode of dispatch that it runs in."""
+    """The contender's model, and the value of BITPOLICY_KERNELS that it runs with."""
     if name == "fp16":
         return model, "auto"
     if name in OURS:
@@ -89,7 +90,7 @@ def contender(name: str, model: nn.Module) -> tuple[nn.Module, str]:
 
 
 def captured(model: nn.Module, kernel: str, inputs: dict[str, Any]) -> Call:
-    """A replay of one call as a CUDA graph; calls before it compile, choose and tune."""
+    """Replay one call as a CUDA graph. Three calls before the capture compile, choose a kernel and tune it."""
     with torch.no_grad(), use_kernels(kernel):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -109,7 +110,7 @@ def captured(model: nn.Module, kernel: str, inputs: dict[str, Any]) -> Call:
 
 
 def timed(call: Call, replays: int) -> float:
-    """Milliseconds of one replay."""
+    """Milliseconds per replay."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(replays):
@@ -120,7 +121,7 @@ def timed(call: Call, replays: int) -> float:
 
 
 def by_turns(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each call, in every round; about 20 ms of replays a turn."""
+    """Milliseconds of each call in every round; a turn is about 20 ms of replays."""
     replays = {name: max(1, int(20 / max(timed(call, 3), 1e-3))) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
@@ -140,7 +141,7 @@ def float8_product(a: torch.Tensor) -> torch.Tensor:
 
 
 def ceilings() -> dict[str, float]:
-    """Operations a second of cuBLAS on 8192 x 8192 x 8192, in each arithmetic that the GPU has."""
+    """Operations per second of cuBLAS on 8192 x 8192 x 8192, in each arithmetic that the GPU supports."""
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.float16)
     a8 = a.to(torch.float8_e4m3fn)
     codes = torch.randint(-127, 128, (8192, 8192), device="cuda", dtype=torch.int8)
@@ -178,7 +179,7 @@ class Sample(nn.Module):
 
 
 def unet_of_sdxl() -> tuple[nn.Module, dict[str, Any]]:
-    """A U-Net as stabilityai/stable-diffusion-xl-base-1.0 has it, with random weights, and inputs for two samples."""
+    """The U-Net of stabilityai/stable-diffusion-xl-base-1.0 with random weights, and inputs for two samples."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("cuda"):
@@ -207,13 +208,13 @@ def unet_of_sdxl() -> tuple[nn.Module, dict[str, Any]]:
 
 
 def measured(name: str, model: nn.Module, inputs: dict[str, Any], names: Sequence[str], rounds: int) -> dict[str, Any]:
-    """Times of every contender that works, why the others do not, and errors against fp16."""
+    """Times of every contender that works, the reasons why others do not, and errors relative to fp16."""
     calls: dict[str, Call] = {}
     absent: dict[str, str] = {}
     for each in names:
         try:
             calls[each] = captured(*contender(each, model), inputs)
-        except Exception as error:  # noqa: BLE001 # other projects' code, which may do anything
+        except Exception as error:  # noqa: BLE001 # code of other projects, which may raise anything
             absent[each] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     outputs = {each: call().float() for each, call in calls.items()}
     plain = outputs.get("fp16")
@@ -222,7 +223,7 @@ def measured(name: str, model: nn.Module, inputs: dict[str, Any], names: Sequenc
 
 
 def described(result: dict[str, Any], operations: int | None, ceiling: dict[str, float]) -> list[str]:
-    """The lines of a case in the table."""
+    """The lines of the table for one case."""
     times, lines = result["times_ms"], [result["case"]]
     for name, each in times.items():
         low, _, high = quantiles(each, n=4)
@@ -240,15 +241,17 @@ def described(result: dict[str, Any], operations: int | None, ceiling: dict[str,
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose names contain this")
-    parser.add_argument("--contenders", default=",".join(CONTENDERS), help="which of %(default)s")
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each contender, at least 2")
-    parser.add_argument("--tune", action="store_true", help="time the ways to cut each product first")
+    parser.add_argument(
+        "--contenders", default=",".join(CONTENDERS), help="any of %(default)s, separated by commas (default: all)"
+    )
+    parser.add_argument("--rounds", type=int, default=15, help="timing rounds per contender, at least 2")
+    parser.add_argument("--tune", action="store_true", help="first tune the tile sizes of each product")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     parser.add_argument("--json", type=Path, help="write the results here")
     chosen = parser.parse_args(arguments)
     require_known(parser, chosen.contenders.split(","), CONTENDERS)
     if chosen.rounds < 2:
-        parser.error(f"--rounds {chosen.rounds}: a spread takes at least 2")
+        parser.error(f"--rounds {chosen.rounds}: a spread needs at least 2")
     if not any(chosen.only in name for name in (*(case.name for case in CASES), UNET)):
         parser.error(f"no case contains {chosen.only!r}; --list shows them")
     if not chosen.list and not torch.cuda.is_available():
@@ -271,7 +274,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results.append(measured(case.name, *layer_of(case), names, chosen.rounds) | {"layer": asdict(case)})
         print("\n".join(described(results[-1], case.operations, ceiling)), flush=True)
     if chosen.only in UNET:
-        quick = [name for name in names if name != "torchao-int8"]  # tuning a whole model takes it longer than all else
+        quick = [
+            name for name in names if name != "torchao-int8"
+        ]  # its tuning of a whole model takes longer than everything else
         results.append(measured(UNET, *unet_of_sdxl(), quick, chosen.rounds))
         print("\n".join(described(results[-1], None, ceiling)), flush=True)
     if chosen.json:

@@ -1,8 +1,9 @@
-"""How fast `bitpolicy export` is, and how much memory it takes: a synthetic U-Net of some GB, in INT8 and INT4.
+"""How fast `bitpolicy export` is and how much memory it takes, on a synthetic U-Net of a few GB in INT8 and INT4.
 
-The model is written to disk layer by layer (random weights, sharded), so nothing here ever holds it; its text encoder
-and VAE are the bundled pipeline's. The export runs in a process of its own, whose peak of resident memory, mapped files
-included, is compared with what it had when everything was imported. Prints one table and writes JSON. Linux only.
+The model is written to disk layer by layer (random weights, sharded), so this process never holds all of it. Its text
+encoder and VAE are those of the bundled pipeline. The export runs in its own process. The script compares that
+process's peak of resident memory, mapped files included, with its memory after all imports. Prints one table and writes
+JSON. Linux only.
 
     python scripts/bench_export.py --folder /tmp/bench
     python scripts/bench_export.py --gigabytes 1 --json export.json
@@ -38,11 +39,11 @@ from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.storage.source import source_hash
 
 SHARD = 10**9  # bytes
-FORMATS = ("int8", "int4")  # in turn
+FORMATS = ("int8", "int4")  # the layers alternate between them
 
 
 class RandomSource:
-    """Normal weights for a model on `meta`, each drawn when it is read."""
+    """Normally distributed weights for a model on `meta`; each is drawn when it is read."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._specs = {name: TensorSpec(torch.float16, tuple(t.shape)) for name, t in model.state_dict().items()}
@@ -57,7 +58,7 @@ class RandomSource:
 
 
 def unet_of(gigabytes: float) -> Any:
-    """A U-Net like Stable Diffusion's on `meta`, with the channels that bring it closest to a size in float16."""
+    """A U-Net like Stable Diffusion's on `meta`, with the channels whose float16 size is closest to `gigabytes`."""
     config = json.loads((BUNDLED_FOLDER / "unet" / "config.json").read_text())
     config |= {
         "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
@@ -75,13 +76,13 @@ def unet_of(gigabytes: float) -> Any:
 
 
 def make(folder: Path, gigabytes: float) -> tuple[int, float]:
-    """Write the pipeline and a policy for it; returns the denoiser's bytes and the seconds that its hash took."""
+    """Write the pipeline and a policy for it. Returns the denoiser's bytes and the seconds that hashing it took."""
     shutil.copytree(BUNDLED_FOLDER, folder / "model", ignore=shutil.ignore_patterns("unet"))
     unet = unet_of(gigabytes)
     nbytes = export_diffusers_model(
         unet, {}, folder / "model" / "unet", SHARD, RandomSource(unet), quantization=Quantization()
     )
-    unet.save_config(folder / "model" / "unet")  # without the note that it is a checkpoint of ours
+    unet.save_config(folder / "model" / "unet")  # without the entry that marks a packed checkpoint
     formats = zip(quantizable_layers(unet), cycle(FORMATS), strict=False)
     start = time.perf_counter()
     sha256 = source_hash(open_parts(str(folder / "model"), ["unet"], torch.float16).sources["unet"], torch.float16)
@@ -101,9 +102,9 @@ def status(field: str) -> int:
 
 
 def measure(folder: Path) -> None:
-    """Export in this process; prints JSON."""
-    torch.empty(2**20).sum()  # starts the threads
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    """Export in this process and print JSON."""
+    torch.empty(2**20).sum()  # starts torch's threads
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, start, worked = status("VmRSS"), time.perf_counter(), time.process_time()
     written = export(folder / "model", folder / "policy.yaml", folder / "checkpoint")
     found = {
@@ -117,9 +118,11 @@ def measure(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=4.0, help="of the denoiser in float16")
     parser.add_argument(
-        "--folder", type=Path, help="where to work (about 1.5 times the size); default: a temporary one"
+        "--gigabytes", type=float, default=4.0, help="size of the denoiser in float16 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="working folder (needs about 1.5 times the size); default: a temporary one"
     )
     parser.add_argument("--json", type=Path, help="write the numbers here")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)

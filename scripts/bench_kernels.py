@@ -1,8 +1,8 @@
-"""How fast single kernels are at the shapes of Stable Diffusion and SDXL, against torch's own layer in full precision.
+"""How fast single kernels are at the shapes of Stable Diffusion and SDXL, compared with torch's own layer.
 
-Every kernel of the table that takes a call is timed beside the ordinary layer with the same weight, by turns in one
-process, quantization of the input included. The ceiling is the most that the machine was measured to reach for each
-compute, by any kernel, on three large products. Prints one table and writes JSON.
+Every kernel of the table that accepts a call is timed against the unquantized layer with the same weight. They take
+turns in one process, and times include the quantization of the input. The ceiling of a compute mode is the highest
+speed that any kernel reached on this machine, on three large products. Prints one table and writes JSON.
 
     python scripts/bench_kernels.py --json kernels.json
     python scripts/bench_kernels.py --device cuda --formats int4 --only "conv 3x3"
@@ -31,7 +31,7 @@ _REFERENCES = (
     "reference",
     "int8-reference",
     "fp8-reference",
-)  # plain torch code: what the others are tested against, not timed
+)  # plain torch code that the others are tested against; not timed
 
 
 def linear(rows: int, inputs: int, out: int) -> Case:
@@ -70,7 +70,7 @@ def packed(case: Case, format: str, device: str) -> PackedWeight:
 def contenders(
     case: Case, formats: Sequence[str], device: str, dtype: torch.dtype
 ) -> dict[tuple[str, str], tuple[Callable[[], torch.Tensor], Compute]]:
-    """(kernel, format) -> does the call, and its compute. The first is the ordinary layer."""
+    """(kernel, format) -> the call and its compute mode. The first is the unquantized layer."""
     x = torch.randn(case.input, dtype=dtype, device=device)
     bias = torch.randn(case.weight[0], dtype=dtype, device=device)
     w = packed(case, formats[0], device).dequantize(dtype)
@@ -79,7 +79,7 @@ def contenders(
     for format in formats:
         weight = packed(case, format, device)
         for row in TABLE:
-            once = row.kernel.compute is Compute.INT8 and device == "cpu" and format != formats[0]  # the same layout
+            once = row.kernel.compute is Compute.INT8 and device == "cpu" and format != formats[0]  # same layout
             if row.kernel.name not in _REFERENCES and not once and row.refuses(x, weight) is None:
                 found[row.kernel.name, format] = (_call(row.kernel, x, weight, bias), row.kernel.compute)
     return found
@@ -93,7 +93,7 @@ def _call(kernel: Kernel, x: torch.Tensor, weight: PackedWeight, bias: torch.Ten
 def timed(
     calls: Sequence[Callable[[], torch.Tensor]], seconds: Callable[[], float], budget: float
 ) -> list[list[float]]:
-    """Seconds of a call, seven times each, by turns; short calls are repeated to fill their share of the budget."""
+    """Seconds per call in seven rounds of all calls; short calls are repeated to fill their share of the budget."""
     rounds, repeats = 7, []
     for call in calls:
         call()
@@ -139,9 +139,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=sorted(CASES))
     parser.add_argument("--formats", nargs="+", default=["int8", "int4"])
-    parser.add_argument("--only", default="", help="cases whose name and shape hold this")
+    parser.add_argument("--only", default="", help="cases whose name and shape contain this")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--budget", type=float, default=0.3, help="seconds for a kernel on a case")
+    parser.add_argument("--budget", type=float, default=0.3, help="seconds per kernel and case")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -163,7 +163,7 @@ def main() -> None:
                 f" {row['spread']:7.0%} {row['ratio']:6.2f} {row['ceiling']:8.0%}",
                 flush=True,
             )
-        if options.json:  # after each case, for those who do not wait for the last
+        if options.json:  # after each case, so that an interrupted run keeps its results
             found = {"machine": description(options.threads), "ceilings": ceilings, "rows": rows}
             options.json.write_text(json.dumps(found, indent=1) + "\n")
 

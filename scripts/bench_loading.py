@@ -1,16 +1,16 @@
-"""How long a packed pipeline takes to load, and how much memory, beside float16 and beside SDNQ's of the same policy.
+"""Load time and memory of a packed pipeline, compared with float16 and with SDNQ under the same policy.
 
-Two pipelines: the bundled one, and one around a synthetic U-Net (random weights, written layer by layer). Every second
-layer is INT8 and INT4, rounded to nearest; SDNQ's checkpoint is `bitpolicy export --target sdnq` of the same policy.
-Each load is `DiffusionPipeline.from_pretrained(folder, dtype=float16)` in a process of its own, after all imports, by
-turns; the files are in the page cache. Printed are medians:
+There are two pipelines: the bundled one, and one with a synthetic U-Net (random weights, written layer by layer). The
+layers alternate between INT8 and INT4, rounded to nearest. SDNQ's checkpoint comes from `bitpolicy export --target
+sdnq` with the same policy. Each load is `DiffusionPipeline.from_pretrained(folder, dtype=float16)` in its own process,
+after all imports. The checkpoints take turns, and the files are in the page cache. The table shows medians:
 
     load        seconds until the call returns
-    ready       seconds until every tensor was read once: mapped files are read when they are touched
+    ready       seconds until every tensor has been read once (mapped files are read when first touched)
     processor   seconds of processor time until then
-    peak        the most resident bytes beyond those before, mapped files included
-    private     the most that no file backs, sampled every millisecond
-    stored      bytes of all tensors of all models in the end
+    peak        peak resident bytes beyond those before the load, mapped files included
+    private     peak bytes that no file backs, sampled every millisecond
+    stored      bytes of all tensors of all models after the load
 
 Without sdnq its rows are left out. Prints one table and writes JSON. Linux only.
 
@@ -49,7 +49,7 @@ from bitpolicy.pipelines.loading import BUNDLED_FOLDER
 from bitpolicy.policies.identity import weights_hash
 from bitpolicy.policies.policy import Choice, ModelReference, Policy
 
-COLUMNS = {  # name -> unit in the table, how many of what is measured that is
+COLUMNS = {  # name -> unit in the table, and that unit in seconds or bytes
     "load": ("s", 1.0),
     "ready": ("s", 1.0),
     "processor": ("s", 1.0),
@@ -83,7 +83,7 @@ def synthetic(folder: Path, gigabytes: float) -> dict[str, Path]:
 
 
 def exported(model: Path, policy: Policy, folder: Path) -> dict[str, Path]:
-    """The pipeline in every way, by the way's name."""
+    """The pipeline's folder in each kind of storage, by its name."""
     found = {"float16": model, "bitpolicy": folder / "bitpolicy"}
     export(model, policy, found["bitpolicy"])
     if has_sdnq:
@@ -99,7 +99,7 @@ def exported(model: Path, policy: Policy, folder: Path) -> dict[str, Path]:
 
 
 class PrivateBytes(threading.Thread):
-    """Keeps the most bytes seen that no file backs."""
+    """Samples the bytes that no file backs and keeps the maximum."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -117,11 +117,11 @@ class PrivateBytes(threading.Thread):
 
 
 def measure(way: str, folder: Path) -> dict[str, float]:
-    """Load in this process."""
+    """Load in this process and measure it."""
     DiffusionPipeline.from_pretrained(BUNDLED_FOLDER, dtype=torch.float16)  # imports every class
     if way == "sdnq":
         importlib.import_module("sdnq")
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, private = status("VmRSS"), PrivateBytes()
     held, start, worked = private.most, time.perf_counter(), time.process_time()
     private.start()
@@ -146,7 +146,7 @@ def measure(way: str, folder: Path) -> dict[str, float]:
 
 
 def by_turns(folders: Mapping[str, Path], rounds: int) -> dict[str, dict[str, float]]:
-    """Medians of each way."""
+    """Medians for each kind of storage."""
     found: dict[str, list[dict[str, float]]] = {way: [] for way in folders}
     for _ in range(rounds):
         for way, folder in folders.items():
@@ -169,9 +169,13 @@ def table(models: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=1.0, help="of the synthetic denoiser in float16")
-    parser.add_argument("--rounds", type=int, default=3, help="loads of each, of which the median is told")
-    parser.add_argument("--folder", type=Path, help="where to work (about twice the size); default: a temporary one")
+    parser.add_argument(
+        "--gigabytes", type=float, default=1.0, help="size of the synthetic denoiser in float16 (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="loads of each checkpoint; the median is reported")
+    parser.add_argument(
+        "--folder", type=Path, help="working folder (needs about twice the size); default: a temporary one"
+    )
     parser.add_argument("--json", type=Path, help="write the numbers here")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()

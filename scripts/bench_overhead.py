@@ -1,8 +1,8 @@
-"""What a call of a packed layer costs beside its product: layers so small that nothing else is left.
+"""What a call of a packed layer costs apart from its product, measured on layers so small that little else remains.
 
-An ordinary layer of 32 channels and one row or pixel, and packed ones of each compute, by turns in one process, all of
-`Module.__call__` included. With `--compile` twenty such layers in a row, compiled as one graph by torch.compile, and a
-layer's share of the time. Prints one table and writes JSON.
+The script times an unquantized layer of 32 channels on one row or pixel, and packed ones in each compute mode. They
+take turns in one process, and times include all of `Module.__call__`. With `--compile`, torch.compile compiles twenty
+such layers in a row as one graph, and the table shows the time per layer. Prints one table and writes JSON.
 
     python scripts/bench_overhead.py --json overhead.json
     python scripts/bench_overhead.py --compile
@@ -30,11 +30,11 @@ LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "linear": (nn.Linear(32, 32), (1, 32)),
     "conv 1x1": (nn.Conv2d(32, 32, 1), (1, 32, 1, 1)),
 }
-IN_A_ROW = 20  # what calling a compiled graph takes is then little of each layer's
+IN_A_ROW = 20  # spreads the cost of calling a compiled graph over many layers
 
 
 def calls(layer: Any, x: torch.Tensor, format: str, layers: int) -> dict[str, Callable[[], torch.Tensor]]:
-    """The ordinary layer's call, then one a compute; of so many layers compiled, or of one as it is."""
+    """The unquantized layer's call, then one per compute mode; more than one layer means a compiled row of them."""
     found = {"fp32": _call(layer, x, layers)}
     for compute in Compute:
         known = format_named(format)
@@ -54,7 +54,7 @@ def _call(layer: nn.Module, x: torch.Tensor, layers: int) -> Callable[[], torch.
 def measure(
     name: str, format: str, repeats: int, seconds: Callable[[], float], layers: int = 1
 ) -> list[dict[str, Any]]:
-    torch.compiler.reset()  # it compiles a few models, no more
+    torch.compiler.reset()  # otherwise its limit of recompilations stops it
     layer, size = LAYERS[name]
     found = calls(layer, torch.randn(size), format, layers)
     times: dict[str, list[float]] = {compute: [] for compute in found}
@@ -85,8 +85,8 @@ def main() -> None:
     rows = [row for name in LAYERS for row in measure(name, options.format, options.repeats, clock(1), layers)]
     print(f"{'layer':9} {'format':8} {'compute':8} {'us':>7} {'more':>7} {'spread':>7}")
     for row in rows:
-        told = f"{row['us']:7.2f} {row['more']:7.2f} {row['spread']:7.0%}"
-        print(f"{row['layer']:9} {row['format']:8} {row['compute']:8} {told}")
+        figures = f"{row['us']:7.2f} {row['more']:7.2f} {row['spread']:7.0%}"
+        print(f"{row['layer']:9} {row['format']:8} {row['compute']:8} {figures}")
     if options.json:
         options.json.write_text(json.dumps({"machine": description(1), "rows": rows}, indent=1) + "\n")
 

@@ -1,8 +1,8 @@
-"""Predicted against measured peak memory of a pipeline call, for policies, image sizes and batch sizes.
+"""Predicted and measured peak memory of a pipeline call, for several policies, image sizes and batch sizes.
 
-One call of the unquantized pipeline predicts every policy's peak. Each policy is then exported, reloaded and run, and
-torch's count of what it allocates is taken (`measured_peak`). The subjects are the bundled pipeline and a Stable
-Diffusion 1.5 of the published configuration with random weights. Prints one table and writes JSON.
+One call of the unquantized pipeline predicts the peak of every policy. Each policy is then exported, reloaded and run,
+and torch counts what it allocates (`measured_peak`). The subjects are the bundled pipeline and Stable Diffusion 1.5 in
+its published configuration with random weights. Prints one table and writes JSON.
 
     python scripts/bench_peak.py
     python scripts/bench_peak.py --subjects stable-diffusion-1.5 --sizes 256 --batches 1 --policies mixed
@@ -66,8 +66,15 @@ class Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subjects", nargs="+", choices=STEPS, default=[BUNDLED, SD15])
-    parser.add_argument("--sizes", nargs="+", type=int, help="default: 64 and 128 bundled, 256 for the other")
-    parser.add_argument("--batches", nargs="+", type=int, help="default: 1 and 4 bundled, 1 for the other")
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        type=int,
+        help="in pixels; default: 64 and 128 for the bundled pipeline, 256 for the other",
+    )
+    parser.add_argument(
+        "--batches", nargs="+", type=int, help="default: 1 and 4 for the bundled pipeline, 1 for the other"
+    )
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, default=Path("build/bench_peak.json"))
@@ -111,7 +118,7 @@ def measure(subject: str, args: argparse.Namespace) -> Iterator[Row]:
 
 
 def described(row: Row) -> str:
-    """One row for people."""
+    """One row of the printed table."""
     numbers = (row.weights, row.activations, row.predicted, row.measured)
     columns = "".join(f"{number / 1e6:{width}.1f}" for number, width in zip(numbers, (12, 16, 14, 13), strict=True))
     return f"{row.subject:22}{row.pixels:6}{row.batch_size:7}  {row.policy:6}{columns}{row.error:+8.2%}"
@@ -122,7 +129,7 @@ def _call(subject: str, pixels: int) -> dict[str, Any]:
 
 
 def _embeddings(subject: str, batch: int, pipe: Any) -> dict[str, Any]:
-    """What the pipeline that has no text encoder is given in place of a prompt."""
+    """Embeddings that replace the prompt of the pipeline without a text encoder."""
     if subject == BUNDLED:
         return {}
     like = {"device": pipe.device, "dtype": pipe.unet.dtype}
@@ -158,7 +165,7 @@ def _bundled() -> Any:
 
 
 def _stable_diffusion() -> Any:
-    """The published U-Net and VAE, random; without text encoder: embeddings are given."""
+    """The published U-Net and VAE with random weights. Has no text encoder, so calls pass embeddings."""
     torch.manual_seed(0)
     unet: Any = published("stable-diffusion-v1-5").to(torch.float16).to_empty(device="cpu").eval()
     vae = AutoencoderKL(

@@ -1,23 +1,23 @@
-"""bitpolicy against other tools and other ways to choose: the same denoiser, the same bytes, the same held-out samples.
+"""bitpolicy against other tools and other ways to choose formats: same denoiser, same bytes, same held-out samples.
 
-    python scripts/bench_peers.py prepare                  the samples, and calibration data for tools that want it
+    python scripts/bench_peers.py prepare                  the samples, and calibration data for tools that need it
     python scripts/bench_peers.py tools [--only sdnq]      each tool's own quantized denoisers
-    python scripts/bench_peers.py assignments              other ways to choose, under our own three formats
+    python scripts/bench_peers.py assignments              other ways to choose among our own three formats
     python scripts/bench_peers.py reround --only 'one-step*'     the same assignments, rounded the way ours are
     python scripts/bench_peers.py add NAME --share 0.33 --checkpoint out/checkpoint    what search-policy exported
     python scripts/bench_peers.py select                   each rival's best setting that fits, on the search samples
     python scripts/bench_peers.py score [--only 'sdnq*'] [--images 256]      images on the held-out samples; resumable
     python scripts/bench_peers.py table [--output docs/peers]                Markdown, JSON and a plot
     python scripts/bench_peers.py plot --output docs/peers     the plots alone, from the Markdown
-    python scripts/bench_peers.py picture --only 'b*'      images of the selected entries at a size, and what is off
-    python scripts/bench_peers.py explain                  what was predicted of each assignment, what was measured
+    python scripts/bench_peers.py picture --only 'b*'      images of the selected entries at one size, and their errors
+    python scripts/bench_peers.py explain                  predicted and measured error of each assignment
 
-With `--model scripts/trained/unet` (or another folder there) all of it is of that model, in a work folder of its own;
-the table then also says how many of the images still show what was asked for.
+With `--model scripts/trained/unet` (or another folder there) every step uses that model and its own work folder. The
+table then also gives the share of images that still show what the prompt asked for.
 
-The tools come with `pip install 'bitpolicy[bench]'`; one that is wanted apart goes into `<work>/venv-<tool>`, which is
-taken first. All rivals get the FP16 values of the denoiser and are scored by what their weights give in float32 on the
-CPU.
+`pip install 'bitpolicy[bench]'` installs the tools. A tool that needs its own environment goes into
+`<work>/venv-<tool>`, which takes precedence. All rivals get the FP16 values of the denoiser. Their score is the result
+of their weights in float32 on the CPU.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ TOOLS = {
     "quanto": "optimum-quanto==0.2.7",
     "gguf": "gguf==0.19.0",
 }
-REROUNDED = ", our rounding"  # ends the family of an assignment that `reround` made anew
-_PROMPTS = 32  # held out, of the bundled pipeline; so many images show each of them once
-_CHECKED = 2  # images of every entry compared with those of the tool's own model
+REROUNDED = ", our rounding"  # ends the family name of an assignment that `reround` wrote
+_PROMPTS = 32  # held-out prompts of the bundled pipeline; this many images show each of them once
+_CHECKED = 2  # images of every entry that are compared with the tool's own model
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -68,8 +68,8 @@ def tools(args: argparse.Namespace) -> None:
 
 
 def tool_python(own: Path, package: str) -> Path | None:
-    """The Python that runs a tool: of its own environment where there is one, else this one if it has the package in
-    the very version."""
+    """The Python that runs a tool: that of its own environment if there is one, else this one if it has the exact
+    version of the package."""
     if (own / "bin" / "python").is_file():
         return own / "bin" / "python"
     name, _, version = package.partition("==")
@@ -84,7 +84,7 @@ def assignments(args: argparse.Namespace) -> None:
 
 
 def reround(args: argparse.Namespace) -> None:
-    """Assignments as further entries, their weights rounded by whatever our own probe finds best for each layer."""
+    """Add entries with the same assignments, their weights rounded as our own probe finds best for each layer."""
     rivals = Rivals.of(plan_of(args.model), args.work, args.quantizer)
     for entry in [*read_entries(args.work / "candidates")]:
         formats = rivals.assigned(entry.name) if fnmatch(entry.name, args.only) else None
@@ -111,7 +111,7 @@ def score(args: argparse.Namespace) -> None:
     plan = plan_of(args.model)
     scores = Scores(plan, args.work)
     rounds = [count for count in (_PROMPTS, 2 * _PROMPTS) if count < args.images] + [args.images]
-    for images, entry in itertools.product(rounds, wanted(args)):  # all roughly before any finely
+    for images, entry in itertools.product(rounds, wanted(args)):  # a rough score of every entry comes first
         values = decibels(scores.errors(entry.name, "held_out", images))
         mean = sum(values) / len(values)
         print(
@@ -120,7 +120,7 @@ def score(args: argparse.Namespace) -> None:
 
 
 def wanted(args: argparse.Namespace) -> list[Entry]:
-    """The entries to score: those that `--only` names, else the selected ones, our own first."""
+    """The entries to score: those that match `--only`, otherwise the selected ones, our own first."""
     entries = {entry.name: entry for entry in read_entries(args.work / "candidates")}
     if args.only != "*":
         return [entry for name, entry in entries.items() if fnmatch(name, args.only)]
@@ -168,19 +168,23 @@ def main() -> None:
     steps = {"prepare": prepare, "tools": tools, "assignments": assignments, "reround": reround, "add": add}
     steps |= {"select": choose, "score": score, "table": table, "plot": plot, "explain": why, "picture": picture}
     parser.add_argument("step", choices=steps)
-    parser.add_argument("name", nargs="?", help="add: of the new entry")
-    parser.add_argument("--model", type=Path, default=MODEL, help="default: the bundled one; or one of scripts/trained")
-    parser.add_argument("--work", type=Path, help=f"default: {WORK}, and the model's name where it is another")
+    parser.add_argument("name", nargs="?", help="add: name of the new entry")
     parser.add_argument(
-        "--only", default="*", help="glob of tools, families (assignments, select), entries (reround, score)"
+        "--model", type=Path, default=MODEL, help="a folder, such as one in scripts/trained; default: the bundled model"
+    )
+    parser.add_argument(
+        "--work", type=Path, help=f"default: {WORK}; for another model, the folder of its name in there"
+    )
+    parser.add_argument(
+        "--only", default="*", help="pattern of tools, families (assignments, select) or entries (reround, score)"
     )
     parser.add_argument("--images", type=int, default=HELD_OUT)
     parser.add_argument("--checkpoint", type=Path, help="add: a folder that search-policy or export wrote")
     parser.add_argument("--share", type=float, help="add, picture: the budget as a share of FP16")
     parser.add_argument("--family", default="bitpolicy", help="add: the row of the table")
     parser.add_argument("--kind", default="ours", choices=("ours", "assignment", "tool"))
-    parser.add_argument("--quantizer", default="auto", help="reround: who rounds")
-    parser.add_argument("--output", type=Path, help="table: where to write, without an ending")
+    parser.add_argument("--quantizer", default="auto", help="reround: the rounding method")
+    parser.add_argument("--output", type=Path, help="table: output path without extension")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     args.work = args.work or (WORK if args.model == MODEL else WORK / args.model.name)

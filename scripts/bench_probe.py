@@ -1,9 +1,9 @@
-"""What the adjoint probe costs on denoisers of true size: memory beyond the weights, seconds a step, projected totals.
+"""Cost of the adjoint probe on denoisers of full size: memory beyond the weights, seconds per step, projected totals.
 
-The denoisers have the published configurations of SD 1.5, SDXL and DiT-XL/2 and random weights; text embeddings are
-random, too. Each model runs in a process of its own: a plain trajectory, then one adjoint sample. Peak memory is the
-kernel's count of resident bytes, reset between the two. Latents and steps are small, so that it fits two cores;
-forwards are counted at full length. Prints one line a model and writes JSON.
+The denoisers have the published configurations of SD 1.5, SDXL and DiT-XL/2, with random weights and random text
+embeddings. Each model runs in its own process: one plain trajectory, then one adjoint sample. Peak memory is the
+kernel's count of resident bytes, reset between the two. Latents and step counts are small enough for two cores; the
+numbers of forward passes are for full length. Prints one line per model and writes JSON.
 
     python scripts/bench_probe.py --dtype float32 --models stable-diffusion-v1-5 DiT-XL-2-256
     python scripts/bench_probe.py --dtype bfloat16 --models stable-diffusion-xl-base-1.0
@@ -42,7 +42,7 @@ from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
 MODELS = ("stable-diffusion-v1-5", "stable-diffusion-xl-base-1.0", "DiT-XL-2-256")
 FULL_STEPS = 20
-FULL_VECTORS = {"stable-diffusion-xl-base-1.0": 8}  # a sample; 2 for the others
+FULL_VECTORS = {"stable-diffusion-xl-base-1.0": 8}  # per sample; 2 for the others
 MIB = 2**20
 
 
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """One model, in this process."""
+    """Measure one model in this process."""
     torch.manual_seed(0)
     dtype, device = getattr(torch, args.dtype), torch.device(args.device)
     trajectories, sample = _loop(args.one, dtype, device, args.pixels, args.steps)
@@ -115,7 +115,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def described(row: dict[str, Any]) -> str:
-    """One row for people."""
+    """The printed line of one model."""
     plain, adjoint = row["plain"], row["adjoint"]
     counts = ", ".join(
         f"{row['ablation_forwards_a_sample'] / n:.0f}x ({'checkpointed inside' if inside == 'True' else 'plain'})"
@@ -123,11 +123,11 @@ def described(row: dict[str, Any]) -> str:
     )
     return (
         f"{row['model']}: {row['parameters'] / 1e6:.0f}M parameters, {row['layers']} layers, weights "
-        f"{row['weights_mib']:.0f} MiB {row['dtype']}; peak beyond what was resident: trajectory "
+        f"{row['weights_mib']:.0f} MiB {row['dtype']}; peak beyond what was already resident: trajectory "
         f"{plain['peak_mib']:.0f} MiB, adjoint {adjoint['peak_mib']:.0f} MiB (largest layer "
-        f"{row['largest_layer_mib']:.0f} MiB); {plain['seconds'] / row['steps']:.1f} s a plain step, "
-        f"{row['seconds_a_step']:.1f} s an adjoint step with {row['vectors']} vectors on {row['device']}; at "
-        f"{row['full_steps']} steps and {row['full_vectors']} vectors below ablation by {counts}"
+        f"{row['largest_layer_mib']:.0f} MiB); {plain['seconds'] / row['steps']:.1f} s per plain step, "
+        f"{row['seconds_a_step']:.1f} s per adjoint step with {row['vectors']} vectors on {row['device']}; at "
+        f"{row['full_steps']} steps and {row['full_vectors']} vectors cheaper than ablation by {counts}"
     )
 
 
@@ -161,7 +161,7 @@ def _loop(model: str, dtype: torch.dtype, device: torch.device, pixels: int, ste
 
 
 def _randomize(model: nn.Module) -> None:
-    """Weights of a size that keeps activations finite through the depth."""
+    """Draw weights small enough for activations to stay finite through all layers."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim >= 2:
@@ -175,13 +175,13 @@ def _randomize(model: nn.Module) -> None:
 
 
 def _timed(work: Any, device: torch.device) -> dict[str, float]:
-    """Seconds, and the peak of memory beyond what was in use when the work began."""
+    """Seconds, and peak memory beyond what was in use at the start."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
         before = _status("VmRSS")
     start = time.perf_counter()
     work()
@@ -194,7 +194,7 @@ def _timed(work: Any, device: torch.device) -> dict[str, float]:
 
 
 def _status(field: str) -> int:
-    """Bytes, as Linux counts them for this process."""
+    """A field of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 

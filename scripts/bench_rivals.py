@@ -1,10 +1,10 @@
-"""How fast packed layers and UNets are on a CPU beside what torchao, SDNQ and comfy-kitchen make of the same ones.
+"""How fast packed layers and UNets are on a CPU, compared with torchao, SDNQ and comfy-kitchen.
 
-Every contender gets the same weights and inputs, and they run by turns in one process, quantization of the input
-included. torchao is compiled by torch.compile, as it is meant to be, and SDNQ compiles its own functions; everything
-else runs as it is. With `--compile` all contenders are compiled whole. A ratio is to torch's own layers in the
-dtype asked for; `error` is the relative distance from what those give, `bytes` what the weights take in memory between
-calls, layouts included. Prints a table a case and writes JSON. Needs the extra `[exporters]`.
+Every contender gets the same weights and inputs. They take turns in one process, and times include the quantization of
+the input. torchao is compiled by torch.compile, as it is meant to be, and SDNQ compiles its own functions; the others
+run uncompiled. With `--compile` every contender is compiled whole. `ratio` is the speed relative to torch's own layers
+in the requested dtype, `error` the relative distance from their output, and `bytes` the memory that the weights take
+between calls, layouts included. Prints a table per case and writes JSON. Needs the extra `[exporters]`.
 
     python scripts/bench_rivals.py --json rivals.json
     python scripts/bench_rivals.py --only "conv 3x3" --dtype bfloat16
@@ -54,7 +54,7 @@ LAYERS = (
 
 
 def cases() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, tuple[torch.Tensor, ...]]]]]:
-    """Names, and what makes the model and its inputs."""
+    """Name of each case, and the function that builds its model and inputs."""
     for case in LAYERS:
         yield f"{case.name} {case.shape}", partial(_layer, case)
     for model in MODELS:
@@ -76,7 +76,7 @@ def _unet(model: Model) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
 def measure(
     build: Callable[[], tuple[nn.Module, tuple[torch.Tensor, ...]]], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """A row for each contender that works; for the others why not."""
+    """A row for each contender: its figures, or why it does not work."""
     model, given = build()
     model = model.to(options.dtype).requires_grad_(False)
     inputs = [x.to(options.dtype) if x.is_floating_point() else x for x in given]
@@ -90,7 +90,7 @@ def measure(
             call = partial(_output, own, inputs)
             rows[name] = {"error": _distance(call(), _output(model, inputs)), "bytes": _held(own)}
             calls[name] = call
-        except Exception as error:  # noqa: BLE001 # other projects' code, which may do anything
+        except Exception as error:  # noqa: BLE001 # code of other projects, which may raise anything
             rows[name] = {"unavailable": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     times = dict(zip(calls, timed(list(calls.values()), clock(options.threads), options.budget), strict=True))
     for name, own_times in times.items():
@@ -109,7 +109,7 @@ def _distance(output: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def _held(model: nn.Module) -> int:
-    """Bytes of parameters and buffers, seen through other projects' tensor classes, and of our layouts."""
+    """Bytes of parameters, buffers and our layouts; looks inside the tensor classes of other projects."""
     tensors = [inner for t in (*model.parameters(), *model.buffers()) for inner in _plain(t)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values()) + resident_bytes(model).layouts
@@ -135,18 +135,18 @@ def shown(row: dict[str, Any]) -> str:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose names contain this")
-    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), help="which of %(default)s")
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), help="any of %(default)s (default: all)")
     parser.add_argument(
-        "--dtype", default="float32", choices=["float32", "bfloat16"], help="of inputs and of torch's layer"
+        "--dtype", default="float32", choices=["float32", "bfloat16"], help="dtype of the inputs and of torch's layer"
     )
-    parser.add_argument("--compile", action="store_true", help="torch.compile for every contender")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile for every contender")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--budget", type=float, default=0.3, help="seconds for a contender on a case")
+    parser.add_argument("--budget", type=float, default=0.3, help="seconds per contender and case")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args(arguments)
     require_known(parser, chosen.contenders, CONTENDERS)
     if not any(chosen.only in name for name, _ in cases()):
-        parser.error(f"no case contains {chosen.only!r}: there are {'; '.join(name for name, _ in cases())}")
+        parser.error(f"no case contains {chosen.only!r}; the cases are {'; '.join(name for name, _ in cases())}")
     chosen.contenders = ["torch", *(name for name in chosen.contenders if name != "torch")]
     chosen.dtype = getattr(torch, chosen.dtype)
     return chosen
@@ -163,9 +163,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = measure(build, options)
         results.append({"case": name, "rows": rows})
         print("\n".join([name, *map(shown, rows)]), flush=True)
-        if options.json:  # after each case, for those who do not wait for the last
-            told = {"dtype": str(options.dtype).removeprefix("torch."), "compiled": options.compile}
-            found = {"machine": description(options.threads), **told, "results": results}
+        if options.json:  # after each case, so that an interrupted run keeps its results
+            settings = {"dtype": str(options.dtype).removeprefix("torch."), "compiled": options.compile}
+            found = {"machine": description(options.threads), **settings, "results": results}
             options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -1,9 +1,9 @@
-"""What the search costs without any model: the exact solver, the frontier, the quadratic form and its repair.
+"""What the search costs without a model: the exact solver, the frontier, the quadratic form and its repair.
 
-Problems are random and of true size: layers as wide as SDXL's, errors that fall by 4 a bit with layers of all
-sensitivities, sketches of which a tenth of the power is common to all layers. Each row is the median and the range of
-several seeds. Times are processor seconds, which on one thread are those of a clock whatever else the machine does.
-Prints one table and writes JSON.
+Problems are random and of realistic size: layers as wide as SDXL's, errors that fall by a factor of 4 per bit, layers
+of widely different sensitivity, and sketches in which a tenth of the power is common to all layers. Each row gives the
+median and the range over several seeds. Times are processor seconds; on one thread these equal clock time, whatever
+else the machine does. Prints one table and writes JSON.
 
     OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 python scripts/bench_search.py
 """
@@ -25,7 +25,7 @@ from bitpolicy.search.knapsack import Solution, solve
 from bitpolicy.search.quadratic import QuadraticForm, feasible, repair
 
 WIDTHS = (320 * 320, 640 * 640, 1280 * 1280, 1280 * 5120, 320 * 36, 640 * 640 * 9, 1280 * 1280 * 9, 2048 * 640)
-EIGHT = (2.25, 3.25, 4.25, 4.5, 5.25, 6.25, 8.0, 16.0)  # bits a weight; the last is FP16
+EIGHT = (2.25, 3.25, 4.25, 4.5, 5.25, 6.25, 8.0, 16.0)  # bits per weight; the last is FP16
 THREE = (4.5, 8.0, 16.0)
 SHARES = (0.25, 0.35, 0.5, 0.7)
 COMMON = 0.1
@@ -79,14 +79,14 @@ def interactions(layers: int, sketches: int, seed: int) -> Measured:
     policies, drawing = timed(feasible, error, nbytes, budget)
     form, fitting = timed(QuadraticForm.of, s, error, np.arange(sketches) // 2, policies)
     start = solve(error, nbytes, budget)
-    mended, seconds = timed(repair, form, nbytes, budget, start)
+    repaired, seconds = timed(repair, form, nbytes, budget, start)
     return {
         "form: s": [drawing + fitting],
         "form: shrinkage": [form.shrinkage],
         "whole policies: 1/s": [whole_rate(form, layers, seed)],
-        "exchanges of two layers: 1/s": [exchange_rate(form, nbytes, mended)],
+        "exchanges of two layers: 1/s": [exchange_rate(form, nbytes, repaired)],
         "repair: s": [seconds],
-        "repair: E after / before": [mended.error / float(form.value(start.formats[None])[0])],
+        "repair: E after / before": [repaired.error / float(form.value(start.formats[None])[0])],
     }
 
 
@@ -96,7 +96,7 @@ def whole_rate(form: QuadraticForm, layers: int, seed: int, count: int = 8192) -
 
 
 def exchange_rate(form: QuadraticForm, nbytes: np.ndarray, optimum: Solution) -> float:
-    """Repairing what is repaired weighs every pair of columns once, and takes none."""
+    """Exchanges per second. Repairing a repaired solution tries every pair of columns once and changes nothing."""
     pairs = int(np.isfinite(form.error).sum()) ** 2
     return pairs / timed(repair, form, nbytes, optimum.nbytes, optimum)[1]
 
@@ -129,7 +129,7 @@ def threads() -> str:
 
 
 def table(found: Measured) -> str:
-    """Median, least and most of each row."""
+    """Median, minimum and maximum of each row."""
     lines = [f"{'':40}{'median':>12}{'least':>12}{'most':>12}"]
     for name, values in found.items():
         lines.append(f"{name:40}" + "".join(f"{v:12.4g}" for v in (np.median(values), min(values), max(values))))

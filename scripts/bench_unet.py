@@ -1,10 +1,10 @@
 """How fast whole UNets are with packed weights: the bundled one, and one of Stable Diffusion 1.5's shape.
 
-The same weights four times: dequantized in ordinary layers (fp32), packed and exact, packed with sums in any order
-(float), packed with 8-bit inputs (int8; `set_compute`). Passes alternate in one process. Prints one table and writes
-JSON; says whether the exact output is the bits of fp32's, and how far the others are from it. What a pass allocates at
-most, scratch included, is counted by torch's allocator; the peak (weights and that) is given as a share of what fp32's
-would be with weights of that size. Random weights, where they are random, are drawn from one seed.
+The same weights run in four ways: dequantized in ordinary layers (fp32), packed and exact, packed with sums in any
+order (float), and packed with 8-bit inputs (int8; see `set_compute`). Passes alternate in one process. Prints one table
+and writes JSON. The table says whether the exact output equals fp32's bit for bit, and how far the others are from it.
+torch's allocator counts the most that a pass allocates, scratch included. The peak (weights plus that) is given as a
+share of the peak that fp32 would have with weights of the same size. Random weights come from a fixed seed.
 
     python scripts/bench_unet.py --json unet.json
     python scripts/bench_unet.py --models bundled --threads 4 --formats int4
@@ -41,7 +41,7 @@ class Model:
     """A UNet and the size of its input.
 
     Attributes:
-        tokens: of the text it attends to.
+        tokens: length of the text that it attends to.
     """
 
     name: str
@@ -71,7 +71,7 @@ MODELS = (Model("bundled", 16, 16), Model("bundled", 16, 16, batch=8), Model("sd
 
 
 def variants(model: Model, format: str) -> dict[str, Any]:
-    """The model in fp32 and packed; layers that are neither linear nor a convolution are the same in all."""
+    """The model in fp32 and packed; all share the layers that are neither linear nor convolutions."""
     exact = model.build().eval().requires_grad_(False)
     plain = _shell(exact)
     for name, layer in list(quantizable_layers(exact)):
@@ -85,7 +85,7 @@ def variants(model: Model, format: str) -> dict[str, Any]:
 
 
 def _shell(model: Any) -> Any:
-    """A copy with modules of its own and the same tensors."""
+    """A copy with its own modules and the same tensors."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, tensors)
 
@@ -165,7 +165,7 @@ def main() -> None:
             rows += measured
             print("\n".join(map(shown, measured)), flush=True)
             gc.collect()
-            if options.json:  # after each model, for those who do not wait for the last
+            if options.json:  # after each model, so that an interrupted run keeps its results
                 found = {"machine": description(options.threads), "rows": rows}
                 options.json.write_text(json.dumps(found, indent=1) + "\n")
 

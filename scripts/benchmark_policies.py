@@ -1,14 +1,14 @@
-"""Policies of equal bytes against each other: held-out PSNR on the bundled pipeline.
+"""Compare policies of equal bytes by their held-out PSNR on the bundled pipeline.
 
-The rivals share the quantizer and the bias correction, so that only the choice of formats differs:
+The rivals share the quantizer and the bias correction, so only the choice of formats differs:
 
-    by hand   timestep embedding, input stem and output head FP16; the largest layers INT4, as many as it takes; the
-              rest INT8; what is left of the budget filled greedily with wider formats, largest layer first
-    weight    exact knapsack on relative weight error, no image looked at
+    by hand   timestep embedding, input stem and output head in FP16; the largest layers in INT4, as many as needed;
+              the rest in INT8; the remaining budget goes to wider formats greedily, largest layer first
+    weight    exact knapsack on relative weight error, without looking at images
     exact     exact knapsack on the adjoint probe
     search    the study on top of it (--trials)
 
-Prompts of the comparison are neither calibrated nor searched on. Prints one table; writes JSON and a picture.
+The prompts of the comparison are not used for calibration or search. Prints one table; writes JSON and a picture.
 
     python scripts/benchmark_policies.py --budgets 5MB --images 64 --trials 32
     python scripts/benchmark_policies.py --budgets 32% 36% 40% 5MB 50% 60% --images 32 --picture docs/bytes-psnr.png
@@ -41,7 +41,7 @@ from bitpolicy.settings import Settings
 from bitpolicy.workflow.plan import Plan, make_plan
 
 INT4, INT8 = format_named("int4"), format_named("int8")
-KEPT = ("input_stem", "timestep_embedding", "output_head")  # roles, where they lie outside the blocks
+KEPT = ("input_stem", "timestep_embedding", "output_head")  # roles, of layers outside the blocks
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ def main() -> None:
     parser.add_argument("--model", help="default: the bundled pipeline")
     parser.add_argument("--budgets", nargs="+", default=["5MB"])
     parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--trials", type=int, default=0, help="Optuna trials; 0 leaves the search out")
+    parser.add_argument("--trials", type=int, default=0, help="Optuna trials; 0 skips the search")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", type=Path, default=Path("build/benchmark"), help="probe records and JSON")
+    parser.add_argument("--work", type=Path, default=Path("build/benchmark"), help="folder for probe records and JSON")
     parser.add_argument("--picture", type=Path, help="plot of bytes against PSNR")
     args = parser.parse_args()
     stages = Stages()
@@ -138,12 +138,12 @@ def _rivals(
 
 
 def usually_kept(plan: Plan) -> list[str]:
-    """The layers that careful people leave alone."""
+    """The layers that people usually leave unquantized."""
     return [layer.name for layer in plan.layers if layer.role in KEPT and layer.stage == "ends"]
 
 
 def by_hand(plan: Plan, budget: int) -> dict[str, Choice]:
-    """What a careful person writes: the usual layers kept, the largest narrowed until it fits, the rest filled."""
+    """A careful manual policy: the usual layers in FP16, the largest narrowed until it fits, the budget then filled."""
     kept = usually_kept(plan)
     formats: dict[str, Format] = {layer.name: FP16 if layer.name in kept else INT8 for layer in plan.layers}
     by_size = sorted((n for n in formats if n not in kept), key=lambda n: -plan.account.layer(n, FP16))

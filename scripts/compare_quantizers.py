@@ -1,7 +1,7 @@
-"""What better rounding gains for the same bytes: every layer in one format, by each quantizer, held-out PSNR.
+"""What better rounding gains at equal bytes: held-out PSNR with every layer in one format, for each quantizer.
 
-`auto` takes for each layer the quantizer and the bias that the probe scores best; the others correct every bias.
-Prompts of the comparison are neither calibrated nor searched on. Prints one table and writes JSON.
+`auto` uses for each layer the quantizer and the bias that the probe scores best; the others correct every bias. The
+prompts of the comparison are not used for calibration or search. Prints one table and writes JSON.
 
     python scripts/compare_quantizers.py --formats int4 int6 int8 --images 64
 """
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--model", help="default: the bundled pipeline")
     parser.add_argument("--formats", nargs="+", default=["int4", "int6", "int8"])
     parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--work", type=Path, default=Path("build/quantizers"), help="probe records and JSON")
+    parser.add_argument("--work", type=Path, default=Path("build/quantizers"), help="folder for probe records and JSON")
     args = parser.parse_args()
     stages = Stages()
     settings = Settings(
