@@ -1,20 +1,21 @@
-"""What bitpolicy promises, on its worst day: its files are damaged, it is killed, the disk is full, it runs twice.
+"""Tests bitpolicy's guarantees under damaged files, kills, full disks and concurrent processes.
 
     python scripts/torture.py                                  10,000 damaged files, 60 kills, 60 full disks, 60 pairs
-    python scripts/torture.py --only files --cases 500         a part, or a few with commas: files,kills,disks,pairs
-    python scripts/torture.py --json torture.json              counts and every bad case; run again, it goes on there
-    python scripts/torture.py --case 1234                      one damaged file alone, with all there is to see
+    python scripts/torture.py --only files --cases 500         some of the parts files,kills,disks,pairs, with commas
+    python scripts/torture.py --json torture.json              counts and every bad case; the next run resumes from it
+    python scripts/torture.py --case 1234                      one damaged file, with all details
 
-Four parts. files: a file that bitpolicy wrote is damaged, and what a user would do with it is done. kills: a search, a
-probe or an export is killed at a random moment, again and again, and has to end with the bytes of one that never was.
-disks: the disk is full after so many pages, then it is made larger. pairs: two processes work in one folder.
+There are four parts. files: a file that bitpolicy wrote is damaged, then used as a user would use it. kills: a search,
+a probe or an export is killed at random moments, and must end with the bytes of an undisturbed run. disks: the disk is
+full after some number of pages, then it grows. pairs: two processes work in one folder.
 
-Allowed are: refused (one BitPolicyError, or exit code 2 with one line); same values (the damage did no harm); differs
-knowingly (a policy.yaml that is another valid one, read as it stands); refused by diffusers (from_pretrained, with an
-error of its own); memory (stopped by a limit of 3 GiB). Forbidden are: other values, hang, crash, raw exception. The
-exit code is 1 if one of those was seen. Ctrl-C prints the table so far.
+Allowed outcomes are: refused (one BitPolicyError, or exit code 2 with one line); same values (the damage did no harm);
+differs knowingly (the policy.yaml is another valid one, read exactly as written); refused by diffusers
+(from_pretrained, with its own error); memory (stopped by a limit of 3 GiB). Forbidden are: other values, hang, crash,
+raw exception. The exit code is 1 if one of those occurred. Ctrl-C prints the table so far.
 
-A case is made from --seed and its number alone. Nothing outside a temporary folder is written; --work keeps it.
+--seed and its number determine a case completely. Nothing is written outside a temporary folder, unless --work or
+--json name a place.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from ordeals.tally import Progress, Tally
 
 PARTS = ("files", "kills", "disks", "pairs")
 Result = tuple[str, Verdict, dict[str, Any]]
-"""A row of the table, the verdict, and what repeats the case."""
+"""A row of the table, the verdict, and what is needed to repeat the case."""
 
 
 def files(made: Artefacts, args: argparse.Namespace, first: int) -> Iterator[Result]:
@@ -63,7 +64,7 @@ def pairs(made: Artefacts, args: argparse.Namespace, first: int) -> Iterator[Res
 
 
 def run(args: argparse.Namespace, made: Artefacts, tally: Tally) -> None:
-    """Every part that was asked for, each from where a stopped run left it."""
+    """Run every requested part, each from where a stopped run left it."""
     parts: dict[str, tuple[Callable[..., Iterator[Result]], int]] = {
         "files": (files, args.cases),
         "kills": (kills, args.kills),
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace, made: Artefacts, tally: Tally) -> None:
 
 
 def one(args: argparse.Namespace, made: Artefacts) -> int:
-    """A single damaged file, told at length."""
+    """Run one case of a damaged file and print its details."""
     case = Files(made, args.seed, made.work / "cases").case(args.case)
     print(f"case {case.number} of seed {args.seed}: {case.row}, {case.file}: {case.done}; then {case.operation}")
     print(f"{case.verdict.outcome}\n{case.verdict.detail}")
@@ -93,27 +94,25 @@ def one(args: argparse.Namespace, made: Artefacts) -> int:
 def _parts(text: str) -> list[str]:
     found = text.split(",")
     if unknown := [part for part in found if part not in PARTS]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is no part; write some of {','.join(PARTS)}")
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not a part; write some of {','.join(PARTS)}")
     return found
 
 
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="of all draws; another seed is 10,000 other cases")
-    parser.add_argument("--cases", type=int, default=10_000, help="damaged files")
-    parser.add_argument("--kills", type=int, default=60, help="SIGKILLs")
-    parser.add_argument("--disks", type=int, default=60, help="sizes of a full disk; takes root, for a small tmpfs")
-    parser.add_argument("--pairs", type=int, default=60, help="rounds of two processes in one folder")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random draws (default: %(default)s)")
+    parser.add_argument("--cases", type=int, default=10_000, help="number of damaged files")
+    parser.add_argument("--kills", type=int, default=60, help="number of SIGKILLs")
+    parser.add_argument("--disks", type=int, default=60, help="number of full disks; needs root for a small tmpfs")
+    parser.add_argument("--pairs", type=int, default=60, help="number of rounds of two processes in one folder")
     parser.add_argument(
         "--only", type=_parts, default=list(PARTS), metavar="PARTS", help="some of files,kills,disks,pairs"
     )
-    parser.add_argument("--case", type=int, metavar="N", help="damaged file number N alone, and what came of it")
+    parser.add_argument("--case", type=int, metavar="N", help="run only damaged file number N and print its details")
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="counts and bad cases; a run that was stopped goes on"
+        "--json", type=Path, metavar="FILE", help="write counts and bad cases here; a stopped run resumes from it"
     )
-    parser.add_argument(
-        "--work", type=Path, metavar="FOLDER", help="keeps the artefacts, so that the next run has them"
-    )
+    parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep the artefacts here for the next run")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     return parser.parse_args(arguments)
 

@@ -1,6 +1,6 @@
-"""Everything that bitpolicy writes, whole, made once: what the ordeals damage, interrupt and compare with.
+"""Undamaged copies of everything that bitpolicy writes. The ordeals damage them, interrupt their writing and compare.
 
-The pipeline is a Stable Diffusion of 65 layers with random weights, so that a search takes seconds.
+The pipeline is a Stable Diffusion of 65 layers with random weights, so a search takes seconds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ordeals.commands import Finished, command
 PROMPTS = "cat dog pizza heart star moon tree ball".split()
 CALL = ("--num-inference-steps", "2", "--guidance-scale", "1")
 _CXX = """#!{python}
-# Compiles each source once: what it made is copied when it is asked for the same again.
+# Compiles each source once, and copies the stored result when the same source comes again.
 import shutil, subprocess, sys
 from pathlib import Path
 line, kept = sys.argv[1:], Path({kept!r})
@@ -26,7 +26,7 @@ if "-o" not in line:
     sys.exit(subprocess.run([{compiler!r}, *line]).returncode)
 sources = sorted(Path(part).name for part in line if part.endswith((".cpp", ".o")) and part != line[-1])
 held = kept / ("-".join([*sources, *(part for part in line if part == "-fopenmp")]) + ".made")
-line = ["-O1" if part == "-O3" else part for part in line]  # nobody waits for what it makes, but for the compiler
+line = ["-O1" if part == "-O3" else part for part in line]  # compile time matters here, not the speed of the result
 if not held.exists():
     code = subprocess.run([{compiler!r}, *line]).returncode
     if code:
@@ -39,14 +39,14 @@ shutil.copy(held, line[-1])
 
 @dataclass(frozen=True)
 class Artefacts:
-    """Folders below `work`, by what they hold.
+    """Folders below `work`, by their content.
 
     Attributes:
         toy: the unquantized pipeline.
         run: a finished search of the denoiser; its checkpoint is in several shards.
-        whole: a checkpoint whose denoiser, text encoder and VAE are packed.
-        probed: a probe's, with --split and --check.
-        cache: compiled kernels, and which was the fastest.
+        whole: a checkpoint with a packed denoiser, text encoder and VAE.
+        probed: the output of a probe with --split and --check.
+        cache: compiled kernels, and the record of the fastest.
     """
 
     work: Path
@@ -79,7 +79,7 @@ class Artefacts:
         return ("--model", str(self.toy), "--prompts", str(self.work / "prompts.txt"), *CALL)
 
     def search(self, folder: Path, budget: str = "50%") -> list[str]:
-        """The command line of the search that `run` holds, in any folder."""
+        """The command line of the search in `run`, for any output folder."""
         sizes = ("--trials", "2", "--samples", "2", "--formats", "int4,nf4,int8,fp16")
         return ["search", "--budget", budget, *self.model(), *sizes, "--output-dir", str(folder), "--json"]
 
@@ -97,13 +97,13 @@ class Artefacts:
 
 
 def make(work: Path) -> Artefacts:
-    """Make all that is not there yet; everything that computes does so in a process of its own."""
+    """Make everything that does not exist yet. All computing happens in separate processes."""
     made = Artefacts(work)
     _environment(made)
     if (work / "made").exists():
         return made
     for name in ("toy", "run", "sharded", "whole", "whole-run", "probed", "cache", "undisturbed"):
-        shutil.rmtree(work / name, ignore_errors=True)  # of a run that was stopped here
+        shutil.rmtree(work / name, ignore_errors=True)  # left by a run that stopped here
     work.chmod(0o755)
     (work / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     command(["pipeline"], run=lambda: _save_toy(made.toy)).require()
@@ -132,7 +132,7 @@ def _environment(made: Artefacts) -> None:
 
 
 def _use_kernels() -> None:
-    """Have the kernels compiled, and a choice among some of them kept."""
+    """Compile the kernels and store a choice among some of them."""
     import torch
 
     from bitpolicy.kernels import micro_probe
@@ -209,7 +209,7 @@ def toy_pipeline() -> Any:
 
 
 def without_times(text: str) -> dict[str, Any]:
-    """What a search prints, but for what no two runs share."""
+    """What a search prints, without the values that differ between any two runs."""
     return {key: value for key, value in json.loads(text).items() if key not in ("seconds", "output_dir")}
 
 

@@ -1,4 +1,4 @@
-"""Damage to files of any kind, and to the header of a safetensors file; the same for the same `random.Random`."""
+"""Damage to files of any kind, and to the header of a safetensors file. Equal `random.Random` states damage equally."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Damage = Callable[[bytes, Random], bytes]
 
 
 def flipped(data: bytes, draw: Random) -> bytes:
-    """One to eight bits, anywhere or where the header is."""
+    """Flip one or eight bits, anywhere or in the header."""
     found = bytearray(data)
     for _ in range(draw.choice((1, 1, 1, 8))):
         end = draw.choice((len(found), len(found), min(len(found), 200)))
@@ -21,7 +21,7 @@ def flipped(data: bytes, draw: Random) -> bytes:
 
 
 def zeroed(data: bytes, draw: Random) -> bytes:
-    """A run, as a disk returns a block that it lost."""
+    """Zero a run of bytes, as a disk does with a block that it lost."""
     at, length = draw.randrange(len(data)), draw.choice((1, 8, 512, 4096))
     return data[:at] + bytes(len(data[at : at + length])) + data[at + length :]
 
@@ -49,7 +49,7 @@ def removed(data: bytes, draw: Random) -> bytes:
 
 
 def swapped(data: bytes, draw: Random) -> bytes:
-    """Two chunks of equal length change places."""
+    """Swap two chunks of equal length."""
     length = draw.choice((1, 2, 16, 256))
     if len(data) < 2 * length:
         return data[::-1]
@@ -69,7 +69,7 @@ _DTYPES = ("F16", "F32", "F64", "BF16", "I8", "U8", "I64", "BOOL", "F8_E4M3", "F
 
 
 def header_of(data: bytes) -> tuple[dict[str, Any], bytes]:
-    """The JSON of a safetensors file, and its data."""
+    """The JSON header of a safetensors file, and its data."""
     (length,) = struct.unpack("<Q", data[:8])
     return json.loads(data[8 : 8 + length]), data[8 + length :]
 
@@ -81,7 +81,7 @@ def safetensors_of(header: dict[str, Any] | str, body: bytes) -> bytes:
 
 
 def header_damaged(data: bytes, draw: Random) -> bytes:
-    """Another length, offset, dtype, shape, name or nesting in the header of a safetensors file."""
+    """Change a length, offset, dtype, shape, name or the nesting in the header of a safetensors file."""
     return draw.choice(_HEADERS)(data, draw)
 
 
@@ -136,7 +136,7 @@ def _wrong_name(data: bytes, draw: Random) -> bytes:
 
 
 def _names_exchanged(data: bytes, draw: Random) -> bytes:
-    """Two tensors of one shape and dtype change names, which nothing but a checksum can tell."""
+    """Swap the names of two tensors of equal shape and dtype, which only a checksum can detect."""
     header, body = header_of(data)
     names = [name for name in header if name != "__metadata__"]
     a = draw.choice(names)
@@ -158,7 +158,7 @@ def _wrong_metadata(data: bytes, draw: Random) -> bytes:
 
 
 def _twice(data: bytes, draw: Random) -> bytes:
-    """A key that stands twice."""
+    """Repeat a key."""
     header, body = header_of(data)
     names = [name for name in header if name != "__metadata__"]
     a, b = draw.choice(names), draw.choice(names)
@@ -174,7 +174,7 @@ def _deep(data: bytes, draw: Random) -> bytes:
 
 
 def _body_changed(data: bytes, draw: Random) -> bytes:
-    """The header as it was, other data: shorter, longer, or of the same length."""
+    """Keep the header and change the data: shorter, longer, or of the same length."""
     header, body = header_of(data)
     return safetensors_of(header, draw.choice((body[:-1], body + b"\0", bytes(len(body)), body[::-1], b"")))
 

@@ -1,7 +1,7 @@
-"""The command line in processes that begin warm: forked from this one, which has imported everything and done nothing.
+"""Run the command line in warm processes, forked from this one after all imports.
 
-A fresh interpreter takes seconds to import torch and diffusers; a fork is there at once and runs the same code. Nothing
-may compute in this process itself: threads do not survive a fork.
+A fresh interpreter takes seconds to import torch and diffusers. A fork starts at once and runs the same code. This
+process itself must never compute anything, because threads do not survive a fork.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from tempfile import TemporaryFile
 from typing import IO, Any
 
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
-BUG = 70  # exit code of a command that raised: sysexits' EX_SOFTWARE
+BUG = 70  # exit code of a command that raised (EX_SOFTWARE in sysexits)
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What a command came to; a negative code is the signal it died of, None that it never ended."""
+    """A finished command. A negative code is the signal that killed it; None means that it never ended."""
 
     arguments: tuple[str, ...]
     code: int | None
@@ -36,7 +36,7 @@ class Finished:
 
     def require(self) -> Finished:
         """Raises:
-        RuntimeError: it did not succeed.
+        RuntimeError: the command failed.
         """
         if self.code != 0:
             raise RuntimeError(f"{' '.join(self.arguments)}: exit code {self.code}\n{self.err[-3000:]}")
@@ -44,7 +44,7 @@ class Finished:
 
     @property
     def complaint(self) -> str | None:
-        """What is wrong with how it ended, if it is neither success nor a mistake told in one line."""
+        """What is wrong with how it ended, unless it succeeded or reported a mistake in one line."""
         lines = [line for line in self.err.splitlines() if line.startswith(("bitpolicy:", "search-policy:"))]
         if self.code is None:
             return "it hangs"
@@ -57,7 +57,7 @@ class Finished:
 
 @dataclass
 class Running:
-    """A command at work."""
+    """A command that was started."""
 
     arguments: tuple[str, ...]
     pid: int
@@ -73,7 +73,7 @@ class Running:
         return self._ended
 
     def wait(self, patience: float) -> Finished:
-        """Wait for its end; after so many seconds it is killed, and its code is None."""
+        """Wait for its end. After `patience` seconds it is killed, and its code is None."""
         end, hung = time.monotonic() + patient(patience), False
         while self.poll() is None:
             if time.monotonic() > end:
@@ -89,11 +89,11 @@ class Running:
         return Finished(self.arguments, None if hung else self._ended, *texts)
 
     def kill(self) -> None:
-        """SIGKILL to it and all that it started."""
+        """Send SIGKILL to it and everything that it started."""
         if self.poll() is None:
             try:
                 os.killpg(self.pid, signal.SIGKILL)
-            except ProcessLookupError:  # it has not made its group yet
+            except ProcessLookupError:  # it has not created its process group yet
                 os.kill(self.pid, signal.SIGKILL)
             self._ended = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
@@ -101,7 +101,7 @@ class Running:
 def start(
     arguments: Sequence[str], run: Callable[[], Any] | None = None, first: Callable[[], Any] | None = None
 ) -> Running:
-    """Begin a command line, or `run`, in a fork of this process; `first` is called there before it."""
+    """Start a command line, or `run`, in a fork of this process, which calls `first` before it."""
     out, err = TemporaryFile(), TemporaryFile()  # noqa: SIM115 - closed by `wait`
     sys.stdout.flush()
     sys.stderr.flush()
@@ -118,7 +118,7 @@ def start(
         if first is not None:
             first()
         code = _called(run) if run is not None else _commanded(arguments)
-    except BaseException:  # noqa: BLE001 - whatever it is, it is told to the one who forked
+    except BaseException:  # noqa: BLE001 - any exception is reported to the parent
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -143,21 +143,21 @@ def _commanded(arguments: Sequence[str]) -> int:
 
 
 def start_fresh(arguments: Sequence[str]) -> Running:
-    """The same in an interpreter of its own, as a user's shell starts it."""
+    """Start a command line in its own interpreter, as a user's shell does."""
     out, err = TemporaryFile(), TemporaryFile()  # noqa: SIM115
     line = [sys.executable, "-m", "bitpolicy", *arguments]
     process = subprocess.Popen(line, stdout=out, stderr=err, start_new_session=True)
-    process.returncode = 0  # it is waited for here, not by subprocess
+    process.returncode = 0  # `Running` waits for it, not subprocess
     return Running(tuple(arguments), process.pid, out, err)
 
 
 def command(arguments: Sequence[str], patience: float = 120, **how: Any) -> Finished:
-    """Run one to its end."""
+    """Run a command to its end."""
     return start(arguments, **how).wait(patience)
 
 
 def warm_up() -> None:
-    """Import what commands import, on one thread."""
+    """Import what the commands import, on one thread."""
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1", MPLBACKEND="Agg")
     import torch
 
@@ -170,25 +170,25 @@ def warm_up() -> None:
     import bitpolicy.report.document  # noqa: F401
 
     for name in ("StableDiffusionPipeline", "UNet2DConditionModel", "AutoencoderKL", "DDIMScheduler"):
-        getattr(diffusers, name)  # imported when it is asked for
+        getattr(diffusers, name)  # imported on first access
     for name in ("CLIPTextModel", "CLIPTextConfig", "CLIPTokenizer"):
         getattr(transformers, name)
 
 
 def patient(seconds: float) -> float:
-    """Seconds to wait for what takes so many at most on a machine that does nothing else."""
+    """Time limit under the current load for something that takes at most `seconds` on an idle machine."""
     return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def alone() -> None:
-    """Begin a group of processes of one's own, which is killed as a whole, and ends when this script does."""
+    """Start a new process group, which can be killed as a whole and ends when this script ends."""
     os.setsid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def read_all(descriptor: int, patience: float) -> bytes | None:
-    """What is written to a pipe until its end; None if that takes longer than so many seconds."""
+    """Everything written to a pipe until it is closed; None if that takes longer than `patience` seconds."""
     end, found = time.monotonic() + patient(patience), b""
     while True:
         ready, _, _ = select.select([descriptor], [], [], max(0.0, end - time.monotonic()))
@@ -201,5 +201,5 @@ def read_all(descriptor: int, patience: float) -> bytes | None:
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
-    """Relative path -> content, links followed."""
+    """Relative path -> content; follows links."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

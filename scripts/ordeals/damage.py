@@ -1,4 +1,4 @@
-"""What happens to one file of a folder: its content changes, or what lies in its place is no such file at all."""
+"""Damage to one file of a folder: its content changes, or something that is not a regular file takes its place."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from random import Random
 from ordeals.byte_damage import BYTES, header_damaged
 from ordeals.text_damage import json_damaged, yaml_damaged
 
-NOBODY = 65534  # who may read nothing that is closed to others
+NOBODY = 65534  # a user without access to files that are closed to others
 _SYSTEM = ("/etc/passwd", "/dev/null", "/dev/zero", "/dev/full", "/proc/self/mem", "/no/such/file", "/")
 
 
 def damage(path: Path, draw: Random) -> str:
-    """Damage the file; returns what was done, in words. What is done depends on `draw` and the content alone."""
+    """Damage the file and return a description. The damage depends only on `draw` and the content."""
     if draw.random() < 0.12:
         name = draw.choice(sorted(_PLACES))
         _PLACES[name](path, draw)
@@ -29,7 +29,7 @@ def damage(path: Path, draw: Random) -> str:
         try:
             found = how(data, draw) if data else draw.randbytes(9)
         except (ValueError, KeyError, IndexError):
-            continue  # a surgeon who wanted a file of another kind
+            continue  # this kind of damage needs another kind of file
         if found != data:
             path.write_bytes(found)
             return how.__name__.replace("_", " ").strip()
@@ -48,7 +48,7 @@ def _how(path: Path, draw: Random) -> Callable[[bytes, Random], bytes]:
 
 
 def _line_damaged(data: bytes, draw: Random) -> bytes:
-    """A journal of JSON lines in which one line is another, is gone, or stands twice."""
+    """Changes, removes or repeats one line of a journal of JSON lines."""
     lines = data.splitlines(keepends=True)
     at = draw.randrange(len(lines))
     match draw.randrange(4):
@@ -87,7 +87,7 @@ def _unreadable(path: Path, draw: Random) -> None:
 
 
 def _pickle(path: Path, draw: Random) -> None:
-    """What torch.save writes, or a plain pickle, by the file's name."""
+    """Write the output of torch.save, or a plain pickle, under the file's name."""
     import torch
 
     held = io.BytesIO()
@@ -99,7 +99,7 @@ def _pickle(path: Path, draw: Random) -> None:
 
 
 def _beside(path: Path, draw: Random) -> None:
-    """The content of another file of the folder."""
+    """Replace the content by that of another file of the folder."""
     files = [other for other in sorted(path.parent.iterdir()) if other.is_file() and other != path]
     if not files:
         files = [other for other in sorted(path.parents[1].rglob("*")) if other.is_file() and other != path]

@@ -1,9 +1,9 @@
-"""The ordeal of full disks: a command writes to a file system of so many bytes or files, which is then made larger.
+"""The ordeal of full disks: a command writes to a file system with a limit on bytes or inodes, which is then raised.
 
-It has to say so in one line, and the same command has to end with the bytes of an undisturbed run. The file system is
-a tmpfs, which takes root; without, a limit on the size of a file is set, which stops what is larger with an error of
-its own. Room is looked at before anything is written, so the processes here are told that there is plenty: another one
-may fill the disk later.
+The command must report the full disk in one line. Run again with room, it must leave the bytes of an undisturbed run.
+The file system is a tmpfs, which needs root. Without root, a limit on the size of a file is set instead, and larger
+writes fail with their own error. Commands check the free space before they write. The processes here always see plenty
+of it, because another process may fill the disk later.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Disks:
             limit = f"size={draw.randint(1, 11 * needed // (10 * _PAGE)) * _PAGE},nr_inodes=100k"
         else:
             limit = f"size=256m,nr_inodes={draw.randint(2, 2 * files)}"
-        if work.over:  # the older export has to fit
+        if work.over:  # the older export must fit
             limit = f"size={needed + draw.randint(1, needed // _PAGE) * _PAGE},nr_inodes=100k"
         _mounted(self._disk, limit)
         folder = self._disk / "folder"
@@ -78,7 +78,7 @@ class Disks:
         return "file too large", verdict, f"RLIMIT_FSIZE {limit}"
 
     def _after(self, work: Work, full: Finished, folder: Path) -> Verdict | None:
-        """What is wrong while the disk is full; None if nothing is."""
+        """What is wrong while the disk is full, or None."""
         if complaint := full.complaint:
             outcome = HANG if full.code is None else CRASH if full.code < 0 else RAW
             return Verdict(outcome, complaint)
@@ -97,7 +97,7 @@ class Disks:
 
 
 def _plenty() -> None:
-    """Have this process believe that every disk is large."""
+    """Make every disk look large to this process."""
     shutil.disk_usage = lambda path: SimpleNamespace(total=10**15, used=0, free=10**15)  # type: ignore[assignment]
 
 
@@ -108,7 +108,7 @@ def _limited(nbytes: int) -> None:
 
 
 def _size(folder: Path) -> tuple[int, int]:
-    """Bytes in whole pages, and files."""
+    """Bytes in whole pages, and number of files."""
     found = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     return sum(-(-size // _PAGE) * _PAGE for size in found), len(list(folder.rglob("*"))) + 2
 

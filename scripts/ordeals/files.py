@@ -1,6 +1,6 @@
-"""The ordeal of files: one file of one artefact is damaged, and a user does with it what users do.
+"""The ordeal of files: one file of one artefact is damaged, then used as a user would use it.
 
-A case is a number: with the seed it says which artefact, file, damage and operation.
+A case is a number. Together with the seed it determines the artefact, the file, the damage and the operation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ordeals.judge import SAME, Values, Verdict, judged
 from ordeals.values import loaded_by_diffusers
 
 Operation = Callable[[Path], Values]
-"""What is done with a copy of an artefact's folder."""
+"""An operation on a copy of an artefact's folder."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Kind:
     """A row of the table.
 
     Attributes:
-        name: of the row.
+        name: the name of the row.
         root: the folder that is copied.
-        files: globs of what may be damaged in it.
-        operations: each with its weight.
+        files: patterns of the files that may be damaged in it.
+        operations: name, weight and function of each.
         weight: how often the row is drawn.
-        only_damaged: whether operations are given the damaged file, and not its folder.
+        only_damaged: whether operations get the damaged file instead of its folder.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Kind:
     only_damaged: bool = False
 
     def choose(self, draw: Random) -> tuple[str, Path]:
-        """An operation's name and a file of the folder, by its relative path."""
+        """Draw the name of an operation and the relative path of a file in the folder."""
         name = draw.choices([n for n, _, _ in self.operations], [w for _, w, _ in self.operations])[0]
         found = sorted({p for glob in self.files for p in self.root.glob(glob) if p.is_file()})
         return name, draw.choice(found).relative_to(self.root)
@@ -53,7 +53,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Case:
-    """One case and what came of it."""
+    """One case and its verdict."""
 
     number: int
     row: str
@@ -67,7 +67,7 @@ class Files:
     """All cases of one seed.
 
     Args:
-        work: for copies; those of a case are removed when it is over.
+        work: the folder for copies, which are removed after each case.
     """
 
     def __init__(self, made: Artefacts, seed: int, work: Path) -> None:
@@ -76,7 +76,7 @@ class Files:
         self._expected: dict[tuple[str, str, str], Values] = {}
 
     def case(self, number: int) -> Case:
-        """Run one."""
+        """Run one case."""
         draw = Random(f"{self._seed} {number}")
         kind = draw.choices(self.kinds, [kind.weight for kind in self.kinds])[0]
         name, file = kind.choose(draw)
@@ -93,14 +93,16 @@ class Files:
             yield self.case(number)
 
     def _whole(self, kind: Kind, name: str, file: Path) -> Values:
-        """What the operation gives where nothing is damaged."""
+        """What the operation returns when nothing is damaged."""
         key = (kind.name, name, str(file) if kind.only_damaged else "")
         if key not in self._expected:
             copy = self._copy(kind, "whole")
             verdict = judged(partial(self._act, kind, name, file, copy), None)
             _removed(copy.parent)
             if verdict.outcome != SAME:
-                raise RuntimeError(f"{kind.name}, {name}: with whole files it is {verdict.outcome}: {verdict.detail}")
+                raise RuntimeError(
+                    f"{kind.name}, {name}: with undamaged files the outcome is {verdict.outcome}: {verdict.detail}"
+                )
             self._expected[key] = json.loads(verdict.detail)
         return self._expected[key]
 
@@ -119,7 +121,7 @@ class Files:
 
 
 def _open_to_all(folder: Path) -> bool:
-    """Whether another user comes as far as this: a folder of one's own may be closed."""
+    """Whether another user can reach the folder: one of its parents may be private."""
     return all(parent.stat().st_mode & 0o001 for parent in folder.resolve().parents)
 
 
@@ -129,7 +131,7 @@ def _removed(folder: Path) -> None:
 
 
 def kinds(made: Artefacts) -> list[Kind]:
-    """The rows of the table. Resumed searches take seconds, so they are few."""
+    """The rows of the table. Resumed searches take seconds, so there are few of them."""
     load = (("load_pipeline", 8, do.loaded), ("inspect", 1, do.inspected), ("eval", 1, partial(do.evaluated, made)))
     plain = (("from_pretrained", 1, loaded_by_diffusers),)
     run, checkpoint = made.run, made.run / "checkpoint"
@@ -189,7 +191,7 @@ def _policy(names: list[str], whole: Path, folder: Path) -> Values:
 
 def _by_policy(made: Artefacts, names: list[str], folder: Path) -> Values:
     found = do.exported(made, folder, folder.parent / "out")
-    _policy(names, made.run, folder)  # another valid policy makes another checkpoint, and says so
+    _policy(names, made.run, folder)  # raises KnownDifference for another valid policy, which makes another checkpoint
     return found
 
 
@@ -198,7 +200,9 @@ def _calibration(names: list[str], folder: Path) -> Values:
 
 
 def _piece(run: Path, path: Path) -> Values:
-    inside = path.parts[len(path.parts) - 1 - path.parts[::-1].index("work") :]  # a folder above may be called so
+    inside = path.parts[
+        len(path.parts) - 1 - path.parts[::-1].index("work") :
+    ]  # a parent folder may have that name too
     return do.piece_values(path, run.joinpath(*inside))
 
 
@@ -207,7 +211,7 @@ def _computed(checkpoint: Path, folder: Path) -> Values:
 
 
 def _layers(checkpoint: Path) -> list[str]:
-    """Names of the layers of the denoiser, from what its config records or what its policy names."""
+    """Names of the denoiser's quantizable layers, from its config."""
     import torch
     from diffusers import UNet2DConditionModel
 

@@ -1,6 +1,6 @@
-"""What came of a case: an operation runs in a fork of this process, under limits, and what it gives is compared.
+"""The verdict on a case: an operation runs in a fork of this process, under limits, and its result is compared.
 
-An operation returns its values, name -> text, such as a hash of every tensor. The judge compares them with those of
+An operation returns values, name -> text, such as a hash of every tensor. The judge compares them with the values of
 the undamaged artefact.
 """
 
@@ -27,7 +27,7 @@ REFUSED, SAME, KNOWN, THEIRS, MEMORY = "refused", "same values", "differs knowin
 OTHER, HANG, CRASH, RAW = "other values", "hang", "crash", "raw exception"
 ALLOWED, FORBIDDEN = (REFUSED, SAME, KNOWN, THEIRS, MEMORY), (OTHER, HANG, CRASH, RAW)
 OUTCOMES = (*ALLOWED, *FORBIDDEN)
-MEMORY_LIMIT = 3 * 2**30  # bytes that an operation may take beside what this process has
+MEMORY_LIMIT = 3 * 2**30  # bytes that an operation may use in addition to this process's own
 _STARVED = (
     "allocate memory",
     "MemoryError",
@@ -41,16 +41,16 @@ Values = Mapping[str, str]
 
 
 class KnownDifference(Exception):
-    """Raised by an operation that has checked by other means that it was given another valid input."""
+    """Raised by an operation that has verified independently that its input is valid, only different."""
 
 
 class Mistake(Exception):
-    """Raised by an operation for a command that ended with code 2 and one line."""
+    """Raised by an operation when a command ends with exit code 2 and one line."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """An outcome, and what there is to know of it."""
+    """An outcome and its details."""
 
     outcome: str
     detail: str = ""
@@ -63,11 +63,11 @@ class Verdict:
 def judged(
     operation: Callable[[], Values], expected: Values | None, patience: float = 30, as_nobody: bool = False
 ) -> Verdict:
-    """Run the operation and compare; without `expected`, the verdict `SAME` has the values as JSON for its detail.
+    """Run the operation and compare its values. Without `expected`, the verdict is `SAME` and its detail the values.
 
     Args:
-        patience: seconds after which it hangs.
-        as_nobody: run it as a user who may not read what is closed, if this is root.
+        patience: seconds after which it counts as hanging.
+        as_nobody: run it as a user without access to closed files, if this process is root.
     """
     outlet, inlet = os.pipe()
     sys.stdout.flush()
@@ -112,7 +112,7 @@ def _compared(said: dict[str, object], expected: Values | None) -> Verdict:
 
 
 def _import(names: object) -> None:
-    """Import here what an undamaged case imported in its fork, so that the next ones find it there."""
+    """Import here what an undamaged case imported in its fork, so that later forks start with it."""
     assert isinstance(names, list)
     for name in names:
         if name.startswith(("diffusers.", "transformers.", "bitpolicy.")):
@@ -123,7 +123,7 @@ def _import(names: object) -> None:
 
 
 def _differs(name: str, found: str | None, expected: str | None) -> bool:
-    """Whether two values differ; an entry of a config that the original does not have is read by nobody."""
+    """Whether two values differ. Ignores extra entries of a config, which nothing reads."""
     if not name.endswith(" config") or found is None or expected is None:
         return found != expected
     held, wanted = json.loads(found), json.loads(expected)
@@ -133,7 +133,7 @@ def _differs(name: str, found: str | None, expected: str | None) -> bool:
 def _in_child(operation: Callable[[], Values], inlet: int, as_nobody: bool) -> None:
     try:
         alone()
-        faulthandler.disable()  # a crash is told by its signal
+        faulthandler.disable()  # the signal already reports a crash
         silent = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):
             os.dup2(silent, descriptor)
@@ -169,11 +169,11 @@ def _outcome(operation: Callable[[], Values]) -> dict[str, object]:
     except (BitPolicyError, Mistake) as error:
         if any(word in str(error) for word in _STARVED):
             return {"outcome": MEMORY, "detail": str(error)}
-        told = str(error).strip()
-        return {"outcome": REFUSED if len(told) > 20 else RAW, "detail": told}
+        message = str(error).strip()
+        return {"outcome": REFUSED if len(message) > 20 else RAW, "detail": message}
     except MemoryError as error:
         return {"outcome": MEMORY, "detail": repr(error)}
-    except BaseException as error:  # noqa: BLE001 - whatever it is, it is the finding
+    except BaseException as error:  # noqa: BLE001 - any exception is a finding
         text = "".join(traceback.format_exception(error))
         if any(word in str(error) for word in _STARVED):
             return {"outcome": MEMORY, "detail": str(error)}
@@ -181,7 +181,7 @@ def _outcome(operation: Callable[[], Values]) -> dict[str, object]:
 
 
 def _is_theirs(error: BaseException) -> bool:
-    """Whether diffusers was called by the operation itself, and raised without a line of ours on the way."""
+    """Whether diffusers raised the error, called by the operation with none of our code in between."""
     found, frame = [], error.__traceback__
     while frame is not None:
         found.append(frame.tb_frame.f_globals.get("__name__", ""))

@@ -1,6 +1,6 @@
-"""The ordeal of kills: SIGKILL at a random moment, one to three times, then the same command until it ends.
+"""The ordeal of kills: SIGKILL at a random moment, one to three times, then the same command to its end.
 
-What it leaves has to be what an undisturbed run leaves, byte for byte.
+It must leave what an undisturbed run leaves, byte for byte.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ordeals.judge import CRASH, HANG, OTHER, RAW, SAME, Verdict
 from ordeals.undisturbed import Undisturbed, Work, works
 
 _PATIENCE = 120.0
-_FRESH = 25  # of so many rounds one starts its processes as a shell does
+_FRESH = 25  # one round in this many starts its processes as a shell does
 
 
 class Kills:
@@ -28,7 +28,7 @@ class Kills:
         self._takes: dict[str, float] = {}
 
     def rounds(self, first: int, kills: int) -> Iterator[tuple[str, Verdict, dict[str, Any]]]:
-        """One result for each kill; the verdict of a round stands at its last kill, those before it went on."""
+        """One result for each kill. The last kill of a round has the round's verdict; earlier ones count as `SAME`."""
         number = first
         while number < kills:
             draw = Random(f"{self._seed} kill {number}")
@@ -56,25 +56,25 @@ class Kills:
             if complaint := self._after_kill(work, folder):
                 return Verdict(OTHER, complaint), after
         ended = start(work.line(folder)).wait(_PATIENCE)
-        if work.name == "export" and ended.code == 2 and "--overwrite" in ended.err:  # it was done before the kill
+        if work.name == "export" and ended.code == 2 and "--overwrite" in ended.err:  # it had finished before the kill
             ended = start([*work.line(folder), "--overwrite"]).wait(_PATIENCE)
         if ended.code != 0:
             outcome = HANG if ended.code is None else CRASH if ended.code < 0 else RAW
             return Verdict(outcome, ended.complaint or ended.err), after
-        beside = sorted(path.name for path in folder.parent.iterdir())
-        if beside != [folder.name]:
-            return Verdict(OTHER, f"left beside the folder: {beside}"), after
+        names = sorted(path.name for path in folder.parent.iterdir())
+        if names != [folder.name]:
+            return Verdict(OTHER, f"left next to the folder: {names}"), after
         difference = self._whole.difference(work, folder)
         return (Verdict(SAME) if difference is None else Verdict(OTHER, difference)), after
 
     def _after_kill(self, work: Work, folder: Path) -> str | None:
-        """An exported folder that is there is whole, at any moment."""
+        """What is wrong with an exported folder, or None: if it exists, it must be complete at any moment."""
         if not work.name.startswith("export") or not folder.exists():
             return None
         return self._whole.difference(work, folder)
 
     def _time(self, work: Work) -> float:
-        """Seconds that it takes undisturbed."""
+        """Seconds that the work takes undisturbed."""
         if work.name not in self._takes:
             folder = self._made.work / "timed"
             shutil.rmtree(folder, ignore_errors=True)

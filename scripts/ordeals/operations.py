@@ -1,4 +1,4 @@
-"""What a user does with the files that bitpolicy wrote, and the values that come of it."""
+"""What a user does with the files that bitpolicy wrote, and the resulting values."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ordeals.values import digest, loaded, tensors_digest
 
 
 def command_values(arguments: Sequence[str]) -> str:
-    """What a command line prints to stdout, run in this process.
+    """Run a command line in this process and return its stdout.
 
     Raises:
         Mistake: it ended with exit code 2 and one line.
-        RuntimeError: it ended in another way.
+        RuntimeError: it failed in another way.
     """
     from bitpolicy.cli import main
 
@@ -52,16 +52,16 @@ def inspected(folder: Path) -> Values:
 
 
 def policy_values(path: Path, names: Sequence[str], whole: Path) -> Values:
-    """What a policy file says of each layer.
+    """The choice of a policy file for each layer.
 
     Raises:
-        KnownDifference: it is another policy than that of `whole`, and means what an independent reader finds in it.
+        KnownDifference: the policy differs from that of `whole`, and an independent reader reads it the same way.
     """
     from bitpolicy import Policy
 
     found, before = _choices(Policy.load(path), names), _choices(Policy.load(whole), names)
     if found != before and found == _read_independently(path, names):
-        raise KnownDifference("another valid policy, read as it stands in the file")
+        raise KnownDifference("another valid policy, read exactly as written")
     return found
 
 
@@ -72,7 +72,7 @@ def _choices(policy: Any, names: Sequence[str]) -> dict[str, str]:
 
 
 def _read_independently(path: Path, names: Sequence[str]) -> dict[str, str]:
-    """The same by PyYAML alone, for a policy without rules."""
+    """The same values, read with PyYAML alone, for a policy without rules."""
     import yaml
 
     from bitpolicy.policies.policy import ModelReference
@@ -92,7 +92,7 @@ def _read_independently(path: Path, names: Sequence[str]) -> dict[str, str]:
 
 
 def calibration_values(path: Path, names: Sequence[str]) -> Values:
-    """What an export would take from beside the policy."""
+    """The calibration that an export would read next to the policy."""
     from bitpolicy import Policy
     from bitpolicy.policies.storage.calibration_file import calibration_of
 
@@ -102,7 +102,7 @@ def calibration_values(path: Path, names: Sequence[str]) -> Values:
 
 
 def exported(made: Artefacts, folder: Path, out: Path) -> Values:
-    """The checkpoint that the policy and the calibration in `folder` make."""
+    """The checkpoint exported with the policy and the calibration in `folder`."""
     command_values(
         ["export", "--policy", str(folder / "policy.yaml"), "--model", str(made.toy), "--output-dir", str(out)]
     )
@@ -110,10 +110,10 @@ def exported(made: Artefacts, folder: Path, out: Path) -> Values:
 
 
 def source_exported(made: Artefacts, folder: Path, out: Path) -> Values:
-    """The checkpoint that the policy makes of a damaged pipeline.
+    """The checkpoint that the policy makes from a damaged pipeline.
 
     Raises:
-        KnownDifference: the denoiser that the policy is for is as it was; other files of the pipeline are the user's.
+        KnownDifference: the policy's denoiser is intact; the pipeline's other files are the user's own.
     """
     command_values(
         ["export", "--policy", str(made.run / "policy.yaml"), "--model", str(folder), "--output-dir", str(out)]
@@ -131,7 +131,7 @@ def probed(folder: Path) -> Values:
 
     held = Probed.load(folder)
     if held.split is None or held.check is None:
-        raise KnownDifference("a probe without --split or --check, as the files are not there")
+        raise KnownDifference("a probe without --split or --check, because their files are missing")
     found = {
         "model": str(held.model),
         "check": str(held.check),
@@ -147,12 +147,12 @@ def reported(folder: Path) -> Values:
     said = json.loads(command_values(["report", str(folder), "--json"]))
     probed(folder)
     del said["report"]
-    page = (folder / "report.html").read_bytes().replace(str(folder).encode(), b"")  # it names its folder
+    page = (folder / "report.html").read_bytes().replace(str(folder).encode(), b"")  # contains its folder
     return {"report": json.dumps(said), "page": digest(page)}
 
 
 def resumed(made: Artefacts, folder: Path, reset: bool) -> Values:
-    """What the same search gives; with `reset` its end was not reached yet, so it goes on with what it has."""
+    """The result of running the same search again. With `reset` its results are removed first, so that it resumes."""
     if reset:
         for name in ("result.json", "policy.yaml"):
             if not (folder / name).is_dir():
@@ -168,7 +168,7 @@ def resumed(made: Artefacts, folder: Path, reset: bool) -> Values:
 
 
 def piece_values(path: Path, whole: Path) -> Values:
-    """A piece of a probe is there as it was written, or counts as not there and is made again."""
+    """Whether a piece of a probe is read as it was written, or counts as missing and is made again."""
     from bitpolicy.sensitivity.records import Records
     from bitpolicy.sensitivity.rounding.kept_rounding import is_whole
 
@@ -189,7 +189,7 @@ def piece_values(path: Path, whole: Path) -> Values:
 
 
 def computed(cache: Path, checkpoint: Path) -> Values:
-    """What is drawn with the kernels of a cache, and which of two tried kernels is taken."""
+    """The picture drawn with the kernels of a cache, and whether the choice between two kernels is a known one."""
     import torch
 
     from bitpolicy.kernels import micro_probe

@@ -1,6 +1,6 @@
-"""The ordeal of pairs: two processes at work in one folder, one a little later than the other.
+"""The ordeal of pairs: two processes work in one folder, one started a little later than the other.
 
-Each of them ends well, or with one line; the folder is whole afterwards, and is that of a run that was alone.
+Each must succeed or fail with one line. Afterwards the folder must be complete and equal that of a single run.
 """
 
 from __future__ import annotations
@@ -66,16 +66,16 @@ class Pairs:
         if evaluates and ended[1].code == 0 and ended[1].out != self._evaluation():
             return Verdict(OTHER, f"eval drew other images: {ended[1].out}, not {self._evaluation()}")
         if not any(process.code == 0 for process in (ended[:1] if evaluates else ended)):
-            return Verdict(OTHER, f"nobody got through: {ended[0].err} {ended[1].err}")
-        beside = sorted(path.name for path in folder.parent.iterdir())
-        if beside != [folder.name]:
-            return Verdict(OTHER, f"left beside the folder: {beside}")
+            return Verdict(OTHER, f"neither succeeded: {ended[0].err} {ended[1].err}")
+        names = sorted(path.name for path in folder.parent.iterdir())
+        if names != [folder.name]:
+            return Verdict(OTHER, f"left next to the folder: {names}")
         if difference := self._whole.difference(work, folder):
             return Verdict(OTHER, difference)
         return Verdict(SAME if all(process.code == 0 for process in ended) else REFUSED)
 
     def _evaluation(self) -> str:
-        """What eval prints of the checkpoint alone."""
+        """What eval prints when it runs alone."""
         if not self._psnr:
             self._psnr = command(self._made.evaluate(self._made.run / "checkpoint")).require().out
         return self._psnr

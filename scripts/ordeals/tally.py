@@ -1,4 +1,4 @@
-"""What came of all cases: a table for people, JSON for programs, and where a run that was stopped goes on."""
+"""The results of all cases: a table to read, and JSON from which a stopped run resumes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from ordeals.judge import FORBIDDEN, OUTCOMES, Verdict
 
-_EVERY = 20.0  # seconds between two writes of the JSON file
+_EVERY = 20.0  # seconds between writes of the JSON file
 
 
 @dataclass
@@ -19,10 +19,10 @@ class Tally:
     """Counts by row and outcome.
 
     Attributes:
-        seed: of the run.
-        done: part -> how many of its cases are over, so the number of the next.
-        bad: each forbidden case, with what repeats it.
-        notes: what a reader should know, such as why a part was skipped.
+        seed: the seed of the run.
+        done: part -> number of finished cases, which is also the number of the next case.
+        bad: each forbidden case, with what is needed to repeat it.
+        notes: remarks for the reader, such as why a part was skipped.
     """
 
     seed: int
@@ -62,7 +62,7 @@ class Tally:
 
     @classmethod
     def load(cls, path: Path, seed: int) -> Tally:
-        """What a stopped run of the same seed has left; an empty one where there is none."""
+        """The tally of a stopped run with the same seed, or an empty one."""
         found = cls(**json.loads(path.read_text())) if path.is_file() else cls(seed)
         return found if found.seed == seed else cls(seed)
 
@@ -72,14 +72,14 @@ class Tally:
 
 
 class Progress:
-    """A line on stderr with the time left, and the JSON file kept up to date."""
+    """Prints the time left on stderr and keeps the JSON file up to date."""
 
     def __init__(self, tally: Tally, path: Path | None, quiet: bool) -> None:
         self._tally, self._path, self._quiet = tally, path, quiet
         self._began = self._saved = self._said = time.monotonic()
 
     def step(self, part: str, over: int, of: int, since: float, first: int) -> None:
-        """After a case: `over` of `of` are done, `first` of them before the time `since`."""
+        """Call after a case: `over` of `of` are done, `first` of them before the time `since`."""
         now = time.monotonic()
         if self._path is not None and now - self._saved > _EVERY:
             self.save()

@@ -1,4 +1,4 @@
-"""Damage to JSON and YAML that leaves them JSON or YAML, or nearly; the same for the same `random.Random`."""
+"""Damage that leaves JSON and YAML valid, or nearly so. Equal `random.Random` states damage equally."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _LIBRARIES = ("diffusers", "transformers", "os", "subprocess", "builtins", "torc
 
 
 def json_damaged(data: bytes, draw: Random) -> bytes:
-    """A JSON file with other keys or values somewhere, or one that is no more JSON."""
+    """A JSON file with a changed key or value, or one that is no longer JSON."""
     kind = draw.random()
     if kind < 0.1:
         return draw.choice(_ODD_DOCUMENTS)
@@ -61,7 +61,7 @@ _ODD_DOCUMENTS = (
 
 
 def _key_twice(text: str, draw: Random) -> str:
-    """An object in which one key stands again, with another value."""
+    """An object in which one key is repeated with another value."""
     value = json.loads(text)
     if not isinstance(value, dict) or not value:
         return text * 2
@@ -71,7 +71,7 @@ def _key_twice(text: str, draw: Random) -> str:
 
 
 def changed(value: Any, draw: Random) -> Any:
-    """The value with one thing in it taken out, renamed, repeated or replaced."""
+    """The value with one part of it removed, renamed, repeated or replaced."""
     if isinstance(value, dict) and value and draw.random() < 0.93:
         key = draw.choice(sorted(value))
         match draw.randrange(8):
@@ -97,7 +97,7 @@ def changed(value: Any, draw: Random) -> Any:
 
 
 def _replacement(value: Any, draw: Random) -> Any:
-    """Another value: nearly the same, of the same kind, or of another."""
+    """Another value: nearly equal, of the same kind, or of another kind."""
     kind = draw.random()
     if kind < 0.4:
         match value:
@@ -119,7 +119,7 @@ def _replacement(value: Any, draw: Random) -> Any:
 
 
 def yaml_damaged(data: bytes, draw: Random) -> bytes:
-    """A YAML file with a line gone, repeated, indented or given another value; or something else altogether."""
+    """A YAML file with a line removed, repeated, indented or given another value; or a different document."""
     if draw.random() < 0.15:
         return draw.choice(_ODD_YAML)
     lines = data.decode().splitlines()
@@ -213,7 +213,7 @@ _ODD_YAML = (
 
 
 def _other_word(line: str, draw: Random) -> str:
-    """A line in which one word that a policy knows stands for another."""
+    """The line with one word of a policy replaced by another."""
     held = [word for word in _WORDS if word in line]
     if not held:
         return line.swapcase()

@@ -1,9 +1,9 @@
-"""What each command leaves when nothing disturbs it, and whether a folder is that, file by file.
+"""What each command leaves when nothing disturbs it, and a comparison of folders with that, file by file.
 
-Files that hold the time of day or a process number differ between any two runs, and are compared without those:
-result.json (seconds, the output folder's name), trials.csv and study.journal (when trials began and ended, who made
-them). The journal's trials also depend on how often a search was stopped: what a killed one had begun stays in it as
-failed. report.html is not written by these commands.
+Files with the time of day or a process number differ between any two runs. They are compared without those values:
+result.json (seconds, name of the output folder), trials.csv and study.journal (when trials started and ended, and who
+made them). The journal's trials also depend on how often a search was stopped: trials that a killed search had started
+stay in it as failed. These commands do not write report.html.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Work:
     """A command that writes one folder.
 
     Attributes:
-        name: of its row.
+        name: the name of its row.
         line: its command line for a folder.
-        over: whether the folder is there before it begins.
+        over: whether the folder exists before it starts.
     """
 
     name: str
@@ -47,7 +47,7 @@ def works(made: Artefacts) -> list[Work]:
 
 
 class Undisturbed:
-    """The folders that commands leave, made when they are asked for."""
+    """The folders that the commands leave, each made on first use."""
 
     def __init__(self, made: Artefacts) -> None:
         self._made = made
@@ -60,7 +60,7 @@ class Undisturbed:
         return path
 
     def difference(self, work: Work, folder: Path) -> str | None:
-        """How the folder is not the one that was left undisturbed; None if it is."""
+        """How the folder differs from the undisturbed one, or None."""
         expected, found = contents(self.folder(work)), contents(folder)
         if leftovers := [name for name in found if name.endswith(_PARTIAL) or "partial" in name]:
             return f"left behind: {', '.join(leftovers)}"
@@ -71,7 +71,7 @@ class Undisturbed:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder, hidden ones too, without what no two runs share."""
+    """Every file of a folder, hidden ones too, without the values that differ between any two runs."""
     found = {name: data for name, data in files_in(folder).items() if name not in _LEFT_OUT}
     for name, rewrite in (("result.json", _untimed_result), ("trials.csv", _untimed_trials)):
         if name in found:
@@ -86,7 +86,7 @@ def _untimed_result(text: str) -> bytes:
 
 
 def _untimed_trials(text: str) -> bytes:
-    """The finished trials, without when they were made and what number they had."""
+    """The finished trials, without their times and numbers."""
     rows = csv.DictReader(io.StringIO(text))
     kept = [{k: v for k, v in row.items() if k not in ("number", *_TIMED)} for row in rows]
     return repr(kept).encode()

@@ -1,4 +1,4 @@
-"""The values of a loaded pipeline: every tensor, every setting, tokens, and the picture that it draws."""
+"""The values of a loaded pipeline: every tensor, every setting, the tokens, and the picture that it draws."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ordeals.judge import Values
 
 TEXT = "A cat!"
 WORDS = [TEXT, "dog & pizza (1/2) ~ {z}", "".join(map(chr, range(33, 127)))]
-_UNIMPORTANT = ("dtype", "torch_dtype", "transformers_version", "architectures")  # of a model's config
+_UNIMPORTANT = ("dtype", "torch_dtype", "transformers_version", "architectures")  # entries of a model's config
 
 
 def digest(data: bytes) -> str:
@@ -24,14 +24,14 @@ def tensors_digest(tensors: dict[str, Any]) -> str:
     sha = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device}".encode())
-        if tensor.is_meta:  # it was never loaded
+        if tensor.is_meta:  # never loaded
             continue
         sha.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()[:16]
 
 
 def pipeline_values(pipe: Any) -> Values:
-    """Every component's class, tensors and settings; the tokenizer's tokens; the picture drawn."""
+    """Every component's class, tensors and settings; the tokenizer's tokens; the drawn picture."""
     import torch
 
     found: dict[str, str] = {"class": type(pipe).__name__}
@@ -64,7 +64,7 @@ def _config(config: Any) -> str:
 
 
 def _or_error(value: Any) -> str:
-    """What a pipeline that was loaded without complaint cannot do is another value, too."""
+    """The value as text, or the error: a failure of a pipeline that loaded without complaint is also a value."""
     try:
         return str(value())
     except Exception as error:  # noqa: BLE001
