@@ -1,18 +1,18 @@
-"""Other ways to choose, under our formats, quantizer, bias correction and packing: only the assignment differs.
+"""Other ways to choose among our formats. Quantizer, bias correction and packing are ours; only the assignment differs.
 
 uniform       one format for all layers
-by hand       what a careful person writes
-random        any feasible policy
+by hand       a careful manual policy
+random        a random feasible policy
 weight        exact knapsack on relative weight error
 one-step ablation   quantize one layer, call the denoiser once at a few timesteps of the reference's trajectory,
                     compare its output; exact knapsack on the noise-to-signal power (MixDQ, Zhao et al. 2024)
-modelopt            the widths its auto_quantize chose, in our formats
-one-step gradient   exact knapsack on the adjoint of single steps: what the whole trajectory adds is what this lacks
-PSNR threshold      each layer gets the smallest format that, alone, keeps the PSNR above a threshold, the highest
+modelopt            the bit widths that its auto_quantize chose, in our formats
+one-step gradient   exact knapsack on the adjoint of single steps; the difference to ours is what the trajectory adds
+PSNR threshold      each layer gets the smallest format that alone keeps the PSNR above a threshold, the highest one
                     that fits (Apple's ml-stable-diffusion recipes; `peers.psnr_threshold`)
 whole ablation      quantize one layer, sample, compare the final latent; exact knapsack on its squared error
 adjoint additive    exact knapsack on the whole trajectory's adjoint: ours without the quadratic form and the search
-adjoint quadratic   the same, then repaired for how errors add up (`peers.interactions`)
+adjoint quadratic   the same, then repaired for the way errors add up (`peers.interactions`)
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from bitpolicy.search.problem import Problem
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.workflow.plan import Plan
 
-RANDOM = 4  # feasible policies at each size
+RANDOM = 4  # policies at each size
 
 
 def all_entries(rivals: Rivals, only: str = "*") -> Iterator[Entry]:
-    """Every assignment at every budget, the cheap ones first; of those families alone that the glob `only` matches."""
+    """Every assignment at every budget, cheap ones first, of the families that match the pattern `only`."""
     makers: dict[str, Callable[[], Iterable[Entry]]] = {
         "uniform": lambda: _uniform(rivals),
         "by hand": lambda: _by_hand(rivals),
@@ -76,7 +76,7 @@ def _random(rivals: Rivals) -> Iterator[Entry]:
 
 
 def _handed_over(rivals: Rivals) -> Iterator[Entry]:
-    """modelopt's widths as our formats."""
+    """modelopt's bit widths, in our formats."""
     for path in sorted((rivals.work / "modelopt").glob("assignment@*.json")):
         share, _, setting = path.stem.removeprefix("assignment@").partition("-")
         bits = json.loads(path.read_text())["layers"]
@@ -115,7 +115,7 @@ def _exact(rivals: Rivals, family: str, table: SensitivityTable, kind: str = "as
 
 
 def random_formats(plan: Plan, share: float, seed: int) -> dict[str, Format]:
-    """A feasible policy that nothing more fits into: narrowed layer by layer at random, then widened at random."""
+    """A feasible policy with no room left: narrowed layer by layer at random, then widened at random."""
     stream, budget = random.Random(seed), int(share * plan.account.reference)
     formats = {layer.name: stream.choice(plan.formats) for layer in plan.layers}
     ranked = sorted(plan.formats, key=lambda format: format.nbytes((64, 64), plan.source.storage))

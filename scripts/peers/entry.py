@@ -1,8 +1,8 @@
-"""What a rival hands over: the weights its quantized denoiser computes with, their bytes, and how both came about.
+"""What a rival delivers: the weights that its quantized denoiser computes with, their bytes and how they were made.
 
-An entry is a folder `<name>/` of `entry.json` and `effective.safetensors`: a float32 state dict of the plain denoiser
-that, in an ordinary model, gives what the tool's own layers give. Every tool's script imports this, run by the Python
-of its own environment, so it needs no more than torch and safetensors.
+An entry is a folder `<name>/` with `entry.json` and `effective.safetensors`. The latter is a float32 state dict of the
+plain denoiser, with which an ordinary model gives the same output as the tool's own layers. Every tool's script imports
+this module in its own environment, so it needs only torch and safetensors.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "bitpolicy" / "models" / "emoji"
 WORK = Path("build") / "peers"
-SHARES = (0.30, 0.33, 0.38, 0.45)  # of FP16, the sizes that are compared
+SHARES = (0.30, 0.33, 0.38, 0.45)  # of FP16; the sizes that are compared
 OWN_FILE, ACCOUNTED = "own file", "accounted"
 
 
@@ -31,14 +31,14 @@ class Entry:
     """One quantized denoiser.
 
     Attributes:
-        name: of its folder; unique.
-        family: the rival it is a setting of; of each family the best setting that fits is compared.
+        name: the name of its folder; unique.
+        family: the rival that this is a setting of; the best fitting setting of each family is compared.
         kind: "tool" (another program's weights), "assignment" (another way to choose, our three formats) or "ours".
-        nbytes: tensor bytes.
-        counted: where they come from, `OWN_FILE` or `ACCOUNTED`.
-        assignment: who chose each layer's format.
-        share: the budget it was made for as a share of FP16; None if it was made for none.
-        settings: of the tool, for the table's reader.
+        nbytes: bytes of its tensors.
+        counted: how they were counted, `OWN_FILE` or `ACCOUNTED`.
+        assignment: what chose each layer's format.
+        share: the budget that it was made for, as a share of FP16; None if there was none.
+        settings: the tool's settings, for readers of the table.
     """
 
     name: str
@@ -52,17 +52,17 @@ class Entry:
 
 
 def write_entry(folder: Path, entry: Entry, weights: Mapping[str, torch.Tensor]) -> None:
-    """Write `folder/<name>/`; `weights` has the plain denoiser's names and shapes, any float dtype."""
+    """Write `folder/<name>/`; `weights` has the plain denoiser's names and shapes, in any float dtype."""
     place = folder / entry.name
     place.mkdir(parents=True, exist_ok=True)
-    # safetensors are given copies of their own: tied or strided tensors are refused
+    # copies, because safetensors refuses tied or strided tensors
     plain = {name: tensor.detach().to(torch.float32).clone().contiguous() for name, tensor in weights.items()}
     save_file(plain, place / "effective.safetensors", metadata={"format": "pt"})
     (place / "entry.json").write_text(json.dumps(asdict(entry), indent=2) + "\n")
 
 
 def read_entries(folder: Path) -> Iterator[Entry]:
-    """Every finished entry below `folder`, by name."""
+    """Every finished entry below `folder`, sorted by name."""
     for path in sorted(folder.glob("*/entry.json")):
         yield Entry(**json.loads(path.read_text()))
 
@@ -82,7 +82,7 @@ def tensor_bytes(folder: Path) -> int:
 
 
 def weights_key(weights: Mapping[str, torch.Tensor]) -> str:
-    """A short hash of names and values, the identity of what an entry computes."""
+    """A short hash of names and values, which identifies what an entry computes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         digest.update(name.encode())
@@ -91,10 +91,10 @@ def weights_key(weights: Mapping[str, torch.Tensor]) -> str:
 
 
 def tool_arguments(about: str | None) -> argparse.Namespace:
-    """What every tool's script is told."""
+    """The command line of every tool's script."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL, help="folder of the pipeline")
     parser.add_argument("--work", type=Path, default=WORK, help="folder that `bench_peers.py prepare` wrote to")
     parser.add_argument("--check", type=int, default=0, metavar="N", help="images to compare with the tool's own model")
-    parser.add_argument("--only", default="*", help="glob of entry names to make; the others are left as they are")
+    parser.add_argument("--only", default="*", help="pattern of the entries to make; others are left unchanged")
     return parser.parse_args()

@@ -1,16 +1,16 @@
-"""Why assignments of the same formats come out as they do: what was predicted of each, and what was measured.
+"""Why assignments of the same formats differ in quality: the prediction and the measurement of each.
 
-Of each policy z, in dB behind the adjoint's additive optimum at the same bytes (negative is better):
+For each policy z, in dB behind the adjoint's additive optimum at the same bytes (negative is better):
 
     additive   10 log10 A(z) / A(z*),  A = sum_l e(l, z_l), the adjoint's estimate on the calibration samples
-    ablation   the same sum with errors that were measured by whole trajectories
+    ablation   the same sum, with errors measured on whole trajectories
     vectors    10 log10 Q(z) / Q(z*),  Q = mean_r (sum_l s_r(l, z_l))^2: how the layers' errors add up, with a standard
-               error over samples (jackknife); it is large, for there are few sketches
+               error over samples (jackknife); it is large because there are few sketches
     measured   paired difference of the PSNR of held-out images, with its interval over prompts
 
-Where additive and measured differ by more than the interval, what is between layers decides, or the estimate is noise;
-where additive is about zero, there was nothing to choose. `spread` is the standard deviation over prompts of the
-measured difference: how far a prompt alone can turn it.
+If additive and measured differ by more than the interval, either interactions between layers decide or the estimate is
+noisy. If additive is about zero, there was nothing to choose. `spread` is the standard deviation of the measured
+difference over prompts: how much a single prompt can change it.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _HEADS = ("of FP16", "assignment", "layers that differ", "additive", "ablation",
 
 @dataclass(frozen=True)
 class Explainer:
-    """What predictions are made from.
+    """Compares predictions with measurements.
 
     Attributes:
-        rivals: with the adjoint probe's table.
-        truth: a table of whole trajectories.
-        scores: of the images.
-        images: of each entry, at most.
+        rivals: has the adjoint probe's table.
+        truth: a table measured on whole trajectories.
+        scores: the errors of the images.
+        images: the most images of each entry to use.
     """
 
     rivals: Rivals
@@ -50,7 +50,7 @@ class Explainer:
     images: int
 
     def lines(self) -> list[str]:
-        """Markdown."""
+        """The table in Markdown."""
         entries = [*read_entries(self.rivals.work / "candidates")]
         rows = [row for share in SHARES for row in self._rows(share, entries)]
         return ["| " + " | ".join(cells) + " |" for cells in (_HEADS, ["---"] * len(_HEADS), *rows)]
@@ -61,7 +61,7 @@ class Explainer:
         return [self._row(share, name, known[name], best, known[best]) for name in known if name != best]
 
     def _policy(self, name: str) -> dict[str, Format] | None:
-        """The formats of an entry that was rounded like the others and has been measured."""
+        """The formats of an entry, or None if it was rounded differently or has not been measured."""
         scored = self.scores.errors(name, "held_out", self.images, make=False)
         return self.rivals.assigned(name) if scored and "our-rounding" not in name else None
 
@@ -90,7 +90,7 @@ class Explainer:
         return sum(table.score(i, policy[layer]) for i, layer in enumerate(table.layers))
 
     def _vectors(self, policy: Mapping[str, Format], optimum: Mapping[str, Format]) -> tuple[float, float]:
-        """dB, and the jackknife's standard error over samples."""
+        """The prediction in dB, and its jackknife standard error over samples."""
         squares = [self._sums(formats).reshape(-1, self.rivals.vectors) ** 2 for formats in (policy, optimum)]
         own, other = (square.mean(1) for square in squares)
         count = len(own)
@@ -98,7 +98,7 @@ class Explainer:
         return _ratio(own.mean(), other.mean()), float(np.std(left) * (count - 1) ** 0.5)
 
     def _sums(self, policy: Mapping[str, Format]) -> np.ndarray:
-        """T_r, shape (R)."""
+        """The sum of a policy's sketches, T_r, shape (R)."""
         table = self.rivals.ours
         assert table.sketches is not None
         packed = [(i, policy[layer]) for i, layer in enumerate(table.layers) if policy[layer].packed]
@@ -110,7 +110,7 @@ def _ratio(error: float, other: float) -> float:
 
 
 def explain(rivals: Rivals, scores: Scores, images: int, output: Path) -> None:
-    """Write and print the table, and that of `peers.noise`."""
+    """Write and print the table and that of `peers.noise`."""
     text = "\n".join([*Explainer(rivals, rivals.ablated(), scores, images).lines(), "", *noise_lines(rivals)])
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(text + "\n")

@@ -1,8 +1,8 @@
-"""Whether it pays to know how layers' errors add up: the adjoint's additive scores against its quadratic form.
+"""Whether it helps to know how layers' errors add up: the adjoint's additive scores against its quadratic form.
 
-The same table, the same exact solution to start from; swap repair on E(z) = (1 - lambda) A(z) + lambda Q(z)
-(`bitpolicy.search.quadratic`). lambda is what held-out samples ask for, as bitpolicy has it, or one that is given: at 1
-the sketches are believed as they are.
+Both use the same table and start from the same exact solution. Swap repair minimizes E(z) = (1 - lambda) A(z) + lambda
+Q(z) (`bitpolicy.search.quadratic`). lambda is fitted on held-out samples, as in bitpolicy, or given. At 1 the sketches
+are taken at face value.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def quadratic(rivals: Rivals) -> Iterator[Entry]:
 
 
 def _repaired(problem: Problem, shrinkage: float | None, vectors: int) -> tuple[np.ndarray, float]:
-    """The policy, and the lambda it is the best for."""
+    """The repaired policy, and the lambda that was used."""
     sketches = problem.table.sketches
     assert sketches is not None
     errors, sizes, budget = problem.errors(), problem.sizes(), problem.budget - problem.account.fixed

@@ -1,7 +1,7 @@
-"""How close images are to the reference's beyond PSNR: `bitpolicy.search.quality.metrics`, each entry measured once.
+"""Metrics other than PSNR of how close images are to the reference (`bitpolicy.search.quality.metrics`), measured once.
 
-What is not to be had here (Inception's weights, LPIPS's backbone) is left out of the table and named below it; the
-distances in the features of the pipeline's own small network are always there.
+Metrics that are unavailable (Inception's weights, LPIPS's backbone) are left out of the table and listed below it. The
+distances in the features of the pipeline's own small network are always available.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Measured:
     """One entry's metrics.
 
     Attributes:
-        per_image: metric -> value of each pair; LPIPS is better the lower it is.
-        per_set: metric -> distance between the two sets, the lower the better.
-        missing: metric -> why it is not to be had.
+        per_image: metric -> value for each pair of images; for LPIPS, lower is better.
+        per_set: metric -> distance between the two sets; lower is better.
+        missing: metric -> why it is unavailable.
     """
 
     per_image: dict[str, list[float]]
@@ -35,11 +35,11 @@ class Measured:
 
 
 def measured(reference: torch.Tensor, images: torch.Tensor, pipeline: Path, kept: Path) -> Measured:
-    """Measure, or read what was measured before from `kept`.
+    """Measures, or reads an earlier measurement from `kept`.
 
     Args:
         reference, images: shape (n, C, H, W), in [0, 1].
-        pipeline: folder whose `features/` holds the small network.
+        pipeline: folder whose `features/` contains the small network.
     """
     if kept.is_file():
         return Measured(**json.loads(kept.read_text()))

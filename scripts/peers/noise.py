@@ -1,14 +1,14 @@
-"""How much of a choice is noise of the sketches, and whether single steps, weighted, would choose better.
+"""How much of a choice is noise in the sketches, and whether weighted single steps would choose better.
 
-All in dB of the additive error A = sum_l e(l, z_l), policies solved exactly at the same bytes:
+All figures are dB of the additive error A = sum_l e(l, z_l), for policies solved exactly at the same bytes:
 
-    halves      a policy from the sketches of one half of the samples, judged by the other half's A, behind that half's
-                own optimum; both ways
-    one step    one-step gradients judged by a half, behind the policy from the other half: below zero they choose
-                better than half of the sketches do
-    plain       one-step gradients judged by all sketches, behind the optimum
-    weighted    the same, each step weighted by sum e(t) / sum e_step(t): what the sampler makes of an error at step t,
-                on average over layers
+    halves      a policy from the sketches of one half of the samples, scored with the other half's A, behind that
+                half's own optimum; in both directions
+    one step    one-step gradients scored with one half, behind the policy from the other half; below zero they choose
+                better than half of the sketches
+    plain       one-step gradients scored with all sketches, behind the optimum
+    weighted    the same, with each step weighted by sum e(t) / sum e_step(t): how much the sampler amplifies an error
+                at step t, averaged over layers
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _HEADS = ("of FP16", "halves", "one step on halves", "plain", "weighted")
 
 
 def noise_lines(rivals: Rivals) -> list[str]:
-    """Markdown."""
+    """The table in Markdown."""
     halves, steps = rivals.ours.halves(), rivals.probed("stepwise")
     assert halves is not None
     rows = [_row(rivals, share, halves, steps, weighted(rivals.ours, steps)) for share in SHARES]
@@ -36,7 +36,7 @@ def noise_lines(rivals: Rivals) -> list[str]:
 
 
 def weighted(ours: SensitivityTable, steps: SensitivityTable) -> SensitivityTable:
-    """Errors of single steps added up as the sampler weighs them."""
+    """Errors of single steps, summed with the sampler's weights."""
     assert ours.by_step is not None
     assert steps.by_step is not None
     alone = steps.by_step.double()

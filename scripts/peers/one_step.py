@@ -1,9 +1,10 @@
-"""What quantizing one layer does to one call of the denoiser: MixDQ's way of ranking layers.
+"""What quantizing one layer does to one call of the denoiser, which is how MixDQ ranks layers.
 
-The reference's own latents at a few timesteps go through the denoiser with one layer quantized; the score is the power
-of the output's change over that of the output (1 / SQNR), averaged over calls. What the sampler makes of the change is
-not looked at. Zhao et al. 2024, "MixDQ", section 3.2; they first part layers for content from layers for quality by
-SSIM, which a score that is not of finished images cannot.
+The denoiser, with one layer quantized, gets the reference's own latents at a few timesteps. The score is the power of
+the change of its output relative to the power of the output (1 / SQNR), averaged over calls. It ignores what the
+sampler does with the change. Source: Zhao et al. 2024, "MixDQ", section 3.2. They first use SSIM to separate layers
+that affect content from layers that affect quality. A score of single calls cannot do that, because it does not use
+finished images.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.table_files import ModelContext, read_table, write_table
 from bitpolicy.workflow.plan import Plan
 
-TIMESTEPS = (0.05, 0.35, 0.65, 0.95)  # places on a trajectory, of the bundled pipeline's 20 steps 1, 7, 13 and 19
+TIMESTEPS = (0.05, 0.35, 0.65, 0.95)  # positions on a trajectory: steps 1, 7, 13 and 19 of the bundled pipeline's 20
 SAMPLES = 4
 
 
 def one_step_table(plan: Plan, work: Path, calibration: Calibration) -> SensitivityTable:
-    """Scores of every layer in every packed format, with the better of its two biases.
+    """Scores of every layer in every packed format, with the better of the two biases.
 
     Args:
-        work: holds `calls.safetensors`; the finished table is kept beside it.
+        work: contains `calls.safetensors`; the finished table is stored in its `one-step/`.
     """
     if (work / "one-step" / "sensitivity.safetensors").is_file():
         return read_table(work / "one-step" / "sensitivity.safetensors")
@@ -64,18 +65,18 @@ def one_step_table(plan: Plan, work: Path, calibration: Calibration) -> Sensitiv
 def some_calls(work: Path, steps: int) -> dict[str, torch.Tensor]:
     """Calls of the first samples at `TIMESTEPS`, conditional and unconditional."""
     calls = load_file(work / "calls.safetensors")
-    order = calls["timestep"].unique().flip(0)  # the first step has the largest
+    order = calls["timestep"].unique().flip(0)  # the first step has the largest timestep
     assert len(order) == steps
     rows = [torch.where(calls["timestep"] == order[int(place * steps)])[0] for place in TIMESTEPS]
     return {key: value[torch.cat([_spread(r) for r in rows])] for key, value in calls.items()}
 
 
 def _spread(rows: torch.Tensor) -> torch.Tensor:
-    """`2 SAMPLES` of the rows of one step, from its start and its end."""
+    """`2 SAMPLES` rows of one step, evenly spread."""
     return rows[torch.linspace(0, len(rows) - 1, 2 * SAMPLES).long()]
 
 
 def outputs(denoiser: Any, calls: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """What the denoiser says to each call."""
+    """The denoiser's output for each call."""
     with torch.no_grad():
         return call(denoiser, calls)

@@ -1,4 +1,4 @@
-"""What bitpolicy itself made, as entries: the denoiser of an exported checkpoint, read back from disk."""
+"""bitpolicy's own results as entries: the denoiser of an exported checkpoint, read back from disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bitpolicy.policies.checkpoints.checkpoint import checkpoint_bytes
 
 
 def add_checkpoint(work: Path, name: str, checkpoint: Path, share: float | None, family: str, kind: str) -> Entry:
-    """Take `checkpoint`, a pipeline folder, into the comparison; its bytes are its file's."""
+    """Add `checkpoint`, a pipeline folder, to the comparison; its bytes are those of its file."""
     component = denoiser_name(checkpoint)
     denoiser = getattr(open_pipeline(checkpoint, torch.float32), component)
     weights = {
@@ -29,6 +29,6 @@ def add_checkpoint(work: Path, name: str, checkpoint: Path, share: float | None,
 
 
 def _packed_part(name: str, weights: dict[str, torch.Tensor]) -> bool:
-    """Whether a tensor of the checkpoint is a piece of a packed weight."""
+    """Whether a tensor of the checkpoint is part of a packed weight."""
     layer, _, suffix = name.rpartition(".")
     return suffix != "bias" and f"{layer}.weight" in weights

@@ -1,7 +1,8 @@
-"""The denoiser that all rivals get, the calls it was recorded in, and whether effective weights tell the truth.
+"""The denoiser that all rivals get, its recorded calls, and a check of the effective weights.
 
-A tool's denoiser runs in float32 inside the pipeline; then an ordinary denoiser with the effective weights does, on the
-same prompts and seeds. Every tool's script imports this, so it needs no more than torch, diffusers and safetensors.
+The check runs a tool's denoiser in float32 inside the pipeline, and then an ordinary denoiser with the effective
+weights, on the same prompts and seeds. Every tool's script imports this module, so it needs only torch, diffusers and
+safetensors.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 DENOISERS = ("unet", "transformer")
-OUTPUT = "output"  # among recorded calls, what the denoiser said; all else are arguments of its forward
+OUTPUT = "output"  # the denoiser's output in a recorded call; all other tensors are arguments of its forward
 
 
 def denoiser_name(model: Path) -> str:
-    """The component of a pipeline folder that is quantized."""
+    """The name of the component of a pipeline folder that is quantized."""
     parts = json.loads((model / "model_index.json").read_text())
     return next(name for name in DENOISERS if name in parts)
 
@@ -34,13 +35,13 @@ def fp16_denoiser(model: Path, dtype: torch.dtype) -> Any:
 
 
 def call(denoiser: nn.Module, recorded: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """What the denoiser says to recorded calls."""
+    """The denoiser's output for recorded calls."""
     arguments = {name: tensor for name, tensor in recorded.items() if name != OUTPUT}
     return denoiser(**arguments, return_dict=False)[0]
 
 
 def kept_layers(work: Path) -> list[str]:
-    """The layers that careful people leave alone: timestep embedding, input stem and output head."""
+    """The layers that people usually leave unquantized: timestep embedding, input stem and output head."""
     return json.loads((work / "samples.json").read_text())["kept"]
 
 
@@ -50,7 +51,7 @@ def agreement(
     """How far the images of the tool's own model are from those of its effective weights.
 
     Returns:
-        `difference`, the largest absolute one of a pixel in [0, 1], and `psnr` in dB, None where they are identical.
+        `difference`, the largest absolute difference of a pixel in [0, 1], and `psnr` in dB, None if identical.
     """
     plain = fp16_denoiser(model, torch.float32)
     plain.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
@@ -63,7 +64,7 @@ def agreement(
         pictures.append(_images(pipe, plan, images))
     error = (pictures[0] - pictures[1]).double()
     mse = error.square().mean()
-    decibels = None if mse == 0 else -10 * float(mse.log10())  # strict JSON knows no infinity
+    decibels = None if mse == 0 else -10 * float(mse.log10())  # strict JSON has no infinity
     return {"difference": float(error.abs().max()), "psnr": decibels}
 
 

@@ -1,4 +1,4 @@
-"""The plots of the comparison, drawn from its Markdown tables: six lines to tell apart, and all of them.
+"""The plots of the comparison, drawn from its Markdown tables: one of six families, one of all.
 
 python scripts/bench_peers.py plot --output docs/peers      reads docs/peers.md; writes docs/peers.png, peers-all.png
 """
@@ -12,7 +12,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-MAIN = {  # the families of the first plot: what we make, the best and the best known tools, and what people do by hand
+MAIN = {  # the families of the first plot: ours, the best and the best-known tools, and a manual policy
     "bitpolicy, all formats": ("o-", "#0072B2", 2.6),
     "bitpolicy, int4 int8 fp16": ("o-", "#56B4E9", 2.6),
     "modelopt": ("s--", "#D55E00", 1.6),
@@ -22,8 +22,8 @@ MAIN = {  # the families of the first plot: what we make, the best and the best 
 }
 _HEADING = re.compile(r"^#+ \d+% of FP16, ")
 _VALUE = re.compile(r"^(\S+) \[(\S+), (\S+)\]$")
-_LINE = 12.0  # points between two names
-_LOG = ("1 - ssim", "lpips")  # what these begin with goes to zero, on a log axis
+_LINE = 12.0  # least distance between two names, in points
+_LOG = ("1 - ssim", "lpips")  # metrics that start with these approach zero and get a log axis
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def _point(row: dict[str, str]) -> Point:
 
 
 def draw_six(points: Sequence[Point], path: Path) -> None:
-    """PSNR against size, of the families of `MAIN`, each named at the end of its line."""
+    """PSNR against size for the families of `MAIN`, each labelled at the end of its line."""
     pyplot = _pyplot()
     figure, axis = pyplot.subplots(figsize=(8, 4.6), dpi=150)
     ends = []
@@ -91,7 +91,7 @@ def draw_six(points: Sequence[Point], path: Path) -> None:
 
 
 def _name_lines(axis: Any, ends: list[tuple[float, float, str, str]]) -> None:
-    """Write each name beside the end of its line, from the top down, and lower where it would touch the one above."""
+    """Write each name at the end of its line, from the top down, and lower if it would touch the one above."""
     pixels = axis.figure.dpi / 72
     lowest = float("inf")
     for x, y, name, color in sorted(ends, key=lambda end: -end[1]):
@@ -104,7 +104,7 @@ def _name_lines(axis: Any, ends: list[tuple[float, float, str, str]]) -> None:
 def draw_all(points: Sequence[Point], path: Path) -> None:
     """Every family, against every metric that has intervals."""
     pyplot = _pyplot()
-    metrics = [name for name in points[0].metrics if name != "ssim"]  # too close to 1 for the digits of the tables
+    metrics = [name for name in points[0].metrics if name != "ssim"]  # too close to 1 for the tables' precision
     families = list(dict.fromkeys(point.family for point in points))
     colors = dict(zip(families, cycle(pyplot.get_cmap("tab20").colors), strict=False))
     figure, axes = pyplot.subplots(1, len(metrics), figsize=(5.2 * len(metrics), 5.6), dpi=110, squeeze=False)
@@ -125,7 +125,7 @@ def draw_all(points: Sequence[Point], path: Path) -> None:
 
 
 def _distinct(points: Sequence[Point], family: str) -> list[Point]:
-    """One family's points from small to large; a setting that is the best at several sizes is one point."""
+    """One family's points from small to large; a setting that is best at several sizes is one point."""
     found = {point.setting: point for point in points if point.family == family}
     return sorted(found.values(), key=lambda point: point.share)
 

@@ -1,12 +1,12 @@
-"""Apple's way: each layer gets the fewest bits that, in this layer alone, keep the PSNR above one threshold for all.
+"""Apple's method: each layer gets the fewest bits that keep the PSNR above a common threshold, with only it quantized.
 
     psnr(l, f) = mean over prompts of 20 log10(max |x| / rms(x(l, f) - x)),   f(l) = min {f : psnr(l, f) > threshold}
 
-x are the latents of a pipeline call of a single denoising step: that is what their script looks at, for time
+x are the latents of a pipeline call with a single denoising step, which their script uses to save time
 (apple/ml-stable-diffusion, python_coreml_stable_diffusion/mixed_bit_compression_pre_analysis.py at 11ba3a0, `run_pipe`
-and `build_recipe`; 8 prompts, too). It leaves layers of 100,000 weights and fewer as they are. The threshold is swept
-until the bytes fit. A layer's worth is not weighed against its bytes: that is what the knapsack adds. Beside it the
-same rule on the final latents of whole sampling loops.
+and `build_recipe`; also with 8 prompts). It leaves layers of 100,000 weights or fewer unquantized. The threshold is
+swept until the bytes fit. The method does not weigh a layer's benefit against its bytes, as the knapsack does. The same
+rule is also applied to the final latents of whole sampling loops.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 from bitpolicy.workflow.plan import Plan
 
-PROMPTS, LARGE = 8, 100_000  # their number of prompts; their least number of weights
+PROMPTS, LARGE = 8, 100_000  # their number of prompts, and the most weights of a layer that stays FP16
 
 
 def one_step_psnr(plan: Plan, work: Path, calibration: Calibration, ours: SensitivityTable) -> np.ndarray:
     """psnr(l, f) after a single denoising step, dB, float64, shape (L, F); infinite for FP16.
 
     Args:
-        work: the finished numbers are kept there.
-        ours: says which bias a layer gets with a format, as for all assignments.
+        work: folder that stores the finished numbers.
+        ours: gives the bias of a layer in a format, as for all assignments.
     """
     kept = work / "one-step-psnr.npy"
     if kept.is_file():
@@ -64,19 +64,19 @@ def _psnr(changed: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def final_psnr(plan: Plan, truth: SensitivityTable) -> np.ndarray:
-    """The same of whole sampling loops up to a constant, from relative errors of the final latent."""
+    """The same for whole sampling loops, up to a constant, from relative errors of the final latent."""
     errors = np.array([[truth.score(i, f) for f in plan.formats] for i in range(len(plan.layers))])
     with np.errstate(divide="ignore"):
         return -10 * np.log10(errors)
 
 
 def thresholded(plan: Plan, psnr: np.ndarray, share: float, least: int = 0) -> dict[str, Format] | None:
-    """Each layer's smallest format above a threshold, at the highest threshold that fits; None where none does.
+    """Each layer's smallest format above a threshold, at the highest threshold that fits; None if none does.
 
     Args:
         psnr: dB, shape (L, F), infinite for FP16.
-        share: of FP16, the budget.
-        least: layers of so many weights or fewer stay FP16.
+        share: the budget as a share of FP16.
+        least: layers of this many weights or fewer stay FP16.
     """
     sizes = np.array([[plan.account.layer(layer.name, f) for f in plan.formats] for layer in plan.layers])
     small = np.array([np.prod(layer.shape) <= least for layer in plan.layers])

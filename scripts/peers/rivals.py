@@ -1,6 +1,6 @@
-"""What all other ways to choose share, so that only the assignment differs: formats, rounding, biases and packing.
+"""Common to all other ways to choose, so that only the assignment differs: formats, rounding, biases and packing.
 
-Quantizer and bias correction of a layer in a format are those that scored better in our own probe, for all alike.
+For every rival, a layer in a format gets the quantizer and the bias correction that scored better in our own probe.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.settings import Settings
 from bitpolicy.workflow.plan import Plan
 
-ABLATED = 2  # samples that each layer is quantized on: 532 trajectories, ours has 16 and 32 back
+ABLATED = 2  # samples per layer and format: 532 trajectories; our probe runs 16 forward and 32 backward
 
 
 @dataclass(frozen=True)
 class Rivals:
-    """What all assignments share.
+    """What all assignments have in common.
 
     Attributes:
-        plan: of the bundled pipeline.
+        plan: the plan of the pipeline.
         work: probe records go to `probes/`, entries to `candidates/`.
         calibration: E[x] of the reference, for corrected biases.
-        ours: our own probe's table: it says which bias, and which quantizer, a layer gets with a format.
-        vectors: its random directions a sample.
+        ours: our own probe's table, which gives the bias and the quantizer of a layer in a format.
+        vectors: its probe vectors per sample.
     """
 
     plan: Plan
@@ -50,7 +50,7 @@ class Rivals:
 
     @classmethod
     def of(cls, plan: Plan, work: Path, quantizer: str = "rtn") -> Rivals:
-        """With what our own probe says where weights are rounded by `quantizer`; its records stay in `work`."""
+        """Run our own probe with `quantizer`, or read its records in `work`."""
         settings = Settings(budget="100%", quantizer=quantizer)
         run = plan.probe(settings, work / "probes" / "adjoint-16", Stages())
         reference = run.reference()
@@ -58,7 +58,7 @@ class Rivals:
 
     @property
     def names(self) -> list[str]:
-        """The layers."""
+        """The names of the layers."""
         return [layer.name for layer in self.plan.layers]
 
     def write(
@@ -69,8 +69,8 @@ class Rivals:
         kind: str = "assignment",
         about: Mapping[str, Any] | None = None,
     ) -> Entry:
-        """One policy as an entry; what follows # in `family` tells settings of one family apart. The formats by layer
-        are kept in `assigned/`."""
+        """Write one policy as an entry, and the formats by layer to `assigned/`. The part of `family` after #
+        distinguishes the settings of one family."""
         plan, nbytes = self.plan, self.plan.account.total(formats)
         name = family.replace(" ", "-").replace("#", "") + (f"@{share:.2f}" if share else "")
         row = family.partition(" #")[0]
@@ -88,7 +88,7 @@ class Rivals:
         return entry
 
     def assigned(self, name: str) -> dict[str, Format] | None:
-        """The formats by layer of an entry; None where it is no assignment of our formats."""
+        """The formats by layer of an entry; None if it does not assign our formats."""
         path = self._assigned(name)
         if not path.is_file():
             return None
@@ -103,7 +103,7 @@ class Rivals:
         return run.table(run.reference())
 
     def ablated(self) -> SensitivityTable:
-        """The errors of the final latent with one layer quantized, measured; with the bias that all assignments get."""
+        """Measured errors of the final latent with one layer quantized, with the bias that all assignments get."""
         plan, run = self.plan, self._run("ablation", ABLATED)
         packed = [format for format in plan.formats if format.packed]
         columns = torch.tensor([self.ours.formats.index(format) for format in packed])

@@ -1,17 +1,17 @@
-"""What all rivals are measured on, and what those that calibrate may see.
+"""The samples that all rivals are measured on, and those that calibrating tools may see.
 
-Of the bundled pipeline, calibration and search samples are bitpolicy's own split of its 32 prompts: 16 and 8 of them.
-What everything is measured on is longer than the 8 that are left, for an interval over prompts is only as good as their
-number: `held_out.txt`, 32 names drawn at random (`random.Random(0)`) from those of the 359 emoji that the pipeline was
-trained on, leaving out every emoji with a name among the bundled prompts. So the prompts are ones that the model knows,
-and no calibration, search or choice of settings saw one of them.
+For the bundled pipeline, the calibration and search samples are bitpolicy's own split of its 32 prompts: 16 and 8 of
+them. The remaining 8 are too few for the measurement, because an interval over prompts is only as good as their number.
+It uses `held_out.txt` instead: 32 names drawn at random (`random.Random(0)`) from the names of the 359 emoji that the
+pipeline was trained on, without any emoji that has a name among the bundled prompts. So the model knows these prompts,
+but no calibration, search or choice of settings saw one of them.
 
-Of the models in scripts/trained, they are 32 captions of the kind that training drew; what everything is measured on
-are captions that combine what training never combined, each of them once.
+For the models in scripts/trained, the 32 prompts are captions drawn as in training. The measurement uses captions with
+combinations that never occur in training, each of them once.
 
-`samples.json` lists (prompt, seed) of each part, the pipeline call and the layers that careful people leave alone;
-`calls.safetensors` holds denoiser calls of the reference's calibration trajectories for tools that want data: every
-tensor that the denoiser is given, by the name of its argument, and what it said.
+`samples.json` lists the (prompt, seed) pairs of each part, the pipeline call and the layers that people usually leave
+unquantized. `calls.safetensors` stores denoiser calls of the reference's calibration trajectories for tools that need
+data: every tensor argument of the denoiser under its name, and the output.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from bitpolicy.sensitivity.samples import Sample, split_samples
 from bitpolicy.settings import Settings
 from bitpolicy.workflow.plan import Plan, make_plan
 
-HELD_OUT = 256  # images: eight of each prompt of the bundled pipeline, or one of each caption
+HELD_OUT = 256  # images: eight per prompt of the bundled pipeline, or one per caption
 _OWN_PROMPTS = 32
-_PROMPTS, _FIRST_SEED = Path(__file__).with_name("held_out.txt"), 3_000_000  # other parts' seeds are below
+_PROMPTS, _FIRST_SEED = Path(__file__).with_name("held_out.txt"), 3_000_000  # the seeds of other parts are smaller
 
 
 def plan_of(model: Path = MODEL, formats: tuple[str, ...] = ("int4", "int8", "fp16")) -> Plan:
-    """A pipeline with the split of this comparison.
+    """The plan of a pipeline with the split of this comparison.
 
     Args:
-        model: the bundled pipeline, or a folder of scripts/trained.
+        model: the bundled pipeline, or a folder in scripts/trained.
 
     Raises:
         ValueError: a held-out prompt is one of the pipeline's own.
@@ -62,7 +62,7 @@ def plan_of(model: Path = MODEL, formats: tuple[str, ...] = ("int4", "int8", "fp
 
 
 def drawn_captions(count: int) -> tuple[str, ...]:
-    """Different captions of the training set, the same ones each time."""
+    """Distinct captions of the training set, the same ones each time."""
     stream, found = random.Random(23), dict[str, None]()
     while len(found) < count:
         found[draw_scene(stream).caption] = None
@@ -75,7 +75,7 @@ def held_out(plan: Plan, names: list[str]) -> tuple[Sample, ...]:
         sample.prompt for part in (plan.split.calibration, plan.split.search, plan.split.confirm) for sample in part
     }
     if known := sorted(seen & {*names}):
-        raise ValueError(f"{', '.join(known)}: calibration or search see what is held out; take it out")
+        raise ValueError(f"{', '.join(known)}: held-out prompts that calibration or search use; remove them")
     return tuple(split_samples(names, HELD_OUT, _FIRST_SEED))
 
 
@@ -83,7 +83,7 @@ def write_samples(plan: Plan, work: Path, trajectories: int = 16) -> None:
     """Write both files.
 
     Args:
-        trajectories: calibration samples whose every denoiser call is kept.
+        trajectories: number of calibration samples whose denoiser calls are all stored.
     """
     work.mkdir(parents=True, exist_ok=True)
     parts = {part: getattr(plan.split, part) for part in ("calibration", "search", "confirm", "held_out")}

@@ -1,9 +1,9 @@
-"""Images of an entry on one part of the samples, kept on disk, and how far they are from the reference's.
+"""Images of an entry on one part of the samples, stored on disk, and their distance from the reference's images.
 
-Images are made a piece at a time. A piece is one file, named by a hash of the weights, the samples and the call, so a
-killed run loses at most one piece, sixteen images count when two hundred and fifty-six are asked for, and two entries
-with equal weights are measured once. A piece holds the images (float16) and each image's squared error in float64,
-taken before they were rounded.
+Images are made one piece at a time. A piece is one file, named by a hash of the weights, the samples and the call. So a
+killed run loses at most one piece, the first sixteen images are reused when 256 are requested, and two entries with
+equal weights are measured once. A piece stores the images (float16) and each image's squared error in float64, computed
+before rounding the images.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.workflow.plan import Plan
 
 REFERENCE = "reference"
-_PIECES = (0, 4, 16)  # where the first pieces begin: a glance, a look; then sixteen at a time
+_PIECES = (0, 4, 16)  # where the first pieces start; later pieces have sixteen images
 _BATCH = 8
 
 
 class Scores:
-    """The comparison's pipeline, and what it made so far.
+    """The pipeline of the comparison and the images that it has made so far.
 
     Args:
-        plan: of the bundled pipeline.
+        plan: the plan of the pipeline.
         work: folder with `candidates/`; images go to `images/`.
     """
 
@@ -45,15 +45,15 @@ class Scores:
         self._loaded = REFERENCE
         self._reference = {k: v.clone() for k, v in plan.trajectories.denoisers[0].state_dict().items()}
         plan.trajectories.batch = _BATCH
-        plan.trajectories.denoisers[0].to(memory_format=torch.channels_last)  # a tenth faster
+        plan.trajectories.denoisers[0].to(memory_format=torch.channels_last)  # 10% faster
 
     def errors(self, name: str, part: str, count: int, make: bool = True) -> list[float]:
-        """Mean squared error of each of the first `count` images of a part; of fewer where `make` is false and they
-        are not there."""
+        """Mean squared error of each of the first `count` images of a part. Without `make`, only of those that
+        exist."""
         return [e for piece in self._of(name, part, count, make) for e in piece["mse"].tolist()][:count]
 
     def call_error(self, name: str) -> float:
-        """Relative squared error of single calls of the denoiser, on calibration trajectories: a cheap first look."""
+        """Relative squared error of single denoiser calls on calibration trajectories, a cheap first estimate."""
         path = self._images / self.key(name) / "calls.json"
         if not path.is_file():
             exact = self._outputs(REFERENCE)
@@ -74,7 +74,7 @@ class Scores:
         return {key: value[::2] for key, value in calls.items()}
 
     def images(self, name: str, part: str, count: int) -> torch.Tensor:
-        """What was made of the first `count` images, float32, shape (n, C, H, W), in [0, 1]."""
+        """Those of the first `count` images that exist, float32, shape (n, C, H, W), in [0, 1]."""
         return torch.cat([piece["images"] for piece in self._of(name, part, count, False)]).float()[:count]
 
     def _of(self, name: str, part: str, count: int, make: bool) -> Iterator[Mapping[str, torch.Tensor]]:
@@ -93,7 +93,7 @@ class Scores:
         self._load(name)
         exact = torch.stack([image for image, _ in self._plan.trajectories.images(samples)])
         mse = torch.zeros(len(exact)) if wanted is None else (exact - wanted).double().square().flatten(1).mean(1)
-        kept = exact if name == REFERENCE else exact.half()  # the reference is what others are measured against
+        kept = exact if name == REFERENCE else exact.half()  # others are measured against the reference
         piece = {"images": kept.contiguous(), "mse": mse.double()}
         path.parent.mkdir(exist_ok=True)
         aside = path.with_suffix(f".{os.getpid()}")
@@ -107,18 +107,18 @@ class Scores:
         return piece["images"]
 
     def _load(self, name: str) -> None:
-        """Put the weights of `name` into the pipeline; what the state dict lacks or has too much is an error."""
+        """Load the weights of `name` into the pipeline; missing or extra entries of the state dict are an error."""
         if name != self._loaded:
             weights = self._reference if name == REFERENCE else read_weights(self._entries, name)
             self._plan.trajectories.denoisers[0].load_state_dict(weights)
             self._loaded = name
 
     def prompts(self, part: str) -> list[str]:
-        """Of each sample of a part."""
+        """The prompt of each sample of a part."""
         return [sample.prompt for sample in getattr(self._plan.split, part)]
 
     def key(self, name: str) -> str:
-        """A hash of what an entry computes with."""
+        """A hash of the weights that an entry computes with."""
         if name not in self._keys:
             weights = self._reference if name == REFERENCE else read_weights(self._entries, name)
             self._keys[name] = weights_key(weights)
@@ -131,7 +131,7 @@ class Scores:
 
 
 def pieces(samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
-    """The samples cut where files begin, the last piece only as long as was asked."""
+    """The samples split into files; the last piece may be shorter."""
     starts = [start for start in (*_PIECES, *range(32, len(samples), 16)) if start < len(samples)]
     for start, end in zip(starts, [*starts[1:], len(samples)], strict=True):
         yield samples[start:end]

@@ -1,7 +1,7 @@
-"""Each rival's best setting under each budget, found on the search samples: never on those it is measured by.
+"""Each rival's best setting under each budget, chosen on the search samples and never on the held-out ones.
 
-Where there are many settings, single calls of the denoiser at four timesteps of the calibration trajectories say which
-few are worth drawing images with.
+If there are several settings, the errors of single denoiser calls at four timesteps of the calibration trajectories
+decide which few settings draw images.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from pathlib import Path
 from peers.entry import SHARES, Entry
 from peers.scoring import Scores, decibels
 
-LOOK, FINALISTS = 4, 2  # images, of as many search prompts, for how many of the settings whose calls did best
+LOOK, FINALISTS = 4, 2  # images, one per search prompt, for this many settings with the best calls
 
 
 def fitting(entries: Iterable[Entry], share: float, reference: int) -> list[Entry]:
-    """The entries that a budget of `share` of `reference` bytes allows and that were not made for another budget."""
+    """The entries that fit into `share` of `reference` bytes and were not made for another budget."""
     return [entry for entry in entries if entry.nbytes <= share * reference and entry.share in (None, share)]
 
 
 def select(
     entries: list[Entry], scores: Scores, reference: int, say: Callable[[str], None]
 ) -> dict[str, dict[str, str]]:
-    """Family -> share -> name of the best entry that fits; shares that no setting fits are left out."""
+    """Family -> share -> name of the best entry that fits; shares without a fitting setting are left out."""
     chosen: dict[str, dict[str, str]] = {}
     for family in sorted({entry.family for entry in entries}):
         own = [entry for entry in entries if entry.family == family]
@@ -44,7 +44,7 @@ def _best(entries: list[Entry], scores: Scores) -> Entry | None:
 
 
 def mean_psnr(scores: Scores, entry: Entry, images: int) -> float:
-    """Over search samples, dB."""
+    """Mean PSNR over search samples, in dB."""
     values = decibels(scores.errors(entry.name, "search", images))
     return sum(values) / len(values)
 

@@ -1,8 +1,8 @@
-"""The table and the plot: bytes against PSNR, SSIM and whatever else is there, with paired bootstrap intervals.
+"""The table and the plots: bytes against PSNR, SSIM and the other available metrics, with paired bootstrap intervals.
 
-All rivals are resampled by the same draws, so that the interval of a difference is that of the paired differences
-(Efron & Tibshirani 1993, chapter 13). What is drawn are prompts, each with all its images: on the bundled pipeline two
-seeds of one prompt score within tenths of a decibel of each other, and are no two witnesses.
+All rivals are resampled with the same draws, so the interval of a difference is that of the paired differences (Efron &
+Tibshirani 1993, chapter 13). The draws are of prompts, each with all its images. On the bundled pipeline, two seeds of
+one prompt score within tenths of a decibel of each other, so they are not independent.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Row:
     Attributes:
         values: metric -> value of each image.
         totals: metric -> one value for all images.
-        missing: metric -> why it has none.
-        prompts: of the images.
+        missing: metric -> why it has no value.
+        prompts: the prompt of each image.
     """
 
     share: float
@@ -53,18 +53,18 @@ class Row:
         return float(np.mean(self.values[metric])), *interval(self.values[metric], self.prompts)
 
     def behind(self, best: Row) -> tuple[float, float, float]:
-        """The paired difference in PSNR to another row, over the images both have."""
+        """The paired difference in PSNR to another row, over the images that both have."""
         pairs = zip(self.values["psnr"], best.values["psnr"], strict=False)
         differences = [own - other for own, other in pairs]
         return float(np.mean(differences)), *interval(differences, self.prompts)
 
 
 def interval(values: Sequence[float], prompts: Sequence[str]) -> tuple[float, float]:
-    """95% bootstrap interval of the mean over images, drawn by prompt; the draws depend on the prompts alone.
+    """95% bootstrap interval of the mean over images, drawn by prompt; the draws depend only on the prompts.
 
     Args:
-        values: of each image.
-        prompts: of the samples, as many as values or more.
+        values: the value of each image.
+        prompts: the prompt of each sample, at least as many as values.
     """
     names = list(dict.fromkeys(prompts[: len(values)]))
     which = np.array([names.index(prompt) for prompt in prompts[: len(values)]])
@@ -75,7 +75,7 @@ def interval(values: Sequence[float], prompts: Sequence[str]) -> tuple[float, fl
 
 
 def write_table(scores: Scores, work: Path, reference: int, images: int, output: Path) -> None:
-    """Write `output`.md, .json, .png and -all.png from what has been scored so far."""
+    """Write `output`.md, .json, .png and -all.png from the scores so far."""
     rows = measured_rows(scores, work, images)
     output.parent.mkdir(parents=True, exist_ok=True)
     missing = {name: reason for row in rows for name, reason in row.missing.items()}
@@ -90,7 +90,7 @@ def write_table(scores: Scores, work: Path, reference: int, images: int, output:
 
 
 def measured_rows(scores: Scores, work: Path, images: int) -> list[Row]:
-    """Every selected entry that has images, at every size it was selected for."""
+    """Every selected entry that has images, at every size that it was selected for."""
     entries = {entry.name: entry for entry in read_entries(work / "candidates")}
     chosen, rows = read_selection(work / "selected.json"), []
     for share in SHARES:
@@ -103,7 +103,7 @@ def measured_rows(scores: Scores, work: Path, images: int) -> list[Row]:
 
 
 def _evenly(errors: list[float], scores: Scores) -> list[float]:
-    """Those of an entry that was not finished, without the last images of some prompts that others do not have."""
+    """The errors of an unfinished entry, cut so that every prompt has the same number of images."""
     prompts = len({*scores.prompts("held_out")})
     return errors[: max(len(errors) // prompts, 1) * prompts]
 
@@ -116,7 +116,7 @@ def _row(scores: Scores, work: Path, share: float, entry: Entry, errors: list[fl
 
 
 def _small(per_image: dict[str, list[float]]) -> dict[str, list[float]]:
-    """The metrics with 1 - SSIM in place of SSIM, which is so close to 1 that digits would be lost."""
+    """The metrics with 1 - SSIM instead of SSIM, which is so close to 1 that digits would be lost."""
     return {
         ("1 - ssim" if name == "ssim" else name): [1 - value for value in values] if name == "ssim" else values
         for name, values in per_image.items()
@@ -124,7 +124,7 @@ def _small(per_image: dict[str, list[float]]) -> dict[str, list[float]]:
 
 
 def _right(prompts: Sequence[str], images: torch.Tensor) -> dict[str, list[float]]:
-    """Whether each image shows what its caption asks for, 0 or 1; nothing where prompts are no captions of scenes."""
+    """Whether each image shows what its caption asks for, 0 or 1; empty if the prompts are not captions of scenes."""
     scenes = {scene.caption: scene for scene in unseen_captions(HELD_OUT)}
     if any(prompt not in scenes for prompt in prompts[: len(images)]):
         return {}
@@ -133,7 +133,7 @@ def _right(prompts: Sequence[str], images: torch.Tensor) -> dict[str, list[float
 
 
 def _section(share: float, rows: list[Row], reference: int) -> list[str]:
-    """One size's part of the Markdown, best first."""
+    """The Markdown section of one size, best rival first."""
     here = sorted((row for row in rows if row.share == share), key=lambda row: -np.mean(row.values["psnr"]))
     if not here:
         return []

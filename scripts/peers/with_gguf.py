@@ -1,10 +1,10 @@
 """GGUF: llama.cpp's block formats, written to a real file by the gguf package.
 
-Blocks of 32 lie along a weight's rows, a convolution's rows being (in, kh, kw) flattened. Where 32 does not divide a
-row it may divide the whole tensor, which is then stored as rows of 32, as ComfyUI-GGUF's converter stores convolutions
-with their shape beside them; what it divides neither way stays FP16, as do biases and norms. `-kept` leaves the
-timestep embedding, the input stem and the output head at FP16. Bytes are those of the tensors in the file; the weights
-are the package's own dequantization. Needs gguf==0.19.0; torch and diffusers only read the denoiser.
+Blocks of 32 run along a weight's rows; a convolution's rows are (in, kh, kw) flattened. If 32 does not divide a row but
+divides the whole tensor, the tensor is stored as rows of 32. ComfyUI-GGUF's converter stores convolutions in that way
+too, along with their shape. Tensors that 32 does not divide stay FP16, and so do biases and norms. `-kept` leaves the
+timestep embedding, the input stem and the output head at FP16. Bytes are those of the tensors in the file. The weights
+come from the package's own dequantization. Needs gguf==0.19.0; torch and diffusers only read the denoiser.
 
     build/peers/venv-gguf/bin/python scripts/peers/with_gguf.py
 """
@@ -29,7 +29,7 @@ _BLOCK = 32
 
 
 def rows_of(weight: torch.Tensor) -> np.ndarray | None:
-    """The weight as rows that blocks divide, float32, shape (rows, n); None where there are none."""
+    """The weight as rows that blocks divide, float32, shape (rows, n); None if that is impossible."""
     if weight.ndim < 2 or weight.numel() % _BLOCK:
         return None
     flat = weight.float().flatten(1).numpy()

@@ -1,14 +1,14 @@
 """NVIDIA modelopt: auto_quantize with gradient scores, weights only.
 
 Its score of a layer in a format is the sum of squares of (gradient of the loss at the layer's output) times (change of
-that output). A denoiser has no loss of its own at inference, and the gradient of a mean squared error is tiny, so the
-loss is a random projection: the sum of the predicted noise times a standard normal vector, drawn anew for each batch.
-Its unbiased square is the change of the whole prediction. Formats are 4, 6 and 8 bits or 4 and 8 bits beside FP16, with
-a scale for each output channel or for each block of input channels; each format's `effective_bits` counts its scales.
-`effective_bits` of the search is corrected until the bytes fit closely, for modelopt writes no file of mixed
-convolutions: bytes are accounted, codes packed without padding and scales at FP16. The bits that were reached are
-recorded. The 4/8 assignment is written once more, fitted to our formats' bytes, to compare assignments alone.
-Needs nvidia-modelopt==0.47.0.
+that output). A denoiser has no loss of its own at inference, and the gradient of a mean squared error is tiny. So the
+loss here is a random projection: the sum of the predicted noise times a standard normal vector, drawn for each batch.
+Its square is an unbiased estimate of the change of the whole prediction. Formats are 4, 6 and 8 bits or 4 and 8 bits,
+plus FP16, with a scale for each output channel or for each block of input channels. Each format's `effective_bits`
+include its scales. modelopt cannot write a file with mixed convolutions, so the bytes are accounted: codes packed
+without padding, scales at FP16. The `effective_bits` of the search are corrected until these bytes fit closely, and the
+bits that were reached are recorded. The 4/8 assignment is written a second time, fitted to our formats' bytes, to
+compare assignments alone. Needs nvidia-modelopt==0.47.0.
 
     build/peers/venv-modelopt/bin/python scripts/peers/with_modelopt.py --check 2
 """
@@ -32,11 +32,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 WIDTHS = ((4, 6, 8), (4, 8))
-BLOCKS = (32, 64, 0)  # input channels that share a scale; 0 is one scale for each output channel
+BLOCKS = (32, 64, 0)  # input channels that share a scale; 0 means one scale per output channel
 METHODS = ("max", "mse")
 _ALONG = "along"
 _BATCH, _CALIBRATION, _SCORED, _ITERATIONS = 8, 4, 40, 7
-_CLOSE = 1.5e-3  # of the budget; what is left of it is no more
+_CLOSE = 1.5e-3  # the largest share of the budget that may stay unused
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Setting:
 
 
 def batches(work: Any) -> Iterator[dict[str, torch.Tensor]]:
-    """Denoiser calls of the calibration samples, shuffled, each with its projection."""
+    """Denoiser calls of the calibration samples, shuffled, each batch with its projection."""
     calls = load_file(work / "calls.safetensors")
     stream = torch.Generator().manual_seed(47)
     order = torch.randperm(len(calls["timestep"]), generator=stream)
@@ -78,14 +78,14 @@ def forward(denoiser: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor
 
 
 def searched(args: argparse.Namespace, setting: Setting, bits: float) -> tuple[nn.Module, dict[str, Any]]:
-    """The denoiser as auto_quantize leaves it, and the search's own account; scores are kept between calls."""
+    """The denoiser that auto_quantize returns, and the state of its search; scores are stored between calls."""
     torch.manual_seed(0)
     data = list(itertools.islice(batches(args.work), _SCORED))
     scores = args.work / "modelopt" / f"{setting.name}.pth"
     scores.parent.mkdir(exist_ok=True)
     finished = scores.with_suffix(".finished")
     if not finished.exists():
-        scores.unlink(missing_ok=True)  # the tool cannot go on from scores that a killed run left half done
+        scores.unlink(missing_ok=True)  # the tool cannot resume from incomplete scores of a killed run
     denoiser, state = mtq.auto_quantize(
         fp16_denoiser(args.model, torch.float32),
         constraints={"effective_bits": bits},
@@ -103,7 +103,7 @@ def searched(args: argparse.Namespace, setting: Setting, bits: float) -> tuple[n
 
 
 def layer_bits(denoiser: nn.Module) -> dict[str, int]:
-    """Width of every quantizable layer, 16 where its quantizer is off."""
+    """Bit width of every quantizable layer, 16 if its quantizer is off."""
     found = {}
     for name, module in denoiser.named_modules():
         if hasattr(module, "weight_quantizer"):
@@ -112,7 +112,7 @@ def layer_bits(denoiser: nn.Module) -> dict[str, int]:
 
 
 def tool_bytes(denoiser: nn.Module) -> int:
-    """Packed codes, FP16 scales, all else FP16."""
+    """Bytes of packed codes and FP16 scales, with everything else in FP16."""
     total = 0
     quantized = {name for name, bits in layer_bits(denoiser).items() if bits < 16}
     for name, parameter in denoiser.named_parameters():
@@ -126,7 +126,7 @@ def tool_bytes(denoiser: nn.Module) -> int:
 
 
 def our_bytes(denoiser: nn.Module) -> int:
-    """The same assignment in int4 (groups of 64), int8 and FP16 of ours; the assignment's entry checks it exactly."""
+    """Bytes of the same assignment in our int4 (groups of 64), int8 and FP16; writing the entry checks them exactly."""
     bits, total = layer_bits(denoiser), 0
     for name, parameter in denoiser.named_parameters():
         width = bits.get(name.removesuffix(".weight"), 16) if name.endswith(".weight") else 16
@@ -143,8 +143,8 @@ def our_bytes(denoiser: nn.Module) -> int:
 def fitted(
     args: argparse.Namespace, setting: Setting, limit: float, size: Callable[[nn.Module], int]
 ) -> tuple[nn.Module, dict[str, Any]] | None:
-    """The search with the most bytes that fit. They go up with the bits asked for, by about one bit of every weight a
-    bit, so that a few corrections by what is missing or too much come close; after too much a little less is asked."""
+    """The search with the most bytes that fit. One more requested bit adds about one bit per weight, so a few
+    corrections by the difference come close. After an excess, the next request is slightly below the limit."""
     lowest = float(min(setting.widths)) + 0.021 + (16 / setting.block if setting.block else 0)
     a_bit = sum(parameter.numel() for parameter in fp16_denoiser(args.model, torch.float16).parameters()) / 8
     bits, most, best = max(lowest, limit / a_bit - 0.5), -1, None
@@ -161,7 +161,7 @@ def fitted(
 
 
 def reached(state: dict[str, Any]) -> dict[str, Any]:
-    """What the search says it reached."""
+    """What the search reports to have reached."""
     best = state["best"]
     return {
         "reached": {key: float(value) for key, value in best["constraints"].items()},
@@ -170,7 +170,7 @@ def reached(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def effective(denoiser: nn.Module) -> dict[str, torch.Tensor]:
-    """The plain denoiser's state dict, each weight as its quantizer gives it."""
+    """The plain denoiser's state dict, each weight after its quantizer."""
     weights = {name: parameter.detach() for name, parameter in denoiser.named_parameters()}
     with torch.no_grad():
         for name, bits in layer_bits(denoiser).items():
@@ -198,7 +198,7 @@ def make(args: argparse.Namespace, setting: Setting, share: float, reference: in
 
 
 def hand_over(args: argparse.Namespace, setting: Setting, share: float, reference: int) -> None:
-    """Write the assignment alone, as wide as our formats' bytes allow."""
+    """Write only the assignment, as wide as the bytes of our formats allow."""
     if not fnmatch(f"assignment-{setting.name}@{share:.2f}", args.only):
         return
     best = fitted(args, setting, share * reference, our_bytes)

@@ -1,9 +1,9 @@
-"""optimum-quanto: qint4 and qint8 of linears and convolutions, with either of its two ways to pick ranges.
+"""optimum-quanto: qint4 and qint8 for linear layers and convolutions, with either of its two ways to choose ranges.
 
-Groups are the tool's own choice (128, or 96, 64, 32 where those divide a row). `-kept` excludes the timestep embedding,
-the input stem and the output head. The denoiser is quantized and saved in FP16; bytes are those of the saved
-safetensors. The weights are the saved codes times the saved scales, multiplied in float32 by the tool's own tensors.
-`-fp32` scales are quantized and saved in float32. Needs optimum-quanto==0.2.7.
+The tool chooses the groups (128, or 96, 64, 32 if those divide a row). `-kept` excludes the timestep embedding, the
+input stem and the output head. The denoiser is quantized and saved in FP16. Bytes are those of the saved safetensors.
+The weights are the saved codes times the saved scales, multiplied in float32 by the tool's own tensors. With `-fp32`,
+the model is quantized in float32 and keeps float32 scales. Needs optimum-quanto==0.2.7.
 
     build/peers/venv-quanto/bin/python scripts/peers/with_quanto.py --check 2
 """
@@ -35,7 +35,7 @@ def quantized(model: Path, dtype: torch.dtype, bits: Any, hqq: bool, kept: tuple
 
 
 def in_float32(denoiser: nn.Module) -> nn.Module:
-    """The same model with float32 scales, biases and norms of the same values: it computes in float32."""
+    """The same model with the same scales, biases and norms in float32, so that it computes in float32."""
     for module in denoiser.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             held = parameter.data if not isinstance(parameter, QTensor) else _wide(parameter)
@@ -84,7 +84,7 @@ def make(args: argparse.Namespace, bits: Any, hqq: bool, scales: str, kept: tupl
 
 
 def _of_code(key: str) -> bool:
-    """Whether a saved tensor belongs to a quantized weight: those keep the dtype they were made in."""
+    """Whether a saved tensor belongs to a quantized weight, which keeps its original dtype."""
     return "._" in key
 
 

@@ -1,10 +1,10 @@
-"""SDNQ: uniform settings from 3 to 8 bits, and its dynamic mode with the threshold swept.
+"""SDNQ: uniform settings from 3 to 8 bits, and its dynamic mode with a sweep of the threshold.
 
-Uniform settings cross the dtypes with group sizes, Hadamard rotation, low-rank correction, codebooks, double-quantized
-scales and the precision of the scales. The dynamic mode starts from a lowest dtype and widens each layer until its
-relative weight error is below a threshold; bisection finds the smallest threshold whose file still fits each budget.
-Bytes are those of the file that the tool saves; the weights are the tool's own dequantization of that file in float32.
-Needs sdnq==0.2.8.
+Uniform settings combine the dtypes with group sizes, Hadamard rotation, low-rank correction, codebooks,
+double-quantized scales and the precision of the scales. The dynamic mode starts from a lowest dtype and widens each
+layer until its relative weight error is below a threshold. Bisection finds the smallest threshold whose file still fits
+each budget. Bytes are those of the file that the tool saves. The weights are the tool's own dequantization of that file
+in float32. Needs sdnq==0.2.8.
 
     build/peers/venv-sdnq/bin/python scripts/peers/with_sdnq.py --check 2
 """
@@ -33,10 +33,10 @@ from torch import nn
 
 BITS = (3, 4, 5, 6, 7, 8)
 FLOATS = ("float4_e2m1fn", "float5_e2m2fn", "float6_e2m3fn", "float7_e2m4fn")
-COVERAGE: dict[str, dict[str, Any]] = {"": {}, "-all": {"minimum_allowed_numel": 1024}}  # default: not below 16384
+COVERAGE: dict[str, dict[str, Any]] = {"": {}, "-all": {"minimum_allowed_numel": 1024}}  # default: at least 16384
 DYNAMIC = tuple(itertools.product(((0, 0), (128, 128), (0, 128), (128, 0)), ("-all", ""), ("int4", "uint4", "uint2")))
-SMALLEST_SHARE = 0.88  # of a budget: a uniform setting that leaves more unused is not its best
-_FINEST = 3e-7  # threshold at which all dtypes that matter have been tried
+SMALLEST_SHARE = 0.88  # of a budget; a uniform setting that uses less of it is not its best
+_FINEST = 3e-7  # a threshold at which all relevant dtypes have been tried
 
 
 def uniform_settings() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -79,7 +79,7 @@ def _rotation(group: int) -> dict[str, Any]:
 
 
 def quantized(model: Path, options: dict[str, Any]) -> nn.Module:
-    """The FP16 denoiser, quantized by the tool on its FP16 values."""
+    """The denoiser, quantized by the tool from its FP16 values."""
     torch.manual_seed(0)  # the low-rank correction is randomized
     return sdnq_post_load_quant(
         fp16_denoiser(model, torch.float16), torch_dtype=torch.float16, quant_conv=True, **options
@@ -87,12 +87,12 @@ def quantized(model: Path, options: dict[str, Any]) -> nn.Module:
 
 
 def held_bytes(denoiser: nn.Module) -> int:
-    """Bytes of its tensors: what the file will have."""
+    """Bytes of its tensors, which its file will have too."""
     return sum(tensor.numel() * tensor.element_size() for tensor in denoiser.state_dict().values())
 
 
 def saved(args: argparse.Namespace, denoiser: nn.Module, entry: Entry) -> None:
-    """Write the tool's file, read it back in float32 and hand over what it computes with."""
+    """Write the tool's file, read it back in float32 and write the entry with its effective weights."""
     with tempfile.TemporaryDirectory() as folder:
         save_sdnq_model(denoiser, folder)
         nbytes = tensor_bytes(Path(folder))
@@ -106,7 +106,7 @@ def saved(args: argparse.Namespace, denoiser: nn.Module, entry: Entry) -> None:
 
 
 def _float32(denoiser: nn.Module) -> nn.Module:
-    """What the tool leaves at FP16 when it loads a file for float32, biases and unquantized layers, made float32."""
+    """Convert biases and unquantized layers to float32, which the tool leaves at FP16 when it loads for float32."""
     for name, parameter in denoiser.named_parameters():
         layer = denoiser.get_submodule(name.rpartition(".")[0])
         if not hasattr(layer, "sdnq_dequantizer") or name.endswith(".bias"):
@@ -115,7 +115,7 @@ def _float32(denoiser: nn.Module) -> nn.Module:
 
 
 def wanted_entry(args: argparse.Namespace, name: str) -> bool:
-    """Whether an entry is asked for and not there yet."""
+    """Whether an entry is requested and does not exist yet."""
     return fnmatch(name, args.only) and not (args.work / "candidates" / name / "entry.json").is_file()
 
 
@@ -147,7 +147,7 @@ def make_dynamic(args: argparse.Namespace, reference: int) -> None:
 def _dynamic_at(
     args: argparse.Namespace, share: float, limit: float, setting: str, options: dict[str, Any], tried: list[float]
 ) -> None:
-    """The smallest threshold whose tensors fit, by bisection over the losses seen; nothing where none fits."""
+    """Save the entry of the smallest threshold that fits, found by bisection over the observed losses, if any fits."""
     thresholds = sorted(tried)
     low, high, best = 0, len(thresholds) - 1, None
     while low <= high:
@@ -168,10 +168,10 @@ def _dynamic_at(
 
 @contextmanager
 def remembered_layers() -> Iterator[list[float]]:
-    """The dynamic mode quantizes a layer in one dtype after another; the next threshold need not do that again.
+    """Cache the layers that the dynamic mode quantizes in one dtype after another, for use with other thresholds.
 
     Yields:
-        every loss that was compared with a threshold so far.
+        Every loss that was compared with a threshold so far.
     """
     quantize, compare = quantizer.sdnq_quantize_layer_weight, torch.nn.functional.mse_loss
     seen: dict[tuple[str, str], Any] = {}
