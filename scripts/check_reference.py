@@ -1,8 +1,8 @@
-"""How well the bundled pipeline draws what it is asked for.
+"""How often the bundled pipeline draws the emoji that was asked for.
 
-Draws 100 of its names at random, generates an image for each, encodes the image with the pipeline's own VAE and finds
-the nearest training image by L2 distance of the latents. A hit carries the asked name, or is of the same subcategory.
-Prints the figure, and writes a picture of the generated emoji.
+Chooses 100 of its names at random and generates an image for each. Encodes each image with the pipeline's own VAE and
+finds the nearest training image by L2 distance of the latents. A hit is a training image with the requested name, or
+one of the same subcategory. Prints the number of hits and writes a picture of the generated emoji.
 
     python scripts/check_reference.py [--model FOLDER] [--count 100] [--picture out.png]
 """
@@ -24,12 +24,14 @@ ROOT = Path(__file__).resolve().parent.parent
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "bitpolicy" / "models" / "emoji")
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "reference", help="where the pictures are kept")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "build" / "reference", help="folder of the downloaded training pictures"
+    )
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--prompts", nargs="*", help="draw these instead of random names; no figure is printed")
+    parser.add_argument("--prompts", nargs="*", help="draw these instead of random names, and print no figure")
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
     pipe = StableDiffusionPipeline.from_pretrained(args.model, dtype=torch.float32)
@@ -42,7 +44,8 @@ def main() -> None:
     if not args.prompts:
         named, related = _hits(pipe.vae, emoji, prompts, images)
         print(
-            f"{len(prompts)} names: {named} nearest to the very emoji, {related} to one of the same name or subcategory"
+            f"{len(prompts)} names: {named} nearest to an emoji of that name, "
+            f"{related} to one of that name or subcategory"
         )
 
 
@@ -61,7 +64,7 @@ def _generate(pipe: StableDiffusionPipeline, prompt: str, seed: int, steps: int,
 
 @torch.no_grad()
 def _hits(vae: AutoencoderKL, emoji: list[Emoji], prompts: list[str], images: list[torch.Tensor]) -> tuple[int, int]:
-    """How many nearest training images carry the name, and how many the name or its subcategory."""
+    """How many nearest training images have the name, and how many have the name or its subcategory."""
     known = torch.cat([vae.encode(e.image[None]).latent_dist.mean for e in emoji]).flatten(1)
     found = torch.cat([vae.encode(image[None] * 2 - 1).latent_dist.mean for image in images]).flatten(1)
     nearest = torch.cdist(found, known).argmin(1).tolist()

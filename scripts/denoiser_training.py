@@ -1,4 +1,4 @@
-"""Denoisers on the latents of scenes: epsilon prediction, flow matching, and consistency distillation to few steps."""
+"""Train denoisers on latents of scenes: epsilon prediction, flow matching, consistency distillation to a few steps."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from training_stage import Pool, Workshop, caption_mask, pool_of_clips, pool_of_
 
 Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # of latents, timesteps and token ids
 BATCH = 64  # of pictures; a batch of clips is smaller
-GUIDANCE = 4.0  # that the distilled model has built in
-SKIP = 20  # timesteps that the distilled model's teacher takes in one DDIM step
+GUIDANCE = 4.0  # guidance scale built into the distilled model
+SKIP = 20  # timesteps per DDIM step of the distilled model's teacher
 
 
 def train_unet(shop: Workshop, steps: int) -> None:
     unet, text = new_unet(), text_encoder(shop)
     if shop.device == "cpu":
-        unet.set_attn_processor(AttnProcessor())  # its backward is three times faster than fused attention's on a CPU
+        unet.set_attn_processor(AttnProcessor())  # its backward is three times as fast as fused attention's on a CPU
     unet.to(shop.device, memory_format=torch.channels_last)
 
     def predict(x: torch.Tensor, t: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
@@ -33,7 +33,7 @@ def train_unet(shop: Workshop, steps: int) -> None:
 
 
 def train_dit(shop: Workshop, steps: int) -> None:
-    """PixArt's pipeline hides padded tokens, and so does its training."""
+    """Train PixArt; mask padded tokens, as its pipeline does."""
     dit, text = new_dit().to(shop.device), text_encoder(shop)
     conditions = {"resolution": None, "aspect_ratio": None}
 
@@ -46,7 +46,7 @@ def train_dit(shop: Workshop, steps: int) -> None:
 
 
 def train_video(shop: Workshop, steps: int) -> None:
-    """Its captions hold words that the shared text encoder has not seen together, so it trains a copy of its own."""
+    """Train a copy of the text encoder too: video captions combine words that the shared one has not seen together."""
     both = nn.ModuleDict({"unet": new_video_unet(), "text_encoder": text_encoder(shop)}).to(shop.device)
     both.requires_grad_(True)
     if shop.device == "cpu":
@@ -68,7 +68,7 @@ def train_epsilon(
     batch: int | None = None,
     pool: Pool | None = None,
 ) -> None:
-    """The loss of epsilon is weighted by min(SNR, 5) / SNR (Hang et al. 2023)."""
+    """Train on the epsilon loss, weighted by min(SNR, 5) / SNR (Hang et al. 2023)."""
     scheduler = ddim()
     alphas = scheduler.alphas_cumprod.to(shop.device)
     weights = (5 * (1 - alphas) / alphas).clamp(max=1)
@@ -84,7 +84,7 @@ def train_epsilon(
 
 
 def train_mmdit(shop: Workshop, steps: int) -> None:
-    """Rectified flow with logit-normal times (Esser et al. 2024, section 3.1); it predicts noise minus latents."""
+    """Rectified flow with logit-normal times (Esser et al. 2024, section 3.1); the model predicts noise - latents."""
     mmdit, text = new_mmdit().to(shop.device), text_encoder(shop)
 
     def loss(x: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
@@ -101,10 +101,11 @@ def train_mmdit(shop: Workshop, steps: int) -> None:
 
 @torch.no_grad()
 def joint_states(text: nn.Module, prompts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What StableDiffusion3Pipeline makes of two equal CLIP encoders and no T5.
+    """The conditioning that StableDiffusion3Pipeline computes from two equal CLIP encoders and no T5.
 
-    States before the last layer, side by side and followed by zeros, (B, 2 * tokens, 2 * WIDTH); the state of the end
-    of the caption, twice, (B, 2 * WIDTH).
+    Returns:
+        The states before the last layer, concatenated and followed by zeros, (B, 2 * tokens, 2 * WIDTH); and the state
+        at the end of the caption, twice, (B, 2 * WIDTH).
     """
     output = text(prompts, output_hidden_states=True)
     states = output.hidden_states[-2].repeat(1, 1, 2)
@@ -112,7 +113,7 @@ def joint_states(text: nn.Module, prompts: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def train_lcm(shop: Workshop, steps: int) -> None:
-    """The U-Net distilled to four steps without guidance (Luo et al. 2023, algorithm 1, with one guidance scale)."""
+    """Distil the U-Net to four steps without guidance (Luo et al. 2023, algorithm 1, with one guidance scale)."""
     text, scheduler = text_encoder(shop), ddim()
     teacher = shop.finished("unet", new_unet())
     student, target = new_unet(), new_unet().requires_grad_(False).to(shop.device)
@@ -169,9 +170,9 @@ def _descend(
     batch: int | None = None,
     pool: Pool | None = None,
 ) -> None:
-    """Train on batches of the pool, of scenes by default.
+    """Train on batches from the pool, which holds scenes by default.
 
-    One prompt in ten is empty, for classifier-free guidance. On a CPU plain attention's backward is twice as fast as
+    One prompt in ten is empty, for classifier-free guidance. On a CPU, plain attention's backward is twice as fast as
     fused attention's.
     """
     run = Run(shop.work / f"{name}.pt", model, rate, steps)

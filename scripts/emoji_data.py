@@ -1,9 +1,9 @@
 """The training images of the bundled pipeline: Noto emoji at 64 x 64, with their names.
 
 The pictures come from the npm package `emoji-datasource-google` (images: Noto Emoji, Apache-2.0; metadata: emoji-data,
-MIT). A few hundred are kept, across faces, hearts, animals, plants, food, instruments, tools and shapes: skin tones,
-flags and joined sequences are left out, and so is every emoji that looks almost the same as one kept before it, because
-the name of a look-alike tells a small model nothing.
+MIT). A few hundred are kept: faces, hearts, animals, plants, food, instruments, tools and shapes. Skin tones, flags and
+joined sequences are left out. So is every emoji that looks almost the same as one already kept, because a small model
+cannot learn the names of look-alikes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SUBCATEGORIES = (
 ).split()
 FIRST = ("2764-FE0F", "1F49B", "1F600", "1F431", "1F437", "1F430", "1F42D")  # kept before their look-alikes
 ALIASES = {"2764-FE0F": ["red heart"]}  # the Unicode name of the red heart is "heavy black heart"
-LOOK_ALIKE = 0.015  # mean squared difference of RGB in [0, 1] below which two pictures count as the same
+LOOK_ALIKE = 0.015  # two pictures count as the same up to this mean squared difference of RGB in [0, 1]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Emoji:
 
     Attributes:
         image: shape (3, 64, 64), float32 in [-1, 1], on white.
-        names: prompts that mean it, lower case; the first is its Unicode name or its everyday alias.
+        names: prompts for it, in lower case; the first is its Unicode name or its everyday alias.
         subcategory: its Unicode subcategory, e.g. "food-prepared".
     """
 
@@ -46,7 +46,7 @@ class Emoji:
 
 
 def fetch(folder: Path) -> Path:
-    """Download and unpack the npm package below `folder` unless it is there already; return the unpacked package."""
+    """Download and unpack the npm package below `folder`, unless it is already there; return the unpacked package."""
     package = folder / "package"
     if not (package / "emoji.json").exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Does a picture show what its caption says? A small classifier of renders, and the share of captions it finds right.
+"""Does a picture show what its caption says? A small classifier of renders, and the share of captions that it accepts.
 
-A caption counts as right if the judge sees each of its things, no other, and its ground. Where it sees them gives a
-second, stricter figure: the things also stand in the order that the caption says.
+A caption counts as right if the judge sees each of its things, no others, and its ground. A second, stricter figure
+uses the positions: the things must also be in the order that the caption gives.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Score:
 
 
 def train_judge(shop: Workshop, steps: int, batch: int = 48) -> None:
-    """Multiple instances: a name's score is that of its best cell, so the map says where without labels of places."""
+    """Multiple-instance training: a name's score is that of its best cell, so positions are learned without labels."""
     judge = Judge().to(shop.device, memory_format=torch.channels_last)
     run = Run(shop.work / "judge.pt", judge, 2e-3, steps)
     for step in run:
@@ -48,7 +48,7 @@ def train_judge(shop: Workshop, steps: int, batch: int = 48) -> None:
 
 
 def blurred(pictures: torch.Tensor) -> torch.Tensor:
-    """Half of the pictures as a small autoencoder might return them: softer, noisier, a little off in colour."""
+    """Degrade half of the pictures as a small autoencoder might: softer, noisier, slightly off in colour."""
     count = len(pictures) // 2
     side = random.choice((28, 36, 48))
     small = nn.functional.interpolate(pictures[:count], size=(side, side), mode="area")
@@ -59,7 +59,7 @@ def blurred(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def labels(scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which names are there, float32 of shape (B, names) with 0 and 1, and which ground, int64 of shape (B,)."""
+    """Which names are present, 0 or 1, float32 of shape (B, names), and which ground, int64 of shape (B,)."""
     here = torch.zeros(len(scenes), len(NAMES))
     for row, scene in zip(here, scenes, strict=True):
         row[[NAMES.index(thing.name) for thing in scene.things]] = 1
@@ -67,7 +67,7 @@ def labels(scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def shipped_judge() -> Judge:
-    """The trained judge that is in git, float32, in eval mode."""
+    """The trained judge from the repository, float32, in eval mode."""
     judge = Judge().eval().requires_grad_(False)
     judge.load_state_dict(load_file(SHIPPED))
     return judge
@@ -84,7 +84,7 @@ def shown(judge: Judge, pictures: torch.Tensor, scenes: list[Scene]) -> list[boo
 
 @torch.no_grad()
 def score(judge: Judge, pictures: torch.Tensor, scenes: list[Scene]) -> Score:
-    """How many of the pictures, float32 in [-1, 1] of shape (B, 3, 64, 64), show their scenes."""
+    """The share of pictures, float32 in [-1, 1] of shape (B, 3, 64, 64), that show their scenes."""
     cells, ground = judge(pictures)
     here, colour = labels(scenes)
     things = ((cells.amax(dim=(2, 3)) > 0).cpu() == (here > 0)).all(dim=1)

@@ -1,11 +1,11 @@
-"""Scenes for training: one to three Noto emoji on a coloured ground, composed on the fly, with captions.
+"""Training scenes: one to three Noto emoji on a coloured ground, composed on the fly, with captions.
 
     a panda on grey                          a large pizza left of a small red heart on blue
     a small car at the top on green          a frog and a cat above a star on white
 
-Sizes, places and colours are spoken; each object is shifted by up to `JITTER` pixels, so that no two pictures agree.
-Which objects may meet is a rule (`held_out`): a scene of the test set holds a pair of objects, or an object and a
-ground, that no training scene holds.
+Captions name sizes, places and colours. Each object is shifted by up to `JITTER` pixels, so no two pictures are equal.
+A rule (`held_out`) decides which combinations training may use. Every scene of the test set contains a pair of objects,
+or an object and a ground, that no training scene contains.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from PIL import Image
 
 SIZE = 64
 JITTER = 2
-HELD_OUT_SHARE = 0.1  # of all pairs of objects, and of all pairs of an object and a ground
+HELD_OUT_SHARE = 0.1  # share of all pairs of objects, and of all pairs of an object and a ground
 EMOJI = {
     "pizza": "1f355",
     "red heart": "2764-fe0f",
@@ -65,7 +65,7 @@ PLACES = {"": (32, 32), "at the left": (20, 32), "at the right": (44, 32), "at t
           "at the bottom": (32, 44)}  # fmt: skip
 BESIDE = {"left of": ((17, 32), (47, 32)), "above": ((32, 17), (32, 47))}
 WAYS = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
-SPEED = 1.5  # pixels a frame, of things that move
+SPEED = 1.5  # of moving things, in pixels per frame
 TRIANGLE = ((17, 18), (47, 18), (32, 46))
 
 
@@ -85,7 +85,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows, and how it is said.
+    """The content of a picture, and its caption.
 
     Attributes:
         things: one to three, in the order of the caption.
@@ -99,7 +99,7 @@ class Scene:
 
     @cached_property
     def held_out(self) -> bool:
-        """Whether it combines what training never combines."""
+        """Whether the scene contains a combination that training never uses."""
         names = sorted(thing.name for thing in self.things)
         pairs = combinations(names, 2) if len(names) > 1 else [(names[0], self.ground)]
         return any(zlib.crc32("|".join(pair).encode()) % 1000 < 1000 * HELD_OUT_SHARE for pair in pairs)
@@ -114,7 +114,7 @@ def draw_scene(rng: random.Random, held_out: bool = False) -> Scene:
 
 
 def unseen_captions(count: int, seed: int = 17) -> list[Scene]:
-    """Held-out scenes with different captions, the same ones each time."""
+    """Held-out scenes with distinct captions, the same ones each time."""
     rng, chosen = random.Random(seed), {}
     while len(chosen) < count:
         scene = draw_scene(rng, held_out=True)
@@ -152,7 +152,7 @@ def jittered(scene: Scene, rng: random.Random) -> Scene:
 
 
 def clip(scene: Scene, way: str, rng: random.Random, frames: int = 8) -> tuple[Scene, ...]:
-    """The scene while all its things move `way`, a key of WAYS, by SPEED pixels a frame; halfway it is the scene."""
+    """Frames in which all things move `way`, a key of WAYS, at SPEED pixels per frame. Halfway they show the scene."""
     right, down = WAYS[way]
     still = jittered(scene, rng)
     caption = scene.caption.replace(" on ", f" to the {way} on ")
@@ -172,7 +172,7 @@ class Painter:
         known = {e["image"].removesuffix(".png") for e in json.loads((package / "emoji.json").read_text())}
         missing = sorted(set(EMOJI.values()) - known)
         if missing:
-            raise SystemExit(f"{package} has no pictures {missing}; fetch emoji-datasource-google again")
+            raise SystemExit(f"{package} has no pictures of {missing}; fetch emoji-datasource-google again")
         folder = package / "img" / "google" / "64"
         self.sprites = {
             (name, size): _sprite(folder / f"{code}.png", pixels)
@@ -181,7 +181,7 @@ class Painter:
         }
 
     def paint(self, scene: Scene) -> np.ndarray:
-        """uint8, shape (64, 64, 3)."""
+        """The picture of a scene, uint8, shape (64, 64, 3)."""
         canvas = np.empty((SIZE, SIZE, 3), np.float32)
         canvas[:] = GROUNDS[scene.ground]
         for thing in scene.things:
@@ -196,13 +196,13 @@ class Painter:
         return canvas.round().astype(np.uint8)
 
     def batch(self, scenes: list[Scene]) -> torch.Tensor:
-        """float32 in [-1, 1], shape (len(scenes), 3, 64, 64)."""
+        """The pictures of the scenes, float32 in [-1, 1], shape (len(scenes), 3, 64, 64)."""
         pixels = torch.from_numpy(np.stack([self.paint(scene) for scene in scenes]))
         return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _sprite(path: Path, pixels: int) -> np.ndarray:
-    """Colours times opacity in [0, 255], and opacity in [0, 1]; shape (pixels, pixels, 4), float32."""
+    """Colours times opacity, in [0, 255], and opacity, in [0, 1]; shape (pixels, pixels, 4), float32."""
     with Image.open(path) as file:
         picture = np.asarray(file.convert("RGBA"), np.float32)
     opacity = picture[..., 3:] / 255

@@ -1,4 +1,4 @@
-"""From trained stages to a diffusers folder, and from a folder to its score on unseen captions."""
+"""Assemble trained stages into a diffusers folder, and score such a folder on unseen captions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from train_reference import TOKENS
 from training_stage import Workshop, small_vae, text_encoder
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-CALLS: dict[str, dict[str, Any]] = {  # how each model is drawn from when it is scored
+CALLS: dict[str, dict[str, Any]] = {  # the call of each model when it is scored
     "unet": {"num_inference_steps": 25, "guidance_scale": 4.0},
     "dit": {
         "num_inference_steps": 25,
@@ -40,7 +40,7 @@ MOST_BYTES = 12_000_000
 
 
 def assembled(shop: Workshop, model: str) -> DiffusionPipeline:
-    """The EMA weights of a denoiser with the shared VAE and text encoder, float32."""
+    """The pipeline of a denoiser's EMA weights with the shared VAE and text encoder, float32."""
     builders = {"unet": _unet, "lcm": _lcm, "dit": _dit, "mmdit": _mmdit, "video": _video}
     if model not in builders:
         raise SystemExit(f"{model} has no pipeline; choose one of {', '.join(builders)}")
@@ -52,7 +52,7 @@ def _unet(shop: Workshop) -> StableDiffusionPipeline:
 
 
 def _lcm(shop: Workshop) -> StableDiffusionPipeline:
-    """To be drawn with four steps and guidance_scale=1, since guidance is built in."""
+    """Call it with four steps and guidance_scale=1, because guidance is built in."""
     return _stable_diffusion(shop, shop.finished("lcm", new_unet()), LCMScheduler.from_config(ddim().config))
 
 
@@ -70,7 +70,7 @@ def _stable_diffusion(shop: Workshop, unet: nn.Module, scheduler: SchedulerMixin
 
 
 def _dit(shop: Workshop) -> PixArtSigmaPipeline:
-    """PixArt's pipeline, whose T5 is our CLIP: draw with use_resolution_binning=False and max_sequence_length=16."""
+    """PixArt's pipeline with our CLIP as T5. Call it with use_resolution_binning=False and max_sequence_length=16."""
     return PixArtSigmaPipeline(
         tokenizer=shop.tokenizer,
         text_encoder=text_encoder(shop),
@@ -81,10 +81,10 @@ def _dit(shop: Workshop) -> PixArtSigmaPipeline:
 
 
 def _mmdit(shop: Workshop) -> StableDiffusion3Pipeline:
-    """The shared text encoder stands for both of SD3's CLIPs; its pooled state is taken as it is.
+    """SD3's pipeline with the shared text encoder as both CLIPs; its pooled state is used unchanged.
 
-    There is no T5, but diffusers loads no SD3 folder without one: this one returns zeros, as SD3 does for None.
-    Draw with max_sequence_length=16, the number of those zeros in training.
+    There is no real T5, but diffusers cannot load an SD3 folder without one. This one returns zeros, as SD3 uses for
+    None. Call the pipeline with max_sequence_length=16, the number of zeros in training.
     """
     text, vae = text_encoder(shop), small_vae(shop)
     vae.register_to_config(shift_factor=0.0)
@@ -121,15 +121,15 @@ def _video(shop: Workshop) -> TextToVideoSDPipeline:
 
 
 def write(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """In float16; refuses a folder that is too large for git."""
+    """Write the pipeline in float16, and refuse a folder that is too large for git."""
     pipeline.to(torch.float16).save_pretrained(folder)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if size > MOST_BYTES:
-        raise SystemExit(f"{folder} has {size} bytes, at most {MOST_BYTES} are allowed; make the model smaller")
+        raise SystemExit(f"{folder} has {size} bytes but at most {MOST_BYTES} are allowed; make the model smaller")
 
 
 def drawings(pipeline: DiffusionPipeline, scenes: list[Scene], call: dict[str, Any], batch: int = 20) -> torch.Tensor:
-    """One picture for each scene, seeds 0, 1, ...; float32 in [-1, 1], shape (len(scenes), 3, 64, 64)."""
+    """One picture per scene with seeds 0, 1, ...; float32 in [-1, 1], shape (len(scenes), 3, 64, 64)."""
     parts = []
     for start in range(0, len(scenes), batch):
         prompts = [scene.caption for scene in scenes[start : start + batch]]
@@ -140,9 +140,9 @@ def drawings(pipeline: DiffusionPipeline, scenes: list[Scene], call: dict[str, A
 
 
 def examine(shop: Workshop, model: str, folder: Path, count: int = 100) -> Score:
-    """Draw unseen captions, keep the drawings as unseen.png in the work folder, and judge them."""
+    """Draw unseen captions, save the pictures as unseen.png in the work folder, and judge them."""
     if model not in CALLS:
-        raise SystemExit(f"{model} draws no single pictures; choose one of {', '.join(CALLS)}")
+        raise SystemExit(f"{model} does not draw single pictures; choose one of {', '.join(CALLS)}")
     pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(shop.device)
     pipeline.set_progress_bar_config(disable=True)
     scenes = unseen_captions(count)
@@ -152,7 +152,7 @@ def examine(shop: Workshop, model: str, folder: Path, count: int = 100) -> Score
 
 
 def sheet(pictures: torch.Tensor, columns: int = 10) -> Image.Image:
-    """All pictures in rows of `columns`."""
+    """All pictures on one sheet, in rows of `columns`."""
     pixels = ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     rows = [np.concatenate(list(pixels[i : i + columns]), axis=1) for i in range(0, len(pixels), columns)]
     width = rows[0].shape[1]

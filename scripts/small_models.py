@@ -1,4 +1,4 @@
-"""The architectures of the small models: what diffusers builds, at sizes that fit 12 MB together with a shared VAE."""
+"""The architectures of the small models: diffusers' classes at sizes that fit 12 MB together with a shared VAE."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 LATENT = 16  # latents have shape (4, LATENT, LATENT)
 WIDTH = 128  # of the text encoder
-GRID = 8  # cells along a side, of the layouts that text encoder and judge learn from
+GRID = 8  # cells per side of the layouts that the text encoder and the judge learn from
 
 
 def new_vae() -> AutoencoderKL:
-    """A quarter of the bundled pipeline's VAE, with the same latent shape."""
+    """A VAE of a quarter of the bundled one's size, with the same latent shape."""
     return AutoencoderKL(
         block_out_channels=(16, 32, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -39,7 +39,7 @@ def new_vae() -> AutoencoderKL:
 
 
 def new_unet() -> UNet2DConditionModel:
-    """4.9M parameters; attention at 8 x 8 and, in the middle, at 4 x 4."""
+    """A U-Net of 4.9M parameters, with attention at 8 x 8 and, in the middle, at 4 x 4."""
     return UNet2DConditionModel(
         sample_size=LATENT,
         block_out_channels=(40, 80, 160),
@@ -69,7 +69,7 @@ def new_dit() -> PixArtTransformer2DModel:
 
 
 def new_mmdit() -> SD3Transformer2DModel:
-    """Stable Diffusion 3's joint transformer; it reads the shared text encoder twice, as SD3 reads its two."""
+    """Stable Diffusion 3's joint transformer; the shared text encoder's states replace those of both CLIPs."""
     return SD3Transformer2DModel(
         sample_size=LATENT,
         num_layers=5,
@@ -131,7 +131,7 @@ def ddim() -> DDIMScheduler:
 
 
 class LayoutReader(nn.Module):
-    """Reads from a caption's states what stands in each cell of a GRID x GRID layout: one cross attention."""
+    """Predicts what is in each cell of a GRID x GRID layout from a caption's states, with one cross attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,13 +140,13 @@ class LayoutReader(nn.Module):
         self.head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, len(NAMES) + len(COLOURS)))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Logits over names and grounds, shape (B, GRID * GRID, classes), of states of shape (B, tokens, WIDTH)."""
+        """Logits over names and grounds, shape (B, GRID * GRID, classes), from states of shape (B, tokens, WIDTH)."""
         queries = self.cells.expand(len(states), -1, -1)
         return self.head(queries + self.attention(queries, states, states, need_weights=False)[0])
 
 
 class Judge(nn.Module):
-    """Says which emoji a picture shows, where, and on which ground."""
+    """Detects which emoji a picture shows, where, and on which ground."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""A GPT-2 of the denoisers' size, on text that every machine with Python has: its standard library and its licence.
+"""Train a GPT-2 of the denoisers' size on text that comes with Python: its standard library and its licence.
 
-Docstrings of all modules, classes and functions, as `ast` finds them, and the licence texts of the interpreter. One
-file in twenty is kept for testing (`held_out`).
+The text is the docstrings of all modules, classes and functions that `ast` finds, and the interpreter's licence. One
+file in twenty is held out for testing (`held_out`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def texts(test: bool, library: Path = LIBRARY) -> Iterator[str]:
 def _docstrings(path: Path) -> Iterator[str]:
     try:
         tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # the library tests its parser with files that are wrong on purpose
+    except (SyntaxError, ValueError):  # the library contains invalid files that test its parser
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -52,7 +52,7 @@ def _docstrings(path: Path) -> Iterator[str]:
 
 
 def train_gpt(shop: Workshop, steps: int, batch: int = 16, library: Path = LIBRARY) -> None:
-    """Next-token prediction; prints the perplexity of the held-out files at the end."""
+    """Train next-token prediction and print the perplexity of the held-out files at the end."""
     tokenizer = gpt_tokenizer(shop.work / "gpt-tokenizer.json", library)
     train, test = (_ids(tokenizer, texts(wanted, library)) for wanted in (False, True))
     gpt = new_gpt(VOCABULARY, CONTEXT).to(shop.device)
@@ -70,7 +70,7 @@ def train_gpt(shop: Workshop, steps: int, batch: int = 16, library: Path = LIBRA
 
 @torch.no_grad()
 def perplexity(gpt: nn.Module, tokens: torch.Tensor) -> float:
-    """Of consecutive windows of CONTEXT tokens."""
+    """Perplexity over consecutive windows of CONTEXT tokens."""
     starts = torch.arange(0, len(tokens) - CONTEXT, CONTEXT)
     device = next(gpt.parameters()).device
     losses = [gpt(part.to(device), labels=part.to(device)).loss for part in _windows(tokens, starts).split(16)]
@@ -87,7 +87,7 @@ def _ids(tokenizer: Tokenizer, found: Iterator[str]) -> torch.Tensor:
 
 
 def gpt_tokenizer(path: Path, library: Path = LIBRARY) -> Tokenizer:
-    """Byte-level BPE, trained once on the training texts."""
+    """A byte-level BPE tokenizer, trained once on the training texts."""
     if not path.exists():
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -103,7 +103,7 @@ def gpt_tokenizer(path: Path, library: Path = LIBRARY) -> Tokenizer:
 
 
 def write_gpt(shop: Workshop, folder: Path) -> None:
-    """A transformers folder, float16."""
+    """Write a transformers folder in float16."""
     gpt = shop.finished("gpt", new_gpt(VOCABULARY, CONTEXT))
     gpt.to(torch.float16).save_pretrained(folder)
     fast = PreTrainedTokenizerFast(tokenizer_object=gpt_tokenizer(shop.work / "gpt-tokenizer.json"), eos_token=END)

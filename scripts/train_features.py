@@ -1,12 +1,12 @@
-"""Train the small feature network of the bundled pipeline: which emoji is this, however it is shifted and tinted?
+"""Train the small feature network of the bundled pipeline, which recognizes an emoji under shifts and tints.
 
-A classifier of the 359 emoji the pipeline was trained on (cross entropy with label smoothing, Szegedy et al. 2016,
-section 7). Each picture is rotated, scaled, shifted, tinted, and now and then blurred or speckled. Batch normalization
-(Ioffe and Szegedy 2015) helps it on, and is folded into the convolutions at the end: what is shipped is convolutions
-and ReLUs. The classifying layer is dropped: the features are what it looked at.
+It is trained as a classifier of the 359 emoji that the pipeline was trained on (cross entropy with label smoothing,
+Szegedy et al. 2016, section 7). Each picture is rotated, scaled, shifted, tinted, and sometimes blurred or speckled.
+Batch normalization (Ioffe and Szegedy 2015) speeds up training and is folded into the convolutions at the end, so the
+shipped network consists of convolutions and ReLUs. The classifying layer is dropped; the features are its inputs.
 
     python scripts/train_features.py                                    # ten minutes on one CPU core
-    python scripts/train_features.py --check                            # how far apart the features keep emoji
+    python scripts/train_features.py --check                            # how well the features separate emoji
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ BATCH, RATE, WARM_UP = 64, 3e-3, 50
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "reference", help="where the pictures are kept")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "build" / "reference", help="folder of the downloaded training pictures"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "bitpolicy" / "models" / "emoji" / "features")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--check", action="store_true", help="only measure the network in --out")
@@ -45,7 +47,7 @@ def main() -> None:
 
 
 class Classifier(nn.Module):
-    """The feature network with what only training needs."""
+    """The feature network with the parts that only training needs."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -61,7 +63,7 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def folded(self) -> FeatureNetwork:
-        """gamma (W y + b - mean) / sigma + beta is a convolution again."""
+        """The network without norms: gamma (W y + b - mean) / sigma + beta is again a convolution."""
         for conv, norm in zip(self.network.convs, self.norms, strict=True):
             scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
             conv.weight.mul_(scale[:, None, None, None])
@@ -70,7 +72,7 @@ class Classifier(nn.Module):
 
 
 def train(pictures: torch.Tensor, steps: int) -> FeatureNetwork:
-    """The network after `steps`; the learning rate falls as a half cosine."""
+    """The network after `steps` steps; the learning rate falls as a half cosine."""
     model = Classifier(len(pictures)).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.02)
     start, average = time.time(), math.log(len(pictures))
@@ -90,7 +92,7 @@ def train(pictures: torch.Tensor, steps: int) -> FeatureNetwork:
 
 
 def augmented(pictures: torch.Tensor) -> torch.Tensor:
-    """(B, 3, H, W) in [0, 255], each moved, tinted and worn in its own way."""
+    """Pictures, (B, 3, H, W) in [0, 255], each randomly moved, tinted and degraded."""
     moved = _moved(pictures / 255)
     tint = 1 + 0.15 * torch.randn(len(moved), 3, 1, 1)
     light = 0.1 * torch.randn(len(moved), 1, 1, 1)
@@ -100,7 +102,7 @@ def augmented(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def _moved(pictures: torch.Tensor) -> torch.Tensor:
-    """Rotated by up to 20 degrees, scaled by 0.8 to 1.25, shifted by up to 6 pixels, half of them mirrored."""
+    """Rotate by up to 20 degrees, scale by 0.8 to 1.25, shift by up to 6 pixels and mirror half of the pictures."""
     count = len(pictures)
     angle = math.radians(20) * (2 * torch.rand(count) - 1)
     scale = 2 ** (0.32 * (2 * torch.rand(count) - 1))
@@ -126,7 +128,7 @@ def save(network: FeatureNetwork, folder: Path) -> None:
 
 @torch.no_grad()
 def check(network: FeatureNetwork, pictures: torch.Tensor, emoji: list[Emoji]) -> dict[str, float | int]:
-    """How often an emoji that was moved and worn anew has features nearest to its own, and to those of its kind."""
+    """How often the features of a newly augmented emoji are nearest to its own, and to those of its subcategory."""
     torch.manual_seed(1)
     known = nn.functional.normalize(network(pictures))
     named = related = 0

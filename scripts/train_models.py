@@ -5,16 +5,16 @@
     python scripts/train_models.py --model unet --assemble scripts/trained/unet    # write the fp16 folder
     python scripts/train_models.py --model unet --examine scripts/trained/unet     # score it on unseen captions
 
-A run that was stopped, SIGKILL included, goes on from its last checkpoint.
+A stopped run, even one stopped by SIGKILL, resumes from its last checkpoint.
 
-Shared stages, in this order: `teacher`, the bundled pipeline's VAE tuned on scenes; `vae`, a quarter of its size,
-taught to encode and decode the teacher's latents; `text`, a CLIP text encoder that learns the layouts captions describe
-and is frozen then; `judge`, a classifier of renders.
+The shared stages, in order: `teacher` is the bundled pipeline's VAE, tuned on scenes; `vae`, a quarter of its size,
+learns to encode and decode the teacher's latents; `text` is a CLIP text encoder that learns the layouts that captions
+describe and is then frozen; `judge` is a classifier of renders.
 
-Models, each of about 5M parameters: `unet`, epsilon prediction in Stable Diffusion 1's manner; `dit`, the same
-objective and scheduler with PixArt's transformer and pipeline; `mmdit`, Stable Diffusion 3's joint transformer with
-flow matching; `lcm`, the U-Net distilled to four steps; `video`, eight frames of moving scenes with a U-Net that has
-temporal layers; `gpt`, a GPT-2 on the standard library's docstrings.
+The models have about 5M parameters each: `unet` uses epsilon prediction, like Stable Diffusion 1; `dit` has the same
+objective and scheduler, with PixArt's transformer and pipeline; `mmdit` is Stable Diffusion 3's joint transformer with
+flow matching; `lcm` is the U-Net distilled to four steps; `video` draws eight frames of moving scenes with a U-Net that
+has temporal layers; `gpt` is a GPT-2 on the standard library's docstrings.
 """
 
 from __future__ import annotations
@@ -41,14 +41,16 @@ from training_stage import TEACHER, Teacher, Workshop, drawn
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("all", *STAGES), required=True)
-    parser.add_argument("--work", type=Path, default=Path("build/models"), help="pictures, checkpoints and logs")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/models"), help="folder for pictures, checkpoints and logs"
+    )
     parser.add_argument("--assemble", type=Path, help="write the fp16 pipeline of --model to this folder and stop")
     parser.add_argument("--examine", type=Path, help="score the pipeline in this folder and stop")
     parser.add_argument(
-        "--shared", type=Path, help="a finished pipeline: its VAE and text encoder are used, none are trained"
+        "--shared", type=Path, help="a finished pipeline whose VAE and text encoder are used instead of training them"
     )
-    parser.add_argument("--steps", type=int, help="of the model named; a run can be lengthened while it is under way")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads; at most the cores that are free")
+    parser.add_argument("--steps", type=int, help="training steps of --model; a running training can be extended")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads; at most the number of free cores")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if args.threads:
@@ -69,10 +71,10 @@ def main() -> None:
 
 
 def order(model: str, shared: bool = False) -> list[str]:
-    """The stages that `model` needs, itself last; finished ones have nothing left to do.
+    """The stages that `model` needs, itself last. Finished stages return at once.
 
     Args:
-        shared: whether VAE and text encoder are there already.
+        shared: whether the VAE and the text encoder already exist.
     """
     needed = [name for name in SHARED if not shared or name == "judge"]
     if model == "all":
@@ -82,23 +84,23 @@ def order(model: str, shared: bool = False) -> list[str]:
     if model in needed:
         return needed[: needed.index(model) + 1]
     if model in SHARED:
-        raise SystemExit(f"--shared brings what {model} would train; leave one of them out")
+        raise SystemExit(f"--shared already provides what {model} would train; leave out one of the two")
     return [*needed, *(["unet"] if model == "lcm" else []), model]
 
 
 def decibels(y: torch.Tensor, x: torch.Tensor) -> float:
-    """PSNR of values in [-1, 1]."""
+    """PSNR in dB of values in [-1, 1]."""
     return -10 * math.log10((y - x).square().mean().item() / 4)
 
 
 def picture_loss(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """L1 of the pixels and of their differences."""
+    """L1 loss of the pixels and of their differences."""
     edges = sum(((y - x).diff(dim=dim).abs().mean() for dim in (-1, -2)), torch.zeros((), device=x.device))
     return (y - x).abs().mean() + 0.5 * edges
 
 
 def train_teacher(shop: Workshop, steps: int, batch: int = 8) -> None:
-    """The bundled VAE has seen white grounds only."""
+    """Tune the bundled VAE on scenes, because it has seen only white grounds."""
     teacher = AutoencoderKL.from_pretrained(TEACHER, torch_dtype=torch.float32)
     teacher.to(shop.device, memory_format=torch.channels_last)
     run = Run(shop.work / "teacher.pt", teacher, 5e-4, steps)
@@ -113,7 +115,7 @@ def train_teacher(shop: Workshop, steps: int, batch: int = 8) -> None:
 
 
 def train_vae(shop: Workshop, steps: int, batch: int = 16) -> None:
-    """A small encoder and decoder learn the teacher's latents, each from the teacher alone."""
+    """Train a small encoder and decoder on the teacher's latents, independently of each other."""
     teacher = Teacher(shop)
     vae = new_vae().to(shop.device, memory_format=torch.channels_last)
     run = Run(shop.work / "vae.pt", vae, 2e-3, steps)
@@ -135,7 +137,7 @@ def train_vae(shop: Workshop, steps: int, batch: int = 16) -> None:
 
 
 def layouts(scenes: list[Scene]) -> torch.Tensor:
-    """What stands in each cell, (B, GRID * GRID): an index of NAMES, or len(NAMES) plus an index of COLOURS."""
+    """The content of each cell, (B, GRID * GRID): an index into NAMES, or len(NAMES) plus an index into COLOURS."""
     cell = SIZE / GRID
     grids = torch.empty(len(scenes), GRID, GRID, dtype=torch.long)
     for grid, scene in zip(grids, scenes, strict=True):
@@ -149,7 +151,7 @@ def layouts(scenes: list[Scene]) -> torch.Tensor:
 
 
 def train_text(shop: Workshop, steps: int, batch: int = 128) -> None:
-    """From a caption to the layout of its scene, with nothing but one cross attention in between."""
+    """Train the text encoder to predict a scene's layout from its caption, through a single cross attention."""
     both = nn.ModuleDict({"text_encoder": new_text_encoder(len(shop.tokenizer)), "reader": LayoutReader()})
     both.to(shop.device)
     run = Run(shop.work / "text.pt", both, 2e-3, steps)

@@ -1,9 +1,9 @@
-"""Train the bundled pipeline: a miniature Stable Diffusion on Noto emoji, from nothing.
+"""Train the bundled pipeline, a miniature Stable Diffusion on Noto emoji, from scratch.
 
-Three stages, each resumable: an AutoencoderKL on the pictures, a BPE tokenizer on their names, then text encoder and
-UNet2DConditionModel together on the latents (v-prediction, Salimans and Ho 2022, section 2.4; prompt dropout for
-classifier-free guidance, Ho and Salimans 2022; EMA of the weights). The learning rate is constant and falls linearly to
-zero over the last part, so a run can be lengthened while it is under way.
+There are three stages, all resumable: an AutoencoderKL on the pictures; a BPE tokenizer on their names; then the text
+encoder and the UNet2DConditionModel together on the latents (v-prediction, Salimans and Ho 2022, section 2.4; prompt
+dropout for classifier-free guidance, Ho and Salimans 2022; EMA of the weights). The learning rate is constant and falls
+linearly to zero over the last part, so a running training can be extended.
 
     python scripts/train_reference.py --work build/reference            # about two hours on 2 CPU cores
     python scripts/train_reference.py --work build/reference --assemble models/emoji   # write the fp16 pipeline folder
@@ -34,10 +34,12 @@ SAVE_EVERY = 250  # steps
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("build/reference"), help="pictures, checkpoints and logs")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/reference"), help="folder for pictures, checkpoints and logs"
+    )
     parser.add_argument("--vae-steps", type=int, default=2400)
     parser.add_argument("--unet-steps", type=int, default=6000)
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads; at most the cores that are free")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads; at most the number of free cores")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--assemble", type=Path, help="write the pipeline from the newest checkpoint and stop")
     args = parser.parse_args()
@@ -197,7 +199,7 @@ def _edge_difference(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def train_tokenizer(emoji: list[Emoji], folder: Path) -> CLIPTokenizer:
-    """A byte-pair vocabulary made from the names, in CLIP's file format."""
+    """A byte-pair vocabulary trained on the names, in CLIP's file format."""
     if not (folder / "vocab.json").exists():
         bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
         bpe.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -216,7 +218,7 @@ def train_tokenizer(emoji: list[Emoji], folder: Path) -> CLIPTokenizer:
 
 
 def train_denoiser(emoji: list[Emoji], work: Path, steps: int, device: str, batch: int = 64) -> None:
-    """Text encoder and UNet on the latents of the pictures, v-prediction, one prompt in ten empty."""
+    """Train text encoder and UNet on the latents of the pictures: v-prediction, one prompt in ten empty."""
     vae, scaling = trained_vae(work)
     latents = (encode(vae, emoji) * scaling).to(device)
     tokenizer = train_tokenizer(emoji, work / "tokenizer")
@@ -224,7 +226,7 @@ def train_denoiser(emoji: list[Emoji], work: Path, steps: int, device: str, batc
     empty = tokenize(tokenizer, [""])[0].to(device)
     unet, text_encoder, scheduler = new_unet(), new_text_encoder(len(tokenizer)), new_scheduler()
     if device == "cpu":
-        unet.set_attn_processor(AttnProcessor())  # its backward is three times faster than fused attention's on a CPU
+        unet.set_attn_processor(AttnProcessor())  # its backward is three times as fast as fused attention's on a CPU
     both = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(device)
     run = Run(work / "denoiser.pt", both, 1e-3, steps)
     average = 1.0
@@ -251,7 +253,7 @@ def tokenize(tokenizer: CLIPTokenizer, names: list[str]) -> torch.Tensor:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, emoji: list[Emoji]) -> torch.Tensor:
-    """Mean latents, shape (len(emoji), 4, 16, 16), not scaled."""
+    """Mean latents, shape (len(emoji), 4, 16, 16), unscaled."""
     pictures = torch.stack([e.image for e in emoji])
     return torch.cat([vae.encode(part).latent_dist.mean for part in pictures.split(32)])
 

@@ -1,4 +1,4 @@
-"""What every stage of scripts/train_models.py shares: pictures, tokens, finished stages."""
+"""Shared by all stages of scripts/train_models.py: pictures, tokens, finished stages."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ TEACHER = ROOT / "bitpolicy" / "models" / "emoji" / "vae"
 
 
 class Workshop:
-    """Where a run finds its pictures, its captions' tokens and the finished stages.
+    """Gives a run its pictures, the tokens of its captions and the finished stages.
 
     Args:
-        work: pictures, checkpoints and logs.
-        device: to train on.
-        shared: a finished pipeline, whose VAE, text encoder and tokenizer stand for the stages that train them.
+        work: folder for pictures, checkpoints and logs.
+        device: the device to train on.
+        shared: a finished pipeline whose VAE, text encoder and tokenizer replace the stages that train them.
     """
 
     def __init__(self, work: Path, device: str, shared: Path | None = None) -> None:
@@ -39,7 +39,7 @@ class Workshop:
         self.tokenizer = train_tokenizer([Emoji(torch.empty(0), captions, "")], work / "tokenizer")
 
     def pictures(self, scenes: list[Scene]) -> torch.Tensor:
-        """float32 in [-1, 1], shape (len(scenes), 3, 64, 64)."""
+        """Jittered pictures of the scenes, float32 in [-1, 1], shape (len(scenes), 3, 64, 64)."""
         return self.painter.batch([jittered(scene, random) for scene in scenes]).to(self.device)
 
     def tokens(self, captions: list[str]) -> torch.Tensor:
@@ -62,7 +62,7 @@ def drawn(count: int) -> list[Scene]:
 
 
 def text_encoder(shop: Workshop) -> CLIPTextModel:
-    """The one that all models share: frozen."""
+    """The frozen text encoder that all models share."""
     if shop.shared:
         return _frozen(CLIPTextModel.from_pretrained(shop.shared / "text_encoder", dtype=torch.float32), shop)
     both = nn.ModuleDict({"text_encoder": new_text_encoder(len(shop.tokenizer)), "reader": LayoutReader()})
@@ -70,7 +70,7 @@ def text_encoder(shop: Workshop) -> CLIPTextModel:
 
 
 def small_vae(shop: Workshop) -> AutoencoderKL:
-    """The one that all models share: frozen."""
+    """The frozen VAE that all models share."""
     if shop.shared:
         return _frozen(AutoencoderKL.from_pretrained(shop.shared / "vae", torch_dtype=torch.float32), shop)
     return shop.finished("vae", new_vae())
@@ -87,7 +87,7 @@ def caption_mask(prompts: torch.Tensor) -> torch.Tensor:
 
 
 class Teacher:
-    """Latents of the tuned VAE, shifted and scaled to mean 0 and variance 1, channel by channel."""
+    """Latents of the tuned VAE, shifted and scaled to mean 0 and variance 1 per channel."""
 
     def __init__(self, shop: Workshop) -> None:
         self.shop = shop
@@ -101,7 +101,7 @@ class Teacher:
 
     @torch.no_grad()
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Shape (B, 4, 16, 16), float32."""
+        """Latents of the pictures, shape (B, 4, 16, 16), float32."""
         with self.shop.autocast():
             latents = torch.cat([self.vae.encode(part).latent_dist.mean for part in pictures.split(32)])
         return (latents.float() - self.mean) / self.scale
@@ -112,7 +112,7 @@ class Teacher:
 
 
 def encoder(shop: Workshop) -> Callable[[torch.Tensor], torch.Tensor]:
-    """From pictures to latents: the teacher's, or those of the shared pipeline's VAE, which learned the teacher's."""
+    """Maps pictures to latents: the teacher's encoder, or that of the shared VAE, which learned from the teacher."""
     if shop.shared is None:
         return Teacher(shop).encode
     vae = small_vae(shop).to(memory_format=torch.channels_last)
@@ -125,11 +125,11 @@ def encoder(shop: Workshop) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 class Pool:
-    """Latents and tokens of many scenes, kept in a file; some are replaced every sixteen batches.
+    """Latents and tokens of many scenes, stored in a file; some are replaced every sixteen batches.
 
     Args:
-        kept: where the first `size` are kept, so that a resumed run need not encode them again.
-        draw: latents, float32 with a first dimension of the count given, and token ids, int64 (count, TOKENS).
+        kept: the file of the first `size` scenes, so that a resumed run does not encode them again.
+        draw: returns `count` latents, float32 with first dimension `count`, and token ids, int64 (count, TOKENS).
         size: a multiple of `at_once`.
     """
 
@@ -146,7 +146,7 @@ class Pool:
         self.latents, self.tokens = pool["latents"], pool["tokens"]
 
     def batch(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`count` of the latents and their token ids."""
+        """A random batch of `count` latents and their token ids."""
         self.batches += 1
         if self.batches % 16 == 0:
             places = torch.randint(len(self.latents), (self.at_once,))
@@ -156,7 +156,7 @@ class Pool:
 
 
 def pool_of_scenes(shop: Workshop, size: int = 8192) -> Pool:
-    """Latents of shape (4, 16, 16)."""
+    """A pool of scenes; latents have shape (4, 16, 16)."""
     encode = encoder(shop)
 
     def draw(count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,7 +167,7 @@ def pool_of_scenes(shop: Workshop, size: int = 8192) -> Pool:
 
 
 def pool_of_clips(shop: Workshop, size: int = 1024) -> Pool:
-    """Latents of shape (4, frames, 16, 16)."""
+    """A pool of clips; latents have shape (4, frames, 16, 16)."""
     encode = encoder(shop)
 
     def draw(count: int) -> tuple[torch.Tensor, torch.Tensor]:
