@@ -1,8 +1,8 @@
-"""Type-check the package in the shape it is installed in.
+"""Type-checks the package in its installed layout.
 
 The folders `kernels/`, `policies/`, `sensitivity/` and `search/` become subpackages of `bitpolicy` only when installed,
-which mypy cannot know. So this lays out `build/typing/bitpolicy/` as symlinks to the real files, runs mypy on that,
-prints its findings with the real paths, and exits with its code.
+which mypy cannot know. This script lays out `build/typing/bitpolicy/` as symlinks to the real files and runs mypy
+there. It prints mypy's findings with the real paths and exits with mypy's exit code.
 
     python scripts/check_types.py [mypy options]
 """
@@ -21,7 +21,7 @@ LAYERS = ("kernels", "policies", "sensitivity", "search")
 
 
 def lay_out(tree: Path = TREE) -> None:
-    """Make `tree/bitpolicy/` afresh: the entries of `bitpolicy/`, and the layers beside them."""
+    """Rebuild `tree/bitpolicy/` from the entries of `bitpolicy/` and the layer folders."""
     shutil.rmtree(tree, ignore_errors=True)
     package = tree / "bitpolicy"
     package.mkdir(parents=True)
@@ -30,7 +30,7 @@ def lay_out(tree: Path = TREE) -> None:
 
 
 def real_paths(report: str) -> str:
-    """mypy's report on the symlinks, as a report on the files they stand for."""
+    """mypy's report with the symlinks replaced by the files that they point to."""
     linked = tuple(f"bitpolicy/{layer}/" for layer in LAYERS)
     lines = report.splitlines(keepends=True)
     return "".join(line.removeprefix("bitpolicy/") if line.startswith(linked) else line for line in lines)

@@ -1,4 +1,4 @@
-"""Write docs/roles.md: what role and what stage the layers of the published models get, with an example of each.
+"""Write docs/roles.md: the role and stage of every layer of the published models, with an example of each role.
 
 python scripts/describe_roles.py [docs/roles.md]
 """
@@ -90,7 +90,7 @@ def page() -> str:
 
 
 def overview(described: dict[str, list[Layer]]) -> str:
-    """A row for each model: its class, its size, and its layers by stage."""
+    """A row for each model: its class, its size and its layers by stage."""
     rows = []
     for name, layers in described.items():
         parameters = parameter_count(published(name)) / 1e9

@@ -1,9 +1,9 @@
-"""diffusers' mixins of tests, with our models in them. Run by scripts/diffusers_suite.py.
+"""diffusers' test mixins, applied to our models. Run by scripts/diffusers_suite.py.
 
-A mixin asks a class for a model and its inputs. Of transformers both are those of diffusers' tests of that very class:
-tiny, with random weights. A mixin of quantization asks for a quantized model too: we save the tiny one and load it with
-a policy, as a user would. The other mixins make an ordinary model from its config; to them `model_class` is a class
-whose call gives that model packed.
+A mixin gets a model and its inputs from a class. For transformers, both come from diffusers' own tests of that class:
+tiny, with random weights. A quantization mixin also needs a quantized model: we save the tiny one and load it with a
+policy, as a user would. The other mixins build an ordinary model from its config; their `model_class` is a class whose
+call returns that model packed.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from bitpolicy.policies.identity import weights_hash
 from bitpolicy.policies.policy import ModelReference, Policy
 
 ON_CPU = testing.torch_device == "cpu"
-if ON_CPU:  # the mixins ask for an accelerator because most packages of quantization need one
+if ON_CPU:  # the mixins require an accelerator because most quantization packages need one
 
     def _runs_anywhere(case: Any) -> Any:
         return case
 
     testing.require_accelerator = _runs_anywhere
 
-from tests.models.testing_utils import (  # noqa: E402 # its decorators ask what is set above
+from tests.models.testing_utils import (  # noqa: E402 # its decorators read what is set above
     BaseModelTesterConfig,
     LayerwiseCastingTesterMixin,
     LoraTesterMixin,
@@ -56,7 +56,7 @@ MIXED = tuple(map(format_named, ("int4", "int4-g32", "int5-sym", "int3-channel",
 
 
 class UNetConfig(BaseModelTesterConfig):
-    """A U-Net of two levels. That of diffusers' tests needs packages that test nothing here."""
+    """A U-Net of two levels. The one in diffusers' tests needs packages that these cases do not use."""
 
     model_class = UNet2DConditionModel
     main_input_name = "sample"
@@ -92,7 +92,7 @@ MODELS = {
 
 
 def policy(model: nn.Module, formats: str, kept: tuple[str, ...] = ()) -> Policy:
-    """The layers of a model in one format, or in many in turn; those that `kept` is a part of stay."""
+    """A policy with one format, or "mixed" formats in turn. Layers whose name contains a part in `kept` stay FP16."""
     turns = cycle(MIXED if formats == "mixed" else [format_named(formats)])
     choices = {}
     for (name, layer), format in zip(quantizable_layers(model), turns, strict=False):
@@ -105,7 +105,7 @@ def policy(model: nn.Module, formats: str, kept: tuple[str, ...] = ()) -> Policy
 
 
 class Packed(type):
-    """Makes a class whose call gives what the call of its base gives, packed. Loading is the base's."""
+    """A metaclass: calling the class returns what its base returns, packed. Loading stays that of the base."""
 
     def __call__(cls, **config: Any) -> Any:
         plain = cls.__base__(**config)
@@ -120,7 +120,7 @@ def packed_class(plain: type[Any]) -> type[Any]:
 
 
 class OurQuantization:
-    """What the mixins of quantization ask for. Models are loaded in float16, which they are stored in."""
+    """What the quantization mixins require. Models are stored and loaded in float16."""
 
     torch_dtype = torch.float16
     pretrained_model_kwargs: Mapping[str, Any] = {}
@@ -158,12 +158,12 @@ class OurQuantization:
 
 
 def cases_of(mixin: type[Any]) -> list[str]:
-    """The names of the mixin's cases, each of which is to be called with a config."""
+    """The names of the mixin's cases; each is called with a config."""
     return [name.removeprefix("_test_") for name in dir(mixin) if name.startswith("_test_")]
 
 
 def each_case(mixin: type[Any]) -> Any:
-    """A test of every case of a mixin with every format."""
+    """A test that runs every case of a mixin with every format."""
 
     @pytest.mark.parametrize("formats", FORMATS)
     @pytest.mark.parametrize("case", cases_of(mixin))
@@ -188,7 +188,7 @@ class QuantizationCompile(OurQuantization):
 
 
 class PackedModels:
-    """For the mixins that make models from their config."""
+    """For the mixins that build models from their config."""
 
     @property
     def model_class(self) -> type[Any]:

@@ -1,13 +1,13 @@
-"""Run diffusers' own tests of quantized models on packed ones, and print which pass.
+"""Run diffusers' own tests of quantized models on packed models and print which pass.
 
     git clone --depth 1 --branch v0.40.0 https://github.com/huggingface/diffusers
     pip install requests
     python scripts/diffusers_suite.py --diffusers diffusers [--device cpu|cuda] [-k EXPRESSION]
 
 The cases are those of `tests/models/testing_utils/` in the checkout, which diffusers runs on bitsandbytes, quanto,
-torchao and others; scripts/diffusers_cases.py gives them our models. The checkout has to be of the version that is
-installed. What is printed is a Markdown table, a row for each case, and a line for each reason. Exits 1 if a case fails
-that is not known to, or passes that is known to fail.
+torchao and others. scripts/diffusers_cases.py passes them our models. The checkout must have the installed version of
+diffusers. Prints a Markdown table with a row for each case, and a line for each reason. Exits with 1 if a case fails
+unexpectedly, or passes although it is known to fail.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ import diffusers
 import pytest
 
 CASES = Path(__file__).with_name("diffusers_cases.py")
-_FLOAT8 = "asks every layer for a weight in the float8 of layerwise casting; packed weights stay as they are stored"
-KNOWN: dict[str, tuple[str, type[BaseException]]] = {  # a case that fails as it should: why, and with what
+_FLOAT8 = "expects every layer's weight in the float8 of layerwise casting; packed weights keep their storage layout"
+KNOWN: dict[str, tuple[str, type[BaseException]]] = {  # a case that is known to fail -> the reason and the exception
     "quantization_dtype_assignment": (
-        "asks for a ValueError; a packed model takes .to(dtype) and .half()",
+        "expects a ValueError; a packed model accepts .to(dtype) and .half()",
         pytest.fail.Exception,
     ),
     "lora_layerwise_casting_inference": (_FLOAT8, AssertionError),
@@ -38,11 +38,11 @@ KNOWN: dict[str, tuple[str, type[BaseException]]] = {  # a case that fails as it
 
 @dataclass(eq=False)  # pytest keeps its plugins in a set
 class Outcomes:
-    """A plugin of pytest that keeps what became of each case.
+    """A pytest plugin that records the outcome of each case.
 
     Attributes:
-        cells: (case, model) -> how many of its parameters passed, failed ... .
-        reasons: (outcome, reason) -> the cases that have it.
+        cells: (case, model) -> number of parameter sets per outcome: passed, failed and so on.
+        reasons: (outcome, reason) -> the cases with that outcome and reason.
     """
 
     cells: defaultdict[tuple[str, str], Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
@@ -99,24 +99,26 @@ def _reason(report: pytest.TestReport) -> str:
 
 
 def require_same_version(checkout: Path) -> None:
-    """Exit if the checkout is none of diffusers, or of another version than the installed one."""
+    """Exit if the checkout is not diffusers, or not the installed version of it."""
     source = checkout / "src" / "diffusers" / "__init__.py"
     if not source.exists():
-        sys.exit(f"{checkout} holds no src/diffusers/__init__.py; give the folder of a checkout of diffusers")
+        sys.exit(f"{checkout} has no src/diffusers/__init__.py; give the folder of a diffusers checkout")
     found = re.search(r'__version__ = "(.*)"', source.read_text(encoding="utf-8"))
     version = found[1] if found else "unknown"
     if version != diffusers.__version__:
         sys.exit(
-            f"the checkout is of diffusers {version}, the installed one is {diffusers.__version__}; "
+            f"the checkout is diffusers {version}, the installed version is {diffusers.__version__}; "
             f"check out v{diffusers.__version__}, or pip install diffusers=={version}"
         )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--diffusers", type=Path, required=True, metavar="PATH", help="a checkout of diffusers")
+    parser.add_argument(
+        "--diffusers", type=Path, required=True, metavar="PATH", help="a checkout of diffusers of the installed version"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("-k", metavar="EXPRESSION", default="", help="which cases, as pytest's -k")
+    parser.add_argument("-k", metavar="EXPRESSION", default="", help="selects cases, like pytest's -k")
     given = parser.parse_args()
     require_same_version(given.diffusers)
     os.environ.update(DIFFUSERS_TEST_DEVICE=given.device, HF_HUB_OFFLINE="1")

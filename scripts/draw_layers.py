@@ -1,6 +1,6 @@
-"""Draw docs/layers.svg: the layers of the code, who imports whom, and how many lines each has.
+"""Draw docs/layers.svg: the layers of the code, which imports which, and the number of lines in each.
 
-Lines are counted without blank lines, comments and docstrings. Prints the same as a table.
+Blank lines, comments and docstrings do not count. Prints the same numbers as a table.
 
     python scripts/draw_layers.py
     python scripts/draw_layers.py elsewhere.svg
@@ -37,7 +37,13 @@ class Counted:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", type=Path, nargs="?", default=ROOT / "docs" / "layers.svg", help="the picture")
+    parser.add_argument(
+        "target",
+        type=Path,
+        nargs="?",
+        default=ROOT / "docs" / "layers.svg",
+        help="picture to write; default: docs/layers.svg",
+    )
     target: Path = parser.parse_args().target
     counted = {name: count(ROOT / name) for name in (*LAYERS, *ASIDE)}
     for name, folder in counted.items():
@@ -49,7 +55,7 @@ def main() -> None:
 
 
 def count(folder: Path) -> Counted:
-    """Count the Python files below `folder`."""
+    """Count the Python files below `folder`, their lines and their imports."""
     result = Counted()
     for path in sorted(folder.rglob("*.py")):
         result.files += 1
@@ -86,7 +92,7 @@ def _docstring_lines(tree: ast.Module) -> set[int]:
 
 
 def draw(counted: dict[str, Counted]) -> str:
-    """The picture as SVG: one box a layer, the lowest below, an arrow from each layer to each it imports."""
+    """The picture as SVG: one box per layer, the lowest layer at the bottom, and arrows to the imported layers."""
     names = list(reversed(LAYERS))
     y = {name: 20 + _STEP * i for i, name in enumerate(names)}
     parts = [

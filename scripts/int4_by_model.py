@@ -1,19 +1,19 @@
-"""What INT4 and INT8 do to each of the small trained models: to one call of the denoiser, to the finished latents, to
-the image, and to what the image shows.
+"""The effect of INT4 and INT8 on each small trained model: on one denoiser call, on the finished latents, on the image,
+and on what the image shows.
 
     python scripts/int4_by_model.py                                 the bundled model and all of scripts/trained
     python scripts/int4_by_model.py --models scripts/trained/mmdit --images 64
 
 Every layer has the same format: INT4 in groups of 64, INT4 with one scale per output channel, or INT8. Weights are
-rounded to nearest, rounded to nearest with corrected biases, or rounded by GPTQ with corrected biases. For each:
+rounded to nearest, rounded to nearest with corrected biases, or rounded by GPTQ with corrected biases. The columns for each:
 
-    call          error of the denoiser's output at the reference's own latents, relative to the output's power, in dB,
-                  over the trajectory and at its first and its last recorded step
-    bias, scale   shares of that error's power: the mean over samples at a step, and what is parallel to the output; the
-                  rest is noise
-    latents       error of the finished latents, relative to their power, in dB
-    PSNR          of the images, mean and worst
-    right         share of the images that still show their caption, of those that did
+    call          error of the denoiser's output at the reference's own latents, relative to the output's power, in dB:
+                  over the whole trajectory, and at its first and last recorded step
+    bias, scale   shares of that error's power: the mean over samples at each step, and the part parallel to the output;
+                  the rest is noise
+    latents       error of the finished latents relative to their power, in dB
+    PSNR          PSNR of the images, mean and worst
+    right         share of images that still show their caption, among those whose reference does
 
 Writes a Markdown table and JSON to --work. If it is interrupted, the same command continues it.
 """
@@ -45,7 +45,7 @@ from bitpolicy.workflow.plan import Plan
 
 FORMATS = ("int4", "int4-channel", "int8")
 ROUNDINGS = NEAREST, CORRECTED, GPTQ = "nearest", "nearest, corrected", "gptq, corrected"
-STEPS = 6  # recorded steps that single calls are measured at, evenly spread over the trajectory
+STEPS = 6  # recorded steps at which single calls are measured, evenly spread over the trajectory
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class Row:
     """One model in one format.
 
     Attributes:
-        model, format, rounding: which.
-        share: bytes of the denoiser, of FP16.
-        call, first, last: relative error of single calls, in dB: of all recorded steps, of the first and of the last.
+        model, format, rounding: what was measured.
+        share: bytes of the denoiser as a share of FP16.
+        call, first, last: relative error of single calls, in dB: over all recorded steps, at the first and at the last.
         bias, scale: shares of the power of that error.
         latents: relative error of the finished latents, in dB.
-        psnr, worst: of the images, in dB.
-        right: share of the images that show their caption, of those whose reference does; None without captions.
+        psnr, worst: mean and worst PSNR of the images, in dB.
+        right: share of images that show their caption, among those whose reference does; None without captions.
     """
 
     model: str
@@ -79,7 +79,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Reference:
-    """The unquantized model: recorded calls step by step, latents and images of the held-out samples."""
+    """The unquantized model's recorded calls step by step, and its latents and images of the held-out samples."""
 
     calls: list[dict[str, torch.Tensor]]
     images: torch.Tensor
@@ -88,7 +88,7 @@ class Reference:
 
 
 def measured(folder: Path, work: Path, images: int, done: Collection[tuple[str, str]]) -> Iterator[Row]:
-    """The rows of one model, but for the (format, rounding) pairs that are done."""
+    """The rows of one model, except for (format, rounding) pairs that are done."""
     plan = plan_of(folder, (*FORMATS, "fp16"))
     if not (work / "calls.safetensors").is_file():
         write_samples(plan, work)
@@ -109,7 +109,7 @@ def measured(folder: Path, work: Path, images: int, done: Collection[tuple[str, 
 
 
 def referenced(plan: Plan, work: Path, images: int) -> Reference:
-    """What the unquantized model gives."""
+    """Run the unquantized model on the held-out samples and read its recorded calls."""
     recorded = load_file(work / "calls.safetensors")
     order = recorded["timestep"].unique().flip(0)
     chosen = [order[i] for i in torch.linspace(0, len(order) - 1, min(STEPS, len(order))).round().long()]
@@ -120,7 +120,7 @@ def referenced(plan: Plan, work: Path, images: int) -> Reference:
 
 
 def uniform(plan: Plan, rounding: str, work: Path) -> tuple[Quantization, dict[Format, dict[str, Choice]]]:
-    """One format for all layers that its groups fit, for each format."""
+    """For each format, the choices that give it to every layer that it fits."""
     settings = Settings(budget="100%", probe="weight", quantizer="gptq" if rounding == GPTQ else "rtn")
     run = plan.probe(settings, work / "probes", Stages())
     reference = run.reference()
@@ -136,7 +136,7 @@ def uniform(plan: Plan, rounding: str, work: Path) -> tuple[Quantization, dict[F
 
 @torch.no_grad()
 def call_errors(plan: Plan, reference: Reference) -> dict[str, float]:
-    """Of single calls, with whatever weights the denoiser has now."""
+    """Errors of single calls with the denoiser's current weights."""
     power, bias, scale, signal = (torch.zeros(len(reference.calls), dtype=torch.float64) for _ in range(4))
     for step, recorded in enumerate(reference.calls):
         exact = recorded[OUTPUT].double().flatten(1)
@@ -144,7 +144,7 @@ def call_errors(plan: Plan, reference: Reference) -> dict[str, float]:
         rows = len(error)
         of_rows, of_mean = error.square().sum(1).mean(), error.mean(0).square().sum()
         power[step], signal[step] = of_rows, exact.square().sum(1).mean()
-        bias[step] = ((rows * of_mean - of_rows) / (rows - 1)).clamp(min=0)  # without what noise leaves in the mean
+        bias[step] = ((rows * of_mean - of_rows) / (rows - 1)).clamp(min=0)  # minus the part of the mean that is noise
         scale[step] = ((error * exact).sum(1).square() / exact.square().sum(1)).mean()
     each = power / signal
     shares = {"bias": float(bias.sum() / power.sum()), "scale": float(scale.sum() / power.sum())}
@@ -159,7 +159,7 @@ def call_errors(plan: Plan, reference: Reference) -> dict[str, float]:
 def finished(
     plan: Plan, reference: Reference, drawn: Sequence[tuple[torch.Tensor, torch.Tensor]]
 ) -> dict[str, float | None]:
-    """Of latents and images."""
+    """Errors of the latents and images."""
     pictures, latents = (torch.stack([pair[i] for pair in drawn]) for i in (0, 1))
     psnr = Psnr.of(list(reference.images), list(pictures))
     error = (latents - reference.latents).double().square().sum() / reference.latents.double().square().sum()
@@ -171,7 +171,7 @@ def finished(
 
 
 def _shown(plan: Plan, pictures: torch.Tensor) -> list[bool] | None:
-    """Whether each image shows its caption; None where prompts are no captions."""
+    """Whether each image shows its caption; None if the prompts are not captions."""
     scenes = {scene.caption: scene for scene in unseen_captions(HELD_OUT)}
     prompts = [sample.prompt for sample in plan.split.held_out[: len(pictures)]]
     if any(prompt not in scenes for prompt in prompts):
@@ -180,12 +180,12 @@ def _shown(plan: Plan, pictures: torch.Tensor) -> list[bool] | None:
 
 
 def decibels(ratio: torch.Tensor) -> float:
-    """How far an error is below what it is an error of: -10 log10."""
+    """How far an error is below its signal: -10 log10 of the ratio."""
     return -10 * float(ratio.log10())
 
 
 def table(rows: Sequence[Mapping[str, object]]) -> str:
-    """Markdown."""
+    """The rows as a Markdown table."""
     heads = list(rows[0])
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     lines += ["| " + " | ".join(_cell(name, row[name]) for name in heads) + " |" for row in rows]
@@ -207,10 +207,10 @@ def _cell(name: str, value: object) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     every = [MODEL, *sorted(path for path in (ROOT / "scripts" / "trained").iterdir() if path.is_dir())]
-    parser.add_argument("--models", type=Path, nargs="+", default=every, help="folders of pipelines")
-    parser.add_argument("--images", type=int, default=32, help="held-out images")
+    parser.add_argument("--models", type=Path, nargs="+", default=every, help="pipeline folders")
+    parser.add_argument("--images", type=int, default=32, help="number of held-out images")
     parser.add_argument(
-        "--work", type=Path, default=Path("build/int4-by-model"), help="recorded calls, probes, results"
+        "--work", type=Path, default=Path("build/int4-by-model"), help="folder for recorded calls, probes and results"
     )
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

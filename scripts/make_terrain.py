@@ -1,15 +1,15 @@
-"""A stranger's model to try: the terrain U-Net of the package `adaptive-terrain-diffusion` as a diffusers pipeline.
+"""A third-party model to try: the terrain U-Net of the package `adaptive-terrain-diffusion` as a diffusers pipeline.
 
-The wheel (MIT, 39 MB) holds a consistency model (Song et al. 2023) of 10.4 million parameters that draws height fields
-of 128 x 128, one channel, for a difficulty. It becomes a `ConsistencyModelPipeline`: class label i, 0 to 99, is
-difficulty i + 1, and an image in [0, 1] gives metres by `heights`.
+The wheel (MIT, 39 MB) contains a consistency model (Song et al. 2023) of 10.4 million parameters. For a given
+difficulty it draws height fields of 128 x 128, one channel. This script converts it into a `ConsistencyModelPipeline`:
+class label i, 0 to 99, is difficulty i + 1, and `heights` converts an image in [0, 1] to metres.
 
     python scripts/make_terrain.py terrain                 # downloads the wheel
     python scripts/make_terrain.py terrain --source FILE   # a wheel, the .onnx, or a folder with either
     python scripts/make_terrain.py terrain --picture terrain.png
 
-The weights fit float16. The activations do not: they reach 5e10 in the last resnets, and the last norm brings them
-back. Compute in float32 or bfloat16.
+The weights fit float16, but the activations do not: they reach 5e10 in the last resnets, until the last norm rescales
+them. Compute in float32 or bfloat16.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PACKAGE, VERSION = "adaptive-terrain-diffusion", "0.4.2"
 ONNX = "terrain_consistency_unet_difficulty100.onnx"
 CLASSES = 100
 CELL = 0.1  # metres between two heights
-_HIGHEST, _ASINH = 22.16864013671875, 0.1  # of the package's own scaling of heights
+_HIGHEST, _ASINH = 22.16864013671875, 0.1  # constants of the package's own scaling of heights
 _RESNET, _ATTENTION = "ResnetDownsampleBlock2D", "AttnDownBlock2D"
 CONFIG: dict[str, Any] = {
     "sample_size": 128,
@@ -53,9 +53,9 @@ CONFIG: dict[str, Any] = {
     "norm_eps": 1e-5,
     "num_class_embeds": CLASSES,
 }
-# The network was distilled for its first step. From about sigma 5 down it leaves noise in the image, in the package's
-# own code, too. rho 1 spaces the sigmas of several steps evenly and so keeps them where it works: 80, 59, 39, 18 for
-# four; the usual 7 takes the last of four to 0.13.
+# The network was distilled for its first step. Below about sigma 5 it leaves noise in the image, also in the package's
+# own code. rho 1 spaces the sigmas of several steps evenly and so keeps them where the network works: 80, 59, 39, 18
+# for four steps. With the usual rho 7, the last of four would be 0.13.
 SCHEDULER: dict[str, Any] = {
     "num_train_timesteps": 40,
     "sigma_min": 0.002,
@@ -68,11 +68,11 @@ Weights = dict[str, np.ndarray]
 
 
 def onnx_bytes(source: Path) -> bytes:
-    """The network in a wheel, in a folder with the wheel or with what was in it, or in the .onnx itself."""
+    """The network from a wheel, from an .onnx file, or from a folder that contains either."""
     if source.is_dir():
         found = [*sorted(source.rglob(ONNX)), *sorted(source.glob("adaptive_terrain_diffusion-*.whl"))]
         if not found:
-            raise SystemExit(f"{source} has neither {ONNX} nor the wheel of {PACKAGE}")
+            raise SystemExit(f"{source} contains neither {ONNX} nor the wheel of {PACKAGE}")
         source = found[0]
     if source.suffix != ".whl":
         return source.read_bytes()
@@ -81,7 +81,7 @@ def onnx_bytes(source: Path) -> bytes:
 
 
 def downloaded() -> bytes:
-    """The network, from the package index that pip is set up for."""
+    """The network, downloaded from the package index that pip is configured for."""
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
         subprocess.run([*pip, f"{PACKAGE}=={VERSION}"], check=True)
@@ -90,7 +90,7 @@ def downloaded() -> bytes:
 
 # The weights, under the names of the original network
 
-_NORM_BEFORE = {  # end of a convolution's name -> end of the name of the norm before it
+_NORM_BEFORE = {  # suffix of a convolution's name -> suffix of the name of the norm before it
     ".in_layers.2.weight": ".in_layers.0",
     ".out_layers.3.weight": ".out_layers.0",
     ".qkv.weight": ".norm",
@@ -99,7 +99,7 @@ _NORM_BEFORE = {  # end of a convolution's name -> end of the name of the norm b
 
 
 def original_weights(graph: Graph) -> Weights:
-    """The state dict as PyTorch had it, with the norms' weights, which the exporter left as nameless constants."""
+    """The original PyTorch state dict, including the norms' weights, which the exporter stored as unnamed constants."""
     named = {name: value for name, value in graph.constants.items() if name.startswith("network.")}
     weights = {name.removeprefix("network."): value for name, value in named.items()}
     for node in graph.nodes.values():
@@ -114,7 +114,7 @@ def original_weights(graph: Graph) -> Weights:
 
 
 def _affine_before(graph: Graph, at: str) -> tuple[np.ndarray, np.ndarray]:
-    """Weight and bias of the norm that `at` comes from: back through activation, resampling, scale and shift."""
+    """Weight and bias of the norm before `at`, found by going back through activation, resampling, scale and shift."""
     while not _adds_a_bias(graph, at):
         at = graph.nodes[at].inputs[0]
     scaled, bias = graph.nodes[at].inputs
@@ -130,25 +130,25 @@ def _adds_a_bias(graph: Graph, at: str) -> bool:
     return constant is not None and constant.ndim == 3
 
 
-# The same under the names of diffusers
+# The weights, under the names of diffusers
 
 
 class Renaming:
-    """Moves weights from the original names to those of diffusers; none may be left."""
+    """Moves weights from the original names to those of diffusers; none may be left over."""
 
     def __init__(self, weights: Mapping[str, np.ndarray]) -> None:
         self._left, self._named = dict(weights), {}  # type: Weights, Weights
 
     def finished(self) -> dict[str, torch.Tensor]:
         """Raises:
-        ValueError: a weight is left that diffusers' network has no place for.
+        ValueError: a weight has no place in diffusers' network.
         """
         if self._left:
             raise ValueError(f"weights without a place: {', '.join(sorted(self._left))}")
         return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in self._named.items()}
 
     def move(self, old: str, new: str, flat: bool = False) -> None:
-        """Weight and bias; a convolution of one tap becomes a linear layer where `flat`."""
+        """Move a weight and its bias; `flat` turns a convolution with kernel size 1 into a linear layer."""
         for end in (".weight", ".bias"):
             value = self._left.pop(old + end)
             self._named[new + end] = value.reshape(len(value), -1) if flat and end == ".weight" else value
@@ -174,7 +174,7 @@ class Renaming:
                 self._named[f"{new}.to_{name}{end}"] = part.reshape(len(part), -1) if end == ".weight" else part
 
     def classes(self) -> None:
-        """A table of what the original's network of two layers makes of the difficulties 0, 1/99, ..., 1."""
+        """Tabulate the original's two-layer network at the difficulties 0, 1/99, ..., 1."""
         level = np.linspace(0, 1, CLASSES, dtype=np.float32).astype(np.float64)[:, None]
         first, last = ((self._pop(f"label_emb.{i}.weight"), self._pop(f"label_emb.{i}.bias")) for i in (0, 2))
         hidden = level @ first[0].T + first[1]
@@ -229,17 +229,17 @@ def _move_up_blocks(renaming: Renaming) -> None:
 
 
 def pipeline(data: bytes) -> ConsistencyModelPipeline:
-    """The pipeline of an ONNX file's network, float32."""
+    """The pipeline with the network of an ONNX file, in float32."""
     unet = UNet2DModel(**CONFIG).eval()
     unet.load_state_dict(diffusers_weights(original_weights(read_graph(data))), strict=True)
     return ConsistencyModelPipeline(unet, CMStochasticIterativeScheduler(**SCHEDULER))
 
 
-# What it draws
+# Pictures
 
 
 def heights(image: np.ndarray) -> np.ndarray:
-    """Metres, of an image in [0, 1]."""
+    """Convert an image in [0, 1] to metres."""
     return _ASINH * np.sinh(np.clip(image, 0, 1) * math.asinh(_HIGHEST / _ASINH))
 
 
@@ -264,7 +264,7 @@ def save_picture(pipe: Any, path: Path, labels: tuple[int, ...] = (0, 24, 49, 74
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path, help="folder of the pipeline")
+    parser.add_argument("output", type=Path, help="folder to write the pipeline to")
     parser.add_argument("--source", type=Path, help="a wheel, an .onnx file, or a folder with either")
     parser.add_argument("--picture", type=Path, help="draw ten samples into this PNG")
     options = parser.parse_args()

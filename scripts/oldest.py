@@ -1,9 +1,9 @@
-"""The oldest versions that pyproject.toml allows, as constraints for pip: what `.ci/run` tests in a second environment.
+"""Print the oldest versions that pyproject.toml allows, as constraints for pip. `.ci/run` tests with them too.
 
     python scripts/oldest.py > oldest.txt && pip install -c oldest.txt '.[test]'
 
-Of the dependencies and of everything in the `test` extra, the lower bound itself, `name==bound`. What has no bound, and
-what those packages need in turn, pip chooses.
+For each dependency and everything in the `test` extra, the constraint is its lower bound, `name==bound`. pip chooses
+the versions of packages without a bound, and of indirect dependencies.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(\[(?P<extras>[\w,-]+)\])?(>=(?P<bo
 
 
 def constraints(project: Mapping[str, Any], extra: str = "test") -> list[str]:
-    """`name==bound` of all that installing a project with an extra asks for, sorted.
+    """`name==bound` of everything that installing a project with an extra requires, sorted.
 
     Args:
         project: the `project` table of a pyproject.toml.
@@ -30,7 +30,7 @@ def constraints(project: Mapping[str, Any], extra: str = "test") -> list[str]:
     found: dict[str, str] = {}
     for name, bound in _bounds(project, [*project["dependencies"], f"{project['name']}[{extra}]"]):
         if found.setdefault(name, bound) != bound:
-            raise ValueError(f"{name} has the lower bounds {found[name]} and {bound}; give it one")
+            raise ValueError(f"{name} has the lower bounds {found[name]} and {bound}; keep one of them")
     return [f"{name}=={bound}" for name, bound in sorted(found.items())]
 
 

@@ -1,8 +1,8 @@
 """Read the operators and the float constants of an ONNX file, without the onnx package.
 
-A file is one protobuf message: pairs of a varint key, field number << 3 | wire type, and a value. What is read of it is
-ModelProto.graph (7) with its NodeProtos (1: inputs 1, outputs 2, op_type 4) and TensorProtos (5: dims 1, data_type 2,
-name 8, raw_data 9). Field numbers are those of onnx.proto, ONNX 1.16.
+A file is one protobuf message: a sequence of pairs of a varint key, field number << 3 | wire type, and a value. This
+module reads ModelProto.graph (7), its NodeProtos (1: inputs 1, outputs 2, op_type 4) and its TensorProtos (5: dims 1,
+data_type 2, name 8, raw_data 9). The field numbers are those of onnx.proto, ONNX 1.16.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FIXED = {1: 8, 5: 4}  # wire type -> bytes
 
 @dataclass(frozen=True)
 class Node:
-    """One operator: its type and the names of what it takes."""
+    """One operator: its type and the names of its inputs."""
 
     op: str
     inputs: tuple[str, ...]
@@ -30,8 +30,8 @@ class Graph:
     """A network.
 
     Attributes:
-        nodes: each operator, by the name of what it puts out.
-        constants: float32 arrays by name, weights among them.
+        nodes: each operator, by the name of its output.
+        constants: float32 arrays by name, including weights.
     """
 
     nodes: dict[str, Node]
@@ -39,7 +39,7 @@ class Graph:
 
 
 def read_graph(data: bytes) -> Graph:
-    """The graph of an ONNX file whose weights are inside it."""
+    """The graph of an ONNX file that contains its weights."""
     nodes: dict[str, Node] = {}
     constants: dict[str, np.ndarray] = {}
     graph = next(value for field, value in _fields(memoryview(data)) if field == 7)
@@ -74,7 +74,7 @@ def _add_constant(constants: dict[str, np.ndarray], message: memoryview) -> None
 
 
 def _fields(buffer: memoryview) -> Iterator[tuple[int, Any]]:
-    """Field number and value of each pair: an int of a varint, else bytes."""
+    """Field number and value of each pair: an int for a varint, otherwise bytes."""
     at = 0
     while at < len(buffer):
         key, at = _varint(buffer, at)
@@ -98,7 +98,7 @@ def _varints(buffer: memoryview) -> list[int]:
 
 
 def _varint(buffer: memoryview, at: int) -> tuple[int, int]:
-    """The number that begins at `at`, seven bits a byte, low ones first, and where the next begins."""
+    """The number that starts at `at` (seven bits per byte, low bits first), and the position after it."""
     value = shift = 0
     while True:
         byte = buffer[at]

@@ -1,6 +1,6 @@
-"""Write docs/operations.md: which class of model and pipeline goes along with which operation once it is packed.
+"""Write docs/operations.md: which operations work with which packed model and pipeline classes.
 
-The cells are those of tests/policies/operations.yaml, each of which tests/policies/test_operations.py checks.
+The cells come from tests/policies/operations.yaml. tests/policies/test_operations.py checks each of them.
 
     python scripts/operations_table.py           # prints the page
     python scripts/operations_table.py --write
@@ -94,7 +94,7 @@ def page() -> str:
 
 
 def section(title: str, operations: Mapping[str, str], rows: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """What the operations are, a row for each class, and why cells fail."""
+    """The operations, a row for each class, and the reasons for failures."""
     yield f"## {title}\n"
     yield table(("operation", "what is checked"), [(f"`{name}`", about) for name, about in operations.items()])
     yield table(

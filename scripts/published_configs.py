@@ -1,7 +1,7 @@
-"""Denoisers as they were published: true configurations, built without weights on the meta device.
+"""Published denoisers in their original configurations, built without weights on the meta device.
 
-Each comes with the number of parameters it was published with, or that the size of its published file gives, and says
-where that was read. Prints what diffusers builds from them:
+Each has its published number of parameters, or the number implied by the size of its published file, and the source of
+that number. Prints what diffusers builds from them:
 
     python scripts/published_configs.py
 """
@@ -22,8 +22,8 @@ class Published:
     """A denoiser's class in diffusers and its configuration.
 
     Attributes:
-        parameters: of the published weights, as far as `source` tells.
-        source: where that number was read.
+        parameters: number of published parameters, as exact as `source` gives it.
+        source: where that number comes from.
     """
 
     kind: str
@@ -154,7 +154,7 @@ PUBLISHED = {
     "sd-controlnet-canny": Published(
         "ControlNetModel",
         361_279_120,
-        "reports of those who train it; 1.45 GB in fp32",
+        "reports by people who train it; 1.45 GB in fp32",
         {
             "in_channels": 4,
             "block_out_channels": (320, 640, 1280, 1280),
@@ -390,7 +390,7 @@ PUBLISHED = {
     "Wan2.1-T2V-1.3B": Published(
         "WanTransformer3DModel",
         1_418_996_800,
-        "reports of those who train it",
+        "reports by people who train it",
         {**_WAN, "num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
     ),
     "Wan2.2-T2V-A14B": Published(

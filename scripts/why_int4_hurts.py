@@ -1,11 +1,11 @@
-"""The measurements beside docs/why-int4-hurts.md that a probe does not make, on the bundled pipeline.
+"""Measurements for docs/why-int4-hurts.md that no probe makes, on the bundled pipeline.
 
-    sampler     the coefficients of every DDIM step, and what becomes of a small error of the latent after it
-    steps       the error of all INT8 by the number of sampling steps: 1/T for errors that are independent
-    models      error, bias share and PSNR of all INT4 and all INT8, biases as they were and corrected
-    round-off   which share of a layer's own error is a mean, by what feeds the layer; before and after correction
-    groupnorm   which share of an error of `conv1` the normalization after it lets through
-    skips       how an error of the encoder reaches the output: by skips, or from below
+    sampler     the coefficients of every DDIM step, and the later effect of a small error of the latent after it
+    steps       the error of all INT8 by the number of sampling steps; it falls as 1/T for independent errors
+    models      error, bias share and PSNR of all INT4 and all INT8, with unchanged and with corrected biases
+    round-off   the share of a layer's own error that is a mean, by what feeds the layer; before and after correction
+    groupnorm   the share of an error of `conv1` that passes the normalization after it
+    skips       how an error of the encoder reaches the output: through skips or from below
 
 Prints one table and writes JSON.
 
@@ -42,7 +42,7 @@ from bitpolicy.workflow.plan import BUNDLED_CALL, Plan, make_plan
 
 FORMATS = (format_named("int4"), format_named("int8"))
 STEPS = (5, 10, 20, 40)
-SMALL = 1e-3  # a perturbation's size, relative to the latent
+SMALL = 1e-3  # size of a perturbation, relative to the latent
 AFTER_SILU = re.compile(r"(resnets\.\d+\.(conv[12]|time_emb_proj)|conv_out|time_embedding\.linear_2)$")
 AFTER_NORM = re.compile(r"(proj_in|attn\d\.to_q|attn1\.to_[kv]|ff\.net\.0\.proj)$")
 ENCODER = re.compile(r"(down_blocks\.|conv_in$)")
@@ -50,9 +50,9 @@ ENCODER = re.compile(r"(down_blocks\.|conv_in$)")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=16, help="of whole trajectories")
-    parser.add_argument("--few", type=int, default=4, help="held-out samples of what looks inside the denoiser")
-    parser.add_argument("--work", type=Path, default=Path("build/benchmark"), help="records and JSON")
+    parser.add_argument("--samples", type=int, default=16, help="samples for whole trajectories")
+    parser.add_argument("--few", type=int, default=4, help="held-out samples for measurements inside the denoiser")
+    parser.add_argument("--work", type=Path, default=Path("build/benchmark"), help="folder for records and JSON")
     args = parser.parse_args()
     stages = Stages()
     plan, reference = _plan(args.samples, 20, args.work, stages)
@@ -85,11 +85,11 @@ def _all(plan: Plan, name: str, corrected: bool) -> dict[str, Choice]:
     return {layer.name: Choice(format_named(name), corrected) for layer in plan.layers}
 
 
-# What the sampler makes of an error
+# The effect of the sampler on an error
 
 
 def sampler(plan: Plan, samples: Sequence[Sample]) -> dict[str, list[float]]:
-    """By step: x' = a x + b e, and the gain |dx_0| / |dx'| of a small random error after the step."""
+    """For each step, a and b of x' = a x + b e, and the gain |dx_0| / |dx'| of a small random error after it."""
     scheduler: Any = plan.source.pipe.scheduler
     scheduler.set_timesteps(BUNDLED_CALL["num_inference_steps"])
     one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
@@ -118,7 +118,7 @@ def _nudge(at: int, sizes: list[torch.Tensor]) -> Callable[..., dict[str, Any]]:
 
 
 def steps_error(samples: int, steps: int, work: Path, stages: Stages) -> dict[str, float]:
-    """Of all INT8, corrected."""
+    """Error and bias share of all INT8 with corrected biases."""
     plan, reference = _plan(samples, steps, work, stages)
     found = plan.probe(_settings(samples, steps), work, stages).measure(
         {"all-int8-corrected": _all(plan, "int8", True)}, reference, f"{steps} steps", images=True
@@ -127,7 +127,7 @@ def steps_error(samples: int, steps: int, work: Path, stages: Stages) -> dict[st
 
 
 def whole_models(plan: Plan, reference: ReferencePass, samples: int, work: Path, stages: Stages) -> dict[str, Any]:
-    """Every layer in one format."""
+    """Error, bias share, scale share and PSNR with every layer in one format."""
     kinds = {f"all-{f.name}-{word}": (f.name, word == "corrected") for f in FORMATS for word in ("plain", "corrected")}
     choices = {name: _all(plan, *kind) for name, kind in kinds.items()}
     run = plan.probe(_settings(samples, 20), work, stages)
@@ -142,12 +142,12 @@ def whole_models(plan: Plan, reference: ReferencePass, samples: int, work: Path,
     }
 
 
-# What a layer's own error consists of
+# The parts of a layer's own error
 
 
 @contextmanager
 def _inputs(layers: Mapping[str, Quantizable], look: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
-    """While the block runs, `look` sees every layer's input."""
+    """Call `look` with every layer's input while the block runs."""
     handles = [
         layer.register_forward_pre_hook(lambda _module, given, name=name: look(name, given[0]))
         for name, layer in layers.items()
@@ -160,7 +160,7 @@ def _inputs(layers: Mapping[str, Quantizable], look: Callable[[str, torch.Tensor
 
 
 def _change(layer: Quantizable, format: Format, storage: torch.dtype) -> torch.Tensor:
-    """dW, float32, in the weight's shape."""
+    """dW, float32, shape of the weight."""
     weight = layer.weight.detach().to(storage)
     return format.dequantize(format.quantize(weight), weight.shape, torch.float32) - weight.float()
 
@@ -173,7 +173,7 @@ def _err(layer: Quantizable, change: torch.Tensor, x: torch.Tensor) -> torch.Ten
 
 
 def round_off(plan: Plan, reference: ReferencePass, samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
-    """Medians over layers of the share that is a mean, over everything and at each step, with either bias."""
+    """Medians over layers of the mean's share of the error, overall and at each step, before and after correction."""
     layers = plan.trajectories.target.layers
     changes = {name: [_change(one, f, plan.source.storage) for f in FORMATS] for name, one in layers.items()}
     sums: dict[tuple[str, int, int], list[torch.Tensor]] = defaultdict(list)
@@ -257,12 +257,12 @@ def group_norm(plan: Plan, samples: Sequence[Sample]) -> dict[str, dict[str, flo
 
 
 def skips(plan: Plan, reference: ReferencePass, samples: Sequence[Sample]) -> dict[str, float]:
-    """Error power of the denoiser's output with an INT4 encoder, relative to that with all ways open."""
+    """Error power of the denoiser's output with an INT4 encoder, by path, relative to that with all paths open."""
     unet: Any = plan.trajectories.pipe.unet
     choices = {layer.name: Choice(FORMATS[0], True) for layer in plan.layers if ENCODER.match(layer.name)}
     power: dict[str, float] = defaultdict(float)
 
-    def beside(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def compare(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         with _recorded(unet) as clean:
             unet.forward(*args, **kwargs)
         for way, closed in {"every way": (), "skips only": ("below",), "from below only": ("skips",)}.items():
@@ -276,7 +276,7 @@ def skips(plan: Plan, reference: ReferencePass, samples: Sequence[Sample]) -> di
             ):
                 power[way] += float((unet.forward(*args, **kwargs)[0] - output[0]).square().sum())
 
-    handle = unet.register_forward_hook(beside, with_kwargs=True)
+    handle = unet.register_forward_hook(compare, with_kwargs=True)
     try:
         with torch.no_grad():
             list(plan.trajectories.latents(samples))
@@ -287,7 +287,7 @@ def skips(plan: Plan, reference: ReferencePass, samples: Sequence[Sample]) -> di
 
 @contextmanager
 def _recorded(unet: Any) -> Iterator[dict[str, Any]]:
-    """What enters the middle block, and the skips that enter each block of the decoder."""
+    """Record the input of the middle block, and the skips that enter each block of the decoder."""
     clean: dict[str, Any] = {}
     with ExitStack() as stack:
         _hook(stack, unet.mid_block, lambda args, kwargs: clean.update(below=args[0]))
@@ -300,7 +300,7 @@ def _recorded(unet: Any) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _replaced(unet: Any, clean: Mapping[str, Any], closed: Sequence[str]) -> Iterator[None]:
-    """With clean tensors on the ways that are closed."""
+    """Put clean tensors on the closed paths while the block runs."""
     with ExitStack() as stack:
         if "below" in closed:
             _hook(stack, unet.mid_block, lambda args, kwargs: ((clean["below"], *args[1:]), kwargs))

@@ -1,6 +1,6 @@
-"""Write what is made from the options of a search: docs/options.md, and the keywords in bitpolicy/__init__.pyi.
+"""Write the files generated from the options of a search: docs/options.md, and the keywords in bitpolicy/__init__.pyi.
 
-python scripts/write_options.py            # after a change of bitpolicy/settings.py
+python scripts/write_options.py            # after changing bitpolicy/settings.py
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ __version__: str
 
 
 def options_page() -> str:
-    """docs/options.md."""
+    """The text of docs/options.md."""
     declared = [one for one in declared_options(Settings) if one.name != "shared"]
     sections = [_OPENING]
     for group in dict.fromkeys(one.group for one in declared):
@@ -75,7 +75,7 @@ def _written(value: Any) -> str:
 
 
 def stubs() -> str:
-    """bitpolicy/__init__.pyi."""
+    """The text of bitpolicy/__init__.pyi."""
     return _STUBS + "".join(map(_stub, ("probe", "search")))
 
 
@@ -94,14 +94,14 @@ def _stub(name: str) -> str:
 
 
 def _type(annotation: Any) -> str:
-    """As it is written in source."""
+    """The annotation as source code."""
     plain = _unannotated(annotation)
     text = plain.__name__ if isinstance(plain, type) and not get_args(plain) else str(plain)
     return _MODULES.sub("", text).replace("typing.", "").replace("'", '"')
 
 
 def _unannotated(annotation: Any) -> Any:
-    """Without what `Annotated` adds, in unions, too."""
+    """The annotation without the metadata of `Annotated`, also inside unions."""
     if hasattr(annotation, "__metadata__"):
         return get_args(annotation)[0]
     parts = get_args(annotation)
