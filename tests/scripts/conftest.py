@@ -1,4 +1,4 @@
-"""What the tests of scripts/ share."""
+"""Fixtures for the tests of scripts/."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def scripts_importable() -> Iterator[None]:
-    """The scripts import each other by the folder that they lie in."""
+    """Put scripts/ on the path, because the scripts import each other by plain names."""
     folder = str(Path(__file__).parents[2] / "scripts")
     sys.path.insert(0, folder)
     yield

@@ -1,4 +1,4 @@
-"""The benchmark on CUDA, as far as it goes without a GPU: its cases, its options, its table."""
+"""The CUDA benchmark, mostly without a GPU: its cases, its options, its table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_the_list_needs_no_gpu_and_counts_operations(bench: Any, capsys: pytest.
     assert found.split()[-2:] == [f"{2 * 2 * 32 * 32 * 1280 * 1280 * 9 / 1e9:.1f}", "GFLOP"]
 
 
-def test_operations_are_those_that_torch_counts(bench: Any) -> None:
+def test_operations_agree_with_torchs_count(bench: Any) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     for case in bench.CASES:
@@ -43,11 +43,11 @@ def test_operations_are_those_that_torch_counts(bench: Any) -> None:
     ("arguments", "complaint"),
     [
         (["--contenders", "fp16,w3a8", "--list"], "unknown contender w3a8"),
-        (["--rounds", "1", "--list"], "takes at least 2"),
+        (["--rounds", "1", "--list"], "at least 2"),
         (["--only", "nothing like it", "--list"], "no case contains"),
     ],
 )
-def test_a_mistake_is_answered_with_what_to_write(
+def test_invalid_arguments_are_explained(
     bench: Any, arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
@@ -56,13 +56,13 @@ def test_a_mistake_is_answered_with_what_to_write(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
-def test_without_a_gpu_it_says_so(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_gpu_is_reported(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench.parse([])
     assert "no CUDA device" in capsys.readouterr().err
 
 
-def test_contenders_of_our_own_name_kernels_and_formats_that_exist(bench: Any) -> None:
+def test_our_own_contenders_name_existing_kernels_and_formats(bench: Any) -> None:
     from bitpolicy.kernels.dispatch import TABLE
     from bitpolicy.kernels.formats.named import format_named
 
@@ -72,13 +72,13 @@ def test_contenders_of_our_own_name_kernels_and_formats_that_exist(bench: Any) -
         assert format_named(format).name == format
 
 
-def test_the_ceiling_of_float8_is_of_a_product(bench: Any) -> None:
+def test_the_float8_ceiling_measures_a_product(bench: Any) -> None:
     a = torch.randn(64, 64).to(torch.float8_e4m3fn)
     torch.testing.assert_close(bench.float8_product(a).float(), a.float() @ a.float().T, rtol=2e-3, atol=2e-2)
 
 
 @pytest.mark.parametrize(("capability", "refused"), [((8, 6), True), ((8, 9), False)])
-def test_float8_is_left_to_gpus_that_multiply_it(
+def test_float8_is_refused_on_gpus_that_cannot_multiply_it(
     bench: Any, capability: tuple[int, int], refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
@@ -98,7 +98,7 @@ def test_a_packed_contender_computes_like_its_layer(bench: Any) -> None:
     assert (found - expected).norm() < 0.02 * expected.norm()
 
 
-def test_the_table_gives_ratios_to_fp16_and_says_who_is_missing(bench: Any) -> None:
+def test_the_table_gives_ratios_to_fp16_and_lists_unavailable_contenders(bench: Any) -> None:
     times = {"fp16": [2.0, 2.0, 2.0], "w8a8": [1.0, 1.0, 4.0]}
     result = {"case": "a", "times_ms": times, "unavailable": {"sdnq-int8": "no"}, "relative_error": {"w8a8": 0.01}}
     table = bench.described(result, 10**9, {"float": 1e12, "integer": 2e12})

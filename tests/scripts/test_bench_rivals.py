@@ -1,4 +1,4 @@
-"""The benchmark beside other projects' layers: what it measures of layers small enough to know, and its options."""
+"""The benchmark against other projects: its figures for layers small enough to check by hand, and its options."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def measured(bench: Any, layer: nn.Module, x: torch.Tensor, *contenders: str) ->
         return {row.pop("contender"): row for row in bench.measure(lambda: (layer, (x,)), options)}
 
 
-def test_rows_tell_distance_bytes_and_ratio_to_the_layer_itself(bench: Any) -> None:
+def test_rows_give_error_bytes_and_ratio_relative_to_the_layer_itself(bench: Any) -> None:
     torch.manual_seed(0)
     layer, x = nn.Linear(64, 32), torch.randn(8, 64)
     rows = measured(bench, layer, x, "int4 weights", "int8 weights")
@@ -35,14 +35,14 @@ def test_rows_tell_distance_bytes_and_ratio_to_the_layer_itself(bench: Any) -> N
     assert 0 < rows["int8 weights"]["error"] < rows["int4 weights"]["error"] < 0.2
 
 
-def test_layouts_that_kernels_keep_are_counted(bench: Any) -> None:
+def test_layouts_kept_by_kernels_are_counted(bench: Any) -> None:
     layer, x = nn.Linear(64, 32), torch.randn(8, 64)
     rows = measured(bench, layer, x, "int8 weights", "int8 compute, int8")
     extra = rows["int8 compute, int8"]["bytes"] - rows["int8 weights"]["bytes"]
-    assert extra == 0 or extra >= 64 * 32  # where no kernel of bytes runs, nothing is kept
+    assert extra == 0 or extra >= 64 * 32  # without an int8 kernel, no layout is kept
 
 
-def test_who_cannot_is_said_and_the_others_are_timed(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_contender_is_reported_and_the_others_are_timed(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(_: nn.Module) -> nn.Module:
         raise RuntimeError("no such kernel\nand more")
 
@@ -56,7 +56,7 @@ def test_who_cannot_is_said_and_the_others_are_timed(bench: Any, monkeypatch: py
 
 
 @pytest.mark.parametrize(("package", "contender"), [("comfy_kitchen", "by_comfy"), ("torchao", "by_torchao")])
-def test_what_takes_linear_layers_only_refuses_a_convolution_and_leaves_the_model_alone(
+def test_tools_for_linear_layers_refuse_a_convolution_and_leave_the_model_unchanged(
     bench: Any, package: str, contender: str
 ) -> None:
     pytest.importorskip(package)
@@ -84,7 +84,7 @@ def test_sdnq_quantizes_a_lone_layer_and_a_model(bench: Any) -> None:
     ("arguments", "complaint"),
     [(["--contenders", "torch", "int3"], "unknown contender int3"), (["--only", "nowhere"], "no case contains")],
 )
-def test_a_mistake_is_answered_with_what_there_is(
+def test_invalid_arguments_are_explained(
     bench: Any, arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""What scripts/diffusers_suite.py tells of a run. The cases themselves need a checkout of diffusers."""
+"""What scripts/diffusers_suite.py reports about a run. The cases themselves need a checkout of diffusers."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def test_the_table_counts_each_case_of_each_model_and_gives_the_reasons(tmp_path
 def test_a_checkout_of_another_version_is_refused(tmp_path: Path) -> None:
     from diffusers_suite import require_same_version
 
-    with pytest.raises(SystemExit, match="give the folder of a checkout of diffusers"):
+    with pytest.raises(SystemExit, match="give the folder of a diffusers checkout"):
         require_same_version(tmp_path)
     source = tmp_path / "src" / "diffusers" / "__init__.py"
     source.parent.mkdir(parents=True)
     source.write_text('__version__ = "0.1.0"\n')
-    with pytest.raises(SystemExit, match=r"of diffusers 0\.1\.0, the installed one is .*; check out v"):
+    with pytest.raises(SystemExit, match=r"diffusers 0\.1\.0, the installed version is .*; check out v"):
         require_same_version(tmp_path)
     source.write_text(f'__version__ = "{diffusers.__version__}"\n')
     require_same_version(tmp_path)

@@ -1,4 +1,4 @@
-"""The ONNX file of the terrain model is read without the onnx package, and its weights find their places."""
+"""Reading the terrain model's ONNX file without the onnx package, and the places of its weights in diffusers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_operators_and_float_constants_are_read(script: Any) -> None:
     assert found.constants["odd"].shape == (1, 200, 1)
 
 
-def test_a_norm_is_found_behind_what_comes_between(script: Any) -> None:
+def test_a_norm_is_found_behind_other_operators(script: Any) -> None:
     """x * scale + bias, then an activation, then the convolution that gives the norm its name."""
     scale, bias = np.array([[[2.0]], [[3.0]]], np.float32), np.array([[[4.0]], [[5.0]]], np.float32)
     weight = np.zeros((2, 2, 3, 3), np.float32)
@@ -69,7 +69,7 @@ def test_a_norm_is_found_behind_what_comes_between(script: Any) -> None:
 
 
 class AnyWeight(dict[str, np.ndarray]):
-    """Has every weight that it is asked for, of three rows; remembers which."""
+    """Has every requested weight, with three rows, and records the names."""
 
     def __init__(self) -> None:
         self.taken: list[str] = []
@@ -90,12 +90,12 @@ def test_every_weight_has_one_place_in_the_network(script: Any, monkeypatch: pyt
     assert all("conv_shortcut" in name for name in names - set(found))  # only where the original has one
 
 
-def test_a_weight_without_a_place_is_told(script: Any) -> None:
+def test_a_weight_without_a_place_is_reported(script: Any) -> None:
     with pytest.raises(ValueError, match=r"without a place: a\.weight"):
         script.Renaming({"a.weight": np.zeros(1)}).finished()
 
 
-def test_the_onnx_file_is_found_in_a_wheel_in_a_folder_and_by_itself(script: Any, tmp_path: Path) -> None:
+def test_the_onnx_file_is_found_in_a_wheel_in_a_folder_and_on_its_own(script: Any, tmp_path: Path) -> None:
     wheel = tmp_path / "adaptive_terrain_diffusion-0.4.2-py3-none-any.whl"
     with ZipFile(wheel, "w") as archive:
         archive.writestr(f"adaptive_terrain/models/{script.ONNX}", b"network")
@@ -105,12 +105,12 @@ def test_the_onnx_file_is_found_in_a_wheel_in_a_folder_and_by_itself(script: Any
     unpacked.write_bytes(b"another")
     assert script.onnx_bytes(unpacked) == script.onnx_bytes(unpacked.parent) == b"another"
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SystemExit, match="has neither"):
+    with pytest.raises(SystemExit, match="contains neither"):
         script.onnx_bytes(tmp_path / "empty")
 
 
-def test_heights_are_the_packages_own(script: Any) -> None:
-    """0 is the ground, 1 the highest there is: asinh(h / 0.1), scaled to 1 at 22.17 metres."""
+def test_heights_agree_with_the_package(script: Any) -> None:
+    """0 is the ground and 1 the greatest height: asinh(h / 0.1), scaled to 1 at 22.17 metres."""
     found = script.heights(np.array([0.0, 0.5, 1.0, 2.0]))
     assert found[0] == 0
     assert found[2] == found[3] == pytest.approx(22.16864)

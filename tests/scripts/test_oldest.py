@@ -1,4 +1,4 @@
-"""The oldest versions that .ci/run installs are those that pyproject.toml names."""
+"""The oldest versions that .ci/run installs are the lower bounds in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def small(dependencies: list[str], **extras: list[str]) -> dict[str, Any]:
     return {"name": "small", "dependencies": dependencies, "optional-dependencies": {"test": [], **extras}}
 
 
-def test_every_dependency_is_held_to_its_bound_as_packaging_reads_it(oldest: Any) -> None:
+def test_every_dependency_is_pinned_to_its_bound_as_packaging_reads_it(oldest: Any) -> None:
     extras = PROJECT["optional-dependencies"]
     wanted = [Requirement(text) for text in (*PROJECT["dependencies"], *extras["test"], *extras["exporters"])]
     expected = {r.name: s.version for r in wanted for s in r.specifier}
@@ -32,17 +32,17 @@ def test_every_dependency_is_held_to_its_bound_as_packaging_reads_it(oldest: Any
     assert {Requirement(text).name for text in PROJECT["dependencies"]} <= expected.keys()
 
 
-def test_extras_are_followed_and_what_has_no_bound_is_left_to_pip(oldest: Any) -> None:
+def test_extras_are_followed_and_packages_without_a_bound_are_left_to_pip(oldest: Any) -> None:
     project = small(["torch>=2.11", "tqdm"], test=["small[one,two]", "pytest>=8"], one=["a[x]>=1.2.3"], two=["b>=2"])
     assert oldest.constraints(project) == ["a==1.2.3", "b==2", "pytest==8", "torch==2.11"]
 
 
 @pytest.mark.parametrize("requirement", ["torch<3", "torch>=2,<3", "torch~=2.1", "torch>=2; os_name == 'nt'"])
-def test_a_bound_that_cannot_be_read_is_refused(oldest: Any, requirement: str) -> None:
+def test_an_unreadable_bound_is_refused(oldest: Any, requirement: str) -> None:
     with pytest.raises(ValueError, match="no single lower bound"):
         oldest.constraints(small([requirement]))
 
 
-def test_two_bounds_of_one_package_are_refused(oldest: Any) -> None:
+def test_two_bounds_for_one_package_are_refused(oldest: Any) -> None:
     with pytest.raises(ValueError, match=r"torch has the lower bounds 2\.1 and 2\.2"):
         oldest.constraints(small(["torch>=2.1"], test=["torch>=2.2"]))

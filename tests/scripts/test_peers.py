@@ -1,4 +1,4 @@
-"""The comparison with rivals: its samples, its intervals, and the rule of thresholds, against counting by hand."""
+"""The comparison with rivals: its samples, its intervals, and the threshold rule, checked by counting."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("scripts_importable")
 
 @pytest.fixture
 def plan() -> Any:
-    """Three layers of unlike sizes: as much of a plan as an assignment looks at."""
+    """Three layers of different sizes, with the parts of a plan that an assignment uses."""
     shapes = {"a": (8, 64), "b": (32, 64), "c": (4, 16, 3, 3)}
     layers = [SimpleNamespace(name=name, shape=shape) for name, shape in shapes.items()]
     account = ByteAccount(torch.float16, shapes, 100, 3000)
@@ -34,11 +34,13 @@ PSNR = np.array([[20.0, 41.0, np.inf], [30.0, 52.0, np.inf], [25.0, 38.0, np.inf
 
 
 def policies_of_thresholds(plan: Any) -> list[dict[str, Any]]:
-    """What each threshold gives, by the words of the rule."""
+    """The policy of each threshold, by the definition of the rule."""
     found = []
     for threshold in np.unique(PSNR[np.isfinite(PSNR)]):
         rows = [
-            next(f for f, value in zip(plan.formats, row, strict=True) if value >= threshold)  # fewest bits come first
+            next(
+                f for f, value in zip(plan.formats, row, strict=True) if value >= threshold
+            )  # formats are sorted by bits
             for row in PSNR
         ]
         found.append({layer.name: f for layer, f in zip(plan.layers, rows, strict=True)})
@@ -54,7 +56,7 @@ def test_a_threshold_is_the_highest_that_fits(plan: Any, share: float) -> None:
     assert thresholded(plan, PSNR, share) == (fits[-1] if fits else None)
 
 
-def test_small_layers_are_left_alone_where_that_is_asked(plan: Any) -> None:
+def test_small_layers_stay_unquantized_if_requested(plan: Any) -> None:
     from peers.psnr_threshold import thresholded
 
     easy = np.array([[60.0, 61.0, np.inf]] * 3)
@@ -63,7 +65,7 @@ def test_small_layers_are_left_alone_where_that_is_asked(plan: Any) -> None:
     assert {name: format.name for name, format in found.items()} == {"a": "fp16", "b": "int8", "c": "int8"}
 
 
-def test_one_step_psnr_is_of_the_peak() -> None:
+def test_one_step_psnr_is_relative_to_the_peak() -> None:
     from peers.psnr_threshold import _psnr
 
     exact = torch.tensor([[[0.0, -4.0]], [[1.0, 2.0]]])
@@ -71,7 +73,7 @@ def test_one_step_psnr_is_of_the_peak() -> None:
     assert _psnr(changed, exact) == pytest.approx((20 + 40) / 2, abs=1e-4)
 
 
-def test_held_out_prompts_are_none_of_the_pipelines_own() -> None:
+def test_held_out_prompts_are_not_among_the_pipelines_own() -> None:
     own = (ROOT / "bitpolicy" / "prompts" / "emoji.txt").read_text().splitlines()
     held_out = (ROOT / "scripts" / "peers" / "held_out.txt").read_text().splitlines()
     assert len({*held_out}) == len(held_out) == 32
@@ -79,7 +81,7 @@ def test_held_out_prompts_are_none_of_the_pipelines_own() -> None:
 
 
 def test_intervals_are_over_prompts() -> None:
-    """Eight images that differ by prompt alone are no more witnesses than two are."""
+    """Repeating the images of two prompts eight times does not narrow the interval."""
     from peers.table import interval
 
     once = interval([40.0, 50.0], ["a", "b"])
@@ -91,7 +93,7 @@ def test_intervals_are_over_prompts() -> None:
     assert (high - low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.1)
 
 
-def test_pieces_of_images_are_the_same_however_many_are_asked_for() -> None:
+def test_pieces_of_images_do_not_depend_on_how_many_are_requested() -> None:
     from peers.scoring import pieces
 
     samples = list(range(256))
@@ -101,7 +103,7 @@ def test_pieces_of_images_are_the_same_however_many_are_asked_for() -> None:
         assert [list(piece) for piece in pieces(samples[:count])] == known[: len(list(pieces(samples[:count])))]
 
 
-def test_a_tool_is_run_only_in_the_version_that_is_named(tmp_path: Path) -> None:
+def test_a_tool_runs_only_in_the_exact_version(tmp_path: Path) -> None:
     from bench_peers import tool_python
 
     version = np.__version__
@@ -127,7 +129,7 @@ def test_the_plots_are_drawn_from_the_rows_of_the_page(tmp_path: Path) -> None:
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_calls_are_recorded_by_the_names_that_the_denoiser_gives_its_arguments(tmp_path: Path) -> None:
+def test_calls_are_recorded_under_the_denoisers_argument_names(tmp_path: Path) -> None:
     """Of a transformer, whose forward has other arguments than a U-Net's."""
     from peers.one_step import outputs, some_calls
     from peers.own_model import OUTPUT
@@ -140,7 +142,7 @@ def test_calls_are_recorded_by_the_names_that_the_denoiser_gives_its_arguments(t
     assert torch.allclose(outputs(plan.trajectories.denoisers[0], calls), calls[OUTPUT], atol=1e-5)
 
 
-def test_the_judge_tells_the_pictures_of_captions_from_those_of_others() -> None:
+def test_the_judge_accepts_pictures_only_for_their_own_captions() -> None:
     from diffusers import DiffusionPipeline
     from scene_judge import shipped_judge, shown
     from scenes import unseen_captions

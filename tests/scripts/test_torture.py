@@ -1,4 +1,4 @@
-"""The torture of bitpolicy: its judge sees what it has to see, and a short slice of it finds nothing."""
+"""The torture script: its judge detects every kind of failure, and a short run finds none."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="the cases are forks of one process"),
 ]
 VALUES = {"tensors": "1", "picture": "2"}
-# What a checkpoint without a list of its files' hashes cannot tell, and diffusers believes.
+# Rows in which only a checkpoint with hashes of its files can detect the damage.
 _BY_HASH = ("text encoder", "VAE", "tokenizer", "scheduler", "model_index.json", "denoiser", "all components", "from_")
 
 
@@ -85,13 +85,13 @@ def test_the_judge_tells_outcomes_apart(
 ) -> None:
     from ordeals.judge import judged
 
-    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))  # or a busy machine is waited for longer
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))  # otherwise patience grows with the load
     assert judged(operation, VALUES, patience=5).outcome == outcome
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline that nothing is packed in, which is quick to make."""
+    """A pipeline without packed layers, which is quick to make."""
     from ordeals.artefacts import toy_pipeline
 
     folder = tmp_path_factory.mktemp("torture") / "checkpoint"
@@ -144,7 +144,7 @@ def test_a_broken_loader_is_caught(
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".json", ".yaml", ".journal", ".md"])
-def test_damage_is_the_same_for_a_seed_and_leaves_no_file_as_it_was(tmp_path: Path, suffix: str) -> None:
+def test_damage_is_reproducible_and_changes_every_file(tmp_path: Path, suffix: str) -> None:
     from ordeals.damage import damage
     from safetensors.torch import save
 
@@ -169,12 +169,12 @@ def test_damage_is_the_same_for_a_seed_and_leaves_no_file_as_it_was(tmp_path: Pa
             if done != "unreadable" and path.is_file() and not path.is_symlink():
                 assert path.read_bytes() != contents[suffix], done
         assert kept[0][0] == kept[1][0]
-        if kept[0][0] != "a pickle":  # torch.save names the file by a number of its own
+        if kept[0][0] != "a pickle":  # torch.save writes a varying number into the file
             assert kept[0] == kept[1]
     assert len(seen) > 10
 
 
-def test_a_tally_goes_on_where_it_was_saved(tmp_path: Path) -> None:
+def test_a_tally_resumes_from_its_file(tmp_path: Path) -> None:
     from ordeals.judge import HANG, SAME, Verdict
     from ordeals.tally import Tally
 
@@ -193,7 +193,7 @@ def test_a_tally_goes_on_where_it_was_saved(tmp_path: Path) -> None:
     assert "| policy | 2 |" in found.table()
 
 
-def test_a_short_slice_finds_nothing(tmp_path: Path) -> None:
+def test_a_short_run_finds_nothing(tmp_path: Path) -> None:
     line = [sys.executable, str(ROOT / "scripts" / "torture.py"), "--cases", "200", "--kills", "3", "--disks", "2"]
     line += ["--pairs", "1", "--quiet", "--json", str(tmp_path / "found.json"), "--work", str(tmp_path / "work")]
     done = subprocess.run(line, capture_output=True, text=True, timeout=1500, check=False)

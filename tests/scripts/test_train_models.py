@@ -1,4 +1,4 @@
-"""Scenes, their judge, and every stage of the training script for a step or two, on emoji that are plain squares."""
+"""Scenes, their judge, and one or two steps of every training stage, on emoji that are plain squares."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def combined(scene: Any) -> set[tuple[str, ...]]:
     return set(combinations(names, 2)) if len(names) > 1 else {(names[0], scene.ground)}
 
 
-def test_held_out_scenes_hold_a_combination_that_no_training_scene_holds(scenes: Any) -> None:
+def test_held_out_scenes_contain_a_combination_that_no_training_scene_contains(scenes: Any) -> None:
     rng = random.Random(3)
     trained = set().union(*(combined(scenes.draw_scene(rng)) for _ in range(4000)))
     unseen = scenes.unseen_captions(100)
@@ -59,7 +59,7 @@ def test_held_out_scenes_hold_a_combination_that_no_training_scene_holds(scenes:
     assert {word for pair in trained for word in pair} == {*scenes.NAMES, *scenes.COLOURS}
 
 
-def test_captions_say_what_is_painted(scenes: Any, shop: Any) -> None:
+def test_captions_describe_the_painted_scene(scenes: Any, shop: Any) -> None:
     rng = random.Random(0)
     for _ in range(50):
         scene = scenes.jittered(scenes.draw_scene(rng), rng)
@@ -82,7 +82,7 @@ def test_a_thing_that_leaves_the_picture_is_cut_off(scenes: Any, shop: Any) -> N
     assert cat.sum() == 20 * 22
 
 
-def test_layouts_are_what_the_painter_paints(scenes: Any, shop: Any) -> None:
+def test_layouts_agree_with_the_painter(scenes: Any, shop: Any) -> None:
     from train_models import layouts
 
     rng = random.Random(1)
@@ -95,7 +95,7 @@ def test_layouts_are_what_the_painter_paints(scenes: Any, shop: Any) -> None:
 
 
 class Oracle(torch.nn.Module):
-    """A judge that sees the scenes themselves, each thing at its place or mirrored."""
+    """A judge that knows the scenes, with each thing at its place or mirrored."""
 
     def __init__(self, scenes: Any, shown: list[Any], mirrored: bool) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def test_the_score_counts_things_grounds_and_places(scenes: Any) -> None:
     assert wrong.ground < 0.5
 
 
-def test_the_models_are_of_one_size(scripts_importable: None) -> None:
+def test_the_models_are_of_similar_size(scripts_importable: None) -> None:
     import small_models
     from text_training import CONTEXT, VOCABULARY
 
@@ -138,7 +138,7 @@ def test_the_models_are_of_one_size(scripts_importable: None) -> None:
     assert min(sizes) > 4.2e6
 
 
-def test_unknown_emoji_are_a_message(scenes: Any, tmp_path: Path) -> None:
+def test_missing_emoji_are_reported(scenes: Any, tmp_path: Path) -> None:
     (tmp_path / "emoji.json").write_text("[]")
     with pytest.raises(SystemExit, match=r"has no pictures .*fetch emoji-datasource-google again"):
         scenes.Painter(tmp_path)
@@ -165,7 +165,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("model", CALLS)
-def test_a_model_trains_resumes_and_is_written_as_a_pipeline_that_draws(
+def test_a_model_trains_resumes_and_is_written_as_a_working_pipeline(
     model: str, stages: Any, shop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import denoiser_training
@@ -192,7 +192,7 @@ def test_a_model_trains_resumes_and_is_written_as_a_pipeline_that_draws(
     assert np.isfinite(picture).all()
 
 
-def test_the_gpt_learns_from_docstrings_and_keeps_some_files_for_testing(shop: Any, tmp_path: Path) -> None:
+def test_the_gpt_learns_from_docstrings_and_holds_out_some_files(shop: Any, tmp_path: Path) -> None:
     from text_training import CONTEXT, held_out, texts, train_gpt, write_gpt
     from transformers import AutoTokenizer, GPT2LMHeadModel
 
@@ -210,7 +210,7 @@ def test_the_gpt_learns_from_docstrings_and_keeps_some_files_for_testing(shop: A
     assert GPT2LMHeadModel.from_pretrained(tmp_path / "gpt")(tokens[:, :CONTEXT]).logits.shape[-1] == 4096
 
 
-def test_a_finished_pipeline_stands_for_the_stages_that_train_its_parts(work: Path) -> None:
+def test_a_finished_pipeline_replaces_the_stages_that_train_its_parts(work: Path) -> None:
     from safetensors.torch import load_file
     from train_models import order
     from training_stage import Workshop, drawn, encoder, small_vae, text_encoder
@@ -218,7 +218,7 @@ def test_a_finished_pipeline_stands_for_the_stages_that_train_its_parts(work: Pa
     assert order("mmdit", shared=True) == ["judge", "mmdit"]
     assert order("lcm", shared=True) == ["judge", "unet", "lcm"]
     assert order("mmdit") == ["teacher", "vae", "text", "judge", "mmdit"]
-    with pytest.raises(SystemExit, match="--shared brings what vae would train"):
+    with pytest.raises(SystemExit, match="--shared already provides what vae would train"):
         order("vae", shared=True)
     folder = Path(__file__).parents[2] / "scripts" / "trained" / "unet"
     shop = Workshop(work, "cpu", folder)

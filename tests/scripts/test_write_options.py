@@ -1,4 +1,4 @@
-"""What is written from the options of a search is what they say now."""
+"""The files generated from the options of a search are up to date."""
 
 from __future__ import annotations
 
