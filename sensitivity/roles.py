@@ -112,7 +112,7 @@ def _attention(site: _Site) -> str | None:
 
 
 def _is_cross(site: _Site) -> bool:
-    """Whether this is cross attention: by the module's own flag, else by the widths of queries and keys, else by name."""
+    """Whether this is cross attention: by the module's own flag, else by the widths of queries and keys, or by name."""
     flag = getattr(site.module, "is_cross_attention", None)
     if flag is not None:
         return bool(flag)
