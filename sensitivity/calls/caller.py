@@ -66,7 +66,7 @@ class Caller:
     def trial(
         self, samples: Sequence[Sample], writing: Writing, asked: Mapping[str, Any], *, whole: bool = False
     ) -> Any:
-        """Like `run`, but NaN and Inf pass. Unless `whole`, there are two steps if the pipeline takes a number of them."""
+        """Like `run`, but NaN and Inf pass, and there are only two steps if they can be set, unless `whole`."""
         given = arguments(self.pipe, self.signature, self.call, samples, writing)
         if not whole:
             given |= self._short(given)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 _WIDER = {torch.float16: "try --dtype bfloat16 or float32", torch.bfloat16: "try --dtype float32"}
-_NONE = "no compute dtype has a wider range than {}, so check the model's weights, its scheduler and the call's arguments"
+_NONE = "no dtype has a wider range than {}, so check the model's weights, its scheduler and the call's arguments"
 
 
 def advice(dtype: torch.dtype) -> str:

@@ -133,7 +133,7 @@ def _stacked(values: Iterable[torch.Tensor]) -> torch.Tensor:
     sizes = {tuple(value.shape) for value in together}
     if len(sizes) > 1:
         raise BitPolicyError(
-            f"the requests give different sizes, {', '.join(map(str, sorted(sizes)))}, but a measurement needs one size; "
+            f"the requests give several sizes, {', '.join(map(str, sorted(sizes)))}, but a measurement needs one size; "
             "give all requests the same size, or measure nothing (--remeasure 0, no --check)"
         )
     return torch.stack(together)

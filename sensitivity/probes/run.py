@@ -235,7 +235,7 @@ class ProbeRun:
             LoopError: the sampling loop cannot be differentiated.
         """
         if len(self._settings.samples) < 2:
-            raise BitPolicyError("the split needs several samples to find a bias in their errors; give --samples 2 or more")
+            raise BitPolicyError("the split compares samples, but there is only one; give --samples 2 or more")
         with self._stages.timed("split"):
             inputs = replace(self._inputs(reference), quantizers=self._settings.quantizers[:1])
             directions: list[Direction] = [Shared(k) for k in range(self._settings.shared)]
