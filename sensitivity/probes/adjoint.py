@@ -184,4 +184,4 @@ def require_uncut(cut: set[int]) -> None:
         LoopError: there are any.
     """
     if cut:
-        raise LoopError(f"no gradient gets back through the sampling loop to step {max(cut) + 1}")
+        raise LoopError(f"the sampling loop passes no gradient back to step {max(cut) + 1}")
