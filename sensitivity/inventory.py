@@ -1,7 +1,7 @@
-"""The layers of the target, with what each does (role) and where it sits (stage).
+"""The layers of the target, each with its role (what it does) and its stage (where it is).
 
-Each component of the target is described as if it were alone. Outside the denoisers a stage is a whole component's: the
-search scales its layers by role.
+Each component is described on its own. Outside the denoisers, all layers of a component have the same stage, so the
+search scales them by role alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bitpolicy.sensitivity.outside_roles import autoencoder_role, conditioner_ro
 from bitpolicy.sensitivity.roles import is_attention, roles
 
 CONDITIONING, AUTOENCODER = "conditioning", "autoencoder"
-OUTSIDE = (CONDITIONING, AUTOENCODER)  # stages of what is not called in the sampling loop
+OUTSIDE = (CONDITIONING, AUTOENCODER)  # stages of components outside the sampling loop
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,11 @@ class Layer:
     """One quantizable layer.
 
     Attributes:
-        name: its module path in the component; in a target of several, beginning with the component's name.
+        name: its module path in the component; if the target has several components, it starts with the component's
+            name.
         kind: its torch class, e.g. "Conv2d".
         shape: of its weight, (out, in/groups, *kernel).
-        has_bias: whether bias correction has something to correct.
+        has_bias: whether it has a bias that can be corrected.
         role: what it does, e.g. "attention_qkv".
         stage: "encoder", "middle" or "decoder" in a U-Net; "early", "middle" or "late" by depth in a transformer;
             "ends" outside the blocks; "conditioning" in a text or image encoder, "autoencoder" in a VAE.
@@ -46,7 +47,7 @@ class Layer:
 
     @property
     def group(self) -> str:
-        """Role and stage: layers that the search scales together."""
+        """Role and stage. The search scales all layers of a group together."""
         return f"{self.role}/{self.stage}"
 
 
@@ -54,11 +55,11 @@ def inventory(target: Target) -> list[Layer]:
     """Every quantizable layer of the target, in the models' own order.
 
     Raises:
-        BitPolicyError: there is none, or a model is packed.
+        BitPolicyError: there is no such layer, or a model is already packed.
     """
     packed = next((type(model).__name__ for model in target.models if any(packed_layers(model))), None)
     if packed is not None:
-        raise BitPolicyError(f"{packed} is packed already; give the full-precision model it was made from")
+        raise BitPolicyError(f"{packed} is already packed; give the full-precision model it was made from")
     placed = {
         f"{target.prefix(component)}{name}": place
         for component, model in target.items()
@@ -74,13 +75,13 @@ def inventory(target: Target) -> list[Layer]:
 
 
 class UnsupportedLayers(BitPolicyWarning):
-    """Layers that no format can be given to."""
+    """The warning about layers that no format supports."""
 
 
 def warn_of_unsupported(target: HasModules) -> None:
-    """Warn, in one line, of the layers that no format can be given to: they stay in the storage dtype, and are counted.
+    """Warn, in one line, about layers that no format supports. They stay in the storage dtype, and their bytes count.
 
-    Of each kind the first three are named.
+    The line names the first three layers of each kind.
     """
     found: dict[str, list[str]] = {}
     for name, layer in unsupported_layers(target):
@@ -89,7 +90,7 @@ def warn_of_unsupported(target: HasModules) -> None:
         kinds = [
             f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" for kind, names in found.items()
         ]
-        text = f"not quantized, as they are of kinds without a packed layer: {'; '.join(kinds)}"
+        text = f"not quantized, because there is no packed layer for these kinds: {'; '.join(kinds)}"
         warnings.warn(text, UnsupportedLayers, stacklevel=2)
 
 
@@ -122,10 +123,10 @@ def _stage(path: list[str], depths: dict[tuple[str, ...], int]) -> str:
 
 
 def _stacked_blocks(denoiser: nn.Module) -> list[tuple[str, ...]]:
-    """Stack and place of every block of a transformer, in the order the sample passes them.
+    """(stack, index) of every block of a transformer, in the order in which the sample passes through them.
 
-    One stack follows another: Flux has 19 double blocks, and 38 single ones after them. The blocks of a stack hold
-    attention; where none does, as in networks of other makes, any list of modules is a stack.
+    Stacks follow one another: Flux has 19 double blocks, then 38 single blocks. The blocks of a stack contain
+    attention. If no list of blocks does, as in models from other libraries, any list of modules counts as a stack.
     """
     lists = {name: child for name, child in denoiser.named_children() if isinstance(child, nn.ModuleList)}
     attending = {name: blocks for name, blocks in lists.items() if all(map(_attends, blocks))}

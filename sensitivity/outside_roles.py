@@ -1,8 +1,9 @@
 """Roles of layers outside the sampling loop: in text and image encoders, and in autoencoders.
 
-Their makers name things in fewer ways than those of denoisers: the projections of attention by letters (`q_proj`, T5's
-`SelfAttention.q`, BERT's `attention.self.query`), the two or three layers of a feed-forward network by `fc`, `wi`, `wo`
-or `gate_proj`. What leads from pixels or latents into an autoencoder's trunk is its stem, what leads out its head.
+These models vary less in their naming than denoisers. Attention projections are named by letters (`q_proj`, T5's
+`SelfAttention.q`, BERT's `attention.self.query`). The two or three layers of a feed-forward network are called `fc`,
+`wi`, `wo` or `gate_proj`. In an autoencoder, the stem leads from pixels or latents into the trunk, and the head leads
+out of it.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from torch import nn
 
 from bitpolicy.sensitivity.roles import is_attention
 
-_WAY_OUT = re.compile(r"o|o_proj|out_proj|to_out|proj|proj_attn|proj_out|attention_output")
-_CONVOLUTIONAL = (  # the first that is found in a layer's path below its attention tells
+_OUTPUT_PROJECTION = re.compile(r"o|o_proj|out_proj|to_out|proj|proj_attn|proj_out|attention_output")
+_CONVOLUTIONAL = (  # for layers outside attention; the first pattern found in the layer's path decides
     ("shortcut", r"shortcut|skip|residual"),
     ("resample", r"samplers?\b|resampl|time_conv\b|(up|down)_blocks\.\d+\.\d+\.conv$"),
     ("input_stem", r"(^|\.)conv_in(\.|$)"),
@@ -25,7 +26,7 @@ _CONVOLUTIONAL = (  # the first that is found in a layer's path below its attent
 
 
 def conditioner_role(model: nn.Module, name: str) -> str:
-    """Of a layer in a text or image encoder of transformers: attention, feed-forward, or what leads in and out."""
+    """The role of a layer in one of transformers' text or image encoders: attention, feed-forward, input or output."""
     if attention := _attention_role(model, name):
         return attention
     if re.search(r"patch_embed|conv_stem|embeddings\.", name):
@@ -36,7 +37,7 @@ def conditioner_role(model: nn.Module, name: str) -> str:
 
 
 def autoencoder_role(model: nn.Module, name: str) -> str:
-    """Of a layer in an autoencoder: attention, or what a convolution is for."""
+    """The role of a layer in an autoencoder: attention, feed-forward, or the purpose of the convolution."""
     if attention := _attention_role(model, name):
         return attention
     found = next((role for role, pattern in _CONVOLUTIONAL if re.search(pattern, name)), None)
@@ -44,7 +45,10 @@ def autoencoder_role(model: nn.Module, name: str) -> str:
 
 
 def _attention_role(model: nn.Module, name: str) -> str | None:
-    """Whether a module around the layer projects queries; BERT's way out stands beside that module."""
+    """The role if a module around the layer projects queries, else None.
+
+    BERT's output projection is outside that module, so its path is checked first.
+    """
     path = name.split(".")
     if path[-3:] == ["attention", "output", "dense"]:
         return "attention_out"
@@ -52,5 +56,5 @@ def _attention_role(model: nn.Module, name: str) -> str | None:
         around = model.get_submodule(".".join(path[:depth]))
         if is_attention(around):
             word = next(part for part in reversed(path) if not part.isdigit())
-            return "attention_out" if _WAY_OUT.fullmatch(word) else "attention_qkv"
+            return "attention_out" if _OUTPUT_PROJECTION.fullmatch(word) else "attention_qkv"
     return None

@@ -1,8 +1,9 @@
-"""Finished pieces of a probe on disk, so that an interrupted one goes on where it stopped.
+"""Finished pieces of a probe on disk, so that an interrupted probe can resume.
 
-Each piece is one small safetensors file with a checksum of its tensors, written aside and renamed, and never changed
-again. The folder is named by a hash of everything the numbers depend on: another model, prompt, seed, scheduler or
-format is another folder, and old pieces are never mistaken for new. Several processes may share a folder.
+Each piece is a small safetensors file with a checksum of its tensors. It is written under a temporary name, renamed,
+and never changed again. The folder's name is a hash of everything the numbers depend on. Another model, prompt, seed,
+scheduler or format gets another folder, so old pieces are never mistaken for new ones. Several processes may share a
+folder.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ Piece = Mapping[str, torch.Tensor]
 
 
 def settings_key(settings: Mapping[str, Any]) -> str:
-    """A short hash of JSON-like settings, the same for the same settings in any order."""
+    """A short hash of JSON-like settings. The order of the settings does not matter."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 class Records:
-    """The pieces under `folder`."""
+    """The finished pieces in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, name: str) -> dict[str, torch.Tensor] | None:
-        """The finished piece, or None; a file that does not read, or not as it was written, counts as not there."""
+        """The finished piece, or None if it is missing, unreadable or damaged."""
         path = self._folder / f"{name}.safetensors"
-        if not path.is_file():  # a pipe would be waited for
+        if not path.is_file():  # opening a named pipe would block
             return None
         try:
             with safe_open(path, "pt") as file:
@@ -50,9 +51,10 @@ class Records:
         return tensors if whole else None
 
     def put(self, name: str, tensors: Piece) -> None:
-        """
+        """Write a finished piece.
+
         Raises:
-            BitPolicyError: the folder was removed since it was opened, and all earlier pieces with it.
+            BitPolicyError: the folder, with all earlier pieces, was removed after it was opened.
         """
         if not self._folder.is_dir():
             raise BitPolicyError(f"{self._folder} was removed while it was being written; run the command again")

@@ -1,15 +1,17 @@
-"""What each quantizable layer of a denoiser does: its role.
+"""The role of each quantizable layer of a denoiser: what the layer does.
 
-The modules around a layer are asked first, the nearest first. A module that projects queries is attention; beside it in
-a block stand the feed-forward network, of two layers or more, and the modulation, of one; a layer in a normalization
-shifts and scales it; the linear layer in a block of convolutions lets the timestep in. Outside the blocks the sample's
-shape finds the ends: the input stem reads `in_channels` numbers a patch, the output head writes `out_channels`, and
-what widens the trunk by a whole factor makes shifts and scales. Names decide what is left, and between layers of one
-shape. What no rule knows is `other`.
+The rules look at the modules around a layer first, starting with the nearest. A module that projects queries is
+attention. Next to attention in a block, a network of two or more layers is the feed-forward network, and a single layer
+is the modulation. A layer in a normalization shifts and scales it. The linear layer in a convolution block takes in the
+timestep.
 
-In joint attention the context's own projections (`add_q_proj`, `to_add_out`) are cross attention: through them the
-conditioning comes in. What is embedded like the timestep and joins it (guidance, sizes, the place of a frame) counts as
-timestep; texts and images that are projected, pooled or embedded are context.
+Outside the blocks, the sample's shape identifies both ends: the input stem reads `in_channels` numbers per patch, and
+the output head writes `out_channels`. A layer that widens the trunk by a whole factor computes shifts and scales. Names
+decide the remaining layers, and choose between layers of the same shape. A layer that matches no rule is `other`.
+
+In joint attention, the context's own projections (`add_q_proj`, `to_add_out`) count as cross attention, because the
+conditioning enters through them. Whatever is embedded like the timestep and joined with it (guidance, sizes, the
+position of a frame) counts as timestep. Projected, pooled or embedded texts and images count as context.
 """
 
 from __future__ import annotations
@@ -44,11 +46,11 @@ class _Site:
 
     @property
     def word(self) -> str:
-        """The layer's own name, without the places in lists: `to_out` for `to_out.0`."""
+        """The layer's own name, without list indices: `to_out` for `to_out.0`."""
         return next((name for name in reversed(self.below) if not name.isdigit()), "")
 
     def typed(self, pattern: str) -> bool:
-        """Whether the module is of a class so named, or of one derived from it."""
+        """Whether `pattern` is found in the name of the module's class or of one of its base classes."""
         return any(re.search(pattern, kind.__name__) for kind in type(self.module).__mro__)
 
 
@@ -56,7 +58,7 @@ def roles(model: nn.Module, inside: Callable[[str], bool]) -> dict[str, str]:
     """The role of every quantizable layer of the denoiser `model`, by name.
 
     Args:
-        inside: whether a name is that of a layer of the model's blocks.
+        inside: whether the layer of a given name is in one of the model's blocks.
     """
     layers = dict(quantizable_layers(model))
     found = {name: _from_around(model, name, layer) for name, layer in layers.items()}
@@ -72,7 +74,7 @@ def is_attention(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention) or any(map(_QUERY.fullmatch, names))
 
 
-# From the modules around a layer
+# Roles from the modules around a layer
 
 
 def _from_around(model: nn.Module, name: str, layer: Quantizable) -> str | None:
@@ -84,7 +86,7 @@ def _from_around(model: nn.Module, name: str, layer: Quantizable) -> str | None:
 
 
 def _sites(model: nn.Module, name: str, layer: Quantizable) -> Iterator[_Site]:
-    """The layer as seen from the modules around it, nearest first; the model itself says nothing."""
+    """The layer as seen from each module around it, nearest first. The model itself is left out."""
     path = name.split(".")
     for depth in range(len(path) - 1, 0, -1):
         module = model.get_submodule(".".join(path[:depth]))
@@ -110,7 +112,7 @@ def _attention(site: _Site) -> str | None:
 
 
 def _is_cross(site: _Site) -> bool:
-    """The module's own flag says so, or keys of another width than the queries, or, last, its name."""
+    """Whether this is cross attention: by the module's own flag, else by the widths of queries and keys, or by name."""
     flag = getattr(site.module, "is_cross_attention", None)
     if flag is not None:
         return bool(flag)
@@ -119,7 +121,7 @@ def _is_cross(site: _Site) -> bool:
 
 
 def _residual(site: _Site) -> str | None:
-    """In a block of convolutions, what is no convolution takes the timestep in."""
+    """The role of a layer in a convolution block. A linear layer directly in the block takes in the timestep."""
     if not site.typed(r"Resnet|Res(Net|Conv|idual\w*)?Block|TemporalConvLayer"):
         return None
     if isinstance(site.layer, nn.Linear):
@@ -135,7 +137,7 @@ def _modulation(site: _Site) -> str | None:
     return "modulation" if site.typed("Norm|Modulation|AdaLN") else None
 
 
-def _beside_attention(site: _Site) -> str | None:
+def _in_attention_block(site: _Site) -> str | None:
     if not _is_block(site.module):
         return None
     if len(site.below) > 1:
@@ -143,14 +145,14 @@ def _beside_attention(site: _Site) -> str | None:
         return "feed_forward" if len(network) > 1 else "modulation"
     parallel = (
         hasattr(site.module, "proj_mlp") and site.word == "proj_out"
-    )  # Flux's single blocks: both ways out in one
+    )  # in Flux's single blocks, attention and feed-forward network share this output layer
     if parallel or re.search(r"mlp|^ff|(gate|up|down)_proj", site.word):
         return "feed_forward"
     return "modulation" if re.search("norm|mod|shift", site.word) else "projection"
 
 
-def _around_blocks(site: _Site) -> str | None:
-    """The layers right beside a stack of blocks lead into it and out of it."""
+def _next_to_blocks(site: _Site) -> str | None:
+    """The role of a layer directly next to a stack of blocks, which leads into the stack or out of it."""
     stacks = [child for child in site.module.children() if isinstance(child, nn.ModuleList)]
     leads = len(site.below) == 1 and any(_is_block(block) for stack in stacks for block in stack)
     return "projection" if leads else None
@@ -160,35 +162,35 @@ def _is_block(module: nn.Module) -> bool:
     return any(is_attention(child) for child in module.children())
 
 
-_RULES = (_context, _timestep, _attention, _residual, _resampling, _modulation, _beside_attention, _around_blocks)
+_RULES = (_context, _timestep, _attention, _residual, _resampling, _modulation, _in_attention_block, _next_to_blocks)
 
 
-# From the shape of the sample
+# Roles from the shape of the sample
 
 
 def _ends(model: nn.Module, outside: Mapping[str, Quantizable], found: Mapping[str, str | None]) -> dict[str, str]:
-    """Where the sample comes in and goes out, and what widens the trunk's width into shift and scale."""
+    """The layers where the sample enters and leaves, and those that widen the trunk into shifts and scales."""
     reads, writes = _sample_widths(model)
     free = {name: layer for name, layer in outside.items() if found[name] is None}
     writers = [name for name, layer in outside.items() if layer.weight.shape[0] in writes]
-    heads = _so_named("output_head", [name for name in reversed(writers) if name in free])
-    # Lumina's head is a part of its last normalization.
+    heads = _named_for("output_head", [name for name in reversed(writers) if name in free])
+    # Lumina's head is part of its last normalization.
     heads = heads or [name for name in writers if found[name] == "modulation"][-1:]
-    stems = _so_named("input_stem", [name for name, layer in free.items() if _fan_in(layer) in reads])
+    stems = _named_for("input_stem", [name for name, layer in free.items() if _fan_in(layer) in reads])
     trunk = {_fan_in(outside[name]) for name in heads if isinstance(outside[name], nn.Linear)}
     widening = [name for name, layer in free.items() if _fan_in(layer) in trunk and _widens(layer)]
     by_role = {"modulation": widening, "input_stem": stems, "output_head": heads}
     return {name: role for role, names in by_role.items() for name in names}
 
 
-def _so_named(role: str, names: list[str]) -> list[str]:
-    """Of layers with the shape that `role` asks for, those with such a name; else the first with no telling name."""
-    told = {name: _from_name(name) for name in names}
-    return [name for name in names if told[name] == role] or [name for name in names if told[name] is None][:1]
+def _named_for(role: str, names: list[str]) -> list[str]:
+    """Of layers with the right shape for `role`, those whose name suggests it; else the first with an unclear name."""
+    named = {name: _from_name(name) for name in names}
+    return [name for name in names if named[name] == role] or [name for name in names if named[name] is None][:1]
 
 
 def _sample_widths(model: nn.Module) -> tuple[set[int], set[int]]:
-    """How many values one place of the sample may have as it comes in and as it goes out: channels x patch."""
+    """The possible numbers of values per position of the sample (channels x patch), on input and on output."""
     config = getattr(model, "config", None)
     channels = config.get("in_channels") if isinstance(config, Mapping) else None
     if not isinstance(config, Mapping) or not isinstance(channels, int):
@@ -209,7 +211,7 @@ def _widens(layer: Quantizable) -> bool:
     return isinstance(layer, nn.Linear) and out > fan_in and out % fan_in == 0
 
 
-# From names and kernels
+# Roles from names and kernels
 
 _WORDS = {
     "modulation": {"mod", "modulation", "modulations", "adaln", "norm"},
@@ -225,7 +227,7 @@ _FIRST_PARTS = {
 
 
 def _from_name(name: str) -> str | None:
-    """A word of the name, the nearest to the layer first, or else the name of the part of the model it belongs to."""
+    """The role from a word of the name, nearest to the layer first, or else from the name of its part of the model."""
     parts = name.lower().split(".")
     for part in reversed(parts):
         words = set(re.split(r"[_\d]+", part))
@@ -235,7 +237,7 @@ def _from_name(name: str) -> str | None:
 
 
 def _from_kernel(layer: Quantizable, inside: bool) -> str:
-    """A convolution is one wherever it stands, if it sees more than one place."""
+    """The role from the kernel alone: "other" unless the kernel covers more than one position."""
     if isinstance(layer, nn.Linear) or prod(layer.kernel_size) == 1:
         return "other"
     return "resample" if inside and prod(layer.stride) > 1 else "conv"

@@ -19,18 +19,18 @@ from bitpolicy.policies.identity import tensor_bytes
 Request = str | Mapping[str, Any]
 """A prompt, or a mapping of call arguments such as {"prompt": "a cat", "image": "photo.png"}."""
 
-_PICTURES = ("image", "video")  # arguments whose name holds one of these take pictures, and a text there is a path
+_PICTURES = ("image", "video")  # an argument with one of these in its name takes pictures; a string there is a path
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One request with one seed: a trajectory.
+    """One request with one seed, which gives one trajectory.
 
     Attributes:
-        prompt: text; a class label in digits; empty where the pipeline takes neither.
+        prompt: text, or a class label in digits; empty if the pipeline takes neither.
         seed: of the initial noise.
-        arguments: what else the request gives to the pipeline call, by name. A text where the pipeline takes pictures
-            is a path or URL.
+        arguments: the other arguments that the request gives to the pipeline call, by name. A string for an argument
+            that takes pictures is a path or URL.
     """
 
     prompt: str
@@ -45,7 +45,7 @@ class Sample:
         return cls(str(request.get("prompt", "")), seed, rest)
 
     def call_arguments(self) -> dict[str, Any]:
-        """`arguments` as the pipeline takes them: pictures are read.
+        """`arguments` as the pipeline takes them, with pictures loaded.
 
         Raises:
             BitPolicyError: a picture cannot be read.
@@ -53,7 +53,7 @@ class Sample:
         return {name: _read(value) if takes_pictures(name) else value for name, value in self.arguments.items()}
 
     def identity(self) -> list[Any]:
-        """JSON values that two samples share when they give the same trajectory; pictures count by their content."""
+        """JSON values that are equal for samples with the same trajectory. Pictures are compared by content."""
         found: list[Any] = [self.prompt, self.seed]
         if self.arguments:
             found.append({name: fingerprint(value) for name, value in sorted(self.call_arguments().items())})
@@ -61,12 +61,12 @@ class Sample:
 
 
 def split_samples(requests: Sequence[Request], count: int, seed: int) -> list[Sample]:
-    """`count` samples that go through `requests` in turn, each with a seed of its own from `seed` upwards."""
+    """`count` samples that cycle through `requests`, with the seeds `seed`, `seed` + 1 and so on."""
     return [Sample.of(requests[i % len(requests)], seed + i) for i in range(count)]
 
 
 def fingerprint(value: Any) -> Any:
-    """JSON that stands for a call argument: pictures and tensors by a hash of their content."""
+    """A JSON value that identifies a call argument. Pictures and tensors become a hash of their content."""
     if isinstance(value, Mapping):
         return {str(key): fingerprint(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -90,7 +90,7 @@ def takes_pictures(name: str) -> bool:
 
 
 def beside(folder: Path, value: Any) -> Any:
-    """Paths in `value` taken relative to `folder`, URLs as they are."""
+    """`value` with its paths taken relative to `folder`. URLs stay as they are."""
     if isinstance(value, list):
         return [beside(folder, item) for item in value]
     return str(folder / value) if isinstance(value, str) and "://" not in value else value

@@ -1,4 +1,4 @@
-"""The sensitivity table: what each (layer, format) does to the final latent."""
+"""The sensitivity table: what quantizing each layer to each format does to the final latent."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from bitpolicy.sensitivity.probes.sketch import Sketch
 from bitpolicy.sensitivity.rounding.candidates import Candidate
 from bitpolicy.sensitivity.rounding.quantizer_choice import chosen
 
-NO_IMAGE_ERROR = ("stepwise", "weight")  # probes whose numbers rank layers, and are no error of the image
-FIRST_ORDER = 1e-3  # relative error of the final latent up to which a prediction is trusted
+NO_IMAGE_ERROR = ("stepwise", "weight")  # probes whose numbers rank layers but are not errors of the image
+FIRST_ORDER = 1e-3  # relative error of the final latent up to which a first-order prediction is trusted
 
 
 @dataclass(frozen=True)
@@ -29,21 +29,21 @@ class SensitivityTable:
         probe: "adjoint", "stepwise", "ablation" or "weight".
         layers: names, length L.
         formats: the packed formats, length F.
-        error: E|dx_0|^2 / E|x_0|^2 of one layer alone with its better bias, float64, shape (L, F), >= 0. For the
-            stepwise probe the relative error of the denoiser's outputs, for the weight probe that of the weight:
-            neither is an error of the image.
-        corrected: whether bias correction is what gave `error`, bool, shape (L, F).
+        error: E|dx_0|^2 / E|x_0|^2 when only this layer is quantized, with the better bias, float64, shape (L, F),
+            >= 0. The stepwise probe gives the relative error of the denoiser's outputs, the weight probe that of the
+            weight; neither is an error of the image.
+        corrected: whether bias correction gave `error`, bool, shape (L, F).
         sketches: s with that bias, divided by sqrt(E|x_0|^2), float32, shape (R, L, F), so that the mean of squares
-            over R is `error`; None where the probe has none.
-        by_step: the error that enters at each scheduler step, alone: E|dx_0|^2 / E|x_0|^2, float32, shape (T, L, F);
-            None like sketches. Steps may add up or cancel, so their sum is not `error`.
-        measured: where `error` was re-measured by ablation, bool, shape (L, F); None where nothing was.
-        cost: what all this cost; None where it was not counted.
-        quantizers: who rounded; the first wherever `quantizer` does not say.
-        quantizer: index of the one that gave `error`, uint8, shape (L, F); None where there was one.
-        inputs: the error that rounding the layer's inputs makes alone, to first order, in the units of `error`,
-            float64, shape (L, F); None where no inputs are rounded, or the probe does not tell.
-        compute: what packed layers round beside their weights.
+            over R is `error`; None if the probe has no sketches.
+        by_step: E|dx_0|^2 / E|x_0|^2 from the error that enters at each scheduler step alone, float32, shape
+            (T, L, F); None if the probe has no sketches. Steps may add up or cancel, so their sum is not `error`.
+        measured: where `error` was re-measured by ablation, bool, shape (L, F); None if it was not.
+        cost: the cost of the probe; None if it was not counted.
+        quantizers: the rounding methods tried. Without `quantizer`, the first one applies everywhere.
+        quantizer: index of the method that gave `error`, uint8, shape (L, F); None if only one was tried.
+        inputs: the error from rounding the layer's inputs alone, to first order, in the units of `error`, float64,
+            shape (L, F); None if no inputs are rounded, or if the probe does not measure it.
+        compute: the activation quantization of packed layers.
     """
 
     probe: str
@@ -69,16 +69,19 @@ class SensitivityTable:
         latent_power: float,
         probe: str = "adjoint",
     ) -> SensitivityTable:
-        """Reduce sketches of the adjoint probe, whose candidates come format by format; `latent_power` is E|x_0|^2. Of
-        the stepwise probe likewise, with the power of the denoiser's outputs.
+        """Reduce sketches of the adjoint or the stepwise probe.
 
-        Each candidate has the bias that scores better with it. `quantizer_choice` says which quantizer each layer and
-        format has: the default one (the first, where that was not tried), unless another is better beyond doubt.
+        Each candidate gets the bias that scores better. `quantizer_choice` picks the rounding method for each layer and
+        format: the default (or the first, if the default was not tried), unless another is better beyond doubt.
+
+        Args:
+            candidates: ordered format by format.
+            latent_power: E|x_0|^2; for the stepwise probe, the power of the denoiser's outputs.
         """
         plain = torch.stack([s.plain for s in sketches]) / latent_power**0.5
         fixed = torch.stack([s.corrected for s in sketches]) / latent_power**0.5
         squares = [part.sum(1).double().square() for part in (plain, fixed)]
-        corrected = squares[1].mean(0) <= squares[0].mean(0)  # equal where there is no bias: nothing to do either way
+        corrected = squares[1].mean(0) <= squares[0].mean(0)  # both are equal if the layer has no bias
         of_candidate = torch.where(corrected, squares[1], squares[0])
         formats = list(dict.fromkeys(candidate.format for candidate in candidates))
         quantizers = list(dict.fromkeys(candidate.quantizer for candidate in candidates))
@@ -100,9 +103,9 @@ class SensitivityTable:
         )
 
     def remeasured(self, errors: Mapping[tuple[int, int], float]) -> SensitivityTable:
-        """The table with measured errors in place of those at (layer, column of the format).
+        """The table with the errors at some places (layer, column of the format) replaced by measured ones.
 
-        Sketches and steps are scaled along, so that they still add up to what is measured.
+        Sketches and steps are rescaled to match the measured errors.
         """
         if not errors:
             return self
@@ -116,13 +119,13 @@ class SensitivityTable:
         return replace(self, error=error, measured=measured, sketches=sketches, by_step=by_step)
 
     def largest(self, count: int) -> list[tuple[int, int]]:
-        """Up to `count` places (layer, column of the format) whose error is too large for first order, worst first."""
+        """Up to `count` places (layer, column of the format) with errors too large for first order, worst first."""
         order = self.error.flatten().argsort(descending=True)[:count].tolist()
         places = [divmod(place, len(self.formats)) for place in order]
         return [place for place in places if self.error[place] > FIRST_ORDER]
 
     def halves(self) -> tuple[SensitivityTable, SensitivityTable] | None:
-        """The table from the sketches of the first half of the samples, and of the second; None without sketches."""
+        """Two tables, from the first and the second half of the sketches; None with fewer than two sketches."""
         if self.sketches is None or len(self.sketches) < 2:
             return None
         parts = self.sketches[: len(self.sketches) // 2], self.sketches[len(self.sketches) // 2 :]
@@ -130,9 +133,9 @@ class SensitivityTable:
         return first, second
 
     def inputs_share(self, layer: int, column: int) -> float | None:
-        """How much of an error rounding the layer's inputs makes alone, 1 at most; None where that is not known.
+        """The share of an error that rounding the layer's inputs makes alone, at most 1; None if unknown.
 
-        The rest is not all of the weight's: the two may add up or cancel.
+        The rest is not exactly the weight's share, because the two errors may add up or cancel.
         """
         if self.inputs is None:
             return None
@@ -140,11 +143,11 @@ class SensitivityTable:
         return min(float(self.inputs[layer, column]) / whole, 1.0) if whole > 0 else 0.0
 
     def source(self, layer: int, column: int) -> str:
-        """Which probe a number came from."""
+        """The probe that a number came from."""
         return "ablation" if self.measured is not None and bool(self.measured[layer, column]) else self.probe
 
     def choice(self, layer: int, format: Format) -> Choice:
-        """The format together with the bias that scored better with it."""
+        """The format, with the rounding method and the bias that scored better with it."""
         if not format.packed:
             return Choice(format)
         column = self.formats.index(format)
@@ -156,18 +159,26 @@ class SensitivityTable:
         return float(self.error[layer, self.formats.index(format)]) if format.packed else 0.0
 
     def additive_error(self, formats: Sequence[Format]) -> float | None:
-        """E|dx_0|^2 / E|x_0|^2 of a whole policy if its layers' errors add up as powers, given one format a layer in
-        order; None where scores are no image error.
+        """E|dx_0|^2 / E|x_0|^2 of a whole policy, if the powers of its layers' errors add up.
 
-        With fewer sketches than layers this predicts better than `vector_error` (docs/decisions/probe.md).
+        With fewer sketches than layers, this predicts better than `vector_error` (docs/decisions/probe.md).
+
+        Args:
+            formats: one per layer, in order.
+
+        Returns:
+            None if scores are not errors of the image.
         """
         if self.probe in NO_IMAGE_ERROR:
             return None
         return sum(self.score(i, format) for i, format in enumerate(formats))
 
     def vector_error(self, formats: Sequence[Format]) -> float | None:
-        """The same with the layers' errors added up as vectors, mean_r (sum_l s_r(l, f_l))^2, which is never negative;
-        None where there are no sketches of the image's error."""
+        """The same with the layers' errors added as vectors: mean_r (sum_l s_r(l, f_l))^2, which is never negative.
+
+        Returns:
+            None if there are no sketches of the image's error.
+        """
         if self.probe in NO_IMAGE_ERROR or self.sketches is None:
             return None
         total = torch.zeros(len(self.sketches), dtype=torch.float64)
@@ -178,7 +189,7 @@ class SensitivityTable:
 
 
 def _of_inputs(sketches: Sequence[Sketch], column: torch.Tensor, latent_power: float) -> torch.Tensor | None:
-    """The mean square of what the sketches see of inputs, divided by `latent_power`, of the candidates in `column`."""
+    """The mean square of the sketches' part from inputs, divided by `latent_power`, for the candidates in `column`."""
     found = [s.inputs for s in sketches if s.inputs is not None]
     if not found:
         return None

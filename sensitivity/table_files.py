@@ -35,12 +35,12 @@ _TENSORS = ("error", "corrected", "sketches", "by_step", "measured", "quantizer"
 
 @dataclass(frozen=True)
 class ModelContext:
-    """What a table's reader needs to know of the model, without the model.
+    """What a reader of the table needs to know about the model, without the model itself.
 
     Attributes:
         inventory: its layers.
         account: their bytes.
-        name: for people, e.g. "UNet2DConditionModel of owner/name"; empty where nobody said.
+        name: for people, e.g. "UNet2DConditionModel of owner/name"; empty if unknown.
     """
 
     inventory: Sequence[Layer]
@@ -63,7 +63,7 @@ class ModelContext:
         """Read it from `sensitivity.safetensors`.
 
         Raises:
-            BitPolicyError: it is missing or no such table.
+            BitPolicyError: the file is missing or is not a sensitivity table.
         """
         try:
             found = _read(path)[0]["model"]
@@ -81,7 +81,7 @@ def write_table(table: SensitivityTable, folder: Path, model: ModelContext) -> N
     """Write both files into `folder`.
 
     Args:
-        model: that the table is of.
+        model: the model that the table describes.
     """
     tensors = {name: tensor.contiguous() for name in _TENSORS if (tensor := getattr(table, name)) is not None}
     facts = {
@@ -102,7 +102,7 @@ def read_table(path: Path) -> SensitivityTable:
     """Read `sensitivity.safetensors`.
 
     Raises:
-        BitPolicyError: it is missing or no such table.
+        BitPolicyError: the file is missing or is not a sensitivity table.
     """
     try:
         facts, tensors = _read(path)
@@ -120,7 +120,7 @@ def read_table(path: Path) -> SensitivityTable:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """What a table's file says, and its tensors, as they were written; those of older versions have no checksum."""
+    """The description and the tensors in a table's file, checked against its checksum; older files have none."""
     with open_tensors(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         return unsealed(json.loads((file.metadata() or {})["bitpolicy"]), tensors), tensors

@@ -1,7 +1,7 @@
 """Share work between the processes that `accelerate launch` started, on one machine or several.
 
-Every piece of work has a name; each process makes its share and hands the results to the others, so that all of them
-end with all pieces, in whatever folder each keeps its own. Alone, a process makes everything.
+Every piece of work has a name. Each process makes its share and sends the results to the others, so that every process
+ends up with all pieces, even if each has its own folder. A process that runs alone makes everything.
 """
 
 from __future__ import annotations
@@ -29,44 +29,44 @@ def launched() -> bool:
 
 
 def _state() -> PartialState:
-    """This process among the others; the first call meets them."""
+    """The state of this process. The first call connects it to the others."""
     return PartialState(cpu=not torch.cuda.is_available())
 
 
 def is_main() -> bool:
-    """Whether this process is the one that speaks and writes results."""
+    """Whether this process prints and writes the results."""
     return not launched() or _state().is_main_process
 
 
 def device_of_this_process() -> torch.device | None:
-    """The accelerator that `accelerate launch` gave to this process; None where it runs alone."""
+    """The accelerator that `accelerate launch` assigned to this process; None if it runs alone."""
     return _state().device if launched() else None
 
 
 def complete(records: Records, names: Sequence[str], make: Make) -> dict[str, dict[str, torch.Tensor]]:
-    """All pieces of these names, those that are on disk as they are, the others made by `make`.
+    """All pieces of these names. Pieces on disk are reused, and `make` makes the others.
 
     Args:
-        make: given the names to make, in order, yields each piece when it is finished; it is kept at once.
+        make: receives the names to make, in order, and yields each piece when it is finished; it is stored at once.
 
     Raises:
         LoopError: `make` raised it, in any process.
     """
     pieces = {name: found for name in names if (found := records.get(name)) is not None}
-    missing = _agreed([name for name in names if name not in pieces], names)
+    missing = _missing_anywhere([name for name in names if name not in pieces], names)
     made: dict[str, Piece] = {}
     failures: list[str] = []
     try:
         for name, piece in make(_share(missing)):
             records.put(name, piece)
             made[name] = piece
-    except LoopError as error:  # the others have to hear of it: they would wait for this process's pieces
+    except LoopError as error:  # the others must be told, or they would wait for this process's pieces
         failures.append(str(error))
-    if failures := _everyones(failures):
+    if failures := _gathered(failures):
         raise LoopError(failures[0])
-    for name, piece in dict(_everyones(list(made.items()))).items():
+    for name, piece in dict(_gathered(list(made.items()))).items():
         pieces.setdefault(name, dict(piece))
-        if name not in made and records.get(name) is None:  # each process may keep a folder of its own
+        if name not in made and records.get(name) is None:  # each process may have its own folder
             records.put(name, piece)
     return {name: pieces[name] for name in names}
 
@@ -74,41 +74,42 @@ def complete(records: Records, names: Sequence[str], make: Make) -> dict[str, di
 def complete_files(
     paths: Mapping[str, Path], whole: Callable[[str], bool], make: Callable[[Sequence[str]], None]
 ) -> None:
-    """The same for files that are too large to be held: those that are not whole are written by `make`.
+    """Like `complete`, for files too large to hold in memory. `make` writes those that are not whole.
 
     Args:
-        paths: where the file of each name belongs.
-        make: given the names to make, in order, writes their files.
+        paths: name -> file.
+        whole: whether the file of a name is there and undamaged.
+        make: receives the names to make, in order, and writes their files.
     """
-    missing = _agreed([name for name in paths if not whole(name)], list(paths))
+    missing = _missing_anywhere([name for name in paths if not whole(name)], list(paths))
     mine = set(_share(missing))
     make([name for name in missing if name in mine])
     if not launched():
         return
     for name in missing:
-        if any(_everyones([not paths[name].exists()])):  # each process may keep a folder of its own
-            content = _everyones([paths[name].read_bytes()] if name in mine else [])[0]
+        if any(_gathered([not paths[name].exists()])):  # each process may have its own folder
+            content = _gathered([paths[name].read_bytes()] if name in mine else [])[0]
             if name not in mine:
                 with written_aside(paths[name]) as aside:
                     aside.write_bytes(content)
 
 
-def _agreed(missing: list[str], order: Sequence[str]) -> list[str]:
-    """What any process lacks, in order."""
-    anywhere = set(_everyones(missing))
+def _missing_anywhere(missing: list[str], order: Sequence[str]) -> list[str]:
+    """The names that any process lacks, in order."""
+    anywhere = set(_gathered(missing))
     return [name for name in order if name in anywhere]
 
 
 def _share(names: list[str]) -> list[str]:
-    """This process's part: neighbours stay together."""
+    """This process's share of the names. Neighbours stay together."""
     if not launched():
         return names
     with _state().split_between_processes(names) as mine:
         return list(mine)
 
 
-def _everyones(items: list[T]) -> list[T]:
-    """The items of all processes, in their order."""
+def _gathered(items: list[T]) -> list[T]:
+    """The items of all processes, in the order of the processes."""
     if not launched():
         return items
     _state()

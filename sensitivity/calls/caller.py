@@ -1,4 +1,4 @@
-"""Calls a pipeline for samples, with or without a graph, and with its loop watched."""
+"""Calls a pipeline for samples, with or without an autograd graph, and watches its loop."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from bitpolicy.sensitivity.calls.watched_loop import WatchedLoop
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.trajectory.decoding import Decoding
 
-_SHORT = 2  # steps of a run that only shows how the pipeline takes a call
+_SHORT = 2  # steps of a trial run, which only shows how the pipeline can be called
 _SCHEDULES = ("timesteps", "sigmas")  # arguments that set the steps one by one
 
 
 class Caller:
-    """One pipeline with the arguments of every call.
+    """One pipeline, with the arguments of every call.
 
     Attributes:
         pipe: the pipeline.
         call: arguments of every call.
-        signature: of its call.
-        loop: its scheduler steps, watched while it runs.
+        signature: of the pipeline's call.
+        loop: its scheduler steps, watched while the pipeline runs.
     """
 
     def __init__(self, pipe: DiffusionPipeline, call: Mapping[str, Any], decoding: Decoding | None = None) -> None:
@@ -36,14 +36,14 @@ class Caller:
         self.signature, self.loop = Signature.of(pipe), WatchedLoop(pipe)
 
     def run(self, samples: Sequence[Sample], writing: Writing, asked: Mapping[str, Any], leave_after: int = 0) -> Any:
-        """The first thing that the pipeline gives for `samples`, without a graph.
+        """The first output of the pipeline for `samples`, without a graph.
 
         Args:
-            asked: arguments that say what to give.
-            leave_after: raise `Finished` after so many steps of the loop; 0 never does.
+            asked: arguments that select the output.
+            leave_after: raise `Finished` after this many steps of the loop; 0 means never.
 
         Raises:
-            Finished: the loop was left.
+            Finished: the loop was left after `leave_after` steps.
             NotFinite: a step gave NaN or Inf.
         """
         given = arguments(self.pipe, self.signature, self.call, samples, writing)
@@ -53,10 +53,10 @@ class Caller:
     def run_with_graph(
         self, sample: Sample, writing: Writing, asked: Mapping[str, Any], leave_after: int, decodes: int
     ) -> Any:
-        """The same with a graph, by the function that diffusers decorates with `torch.no_grad`.
+        """The same with a graph. It calls the function that diffusers decorates with `torch.no_grad`.
 
         Args:
-            decodes: raise `Decoded` after so many images; 0 never does.
+            decodes: raise `Decoded` after this many calls of the autoencoder's `decode`; 0 means never.
         """
         undecorated: Callable[..., Any] = inspect.unwrap(type(self.pipe).__call__)
         given = arguments(self.pipe, self.signature, self.call, [sample], writing)
@@ -66,7 +66,7 @@ class Caller:
     def trial(
         self, samples: Sequence[Sample], writing: Writing, asked: Mapping[str, Any], *, whole: bool = False
     ) -> Any:
-        """As `run`, in two steps where the pipeline takes a number of steps, unless `whole`; NaN and Inf pass."""
+        """Like `run`, but NaN and Inf pass, and there are only two steps if they can be set, unless `whole`."""
         given = arguments(self.pipe, self.signature, self.call, samples, writing)
         if not whole:
             given |= self._short(given)

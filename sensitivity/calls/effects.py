@@ -1,4 +1,4 @@
-"""Which arguments of a pipeline call change nothing: the images are the same without them."""
+"""Finds the arguments of a pipeline call that have no effect: the images are the same without them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from bitpolicy.sensitivity.samples import Sample
 
 
 def without_effect(caller: Caller, form: Form, sample: Sample, names: Sequence[str]) -> list[str]:
-    """Those of the arguments `names` without which `sample` comes out the same.
+    """The arguments in `names` without which `sample` comes out the same.
 
-    It takes a run of two steps, and one more for each argument; what makes no difference there is tried in runs of full
-    length. None of them are an argument that has the value of its default, one that has to be given, and a size that
-    the images have, as a height of 512 where that is usual.
+    This takes a run of two steps, and one more for each argument. Arguments that make no difference there are tried
+    again in runs of full length. The result never includes an argument that equals its default, one that is required,
+    or a size that the images have anyway, such as a height of 512 where 512 is usual.
     """
     defaults = caller.signature.defaults
     wanted = [name for name in names if name in caller.call and _differs(caller.call[name], defaults, name)]
@@ -44,7 +44,7 @@ def _without(caller: Caller, name: str) -> Caller:
 
 
 def _image(caller: Caller, form: Form, sample: Sample, whole: bool) -> torch.Tensor | None:
-    """What is drawn; None where the pipeline cannot draw so."""
+    """The result of a trial run; None if the pipeline refuses the call."""
     try:
         return drawn(caller.trial([sample], form.writing, form.finished, whole=whole), 1)[0]
     except REFUSALS as error:

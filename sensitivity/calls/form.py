@@ -1,4 +1,4 @@
-"""The form of a pipeline call: how samples are written as its arguments, and what it can be asked for."""
+"""The form of a pipeline call: how samples become its arguments, and which outputs it offers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bitpolicy.sensitivity.calls.signature import Signature, is_of_each_sample
 from bitpolicy.sensitivity.samples import Sample
 
 Writing = Literal["list", "tensor", "single"]
-"""How a prompt or a class label is written: in a list of one for each sample, as an int64 tensor, or by itself."""
+"""How prompts or class labels are passed: in a list with one per sample, as an int64 tensor, or as a single value."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Form:
     """How one pipeline is called.
 
     Attributes:
-        writing: of prompts and class labels.
-        finished: arguments that ask for finished images, in floats if it can.
-        latent: arguments that ask for the final latent; None where it gives none.
-        shares: whether samples that share a call come out as they do alone.
+        writing: how prompts and class labels are passed.
+        finished: arguments that select finished images, as floats if possible.
+        latent: arguments that select the final latent; None if the pipeline does not return it.
+        shares: whether samples that share a call come out the same as alone.
     """
 
     writing: Writing
@@ -37,7 +37,7 @@ class Form:
 
 
 def writings(signature: Signature) -> list[Writing]:
-    """The writings to try, those that the type hint admits first."""
+    """The writings to try, starting with those that the type hint allows."""
     if signature.labels is not None:
         hint, examples = signature.hints[signature.labels], {"list": [1], "single": 1}
     elif signature.takes_text:
@@ -52,11 +52,11 @@ def writings(signature: Signature) -> list[Writing]:
 def arguments(
     pipe: DiffusionPipeline, signature: Signature, call: Mapping[str, Any], samples: Sequence[Sample], writing: Writing
 ) -> dict[str, Any]:
-    """What the pipeline is called with for `samples`, but for what it is asked to give.
+    """The arguments of a pipeline call for `samples`, without those that select its output.
 
     Args:
         call: arguments of every call.
-        samples: of several, none has arguments of its own.
+        samples: if there are several, none has its own arguments.
 
     Raises:
         BitPolicyError: a picture cannot be read, or there is no such class.
@@ -80,7 +80,7 @@ def arguments(
 
 
 def _written(values: list[Any], writing: Writing) -> Any:
-    """Texts have no tensor, and several values no single one: both are then a list."""
+    """The values as the call takes them. Texts for a tensor, and several values for a single one, become a list."""
     if writing == "single" and len(values) == 1:
         return values[0]
     if writing == "tensor" and isinstance(values[0], int):
@@ -89,14 +89,14 @@ def _written(values: list[Any], writing: Writing) -> Any:
 
 
 def _label(pipe: Any, prompt: str) -> int:
-    """A class label from its digits, or from a class name where the pipeline knows names."""
+    """A class label, from its digits or, if the pipeline knows class names, from a name."""
     classes = class_count(pipe)
     if prompt.isdigit() and (not classes or int(prompt) < classes):
         return int(prompt)
     try:
         return int(pipe.get_label_ids([prompt])[0])
     except (AttributeError, ValueError) as error:
-        needed = f"a label from 0 to {classes - 1}" if classes else "a label, a whole number"
+        needed = f"a label from 0 to {classes - 1}" if classes else "a label (a whole number)"
         raise BitPolicyError(
-            f"{prompt!r} is no class of {type(pipe).__name__}; give {needed}, or a class's name"
+            f"{prompt!r} is not a class of {type(pipe).__name__}; give {needed} or the name of a class"
         ) from error

@@ -1,7 +1,7 @@
-"""Whether a value fits a type hint, and a type hint in words.
+"""Checks whether a value fits a type hint, and describes type hints in words.
 
-Only plain values are judged, those that an option or a JSON file can hold: numbers, texts, booleans, null, lists and
-mappings. Only hints that say something of these are judged, too; any other hint fits every value.
+Only plain values are checked, those that an option or a JSON file can hold: numbers, strings, booleans, null, lists and
+mappings. Likewise, only hints about such values are checked; any other hint accepts every value.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MAPPINGS = (dict, Mapping)
 
 
 def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """Argument name -> type hint; none of a function whose hints cannot be resolved."""
+    """Argument name -> type hint; empty if the function's hints cannot be resolved."""
     try:
         return typing.get_type_hints(function)
     except (NameError, TypeError, AttributeError, SyntaxError):
@@ -27,7 +27,7 @@ def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether an argument with this hint takes `value`; an integer is a number, True and False are neither."""
+    """Whether an argument with this hint accepts `value`. Integers count as numbers; True and False are neither."""
     if not isinstance(value, _PLAIN):
         return True
     origin, parts = get_origin(hint), get_args(hint)
@@ -56,17 +56,17 @@ def _fits_one(value: Any, hint: Any) -> bool:
 
 
 def _items_fit(value: Sequence[Any], parts: tuple[Any, ...]) -> bool:
-    """Of `list[X]` and `tuple[X, ...]` every item is an X; `tuple[X, Y]` has as many items as it names."""
+    """Whether the items fit: each has to be an X for `list[X]` and `tuple[X, ...]`; `tuple[X, Y]` takes exactly two."""
     if len(parts) > 1 and parts[-1] is not Ellipsis:
         return len(value) == len(parts) and all(map(fits, value, parts))
     return not parts or all(fits(item, parts[0]) for item in value)
 
 
-_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"}
+_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string", types.NoneType: "null"}
 
 
 def in_words(hint: Any) -> str:
-    """E.g. "an integer, or a list of integers"."""
+    """The hint in words, e.g. "an integer, or a list, each item an integer"."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin in _UNIONS:
         named = dict.fromkeys(in_words(part) for part in parts if part is not types.NoneType)

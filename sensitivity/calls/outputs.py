@@ -1,8 +1,8 @@
-"""What comes out of a pipeline, as one tensor for each sample.
+"""Reads the output of a pipeline as one tensor per sample.
 
-Pipelines give images, videos or sound as tensors, arrays, pictures or lists of these, channels first or last, and some
-give several for one sample. Here an image is (C, H, W), a video (frames, C, H, W), sound (samples) or (channels,
-samples).
+Pipelines return images, videos or sound as tensors, arrays, PIL images or lists of these, with channels first or last.
+Some return several results per sample. Here, an image has shape (C, H, W), a video (frames, C, H, W), and sound
+(samples) or (channels, samples).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from PIL import Image
 
 from bitpolicy.kernels.errors import BitPolicyError
 
-_WHITE = {torch.uint8: 255, torch.uint16: 65535, torch.int32: 65535}  # PIL has 16 bits in 32
-_SLACK = 1e-3  # beyond [0, 1], of an image that is not rounded
+_WHITE = {torch.uint8: 255, torch.uint16: 65535, torch.int32: 65535}  # PIL stores 16-bit images in 32 bits
+_SLACK = 1e-3  # how far outside [0, 1] the values of an unrounded image may be
 
 
 def first(output: Any) -> Any:
-    """The images, frames, sound or latents of a pipeline's output, which may hold more beside them."""
+    """The main part of a pipeline's output: images, frames, sound or latents."""
     return output[0] if isinstance(output, BaseOutput | tuple) else output
 
 
@@ -30,35 +30,38 @@ def rows(found: torch.Tensor, count: int) -> torch.Tensor:
     """`found` with one row for each of `count` samples.
 
     Raises:
-        BitPolicyError: it cannot be shared out among them.
+        BitPolicyError: its rows cannot be divided evenly among the samples.
     """
     if len(found) == count:
         return found
     if len(found) == 2 * count and torch.equal(found[:count], found[count:]):
-        return found[:count]  # DiT carries every sample twice, for guidance
+        return found[:count]  # DiT holds every sample twice, for guidance
     if not len(found) or len(found) % count:
-        raise BitPolicyError(f"the pipeline was given {count} samples and gave {len(found)} results")
-    return found.unflatten(0, (count, -1))  # video U-Nets: frames in the batch; or several images of a sample
+        raise BitPolicyError(
+            f"the pipeline was given {count} samples and returned {len(found)} results; "
+            "it has to return the same number of results for each sample"
+        )
+    return found.unflatten(0, (count, -1))  # frames in the batch (video U-Nets), or several images per sample
 
 
 def drawn(output: Any, count: int) -> list[torch.Tensor]:
-    """The finished images, videos or sounds of `count` samples, float32 on the CPU; pictures in [0, 1]."""
+    """The finished images, videos or sounds of `count` samples, float32 on the CPU; images and videos in [0, 1]."""
     found = _tensor(output)
     return list(rows(found.float().cpu() / _WHITE.get(found.dtype, 1), count))
 
 
 def is_sound(one: torch.Tensor) -> bool:
-    """Whether what one sample gives is a sound, shape (samples) or (channels, samples)."""
+    """Whether the result of one sample is sound, shape (samples) or (channels, samples)."""
     return one.dim() < 3
 
 
 def in_range(one: torch.Tensor) -> bool:
-    """Whether it is a sound, or a picture in [0, 1]."""
+    """Whether the result of one sample is sound, or has all its values in [0, 1]."""
     return is_sound(one) or bool((one >= -_SLACK).all() and (one <= 1 + _SLACK).all())
 
 
 def _tensor(output: Any) -> torch.Tensor:
-    """Channels before height and width."""
+    """The output as one tensor, with channels before height and width."""
     if isinstance(output, Image.Image):
         output = np.asarray(output)
         return torch.from_numpy(output[None] if output.ndim == 2 else np.moveaxis(output, -1, 0)).contiguous()
@@ -69,11 +72,11 @@ def _tensor(output: Any) -> torch.Tensor:
         return found if output.ndim < 4 else found.movedim(-1, -3)
     if isinstance(output, torch.Tensor):
         return output
-    raise BitPolicyError(f"the pipeline gives {type(output).__name__}; needed are images, videos or sound")
+    raise BitPolicyError(f"the pipeline returned {type(output).__name__}; it has to return images, videos or sound")
 
 
 def _of_one(part: Any) -> torch.Tensor:
-    """One entry of a list; an array of three axes is an image, channels last."""
+    """One entry of a list as a tensor. An array with three axes is an image with channels last."""
     if isinstance(part, np.ndarray) and part.ndim == 3:
         return torch.from_numpy(np.ascontiguousarray(np.moveaxis(part, -1, 0)))
     return _tensor(part)

@@ -1,8 +1,8 @@
-"""Learn from short runs how a pipeline is called: nothing is assumed of its class.
+"""Learns from short runs how to call a pipeline, without assumptions about its class.
 
-The signature says which arguments there are. What they take, what the pipeline can be asked for and how many samples
-come out is seen in runs of two steps, as long as it takes a number of steps: one plain run; one that asks for the final
-latent; and, of a small model, those of two samples, alone and in one call.
+The signature names the arguments. Short runs show which values they take, which outputs the pipeline offers, and how
+many samples come out. Runs have two steps if the pipeline takes a number of steps. There is one plain run, one that
+requests the final latent and, for small models, runs of two samples, each alone and both in one call.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ REFUSALS = (
     TypeError,
     ValueError,
 )
-_IMAGE_DIMS = 4  # of a batch; a video has more, and gains nothing by company
+_IMAGE_DIMS = 4  # of a batch; a video has more, and gains nothing from sharing a call
 _PLAIN: dict[str, Any] = {}
 _FLOATS, _ARRAY, _LATENT = ({"output_type": name} for name in ("pt", "np", "latent"))
 
@@ -38,21 +38,21 @@ class Rehearsal:
     """Short runs of one pipeline.
 
     Args:
-        caller: of the pipeline.
+        caller: calls the pipeline.
         sample: what to draw.
-        dtype: that the models compute in.
+        dtype: the models' compute dtype.
     """
 
     def __init__(self, caller: Caller, sample: Sample, dtype: torch.dtype) -> None:
         self._caller, self._sample, self._dtype = caller, sample, dtype
-        self._whole = False  # whether runs of two steps fail and those of full length do not
+        self._whole = False  # whether runs need their full length, because two steps fail
         self._asks = "output_type" in caller.signature
 
     def form(self, may_share: bool) -> Form:
         """How the pipeline is called.
 
         Args:
-            may_share: whether calls may be shared at all; if not, that costs no run.
+            may_share: whether samples may share a call at all; if not, no run tests it.
 
         Raises:
             BitPolicyError: the pipeline refuses the plain call.
@@ -62,7 +62,7 @@ class Rehearsal:
         return replace(form, shares=may_share and not self._sample.arguments and self._shares(form))
 
     def _plain(self) -> tuple[Form, list[torch.Tensor]]:
-        """The first form in which the pipeline draws, and what it draws."""
+        """The first form that the pipeline accepts, and the images it gives."""
         refusals: list[Exception] = []
         for self._whole in (False, True):
             refusals.clear()
@@ -76,7 +76,7 @@ class Rehearsal:
         raise refused(self._caller.signature.pipeline, refusals[0]) from refusals[0]
 
     def _finished(self, writing: Writing) -> tuple[Form, list[torch.Tensor]]:
-        """Floats in [0, 1] are preferred to those out of that range, and both to pictures of 8 bits."""
+        """The form of finished images, and the images. Floats in [0, 1] are best, then other floats, then 8 bits."""
         if not self._asks:
             return Form(writing, _PLAIN), self._drawn(writing, _PLAIN)
         floats = self._tried(writing, _FLOATS)
@@ -92,7 +92,7 @@ class Rehearsal:
         return drawn(self._caller.trial([self._sample], writing, asked, whole=self._whole), 1)
 
     def _tried(self, writing: Writing, asked: Mapping[str, Any]) -> list[torch.Tensor] | None:
-        """What is drawn; None where the pipeline does not give that."""
+        """The images; None if the pipeline refuses to return them in this form."""
         try:
             return self._drawn(writing, asked)
         except REFUSALS as error:
@@ -101,7 +101,7 @@ class Rehearsal:
             return None
 
     def _latent(self, writing: Writing, images: list[torch.Tensor]) -> Mapping[str, Any] | None:
-        """What asks for the latent, where it makes a difference: some pipelines pass over what they do not know."""
+        """The arguments that select the latent; None if they fail or have no effect, as some pipelines ignore them."""
         if not self._asks:
             return None
         try:
@@ -115,7 +115,7 @@ class Rehearsal:
         return None if _same(found, torch.stack(images)) and not _same(found, self._caller.loop.last) else _LATENT
 
     def _shares(self, form: Form) -> bool:
-        """Whether two samples in one call are what they are alone: the same noise, the same padding."""
+        """Whether two samples in one call come out as they do alone, with the same noise and the same padding."""
         first, prompt = self._sample, self._sample.prompt
         text = f"{prompt}, {prompt}" if self._caller.signature.takes_text else prompt
         second = replace(first, prompt=text, seed=first.seed ^ 1)
@@ -139,30 +139,30 @@ class Rehearsal:
         return self._last_rows(len(samples))
 
     def _last_rows(self, count: int) -> torch.Tensor | None:
-        """The last sample, a row each; None where it is a video's, or the loop takes no scheduler steps."""
+        """The last step's result, one row per sample; None for a video, or if the loop takes no scheduler steps."""
         loop = self._caller.loop
         if not loop.steps or len(loop.last) not in (count, 2 * count) or loop.last.dim() > _IMAGE_DIMS:
             return None
         return rows(loop.last, count)
 
     def _close(self, found: torch.Tensor, wanted: torch.Tensor) -> bool:
-        """Nearer than other noise would be, and no nearer than rounding allows."""
+        """Whether the two differ by no more than rounding explains, which is far less than other noise would."""
         error = (found.double() - wanted.double()).flatten(1).norm(dim=1)
         rounding = max(torch.finfo(self._dtype).eps, torch.finfo(torch.float32).eps)
         return bool((error <= rounding**0.5 * wanted.double().flatten(1).norm(dim=1)).all())
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether the pipeline did not take the call: not what we say ourselves, and not a lack of memory."""
+    """Whether the pipeline refused the call, as opposed to an error of our own or a lack of memory."""
     return not isinstance(error, BitPolicyError | torch.OutOfMemoryError)
 
 
 def refused(pipeline: str, error: Exception) -> BitPolicyError:
-    """The pipeline's words on one line, and where to give what may be missing."""
+    """An error with the pipeline's own message on one line, and where to give missing arguments."""
     said = " ".join(str(error).split()) or type(error).__name__
     return BitPolicyError(
-        f"{pipeline} refused the call: {said}; what it needs beyond a prompt can be given in --prompts FILE.jsonl, one "
-        'JSON object of call arguments a line: {"prompt": ..., "image": ...}'
+        f"{pipeline} refused the call: {said}; give other arguments than a prompt in --prompts FILE.jsonl, one JSON "
+        'object of call arguments per line: {"prompt": ..., "image": ...}'
     )
 
 

@@ -1,4 +1,4 @@
-"""What the signature of a pipeline's `__call__` says: which arguments it takes, and of which types."""
+"""The signature of a pipeline's `__call__`: which arguments it takes, and of which types."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Signature:
 
     Attributes:
         pipeline: name of the class.
-        hints: argument name -> type hint, of all arguments; `Any` where nothing is known.
-        defaults: argument name -> default, of those that have one.
-        labels: name of the argument that takes class labels; None where there is none, or where the denoiser knows no
-            classes and the argument can be left out.
+        hints: argument name -> type hint, for all arguments; `Any` if the type is unknown.
+        defaults: argument name -> default, for arguments that have one.
+        labels: name of the argument that takes class labels; None if there is none, or if the argument is optional and
+            the denoiser has no classes.
     """
 
     pipeline: str
@@ -62,8 +62,8 @@ class Signature:
         """Check names and values of call arguments.
 
         Raises:
-            BitPolicyError: the pipeline takes none of that name, it is set here, or the value is of another type than
-                the signature says.
+            BitPolicyError: the pipeline takes no argument of that name, every sample sets it, or the signature says
+                another type.
         """
         unknown = [name for name in arguments if name not in self]
         if unknown:
@@ -74,11 +74,14 @@ class Signature:
         for name, value in arguments.items():
             if not self._takes(name, value):
                 needed = in_words(self.hints[name])
-                raise BitPolicyError(f"{name} is {value!r}; {self.pipeline} needs {needed} for it")
+                raise BitPolicyError(f"{name} is {value!r}; {self.pipeline} needs {needed}")
 
     def _takes(self, name: str, value: Any) -> bool:
-        """None is nothing, whatever the hint says; a text that names a picture is read before the call, and one for
-        each sample goes into a list."""
+        """Whether the argument accepts the value.
+
+        None is always accepted. A string that names a picture is loaded before the call, and a string that each sample
+        needs may go into a list.
+        """
         hint = self.hints[name]
         return (
             value is None
@@ -89,12 +92,12 @@ class Signature:
 
 
 def is_of_each_sample(name: str) -> bool:
-    """Whether the argument is a text of which a call takes one for each sample."""
+    """Whether a call takes one string per sample for this argument."""
     return _ONE_EACH.fullmatch(name) is not None
 
 
 def _widened(hint: Any, default: Any) -> Any:
-    """The hint, and the type of the default where that says something else, as `eta: int = 0.5` does."""
+    """The hint, extended by the type of the default if that does not fit, as in `eta: int = 0.5`."""
     return hint if default is None or fits(default, hint) else Union[hint, type(default)]  # noqa: UP007
 
 

@@ -1,4 +1,4 @@
-"""The sampling loop of a running pipeline, seen through its schedulers: steps are counted, the last sample is kept."""
+"""Watches the sampling loop of a running pipeline through its schedulers: counts steps and keeps the last sample."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class WatchedLoop:
     """Watches the schedulers of one pipeline.
 
     Attributes:
-        steps: scheduler steps of the last run, those of the current run so far.
-        last: the sample that the last step made, with its graph if it has one; empty before the first.
+        steps: scheduler steps of the last run, or of the current run so far.
+        last: the sample from the last step, with its graph if it has one; empty before the first step.
     """
 
     def __init__(self, pipe: DiffusionPipeline) -> None:
@@ -34,17 +34,19 @@ class WatchedLoop:
         self.steps, self.last = 0, torch.empty(0)
 
     def forget(self) -> None:
-        """Let go of the last sample, which would keep its graph."""
+        """Drop the last sample, which would keep its graph alive."""
         self.last = torch.empty(0)
 
     @contextmanager
     def watched(self, seed: int, leave_after: int = 0, finite: bool = True) -> Iterator[None]:
-        """Every scheduler is afterwards as it was: its history would keep the graph of a whole trajectory alive.
+        """Watch the schedulers while the block runs, then restore their state.
+
+        A scheduler's history would otherwise keep the graph of a whole trajectory alive.
 
         Args:
             seed: of random numbers that the pipeline does not take from its generator.
-            leave_after: raise `Finished` after so many steps; 0 never does.
-            finite: raise `NotFinite` where a step gives NaN or Inf.
+            leave_after: raise `Finished` after this many steps; 0 means never.
+            finite: raise `NotFinite` if a step gives NaN or Inf.
         """
         found = schedulers(self._pipe)
         before = [(scheduler, dict(vars(scheduler))) for scheduler in found]
@@ -70,23 +72,25 @@ class WatchedLoop:
 
 
 def schedulers(pipe: DiffusionPipeline) -> list[Any]:
-    """What takes sampling steps: the scheduler, and of pipelines of several stages every component of that kind."""
+    """The components that take sampling steps: the scheduler and, in pipelines with several stages, the others."""
     own = getattr(pipe, "scheduler", None)
     others = (part for part in pipe.components.values() if part is not own and hasattr(part, "set_timesteps"))
     return [part for part in (own, *others) if callable(getattr(part, "step", None))]
 
 
 class _WatchedStep:
-    """A scheduler's `step` that tells what it gave. A copy of the scheduler, such as pipelines make for their sound
-    track, has its own plain `step`."""
+    """A scheduler's `step` that also reports its result.
 
-    def __init__(self, original: Callable[..., Any], told: Callable[[Any], None]) -> None:
-        self._original, self._told = original, told
+    A copy of the scheduler, as pipelines make for a sound track, gets the original `step` back.
+    """
+
+    def __init__(self, original: Callable[..., Any], report: Callable[[Any], None]) -> None:
+        self._original, self._report = original, report
         functools.update_wrapper(self, original)  # pipelines look at its signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         result = self._original(*args, **kwargs)
-        self._told(result)
+        self._report(result)
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:

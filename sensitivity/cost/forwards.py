@@ -1,8 +1,9 @@
-"""What a probe costs, counted in forward passes of the denoiser.
+"""The cost of a probe, counted in forward passes of the denoiser.
 
-A backward pass counts as two forwards: each matrix product has one for the gradient of its input and one for that of
-its weight. A checkpointed call is run once more before its backward pass, one with checkpoints inside twice more. With
-K directions a trajectory of C calls costs C (1 + 3 K), or C (1 + 4 K); ablation costs C for each layer and format.
+A backward pass counts as two forwards: each matrix product needs one for the gradient of its input and one for that of
+its weight. A checkpointed call runs once more before its backward pass, or twice more with checkpoints inside. With K
+probe vectors, a trajectory of C calls costs C (1 + 3 K), or C (1 + 4 K) with checkpoints inside. Ablation costs C for
+each layer and format.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ BACKWARD = 2
 
 @dataclass(frozen=True)
 class Cost:
-    """Denoiser forwards, one sample each.
+    """Denoiser forwards of a probe, each for one sample.
 
     Attributes:
-        reference: of the reference pass.
-        probe: of the scores.
-        measured: of what was re-measured by ablation.
-        ablation: what ablation of every layer in every format would have cost on the same samples.
+        reference: for the reference pass.
+        probe: for the scores.
+        measured: for re-measuring by ablation.
+        ablation: what ablating every layer in every format would have cost on the same samples.
     """
 
     reference: int
@@ -34,7 +35,7 @@ class Cost:
 
     @property
     def gain(self) -> float:
-        """How many times cheaper than ablation of everything."""
+        """How many times cheaper this is than ablating every layer in every format."""
         return self.ablation / self.total
 
     def __str__(self) -> str:
@@ -45,10 +46,10 @@ class Cost:
 
 
 def adjoint_forwards(calls: int, directions: int, recompute_inside: bool) -> int:
-    """Of one sample: the forward trajectory, then for each direction the recomputation and the backward pass."""
+    """Forwards for one sample: the trajectory, then the recomputation and the backward pass for each probe vector."""
     return calls * (1 + directions * (1 + int(recompute_inside) + BACKWARD))
 
 
 def stepwise_forwards(calls: int, vectors: int) -> int:
-    """Of one sample: a forward and a backward pass of each call for each vector."""
+    """Forwards for one sample: a forward and a backward pass of each call for each probe vector."""
     return calls * vectors * (1 + BACKWARD)

@@ -1,16 +1,17 @@
-"""The most memory that one pipeline call holds at once, for any policy, from one call of the unquantized pipeline.
+"""The peak memory of one pipeline call under any policy, predicted from one call of the unquantized pipeline.
 
-A policy changes two things: what lies in memory all the time, and what a packed layer needs while it multiplies, which
-is its weight, dequantized, and before that the temporaries of dequantizing. With A the most bytes of activations in a
-call where nothing is packed, B_l those that live when layer l is called, and I_l the most while it computes,
+A policy changes two things: what stays in memory all the time, and what a packed layer needs while it multiplies. The
+latter is its dequantized weight and, before that, the temporaries of dequantizing. Let A be the peak bytes of
+activations in a call where nothing is packed, B_l the bytes that are live when layer l is called, and I_l the peak
+bytes while it computes. Then
 
     peak(f) = resident(f) + max(A, max over packed layers l of max(B_l + unpacking(f_l), I_l + weight_l)).
 
-Where a kernel dequantizes into memory that stays reserved between calls, the largest weight is there all the time:
+If a kernel dequantizes into memory that stays reserved between calls, the largest weight is there all the time:
 
     peak(f) = resident(f) + A + max over packed layers l of weight_l.
 
-Bytes are torch's own count of what it allocates, so that what an operator hides inside counts, too: on the CPU a
+Bytes are torch's own count of its allocations, so temporaries inside an operator count as well: on the CPU, a
 convolution holds its input and its output twice.
 """
 
@@ -42,7 +43,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class LayerCall:
-    """The most over the calls of one unquantized layer: bytes of activations when it is called, and during the call."""
+    """The peak bytes of activations over the calls of one unquantized layer: when it is called, and during the call."""
 
     before: int
     inside: int
@@ -50,11 +51,11 @@ class LayerCall:
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes kept free for activations, and the choices that would need more of them.
+    """The bytes reserved for activations, and the choices that would need more.
 
     Attributes:
         activations: bytes.
-        barred: (layer name, format); every policy without these gets by with `activations`.
+        barred: (layer name, format) pairs. Every policy without them needs at most `activations`.
     """
 
     activations: int
@@ -63,18 +64,18 @@ class Room:
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """One pipeline at one image size, batch size and compute dtype.
+    """The peak memory of one pipeline at one image size, batch size and compute dtype.
 
     Attributes:
-        account: the target's bytes as they lie in memory: packed layers as stored, the rest in the compute dtype.
+        account: the target's bytes in memory: packed layers as stored, the rest in the compute dtype.
         others: bytes in memory of the pipeline's other models.
-        unpacked: the most bytes of activations in the whole call, decoding included, with every layer at FP16.
-        calls: of the target's layers, by name; one that is never called is not there.
-        unpacking: the most bytes at once while a weight of this shape is dequantized from this format.
+        unpacked: the peak bytes of activations in the whole call, decoding included, with every layer at FP16.
+        calls: the target's layers that are called, by name.
+        unpacking: the peak bytes while a weight of this shape is dequantized from this format.
         kept: of these, the bytes that stay reserved afterwards.
         height, width: of the image, in pixels.
-        batch_size: images or videos a call.
-        device: where it was observed, "cpu" or "cuda".
+        batch_size: images or videos per call.
+        device: where it was measured, "cpu" or "cuda".
     """
 
     account: ByteAccount
@@ -89,20 +90,20 @@ class PeakMemory:
     kept: Mapping[tuple[Format, Shape], int] = field(default_factory=dict)
 
     def peak(self, formats: Mapping[str, Format]) -> int:
-        """The most bytes at once when each layer has the format given to it."""
+        """The peak bytes when each layer has the given format."""
         return self.others + self.account.total(formats) + self.activations(formats)
 
     def activations(self, formats: Mapping[str, Format]) -> int:
-        """The bytes of the peak that are no stored weights; dequantized weights are among them."""
+        """The part of the peak that is not stored weights. It includes dequantized weights."""
         return max(self.needed(name, formats[name]) for name in self.account.shapes)
 
     @property
     def reference(self) -> int:
-        """The peak with every layer at FP16: what `%` is relative to."""
+        """The peak with every layer at FP16, which `%` is relative to."""
         return self.peak(dict.fromkeys(self.account.shapes, FP16))
 
     def needed(self, layer: str, format: Format) -> int:
-        """Bytes of activations that a policy needs at least if it gives this format to this layer."""
+        """The least bytes of activations that a policy needs if it gives this format to this layer."""
         call, shape = self.calls.get(layer), self.account.shapes[layer]
         if call is None or not format.packed:
             return self.unpacked
@@ -112,14 +113,14 @@ class PeakMemory:
         return max(self.unpacked, call.before + self.unpacking[format, shape], call.inside + weight)
 
     def room(self, candidates: Sequence[Format]) -> Room:
-        """The room for activations with which the smallest peak of all can be reached.
+        """The room for activations that allows the smallest possible peak.
 
-        A byte kept for activations is none for weights, and what a format saves may be less than its dequantizing
-        costs. So each bound on the activations bars some choices; taken is the bound under which the smallest policy
-        has the least peak.
+        Bytes reserved for activations cannot hold weights, and a format may save less than its dequantizing costs. Each
+        bound on the activations bars some choices. The chosen bound is the one under which the smallest policy has the
+        least peak.
 
         Args:
-            candidates: the formats a policy may use, FP16 among them.
+            candidates: the formats that a policy may use, including FP16.
         """
         names = list(self.account.shapes)
         suits = np.array([[f.fits(self.account.shapes[name]) for f in candidates] for name in names])
@@ -128,7 +129,7 @@ class PeakMemory:
         least = needed.min(axis=1).max()
         bounds = np.unique(needed[(needed >= least) & suits])
         peaks = [bound + np.where(needed <= bound, sizes, np.inf).min(axis=1).sum() for bound in bounds]
-        chosen = bounds[len(bounds) - 1 - int(np.argmin(peaks[::-1]))]  # of equals the one that bars least
+        chosen = bounds[len(bounds) - 1 - int(np.argmin(peaks[::-1]))]  # of equal peaks, take the bound that bars least
         over = zip(*np.nonzero((needed > chosen) & suits), strict=True)
         return Room(int(chosen), frozenset((names[layer], candidates[format]) for layer, format in over))
 
@@ -141,21 +142,21 @@ def observe(
     candidates: Sequence[Format],
     batch_size: int = 1,
 ) -> PeakMemory:
-    """Make one call of an unquantized pipeline and learn from it the peak of every policy.
+    """Call an unquantized pipeline once, and predict the peak of every policy from that call.
 
     Args:
-        pipe: on the device and in the dtype it will run in.
-        components: names of those that are packed.
+        pipe: on the device and in the dtype that it will run in.
+        components: names of the components to pack.
         call: arguments of the pipeline call, e.g. {"num_inference_steps": 20, "height": 512, "width": 512}.
         sample: what to draw.
-        candidates: the formats a policy may use.
-        batch_size: how often to draw it in the call.
+        candidates: the formats that a policy may use.
+        batch_size: how many times to draw the sample in the call.
 
     Raises:
-        BitPolicyError: the pipeline takes no such arguments, or it is neither on the CPU nor on CUDA.
+        BitPolicyError: the pipeline does not take these arguments, or it is neither on the CPU nor on CUDA.
     """
     trajectories = Trajectories(pipe, components, call)
-    trajectories.learn(sample)  # the only call that is observed is the one below
+    trajectories.learn(sample)  # its short runs must not be measured
     resident = loaded_bytes(pipe)
     account = ByteAccount.of(trajectories.target, trajectories.target.dtype)
     with metered(pipe.device) as meter, _marked(trajectories.target, meter):
@@ -175,10 +176,10 @@ def observe(
 
 
 def _draw(trajectories: Trajectories, sample: Sample, batch_size: int) -> torch.Tensor:
-    """The first of `batch_size` images that one pipeline call makes, shape (..., H, W)."""
+    """The first of `batch_size` images from one pipeline call, shape (..., H, W)."""
     if batch_size > 1 and sample.arguments:
         raise BitPolicyError(
-            f"--batch-size {batch_size}: a request that brings {', '.join(sample.arguments)} is drawn alone; "
+            f"--batch-size {batch_size}: a request with its own {', '.join(sample.arguments)} is drawn alone; "
             "leave --batch-size out"
         )
     trajectories.batch = batch_size
@@ -188,7 +189,7 @@ def _draw(trajectories: Trajectories, sample: Sample, batch_size: int) -> torch.
 
 @contextmanager
 def _marked(target: Target, meter: Meter) -> Iterator[None]:
-    """While the block runs, the call of a layer is a span of its own, labelled with the layer's name."""
+    """While the block runs, each call of a layer is a separate span, labelled with the layer's name."""
     handles = []
     for name, layer in target.layers.items():
         handles += [
@@ -207,7 +208,7 @@ def _marking(meter: Meter, label: str = "") -> Callable[..., None]:
 
 
 def _calls(spans: Iterable[Span]) -> dict[str, LayerCall]:
-    """The largest of each layer's calls: of two maxima the maximum is that of all."""
+    """The maxima over each layer's calls."""
     calls: dict[str, LayerCall] = {}
     for span in spans:
         if span.label:
@@ -219,11 +220,11 @@ def _calls(spans: Iterable[Span]) -> dict[str, LayerCall]:
 def unpacking_bytes(
     shapes: Iterable[Shape], candidates: Iterable[Format], dtype: torch.dtype, device: torch.device
 ) -> dict[tuple[Format, Shape], int]:
-    """The most bytes at once while a weight is dequantized, itself among them: each format tried on each shape.
+    """The peak bytes while a weight is dequantized, including the weight, measured for each format and shape.
 
     Args:
         shapes: of weights, (out, in/groups, *kernel).
-        candidates: those that are not packed, or do not suit a shape, are passed over.
+        candidates: formats that are not packed, or do not fit a shape, are skipped.
         dtype: of the dequantized weight.
     """
     wanted = _packed(shapes, candidates)
@@ -239,7 +240,7 @@ def unpacking_bytes(
 def kept_bytes(
     shapes: Iterable[Shape], candidates: Iterable[Format], dtype: torch.dtype, device: torch.device
 ) -> dict[tuple[Format, Shape], int]:
-    """Bytes that stay reserved once a weight was multiplied with; the arguments are those of `unpacking_bytes`."""
+    """Bytes that stay reserved after a multiplication with the weight. Arguments as in `unpacking_bytes`."""
     return {
         (format, shape): scratch_kept(PackedWeight(format, shape, _zeros(format, shape, dtype, device)), dtype)
         for format, shape in _packed(shapes, candidates)

@@ -1,6 +1,6 @@
-"""Progress of a run on stderr: one line for the whole run with the time left, one for the stage under way.
+"""Progress of a run on stderr: one line for the whole run with the time left, and one for the current stage.
 
-Nothing is drawn where stderr is not a terminal.
+Nothing is drawn if stderr is not a terminal.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _WHOLE = "whole run"
 
 
 class Stages:
-    """Shows stages and remembers how long each took.
+    """Shows stages and records how long each took.
 
     Attributes:
         seconds: wall-clock seconds of every finished stage, by name.
@@ -53,9 +53,9 @@ class Stages:
 
     @contextmanager
     def whole_run(self) -> Iterator[None]:
-        """While the block runs, a line says how much of the run is done and how long the rest takes.
+        """While the block runs, a line shows how much of the run is done and how long the rest will take.
 
-        Until `expect` was called, the line shows that something is going on, and for how long.
+        Until `expect` is called, the line only shows that work is under way, and for how long.
         """
         if self._quiet or not sys.stderr.isatty():
             yield
@@ -63,7 +63,7 @@ class Stages:
         self._left = None
         with self._drawn(transient=True) as bars:
             bars.add_task(_WHOLE, total=None)
-            bars.refresh()  # at once, not with the next frame
+            bars.refresh()  # now, rather than with the next frame
             self._bars = bars
             try:
                 yield
@@ -71,7 +71,7 @@ class Stages:
                 self._bars = None
 
     def expect(self, seconds: Mapping[str, float]) -> None:
-        """Say how long each stage of the run will take.
+        """Set how long each stage of the run will take.
 
         Args:
             seconds: description of a `bar` -> seconds, in the order of the run.
@@ -82,7 +82,7 @@ class Stages:
 
     @contextmanager
     def bar(self, total: int, description: str) -> Iterator[Callable[[], None]]:
-        """A progress bar; the block calls what it is given once for each finished item."""
+        """A progress bar. The block receives a function, and calls it once for each finished item."""
         if self._quiet or not sys.stderr.isatty() or not total:
             yield lambda: None
             return
@@ -91,10 +91,10 @@ class Stages:
                 task = bars.add_task(description, total=total)
                 yield lambda: bars.advance(task)
             return
-        yield from self._below_the_whole(self._bars, total, description)
+        yield from self._below_whole_run(self._bars, total, description)
 
-    def _below_the_whole(self, bars: Progress, total: int, description: str) -> Iterator[Callable[[], None]]:
-        """A bar of a stage under the line of the whole run."""
+    def _below_whole_run(self, bars: Progress, total: int, description: str) -> Iterator[Callable[[], None]]:
+        """The bar of a stage, below the line of the whole run."""
         task, finished = bars.add_task(description, total=total), 0
         if self._left is not None:
             self._left.begin(description)
@@ -128,7 +128,7 @@ class Stages:
         )
 
     def warn(self, text: str) -> None:
-        """One line on stderr, bars or none."""
+        """Print one line on stderr, with or without bars."""
         print(f"warning: {text}", file=sys.stderr)
 
     def track(self, items: Sequence[T], description: str) -> Iterator[T]:
@@ -140,7 +140,7 @@ class Stages:
 
 
 class _Done(ProgressColumn):
-    """Items of a stage, percent of the whole run."""
+    """How much is done: the items of a stage, or the percentage of the whole run."""
 
     def render(self, task: Task) -> Text:
         if task.description != _WHOLE:
@@ -149,7 +149,7 @@ class _Done(ProgressColumn):
 
 
 class _Left(ProgressColumn):
-    """Time left, of the whole run by the forecast, of a stage by the pace of its items."""
+    """The time left: from the forecast for the whole run, from the pace of its items for a stage."""
 
     max_refresh = 0.5
 

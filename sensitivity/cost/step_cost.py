@@ -1,6 +1,6 @@
-"""What one sampling step costs here: a few steps are made and timed, and the loop is left.
+"""Measures the time of one sampling step: runs a few steps, times them and leaves the loop.
 
-A run is a number of such steps, plain or differentiated, so that its time is known before it begins.
+A run is a number of such steps, with or without gradients, so its time can be predicted before it begins.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _TIMED = 2  # steps: the first one also encodes the prompt and fills caches
 
 
 class _Enough(BaseException):
-    """Leaves a sampling loop that is timed."""
+    """Leaves a sampling loop once enough steps are timed."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """The first steps of one pipeline call.
+    """The time of the first steps of one pipeline call.
 
     Attributes:
-        first: seconds until the first step is done, prompt and preparations included.
-        step: seconds of a step after it; where there is one step only, the same as `first`.
+        first: seconds until the first step is done, including the prompt and other preparation.
+        step: seconds of each later step; equal to `first` if there is only one step.
         steps: scheduler steps of the whole loop.
     """
 
@@ -51,7 +51,7 @@ def time_plain(trajectories: Trajectories, samples: Sequence[Sample]) -> Timing:
     """The time of a pipeline call without gradients.
 
     Args:
-        samples: of this call; at most `trajectories.batch`.
+        samples: for this call; at most `trajectories.batch`.
 
     Raises:
         BitPolicyError: the pipeline refuses the call, or a step gives NaN or Inf.
@@ -61,16 +61,16 @@ def time_plain(trajectories: Trajectories, samples: Sequence[Sample]) -> Timing:
 
 
 def time_probed(trajectories: Trajectories, probe: LocalSketches, sample: Sample) -> Timing:
-    """The time of a call in which each denoiser call is differentiated and every candidate's score taken."""
+    """The time of a pipeline call that differentiates each denoiser call and scores every candidate."""
     trajectories.learn(sample)
     return _timed(trajectories, lambda: probe.first_steps(sample, _TIMED))
 
 
 def peak_of_step(trajectories: Trajectories, run: Callable[[], object]) -> int:
-    """The most bytes that `run` allocates at once until its first step is done, beyond what is there before.
+    """The peak bytes that `run` allocates until its first step is done, in addition to what is allocated before.
 
     Args:
-        run: calls the pipeline; how it is called has been learned before.
+        run: calls the pipeline. `trajectories.learn` has to be called before.
 
     Raises:
         BitPolicyError: the pipeline is neither on the CPU nor on CUDA.
@@ -87,7 +87,7 @@ def _timed(trajectories: Trajectories, run: Callable[[], object]) -> Timing:
     start = time.perf_counter()
     with _leaving_after(trajectories, _TIMED) as watch:
         run()
-    if not watch.times:  # a loop that takes no scheduler steps: all of it was timed
+    if not watch.times:  # the loop takes no scheduler steps, so all of it was timed
         whole = time.perf_counter() - start
         return Timing(whole, whole, 1)
     first, last = watch.times[0] - start, watch.times[-1] - watch.times[-2] if len(watch.times) > 1 else 0.0
@@ -96,7 +96,7 @@ def _timed(trajectories: Trajectories, run: Callable[[], object]) -> Timing:
 
 @dataclass
 class _Watch:
-    """When each step was done, how many there would be, and whether all samples were finite."""
+    """When each step was done, how many steps the whole loop has, and whether all samples were finite."""
 
     times: list[float]
     steps: int = 1
@@ -119,7 +119,7 @@ def _leaving_after(trajectories: Trajectories, count: int) -> Iterator[_Watch]:
             timesteps = getattr(scheduler, "timesteps", None)
             watch.steps = max(len(watch.times), 0 if timesteps is None else len(timesteps))
             watch.finite &= bool(torch.isfinite(result[0]).all())
-            if len(watch.times) == count and watch.finite:  # else whoever runs the loop has a word to say
+            if len(watch.times) == count and watch.finite:  # otherwise the caller reports NaN or Inf
                 raise _Enough
             return result
 

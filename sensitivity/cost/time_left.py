@@ -1,13 +1,13 @@
 """How much of a run is done, and how long the rest will take.
 
-A forecast says how many seconds each stage takes. While the run goes on, the stages that ran show how far the forecast
-is off, and the rest is scaled by it. With e_i expected seconds, d_i the finished share of stage i, s the seconds spent
+A forecast gives the seconds of each stage. During the run, the stages that ran show how far off the forecast is, and
+the rest is scaled accordingly. With e_i the expected seconds and d_i the finished share of stage i, s the seconds spent
 in stages and E = sum_i e_i,
 
     left = sum_i (1 - d_i) e_i * (s + c E) / (sum_i d_i e_i + c E),
 
-where the sums in the quotient are over what ran, not what an earlier run had finished, and c is a small constant that
-stands for trust in the forecast: the first stage does not decide on its own.
+where the sums in the quotient cover only what this run did, not what an earlier run had finished. The small constant c
+expresses trust in the forecast, so that the first stage does not decide alone.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class TimeLeft:
     """The clock of one run.
 
     Args:
-        expected: stage name -> seconds it takes, in the order in which stages run.
-        clock: seconds that only go forwards.
+        expected: stage name -> expected seconds, in the order in which stages run.
+        clock: gives seconds that never decrease.
     """
 
     def __init__(self, expected: Mapping[str, float], clock: Callable[[], float] = time.monotonic) -> None:
@@ -35,7 +35,7 @@ class TimeLeft:
         self._since = 0.0
 
     def begin(self, stage: str) -> None:
-        """A stage starts; all that come before it in the order have been done, now or by an earlier run."""
+        """Start a stage. All stages before it count as done, in this run or an earlier one."""
         self._settle()
         if stage in self._done:
             for earlier in self._order[: self._order.index(stage)]:
@@ -43,7 +43,7 @@ class TimeLeft:
         self._stage, self._since = stage, self._clock()
 
     def reached(self, share: float) -> None:
-        """So much of the stage under way is done, from 0 to 1. It never goes back: a stage may start more than once."""
+        """Set the finished share of the current stage, from 0 to 1. A lower one is ignored: a stage may start twice."""
         stage, share = self._stage, min(share, 1.0)
         if stage in self._done and share > self._done[stage]:
             self._ran += (share - self._done[stage]) * self._expected[stage]
@@ -52,19 +52,19 @@ class TimeLeft:
         self._since = self._clock()
 
     def end(self) -> None:
-        """The stage under way is over."""
+        """End the current stage."""
         self.reached(1.0)
         self._stage = None
 
     @property
     def share(self) -> float:
-        """Of the whole run that is done, by expected seconds, from 0 to 1."""
+        """The finished share of the whole run, by expected seconds, from 0 to 1."""
         whole = sum(self._expected.values())
         return sum(self._done[name] * seconds for name, seconds in self._expected.items()) / whole if whole else 0.0
 
     @property
     def seconds(self) -> float:
-        """How long the rest takes."""
+        """How long the rest will take."""
         whole = sum(self._expected.values())
         if not whole:
             return 0.0

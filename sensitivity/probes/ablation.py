@@ -1,7 +1,7 @@
 """The ablation probe: quantize one layer, run the real trajectories, measure the error.
 
-It is the truth that other probes are checked against, and it takes their place where first order breaks. It costs a
-trajectory per sample for each layer, format and bias. `bitpolicy.sensitivity.probes.measurement` does the measuring.
+It is the ground truth for the other probes, and replaces them where first order fails. It costs one trajectory per
+sample for each layer, format and bias. `bitpolicy.sensitivity.probes.measurement` does the measuring.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bitpolicy.sensitivity.table import SensitivityTable
 
 
 class AblationProbe(Probe):
-    """Every layer in every format with either bias, measured."""
+    """Measures every layer in every format, with and without bias correction."""
 
     name = "ablation"
     chooses_quantizer = False
@@ -25,7 +25,7 @@ class AblationProbe(Probe):
     takes_gradients = False
 
     def table(self) -> SensitivityTable:
-        """The measured errors, with the bias that gives less."""
+        """The measured errors, each with the better bias."""
         inputs = self._inputs
         shape = (len(inputs.names), len(inputs.formats))
         plain, fixed = (self._empty(torch.full(shape, corrected)) for corrected in (False, True))
@@ -53,7 +53,7 @@ class AblationProbe(Probe):
         return SensitivityTable(self.name, inputs.names, inputs.formats, least, corrected, quantizers=inputs.quantizers)
 
     def _empty(self, corrected: torch.Tensor) -> SensitivityTable:
-        """A table without errors, which says what each layer gets with one bias."""
+        """A table without errors, which holds the choices with or without bias correction."""
         inputs, zeros = self._inputs, torch.zeros(corrected.shape)
         return SensitivityTable(self.name, inputs.names, inputs.formats, zeros, corrected, quantizers=inputs.quantizers)
 
@@ -64,12 +64,12 @@ class AblationProbe(Probe):
 
 
 def choice_at(table: SensitivityTable, layer: int, column: int) -> Choice:
-    """What a layer gets in the format of `column`."""
+    """The choice for a layer in the format of `column`."""
     return table.choice(layer, table.formats[column])
 
 
 def alone_name(table: SensitivityTable, layer: int, column: int) -> str:
-    """What the record of one quantized layer is called."""
+    """The name of the record of one quantized layer."""
     choice = choice_at(table, layer, column)
     bias = "corrected" if choice.bias_correction else "plain"
     rounded = "" if choice.quantizer == RTN else f"-{choice.quantizer}"

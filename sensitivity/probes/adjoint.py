@@ -1,15 +1,15 @@
 """The adjoint probe: what every layer's quantization error does to the final latent, from a few backward passes.
 
-To first order, a change dW of layer l's weight moves the final latent x_0 by J_l dW. Where an autoencoder is studied,
-x_0 stands for the image instead. Draw v ~ N(0, I) of its shape. One backward pass of <v, x_0> through the whole
-sampling loop gives G_l = J_l^T v for every layer at once, and
+To first order, a change dW of layer l's weight moves the final latent x_0 by J_l dW. If an autoencoder is studied, x_0
+is the image instead. Draw a probe vector v ~ N(0, I) of the same shape as x_0. One backward pass of <v, x_0> through
+the whole sampling loop gives G_l = J_l^T v for every layer at once, and
 
     s(l, f) = <G_l, Q_f(W_l) - W_l> = <v, J_l dW>,      E_v[s(l, f)^2]          = |dx_0(l, f)|^2,
                                                         E_v[s(l, f) s(l', f')]  = <dx_0(l, f), dx_0(l', f')>.
 
-This is the adjoint method applied to the sampler, with Hutchinson's estimator (1990) of the norm. One sketch s costs a
-dot product per format. Each layer's gradient is used and freed as soon as it is complete, step by step. What 8-bit
-inputs do comes along in the same pass (`bitpolicy.sensitivity.probes.input_rounding`).
+This is the adjoint method applied to the sampler, with Hutchinson's estimator (1990) of the norm. A sketch s costs one
+dot product per format. Each layer's gradient is used and freed as soon as it is complete, step by step. The same pass
+measures the effect of 8-bit inputs (`bitpolicy.sensitivity.probes.input_rounding`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from bitpolicy.sensitivity.workers import complete
 
 
 class AdjointProbe(Probe):
-    """Sketches along random directions, some for each sample."""
+    """Scores layers by sketches along random probe vectors, a few per sample."""
 
     name = "adjoint"
     chooses_quantizer = True
@@ -47,7 +47,7 @@ class AdjointProbe(Probe):
     takes_gradients = True
 
     def table(self) -> SensitivityTable:
-        """The scores, with the sketches that they are made of."""
+        """The scores, with the sketches that they are computed from."""
         inputs = self._inputs
         of_samples = self.sketches([Random(k) for k in range(inputs.vectors)])
         sketches = [sketch for of_sample in of_samples for sketch in of_sample]
@@ -59,9 +59,10 @@ class AdjointProbe(Probe):
         return len(inputs.samples) * of_sample
 
     def sketches(self, directions: Sequence[Direction], label: str = "adjoint probe") -> list[list[Sketch]]:
-        """The sketches of each sample in turn, one for each direction.
+        """The sketches of each sample in turn, one per probe vector.
 
         Args:
+            directions: the probe vectors.
             label: of the progress bar.
         """
         inputs = self._inputs
@@ -88,13 +89,14 @@ class AdjointProbe(Probe):
 
 
 class AdjointSketches:
-    """Sketches of one pipeline, made one trajectory at a time.
+    """Computes the sketches of one pipeline, one trajectory at a time.
 
     Args:
         trajectories: the pipeline with its call arguments.
-        candidates: packed formats to score, each with its quantizer.
-        quantization: under INT8 and FP8 compute, the rounding of the layers' inputs is part of their error.
-        recompute_inside: also checkpoint inside the denoiser, block by block: less memory, one more forward.
+        candidates: packed formats to score, each with its rounding method.
+        quantization: under INT8 and FP8 compute, the error of a layer includes the rounding of its inputs.
+        recompute_inside: also checkpoint inside the denoiser, block by block. This takes less memory and one more
+            forward.
     """
 
     def __init__(
@@ -113,13 +115,13 @@ class AdjointSketches:
         self._recorder = SketchRecorder(self._layers, changes, len(candidates), outside, amounts)
 
     def sketches(self, sample: Sample, directions: Sequence[Direction]) -> Iterator[Sketch]:
-        """One sketch for each direction, all from one forward trajectory.
+        """One sketch per probe vector, all from one forward trajectory.
 
         Raises:
             LoopError: the sampling loop cannot be differentiated from end to end.
-            BitPolicyError: its gradient is not finite.
+            BitPolicyError: a gradient is not finite.
         """
-        self._trajectories.end(sample)  # a run without gradients, if it takes one, is none of the calls below
+        self._trajectories.end(sample)  # may take a run without gradients, which must come before the calls below
         calls = CheckpointedCalls(self._trajectories, self._at_step)
         with (
             only_these_require_grad(self._trajectories, self._layers),
@@ -152,24 +154,34 @@ class AdjointSketches:
         assert where is not None
         place = f"step {where[0] + 1}" if where[0] >= 0 else "outside the loop"
         remedy = advice(self._trajectories.target.dtype)
-        raise BitPolicyError(f"{place}: the gradient of {where[1]} is NaN or Inf; {remedy}, or take --probe ablation")
+        raise BitPolicyError(f"{place}: the gradient of {where[1]} is NaN or Inf; {remedy}, or use --probe ablation")
 
 
 def require_reached(missed: set[str]) -> None:
-    """Raises:
-    BitPolicyError: there is a component that is called and that no gradient gets back to.
+    """Check that a gradient reaches every component that is called.
+
+    Args:
+        missed: names of the components that are called and that no gradient reaches.
+
+    Raises:
+        BitPolicyError: there are any.
     """
     if missed:
         names = ", ".join(sorted(missed))
         raise BitPolicyError(
-            f"the pipeline calls its {names} where no gradients pass; leave {names} out of --component, or take "
+            f"no gradient gets through the pipeline's call of {names}; leave {names} out of --component, or use "
             "--probe ablation"
         )
 
 
 def require_uncut(cut: set[int]) -> None:
-    """Raises:
-    LoopError: there is a step that no gradient gets back to.
+    """Check that a gradient reaches every step.
+
+    Args:
+        cut: the steps that no gradient reaches.
+
+    Raises:
+        LoopError: there are any.
     """
     if cut:
         raise LoopError(f"the sampling loop passes no gradient back to step {max(cut) + 1}")

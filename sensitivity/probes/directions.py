@@ -1,8 +1,9 @@
-"""Directions of the final latent along which a backward pass looks.
+"""Probe vectors: directions of the final latent along which a backward pass differentiates.
 
-`Random` directions are N(0, I) and independent for every sample: the mean of <v, dx>^2 is |dx|^2 (Hutchinson 1990).
-`Shared` ones are the same for all samples: the mean over pairs of samples of <v, dx_n> <v, dx_m> is |E dx|^2, the part
-of the error that is a bias. `Signal` is the latent's own direction: <v, dx> is how much the error scales the picture.
+`Random` vectors are N(0, I) and independent for every sample: the mean of <v, dx>^2 is |dx|^2 (Hutchinson 1990).
+`Shared` vectors are the same for all samples: the mean over pairs of samples of <v, dx_n> <v, dx_m> is |E dx|^2, the
+part of the error that is a bias. `Signal` is the latent's own direction: <v, dx> is how much the error scales the
+image.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _MASK = 2**64 - 1
 
 @dataclass(frozen=True)
 class Random:
-    """The `index`-th direction of a sample's own."""
+    """The `index`-th random vector of one sample."""
 
     index: int
 
@@ -27,13 +28,13 @@ class Random:
         return str(self.index)
 
     def vector(self, latent: torch.Tensor, sample: Sample) -> torch.Tensor:
-        """float32, in the shape and on the device of `latent`."""
+        """The vector, float32, in the shape and on the device of `latent`."""
         return _normal(latent, 0x5EED, sample.seed, self.index)
 
 
 @dataclass(frozen=True)
 class Shared:
-    """The `index`-th direction that all samples have in common."""
+    """The `index`-th random vector that all samples share."""
 
     index: int
 
@@ -42,20 +43,20 @@ class Shared:
         return f"shared-{self.index}"
 
     def vector(self, latent: torch.Tensor, sample: Sample) -> torch.Tensor:
-        """float32, in the shape and on the device of `latent`, whatever the sample."""
+        """The vector, float32, in the shape and on the device of `latent`. It does not depend on the sample."""
         return _normal(latent, 0x5A2ED, self.index)
 
 
 @dataclass(frozen=True)
 class Signal:
-    """x_0 / |x_0|, of norm 1."""
+    """The latent's own direction, x_0 / |x_0|, of norm 1."""
 
     @property
     def name(self) -> str:
         return "signal"
 
     def vector(self, latent: torch.Tensor, sample: Sample) -> torch.Tensor:
-        """float32, in the shape and on the device of `latent`."""
+        """The vector, float32, in the shape and on the device of `latent`."""
         return signal_of(latent)
 
 
@@ -69,10 +70,10 @@ def signal_of(latent: torch.Tensor) -> torch.Tensor:
 
 
 def stream(*words: int) -> torch.Generator:
-    """A random stream of its own for each sequence of words.
+    """A separate random stream for each sequence of words.
 
-    They are mixed by splitmix64's finalizer, so that no stream is that of a sample's initial noise: a direction that
-    happened to be the noise would see an error many times too large.
+    Words are mixed by splitmix64's finalizer, so that no stream equals that of a sample's initial noise. Along a vector
+    that happens to be the noise, an error would look many times too large.
     """
     mixed = 0
     for word in words:

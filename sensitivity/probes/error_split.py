@@ -1,15 +1,15 @@
-"""What a layer's error is made of: a scale error, a bias, noise; by sampling step, and how the sampler amplifies it.
+"""The parts of a layer's error (scale error, bias, noise) by sampling step, and how the sampler amplifies it.
 
 For sample n let x_n be the reference's final latent, u_n = x_n / |x_n|, and dx_n the error of one layer in one format.
 
-    parallel   E <dx_n, u_n>^2             the picture is scaled
-    bias       |E r_n|^2                   r_n = dx_n - <dx_n, u_n> u_n: the same for every picture
+    parallel   E <dx_n, u_n>^2             the image is scaled
+    bias       |E r_n|^2                   r_n = dx_n - <dx_n, u_n> u_n: the same for every image
     noise      E|r_n|^2 - |E r_n|^2        the rest; the three add up to E|dx_n|^2
-    mean       |E dx_n|^2                  the bias with its parallel part left in
+    mean       |E dx_n|^2                  the bias, including its parallel part
 
-all divided by E|x_n|^2. The parallel part takes one backward pass a sample, along u_n, and is exact to first order. A
-bias needs the same directions v for all samples: E_v <v, r_n> <v, r_m> = <r_n, r_m>, averaged over pairs n != m, which
-leaves out the 1/N of the noise that the mean of N samples still holds.
+all divided by E|x_n|^2. The parallel part takes one backward pass per sample, along u_n, and is exact to first order.
+The bias needs the same probe vectors v for all samples: E_v <v, r_n> <v, r_m> = <r_n, r_m>. Averaging over pairs n != m
+leaves out the 1/N of the noise that the mean of N samples still contains.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from bitpolicy.sensitivity.probes.stepwise import LocalSketch
 
 @dataclass(frozen=True)
 class ErrorSplit:
-    """Shares of each layer's error, float32, shape (2, 1 + T, L, F).
+    """The parts of each layer's error, float32, shape (2, 1 + T, L, F).
 
-    The first axis is the layer's bias: as it was, corrected. The second is the whole trajectory, then each of its T
-    steps with the error that enters there; if models outside the loop are studied, the first of the T is what they do.
+    The first axis is the layer's bias: unchanged, then corrected. The second axis is the whole trajectory, then each of
+    its T steps, with the error that enters there. If models outside the loop are studied, the first of the T is theirs.
 
     Attributes:
         error: E|dx_0|^2 / E|x_0|^2, >= 0.
-        parallel, bias: as above, >= 0. What is left of `error` is noise.
+        parallel, bias: as above, >= 0. The rest of `error` is noise.
         mean: as above, >= 0.
         local: E|de_t|^2 / E|e_t|^2 of the denoiser's output at each step, shape (2, T, L, F).
-        amplification: |dx_0| / |de_t|, from the denoiser's output at step t to the final latent, shape (2, T, L, F); 0
-            where de_t is: outside the loop there is no such output.
+        amplification: |dx_0| / |de_t|, from the denoiser's output at step t to the final latent, shape (2, T, L, F). It
+            is 0 where de_t is 0: outside the loop there is no such output.
     """
 
     error: torch.Tensor
@@ -63,11 +63,11 @@ class ErrorSplit:
         local: Sequence[LocalSketch],
         latent_power: float,
     ) -> ErrorSplit:
-        """Reduce sketches.
+        """Compute the split from sketches.
 
         Args:
-            shared: for each sample (two or more) the sketches along the shared directions.
-            signal: for each sample the sketch along its own signal.
+            shared: for each sample (two or more), the sketches along the shared vectors.
+            signal: for each sample, the sketch along its own signal.
             local: stepwise sketches of any samples.
             latent_power: E|x_0|^2.
         """
@@ -100,7 +100,7 @@ class ErrorSplit:
         """Read the file.
 
         Raises:
-            BitPolicyError: it is missing or no such file.
+            BitPolicyError: the file is missing or is not an error split.
         """
         try:
             with open_tensors(path) as file:
@@ -112,6 +112,6 @@ class ErrorSplit:
 
 
 def _with_whole(sketch: Sketch) -> torch.Tensor:
-    """(2, 1 + T, L, F): the sum over steps, then the steps."""
+    """The sum over steps, then the steps, shape (2, 1 + T, L, F)."""
     steps = sketch.stacked()
     return torch.cat([steps.sum(1, keepdim=True), steps], dim=1)

@@ -1,13 +1,13 @@
-"""What rounding a layer's inputs does to the final latent: the part of its error that a weight's gradient does not see.
+"""What rounding a layer's inputs does to the final latent. This part of its error is not in the weight's gradient.
 
-Under INT8 and FP8 compute a layer multiplies Q(x) in place of x. Let an amount a lead from one to the other,
+Under INT8 and FP8 compute, a layer multiplies with Q(x) instead of x. Let an amount a lead from one to the other,
 
     x' = x + a (Q(x) - x),    a = 0,    d<v, x_0> / da = sum over calls <g, Q(x) - x>,
 
-with g the gradient of <v, x_0> at the input of this one layer. To first order that is what all its calls do together,
-whatever packed format its weight has; under FP8 compute only `fp8` has it. Each layer has an amount of its own, so that
-an input which several layers share (q, k and v) counts for each as far as it uses it; and an amount collects its
-gradient as a weight does, call by call.
+with g the gradient of <v, x_0> at the input of this one layer. To first order, this is the effect of all its calls
+together, whatever the packed format of its weight; under FP8 compute, only format `fp8` has it. Each layer has its own
+amount. So when several layers share an input (q, k and v), each of them counts only its own use of that input. An
+amount collects its gradient as a weight does, call by call.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from bitpolicy.sensitivity.rounding.candidates import Candidate
 
 
 class InputRounding:
-    """The amounts of those layers that multiply 8-bit inputs once they are packed in some candidate's format.
+    """The amounts of the layers that multiply with 8-bit inputs when packed in some candidate's format.
 
     Attributes:
-        amounts: layer name -> a, float32, shape (), on the device of its weight; none under exact compute.
+        amounts: layer name -> a, float32, shape (), on the device of its weight; empty under exact compute.
     """
 
     def __init__(self, layers: Mapping[str, Quantizable], candidates: Sequence[Candidate], compute: Compute) -> None:
@@ -46,7 +46,7 @@ class InputRounding:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """While the block runs, what layers compute with gradients depends on their amounts; no value changes."""
+        """While the block runs, layers that compute with gradients depend on their amounts. No value changes."""
         handles = [self._hooked(layer, self.amounts[name]) for name, layer in self._layers.items()]
         try:
             yield
@@ -58,14 +58,14 @@ class InputRounding:
         seen = partial(seen_input, layer, compute=self._compute)
 
         def partly(x: torch.Tensor) -> torch.Tensor:
-            # without gradients it is the first pass of a checkpointed call, which comes again
+            # without gradients, this is the first pass of a checkpointed call, which runs again
             return _Rounded.apply(x, amount, seen) if torch.is_grad_enabled() else x
 
         return change_inputs(layer, partly)
 
 
 class _Rounded(torch.autograd.Function):
-    """x + a (Q(x) - x) at a = 0. What is kept for the backward pass is x, which the layer keeps as well."""
+    """x + a (Q(x) - x) at a = 0. The backward pass needs x, which the layer keeps anyway."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, amount: torch.Tensor, seen: Callable[..., Any]) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""Ablation: quantize one layer, or a whole policy, run the real trajectory, measure. It is the truth.
+"""Ablation: quantize one layer or a whole policy, run the real trajectories, and measure the true error.
 
     error(l, f) = E|x_0(Q_f(W_l)) - x_0|^2 / E|x_0|^2
 
-over the calibration samples, same seeds; x_0 is the image where an autoencoder is studied.
+over the calibration samples, with the same seeds. If an autoencoder is studied, x_0 is the image.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from bitpolicy.sensitivity.workers import complete
 
 @dataclass(frozen=True)
 class Measured:
-    """The error that some choices make, over N samples. Not yet divided by the latents' power.
+    """The measured error of some choices over N samples, not yet divided by the latents' power.
 
     Attributes:
         power: |dx_0|^2 of each sample, float64, shape (N).
         parallel: <dx_0, x_0> / |x_0| of each sample, float64, shape (N).
-        mean: |E dx_0|^2, the part that is a bias; unbiased over pairs of samples, so it may be slightly negative. NaN
-            for one sample.
-        rest_mean: the same after each sample's parallel part is taken out.
-        image_mse: mean squared error of each sample's decoded image, float64, shape (N); empty where none was made.
+        mean: |E dx_0|^2, the part that is a bias. The estimate over pairs of samples is unbiased, so it may be slightly
+            negative. NaN for one sample.
+        rest_mean: the same without each sample's parallel part.
+        image_mse: mean squared error of each sample's decoded image, float64, shape (N); empty without images.
     """
 
     power: torch.Tensor
@@ -45,7 +45,7 @@ class Measured:
 
     @classmethod
     def of(cls, errors: torch.Tensor, reference: torch.Tensor, image_mse: torch.Tensor) -> Measured:
-        """From dx_0 and x_0, shape (N, ...)."""
+        """Compute it from dx_0 and x_0, shape (N, ...)."""
         dx, x = errors.double().flatten(1), reference.double().flatten(1)
         unit = x / x.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
         parallel = (dx * unit).sum(1)
@@ -55,17 +55,17 @@ class Measured:
 
     @property
     def bias_share(self) -> float:
-        """Share of the error that is its mean over samples, in [0, 1]; 0 where it cannot be told."""
+        """Share of the error that is its mean over samples, in [0, 1]; 0 if unknown."""
         return self._share(self.mean)
 
     @property
     def parallel_share(self) -> float:
-        """Share of the error along the signal, a scale error, in [0, 1]."""
+        """Share of the error along the signal, which is a scale error, in [0, 1]."""
         return self._share(float(self.parallel.square().mean()))
 
     @property
     def psnr_db(self) -> float | None:
-        """Mean over samples of the image's PSNR; None without images, or where one is identical."""
+        """Mean PSNR of the images in dB; None without images, or if one is identical to its reference."""
         if not len(self.image_mse) or not self.image_mse.all():
             return None
         return float((-10 * self.image_mse.log10()).mean())
@@ -75,7 +75,7 @@ class Measured:
         return min(max(part / whole, 0.0), 1.0) if whole > 0 and not math.isnan(part) else 0.0
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """For a record."""
+        """The tensors of a record."""
         bias = torch.tensor([self.mean, self.rest_mean], dtype=torch.float64)
         return {"power": self.power, "parallel": self.parallel, "bias": bias, "image_mse": self.image_mse}
 
@@ -88,7 +88,7 @@ class Measured:
 def pairs_mean(values: torch.Tensor) -> torch.Tensor:
     """The mean of x_n x_m over pairs n != m of the first axis: (|sum x|^2 - sum |x|^2) / N (N - 1), element by element.
 
-    NaN for one value.
+    It is NaN for a single value.
     """
     count = len(values)
     if count < 2:
@@ -98,11 +98,11 @@ def pairs_mean(values: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class References:
-    """What errors are taken against: unquantized results of the same samples.
+    """What errors are measured against: the unquantized results of the same samples.
 
     Attributes:
-        latents: shape (N, ...); images in [0, 1] where an autoencoder is studied.
-        images: shape (N, C, H, W) or (N, frames, C, H, W); None where only latents are measured.
+        latents: shape (N, ...); images in [0, 1] if an autoencoder is studied.
+        images: shape (N, C, H, W) or (N, frames, C, H, W); None if only latents are measured.
     """
 
     latents: torch.Tensor
@@ -110,10 +110,10 @@ class References:
 
     @classmethod
     def of(cls, trajectories: Trajectories, samples: Sequence[Sample], images: bool) -> References:
-        """Run `samples` on the pipeline as it now is.
+        """Run `samples` on the pipeline in its current state.
 
         Raises:
-            BitPolicyError: they give latents of different sizes.
+            BitPolicyError: the samples give latents of different sizes.
         """
         if not images:
             return cls(_stacked(trajectories.signals(samples)), None)
@@ -121,7 +121,7 @@ class References:
         return cls(_stacked(signals), _stacked(drawn))
 
     def measured(self, found: References) -> Measured:
-        """How far `found` is from this."""
+        """The error of `found` against these references."""
         mse = torch.empty(0)
         if self.images is not None and found.images is not None:
             mse = (found.images - self.images).double().square().flatten(1).mean(1)
@@ -133,8 +133,8 @@ def _stacked(values: Iterable[torch.Tensor]) -> torch.Tensor:
     sizes = {tuple(value.shape) for value in together}
     if len(sizes) > 1:
         raise BitPolicyError(
-            f"what is measured has to be of one size; the requests give {', '.join(map(str, sorted(sizes)))}: "
-            "give them one size, or measure nothing (--remeasure 0, no --check)"
+            f"the requests give several sizes, {', '.join(map(str, sorted(sizes)))}, but a measurement needs one size; "
+            "give all requests the same size, or measure nothing (--remeasure 0, no --check)"
         )
     return torch.stack(together)
 
@@ -147,19 +147,19 @@ def ablate(
     *,
     quantization: Quantization,
 ) -> Measured:
-    """Measure the error of `choices`; layers that they do not name stay as they are."""
+    """Measure the error of `choices`. Layers that they do not name stay as they are."""
     with quantized(trajectories.target, choices, quantization=quantization):
         found = References.of(trajectories, samples, images=reference.images is not None)
     return reference.measured(found)
 
 
 class Ablations:
-    """Measures policies on some samples, and keeps each measurement on disk.
+    """Measures policies on some samples, and stores each measurement on disk.
 
     Args:
         trajectories: the pipeline with its call arguments.
-        samples: the trajectories that each policy runs.
-        records: keeps the measurements.
+        samples: the trajectories to run under each policy.
+        records: stores the measurements.
         stages: shows progress.
     """
 
@@ -182,12 +182,12 @@ class Ablations:
         *,
         quantization: Quantization,
     ) -> list[Measured]:
-        """The measured error of each policy; layers it does not name stay as they are.
+        """The measured error of each policy. Layers that a policy does not name stay as they are.
 
         Args:
-            policies: by a name for the record.
+            policies: record name -> layer name -> choice.
             label: of the progress bar.
-            images: decode, too, and measure the images' error.
+            images: also decode, and measure the images' error.
             quantization: its calibration covers the policies.
         """
 

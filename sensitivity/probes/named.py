@@ -20,7 +20,7 @@ def probe_named(name: str) -> type[Probe]:
     """The probe called `name`.
 
     Raises:
-        BitPolicyError: there is none.
+        BitPolicyError: there is no such probe.
     """
     if name not in PROBES:
         raise BitPolicyError(f"unknown probe {name!r}; write any of {', '.join(PROBES)}")

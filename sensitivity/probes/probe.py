@@ -32,14 +32,14 @@ class ProbeInputs:
         trajectories: the pipeline with its call arguments.
         inventory: the layers under study.
         formats: the packed candidates.
-        quantizers: those that are tried for each format.
-        samples: calibration trajectories.
-        vectors: random directions per sample, for the probes that take gradients.
+        quantizers: the rounding methods to try for each format.
+        samples: the calibration samples.
+        vectors: probe vectors per sample, for probes that take gradients.
         reference: the unquantized pipeline's pass over the samples.
-        quantization: has the calibration of `reference`.
+        quantization: contains the calibration of `reference`.
         ablations: measures policies on the samples.
-        records: keeps finished pieces.
-        stages: progress and warnings.
+        records: stores finished pieces.
+        stages: shows progress and warnings.
         recompute_inside: whether models are also checkpointed inside, block by block.
     """
 
@@ -63,7 +63,7 @@ class ProbeInputs:
 
     @property
     def candidates(self) -> tuple[Candidate, ...]:
-        """Every format by every quantizer, format by format."""
+        """Every format with every rounding method, format by format."""
         return candidates(self.formats, self.quantizers)
 
     @property
@@ -77,10 +77,10 @@ class Probe(ABC):
 
     Attributes:
         name: as written in options and tables.
-        chooses_quantizer: whether it can choose between several quantizers.
+        chooses_quantizer: whether it can choose between several rounding methods.
         outside_loop: whether it can score components outside the sampling loop: text encoders, the autoencoder.
-        takes_gradients: whether it differentiates along random vectors.
-        data_free: whether it looks at the weights only and runs nothing.
+        takes_gradients: whether it differentiates along probe vectors.
+        data_free: whether it uses only the weights and runs nothing.
     """
 
     name: ClassVar[str]

@@ -1,6 +1,6 @@
-"""Run a probe over calibration samples: reference pass, rounding, scores, and what is measured after them.
+"""Runs a probe over calibration samples: reference pass, rounding, scores, and the measurements after them.
 
-Every finished piece is kept on disk, so that an interrupted run goes on where it stopped.
+Every finished piece is stored on disk, so that an interrupted run can resume.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ from bitpolicy.sensitivity.trajectory.reference import ReferencePass, reference_
 from bitpolicy.sensitivity.trajectory.trajectories import LoopError, Trajectories
 from bitpolicy.sensitivity.workers import complete
 
-SHARED = "adjoint probe, shared vectors"  # what the progress bar of `ProbeRun.split` is called
-_ROUNDING = 2  # grows when quantizers make other codes than they did: what was kept before is not mixed with it
-_OUTLIER = 30.0  # times the median sketch: one that sees so much more than the others is worth a word
+SHARED = "adjoint probe, shared vectors"  # the label of the progress bar of `ProbeRun.split`
+_ROUNDING = 2  # raised when rounding methods change their codes, so that stored results never mix with new ones
+_OUTLIER = 30.0  # times the median sketch; a warning names a sketch beyond that
 
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """What a probe is to do.
+    """The settings of a probe.
 
     Attributes:
         probe: its name, one of `bitpolicy.sensitivity.probes.named.PROBES`.
-        samples: calibration trajectories.
-        vectors: random directions a sample, for the adjoint and the stepwise probe.
-        shared: directions common to all samples, for `ProbeRun.split`.
-        quantizers: who rounds; of several, the best by the score is kept for each layer and format.
-        compute: of packed layers; one that rounds inputs makes that a part of their error.
+        samples: the calibration samples.
+        vectors: probe vectors per sample, for the adjoint and the stepwise probe.
+        shared: probe vectors common to all samples, for `ProbeRun.split`.
+        quantizers: rounding methods; if there are several, the best by score is kept for each layer and format.
+        compute: activation quantization of packed layers. If it rounds inputs, their error includes that.
     """
 
     probe: str
@@ -72,24 +72,26 @@ class ProbeSettings:
         require_one_quantizer(self.probe, self.quantizers)
         if not self.samples or self.vectors < 1 or self.shared < 1:
             raise BitPolicyError(
-                f"a probe needs samples and vectors; got {len(self.samples)} samples, {self.vectors} vectors, "
-                f"{self.shared} shared"
+                f"a probe needs at least one of each: got {len(self.samples)} samples, {self.vectors} vectors, "
+                f"{self.shared} shared vectors"
             )
 
 
 def require_one_quantizer(probe: str, quantizers: Sequence[str]) -> None:
-    """
+    """Check that the probe can choose between the rounding methods, if there are several.
+
     Raises:
-        BitPolicyError: there is no such probe, or several rounding methods are named and it cannot choose between them.
+        BitPolicyError: there is no such probe, or it cannot choose.
     """
     if not probe_named(probe).chooses_quantizer and len(quantizers) > 1:
         raise BitPolicyError(
-            f"the {probe} probe does not choose between quantizers; name one with --quantizer, or take --probe adjoint"
+            f"the {probe} probe cannot choose between rounding methods; name one with --quantizer, or use "
+            "--probe adjoint"
         )
 
 
 class ProbeRun:
-    """One probe of one pipeline, resumable from `folder`.
+    """One probe of one pipeline, which can resume from `folder`.
 
     Args:
         trajectories: the pipeline with its call arguments.
@@ -97,8 +99,8 @@ class ProbeRun:
         formats: candidate formats; only the packed ones are scored.
         storage: dtype of the stored weights.
         weights: a hash of everything in the pipeline that the numbers depend on.
-        folder: where finished pieces are kept.
-        stages: progress and timing.
+        folder: where finished pieces are stored.
+        stages: shows progress and measures time.
     """
 
     def __init__(
@@ -139,7 +141,7 @@ class ProbeRun:
         }
 
     def reference(self) -> ReferencePass:
-        """The mean inputs and the signal's power over the calibration samples."""
+        """The mean inputs and the signal's power over the calibration samples, with the rounded weights if any."""
         parts = list(self._trajectories.parts(self._settings.samples))
         by_name = {f"reference-{i}": part for i, part in enumerate(parts)}
 
@@ -183,17 +185,17 @@ class ProbeRun:
     def table(self, reference: ReferencePass) -> SensitivityTable:
         """The scores of every layer in every packed format.
 
-        Where the sampling loop cannot be differentiated, the stepwise probe takes the adjoint one's place, with a
-        warning on stderr.
+        If the sampling loop cannot be differentiated, the stepwise probe replaces the adjoint probe, with a warning on
+        stderr.
         """
         with self._stages.timed("probe"):
             try:
                 table = probe_named(self._settings.probe)(self._inputs(reference)).table()
             except LoopError as error:
                 if outside := ", ".join(self._trajectories.outside):
-                    raise BitPolicyError(f"{error}; leave {outside} out, or take --probe ablation") from error
+                    raise BitPolicyError(f"{error}; leave {outside} out, or use --probe ablation") from error
                 self._stages.warn(
-                    f"{error}; each step is probed alone instead, which knows nothing of what the sampler makes of it"
+                    f"{error}; using the stepwise probe instead, which does not see how the sampler amplifies errors"
                 )
                 table = StepwiseProbe(self._inputs(reference)).table()
         self._warn_of_outliers(table)
@@ -205,11 +207,11 @@ class ProbeRun:
 
     @staticmethod
     def _correctable(layer: Layer, reference: ReferencePass) -> bool:
-        """Whether correcting can do no harm: there is no bias, or its mean input is known."""
+        """Whether bias correction is safe: the layer has no bias, or its mean input is known."""
         return not layer.has_bias or layer.name in reference.calibration.input_means
 
     def _storable(self, table: SensitivityTable, reference: ReferencePass) -> torch.Tensor:
-        """`table.corrected` without the biases that the storage dtype cannot hold once they are corrected."""
+        """`table.corrected`, without the corrected biases that the storage dtype cannot hold."""
         layers, corrected = self._trajectories.target.layers, table.corrected.clone()
         names = []
         for place in beyond_range(table, layers, quantization=self._quantization(reference)):
@@ -226,14 +228,14 @@ class ProbeRun:
         return Cost(once, probe_named(probe)(inputs).forwards(), measured * once, everything)
 
     def split(self, reference: ReferencePass) -> ErrorSplit:
-        """What each layer's error is made of, from directions that all samples share.
+        """The parts of each layer's error, from probe vectors that all samples share.
 
         Raises:
             BitPolicyError: there are fewer than two samples.
             LoopError: the sampling loop cannot be differentiated.
         """
         if len(self._settings.samples) < 2:
-            raise BitPolicyError("a bias is what samples have in common: give --samples 2 or more")
+            raise BitPolicyError("the split compares samples, but there is only one; give --samples 2 or more")
         with self._stages.timed("split"):
             inputs = replace(self._inputs(reference), quantizers=self._settings.quantizers[:1])
             directions: list[Direction] = [Shared(k) for k in range(self._settings.shared)]
@@ -244,19 +246,19 @@ class ProbeRun:
     def measure(
         self, policies: Mapping[str, Mapping[str, Choice]], reference: ReferencePass, label: str, images: bool = False
     ) -> list[Measured]:
-        """The measured error of each policy; layers it does not name stay as they are.
+        """The measured error of each policy. Layers that a policy does not name stay as they are.
 
         Args:
-            policies: by a name for the record.
+            policies: record name -> layer name -> choice.
             label: of the progress bar.
-            images: decode, too, and measure the images' error.
+            images: also decode, and measure the images' error.
         """
         return self._ablations.measure(policies, label, images, quantization=self._quantization(reference))
 
     def remeasured(
         self, table: SensitivityTable, reference: ReferencePass, places: Iterable[tuple[int, int]]
     ) -> SensitivityTable:
-        """`table` with the errors at (layer, column of the format) measured by ablation."""
+        """`table` with the errors at the given places (layer, column of the format) measured by ablation."""
         done = table.measured if table.measured is not None else torch.zeros_like(table.corrected)
         wanted = [place for place in dict.fromkeys(places) if not done[place]]
         if not wanted:
@@ -270,7 +272,7 @@ class ProbeRun:
         return replace(table, cost=self._cost(table.probe, reference, int(table.measured.sum())))
 
     def _warn_of_outliers(self, table: SensitivityTable) -> None:
-        """Sketches are kept whatever they say; one that says far more than the others is named."""
+        """Warn about a sketch that is far larger than the others. It is kept all the same."""
         if table.sketches is None or len(table.sketches) < 4:
             return
         power = table.sketches.double().square().sum((1, 2))
@@ -279,5 +281,5 @@ class ProbeRun:
             sample = self._settings.samples[worst // self._settings.vectors]
             self._stages.warn(
                 f"one sketch of {len(power)} is {float(power[worst] / power.median()):.0f} times the median: "
-                f"{sample.prompt!r}, seed {sample.seed}; more --samples make the scores steadier"
+                f"{sample.prompt!r}, seed {sample.seed}; give more --samples for steadier scores"
             )

@@ -1,4 +1,4 @@
-"""Sketches: dot products of gradients with weight changes, taken while a backward pass runs, and freed at once."""
+"""Sketches: dot products of gradients with weight changes, taken during a backward pass that frees each gradient."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ Products = Callable[[str, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Sketch:
-    """One backward pass: how a direction sees every layer's error.
+    """The result of one backward pass: every layer's error along one probe vector.
 
     Attributes:
-        weight: <G_W, dW>, float32, shape (rows, layers, candidates), one row a scheduler step; before them one for what
-            is outside the loop, if any such model is studied.
+        weight: <G_W, dW>, float32, shape (rows, layers, candidates), one row per scheduler step. If models outside the
+            loop are studied, their row comes first.
         bias: <G_b, db> of the corrected bias, same shape; zero for a layer without a bias.
-        along: <v, x_0> / |x_0|, how much of the direction is the signal's.
-        inputs: <g, Q(x) - x> of the layers whose inputs are rounded, same shape, the same for all candidates that fit
-            and do so; None where no layer's are.
+        along: <v, x_0> / |x_0|, the component of the probe vector along the signal.
+        inputs: <g, Q(x) - x> of the layers whose inputs are rounded, same shape, equal for all candidates that fit and
+            round inputs; None if no layer's inputs are rounded.
     """
 
     weight: torch.Tensor
@@ -40,7 +40,7 @@ class Sketch:
 
     @property
     def plain(self) -> torch.Tensor:
-        """<v, dx_0> with the bias as it was, shape of `weight`."""
+        """<v, dx_0> with the unchanged bias, shape of `weight`."""
         return self.weight if self.inputs is None else self.weight + self.inputs
 
     @property
@@ -49,16 +49,16 @@ class Sketch:
         return self.plain + self.bias
 
     def stacked(self) -> torch.Tensor:
-        """(2, steps, layers, candidates): with the bias as it was, and corrected."""
+        """With the bias unchanged, then corrected, shape (2, steps, layers, candidates)."""
         return torch.stack([self.plain, self.corrected])
 
     def rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Sketch:
-        """The same with other rows."""
+        """The sketch with `change` applied to the rows of every tensor."""
         inputs = None if self.inputs is None else change(self.inputs)
         return replace(self, weight=change(self.weight), bias=change(self.bias), inputs=inputs)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """For a record."""
+        """The tensors of a record."""
         inputs = {} if self.inputs is None else {"inputs": self.inputs}
         return {"weight": self.weight, "bias": self.bias, "along": torch.tensor(self.along), **inputs}
 
@@ -68,7 +68,7 @@ class Sketch:
 
 
 def equally_long(sketches: Sequence[Sketch]) -> list[Sketch]:
-    """The same with as many steps as the longest: where a request sets its own number, the others have none there."""
+    """The sketches padded with zeros to the longest: a request may set its own number of steps."""
     steps = max(len(sketch.weight) for sketch in sketches)
 
     def longer(values: torch.Tensor) -> torch.Tensor:
@@ -78,17 +78,17 @@ def equally_long(sketches: Sequence[Sketch]) -> list[Sketch]:
 
 
 class SketchRecorder:
-    """Fills sketches from the gradients of a backward pass: no gradient outlives its layer.
+    """Fills sketches from the gradients of a backward pass. It frees each gradient as soon as it is used.
 
     Attributes:
-        step: the scheduler step that gradients now belong to; whoever runs the backward pass sets it.
+        step: the scheduler step that gradients now belong to. The code that runs the backward pass sets it.
         reached: steps at which a gradient arrived.
-        reached_outside: components outside the loop at which one did.
-        lead: rows before the first step's: 1 if any component outside the loop is studied, else 0.
+        reached_outside: components outside the loop at which a gradient arrived.
+        lead: rows before that of the first step: 1 if a component outside the loop is studied, else 0.
 
     Args:
-        outside: layer name -> component, of those layers that are outside the loop.
-        amounts: layer name -> how much of its inputs' rounding there is, of those layers that have any.
+        outside: layer name -> component, for the layers outside the loop.
+        amounts: layer name -> the amount of input rounding, for the layers that have one.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class SketchRecorder:
 
     @contextmanager
     def recording(self, steps: int, device: torch.device) -> Iterator[None]:
-        """While the block runs, gradients that are complete go into a new sketch of so many steps."""
+        """While the block runs, complete gradients go into a new sketch of `steps` steps."""
         self._weight = torch.zeros(self.lead + steps, len(self._layers), self._candidates, device=device)
         self._bias, self._inputs = torch.zeros_like(self._weight), torch.zeros_like(self._weight)
         self.reached, self.reached_outside = set(), set()
@@ -121,11 +121,11 @@ class SketchRecorder:
                 handle.remove()
 
     def not_finite(self) -> tuple[int, str] | None:
-        """The step, -1 outside the loop, and the layer where the backward pass first met NaN or Inf, or None."""
+        """The step (-1 outside the loop) and the layer where the backward pass first met NaN or Inf, or None."""
         bad = ~torch.isfinite(torch.stack([self._weight, self._bias, self._inputs])).all(0).all(-1)
         if not bad.any():
             return None
-        step, layer = max(bad.nonzero().tolist())  # backwards: last step first, last layer first
+        step, layer = max(bad.nonzero().tolist())  # the backward pass starts at the last step and the last layer
         return int(step) - self.lead, list(self._layers)[int(layer)]
 
     def sketch(self, scale: float = 1.0, along: float = 0.0) -> Sketch:
@@ -152,7 +152,7 @@ class SketchRecorder:
         return leaf.register_post_accumulate_grad_hook(use_and_free)
 
     def _row(self, name: str) -> int:
-        """Where a gradient of the layer belongs that arrives now."""
+        """The row for a gradient of the layer that arrives now."""
         if name in self._outside:
             self.reached_outside.add(self._outside[name])
             return 0
@@ -162,7 +162,7 @@ class SketchRecorder:
 
 @contextmanager
 def only_these_require_grad(trajectories: Trajectories, layers: Mapping[str, Quantizable]) -> Iterator[None]:
-    """Freeze the pipeline but for the weights and biases of `layers`; put everything back afterwards."""
+    """Freeze the pipeline except for the weights and biases of `layers`, and restore it afterwards."""
     modules = [module for module in trajectories.pipe.components.values() if isinstance(module, nn.Module)]
     before = {parameter: parameter.requires_grad for module in modules for parameter in module.parameters()}
     try:

@@ -1,10 +1,10 @@
 """The stepwise probe: what every layer's quantization error does to the denoiser's output, call by call.
 
-The reference trajectory is followed without gradients. At each call the denoiser is differentiated alone: with v_t ~
+The probe follows the reference trajectory without gradients, and differentiates each denoiser call alone. With v_t ~
 N(0, I) of the output's shape, <v_t, J_{l,t} dW> is a sketch of the error de_t(l, f) that the layer makes in that one
-call. Nothing is known of what the sampler makes of it, which is what the adjoint probe adds: the ratio of the two is
-the amplification from the step where an error enters to the end. It also stands in for the adjoint probe where the
-sampling loop cannot be differentiated; then a layer's score is
+call. The probe does not see how the sampler amplifies this error. The adjoint probe does, and the ratio of the two is
+the amplification from the step where an error enters to the end. The stepwise probe also replaces the adjoint probe if
+the sampling loop cannot be differentiated. A layer's score is then
 
     sum_t E|de_t(l, f)|^2 / sum_t E|e_t|^2.
 """
@@ -41,10 +41,10 @@ from bitpolicy.sensitivity.workers import complete
 
 @dataclass(frozen=True)
 class LocalSketch:
-    """A sketch of one trajectory's calls.
+    """A sketch of the denoiser calls of one trajectory.
 
     Attributes:
-        sketch: <v_t, de_t>, by scheduler step; a step with two calls adds both. Models outside the loop make none.
+        sketch: <v_t, de_t> by scheduler step; a step with two calls adds both. Models outside the loop contribute none.
         power: |e_t|^2 of the denoiser's output, float32, shape (rows of `sketch`).
     """
 
@@ -53,7 +53,7 @@ class LocalSketch:
 
 
 class StepwiseProbe(Probe):
-    """Local sketches along random vectors, some for each sample."""
+    """Scores layers by local sketches along random probe vectors, a few per sample."""
 
     name = "stepwise"
     chooses_quantizer = True
@@ -61,7 +61,7 @@ class StepwiseProbe(Probe):
     takes_gradients = True
 
     def table(self) -> SensitivityTable:
-        """The scores, with the sketches that they are made of."""
+        """The scores, with the sketches that they are computed from."""
         inputs, local = self._inputs, self.sketches()
         power = float(torch.stack([s.power.sum() for s in local]).double().mean())
         sketches = [s.sketch for s in local]
@@ -91,7 +91,7 @@ class StepwiseProbe(Probe):
 
 
 class LocalSketches:
-    """Local sketches of one pipeline, made one trajectory at a time. Arguments as of `AdjointSketches`."""
+    """Computes the local sketches of one pipeline, one trajectory at a time. Arguments as in `AdjointSketches`."""
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class LocalSketches:
         self._lead = self._recorder.lead
 
     def sketches(self, sample: Sample, vectors: Sequence[int]) -> Iterator[LocalSketch]:
-        """One local sketch for each random stream, one trajectory each."""
+        """One local sketch per random stream. Each takes one trajectory."""
         steps = self._trajectories.end(sample).steps
         rows = steps + 1  # some loops end on a call after the last step
         for index in vectors:
@@ -118,19 +118,22 @@ class LocalSketches:
             if where is not None:
                 dtype = self._trajectories.target.dtype
                 raise BitPolicyError(
-                    f"step {where[0] + 1}: the gradient of {where[1]} is NaN or Inf; {advice(dtype)}, or take "
+                    f"step {where[0] + 1}: the gradient of {where[1]} is NaN or Inf; {advice(dtype)}, or use "
                     "--probe ablation"
                 )
             used = self._lead + max(steps, max(self._recorder.reached, default=0) + 1)
             yield LocalSketch(self._recorder.sketch().rows(itemgetter(slice(used))), power[:used].cpu())
 
     def first_steps(self, sample: Sample, steps: int) -> None:
-        """The work of `sketches` without a result, for a caller that times it and leaves the loop after `steps`."""
+        """Do the work of `sketches` without a result, for a caller that times it and leaves the loop after `steps`."""
         self._followed(sample, 0, steps + 1)
 
     def _followed(self, sample: Sample, index: int, rows: int) -> torch.Tensor:
-        """Follow a trajectory, differentiate each call along its vector of random stream `index` and record what
-        arrives; returns |e_t|^2, shape (lead + rows)."""
+        """Follow a trajectory, differentiate each call along its vector from random stream `index`, and record it.
+
+        Returns:
+            |e_t|^2, float32, shape (lead + rows).
+        """
         device = self._trajectories.target.device
         power = torch.zeros(self._lead + rows, device=device)
         with (
@@ -148,7 +151,7 @@ class LocalSketches:
     def _differentiated(
         self, streams: Iterator[torch.Generator], power: torch.Tensor
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """A forward that differentiates its own output, records, and returns it without a graph."""
+        """A wrapper for a forward that differentiates its own output, records it and returns it without a graph."""
 
         def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -173,5 +176,5 @@ class LocalSketches:
 
 
 def _usable(leaf: Any) -> Any:
-    """Autograd takes no tensor that was made in inference mode, but a copy."""
+    """A copy of a tensor from inference mode, which autograd does not accept; anything else as it is."""
     return leaf.clone() if isinstance(leaf, torch.Tensor) and leaf.is_inference() else leaf

@@ -1,4 +1,7 @@
-"""The data-free probe: |Q(W) - W|^2 / |W|^2 of each layer. For when nothing can be run; it says little about images."""
+"""The data-free probe: |Q(W) - W|^2 / |W|^2 of each layer.
+
+It is for models that cannot be run, and says little about images.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from bitpolicy.sensitivity.table import SensitivityTable
 
 
 class WeightProbe(Probe):
-    """Relative weight errors; nothing is run."""
+    """Scores layers by their relative weight errors, and runs nothing."""
 
     name = "weight"
     chooses_quantizer = False
@@ -26,7 +29,7 @@ class WeightProbe(Probe):
     data_free = True
 
     def table(self) -> SensitivityTable:
-        """The weight errors; every bias is corrected."""
+        """The weight errors, with every bias corrected."""
         inputs = self._inputs
         with inputs.stages.bar(1, "weight probe") as advance:
             error = weight_errors(inputs.trajectories.target, inputs.candidates, quantization=inputs.quantization)
@@ -47,7 +50,7 @@ def weight_errors(
     """Relative weight error, float64, shape (layers, candidates); zero where a format does not fit.
 
     Args:
-        quantization: weights are taken as its compute multiplies with them; inputs are left out.
+        quantization: its compute decides what a layer multiplies with. Rounded inputs are not considered.
     """
     layers = list(quantizable_layers(model))
     found = torch.zeros(len(layers), len(candidates), dtype=torch.float64)

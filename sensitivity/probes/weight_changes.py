@@ -1,7 +1,7 @@
-"""What quantizing does to a layer's parameters: dW = Q(W) - W and the db that corrects its mean, per candidate.
+"""The changes to a layer's parameters: dW = Q(W) - W, and the db that corrects the mean, for each candidate.
 
-Q(W) is what the layer multiplies with: under INT8 compute the stored weight requantized. The bias is stored, and
-corrects what is stored, whatever the compute.
+Q(W) is what the layer multiplies with. Under INT8 compute, that is the stored weight after requantization. The bias is
+stored and corrects the stored weight, whatever the compute.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.rounded_layers import multiplied_weight, rounds_inputs
 from bitpolicy.sensitivity.rounding.candidates import Candidate
 
-_CACHE_BYTES = 2**27  # for each candidate: of dW in float32 that are kept; the others are computed anew for each use
-_MOST = 2**31  # for all of them: many formats take no more memory than sixteen
+_CACHE_BYTES = 2**27  # of float32 dW kept in memory, per candidate; other dW are recomputed at each use
+_MOST = 2**31  # for all candidates together, so that many formats take no more memory than sixteen
 
 
 class WeightChanges:
     """dW and db of every layer for every candidate; zero where a format does not fit the layer.
 
     Args:
-        quantization: changes are taken against the weight in its storage dtype. A layer whose E[x] the calibration
-            lacks is not corrected: some models use a layer's weight without calling the layer.
+        quantization: changes are relative to the weight in the storage dtype. A layer whose E[x] is missing in the
+            calibration is not corrected: some models use a layer's weight without calling the layer.
     """
 
     def __init__(
@@ -56,8 +56,11 @@ class WeightChanges:
         return self._biases[name] @ gradient.float().to(self._biases[name].device)
 
     def input_products(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
-        """<g, Q(x) - x>, which is `gradient` itself, for each candidate that fits the layer and rounds its inputs,
-        shape (candidates)."""
+        """<g, Q(x) - x> for each candidate that fits the layer and rounds its inputs, else 0, shape (candidates).
+
+        Args:
+            gradient: of the layer's amount, which is <g, Q(x) - x> itself.
+        """
         layer, compute = self._layers[name], self._compute
         formats = (candidate.format for candidate in self._candidates)
         rounded = (f.fits(layer.weight.shape) and rounds_inputs(layer, f, compute) for f in formats)
@@ -99,6 +102,6 @@ class WeightChanges:
         return torch.stack([self._applied(layer, shift) for shift in shifts])
 
     def _applied(self, layer: Quantizable, shift: torch.Tensor) -> torch.Tensor:
-        """`shift`, or zeros if the layer's bias stays as it is."""
+        """`shift`, or zeros if the storage dtype cannot hold the corrected bias."""
         held = layer.bias is None or corrected_bias(layer.bias.detach(), shift, self._storage) is not None
         return shift if held else torch.zeros_like(shift)

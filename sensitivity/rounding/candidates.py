@@ -1,4 +1,4 @@
-"""What each layer may become: formats, and for each format the quantizers that are tried."""
+"""The candidates for every layer: formats, and for each format the rounding methods to try."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from bitpolicy.kernels.formats.named import FP16
 from bitpolicy.kernels.layers import HasModules, quantizable_layers
 from bitpolicy.kernels.quantizers.named import RTN
 
-_MANY = 16  # packed formats that are probed as they are; of more, the most useful
-_PER_WIDTH = 2  # of these for each number of bits
+_MANY = 16  # up to this many packed formats are all probed; of more, only the most useful
+_PER_WIDTH = 2  # most useful formats kept for each number of bits
 _ROWS = 32  # output channels that a layer is judged by
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A packed format and who rounds to it."""
+    """A packed format and a rounding method."""
 
     format: Format
     quantizer: str = RTN
 
 
 def candidates(formats: Iterable[Format], quantizers: Sequence[str] = (RTN,)) -> tuple[Candidate, ...]:
-    """Every packed format by every quantizer, format by format."""
+    """Every packed format with every rounding method, format by format."""
     return tuple(Candidate(f, quantizer) for f in formats if f.packed for quantizer in quantizers)
 
 
 def useful_formats(model: HasModules, formats: Sequence[Format], storage: torch.dtype) -> tuple[Format, ...]:
-    """`formats`, or where they are very many those worth a probe: of each width the two that lie, for the most weights,
-    on the lower convex hull of bytes against weight error.
+    """`formats` or, if there are very many, those worth a probe.
 
-    Across layers weight error says little; within one, it ranks formats. No exchange of bytes between layers wants a
-    format above that hull (Sinha and Zoltners 1979, section 2).
+    These are, for each width, the two formats that are on the lower convex hull of bytes against weight error for the
+    most weights. Across layers, weight error says little; within one layer, it ranks formats. No exchange of bytes
+    between layers needs a format above that hull (Sinha and Zoltners 1979, section 2).
     """
     if len(formats) <= _MANY + 1:
         return tuple(formats)
@@ -75,5 +75,5 @@ def _on_hull(weight: torch.Tensor, formats: Sequence[Format]) -> list[Format]:
 
 
 def _slope(a: tuple[int, float, Format], b: tuple[int, float, Format]) -> float:
-    """Change of error a byte."""
+    """Change of error per byte."""
     return (b[1] - a[1]) / (b[0] - a[0])

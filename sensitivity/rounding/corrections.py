@@ -1,4 +1,4 @@
-"""Which corrected biases the storage dtype can hold: those of the others stay as they are, and the table says so."""
+"""Finds corrected biases that the storage dtype cannot hold. They stay uncorrected, and the table says so."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from bitpolicy.policies.apply import quantize_layer
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.table import SensitivityTable
 
-_WORST = 4.0  # |Q(W) - W| / |W| of a row: no rounding that is of any use errs so much
+_WORST = 4.0  # |Q(W) - W| / |W| of a row; no useful rounding has an error this large
 
 
 def beyond_range(
     table: SensitivityTable, layers: Mapping[str, Quantizable], *, quantization: Quantization
 ) -> Iterator[tuple[int, int]]:
-    """(layer, column of the format) where `table` has the bias corrected and the storage dtype cannot hold it."""
+    """(layer, column of the format) where `table` corrects the bias but the storage dtype cannot hold the result."""
     means, storage = quantization.calibration.input_means, quantization.storage
     for i, name in enumerate(table.layers):
         layer = layers[name]
@@ -31,7 +31,7 @@ def beyond_range(
 
 
 def _may_leave(layer: Quantizable, mean: torch.Tensor, storage: torch.dtype) -> bool:
-    """Whether |b| + |dW| |E[x]| can be more than the dtype holds, by the Cauchy-Schwarz inequality."""
+    """Whether |b| + |dW| |E[x]|, a bound by the Cauchy-Schwarz inequality, exceeds the range of the dtype."""
     if layer.bias is None:
         return False
     rows = layer.weight.detach().float().flatten(1).norm(dim=1).max()

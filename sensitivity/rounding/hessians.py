@@ -1,17 +1,19 @@
-"""Hessians for rounding: which changes of a layer's weight its inputs, and the finished image, can see.
+"""Hessians for rounding: how much a change of a layer's weight affects the layer's output and the finished image.
 
-A change dW of layer l's weight moves its output at call t and position p by dW x_tp, and the final latent, seen along a
-random direction v, by sum_tp g_tp^T dW x_tp, where g is the gradient of <v, x_0> at that output. Taking the g of
-different calls and positions for independent, with their power shared out evenly over output channels,
+A change dW of layer l's weight moves its output at call t and position p by dW x_tp. Along a probe vector v, it moves
+the final latent by sum_tp g_tp^T dW x_tp, where g is the gradient of <v, x_0> at that output. If the g of different
+calls and positions are independent, with equal power in all output channels,
 
-    E_v|dx_0|^2  ~  sum_rows dw^T H dw,     H = sum_tp |g_tp|^2 x_tp x_tp^T,
+    E_v|dx_0|^2  ~  sum_rows dw^T H dw,     H = sum_tp |g_tp|^2 x_tp x_tp^T.
 
-the *trajectory Hessian*: inputs count as much as the sampler, from that step on, makes of what they cause. With every
-|g|^2 = 1 it is the Hessian of the layer's own output error (Frantar et al. 2023, section 2). Few positions carry most
-of |g|^2, so the trajectory Hessian is steadied by the other one, both at equal trace.
+This is the *trajectory Hessian*. It weights each input by how much the sampler, from that step on, amplifies the error
+that the input causes. With every |g|^2 = 1 it is the Hessian of the layer's own output error (Frantar et al. 2023,
+section 2). Few positions carry most of |g|^2, so the two Hessians are added at equal trace, which makes the sum
+steadier.
 
-A grouped convolution has one for each group, of the group's own inputs and outputs. Of rows longer than `WIDEST` only
-the blocks on its diagonal are taken, runs of inputs of equal length in wire order.
+A grouped convolution has one Hessian for each group, from the group's own inputs and outputs. For rows longer than
+`WIDEST`, only the blocks on the diagonal are computed. Each block covers the same number of consecutive inputs in wire
+order.
 """
 
 from __future__ import annotations
@@ -38,10 +40,10 @@ from bitpolicy.sensitivity.trajectory.checkpointed_calls import CheckpointedCall
 from bitpolicy.sensitivity.trajectory.scaled_backward import backward, scales_for
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
-POSITIONS = 128  # inputs taken of each call of a layer, drawn at random
-WIDEST = 12_288  # K beyond which a Hessian as a whole takes too long to factorize
-_ALIGNED = 128  # blocks end where runs of weights that share a scale or a rotation do
-_DIRECTION = 0x4E55  # index of the random direction: none that the sketches use
+POSITIONS = 128  # inputs drawn at random from each call of a layer
+WIDEST = 12_288  # K beyond which a whole Hessian takes too long to factorize
+_ALIGNED = 128  # blocks end where groups of weights that share a scale or a rotation end
+_DIRECTION = 0x4E55  # index of the probe vector, which no sketch uses
 _STREAM = 0x9E55
 
 
@@ -61,7 +63,7 @@ class Moments:
 
     Attributes:
         inputs: sum of x x^T, float32, shape (groups, blocks, k, k).
-        seen: sum of |g|^2 x x^T, float32, same shape; None where gradients were not looked at.
+        seen: sum of |g|^2 x x^T, float32, same shape; None if no gradients were taken.
     """
 
     inputs: torch.Tensor
@@ -69,13 +71,13 @@ class Moments:
 
     @classmethod
     def zeros(cls, shape: tuple[int, int, int], device: torch.device, seen: bool) -> Moments:
-        """Of a Hessian of `hessian_shape`."""
+        """Zero moments for a Hessian of shape `hessian_shape`."""
         groups, blocks, k = shape
         inputs = torch.zeros(groups, blocks, k, k, device=device)
         return cls(inputs, torch.zeros_like(inputs) if seen else None)
 
     def add(self, x: torch.Tensor, power: torch.Tensor | None = None) -> None:
-        """Inputs x, shape (P, groups, K), of which the image sees `power`, shape (P, groups)."""
+        """Add inputs x, shape (P, groups, K), weighted in `seen` by `power`, which is |g|^2, shape (P, groups)."""
         _, blocks, k, _ = self.inputs.shape
         cut = pad(x, (0, blocks * k - x.shape[2])).unflatten(2, (blocks, k)).permute(1, 2, 3, 0).flatten(0, 1)
         self.inputs.flatten(0, 1).baddbmm_(cut, cut.mT)
@@ -84,7 +86,11 @@ class Moments:
             self.seen.flatten(0, 1).baddbmm_(weighed, cut.mT)
 
     def hessian(self, kind: str) -> torch.Tensor:
-        """ "inputs" or "trajectory", float32, shape (groups, blocks, k, k), of mean diagonal 1 or 2 in every group."""
+        """The Hessian, float32, shape (groups, blocks, k, k), with mean diagonal 1 or 2 in every group.
+
+        Args:
+            kind: "inputs" or "trajectory".
+        """
         steady = _scaled(self.inputs)
         return steady if kind == "inputs" or self.seen is None else steady + _scaled(self.seen)
 
@@ -100,7 +106,7 @@ class _Watch:
 
     Attributes:
         scale: of the gradients that arrive.
-        active: whether what runs counts.
+        active: whether to add what runs now.
     """
 
     moments: dict[str, Moments]
@@ -112,12 +118,12 @@ class _Watch:
 
     def hook(self, name: str, layer: Quantizable) -> Any:
         shape = hessian_shape(layer)
-        # a stream for each layer: what is drawn of one does not depend on which others are measured along
+        # one stream per layer, so that its draws do not depend on which other layers are measured
         self._streams[name] = stream(_STREAM, self.seed, crc32(name.encode()))
 
         def on_forward(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
             if not self.active or (self.seen and not _wants_gradient(output)):
-                return  # the first pass of a checkpointed call; it comes again
+                return  # the first pass of a checkpointed call, which runs again
             given = args[0] if args else kwargs["input"]
             x, taken = drawn_inputs(layer, given.detach(), output, POSITIONS, self._streams[name])
             if self.seen:
@@ -144,15 +150,15 @@ def _wants_gradient(output: torch.Tensor) -> bool:
 def drawn_inputs(
     layer: Quantizable, x: torch.Tensor, output: torch.Tensor, count: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, Any]:
-    """Up to `count` of the inputs that the layer multiplies, at random.
+    """A random choice of up to `count` of the inputs that the layer multiplies.
 
     Args:
-        x: (..., in) for a linear, (B, in, *spatial) for a convolution.
-        output: what the layer made of it.
+        x: (..., in) for a linear layer, (B, in, *spatial) for a convolution.
+        output: the layer's output for `x`.
 
     Returns:
-        x, shape (P, groups, K) in wire order, and a function that takes the same positions out of a tensor like
-        `output`, shape (P, out).
+        The chosen inputs, shape (P, groups, K) in wire order, and a function that takes the same positions from a
+        tensor like `output`, shape (P, out).
     """
     if isinstance(layer, nn.Linear):
         rows = x.reshape(-1, x.shape[-1])
@@ -178,19 +184,19 @@ def measure_moments(
     recompute_inside: bool,
     scales: dict[Sample, float] | None = None,
 ) -> None:
-    """Add to `moments` those of the layers `names` over one sample; a layer that is never reached gets none.
+    """Add the moments of the layers `names` over one sample to `moments`. A layer that is never reached gets none.
 
     Args:
-        seen: weigh inputs by what the finished image sees of them, too, which takes a backward pass; else each counts
-            the same.
-        scales: of each sample's gradients; what had to be found out is put here, for other layers of the same sample.
+        seen: also weight inputs by their effect on the finished image, which takes a backward pass. Otherwise each
+            input counts the same.
+        scales: scales of the samples' gradients. A scale found here is added, for other layers of the same sample.
 
     Raises:
         LoopError: `seen`, and the sampling loop cannot be differentiated.
     """
     if not names:
         return
-    trajectories.learn(sample)  # whose short runs are not measured
+    trajectories.learn(sample)  # its short runs must not be measured
     layers = trajectories.target.layers
     watch = _Watch(moments, sample.seed, seen)
     with _hooked(watch.hook, {name: layers[name] for name in names}):
@@ -213,7 +219,7 @@ def _hooked(hook: Callable[[str, Quantizable], Any], layers: Mapping[str, Quanti
 def _backward(
     trajectories: Trajectories, watch: _Watch, sample: Sample, recompute_inside: bool, scales: dict[Sample, float]
 ) -> None:
-    """One backward pass of a random direction through the sampling loop; no gradient of a parameter is kept."""
+    """One backward pass of a probe vector through the sampling loop. It keeps no gradient of a parameter."""
     layers = trajectories.target.layers
     trajectories.end(sample)
     reached = _Reached()
@@ -234,8 +240,10 @@ def _backward(
 def _scale(
     signal: torch.Tensor, v: torch.Tensor, trajectories: Trajectories, layers: Mapping[str, Quantizable]
 ) -> float:
-    """The first scale with which the gradients at all outputs are finite, tried by backward passes of their own where
-    there is a choice; the last if there is none."""
+    """The first scale with which the gradients at all outputs are finite, or the last scale if there is none.
+
+    If there are several scales, separate backward passes try them.
+    """
     tried = scales_for(signal, trajectories.denoisers)
     for scale in tried[: len(tried) - 1]:
         finite: list[torch.Tensor] = []
@@ -247,7 +255,7 @@ def _scale(
 
 
 def _finite_hook(found: list[torch.Tensor], _name: str, layer: Quantizable) -> Any:
-    """Puts into `found`, for each gradient at the layer's output, whether it is finite."""
+    """A hook that appends to `found`, for each gradient at the layer's output, whether it is finite."""
 
     def on_forward(_layer: nn.Module, _args: Any, output: torch.Tensor) -> None:
         if _wants_gradient(output):
@@ -257,7 +265,7 @@ def _finite_hook(found: list[torch.Tensor], _name: str, layer: Quantizable) -> A
 
 
 class _Reached:
-    """Scheduler steps at which a gradient arrived; it is freed at once."""
+    """Records the scheduler steps at which a gradient arrived, and frees each gradient at once."""
 
     def __init__(self) -> None:
         self.steps: set[int] = set()
@@ -268,7 +276,7 @@ class _Reached:
 
     @contextmanager
     def freeing(self, layers: Mapping[str, Quantizable]) -> Iterator[None]:
-        """While the block runs, gradients of the layers' parameters are noted and freed."""
+        """While the block runs, gradients of the layers' parameters are recorded and freed."""
         parameters = [parameter for layer in layers.values() for parameter in layer.parameters()]
         handles = [parameter.register_post_accumulate_grad_hook(self._forget) for parameter in parameters]
         try:

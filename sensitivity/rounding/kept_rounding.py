@@ -1,8 +1,8 @@
 """Rounded weights on disk, because those of all candidates together do not fit in memory.
 
-There is one safetensors file a layer, which holds every candidate and a checksum. It is written tensor by tensor, aside
-and renamed, and never changed again; what is read from it is mapped into memory by the system, not copied. So what is
-resident does not grow with the number of formats.
+Each layer has one safetensors file with all its candidates and a checksum. The file is written tensor by tensor under a
+temporary name, renamed, and never changed again. The system maps tensors from it into memory instead of copying them,
+so resident memory does not grow with the number of formats.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from bitpolicy.policies.identity import tensor_bytes
 from bitpolicy.policies.storage.atomic import written_aside
 from bitpolicy.policies.storage.safetensors_writer import SafetensorsWriter
 
-_CHECKSUM = "checksum"  # of the other tensors; their names have slashes
+_CHECKSUM = "checksum"  # of the other tensors, whose names all contain slashes
 _SPEC = TensorSpec(torch.uint8, (32,))
 
 
 class KeptRounding(Mapping[RoundedKey, torch.Tensor]):
-    """The rounded weights of layers whose files `write_rounded` wrote.
+    """The rounded weights in files that `write_rounded` wrote.
 
     Args:
         files: layer name -> its file.
@@ -54,7 +54,7 @@ class KeptRounding(Mapping[RoundedKey, torch.Tensor]):
         return sum(1 for _ in self)
 
     def _file(self, layer: str) -> tuple[Any, frozenset[str]]:
-        """The layer's file and the names of its tensors; that of the last layer asked for is open."""
+        """The layer's file and the names of its tensors. Only the file of the last requested layer stays open."""
         if self._open[0] != layer:
             if layer not in self._files:
                 return None, frozenset()
@@ -69,7 +69,8 @@ def write_rounded(
     """Write one layer's file.
 
     Args:
-        specs: what `tensors` yields, in any order; each is written before the next is asked for.
+        specs: the specs of all that `tensors` yields, in any order.
+        tensors: each is written before the next is requested.
     """
     digests: dict[str, bytes] = {}
     named = {str(key): spec for key, spec in specs.items()}
@@ -81,8 +82,8 @@ def write_rounded(
 
 
 def is_whole(path: Path, keys: Iterable[RoundedKey]) -> bool:
-    """Whether the file is there as it was written, and holds `keys`."""
-    if not path.is_file():  # a pipe would be waited for
+    """Whether the file exists, is undamaged and holds exactly `keys`."""
+    if not path.is_file():  # opening a named pipe would block
         return False
     try:
         with safe_open(path, "pt") as file:

@@ -1,8 +1,8 @@
-"""Round every layer to every candidate whose quantizer takes more than a moment.
+"""Rounds every layer to every candidate whose rounding method takes more than a moment.
 
-Hessians of all layers at once would be many times the model: layers are taken in parts whose Hessians fit in a set
-memory, with the backward passes of `hessians` anew for each part. What is made of one layer for one candidate is handed
-on before the next is begun.
+The Hessians of all layers at once would take many times the memory of the model. So layers are rounded in parts whose
+Hessians fit in a fixed amount of memory, and the backward passes of `hessians` are repeated for each part. The result
+for one layer and candidate is handed over before the next one is computed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from bitpolicy.policies.calibration import RoundedKey
 from bitpolicy.sensitivity.rounding.candidates import Candidate
 from bitpolicy.sensitivity.rounding.hessians import Moments, hessian_shape
 
-_MEMORY = 2**30  # bytes of second moments held at a time; of larger models as much as their weights take
-_INSTEAD = "mse"  # of a layer that is never called
+_MEMORY = 2**30  # bytes of second moments held at a time; for larger models, the bytes of their weights
+_INSTEAD = "mse"  # the rounding method for a layer that is never called
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class _GridCandidate(Candidate):
 
 
 def parts(layers: Mapping[str, Quantizable], quantizers: Sequence[str]) -> list[list[str]]:
-    """The layers, in order, in parts that are rounded together."""
+    """The layers, in order, divided into parts that are rounded together."""
     found: list[list[str]] = []
     used, room = 0, max(_MEMORY, sum(layer.weight.nbytes for layer in layers.values()))
     of_each = 8 if needs_gradients(quantizers) else 4
@@ -48,19 +48,19 @@ def parts(layers: Mapping[str, Quantizable], quantizers: Sequence[str]) -> list[
 
 
 def needs_hessian(quantizers: Sequence[str]) -> bool:
-    """Whether one of the quantizers wants it."""
+    """Whether any of the rounding methods needs a Hessian."""
     return any(q in HESSIANS for q in quantizers)
 
 
 def needs_gradients(quantizers: Sequence[str]) -> bool:
-    """Whether one of them wants to know what the finished image sees."""
+    """Whether any of the rounding methods needs gradients of the finished image."""
     return any(HESSIANS.get(q) == "trajectory" for q in quantizers)
 
 
 def announced(
     name: str, shape: Shape, wanted: Sequence[Candidate], storage: torch.dtype
 ) -> dict[RoundedKey, TensorSpec]:
-    """What `rounded` gives of a weight of `shape`."""
+    """The specs of what `rounded` yields for a weight of `shape`."""
     return {
         _key(name, candidate, suffix): spec
         for candidate in _kept(wanted, shape)
@@ -71,15 +71,15 @@ def announced(
 def rounded(
     name: str, weight: torch.Tensor, wanted: Sequence[Candidate], moments: Moments | None
 ) -> Iterator[tuple[RoundedKey, torch.Tensor]]:
-    """What every candidate but round to nearest makes of one weight, on the CPU, one at a time.
+    """One weight rounded by every candidate except round to nearest, on the CPU, one candidate at a time.
 
     Args:
         weight: in the storage dtype.
-        moments: of the layer's inputs; without them what wants a Hessian is rounded by `mse`.
+        moments: of the layer's inputs. Without them, `mse` replaces the methods that need a Hessian.
     """
     alike = [(HESSIANS.get(c.quantizer, ""), c.format.rotation, c) for c in _kept(wanted, weight.shape)]
     for (kind, _), group in groupby(sorted(alike, key=lambda entry: entry[:2]), key=lambda entry: entry[:2]):
-        curvature: Curvature | None = None  # of one kind and rotation at a time
+        curvature: Curvature | None = None  # for one kind and rotation at a time
         for _, _, candidate in group:
             format = candidate.format
             if kind and moments is not None:
@@ -91,7 +91,7 @@ def rounded(
 
 
 def _kept(wanted: Sequence[Candidate], shape: Shape) -> Iterator[_GridCandidate]:
-    """Candidates whose rounding is kept: any other can be made again in no time."""
+    """The candidates whose rounding is kept. All others take no time to compute again."""
     for candidate in wanted:
         format = candidate.format
         if candidate.quantizer != RTN and isinstance(format, GridFormat) and format.fits(shape):

@@ -1,7 +1,7 @@
-"""The rounding pass: every layer rounded by every candidate, once, part by part, and kept on disk layer by layer.
+"""The rounding pass: rounds every layer by every candidate once, part by part, and stores each layer on disk.
 
-A layer's rounding depends on nothing but its weight and the samples, so that any process may make it, in any order; a
-pass that was killed goes on with the layers it lacks.
+A layer's rounding depends only on its weight and the samples. So any process can compute it, in any order, and a pass
+that was killed resumes with the missing layers.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.trajectory.trajectories import LoopError, Trajectories
 from bitpolicy.sensitivity.workers import complete_files
 
-HESSIAN_SAMPLES = 8  # of the calibration samples, whose trajectories Hessians are of
+HESSIAN_SAMPLES = 8  # of the calibration samples, on whose trajectories Hessians are measured
 
 
 @dataclass(frozen=True)
 class RoundingPass:
-    """What is rounded, by what, and where it is kept.
+    """One rounding pass: what to round, by which methods, and where to store it.
 
     Attributes:
         trajectories: the pipeline with its call arguments.
-        candidates: packed formats, each with its quantizer.
+        candidates: packed formats, each with its rounding method.
         storage: dtype of the stored weights.
-        samples: whose trajectories Hessians are of.
-        recompute_inside: checkpoint inside the denoiser, too.
-        folder: one file a layer.
-        stages: progress and warnings.
+        samples: the samples on whose trajectories Hessians are measured.
+        recompute_inside: also checkpoint inside the denoiser.
+        folder: holds one file per layer.
+        stages: shows progress and warnings.
     """
 
     trajectories: Trajectories
@@ -53,7 +53,7 @@ class RoundingPass:
     _scales: dict[Sample, float] = field(default_factory=dict)
 
     def files(self) -> dict[str, Path]:
-        """Layer name -> the file of what was rounded; those that are missing are made."""
+        """Layer name -> the file with its rounded weights. Missing files are made."""
         paths = {name: self.folder / f"{name}.safetensors" for name in self._layers}
 
         def whole(name: str) -> bool:
@@ -85,15 +85,15 @@ class RoundingPass:
         return announced(name, self._layers[name].weight.shape, self.candidates, self.storage)
 
     def _moments(self, names: Sequence[str], advance: Callable[[], None]) -> dict[str, Moments]:
-        """Second moments of the inputs of those layers, if a quantizer wants them."""
+        """Second moments of the inputs of those layers, if a rounding method needs them."""
         if not needs_hessian(self._quantizers):
             return {}
         try:
             found = self._measured(names, needs_gradients(self._quantizers), advance)
         except LoopError as error:
-            self.stages.warn(f"{error}; weights are rounded by what layers are given alone")
+            self.stages.warn(f"{error}; weights are rounded without gradients, by the layers' inputs alone")
             return self._measured(names, False, lambda: None)
-        self._warn_of_what_is_not_finite(found)
+        self._warn_if_not_finite(found)
         return found
 
     def _measured(self, names: Sequence[str], seen: bool, advance: Callable[[], None]) -> dict[str, Moments]:
@@ -103,12 +103,12 @@ class RoundingPass:
             advance()
         return found
 
-    def _warn_of_what_is_not_finite(self, found: dict[str, Moments]) -> None:
+    def _warn_if_not_finite(self, found: dict[str, Moments]) -> None:
         seen = {name: moments.seen for name, moments in found.items() if moments.seen is not None}
         bad = [name for name in self._layers if name in seen and not torch.isfinite(seen[name]).all()]
         if bad:
             others = f" and {len(bad) - 1} other layers" if bad[1:] else ""
             self.stages.warn(
-                f"the gradient at {bad[0]}{others} is NaN or Inf: rounded by what is given there alone; "
+                f"the gradient at {bad[0]}{others} is NaN or Inf, so rounding uses only the inputs there; "
                 f"{advice(self.trajectories.target.dtype)}"
             )

@@ -1,6 +1,8 @@
-"""Checkpoint every call of the denoisers (Griewank and Walther 2000): memory holds the latents of a trajectory and the
-activations of one call. Studied models outside the loop, text encoders and the decoder, are checkpointed likewise: what
-they hold would lie beside the activations of every call."""
+"""Checkpoints every call of the denoisers (Griewank and Walther 2000).
+
+Memory then holds the latents of a trajectory and the activations of one call. Studied models outside the loop (text
+encoders and the decoder) are checkpointed as well: otherwise their activations would stay in memory during every call.
+"""
 
 from __future__ import annotations
 
@@ -17,22 +19,22 @@ from bitpolicy.policies.components import is_autoencoder
 from bitpolicy.sensitivity.trajectory.decoding import replaced_method
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
-_LARGE = 500_000_000  # parameters; from here on models are also checkpointed inside, block by block
+_LARGE = 500_000_000  # parameters from which models are also checkpointed inside, block by block
 
 
 def is_large(trajectories: Trajectories) -> bool:
-    """Whether what is studied and run is so large that gradients take checkpoints inside the models, too."""
+    """Whether the models are so large that gradients need checkpoints inside the models, too."""
     models = [*trajectories.denoisers, *trajectories.outside.values()]
     return sum(p.numel() for model in models for p in model.parameters()) >= _LARGE
 
 
 class CheckpointedCalls:
-    """Checkpoints calls, and tells during the backward pass which step's call is being redone.
+    """Checkpoints calls, and reports during the backward pass which step's call is recomputed.
 
     Attributes:
         steps: scheduler steps at which a studied denoiser was called in the last forward pass.
-        cut: those of any denoiser that no gradient gets back to: called under `no_grad`, or followed by a call on a
-            detached sample.
+        cut: steps at which any denoiser was called and that no gradient reaches: the call was made under `no_grad`, or
+            the next call got a detached sample.
         called: names of the studied models outside the loop that were called.
     """
 
@@ -46,13 +48,15 @@ class CheckpointedCalls:
 
     @property
     def not_redone(self) -> set[int]:
-        """Steps at which a denoiser was called, studied or not, and that the last backward pass did not come to."""
+        """Steps at which a denoiser, studied or not, was called and that the last backward pass did not reach."""
         return self._all_steps - self._redone
 
     @contextmanager
     def installed(self, recompute_inside: bool) -> Iterator[None]:
-        """Args:
-        recompute_inside: also checkpoint inside denoisers and autoencoders, block by block, where they can.
+        """Checkpoint calls while the block runs.
+
+        Args:
+            recompute_inside: also checkpoint inside denoisers and autoencoders that support it, block by block.
         """
         self.steps, self.cut, self.called, self._all_steps, self._redone = set(), set(), set(), set(), set()
         studied = self._trajectories.studied_denoisers
@@ -72,7 +76,7 @@ class CheckpointedCalls:
             yield
 
     def new_backward(self) -> None:
-        """A backward pass begins."""
+        """Start a new backward pass."""
         self._redone = set()
 
     def _in_loop(self, studied: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -95,7 +99,7 @@ class CheckpointedCalls:
         return wrap
 
     def _redo(self, step: int) -> None:
-        """A call begins, for the first time or, in the backward pass, once more."""
+        """Record that a call begins, for the first time or again in the backward pass."""
         self._on_step(step)
         if torch.is_grad_enabled():
             self._redone.add(step)
@@ -117,7 +121,7 @@ def _any_requires_grad(arguments: Any) -> bool:
 
 
 def _checkpointed(original: Callable[..., Any], args: Any, kwargs: Any, at_start: Callable[[], None]) -> Any:
-    """`original(*args, **kwargs)` with nothing kept but its arguments; every tensor goes in as one of its own."""
+    """`original(*args, **kwargs)`, keeping only its arguments. Every tensor in them becomes a separate argument."""
     leaves, arguments = pytree.tree_flatten((args, kwargs))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
     structure: list[Any] = []
@@ -132,7 +136,7 @@ def _checkpointed(original: Callable[..., Any], args: Any, kwargs: Any, at_start
         structure[:] = [spec]
         return tuple(outputs)
 
-    # the anchor requires grad, as nothing else does at the first step, where the graph would be lost without it
+    # at the first step nothing else requires grad, and the graph would be lost without the anchor
     anchor = torch.zeros((), requires_grad=True)
     tensors = [leaves[i] for i in places]
     outputs = checkpoint(run, anchor, *tensors, use_reentrant=True, preserve_rng_state=False)
@@ -141,7 +145,7 @@ def _checkpointed(original: Callable[..., Any], args: Any, kwargs: Any, at_start
 
 @contextmanager
 def _block_checkpoints(model: Any) -> Iterator[None]:
-    """diffusers' own checkpoints, one a block; those that were on stay on."""
+    """Turn on diffusers' own checkpoints, one per block, while the block runs. If they were on before, they stay on."""
     if not getattr(model, "_supports_gradient_checkpointing", False) or model.is_gradient_checkpointing:
         yield
         return
@@ -158,8 +162,10 @@ def _needs_float32(model: Any) -> bool:
 
 @contextmanager
 def _in_float32(model: Any) -> Iterator[None]:
-    """Hold an autoencoder that overflows in float16 in float32 while the block runs. Pipelines cast it for the call of
-    `decode` and back, but the backward pass comes later."""
+    """Keep an autoencoder that overflows in float16 in float32 while the block runs.
+
+    Pipelines cast it only for the call of `decode`, but the backward pass comes later.
+    """
     if not _needs_float32(model):
         yield
         return
@@ -174,7 +180,7 @@ def _in_float32(model: Any) -> Iterator[None]:
 
 
 def _as_float32(leaf: Any, model: nn.Module) -> Any:
-    """What comes in half precision for a model that is held in float32."""
+    """`leaf` in float32 if it is a float16 tensor for an autoencoder in float32, else as it is."""
     dtype = next(model.parameters()).dtype
     half = isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float16
     return leaf.float() if half and dtype == torch.float32 and is_autoencoder(model) else leaf

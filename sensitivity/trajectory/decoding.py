@@ -1,10 +1,10 @@
-"""What an autoencoder makes of the final latent, caught while a pipeline runs.
+"""Captures what an autoencoder decodes from the final latent while a pipeline runs.
 
-The layers of an autoencoder have no say in the final latent. Where one is studied, all errors are therefore errors of
-the image: of what `decode` gives, taken from [-1, 1] to [0, 1] and clamped, as pipelines of diffusers do next. The
-clamp belongs to it: a pixel that is white already shows no error that makes it whiter, and the mean squared error
-of such images is the one that PSNR and the study's trials see. What pipelines do after that (watermarks, safety
-checkers, PIL) is not differentiable, and the loop is left before it.
+The layers of an autoencoder do not affect the final latent. If an autoencoder is studied, all errors are therefore
+errors of the image: the output of `decode`, mapped from [-1, 1] to [0, 1] and clamped, as diffusers' pipelines do next.
+The clamp is included because a pixel that is already white does not show an error that makes it whiter, and because
+PSNR and the study's trials use the mean squared error of clamped images. What pipelines do afterwards (watermarks,
+safety checkers, PIL) is not differentiable, so the pipeline is left before that.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def replaced_method(module: Any, name: str, wrap: Callable[[Callable[..., Any]],
 
 
 class Decoding:
-    """Catches what the autoencoder decodes from the final latent.
+    """Captures what the autoencoder decodes from the final latent.
 
     Args:
-        autoencoder: whose `decode` is watched.
-        steps: tells how many scheduler steps were taken.
+        autoencoder: the model whose `decode` is watched.
+        steps: returns the number of scheduler steps taken so far.
     """
 
     def __init__(self, autoencoder: nn.Module, steps: Callable[[], int]) -> None:
@@ -56,8 +56,10 @@ class Decoding:
 
     @contextmanager
     def watched(self, leave_after: int = 0) -> Iterator[None]:
-        """Args:
-        leave_after: raise `Decoded` after so many calls; 0 never does.
+        """Watch `decode` while the block runs.
+
+        Args:
+            leave_after: raise `Decoded` after this many calls; 0 means never.
         """
         self._made = []
 
@@ -75,9 +77,9 @@ class Decoding:
             yield
 
     def images(self) -> torch.Tensor:
-        """What was decoded after the last step, in [0, 1], in the compute dtype; chunks of a batch are put together.
+        """The images decoded after the last step, in [0, 1], in the compute dtype. Chunks of a batch are concatenated.
 
-        The graph, if there is one, is given away with it.
+        The result holds the graph, if there is one; nothing else keeps it.
 
         Raises:
             BitPolicyError: the pipeline decoded nothing.
@@ -85,7 +87,7 @@ class Decoding:
         made, self._made = self._made, []
         if not made:
             raise BitPolicyError(
-                f"the pipeline makes its images without decode of {type(self._autoencoder).__name__}; "
+                f"the pipeline makes its images without calling decode of {type(self._autoencoder).__name__}; "
                 "leave the autoencoder out of --component"
             )
         last = max(step for step, _ in made)

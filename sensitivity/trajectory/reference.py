@@ -1,4 +1,4 @@
-"""The reference pass over the calibration samples: the mean input of every layer, the size of the signal."""
+"""The reference pass over the calibration samples: measures the mean input of every layer and the signal's power."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
 @dataclass(frozen=True)
 class ReferencePass:
-    """What the reference did on the calibration samples.
+    """What the reference pass measured on the calibration samples.
 
     Attributes:
-        calibration: E[x] over samples, steps and positions, on the CPU. A probe adds what quantizers made.
-        latent_power: E|x_0|^2, the mean squared norm of the signal: of the final latent, or of the image where an
+        calibration: E[x] over samples, steps and positions, on the CPU. A probe adds rounded weights to it.
+        latent_power: E|x_0|^2, the mean squared norm of the signal. The signal is the final latent, or the image if an
             autoencoder is studied.
         calls: denoiser calls of one trajectory.
     """
@@ -37,7 +37,7 @@ class ReferencePass:
 
     @classmethod
     def merged(cls, parts: Sequence[Mapping[str, torch.Tensor]]) -> ReferencePass:
-        """Reduce what `reference_part` gave for each part of the samples, in the order given."""
+        """Reduce the results of `reference_part` for each part of the samples, in the order given."""
         total: dict[str, torch.Tensor] = {}
         for part in parts:
             for key, value in part.items():
@@ -48,7 +48,7 @@ class ReferencePass:
         return cls(calibration, float(total["power"]) / samples, round(float(total["calls"]) / samples))
 
 
-_SUM, _COUNT = "sum ", "count "  # no layer's name begins with these: a space cannot stand in a module path
+_SUM, _COUNT = "sum ", "count "  # no layer name begins with these, because a module path has no spaces
 
 
 def reference_part(trajectories: Trajectories, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
@@ -56,7 +56,7 @@ def reference_part(trajectories: Trajectories, samples: Sequence[Sample]) -> dic
     sums = _Sums()
     layers = trajectories.target.layers.items()
     for sample in samples[:1]:
-        trajectories.learn(sample)  # whose short runs are none of those that are added up
+        trajectories.learn(sample)  # its short runs must not be added up
     handles: list[Any] = [
         layer.register_forward_pre_hook(sums.of_inputs(name, layer), with_kwargs=True) for name, layer in layers
     ]
@@ -78,7 +78,7 @@ class _Sums:
 
     def __init__(self) -> None:
         self.total: dict[str, torch.Tensor] = {}
-        self.samples_now = 0  # samples that share the calls that are made now
+        self.samples_now = 0  # number of samples that share the current calls
 
     def add(self, key: str, value: torch.Tensor) -> None:
         value = value.cpu()
@@ -87,7 +87,7 @@ class _Sums:
     def of_inputs(self, name: str, layer: Quantizable) -> Callable[..., None]:
         def add(_module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
             x = args[0] if args else kwargs["input"]
-            rows = torch.tensor(float(len(x)), dtype=torch.float64)  # calls differ in how many samples they hold
+            rows = torch.tensor(float(len(x)), dtype=torch.float64)  # calls differ in their number of samples
             self.add(_SUM + name, mean_patch(layer, x).double() * rows)
             self.add(_COUNT + name, rows)
 

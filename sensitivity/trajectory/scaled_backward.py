@@ -1,7 +1,7 @@
 """Backward passes through a sampling loop, scaled under float16 so that gradients neither overflow nor vanish.
 
-Gradients are linear in v: those of scale * v are divided by the scale again in float32, where nothing is lost. It is
-the loss scaling of Micikevicius et al. 2018, "Mixed Precision Training", section 3.2.
+Gradients are linear in v: those of scale * v are divided by the scale in float32, where nothing is lost. This is the
+loss scaling of Micikevicius et al. 2018, "Mixed Precision Training", section 3.2.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from torch import nn
 
 from bitpolicy.sensitivity.trajectory.trajectories import LoopError
 
-_HALF_SCALES = [2.0**power for power in (8, 4, 0, -4, -8, -12)]  # of v under float16, largest that stays finite wins
+_HALF_SCALES = [2.0**power for power in (8, 4, 0, -4, -8, -12)]  # of v under float16, largest first
 
 
 def scales_for(signal: torch.Tensor, denoisers: Iterable[nn.Module]) -> list[float]:
-    """What v may be multiplied by, in the order to try.
+    """The scales for v, in the order to try. The first one that keeps gradients finite is used.
 
     Args:
-        signal: the latent, or the image of a decoder that is held in float32 beside denoisers in float16.
+        signal: the latent, or the image. The image may come from a decoder in float32 while denoisers are in float16.
     """
     dtypes = {signal.dtype, *(next(denoiser.parameters()).dtype for denoiser in denoisers)}
     return _HALF_SCALES if torch.float16 in dtypes else [1.0]
 
 
 def backward(signal: torch.Tensor, v: torch.Tensor, scale: float, keep: bool) -> None:
-    """Gradients of scale * <v, signal>, for hooks to take.
+    """Compute the gradients of scale * <v, signal>. Hooks use them.
 
     Args:
-        keep: the graph, for another backward pass.
+        keep: keep the graph for another backward pass.
 
     Raises:
         LoopError: the sampling loop cannot be differentiated.

@@ -1,10 +1,12 @@
-"""Run a pipeline's own sampling loop: finished images, final latents, or a differentiable latent.
+"""Runs a pipeline's own sampling loop, which gives finished images, final latents or a differentiable latent.
 
 No sampler code is needed: `type(pipe).__call__` is the loop, with whatever scheduler the pipeline has, and the function
-that diffusers' `torch.no_grad` decorator wraps is differentiable end to end. What is studied is the *signal*: the
-latents that the pipeline returns; where it returns none (DDIM, DDPM and DiT decode at once), the sample that the last
-scheduler step gives, and the loop is left there. Where an autoencoder is studied it is the image instead. How the
-pipeline is called is learned from its signature and from short runs (`bitpolicy.sensitivity.calls.rehearsal`).
+inside diffusers' `torch.no_grad` decorator is differentiable from end to end.
+
+Errors are errors of the *signal*. It is the latents that the pipeline returns. If it returns none (DDIM, DDPM and DiT
+decode at once), it is the sample from the last scheduler step, and the loop is left there. If an autoencoder is
+studied, it is the image. The pipeline's signature and short runs show how to call it
+(`bitpolicy.sensitivity.calls.rehearsal`).
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from bitpolicy.sensitivity.probes.compute_range import advice
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.trajectory.decoding import Decoded, Decoding, replaced_method
 
-_SMALL, _SMALL_BATCH = 100_000_000, 4  # parameters below which several samples share one call, and how many
+_SMALL, _SMALL_BATCH = 100_000_000, 4  # below this many parameters, this many samples share one call
 
 
 class LoopError(BitPolicyError):
@@ -48,8 +50,8 @@ class _End:
     Attributes:
         arguments: of the sample; they may set the number of steps.
         steps: scheduler steps of the whole loop.
-        leave_after: the same where the pipeline returns no latents, 0 where it does.
-        decodes: calls of the autoencoder's `decode`, where it is studied.
+        leave_after: `steps` if the pipeline returns no latents, else 0.
+        decodes: calls of the autoencoder's `decode`, if it is studied.
     """
 
     arguments: Mapping[str, Any]
@@ -65,14 +67,15 @@ class Trajectories:
     """The sampling loop of one pipeline with fixed call arguments.
 
     Attributes:
-        pipe: the pipeline; its models may be changed between runs, and the change shows.
+        pipe: the pipeline. Its models may be changed between runs, and the next run uses the change.
         target: the components under study.
         denoisers: the models whose calls make up the trajectory, studied or not.
-        outside: what of the target is called before the loop or after it: text encoders, the autoencoder; by name.
-        draws: whether the autoencoder is studied, and so the signal is the image.
+        outside: the target's components that are called before or after the loop (text encoders, the autoencoder), by
+            name.
+        draws: whether the autoencoder is studied, so that the signal is the image.
         call: arguments of every pipeline call, e.g. {"num_inference_steps": 20}.
-        steps: number of scheduler steps of the last run, those of the current run so far.
-        batch: how many samples share one call where no gradient is wanted.
+        steps: number of scheduler steps of the last run, or of the current run so far.
+        batch: how many samples share one call without gradients.
     """
 
     def __init__(self, pipe: DiffusionPipeline, components: Sequence[str], call: Mapping[str, Any]) -> None:
@@ -84,7 +87,7 @@ class Trajectories:
         self.caller = Caller(pipe, self.call, self._decoding)
         self.require(self.call)
         self._form: Form | None = None
-        self._end: _End | None = None  # of the last run that came to it
+        self._end: _End | None = None  # of the last run that reached its end
         self._batch: int | None = None
         self._small = sum(p.numel() for model in self.denoisers for p in model.parameters()) < _SMALL
         pipe.set_progress_bar_config(disable=True)
@@ -104,8 +107,9 @@ class Trajectories:
         self._batch = count
 
     def learn(self, sample: Sample) -> Form:
-        """How the pipeline is called; the first time it takes short runs of `sample`. Hooks see them, too: who counts
-        calls, or looks at what layers are given, lets it learn before.
+        """How the pipeline is called. The first time, this takes short runs of `sample`.
+
+        Hooks see these runs, too. Code that counts calls or records the inputs of layers has to call `learn` first.
 
         Raises:
             BitPolicyError: the pipeline refuses the call.
@@ -118,7 +122,7 @@ class Trajectories:
     def _watch_autoencoder(self) -> Decoding | None:
         found = {name: model for name, model in self.outside.items() if is_autoencoder(model)}
         if len(found) > 1:
-            raise BitPolicyError(f"{' and '.join(found)} each make something of a latent; name one of them only")
+            raise BitPolicyError(f"{' and '.join(found)} are autoencoders; name only one of them in --component")
         return next((Decoding(model, lambda: self.caller.loop.steps) for model in found.values()), None)
 
     @property
@@ -127,12 +131,12 @@ class Trajectories:
 
     @property
     def studied_denoisers(self) -> list[nn.Module]:
-        """Those of `denoisers` that are under study."""
+        """The denoisers that are under study."""
         return [model for model in self.denoisers if any(model is studied for studied in self.target.models)]
 
     @property
     def outside_layers(self) -> dict[str, str]:
-        """Layer name -> component, of the studied layers outside the loop."""
+        """Layer name -> component, for the studied layers outside the loop."""
         return {
             f"{self.target.prefix(owner)}{name}": owner
             for owner, model in self.outside.items()
@@ -143,32 +147,35 @@ class Trajectories:
         """Check names and values of call arguments.
 
         Raises:
-            BitPolicyError: the pipeline takes none of that name, it is set here, or the value is of a wrong type.
+            BitPolicyError: the pipeline takes no argument of that name, every sample sets it, or its type is wrong.
         """
         self.caller.signature.require(arguments)
 
     def without_effect(self, sample: Sample, names: Sequence[str]) -> list[str]:
-        """Which of the call arguments `names` change nothing: the images of `sample` are the same without them."""
+        """The call arguments in `names` that have no effect: the images of `sample` are the same without them."""
         return without_effect(self.caller, self.learn(sample), sample, names)
 
     def images(self, samples: Iterable[Sample]) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
         """(decoded image, final latent) of each sample without gradients; `batch` samples share one pipeline call.
 
         Yields:
-            image float32 on the CPU, shape (C, H, W), for a video (frames, C, H, W), in [0, 1], not rounded to 8 bits;
-            latent float32 on the CPU, shape (C, h, w) or as the pipeline has it, scaled as the denoiser sees it.
+            The image, float32 on the CPU, shape (C, H, W), or (frames, C, H, W) for a video, in [0, 1], not rounded to
+            8 bits. The latent, float32 on the CPU, shape (C, h, w) or the pipeline's own, scaled as the denoiser sees
+            it.
         """
         for image, latent, _ in self._drawn(samples):
             yield image, latent
 
     def images_and_signals(self, samples: Iterable[Sample]) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
-        """(decoded image, signal) of each sample; as `images` and `signals`."""
+        """(decoded image, signal) of each sample, as in `images` and `signals`."""
         for image, latent, decoded in self._drawn(samples):
             yield image, latent if decoded is None else decoded
 
     def signals(self, samples: Iterable[Sample]) -> Generator[torch.Tensor, None, None]:
-        """What errors are errors of, of each sample, without gradients, float32 on the CPU: the final latent; where an
-        autoencoder is studied, the image in [0, 1]."""
+        """The signal of each sample without gradients, float32 on the CPU.
+
+        It is the final latent or, if an autoencoder is studied, the image in [0, 1].
+        """
         if not self.draws:
             yield from self.latents(samples)
             return
@@ -179,7 +186,7 @@ class Trajectories:
     def _drawn(
         self, samples: Iterable[Sample]
     ) -> Generator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], None, None]:
-        """Image, latent, and what was decoded where that is watched, of each sample."""
+        """The image and the latent of each sample, and the decoded image if the autoencoder is studied."""
         for part in self.parts(samples):
             images = drawn(self._run(part, self.learn(part[0]).finished), len(part))
             if not all(torch.isfinite(image).all() for image in images):
@@ -188,7 +195,7 @@ class Trajectories:
             yield from zip(images, latents, self._decoded(part), strict=True)
 
     def _decoded(self, part: Sequence[Sample]) -> Sequence[torch.Tensor | None]:
-        """What was decoded in the last run, for each sample of it; None of each where that is not watched."""
+        """The images decoded in the last run, one per sample; all None if the autoencoder is not studied."""
         if self._decoding is None:
             return [None] * len(part)
         self._end = _End(part[0].arguments, self.steps, 0, self._decoding.calls)
@@ -199,13 +206,12 @@ class Trajectories:
 
     def _overflow(self, part: Sequence[Sample]) -> BitPolicyError:
         return BitPolicyError(
-            f"the decoded image of {part[0].prompt!r}, seed {part[0].seed}, has NaN or Inf, its latent has "
-            f"none: the decoder overflows; {advice(self.target.dtype)}"
+            f"the decoded image of {part[0].prompt!r}, seed {part[0].seed}, has NaN or Inf, but its latent has "
+            f"none, so the decoder overflows; {advice(self.target.dtype)}"
         )
 
     def latents(self, samples: Iterable[Sample]) -> Generator[torch.Tensor, None, None]:
-        """The final latent of each sample without gradients, float32 on the CPU, shape (C, h, w) or as the pipeline
-        has it."""
+        """The final latent of each sample without gradients, float32 on the CPU, shape (C, h, w) or the pipeline's."""
         for part in self.parts(samples):
             yield from self._latents(part).float().cpu()
 
@@ -240,18 +246,18 @@ class Trajectories:
                 signal = rows(self._decoding.images(), 1)
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError as error:  # torch's word for in-place changes and for numpy() on a graph
+            except RuntimeError as error:  # torch raises it for in-place changes and for numpy() on a graph
                 raise LoopError(f"the sampling loop of {self._class} cannot be differentiated: {error}") from error
         self.caller.loop.forget()
         if not isinstance(signal, torch.Tensor):
-            raise LoopError(f"the sampling loop of {self._class} gives no tensor")
+            raise LoopError(f"the sampling loop of {self._class} does not return a tensor")
         if not signal.requires_grad:
             raise LoopError(f"the sampling loop of {self._class} detaches its result")
         return signal
 
     @contextmanager
     def _encoding(self) -> Iterator[None]:
-        """While the block runs, `encode_prompt` passes gradients on: some pipelines decorate it like `__call__`."""
+        """While the block runs, `encode_prompt` lets gradients pass; some pipelines decorate it like `__call__`."""
         decorated = getattr(type(self.pipe), "encode_prompt", None)
         undecorated = inspect.unwrap(decorated) if decorated else None
         if not self.outside or undecorated is decorated:
@@ -262,7 +268,7 @@ class Trajectories:
             yield
 
     def end(self, sample: Sample) -> _End:
-        """How the loop ends for `sample`; takes a run without gradients where that is not known yet."""
+        """How the loop ends for `sample`. This takes a run without gradients if it is not known yet."""
         if self._end is None or not self._end.holds_for(sample):
             next(self.signals([sample]))
         assert self._end is not None
@@ -273,7 +279,7 @@ class Trajectories:
         return type(self.pipe).__name__
 
     def parts(self, samples: Iterable[Sample]) -> Iterator[list[Sample]]:
-        """What shares a pipeline call: up to `batch` samples; one with arguments of its own stays alone."""
+        """The samples of each pipeline call: up to `batch` of them, or a single one if any has its own arguments."""
         waiting = iter(samples)
         for first in itertools.islice(waiting, 1):
             if self._batch is None and self._small:
@@ -295,7 +301,7 @@ class Trajectories:
             raise refused(self._class, error) from error
 
     def _located(self, part: Sequence[Sample], asked: Mapping[str, Any]) -> BitPolicyError:
-        """Which layer is the first to give NaN or Inf: run again and look at each."""
+        """An error that names the first layer to give NaN or Inf. It runs the part again and checks each layer."""
         found: list[tuple[int, str]] = []
 
         def look(name: str) -> Callable[..., None]:
@@ -310,7 +316,7 @@ class Trajectories:
         try:
             self.caller.run(part, self.learn(part[0]).writing, asked)
         except NotFinite:
-            pass  # found as before, with the layer's name now
+            pass  # now the layer is known
         finally:
             for handle in handles:
                 handle.remove()

@@ -127,7 +127,7 @@ def _stored(*models: torch.nn.Module) -> list[torch.Tensor]:
         ({"budget": "50%", "scope": "disk"}, "unknown scope 'disk'; write any of weights, pipeline, peak"),
         ({"budget": "50%", "height": 64}, 'add scope="peak"'),
         ({"budget": "50%", "quantizer": "awq"}, "unknown quantizer 'awq'; write any of rtn, mse, hqq, gptq"),
-        ({"budget": "50%", "quantizer": "auto", "probe": "weight"}, "does not choose between quantizers"),
+        ({"budget": "50%", "quantizer": "auto", "probe": "weight"}, "the weight probe cannot choose"),
         ({"target_lpips": -1.0}, "target_lpips is -1.0; give a distance above 0"),
     ],
     ids=str,

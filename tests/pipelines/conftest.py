@@ -1,8 +1,8 @@
-"""Toys under study: each run by its pipeline's own call, at a precision where finite differences are exact.
+"""Fixtures: toy pipelines run by their own call, at a precision where finite differences are exact.
 
-For a change dW of the weights the adjoint probe's sketch is <v, J dW>, the slope of <v, x_0> along dW. Here the weights
-are moved by +-a dW, the pipeline is called as a user calls it, and the two ends are subtracted: no gradient, no
-trajectory code and no sketch of ours takes part.
+For a change dW of the weights, the adjoint probe's sketch is <v, J dW>, the slope of <v, x_0> along dW. Here the
+weights are moved by +-a dW, the pipeline is called as a user calls it, and the two results are subtracted. This uses no
+gradients, and neither the trajectory code nor the sketches under test.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ REQUESTS = {"prompt": ["a red heart", "pizza", "a cat"], "class_labels": ["207",
 
 @pytest.fixture(scope="module", autouse=True)
 def quiet_diffusers() -> Iterator[None]:
-    """Toys are cast and fed in ways that diffusers advises against."""
+    """Silence diffusers: toys are cast and called in ways that it advises against."""
     before = diffusers.logging.get_verbosity()
     diffusers.logging.set_verbosity_error()
     yield
@@ -45,7 +45,7 @@ def quiet_diffusers() -> Iterator[None]:
 
 
 class _Unrounded(TorchFunctionMode):
-    """Wherever code asks for float32, as most schedulers and some norms do, it gets float64."""
+    """Gives float64 wherever code requests float32, as most schedulers and some norms do."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         func = torch.Tensor.double if func is torch.Tensor.float else func
@@ -63,7 +63,7 @@ def _unrounded(denoisers: Sequence[nn.Module], outside: Sequence[nn.Module] = ()
         stack.enter_context(
             patch.object(VaeImageProcessor, "numpy_to_pt", staticmethod(lambda image: numpy_to_pt(image).double()))
         )
-        for denoiser in denoisers:  # a checkpointed call is made again in the backward pass, which suspends the mode
+        for denoiser in denoisers:  # a checkpointed call runs again in the backward pass, which suspends the mode
             stack.enter_context(patch.object(denoiser, "forward", _in_float64(denoiser.forward)))
         for model in outside:
             method = "decode" if hasattr(model, "decode") else "forward"
@@ -83,10 +83,10 @@ def _in_float64(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Subject:
-    """A toy, its trajectories, and samples of its kind.
+    """A toy, its trajectories, and samples that suit it.
 
     Attributes:
-        call: what both `trajectories` and `own_call` give to the pipeline with every sample.
+        call: arguments that both `trajectories` and `own_call` pass to the pipeline with every sample.
     """
 
     toy: Toy
@@ -96,7 +96,7 @@ class Subject:
     samples: tuple[Sample, ...]
 
     def unrounded(self) -> AbstractContextManager[None]:
-        """While the block runs, a pipeline of float64 weights computes in float64 from the noise to the latent."""
+        """While the block runs, a pipeline with float64 weights computes in float64 from the noise to the latent."""
         return _unrounded(self.trajectories.denoisers, list(self.trajectories.outside.values()))
 
     @property
@@ -115,7 +115,7 @@ class Subject:
             return self.pipe(**asked, **self.call, **sample.arguments, generator=generator, output_type=output_type)[0]
 
     def final_latent(self, sample: Sample, watch: Callable[[int], None] = lambda step: None) -> torch.Tensor:
-        """What the pipeline returns for "latent"; what its last scheduler step made where it returns images.
+        """The pipeline's output for "latent", or the result of its last scheduler step if it returns images.
 
         Args:
             watch: called with 0 before the first step, with 1 after it, and so on.
@@ -126,10 +126,10 @@ class Subject:
             output = self.own_call(sample, "latent" if self.toy.gives_latents else "pt")
         if isinstance(output, torch.Tensor) and self.toy.gives_latents:
             return output
-        return made[-1][:1]  # of DiT, which carries every sample twice, the half that becomes the image
+        return made[-1][:1]  # DiT holds every sample twice; take the half that becomes the image
 
     def image(self, sample: Sample, watch: Callable[[int], None] = lambda step: None) -> torch.Tensor:
-        """What the pipeline returns for "pt", shape (1, ...); `watch` is called with 0 before it."""
+        """The pipeline's output for "pt", shape (1, ...). `watch` is called with 0 before it."""
         watch(0)
         output = self.own_call(sample, "pt")
         if isinstance(output, torch.Tensor):
@@ -162,8 +162,8 @@ class Subject:
 
         Args:
             moves: dW of each parameter that moves.
-            vector: number of the direction v.
-            step: the parameters are moved while the scheduler has taken so many steps; None is throughout.
+            vector: index of the probe vector v.
+            step: move the parameters only while the scheduler has taken this many steps; None means throughout.
         """
         ends = [self._projected(moves, sign * _AMOUNT, vector, step) for sign in (1, -1)]
         return (ends[0] - ends[1]) / (2 * _AMOUNT)
@@ -190,7 +190,7 @@ class Subject:
         return stored.double() - weight.double()
 
     def bias_change(self, name: str, format: Format, mean_input: torch.Tensor) -> torch.Tensor:
-        """-(Q(W) - W) E[x], summed output by output over the inputs that it sees."""
+        """-(Q(W) - W) E[x], summed for each output over its inputs."""
         change, groups = self.weight_change(name, format), getattr(self.layers[name], "groups", 1)
         inputs = mean_input.double().unflatten(0, (groups, -1)).repeat_interleave(len(change) // groups, 0)
         return -(change * inputs).flatten(1).sum(1)
@@ -201,8 +201,7 @@ _AMOUNT = 1e-4
 
 @pytest.fixture(scope="session")
 def new_subject() -> Callable[..., Subject]:
-    """`new_subject("FluxPipeline", dtype, scheduler, components, **call)`: a new toy of weights that float16 can
-    hold."""
+    """`new_subject("FluxPipeline", dtype, scheduler, components, **call)`: a new toy with float16 values as weights."""
 
     def new(
         name: str, dtype: torch.dtype = torch.float32, scheduler: Any = None, components: str | None = None, **call: Any
@@ -224,7 +223,7 @@ def new_subject() -> Callable[..., Subject]:
 
 @pytest.fixture(scope="session")
 def made_up_means() -> Callable[[Subject], dict[str, torch.Tensor]]:
-    """A random mean input for every layer: what the corrected bias is made of, whatever the pipeline does."""
+    """A random mean input for every layer, which determines the corrected bias whatever the pipeline does."""
 
     def means(subject: Subject) -> dict[str, torch.Tensor]:
         draw = torch.Generator().manual_seed(7)

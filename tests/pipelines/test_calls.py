@@ -1,4 +1,4 @@
-"""How a pipeline is called is learned: from its signature, from what it refuses and from what comes out."""
+"""Learning how to call a pipeline: from its signature, from the calls that it refuses and from its outputs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SAMPLES = [Sample("3", 5), Sample("1", 6), Sample("2", 7)]
 
 
 class Pixels(DDIMPipeline):
-    """A loop over DDIM's U-Net; subclasses are called, and answer, in ways of their own."""
+    """A loop over DDIM's U-Net. Subclasses take different arguments and return different outputs."""
 
     def loop(self, generators: Any, shift: Any, steps: int) -> torch.Tensor:
         count = len(generators) if isinstance(generators, list) else 1
@@ -41,7 +41,7 @@ class Pixels(DDIMPipeline):
 
 
 class NamesItsLatents(Pixels):
-    """Refuses what it does not know only once it has drawn."""
+    """Refuses unknown output types, but only after drawing."""
 
     @torch.no_grad()
     def __call__(
@@ -57,7 +57,7 @@ class NamesItsLatents(Pixels):
 
 
 class TakesTensors(Pixels):
-    """Labels as a tensor; anything asked for is the image."""
+    """Takes labels as a tensor, and returns the image for every output type."""
 
     @torch.no_grad()
     def __call__(self, labels: Any, generator: Any = None, num_inference_steps: int = 50, output_type: str = "") -> Any:
@@ -66,7 +66,7 @@ class TakesTensors(Pixels):
 
 
 class TakesOneText(Pixels):
-    """A text by itself, and no more than one image a call."""
+    """Takes a single text, and draws only one image per call."""
 
     @torch.no_grad()
     def __call__(self, prompt: str, generator: torch.Generator | None = None, num_inference_steps: int = 50) -> Any:
@@ -87,7 +87,7 @@ class DrawsItsOwnNoise(Pixels):
 
 
 class GivesThree(Pixels):
-    """Three images of one sample, as layered pipelines do."""
+    """Returns three images per sample, as layered pipelines do."""
 
     @torch.no_grad()
     def __call__(self, batch_size: int = 1, generator: Any = None, num_inference_steps: int = 50) -> Any:
@@ -140,7 +140,7 @@ def trajectories_of(kind: type[Pixels]) -> Trajectories:
 
 
 def as_a_user_calls(pipe: Any, sample: Sample) -> Any:
-    """The finished result of one sample; floats where the pipeline has them."""
+    """The finished result of one sample, as floats if the pipeline returns them."""
     seeded = torch.Generator().manual_seed(sample.seed)
     named = {
         NamesItsLatents: {"generator": seeded, "output_type": "np"},
@@ -157,7 +157,7 @@ def as_a_user_calls(pipe: Any, sample: Sample) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_drawn_is_what_a_user_gets(kind: type[Pixels]) -> None:
+def test_images_equal_those_of_a_users_own_call(kind: type[Pixels]) -> None:
     trajectories = trajectories_of(kind)
     found = [image for image, _ in trajectories.images(SAMPLES)]
     for image, sample in zip(found, SAMPLES, strict=True):
@@ -175,7 +175,7 @@ def test_the_signal_is_the_last_sample_with_and_without_a_graph(kind: type[Pixel
     for sample in SAMPLES:
         latent = next(trajectories.latents([sample]))
         assert latent.shape == (3, 8, 8)
-        again = next(trajectories.latents([sample]))  # it is known by now where to leave the loop
+        again = next(trajectories.latents([sample]))  # by now it is known where to leave the loop
         assert torch.equal(again, latent)
         with_graph = trajectories.differentiable_signal(sample)
         assert with_graph.requires_grad
@@ -183,7 +183,7 @@ def test_the_signal_is_the_last_sample_with_and_without_a_graph(kind: type[Pixel
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_samples_share_a_call_only_where_that_gives_what_each_gives_alone(kind: type[Pixels]) -> None:
+def test_samples_share_a_call_only_if_they_come_out_the_same_as_alone(kind: type[Pixels]) -> None:
     trajectories = trajectories_of(kind)
     together = list(trajectories.latents(SAMPLES))
     alone_only = (TakesOneText, DrawsItsOwnNoise, HasASoundTrack)
@@ -193,7 +193,7 @@ def test_samples_share_a_call_only_where_that_gives_what_each_gives_alone(kind: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_probed_through_its_whole_loop(kind: type[Pixels], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_adjoint_probe_works_on_the_whole_loop(kind: type[Pixels], capsys: pytest.CaptureFixture[str]) -> None:
     asked = {"samples": 2, "vectors": 1, "formats": "int8", "quantizer": "rtn", "quiet": True}
     prompts = ["3", "1"] if kind in (TakesTensors, TakesOneText) else None
     table = bitpolicy.probe(new_pipe(kind), call=CALL, prompts=prompts, **asked)
@@ -203,7 +203,7 @@ def test_it_is_probed_through_its_whole_loop(kind: type[Pixels], capsys: pytest.
     assert capsys.readouterr().err == ""
 
 
-def test_no_latent_is_asked_for_after_the_pipeline_refused_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_latent_is_not_requested_again(monkeypatch: pytest.MonkeyPatch) -> None:
     trajectories = trajectories_of(NamesItsLatents)
     trajectories.learn(SAMPLES[0])
     asked: list[str] = []
@@ -225,16 +225,16 @@ class Refuses(Pixels):
         raise RuntimeError("the weather\nis bad")
 
 
-def test_a_pipeline_that_refuses_every_form_is_told_in_its_words_on_one_line() -> None:
+def test_the_error_for_a_refused_call_quotes_the_pipeline_on_one_line() -> None:
     with pytest.raises(BitPolicyError, match=r"^Refuses refused the call: the weather is bad; ") as error:
         list(trajectories_of(Refuses).images(SAMPLES))
     assert "\n" not in str(error.value)
 
 
-# What nobody says is learned, too
+# Defaults
 
 
-def test_few_step_models_keep_their_number_of_steps() -> None:
+def test_few_step_models_keep_their_default_number_of_steps() -> None:
     assert default_call(TOYS["ConsistencyModelPipeline"].new(), bundled=False) == {"num_inference_steps": 1}
     assert default_call(TOYS["StableDiffusionPipeline"].new(), bundled=False) == {"num_inference_steps": 20}
     toy: Any = TOYS["DDIMPipeline"].new()
@@ -246,7 +246,7 @@ class FixedSteps(Pixels):
         return ()
 
 
-def test_labels_are_asked_for_where_the_denoiser_knows_classes() -> None:
+def test_class_labels_are_requested_only_if_the_denoiser_has_classes() -> None:
     toy = TOYS["ConsistencyModelPipeline"]
     assert len(default_requests(toy.new(), bundled=False)) == 32
     pipe = toy.new()
@@ -257,7 +257,7 @@ def test_labels_are_asked_for_where_the_denoiser_knows_classes() -> None:
 # Outputs
 
 
-def test_every_kind_of_output_is_one_tensor_a_sample() -> None:
+def test_every_kind_of_output_becomes_one_tensor_per_sample() -> None:
     image = torch.rand(2, 3, 4, 5)
     last = image.permute(0, 2, 3, 1).numpy()
     eight_bits = [Image.fromarray((one * 255).round().astype(np.uint8)) for one in last]
@@ -270,8 +270,8 @@ def test_every_kind_of_output_is_one_tensor_a_sample() -> None:
     assert drawn(Image.new("L", (5, 4), 255), 1)[0].eq(1).all()
 
 
-def test_results_that_do_not_share_out_are_refused() -> None:
-    with pytest.raises(BitPolicyError, match="given 2 samples and gave 3 results"):
+def test_results_that_cannot_be_divided_among_samples_are_refused() -> None:
+    with pytest.raises(BitPolicyError, match=r"2 samples .* 3 results"):
         drawn(torch.zeros(3, 3, 4, 5), 2)
 
 
@@ -318,9 +318,9 @@ def test_a_value_is_checked_against_a_hint(value: Any, hint: Any, expected: bool
     assert fits(value, hint) is expected
 
 
-def test_hints_read_as_words() -> None:
+def test_type_hints_are_described_in_words() -> None:
     assert in_words(int | None) == "an integer"
-    assert in_words(str | list[str]) == "a text, or a list, each item a text"
+    assert in_words(str | list[str]) == "a string, or a list, each item a string"
     assert in_words(tuple[int, int] | None) == "a list of 2: an integer, an integer"
 
 
@@ -331,12 +331,12 @@ WRONG = [
     ("num_inference_steps", "20", "an integer"),
     ("timesteps", 5, "a list"),
     ("cross_attention_kwargs", [1], "a mapping"),
-    ("negative_prompt", 5, "a text"),
+    ("negative_prompt", 5, "a string"),
 ]
 
 
 @pytest.mark.parametrize(("name", "value", "needed"), WRONG)
-def test_a_value_of_a_wrong_type_is_told_before_work(name: str, value: Any, needed: str) -> None:
+def test_a_value_of_a_wrong_type_is_refused_before_work_begins(name: str, value: Any, needed: str) -> None:
     toy = TOYS["StableDiffusionPipeline"]
     said = rf"^{name} is {value!r}; StableDiffusionPipeline needs {needed}".replace("[", r"\[").replace("]", r"\]")
     with pytest.raises(BitPolicyError, match=said):
@@ -349,20 +349,20 @@ def test_a_value_of_a_wrong_type_is_told_before_work(name: str, value: Any, need
 
 
 def probe_with(capsys: pytest.CaptureFixture[str], **call: Any) -> str:
-    """What is said on stderr."""
+    """The output on stderr."""
     asked: dict[str, Any] = {"samples": 1, "vectors": 1, "formats": "int8", "quantizer": "rtn", "quiet": True}
     pipe = TOYS["StableDiffusionPipeline"].new()
     bitpolicy.probe(pipe, call={"num_inference_steps": 3, **call}, prompts=["a cat"], **asked)
     return capsys.readouterr().err
 
 
-def test_an_argument_that_changes_nothing_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_argument_without_effect_gives_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     said = probe_with(capsys, height=32)  # Stable Diffusion takes both or none
     assert said.startswith("warning: the call argument height=32 changes nothing: the images are the same without it")
     assert said.count("\n") == 1
 
 
-def test_of_several_arguments_the_idle_one_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_warning_names_only_the_argument_without_effect(capsys: pytest.CaptureFixture[str]) -> None:
     said = probe_with(capsys, eta=0.5, negative_prompt="blurry", guidance_scale=3.0)  # eta is DDIM's, this is PNDM
     assert said.startswith("warning: the call argument eta=0.5 changes nothing")
     assert said.count("\n") == 1
@@ -371,13 +371,13 @@ def test_of_several_arguments_the_idle_one_is_told(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     "call", [{"height": 32, "width": 16}, {"height": 16, "width": 16}, {"eta": 0.0}, {"negative_prompt": "blurry"}]
 )
-def test_arguments_that_count_are_not_told_and_neither_are_usual_ones(
+def test_arguments_with_an_effect_or_their_usual_value_give_no_warning(
     capsys: pytest.CaptureFixture[str], call: dict[str, Any]
 ) -> None:
     assert probe_with(capsys, **call) == ""
 
 
-def test_without_other_arguments_no_run_is_made_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_are_tested_for_an_effect_only_if_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trajectories, "without_effect", lambda *_: pytest.fail("a run was made"))
     toy = TOYS["StableDiffusionPipeline"]
     call = {"num_inference_steps": 2, "guidance_scale": 3.0}

@@ -1,4 +1,4 @@
-"""Every pipeline class: the adjoint probe against finite differences and ablation, and the road to a checkpoint."""
+"""Every pipeline class: the adjoint probe against finite differences and ablation, and the steps to a checkpoint."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ every_toy = pytest.fixture(scope="module", params=TOYS)
 
 @dataclass(frozen=True)
 class Sketched:
-    """A toy in float64, a mean input for each layer, and the sketch along one direction."""
+    """A toy in float64, a mean input for each layer, and the sketch along one probe vector."""
 
     subject: Any
     means: dict[str, torch.Tensor]
     sketch: Sketch
 
     def signed(self, part: str, column: int, signs: torch.Tensor) -> dict[Any, torch.Tensor]:
-        """What a format does to every layer's weight or bias, turned round where the sign is -1."""
+        """The change of every layer's weight or bias by a format, negated where the sign is -1."""
         found = {}
         for sign, (name, layer) in zip(signs.tolist(), self.subject.layers.items(), strict=True):
             if part == "weight":
@@ -81,7 +81,7 @@ def random_signs(count: int, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("part", ["weight", "bias"])
 def test_all_layers_together_have_the_slope_that_finite_differences_find(sketched: Sketched, part: str) -> None:
-    """With signs at random, so that a layer that is missing or in another's place cannot hide."""
+    """Signs are random, so that a missing or misplaced layer cannot go unnoticed."""
     found = getattr(sketched.sketch, part).double().sum(0)
     column = {"weight": 0, "bias": 1}[part]
     signs = random_signs(len(found), seed=1)
@@ -123,7 +123,7 @@ def channels_first(images: Any) -> torch.Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2) if not isinstance(images, torch.Tensor) else images
 
 
-def test_images_and_latents_are_those_of_the_pipelines_own_call(subject: Any) -> None:
+def test_images_and_latents_equal_those_of_the_pipelines_own_call(subject: Any) -> None:
     trajectories, sample = subject.trajectories, subject.samples[0]
     latent = subject.final_latent(sample)
     assert torch.equal(next(trajectories.latents([sample]))[None], latent)
@@ -134,7 +134,7 @@ def test_images_and_latents_are_those_of_the_pipelines_own_call(subject: Any) ->
     assert torch.equal(last, latent[0].transpose(0, 1) if frames_first else latent[0])
 
 
-def test_the_differentiable_signal_is_the_one_without_gradients(subject: Any) -> None:
+def test_the_differentiable_signal_equals_the_one_without_gradients(subject: Any) -> None:
     sample = subject.samples[0]
     latent = subject.trajectories.differentiable_signal(sample)
     assert latent.requires_grad
@@ -142,7 +142,7 @@ def test_the_differentiable_signal_is_the_one_without_gradients(subject: Any) ->
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_samples_in_one_call_are_those_alone(subject: Any, count: int) -> None:
+def test_samples_that_share_a_call_equal_those_alone(subject: Any, count: int) -> None:
     trajectories = subject.trajectories
     alone = torch.stack([subject.final_latent(sample)[0] for sample in subject.samples[:count]])
     together = torch.stack(list(trajectories.latents(subject.samples[:count])))
@@ -152,7 +152,7 @@ def test_samples_in_one_call_are_those_alone(subject: Any, count: int) -> None:
 
 
 def mean_patch_by_gradient(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """The mean of what a weight is multiplied with is the gradient of the mean output."""
+    """The mean input of a weight, computed as the gradient of the mean output."""
     weight = torch.zeros_like(layer.weight, dtype=torch.float64, requires_grad=True)
     with torch.enable_grad():
         linear = isinstance(layer, torch.nn.Linear)
@@ -163,7 +163,7 @@ def mean_patch_by_gradient(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return one_output_a_group.flatten(0, 1)
 
 
-def test_the_calibration_is_the_mean_of_what_every_called_layer_sees(subject: Any) -> None:
+def test_the_calibration_is_the_mean_input_of_every_called_layer(subject: Any) -> None:
     sample, seen, calls = subject.samples[0], {}, []
 
     def look(name: str) -> Callable[..., None]:
@@ -192,7 +192,7 @@ def test_the_calibration_is_the_mean_of_what_every_called_layer_sees(subject: An
 
 @dataclass(frozen=True)
 class Probed:
-    """A toy with the table that `bitpolicy.probe` made of it, and ablation of some layers."""
+    """A toy with its table from `bitpolicy.probe`, and the ablation of some layers."""
 
     subject: Any
     samples: tuple[Sample, ...]
@@ -200,7 +200,7 @@ class Probed:
 
 
 def requests(subject: Any) -> list[Any] | None:
-    """What a user would write for `prompts`; None where there is nothing to ask."""
+    """What a user would give as `prompts`; None if the pipeline takes no requests."""
     if subject.toy.extra:
         return [{**({"prompt": s.prompt} if s.prompt else {}), **s.arguments} for s in subject.samples]
     return None if subject.toy.takes == "nothing" else [s.prompt for s in subject.samples]
@@ -227,7 +227,7 @@ def test_every_layer_has_a_finite_score_and_int8_harms_less_than_int4(probed: Pr
     assert 0 < total[1] < total[0] / 10
 
 
-def test_the_scores_rank_and_size_layers_as_ablation_does(probed: Probed) -> None:
+def test_scores_agree_with_ablation_in_rank_and_size(probed: Probed) -> None:
     subject, table = probed.subject, probed.table
     calibration = ReferencePass.of(subject.trajectories, probed.samples)
     references = References.of(subject.trajectories, probed.samples, images=False)
@@ -248,7 +248,7 @@ def test_the_scores_rank_and_size_layers_as_ablation_does(probed: Probed) -> Non
 
 
 def test_a_layer_that_is_never_called_has_no_bias_correction(probed: Probed) -> None:
-    """Hunyuan-DiT hands the projections of its pooler to one fused attention: their weights count, no input is met."""
+    """Hunyuan-DiT passes its pooler's projections to a fused attention, which uses their weights without calling them."""
     called = ReferencePass.of(probed.subject.trajectories, probed.samples[:1]).calibration.input_means
     silent = [i for i, name in enumerate(probed.table.layers) if name not in called]
     assert bool(silent) == (probed.subject.toy.name == "HunyuanDiTPipeline")
@@ -279,7 +279,7 @@ def searched(request: Any, new_subject: Any) -> tuple[Any, Policy]:
     return subject, policy
 
 
-def test_the_reloaded_checkpoint_draws_what_the_policy_draws_in_memory(
+def test_the_reloaded_checkpoint_draws_the_same_as_the_policy_in_memory(
     searched: tuple[Any, Policy], tmp_path: Path
 ) -> None:
     subject, policy = searched

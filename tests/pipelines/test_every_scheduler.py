@@ -1,4 +1,4 @@
-"""Every scheduler, with guidance and without: finite differences, steps, noise of its own, and what it is left with."""
+"""Every scheduler, with and without guidance: finite differences, steps, its own noise, and its state afterwards."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_each_step_has_the_slope_of_moving_weights_in_that_step_alone(sketched: 
         assert float(weight[step] @ signs) == pytest.approx(sketched.slope(signs, step), abs=tolerance), step
 
 
-# What a scheduler is left with
+# The scheduler's state afterwards
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
@@ -102,7 +102,7 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
             yield from tensors_in(item)
 
 
-def test_the_scheduler_keeps_no_graph_and_is_as_it_was(new_subject: Any, made_up_means: Any, scheduler: str) -> None:
+def test_the_scheduler_is_restored_and_keeps_no_graph(new_subject: Any, made_up_means: Any, scheduler: str) -> None:
     subject = subject_with(new_subject, scheduler)
     state, sample = vars(subject.pipe.scheduler), subject.samples[0]
     before = dict(state)
@@ -132,7 +132,7 @@ def test_the_scheduler_keeps_no_graph_and_is_as_it_was(new_subject: Any, made_up
 
 
 def with_the_same_start(subject: Any) -> Any:
-    """Every sample starts from one noise: what still differs was drawn in the loop."""
+    """Start every sample from the same noise, so that all differences come from noise drawn in the loop."""
     prepared = subject.pipe.prepare_latents
     shared = torch.Generator().manual_seed(0)
 
@@ -144,8 +144,8 @@ def with_the_same_start(subject: Any) -> Any:
     return subject
 
 
-def test_a_sample_is_drawn_from_its_seed_alone(new_subject: Any, scheduler: str) -> None:
-    """Whatever torch's own random state is, and that state is left as it was."""
+def test_a_sample_depends_only_on_its_seed(new_subject: Any, scheduler: str) -> None:
+    """It does not depend on torch's own random state, and leaves that state unchanged."""
     subject = with_the_same_start(subject_with(new_subject, scheduler))
     first = replace(subject.samples[0], seed=1)
     found = []
@@ -160,7 +160,7 @@ def test_a_sample_is_drawn_from_its_seed_alone(new_subject: Any, scheduler: str)
     assert torch.equal(found[0], found[2]) == (scheduler not in STOCHASTIC)
 
 
-def test_samples_in_one_call_are_those_alone(new_subject: Any, scheduler: str) -> None:
+def test_samples_that_share_a_call_equal_those_alone(new_subject: Any, scheduler: str) -> None:
     subject = subject_with(new_subject, scheduler)
     alone = torch.stack([subject.final_latent(sample)[0] for sample in subject.samples])
     together = torch.stack(list(subject.trajectories.latents(subject.samples)))
@@ -169,8 +169,8 @@ def test_samples_in_one_call_are_those_alone(new_subject: Any, scheduler: str) -
 
 
 @pytest.mark.parametrize("name", ["DDPM", "Euler ancestral"])
-def test_noise_that_a_pipeline_takes_from_no_generator_comes_from_the_seed_too(new_subject: Any, name: str) -> None:
-    """DiT gives its generator to the initial noise only."""
+def test_noise_that_a_pipeline_draws_without_its_generator_follows_the_seed(new_subject: Any, name: str) -> None:
+    """DiT uses its generator only for the initial noise."""
     subject = new_subject("DiTPipeline", scheduler=SCHEDULERS[name](), num_inference_steps=STEPS)
     sample = subject.samples[0]
     found = []

@@ -1,6 +1,6 @@
-"""Sampling loops that cannot be differentiated, and the stepwise probe that then takes the adjoint one's place.
+"""Sampling loops that cannot be differentiated, and the stepwise probe that then replaces the adjoint probe.
 
-Also what is said where memory or the range of numbers runs out.
+Also the errors when memory runs out or values are not finite.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SAMPLE = Sample("", 1)
 
 
 class OwnLoop(DDIMPipeline):
-    """DDIM's loop with a latent output; subclasses do something to it."""
+    """DDIM's loop with a latent output. Subclasses change the loop."""
 
     def predict(self, sample: torch.Tensor, t: Any, step: int) -> torch.Tensor:
         return self.unet(sample, t).sample
@@ -93,7 +93,7 @@ class GoesThroughDetachedNumpy(OwnLoop):
 
 
 class ChangesWhatTheDenoiserSaw(OwnLoop):
-    """Autograd finds out in the backward pass."""
+    """Autograd detects the change in the backward pass."""
 
     def predict(self, sample: torch.Tensor, t: Any, step: int) -> torch.Tensor:
         found = super().predict(sample, t, step)
@@ -102,7 +102,7 @@ class ChangesWhatTheDenoiserSaw(OwnLoop):
 
 
 class ChangesAViewInPlace(OwnLoop):
-    """Autograd refuses at once."""
+    """Autograd refuses the change at once."""
 
     def predict(self, sample: torch.Tensor, t: Any, step: int) -> torch.Tensor:
         found = super().predict(sample, t, step)
@@ -135,7 +135,7 @@ class BeginsWithoutGrad(OwnLoop):
 
 
 class GuidesWithoutGrad(OwnLoop):
-    """Two calls a step, as Wan makes, of which one has no graph."""
+    """Makes two calls per step, as Wan does, one of them without a graph."""
 
     def predict(self, sample: torch.Tensor, t: Any, step: int) -> torch.Tensor:
         with torch.no_grad():
@@ -144,14 +144,14 @@ class GuidesWithoutGrad(OwnLoop):
 
 
 class DetachesWhatTheDenoiserSees(OwnLoop):
-    """Every call has a graph, but the denoiser's answer to a changed sample is not in it."""
+    """Every call has a graph, but the denoiser's dependence on the sample is missing from it."""
 
     def predict(self, sample: torch.Tensor, t: Any, step: int) -> torch.Tensor:
         return super().predict(sample.detach(), t, step)
 
 
 class EndsWithACall(OwnLoop):
-    """A last call of the denoiser after the last step of the scheduler."""
+    """Calls the denoiser once more after the scheduler's last step."""
 
     def loop(self, *args: Any) -> torch.Tensor:
         sample = super().loop(*args[:-1], "latent")
@@ -160,7 +160,7 @@ class EndsWithACall(OwnLoop):
 
 
 class StepsByItself(OwnLoop):
-    """Euler's method written out: the scheduler gives the times and takes no step."""
+    """Euler's method written out. The scheduler gives the times but takes no step."""
 
     def loop(self, batch_size: int, generator: Any, num_inference_steps: int, output_type: str) -> torch.Tensor:
         sample = randn_tensor((batch_size, 3, 8, 8), generator=generator, dtype=self.unet.dtype)
@@ -171,7 +171,7 @@ class StepsByItself(OwnLoop):
 
 
 class DetachingStableDiffusion(StableDiffusionPipeline):
-    """What a user's callback can do."""
+    """Detaches the latent, as a user's callback might."""
 
     @torch.no_grad()
     def __call__(
@@ -192,7 +192,7 @@ class DetachingStableDiffusion(StableDiffusionPipeline):
         )
 
 
-BROKEN: dict[type[OwnLoop], str] = {  # what the message has to say
+BROKEN: dict[type[OwnLoop], str] = {  # what the message has to contain
     DetachesBetweenSteps: "step 2",
     DetachesOneAnswer: "no gradient back to step 2",
     GoesThroughNumpy: "cannot be differentiated: .*numpy",
@@ -228,11 +228,11 @@ def probed(pipe: Any, **arguments: Any) -> SensitivityTable:
     return bitpolicy.probe(pipe, call={"num_inference_steps": STEPS}, **given)
 
 
-# What is told, and what happens then
+# Messages and fallbacks
 
 
 @pytest.mark.parametrize("kind", [OwnLoop, EndsWithACall, StepsByItself])
-def test_a_loop_of_any_other_make_is_differentiated(kind: type[OwnLoop], capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusual_loops_are_differentiated(kind: type[OwnLoop], capsys: pytest.CaptureFixture[str]) -> None:
     pipe = new_pipe(kind)
     (first, _) = adjoint_sketches(pipe)
     for name in ("conv_in", "mid_block.resnets.0.conv1", "conv_out"):
@@ -261,18 +261,18 @@ def moved(parameter: torch.nn.Parameter, change: torch.Tensor) -> Iterator[None]
 
 
 @every_broken_loop
-def test_a_loop_that_loses_its_graph_is_told(kind: type[OwnLoop]) -> None:
+def test_a_loop_that_loses_its_graph_is_refused(kind: type[OwnLoop]) -> None:
     with pytest.raises(LoopError, match=BROKEN[kind]):
         next(adjoint_sketches(new_pipe(kind)))
 
 
 @every_broken_loop
-def test_each_step_is_then_probed_alone_with_one_line_that_says_why(
+def test_the_stepwise_probe_takes_over_with_a_one_line_warning(
     kind: type[OwnLoop], capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = probed(new_pipe(kind))
-    said = capsys.readouterr().err
-    assert re.fullmatch(rf"warning: the sampling loop .*{BROKEN[kind]}.*; each step is probed alone .*\n", said)
+    warning = capsys.readouterr().err
+    assert re.fullmatch(rf"warning: the sampling loop .*{BROKEN[kind]}.*; .*stepwise probe.*\n", warning)
     assert_ranks_but_predicts_nothing(table)
 
 
@@ -285,14 +285,14 @@ def assert_ranks_but_predicts_nothing(table: SensitivityTable) -> None:
 
 
 @pytest.mark.parametrize("kind", BROKEN, ids=lambda kind: kind.__name__)
-def test_what_the_image_sees_of_inputs_is_not_measured_through_a_broken_loop(kind: type[OwnLoop]) -> None:
+def test_trajectory_moments_are_not_measured_through_a_broken_loop(kind: type[OwnLoop]) -> None:
     trajectories = Trajectories(new_pipe(kind), ["unet"], {"num_inference_steps": STEPS})
     with pytest.raises(LoopError):
         measure_moments(trajectories, {}, ["conv_in"], SAMPLE, True, False)
 
 
 @every_broken_loop
-def test_inputs_alone_are_measured_through_any_loop(kind: type[OwnLoop]) -> None:
+def test_input_moments_are_measured_through_any_loop(kind: type[OwnLoop]) -> None:
     trajectories = Trajectories(new_pipe(kind), ["unet"], {"num_inference_steps": STEPS})
     found: dict[str, Moments] = {}
     for _ in range(2):
@@ -302,14 +302,14 @@ def test_inputs_alone_are_measured_through_any_loop(kind: type[OwnLoop]) -> None
 
 
 @pytest.mark.parametrize("kind", [GoesThroughNumpy, ChangesAViewInPlace, LoopsWithoutGrad])
-def test_weights_are_then_rounded_by_their_inputs_alone_with_one_line_that_says_why(
+def test_rounding_falls_back_to_inputs_alone_with_a_one_line_warning(
     kind: type[OwnLoop], capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipe, sizes = new_pipe(kind), {"calibration_samples": 2, "vectors": 1, "trials": 0, "quiet": True}
     call = {"num_inference_steps": STEPS}
     policy = bitpolicy.search(pipe, "30%", call=call, quantizer="gptq-trajectory", **sizes)
     lines = capsys.readouterr().err.splitlines()
-    rounding = [line for line in lines if "weights are rounded by what layers are given alone" in line]
+    rounding = [line for line in lines if "weights are rounded" in line]
     assert len(rounding) == 1
     assert rounding[0].startswith("warning: the sampling loop")
     names = [name for name, _ in quantizable_layers(pipe.unet)]
@@ -324,18 +324,18 @@ def test_weights_are_then_rounded_by_their_inputs_alone_with_one_line_that_says_
             assert float((tensor.float() == other.float()).float().mean()) > 0.97, key
 
 
-def test_a_callback_that_detaches_is_told_too(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_callback_that_detaches_gives_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     toy = TOYS["StableDiffusionPipeline"]
     pipe = DetachingStableDiffusion(**toy.new().components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     table = probed(pipe, prompts=["a red heart", "pizza"])
-    said = capsys.readouterr().err
-    assert re.match("warning: the sampling loop .* step 2;", said)  # of four; a graph begins anew in the third
-    assert said.count("\n") == 1
+    warning = capsys.readouterr().err
+    assert re.match("warning: the sampling loop .* step 2;", warning)  # of four; a new graph begins in the third
+    assert warning.count("\n") == 1
     assert_ranks_but_predicts_nothing(table)
 
 
-def test_a_search_goes_on_with_the_stepwise_scores(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_search_continues_with_stepwise_scores(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = {"calibration_samples": 1, "vectors": 1, "trials": 0}
     call = {"num_inference_steps": STEPS}
     policy = bitpolicy.search(new_pipe(DetachesBetweenSteps), "50%", call=call, quiet=True, **sizes)
@@ -364,7 +364,7 @@ def test_the_stepwise_probe_leaves_no_trace() -> None:
         assert torch.equal(next(trajectories.latents([SAMPLE])), expected)
 
 
-# Memory that runs out is not a loop that cannot be differentiated
+# Running out of memory does not mean that the loop cannot be differentiated
 
 
 class RunsOutForward(OwnLoop):
@@ -375,13 +375,13 @@ class RunsOutForward(OwnLoop):
 
 
 def runs_out_backward(*_: Any) -> None:
-    if torch.is_grad_enabled():  # a checkpointed call computes with a graph only when it is made again
+    if torch.is_grad_enabled():  # a checkpointed call computes with a graph only when it runs again
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 @pytest.mark.parametrize("probe", ["adjoint", "stepwise"])
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_out_of_memory_is_passed_on(where: str, probe: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_out_of_memory_error_is_not_hidden(where: str, probe: str, capsys: pytest.CaptureFixture[str]) -> None:
     pipe = new_pipe(RunsOutForward if where == "forward" and probe == "adjoint" else OwnLoop)
     if where == "backward" or probe == "stepwise":
         pipe.unet.conv_out.register_forward_pre_hook(runs_out_backward)
@@ -390,7 +390,7 @@ def test_out_of_memory_is_passed_on(where: str, probe: str, capsys: pytest.Captu
     assert capsys.readouterr().err == ""
 
 
-# The stepwise probe against the denoiser itself, called again on what it was given
+# The stepwise probe against the denoiser itself, called again with the same inputs
 
 
 @dataclass
@@ -415,7 +415,7 @@ class Recorded:
         return cls(subject, calls)
 
     def outputs(self, moves: Any = None, amount: float = 0.0) -> list[torch.Tensor]:
-        """What each call gives with the parameters moved."""
+        """The output of each call with the parameters moved."""
         with ExitStack() as stack, torch.no_grad():
             for parameter, change in (moves or {}).items():
                 stack.enter_context(moved(parameter, amount * change))
@@ -433,7 +433,7 @@ def copied(value: Any) -> Any:
 
 @pytest.fixture
 def vectors(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """Every direction that a backward pass is started with."""
+    """Every vector that starts a backward pass."""
     found: list[torch.Tensor] = []
     backward = torch.autograd.backward
 
@@ -447,7 +447,7 @@ def vectors(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", TOYS)
-def test_a_stepwise_sketch_is_what_finite_differences_of_each_call_find(
+def test_a_stepwise_sketch_agrees_with_finite_differences_of_each_call(
     new_subject: Any, made_up_means: Any, vectors: list[torch.Tensor], name: str
 ) -> None:
     subject = new_subject(name, torch.float64, num_inference_steps=2)
@@ -479,8 +479,8 @@ def test_a_stepwise_sketch_is_what_finite_differences_of_each_call_find(
     torch.testing.assert_close(found.power.double(), power, rtol=1e-5, atol=0)
 
 
-def test_stepwise_directions_are_standard_normal_and_independent(vectors: list[torch.Tensor]) -> None:
-    """Which makes a sketch's square unbiased: over calls, samples and numbers no two are alike."""
+def test_stepwise_probe_vectors_are_standard_normal_and_independent(vectors: list[torch.Tensor]) -> None:
+    """This makes a squared sketch unbiased. Vectors differ between calls, samples and indices."""
     trajectories = Trajectories(new_pipe(), ["unet"], {"num_inference_steps": STEPS})
     probe = LocalSketches(trajectories, candidates([INT4]), quantization=Quantization())
     for seed in (0, 1, 1_000_000):
@@ -498,7 +498,7 @@ def test_stepwise_directions_are_standard_normal_and_independent(vectors: list[t
 def test_stepwise_scores_are_the_share_of_the_denoisers_output_that_changes(new_subject: Any, name: str) -> None:
     """A table of many vectors against sum_t |de_t|^2 / sum_t |e_t|^2 of single layers, over two samples.
 
-    Of each sample the mean of R squares is chi-squared; the mean of two samples lies within the wider of their bounds.
+    The mean of R squares of one sample is chi-squared. The mean of two samples is within the wider of their bounds.
     """
     subject, count = new_subject(name, num_inference_steps=2, guidance_scale=1.0), 24
     samples = [Sample(subject.samples[0].prompt, seed) for seed in (0, 1)]
@@ -554,13 +554,13 @@ LAYER = "mid_block.resnets.0.conv1"
 def test_a_weight_that_is_not_finite_is_named_with_its_step(run: str, value: float) -> None:
     trajectories = new_stable_diffusion()
     trajectories.pipe.unet.get_parameter(f"{LAYER}.weight").data[0, 0, 0, 0] = value
-    said = f"^step 1: {LAYER} gives NaN or Inf for 'a red heart', seed 1; float32 has the widest range"
-    with pytest.raises(BitPolicyError, match=said):
+    message = f"^step 1: {LAYER} gives NaN or Inf for 'a red heart', seed 1; .* wider range than float32"
+    with pytest.raises(BitPolicyError, match=message):
         RUNS[run](trajectories, HEARTS)
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_a_float16_overflow_on_the_way_is_named_with_its_step(run: str) -> None:
+def test_a_float16_overflow_during_the_loop_is_named_with_its_step(run: str) -> None:
     trajectories = new_stable_diffusion(torch.float16)
     layer: Any = trajectories.pipe.unet.get_submodule(LAYER)
     layer.register_forward_pre_hook(lambda _, args: (args[0] * 6e4,) if trajectories.steps == 2 else None)
@@ -569,7 +569,7 @@ def test_a_float16_overflow_on_the_way_is_named_with_its_step(run: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_the_probe_names_step_and_layer_too(dtype: torch.dtype) -> None:
+def test_the_probe_names_step_and_layer_of_a_weight_that_is_not_finite(dtype: torch.dtype) -> None:
     pipe = new_stable_diffusion(dtype).pipe
     pipe.unet.get_parameter(f"{LAYER}.weight").data[0, 0, 0, 0] = float("nan")
     with pytest.raises(BitPolicyError, match=f"^step 1: {LAYER} gives NaN or Inf for 'a red heart'"):
@@ -583,7 +583,7 @@ def test_a_weight_that_storage_cannot_hold_is_named_before_anything_runs() -> No
         probed(pipe, prompts=["a red heart"])
 
 
-def test_one_of_two_denoisers_is_named_with_its_component(new_subject: Any) -> None:
+def test_a_layer_of_one_of_two_denoisers_is_named_with_its_component(new_subject: Any) -> None:
     subject = new_subject("WanPipeline-2.2")
     name = "transformer_2.blocks.1.ffn.net.2"
     subject.layers[name].weight.data[0, 0] = float("nan")
@@ -591,8 +591,8 @@ def test_one_of_two_denoisers_is_named_with_its_component(new_subject: Any) -> N
         list(subject.trajectories.latents(subject.samples[:1]))
 
 
-def test_pixels_that_are_not_finite_are_told_though_every_latent_is() -> None:
-    """A decoder that overflows in float16 is a known fault of SDXL's."""
+def test_images_that_are_not_finite_are_refused_even_if_every_latent_is_finite() -> None:
+    """SDXL's decoder is known to overflow in float16."""
     trajectories = new_stable_diffusion()
     trajectories.pipe.vae.decoder.conv_out.bias.data[0] = float("nan")
     assert len(list(trajectories.latents(HEARTS))) == 2

@@ -1,4 +1,4 @@
-"""The toy pipelines themselves: each runs, is the same at every call, and hides none of its layers behind a zero."""
+"""The toy pipelines themselves: each runs, is reproducible, and has no zero weight or bias that would hide a layer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
 
 
-def test_it_is_what_its_name_says_in_float32_and_eval_mode(toy: Toy) -> None:
+def test_a_toy_has_the_class_of_its_name_in_float32_and_eval_mode(toy: Toy) -> None:
     pipe = toy.new()
     assert type(pipe).__name__ == toy.name.partition("-")[0]
     for module in pipe.components.values():
@@ -44,7 +44,7 @@ def test_it_is_what_its_name_says_in_float32_and_eval_mode(toy: Toy) -> None:
             assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
 
 
-def test_it_draws_finite_pixels_that_follow_the_seed(toy: Toy) -> None:
+def test_a_toy_draws_finite_pixels_that_depend_on_the_seed(toy: Toy) -> None:
     pipe = toy.new()
     image, other = draw(toy, pipe), draw(toy, pipe, seed=2)
     assert image.isfinite().all()
@@ -52,7 +52,7 @@ def test_it_draws_finite_pixels_that_follow_the_seed(toy: Toy) -> None:
     assert not torch.equal(image, other)
 
 
-def test_two_new_ones_draw_the_same_and_leave_the_random_state_alone(toy: Toy) -> None:
+def test_two_new_toys_draw_the_same_and_leave_the_random_state_alone(toy: Toy) -> None:
     before = torch.random.get_rng_state()
     first = toy.new()
     assert torch.equal(torch.random.get_rng_state(), before)

@@ -1,4 +1,4 @@
-"""Toy pipelines under a chosen scheduler and dtype with their sampling loop, and a format that only nudges a weight."""
+"""Fixtures: toy pipelines with a chosen scheduler and dtype, and a format that only nudges a weight."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
 @pytest.fixture(scope="session")
 def new_trajectories(new_toy_pipeline: Callable[[], Any]) -> Callable[..., Trajectories]:
-    """`new_trajectories(scheduler, dtype, **call)`: a new toy pipeline of what float16 can hold, three guided steps."""
+    """`new_trajectories(scheduler, dtype, **call)`: a new toy pipeline with float16 values and three guided steps."""
 
     def new(scheduler: Any = DDIMScheduler, dtype: torch.dtype = torch.float32, **call: Any) -> Trajectories:
         pipe = new_toy_pipeline()
@@ -33,7 +33,7 @@ def new_trajectories(new_toy_pipeline: Callable[[], Any]) -> Callable[..., Traje
 
 
 def _in_float32(prepare_latents: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The same noise for every dtype: torch before 2.15 draws other numbers in float16 than in float32."""
+    """The same noise for every dtype. Before 2.15, torch draws different numbers in float16 and float32."""
 
     def prepare(
         batch: int, channels: int, height: int, width: int, dtype: torch.dtype, *others: Any, **named: Any
@@ -45,7 +45,7 @@ def _in_float32(prepare_latents: Callable[..., torch.Tensor]) -> Callable[..., t
 
 @dataclass(frozen=True)
 class Nudge(Format):
-    """W becomes W + D, with a fixed random D for each shape: a perturbation whose size a test chooses."""
+    """A format that turns W into W + D, with a fixed random D for each shape. A test chooses the size of D."""
 
     def delta(self, shape: Shape) -> torch.Tensor:
         draw = torch.Generator().manual_seed(sum(n * 1009**i for i, n in enumerate(shape)))

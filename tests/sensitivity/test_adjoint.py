@@ -1,7 +1,7 @@
-"""One backward pass through the sampler, against finite differences and plain autograd, and what it must not leave.
+"""The adjoint probe against finite differences and plain autograd, and the state that it has to restore.
 
-For a perturbation D of a weight the probe's sketch is <v, J D>, the derivative of <v, x_0> along D. The tests nudge the
-weight itself by a little of D, run the sampler twice and divide: central differences know nothing of gradients.
+For a perturbation D of a weight, the probe's sketch is <v, J D>, the derivative of <v, x_0> along D. The tests nudge
+the weight itself by a little of D, run the sampler twice and divide: central differences use no gradients.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def weight_nudge(trajectories: Trajectories, nudge: Any, name: str) -> dict[str,
 
 
 def bias_nudge(trajectories: Trajectories, nudge: Any, name: str, calibration: Means) -> dict[str, torch.Tensor]:
-    """-D E[x], the sum over everything but the output; nothing for a layer without a bias."""
+    """-D E[x], summed over everything but the output; empty for a layer without a bias."""
     if trajectories.pipe.unet.get_submodule(name).bias is None:
         return {}
     (delta,) = weight_nudge(trajectories, nudge, name).values()
@@ -145,7 +145,7 @@ def test_all_layers_together_have_the_slope_that_finite_differences_find(
         assert total == pytest.approx(slope(trajectories, nudges, amount / 10), abs=tolerance)
 
 
-def test_a_step_has_the_slope_of_a_nudge_in_that_step_alone(
+def test_each_step_has_the_slope_of_a_nudge_in_that_step_alone(
     new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration
 ) -> None:
     trajectories = new_trajectories(dtype=torch.float64)
@@ -192,7 +192,7 @@ def test_the_steps_add_up_to_the_gradient_of_plain_autograd(
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_a_sketch_has_one_row_a_step(
+def test_a_sketch_has_one_row_per_step(
     new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration, steps: int
 ) -> None:
     trajectories = new_trajectories(num_inference_steps=steps)
@@ -210,7 +210,7 @@ def test_a_layer_without_a_bias_has_no_bias_part(
     assert torch.equal(found.bias.abs().amax((0, 2)) > 0, has_bias)
 
 
-def test_several_formats_in_one_pass_are_the_passes_of_each(
+def test_several_formats_in_one_pass_give_the_same_as_one_pass_each(
     new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration
 ) -> None:
     trajectories = new_trajectories()
@@ -227,7 +227,7 @@ def test_several_formats_in_one_pass_are_the_passes_of_each(
         torch.testing.assert_close(together.bias[..., column], alone.bias[..., 0], rtol=1e-3, atol=1e-6)
 
 
-def test_several_vectors_of_one_trajectory_are_those_of_one_each(
+def test_several_vectors_on_one_trajectory_give_the_same_as_one_trajectory_each(
     new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration
 ) -> None:
     trajectories = new_trajectories()
@@ -257,7 +257,7 @@ def test_recomputing_inside_the_denoiser_changes_nothing(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_agrees_with_full(
+def test_half_precision_agrees_with_full_precision(
     new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration, dtype: torch.dtype
 ) -> None:
     full, half = new_trajectories(), new_trajectories(dtype=dtype)
@@ -272,11 +272,11 @@ def test_half_precision_agrees_with_full(
     [
         (torch.float16, "try --dtype bfloat16 or float32"),
         (torch.bfloat16, "try --dtype float32"),
-        (torch.float32, "float32 has the widest range there is: check the model's weights"),
+        (torch.float32, "wider range than float32.* check the model's weights"),
     ],
     ids=str,
 )
-def test_a_gradient_that_is_not_finite_is_refused_with_a_way_out_that_is_not_in_use(
+def test_a_gradient_that_is_not_finite_is_refused_and_the_advice_names_another_dtype(
     new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration, dtype: torch.dtype, remedy: str
 ) -> None:
     trajectories = new_trajectories(dtype=dtype)
@@ -287,7 +287,7 @@ def test_a_gradient_that_is_not_finite_is_refused_with_a_way_out_that_is_not_in_
     assert str(dtype).removeprefix("torch.") not in str(found.value).partition("--dtype")[2].split()
 
 
-# What must be as before
+# State to restore
 
 
 def parameters(trajectories: Trajectories) -> dict[str, torch.nn.Parameter]:
@@ -297,7 +297,7 @@ def parameters(trajectories: Trajectories) -> dict[str, torch.nn.Parameter]:
 
 @contextmanager
 def leaving_no_trace(trajectories: Trajectories) -> Iterator[None]:
-    """Fails unless flags, gradients, hooks, the denoiser's forward and the scheduler's step are as before."""
+    """Fail unless flags, gradients, hooks, the denoiser's forward and the scheduler's step are restored."""
     for i, parameter in enumerate(parameters(trajectories).values()):
         parameter.requires_grad_(i % 3 != 0)
     flags = {name: p.requires_grad for name, p in parameters(trajectories).items()}
@@ -351,7 +351,7 @@ def test_a_reader_that_stops_early_leaves_no_trace(
         passes.close()  # type: ignore[attr-defined]
 
 
-def test_gradients_of_a_training_before_do_not_count(
+def test_gradients_left_by_earlier_training_do_not_count(
     new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration
 ) -> None:
     trajectories = new_trajectories()
@@ -364,10 +364,10 @@ def test_gradients_of_a_training_before_do_not_count(
     assert (found.bias - expected.bias).abs().max() == 0
 
 
-def test_a_forward_of_the_instances_own_is_put_back(
+def test_a_forward_set_on_the_instance_is_restored(
     new_trajectories: NewTrajectories, nudge: Any, random_calibration: NewCalibration
 ) -> None:
-    """accelerate's offloading hooks set one."""
+    """accelerate's offloading hooks set such a forward."""
     trajectories, calls = new_trajectories(), itertools.count()
     usual = trajectories.pipe.unet.forward
 
@@ -381,7 +381,7 @@ def test_a_forward_of_the_instances_own_is_put_back(
     assert trajectories.pipe.unet.forward is own
 
 
-# The random directions
+# Probe vectors
 
 
 def directions() -> dict[tuple[int, int], torch.Tensor]:
@@ -394,7 +394,7 @@ def unit_rows(vectors: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.stack(list(vectors)))
 
 
-def test_directions_are_standard_normal_and_the_same_each_time() -> None:
+def test_probe_vectors_are_standard_normal_and_reproducible() -> None:
     first, again = directions(), directions()
     assert all(torch.equal(first[key], again[key]) for key in first)
     values = torch.cat(list(first.values()))
@@ -402,13 +402,13 @@ def test_directions_are_standard_normal_and_the_same_each_time() -> None:
     assert values.var().sub(1).abs() < 4 * (2 / len(values)) ** 0.5
 
 
-def test_no_two_directions_are_alike() -> None:
+def test_probe_vectors_are_independent() -> None:
     together = unit_rows(directions().values())
     cosines = together @ together.T - torch.eye(len(together))
     assert cosines.abs().max() < 6 / 256**0.5  # six standard deviations of the cosine of independent vectors
 
 
-def test_no_direction_is_the_initial_noise_of_a_sample() -> None:
+def test_no_probe_vector_equals_the_initial_noise_of_a_sample() -> None:
     found = directions()
     seeds = {seed for key in found for seed in key} | {s + k for s, k in found} | {s * 8 + k for s, k in found}
     noise = [torch.randn(256, generator=torch.Generator().manual_seed(seed)) for seed in sorted(seeds)]

@@ -1,4 +1,4 @@
-"""Which formats are worth a probe, against the hull found by looking at every pair of the others."""
+"""The choice of formats worth a probe, against a hull found by comparing every pair of formats."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def survivors(new_toy_unet: Any) -> tuple[Format, ...]:
     return useful_formats(new_toy_unet(), all_formats(), F16)
 
 
-def test_every_packed_format_goes_with_every_quantizer_format_by_format() -> None:
+def test_candidates_pair_every_packed_format_with_every_quantizer() -> None:
     int4, int8 = format_named("int4"), format_named("int8")
     found = candidates([int4, FP16, int8], ("rtn", "mse"))
     assert found == (Candidate(int4), Candidate(int4, "mse"), Candidate(int8), Candidate(int8, "mse"))
@@ -34,18 +34,18 @@ def test_every_packed_format_goes_with_every_quantizer_format_by_format() -> Non
 
 
 @pytest.mark.parametrize("names", ["int4,int8", "fp16", "int2,int3,int4,int5,int6,int7,int8,nf4,fp8", "int4,int4-g32"])
-def test_a_short_list_is_kept_as_it_is(toy_unet: Any, names: str) -> None:
+def test_a_short_list_of_formats_is_kept_unchanged(toy_unet: Any, names: str) -> None:
     formats = parse_formats(names)
     assert useful_formats(toy_unet, formats, F16) == formats
 
 
-def test_sixteen_and_fp16_are_still_a_short_list(toy_unet: Any) -> None:
+def test_sixteen_packed_formats_and_fp16_are_still_a_short_list(toy_unet: Any) -> None:
     sixteen = (*all_formats()[:16], FP16)
     assert useful_formats(toy_unet, sixteen, F16) == sixteen
     assert len(useful_formats(toy_unet, (*all_formats()[:17], FP16), F16)) < 17
 
 
-def test_of_all_formats_one_or_two_of_each_width_are_left(survivors: tuple[Format, ...]) -> None:
+def test_one_or_two_formats_of_each_width_survive(survivors: tuple[Format, ...]) -> None:
     counts = {width: sum(bits(format) == width for format in survivors) for width in WIDTHS}
     assert set(counts.values()) <= {1, 2}
     assert survivors[-1] is FP16
@@ -58,7 +58,7 @@ def test_narrow_formats_come_first(survivors: tuple[Format, ...]) -> None:
     assert widths == sorted(widths)
 
 
-def test_the_same_are_left_every_time(new_toy_unet: Any) -> None:
+def test_the_same_formats_survive_every_time(new_toy_unet: Any) -> None:
     first, second = (useful_formats(new_toy_unet().mid_block, all_formats(), F16) for _ in range(2))
     assert first == second
 
@@ -75,7 +75,7 @@ def points(weight: torch.Tensor) -> dict[Format, tuple[int, float]]:
 
 
 def on_the_hull(weight: torch.Tensor) -> set[Format]:
-    """Formats that no better one, and no mixture of two others, matches in bytes and in error."""
+    """Formats that no other format, and no mixture of two others, matches in both bytes and error."""
     every = points(weight)
 
     def beaten(format: Format) -> bool:
@@ -97,14 +97,14 @@ def on_the_hull(weight: torch.Tensor) -> set[Format]:
     "make",
     [
         lambda: nn.Linear(256, 24),
-        lambda: nn.Linear(65, 8),  # nothing that is rotated fits
+        lambda: nn.Linear(65, 8),  # no rotated format fits
         lambda: nn.Conv2d(32, 16, 3),
         lambda: nn.Conv1d(5, 6, 3),
     ],
     ids=["linear", "odd linear", "conv2d", "conv1d"],
 )
 @pytest.mark.parametrize("outliers", [False, True])
-def test_what_is_left_of_one_layer_lies_on_the_hull_of_bytes_against_error(make: Any, outliers: bool) -> None:
+def test_formats_that_survive_for_one_layer_are_on_the_hull_of_bytes_against_error(make: Any, outliers: bool) -> None:
     torch.manual_seed(1)
     model = nn.Sequential(make())
     if outliers:
@@ -113,13 +113,13 @@ def test_what_is_left_of_one_layer_lies_on_the_hull_of_bytes_against_error(make:
     hull, every = on_the_hull(weight), points(weight)
     found = useful_formats(model, all_formats(), F16)
     assert set(found) <= hull
-    for width in WIDTHS:  # two of each width, or as many as the hull has; one of those that come to the same here
+    for width in WIDTHS:  # two of each width, or as many as the hull has; equal points count once
         there = {every[format] for format in hull if bits(format) == width}
         assert sum(bits(f) == width for f in found) == min(2, len(there))
 
 
-def test_the_layers_with_most_weights_decide() -> None:
-    """One large layer with outliers outvotes small ones without."""
+def test_the_layers_with_the_most_weights_decide() -> None:
+    """One large layer with outliers outvotes small layers without outliers."""
     torch.manual_seed(2)
     large = nn.Linear(512, 32)
     large.weight.data.view(-1)[::61] *= 20

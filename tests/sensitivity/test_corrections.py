@@ -1,4 +1,4 @@
-"""A layer with huge inputs: what a probe scores, what is generated and what is exported have the same bias."""
+"""A layer with huge inputs: the probe's score, the generated images and the export use the same bias."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SAMPLES = tuple(split_samples(["a red heart", "pizza"], 2, seed=0))
 
 @pytest.fixture
 def wild(new_trajectories: Callable[..., Trajectories]) -> Trajectories:
-    """A pipeline whose middle convolution is given 6e4 everywhere; the norm after it takes that off again."""
+    """A pipeline whose middle convolution has inputs of 6e4 everywhere, which the norm after it removes."""
     trajectories = new_trajectories(num_inference_steps=2, guidance_scale=1.0)
     resnet = trajectories.pipe.unet.get_submodule("mid_block.resnets.0")
     resnet.norm1.weight.data.zero_()
@@ -52,7 +52,7 @@ def run(trajectories: Trajectories, probe: str, quantizers: tuple[str, ...], fol
         ("weight", ("gptq",)),
     ],
 )
-def test_what_cannot_be_corrected_is_scored_as_it_is_and_said(
+def test_a_bias_that_cannot_be_corrected_is_scored_uncorrected_with_a_warning(
     wild: Trajectories, probe: str, quantizers: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     probed = run(wild, probe, quantizers, tmp_path)
@@ -74,7 +74,7 @@ def test_what_cannot_be_corrected_is_scored_as_it_is_and_said(
     place = table.layers.index(WILD), 0
     assert not table.corrected[place]
     assert table.corrected.sum() > 20
-    if probe == "adjoint":  # the score is that of the bias as it is: measuring it gives about as much
+    if probe == "adjoint":  # the score belongs to the uncorrected bias, so the measured error is about the same
         plain = replace(table, corrected=torch.zeros_like(table.corrected))
         measured = probed.remeasured(plain, reference, [place])
         assert 0.1 < table.error[place] / measured.error[place] < 10

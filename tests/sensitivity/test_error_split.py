@@ -1,4 +1,4 @@
-"""What an error is made of: made-up errors whose parts are known, and a toy pipeline with really quantized layers."""
+"""The split of errors into parts: made-up errors with known parts, and a toy pipeline with quantized layers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DIMS, SAMPLES, SHARED, STEPS = 400, 24, 600, 2
 
 
 def made_up(scale: float, bias: float, noise: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dx by step, x): errors of one layer with parts of these norms in each step; x has norm 10."""
+    """(dx by step, x): errors of one layer whose parts have these norms in each step; x has norm 10."""
     draw = torch.Generator().manual_seed(0)
 
     def unit(*shape: int) -> torch.Tensor:
@@ -39,7 +39,7 @@ def made_up(scale: float, bias: float, noise: float) -> tuple[torch.Tensor, torc
 
 
 def split_of(dx: torch.Tensor, x: torch.Tensor) -> ErrorSplit:
-    """The split from exact dot products with random directions, as a probe would take them."""
+    """The split from exact dot products with random vectors, as a probe would compute them."""
     v = torch.randn(SHARED, DIMS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     units = x / x.norm(dim=1, keepdim=True)
 
@@ -53,16 +53,16 @@ def split_of(dx: torch.Tensor, x: torch.Tensor) -> ErrorSplit:
 
 
 @pytest.mark.parametrize(("scale", "bias", "noise"), [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0.5, 1, 2), (2, 1, 0.5)])
-def test_the_parts_of_a_made_up_error_are_found(scale: float, bias: float, noise: float) -> None:
+def test_the_split_finds_the_parts_of_a_made_up_error(scale: float, bias: float, noise: float) -> None:
     split = split_of(*made_up(scale, bias, noise))
-    steps = STEPS**2  # scale and bias add up over the steps, noise only in power
+    steps = STEPS**2  # scale and bias add up over the steps; of the noise, only the power does
     expected = [part / 100 for part in (steps * scale**2, steps * bias**2, STEPS * noise**2)]
     found = [float(part[0, 0, 0, 0]) for part in (split.parallel, split.bias, split.noise)]
     assert found == pytest.approx(expected, rel=0.15, abs=0.04 * sum(expected))
     assert float(split.error[0, 0, 0, 0]) == pytest.approx(sum(found), rel=1e-5)
 
 
-def test_amplification_is_the_final_error_over_the_one_that_entered() -> None:
+def test_amplification_is_the_final_error_divided_by_the_error_that_entered() -> None:
     split = split_of(*made_up(0, 1, 0))
     at_step = float(split.error[0, 1, 0, 0]) * 100
     assert float(split.amplification[0, 0, 0, 0]) == pytest.approx((at_step / 0.25) ** 0.5, rel=1e-5)
@@ -78,7 +78,7 @@ def test_the_mean_over_pairs_is_taken_over_different_samples() -> None:
 
 @pytest.fixture(scope="module")
 def probed(new_trajectories: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A run of four samples and its split from many shared directions."""
+    """A run of four samples, and its split from many shared probe vectors."""
     trajectories = new_trajectories(num_inference_steps=2, guidance_scale=1.0)
     samples = tuple(split_samples(["a red heart", "pizza", "cat", "moon"], 4, seed=0))
     settings = ProbeSettings("adjoint", samples, vectors=2, shared=24)
@@ -91,7 +91,7 @@ def probed(new_trajectories: Callable[..., Any], tmp_path_factory: pytest.TempPa
 
 
 @pytest.mark.parametrize("corrected", [False, True])
-def test_the_split_is_what_real_trajectories_show(probed: Any, corrected: bool) -> None:
+def test_the_split_agrees_with_real_trajectories(probed: Any, corrected: bool) -> None:
     run, reference, split, names = probed
     chosen = names[::9]
     policies = {f"p-{name}": {name: Choice(parse_formats("int4")[0], corrected)} for name in chosen}
@@ -116,19 +116,19 @@ def test_the_parts_never_exceed_the_whole(probed: Any) -> None:
     assert (split.mean <= split.error).all()
 
 
-def test_a_split_is_loaded_as_it_was_saved(probed: Any, tmp_path: Path) -> None:
+def test_a_saved_split_loads_unchanged(probed: Any, tmp_path: Path) -> None:
     split = probed[2]
     split.save(tmp_path / "split.safetensors")
     found = ErrorSplit.load(tmp_path / "split.safetensors")
     assert all(torch.equal(getattr(found, name), getattr(split, name)) for name in vars(split))
 
 
-def test_a_missing_split_says_which_command_makes_it(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_split_names_the_command_that_makes_it(tmp_path: Path) -> None:
     with pytest.raises(BitPolicyError, match=r"split\.safetensors.*run `bitpolicy probe --split` again"):
         ErrorSplit.load(tmp_path / "split.safetensors")
 
 
-def test_one_sample_has_no_bias(new_trajectories: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_split_of_one_sample_is_refused(new_trajectories: Callable[..., Any], tmp_path: Path) -> None:
     trajectories = new_trajectories(num_inference_steps=1)
     settings = ProbeSettings("adjoint", (Sample("cat", 0),))
     layers = inventory(trajectories.target)
@@ -137,7 +137,7 @@ def test_one_sample_has_no_bias(new_trajectories: Callable[..., Any], tmp_path: 
         run.split(run.reference())
 
 
-def test_directions_are_shared_or_not() -> None:
+def test_only_shared_probe_vectors_are_equal_for_all_samples() -> None:
     latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     cat, dog = Sample("cat", 1), Sample("dog", 2)
     assert torch.equal(Shared(0).vector(latent, cat), Shared(0).vector(latent, dog))

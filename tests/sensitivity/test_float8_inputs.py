@@ -1,4 +1,4 @@
-"""FP8 compute in the adjoint probe: the part of an error that float8 inputs make, and of which candidates."""
+"""FP8 compute in the adjoint probe: the error that float8 inputs cause, and the candidates that have it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SOME = (
 )
 
 
-def test_only_fp8_has_a_part_of_the_inputs(new_trajectories: NewTrajectories) -> None:
+def test_only_format_fp8_has_an_error_from_inputs(new_trajectories: NewTrajectories) -> None:
     trajectories = new_trajectories()
 
     def of_inputs(*formats: object) -> torch.Tensor | None:
@@ -46,8 +46,8 @@ def test_only_fp8_has_a_part_of_the_inputs(new_trajectories: NewTrajectories) ->
     assert of_inputs(INT4, INT8) is None
 
 
-def test_they_make_as_much_of_the_error_as_they_do_in_truth(new_trajectories: NewTrajectories) -> None:
-    """By the probe and by drawing, of single layers: without inputs the prediction would be far too small."""
+def test_the_predicted_error_with_inputs_agrees_with_the_measured_error(new_trajectories: NewTrajectories) -> None:
+    """For single layers. Without the inputs, the prediction would be far too small."""
     trajectories = new_trajectories(num_inference_steps=2, guidance_scale=1.0)
     names = [name for name, _ in quantizable_layers(trajectories.target)]
     power = ReferencePass.of(trajectories, SAMPLES).latent_power

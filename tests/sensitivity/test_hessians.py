@@ -1,4 +1,4 @@
-"""Second moments of what layers are given: every one a sum that can be written down, and gradients of a plain loop."""
+"""Second moments of layer inputs, against sums written out by hand and gradients of a plain loop."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ every_layer = pytest.mark.parametrize(("make", "size"), LAYERS.values(), ids=LAY
 
 
 def of_whole_numbers(make: Callable[[], nn.Module], size: tuple[int, ...]) -> tuple[Any, torch.Tensor]:
-    """A layer and its input, float64, of whole numbers: sums are exact in any order."""
+    """A layer and its input, float64, with integer values, so that sums are exact in any order."""
     draw = torch.Generator().manual_seed(1)
     layer = make().double()
     for parameter in layer.parameters():
@@ -63,7 +63,7 @@ def wire_rows(weight: torch.Tensor) -> torch.Tensor:
 
 
 @every_layer
-def test_what_is_drawn_times_the_weight_is_the_layers_own_output(
+def test_drawn_inputs_times_the_weight_give_the_layers_output(
     make: Callable[[], nn.Module], size: tuple[int, ...]
 ) -> None:
     layer, x = of_whole_numbers(make, size)
@@ -78,7 +78,9 @@ def test_what_is_drawn_times_the_weight_is_the_layers_own_output(
 
 
 @every_layer
-def test_no_position_is_drawn_twice_and_every_one_can_be(make: Callable[[], nn.Module], size: tuple[int, ...]) -> None:
+def test_positions_are_drawn_at_most_once_and_each_one_can_be_drawn(
+    make: Callable[[], nn.Module], size: tuple[int, ...]
+) -> None:
     layer, x = of_whole_numbers(make, size)
     output = layer(x)
     positions = output.numel() // len(layer.weight)
@@ -95,7 +97,7 @@ def test_no_position_is_drawn_twice_and_every_one_can_be(make: Callable[[], nn.M
 
 
 @pytest.mark.parametrize("groups", [1, 3])
-def test_moments_are_sums_of_outer_products_of_each_groups_inputs(groups: int) -> None:
+def test_moments_are_sums_of_outer_products_of_the_inputs_of_each_group(groups: int) -> None:
     x, power = torch.randn(10, groups, 4), torch.rand(10, groups)
     moments = Moments.zeros((groups, 1, 4), torch.device("cpu"), seen=True)
     for part in (slice(0, 3), slice(3, 10)):
@@ -108,7 +110,7 @@ def test_moments_are_sums_of_outer_products_of_each_groups_inputs(groups: int) -
 
 
 @pytest.mark.parametrize("length", [256, 300, 500, 1024])
-def test_of_long_rows_the_moments_are_the_blocks_on_the_diagonal(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+def test_long_rows_have_only_the_blocks_on_the_diagonal(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
     monkeypatch.setattr(hessians, "WIDEST", 200)
     groups, blocks, k = shape = hessian_shape(nn.Linear(length, 1))
     assert (groups, k % 128) == (1, 0)
@@ -126,7 +128,7 @@ def test_of_long_rows_the_moments_are_the_blocks_on_the_diagonal(monkeypatch: py
         torch.testing.assert_close(moments.seen[0, i], whole[here, here])
 
 
-def test_a_hessian_is_as_wide_as_a_row_of_a_group_up_to_the_widest() -> None:
+def test_a_hessian_is_as_wide_as_a_row_of_a_group_up_to_a_limit() -> None:
     assert hessian_shape(nn.Linear(7, 3)) == (1, 1, 7)
     assert hessian_shape(nn.Conv2d(6, 4, (3, 2), groups=2)) == (2, 1, 18)
     assert hessian_shape(nn.Linear(12_288, 1)) == (1, 1, 12_288)
@@ -134,7 +136,7 @@ def test_a_hessian_is_as_wide_as_a_row_of_a_group_up_to_the_widest() -> None:
     assert hessian_shape(nn.Linear(12_289, 1)) == (1, 2, 6_272)
 
 
-def test_a_hessian_has_equal_parts_of_what_is_given_and_of_what_is_seen() -> None:
+def test_a_trajectory_hessian_weights_both_moments_equally() -> None:
     x = torch.randn(2, 50, 4)
     moments = Moments((x.mT @ x)[:, None], (x.mT @ (x * torch.logspace(-8, 0, 50)[:, None]))[:, None])
     for group in range(2):
@@ -145,23 +147,23 @@ def test_a_hessian_has_equal_parts_of_what_is_given_and_of_what_is_seen() -> Non
 
 
 @pytest.mark.parametrize("seen", [0.0, float("nan"), float("inf")], ids=str)
-def test_where_nothing_can_be_seen_the_inputs_alone_decide(seen: float) -> None:
+def test_without_usable_gradients_the_hessian_uses_only_inputs(seen: float) -> None:
     x = torch.randn(50, 4)
     moments = Moments((x.T @ x)[None, None], torch.full((1, 1, 4, 4), seen))
     assert torch.equal(moments.hessian("trajectory"), moments.hessian("inputs"))
 
 
-def test_a_layer_that_was_only_given_zeros_has_a_hessian_of_zeros() -> None:
+def test_a_layer_with_only_zero_inputs_has_a_zero_hessian() -> None:
     moments = Moments.zeros((1, 1, 4), torch.device("cpu"), seen=True)
     moments.add(torch.zeros(5, 1, 4), torch.ones(5, 1))
     assert not moments.hessian("trajectory").any()
 
 
-# Over a pipeline: 128 positions a call at most, so that all of them are drawn
+# In a pipeline with at most 128 positions per call, so that all of them are drawn
 
 
 def patches(layer: Quantizable, x: torch.Tensor) -> torch.Tensor:
-    """What the layer multiplies at each position, in wire order, by torch's own im2col; float64, shape (P, K)."""
+    """The layer's inputs at each position, in wire order, by torch's own im2col; float64, shape (P, K)."""
     if isinstance(layer, nn.Linear):
         return x.reshape(-1, x.shape[-1]).double()
     columns = nn.functional.unfold(x.double(), layer.kernel_size, layer.dilation, layer.padding, layer.stride)
@@ -170,14 +172,14 @@ def patches(layer: Quantizable, x: torch.Tensor) -> torch.Tensor:
 
 
 def by_position(layer: Quantizable, gradient: torch.Tensor) -> torch.Tensor:
-    """(P, out), positions in the order of `patches`."""
+    """The gradient, shape (P, out), with positions in the order of `patches`."""
     if isinstance(layer, nn.Linear):
         return gradient.reshape(-1, gradient.shape[-1])
     return gradient.flatten(2).movedim(1, 2).flatten(0, 1)
 
 
 def by_hand(trajectories: Trajectories, sample: Sample) -> dict[str, Moments]:
-    """The same sums from one graph of the whole loop, which nothing checkpoints."""
+    """The same sums from one graph of the whole loop, without checkpoints."""
     layers = trajectories.target.layers
     calls: list[tuple[str, torch.Tensor, torch.Tensor]] = []
     trajectories.end(sample)
@@ -224,7 +226,7 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor, about: str) -> None
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler])
 @pytest.mark.parametrize("inside", [False, True], ids=["calls", "blocks"])
-def test_moments_are_those_of_the_plain_loop(new_trajectories: NewTrajectories, scheduler: Any, inside: bool) -> None:
+def test_moments_agree_with_a_plain_loop(new_trajectories: NewTrajectories, scheduler: Any, inside: bool) -> None:
     trajectories = new_trajectories(scheduler, num_inference_steps=2)
     expected = by_hand(trajectories, SAMPLE)
     found = measured(trajectories, SAMPLE, seen=True, inside=inside)
@@ -244,7 +246,7 @@ def test_without_gradients_every_input_counts_the_same(new_trajectories: NewTraj
         assert torch.equal(moments.hessian("trajectory"), moments.hessian("inputs"))
 
 
-def test_samples_add_up(new_trajectories: NewTrajectories) -> None:
+def test_moments_of_several_samples_add_up(new_trajectories: NewTrajectories) -> None:
     trajectories = new_trajectories(num_inference_steps=2)
     one, other = (measured(trajectories, sample, seen=True) for sample in (SAMPLE, OTHER))
     for name, moments in measured(trajectories, SAMPLE, OTHER, seen=True).items():
@@ -252,7 +254,7 @@ def test_samples_add_up(new_trajectories: NewTrajectories) -> None:
         assert_near(moments.seen, one[name].seen + other[name].seen, name)
 
 
-def test_only_the_layers_asked_for_are_measured(new_trajectories: NewTrajectories) -> None:
+def test_only_the_requested_layers_are_measured(new_trajectories: NewTrajectories) -> None:
     trajectories = new_trajectories(num_inference_steps=1)
     assert measured(trajectories, SAMPLE, seen=True, names=["conv_in", "conv_out"]).keys() == {"conv_in", "conv_out"}
     untouched: dict[str, Moments] = {}
@@ -261,7 +263,7 @@ def test_only_the_layers_asked_for_are_measured(new_trajectories: NewTrajectorie
 
 
 @pytest.mark.parametrize("seen", [True, False])
-def test_a_layer_that_is_never_called_has_none(new_trajectories: NewTrajectories, seen: bool) -> None:
+def test_a_layer_that_is_never_called_has_no_moments(new_trajectories: NewTrajectories, seen: bool) -> None:
     trajectories = new_trajectories(num_inference_steps=1)
     trajectories.pipe.unet.idle = nn.Linear(3, 3)
     found = measured(trajectories, SAMPLE, seen=seen)
@@ -270,7 +272,7 @@ def test_a_layer_that_is_never_called_has_none(new_trajectories: NewTrajectories
 
 
 @pytest.mark.parametrize("seen", [True, False])
-def test_a_layer_may_be_given_its_input_by_name(new_trajectories: NewTrajectories, seen: bool) -> None:
+def test_a_layer_may_receive_its_input_as_a_keyword_argument(new_trajectories: NewTrajectories, seen: bool) -> None:
     trajectories = new_trajectories(num_inference_steps=2)
     names = ["conv_in", "time_embedding.linear_1"]
     expected = measured(trajectories, SAMPLE, seen=seen, names=names)
@@ -286,7 +288,7 @@ def test_a_layer_may_be_given_its_input_by_name(new_trajectories: NewTrajectorie
 
 
 class ByName(nn.Module):
-    """Gives its layer what it is given, by name."""
+    """Passes its input to its layer as a keyword argument."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -321,7 +323,7 @@ def leftovers(model: nn.Module) -> Iterator[str]:
             yield name
 
 
-def test_of_many_positions_a_part_is_drawn_that_stands_for_all(
+def test_a_random_part_of_many_positions_represents_all(
     new_trajectories: NewTrajectories, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trajectories = new_trajectories(num_inference_steps=3)
@@ -334,10 +336,10 @@ def test_of_many_positions_a_part_is_drawn_that_stands_for_all(
     assert not torch.equal(part.inputs, measured(trajectories, OTHER, seen=True, names=["conv_in"])["conv_in"].inputs)
 
 
-def test_what_is_drawn_of_a_layer_does_not_depend_on_which_others_are_measured(
+def test_draws_for_a_layer_do_not_depend_on_the_other_measured_layers(
     new_trajectories: NewTrajectories, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that a layer that was not done when a run was killed is rounded as it would have been."""
+    """A run that resumes after being killed then rounds the missing layers as an uninterrupted run would."""
     trajectories = new_trajectories(num_inference_steps=2)
     monkeypatch.setattr(hessians, "POSITIONS", 16)
     every, alone = (measured(trajectories, SAMPLE, seen=True, names=names) for names in (None, ["conv_out"]))
@@ -346,10 +348,10 @@ def test_what_is_drawn_of_a_layer_does_not_depend_on_which_others_are_measured(
 
 
 @pytest.mark.parametrize("scales", [[256.0, 1.0], [2.0**30, 4.0], [2.0**30, 2.0**20, 0.5]], ids=str)
-def test_under_float16_samples_weigh_what_they_weigh_under_float32(
+def test_samples_have_the_same_weight_under_float16_as_under_float32(
     new_trajectories: NewTrajectories, monkeypatch: pytest.MonkeyPatch, scales: list[float]
 ) -> None:
-    """Gradients are scaled, by what keeps them finite, and the scale is taken off again."""
+    """Gradients are scaled to stay finite, and the scale is divided out again."""
     monkeypatch.setattr(scaled_backward, "_HALF_SCALES", scales)
     names = ["conv_in", "conv_out", "time_embedding.linear_1", "mid_block.attentions.0.transformer_blocks.0.attn1.to_v"]
     full = new_trajectories(num_inference_steps=2)
@@ -365,7 +367,7 @@ def test_under_float16_samples_weigh_what_they_weigh_under_float32(
             assert distance < 0.03, (name, float(distance))
 
 
-def test_a_scale_is_looked_for_once_a_sample(
+def test_the_gradient_scale_is_found_once_per_sample(
     new_trajectories: NewTrajectories, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     half = new_trajectories(num_inference_steps=1, dtype=torch.float16)
@@ -380,7 +382,7 @@ def test_a_scale_is_looked_for_once_a_sample(
 
 
 def test_moments_of_half_precision_are_float32(new_trajectories: NewTrajectories) -> None:
-    """Half precision: moments are summed in float32 all the same."""
+    """Models in half precision still have their moments summed in float32."""
     trajectories = new_trajectories(dtype=torch.bfloat16, num_inference_steps=1)
     found = measured(trajectories, SAMPLE, seen=True)
     assert {m.inputs.dtype for m in found.values()} == {m.seen.dtype for m in found.values()} == {torch.float32}

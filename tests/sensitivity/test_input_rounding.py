@@ -1,7 +1,7 @@
-"""What 8-bit inputs do, as the probes tell it, against finite differences and against quantizing and drawing.
+"""The effect of 8-bit inputs in the probes, against finite differences and against ablation.
 
-A layer's input x becomes x + a (Q(x) - x). The tests do that themselves with a small a of either sign, run the sampler
-twice and divide; with a = 1 it is INT8 compute.
+A layer's input x becomes x + a (Q(x) - x). The tests do this themselves with a small a of either sign, run the sampler
+twice and divide. With a = 1 this is INT8 compute.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def sketch(trajectories: Trajectories, *formats: Any, inside: bool = False) -> S
 
 
 def of_inputs(found: Sketch) -> torch.Tensor:
-    """Shape (rows, layers)."""
+    """The sketch's part from inputs, shape (rows, layers)."""
     assert found.inputs is not None
     return found.inputs[..., 0]
 
@@ -73,7 +73,7 @@ def names_of(trajectories: Trajectories) -> list[str]:
 
 
 def rounding(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    """Q(x) - x, from the definition: 255 steps from the least to the largest value of a row, a pixel or a sample."""
+    """Q(x) - x by definition: 255 steps from the smallest to the largest value of a row, a pixel or a sample."""
     one_tap = isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.stride == (1, 1)
     dims = -1 if isinstance(layer, nn.Linear) else 1 if one_tap else tuple(range(1, x.ndim))
     wide = x.float()
@@ -85,7 +85,7 @@ def rounding(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
 
 @dataclass
 class PartlyRounded:
-    """A layer whose inputs go part of the way to being rounded, at the call of number `only` alone if that is given."""
+    """A layer whose inputs are partly rounded, in call number `only` alone if that is given."""
 
     trajectories: Trajectories
     name: str
@@ -131,7 +131,7 @@ LOOPS: dict[str, tuple[dict[str, Any], float, float]] = {  # arguments, size of 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["calls", "blocks"])
 @pytest.mark.parametrize("loop", LOOPS)
-def test_a_sketch_of_inputs_is_the_slope_that_finite_differences_find(
+def test_the_input_part_of_a_sketch_is_the_slope_that_finite_differences_find(
     new_trajectories: NewTrajectories, loop: str, inside: bool
 ) -> None:
     call, amount, accuracy = LOOPS[loop]
@@ -144,7 +144,7 @@ def test_a_sketch_of_inputs_is_the_slope_that_finite_differences_find(
 
 
 @pytest.mark.parametrize("name", [FIRST, "mid_block.resnets.0.conv1"])
-def test_a_step_has_the_slope_of_rounding_in_that_step_alone(new_trajectories: NewTrajectories, name: str) -> None:
+def test_each_step_has_the_slope_of_rounding_in_that_step_alone(new_trajectories: NewTrajectories, name: str) -> None:
     trajectories = new_trajectories(dtype=torch.float64)
     found = of_inputs(sketch(trajectories))[:, names_of(trajectories).index(name)]
     for step in range(3):
@@ -152,7 +152,7 @@ def test_a_step_has_the_slope_of_rounding_in_that_step_alone(new_trajectories: N
         assert found[step].item() == pytest.approx(expected, rel=2e-3), step
 
 
-def test_short_rows_have_no_inputs_to_round_and_exact_compute_has_none_at_all(
+def test_inputs_of_short_rows_are_not_rounded_nor_are_any_under_exact_compute(
     new_trajectories: NewTrajectories,
 ) -> None:
     trajectories = new_trajectories()
@@ -165,7 +165,7 @@ def test_short_rows_have_no_inputs_to_round_and_exact_compute_has_none_at_all(
     assert torch.equal(without.plain, without.weight)
 
 
-def test_every_candidate_that_fits_has_the_same_part_of_the_inputs(new_trajectories: NewTrajectories) -> None:
+def test_all_candidates_that_fit_have_the_same_error_from_inputs(new_trajectories: NewTrajectories) -> None:
     trajectories = new_trajectories()
     found = sketch(trajectories, INT4, INT8, ROTATED).inputs
     assert found is not None
@@ -177,7 +177,7 @@ def test_every_candidate_that_fits_has_the_same_part_of_the_inputs(new_trajector
 
 
 @pytest.mark.parametrize("shape", [(5, 33), (6, 4, 3, 3), (7, 20)], ids=str)  # the last one's rows are too short
-def test_the_weight_part_is_of_the_weight_that_is_multiplied_and_the_bias_part_of_what_is_stored(
+def test_the_weight_part_uses_the_multiplied_weight_and_the_bias_part_the_stored_one(
     shape: tuple[int, ...],
 ) -> None:
     torch.manual_seed(0)
@@ -200,7 +200,7 @@ def test_the_weight_part_is_of_the_weight_that_is_multiplied_and_the_bias_part_o
         assert found == pytest.approx(float(shift @ unit), rel=1e-4, abs=1e-6)
 
 
-def test_the_scale_of_a_backward_pass_in_half_precision_is_taken_out(
+def test_the_gradient_scale_of_half_precision_is_divided_out(
     new_trajectories: NewTrajectories, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trajectories, found = new_trajectories(dtype=torch.float16), []
@@ -210,10 +210,10 @@ def test_the_scale_of_a_backward_pass_in_half_precision_is_taken_out(
     assert (found[0] - found[1]).norm() < 0.02 * found[0].norm()
 
 
-def test_a_gradient_that_overflows_at_an_input_is_seen(
+def test_a_gradient_overflow_at_an_input_is_detected(
     new_trajectories: NewTrajectories, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights alone would not tell: the first scale would be kept, with an infinite part of the inputs."""
+    """If only weights were checked, the first scale would be kept and the part from inputs would be infinite."""
     trajectories = new_trajectories()
     calls = iter(range(10_000))
 
@@ -227,7 +227,7 @@ def test_a_gradient_that_overflows_at_an_input_is_seen(
     torch.testing.assert_close(of_inputs(sketch(trajectories)), expected)
 
 
-def test_a_stepwise_sketch_is_what_finite_differences_of_each_call_find(new_trajectories: NewTrajectories) -> None:
+def test_a_stepwise_sketch_agrees_with_finite_differences_of_each_call(new_trajectories: NewTrajectories) -> None:
     trajectories = new_trajectories(dtype=torch.float64)
     probe = LocalSketches(trajectories, candidates([INT4]), quantization=Quantization(compute=Compute.INT8))
     (found,) = probe.sketches(SAMPLE, [SEED])
@@ -267,7 +267,7 @@ def test_a_pass_leaves_no_hooks(new_trajectories: NewTrajectories) -> None:
     assert torch.equal(next(trajectories.latents([SAMPLE])), before)
 
 
-# Against the truth
+# Against ablation
 
 
 def new_run(trajectories: Trajectories, folder: Path, settings: ProbeSettings) -> ProbeRun:
@@ -293,19 +293,17 @@ def rounded_layers(new_trajectories: NewTrajectories) -> list[int]:
 
 
 @pytest.mark.parametrize("column", [0, 1], ids=["int4", "int8"])
-def test_the_adjoint_probe_ranks_and_sizes_layers_as_the_truth_does(
-    tables: dict[str, SensitivityTable], column: int
-) -> None:
+def test_adjoint_scores_agree_with_ablation_in_rank_and_size(tables: dict[str, SensitivityTable], column: int) -> None:
     predicted, truth = tables["adjoint"].error[:, column], tables["ablation"].error[:, column]
     assert spearmanr(predicted, truth).statistic > 0.95
     assert 0.8 < (predicted / truth).median() < 1.25
     assert 0.7 < predicted.sum() / truth.sum() < 1.5
 
 
-def test_of_int8_layers_the_inputs_make_a_good_part_of_the_error(
+def test_inputs_cause_a_large_share_of_the_error_of_int8_layers(
     tables: dict[str, SensitivityTable], new_trajectories: NewTrajectories
 ) -> None:
-    """So the agreement above is none that weights alone could reach; of INT4 layers they make little."""
+    """So weights alone could not reach the agreement above. In INT4 layers, inputs cause little of the error."""
     rounded, table = rounded_layers(new_trajectories), tables["adjoint"]
     assert table.inputs is not None
     share = (table.inputs / table.error)[rounded]
@@ -314,8 +312,8 @@ def test_of_int8_layers_the_inputs_make_a_good_part_of_the_error(
     assert tables["ablation"].inputs is None
 
 
-def test_a_layer_whose_inputs_hurt_more_than_its_weight_is_seen(new_trajectories: NewTrajectories) -> None:
-    """One input channel a hundred times the others takes all the steps; the weight of that channel makes up for it."""
+def test_a_layer_whose_inputs_hurt_more_than_its_weight_is_detected(new_trajectories: NewTrajectories) -> None:
+    """One input channel, an outlier 100 times the others, uses up all the steps; its weight is small to compensate."""
     trajectories = new_trajectories(num_inference_steps=2, guidance_scale=1.0)
     block = trajectories.pipe.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0")
     norm, name = block.get_submodule("norm3"), "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj"
@@ -341,7 +339,7 @@ def test_a_layer_whose_inputs_hurt_more_than_its_weight_is_seen(new_trajectories
     assert errors[Compute.INT8][1] > 5 * errors[Compute.EXACT][1]
 
 
-def test_what_is_outside_the_loop_is_scored_like_the_rest(new_toy_pipeline: Callable[[], Any]) -> None:
+def test_layers_outside_the_loop_are_scored_like_the_others(new_toy_pipeline: Callable[[], Any]) -> None:
     pipe = new_toy_pipeline()
     for model in (pipe.unet, pipe.vae, pipe.text_encoder):
         to_storage(model, torch.float16)
@@ -359,7 +357,7 @@ def test_what_is_outside_the_loop_is_scored_like_the_rest(new_toy_pipeline: Call
     outside = of_inputs(sketches[0])[:, kept]
     assert outside[0].count_nonzero() > 10
     assert not outside[1:].any()
-    kept = kept[::2]  # what follows draws anew for each
+    kept = kept[::2]  # each one takes more runs below
     references = References.of(trajectories, samples, images=False)
     truth = []
     for i in kept:
@@ -374,7 +372,7 @@ def test_what_is_outside_the_loop_is_scored_like_the_rest(new_toy_pipeline: Call
 
 
 @pytest.mark.parametrize("probe", ["adjoint", "stepwise"])
-def test_records_of_one_compute_are_not_taken_for_those_of_another(
+def test_records_of_different_compute_modes_are_kept_apart(
     new_trajectories: NewTrajectories, tmp_path: Path, probe: str
 ) -> None:
     trajectories = new_trajectories(num_inference_steps=1, guidance_scale=1.0)
@@ -392,7 +390,7 @@ def test_records_of_one_compute_are_not_taken_for_those_of_another(
     assert tables[3].compute is Compute.INT8
 
 
-def test_a_resumed_probe_of_inputs_is_the_same(new_trajectories: NewTrajectories, tmp_path: Path) -> None:
+def test_a_resumed_probe_of_inputs_gives_the_same_table(new_trajectories: NewTrajectories, tmp_path: Path) -> None:
     trajectories = new_trajectories(num_inference_steps=1, guidance_scale=1.0)
     settings = ProbeSettings("adjoint", SAMPLES[:2], vectors=1, compute=Compute.INT8)
     whole = new_run(trajectories, tmp_path, settings)
@@ -407,7 +405,9 @@ def test_a_resumed_probe_of_inputs_is_the_same(new_trajectories: NewTrajectories
     assert torch.equal(found.inputs, expected.inputs)
 
 
-def test_the_split_and_the_measured_policy_know_of_inputs(new_trajectories: NewTrajectories, tmp_path: Path) -> None:
+def test_the_split_and_measured_policies_include_input_rounding(
+    new_trajectories: NewTrajectories, tmp_path: Path
+) -> None:
     trajectories = new_trajectories(num_inference_steps=1, guidance_scale=1.0)
     settings = ProbeSettings("adjoint", SAMPLES[:2], vectors=2, shared=12, compute=Compute.INT8)
     run = new_run(trajectories, tmp_path, settings)

@@ -1,4 +1,4 @@
-"""Every layer once, with its role and its place: in small models, and in the published ones, built without weights."""
+"""The inventory of layers with roles and stages: of small models, and of published models built without weights."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_every_weight_of_two_or_more_dimensions_is_listed_exactly_once(toy_unet:
     assert set(listed) == weights
 
 
-def test_every_layer_of_a_unet_has_the_role_it_is_known_for(toy_unet: Any) -> None:
+def test_every_layer_of_a_small_unet_has_the_expected_role(toy_unet: Any) -> None:
     layers = inventory(Target({"unet": toy_unet}))
     assert {layer.name: layer.role for layer in layers} == {
         layer.name: only_match(ROLES, layer.name) for layer in layers
@@ -115,7 +115,7 @@ def test_every_layer_of_a_unet_has_the_role_it_is_known_for(toy_unet: Any) -> No
     assert {layer.role for layer in layers} == set(ROLES.values())
 
 
-def test_a_layer_is_described_as_torch_made_it(toy_unet: Any) -> None:
+def test_a_layer_is_described_with_its_torch_class_and_shape(toy_unet: Any) -> None:
     layers = by_name(inventory(Target({"unet": toy_unet})))
     for name, layer in layers.items():
         module = toy_unet.get_submodule(name)
@@ -124,7 +124,7 @@ def test_a_layer_is_described_as_torch_made_it(toy_unet: Any) -> None:
     assert layers["conv_in"].group == "input_stem/ends"
 
 
-def test_projections_that_diffusers_has_fused_are_still_attention(toy_unet: Any) -> None:
+def test_projections_fused_by_diffusers_are_still_attention(toy_unet: Any) -> None:
     toy_unet.fuse_qkv_projections()
     fused = {
         layer.name: layer.role
@@ -139,7 +139,7 @@ def test_projections_that_diffusers_has_fused_are_still_attention(toy_unet: Any)
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_published_configuration_has_the_parameters_it_was_published_with(name: str) -> None:
+def test_a_published_configuration_has_the_published_number_of_parameters(name: str) -> None:
     built = published_configs.parameter_count(published(name))
     assert built == pytest.approx(published_configs.PUBLISHED[name].parameters, rel=0.005)
 
@@ -149,7 +149,7 @@ def test_sdxl_has_794_layers() -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_no_layer_of_a_published_model_is_left_without_a_role(name: str) -> None:
+def test_every_layer_of_a_published_model_has_a_role(name: str) -> None:
     assert [layer.name for layer in described(name).values() if layer.role not in WORDS] == []
 
 
@@ -175,12 +175,12 @@ ENDS: dict[str, tuple[list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_sample_comes_in_and_goes_out_where_it_does(name: str) -> None:
+def test_the_input_stem_and_the_output_head_are_found(name: str) -> None:
     assert (with_role(name, "input_stem"), with_role(name, "output_head")) == ENDS[name]
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_what_diffusers_calls_attention_and_nothing_else_is_attention(name: str) -> None:
+def test_exactly_the_layers_in_diffusers_attention_modules_are_attention(name: str) -> None:
     attending = [n for n, m in published(name).named_modules() if isinstance(m, Attention | AttentionModuleMixin)]
     within = {layer for layer in described(name) if any(layer.startswith(f"{module}.") for module in attending)}
     assert {layer.name for layer in described(name).values() if "attention" in layer.role} == within
@@ -188,15 +188,15 @@ def test_what_diffusers_calls_attention_and_nothing_else_is_attention(name: str)
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_what_attention_hands_back_is_told_from_what_it_reads(name: str) -> None:
+def test_output_projections_of_attention_are_distinguished_from_input_projections(name: str) -> None:
     for layer in described(name).values():
         if "attention" in layer.role:
             assert layer.role.endswith("_out" if re.search(r"\.to_(add_)?out\b", layer.name) else "_qkv"), layer.name
 
 
 @pytest.mark.parametrize("name", CONDITIONED_UNETS)
-def test_a_unets_attention_is_cross_attention_where_its_keys_are_as_wide_as_the_text(name: str) -> None:
-    """The widths of the text are none of a U-Net's own. Motion modules attend to themselves, twice."""
+def test_attention_of_a_unet_is_cross_attention_if_its_keys_are_as_wide_as_the_text(name: str) -> None:
+    """The width of the text differs from all widths of a U-Net. Motion modules have two self-attentions."""
     layers = described(name)
     keys = [layer for layer in layers.values() if layer.name.endswith(".to_k")]
     for key in keys:
@@ -213,13 +213,13 @@ IN_CONTEXT = {
     **dict.fromkeys(["Wan2.1-T2V-1.3B", "Wan2.2-T2V-A14B"], r"\.attn2\."),
     **dict.fromkeys(["stable-diffusion-3-medium", "AuraFlow-v0.3", "FLUX.1-dev"], r"\.(add_[qkv]_proj|to_add_out)$"),
     **dict.fromkeys(["Qwen-Image", "HunyuanVideo"], r"\.(add_[qkv]_proj|to_add_out)$"),
-    # Here one attention reads the texts as a part of the sequence.
+    # one attention reads the texts as part of the sequence
     **dict.fromkeys(["DiT-XL-2-256", "CogVideoX-2b", "Lumina-Image-2.0", "Z-Image-Turbo"], "(?!)"),
 }
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
-def test_a_transformers_cross_attention_is_what_reads_the_context(name: str) -> None:
+def test_attention_of_a_transformer_is_cross_attention_if_it_reads_the_context(name: str) -> None:
     found = {layer.name for layer in described(name).values() if layer.role.startswith("cross_attention")}
     assert found == {layer for layer in described(name) if re.search(IN_CONTEXT[name], layer)}
 
@@ -329,7 +329,7 @@ KNOWN = {
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_layers_that_are_well_known_are_known(name: str) -> None:
+def test_well_known_layers_have_the_expected_role(name: str) -> None:
     assert {layer: described(name)[layer].group for layer in KNOWN[name]} == KNOWN[name]
 
 
@@ -355,7 +355,7 @@ def test_the_stages_of_a_transformer_are_thirds_of_its_depth(name: str) -> None:
     assert {described(name)[layer].stage for layer in others} == {"ends"}
 
 
-def test_the_two_stacks_of_flux_are_one_depth() -> None:
+def test_the_two_stacks_of_flux_share_one_depth() -> None:
     stages = Counter(layer.stage for layer in described("FLUX.1-dev").values() if layer.name.endswith("attn.to_q"))
     assert stages == {"early": 19, "middle": 19, "late": 19}
 
@@ -363,7 +363,7 @@ def test_the_two_stacks_of_flux_are_one_depth() -> None:
 # Several denoisers
 
 
-def test_denoisers_that_are_probed_together_are_described_as_each_alone() -> None:
+def test_denoisers_probed_together_are_described_as_if_alone() -> None:
     names = {"transformer": "Wan2.1-T2V-1.3B", "transformer_2": "FLUX.1-dev", "unet": "stable-diffusion-v1-5"}
     together = inventory(Target({key: published(name) for key, name in names.items()}))
     apart = [(f"{key}.{n}", layer) for key, name in names.items() for n, layer in described(name).items()]
@@ -372,7 +372,7 @@ def test_denoisers_that_are_probed_together_are_described_as_each_alone() -> Non
     ]
 
 
-def test_denoisers_without_a_layer_between_them_are_refused() -> None:
+def test_denoisers_without_any_quantizable_layer_are_refused() -> None:
     with pytest.raises(BitPolicyError, match="no linear or convolution"):
         inventory(Target({"transformer": nn.Identity(), "transformer_2": nn.Identity()}))
 
@@ -381,7 +381,7 @@ def test_denoisers_without_a_layer_between_them_are_refused() -> None:
 
 
 class Mixer(nn.Module):
-    """A block as no one publishes it."""
+    """A block unlike any published one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -399,7 +399,7 @@ class Kitchen(nn.Module):
         self.rack = nn.ModuleList([nn.Linear(4, 4)])
 
 
-def test_a_layer_that_no_rule_knows_is_other_and_only_a_convolution_over_places_is_told_by_its_kernel() -> None:
+def test_a_layer_that_matches_no_rule_is_other_unless_its_kernel_covers_several_positions() -> None:
     stages = ("early", "middle", "late")
     assert {layer.name: layer.group for layer in inventory(Target({"unet": Kitchen()}))} == {
         **{f"mixers.{i}.stir": f"other/{stage}" for i, stage in enumerate(stages)},
@@ -412,7 +412,7 @@ def test_a_layer_that_no_rule_knows_is_other_and_only_a_convolution_over_places_
 
 
 class Reading(nn.Module):
-    """Attention without diffusers' flag, to something of another width."""
+    """Cross attention without diffusers' flag, to a context of another width."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -427,7 +427,7 @@ class Library(nn.Module):
         self.rooms = nn.ModuleList(nn.ModuleDict({"look": Reading(), "think": Mixer()}) for _ in range(3))
 
 
-def test_attention_of_another_make_is_known_by_its_projections_and_blocks_are_what_holds_it() -> None:
+def test_attention_from_other_libraries_is_recognized_by_its_projections() -> None:
     groups = {layer.name: layer.group for layer in inventory(Target({"unet": Library()}))}
     assert groups["shelves.0.0"] == groups["shelves.1.0"] == "other/ends"
     assert groups["rooms.0.look.to_v"] == "cross_attention_qkv/early"
@@ -435,8 +435,8 @@ def test_attention_of_another_make_is_known_by_its_projections_and_blocks_are_wh
     assert groups["rooms.2.think.stir"] == "feed_forward/late"
 
 
-def test_widths_that_coincide_do_not_confuse_the_ends() -> None:
-    """Here the sample, the text and the trunk all have 32 channels, and the last norm writes as many as the head."""
+def test_equal_widths_do_not_confuse_stem_and_head() -> None:
+    """The sample, the text and the trunk all have 32 channels, and the last norm writes as many as the head."""
     flux = FluxTransformer2DModel(
         in_channels=32,
         out_channels=64,
@@ -538,13 +538,13 @@ def test_a_unet_that_scales_and_resamples_in_its_residual_blocks_has_no_other_la
 def test_a_packed_model_is_refused(toy_unet: Any) -> None:
     names = [name for name, _ in quantizable_layers(toy_unet)]
     pack(toy_unet, dict.fromkeys(names, Choice(format_named("int8"))), quantization=Quantization())
-    with pytest.raises(BitPolicyError, match="packed already"):
+    with pytest.raises(BitPolicyError, match="is already packed"):
         inventory(Target({"unet": toy_unet}))
 
 
-def test_a_model_packed_in_part_is_refused(toy_unet: Any) -> None:
+def test_a_partly_packed_model_is_refused(toy_unet: Any) -> None:
     pack(toy_unet, {"conv_in": Choice(format_named("int8"))}, quantization=Quantization())
-    with pytest.raises(BitPolicyError, match="packed already"):
+    with pytest.raises(BitPolicyError, match="is already packed"):
         inventory(Target({"text_encoder": nn.Linear(2, 2), "unet": toy_unet}))
 
 
@@ -553,7 +553,7 @@ def test_a_model_without_layers_is_refused() -> None:
         inventory(Target({"unet": nn.Sequential(nn.GroupNorm(2, 4))}))
 
 
-def test_layers_of_kinds_that_cannot_be_packed_are_named_once_by_kind() -> None:
+def test_one_warning_names_layers_that_cannot_be_packed_by_kind() -> None:
     model = nn.Sequential(nn.Linear(2, 2), *(nn.ConvTranspose2d(1, 1, 1) for _ in range(4)), nn.Bilinear(2, 2, 2))
     with pytest.warns(UserWarning, match=r"not quantized") as found:
         warn_of_unsupported(model)
@@ -561,7 +561,7 @@ def test_layers_of_kinds_that_cannot_be_packed_are_named_once_by_kind() -> None:
     assert "4 ConvTranspose2d (1, 2, 3, ...); 1 Bilinear (5)" in str(found[0].message)
 
 
-def test_a_model_of_layers_that_can_be_packed_gives_no_warning(toy_unet: Any) -> None:
+def test_a_model_whose_layers_can_all_be_packed_gives_no_warning(toy_unet: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_unsupported(toy_unet)

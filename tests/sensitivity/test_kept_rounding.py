@@ -1,4 +1,4 @@
-"""What was rounded, on disk: read as it was written, damaged files are known, and memory holds one candidate."""
+"""Rounded weights on disk: they are read as written, damage is detected, and memory holds one candidate at a time."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def specs(tensors: dict[RoundedKey, torch.Tensor]) -> dict[RoundedKey, TensorSpe
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
-    """Of `a` with three tensors and of `b` with none."""
+    """The files of layer `a` with three tensors and of layer `b` with none."""
     paths = {name: tmp_path / "rounded" / f"{name}.safetensors" for name in "ab"}
     write_rounded(paths["a"], specs(ROUNDED), ROUNDED.items())
     write_rounded(paths["b"], {}, ())
     return paths
 
 
-def test_it_is_the_mapping_of_what_was_written(files: dict[str, Path]) -> None:
+def test_reading_gives_the_mapping_that_was_written(files: dict[str, Path]) -> None:
     kept = KeptRounding(files)
     assert list(kept) == list(ROUNDED)
     assert len(kept) == 3
@@ -60,7 +60,7 @@ def test_it_is_the_mapping_of_what_was_written(files: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     "key", [RoundedKey("c", "int4", "gptq", "weight_packed"), RoundedKey("a", "int4", "rtn", "weight_packed")]
 )
-def test_what_was_not_put_in_is_not_there(files: dict[str, Path], key: RoundedKey) -> None:
+def test_a_key_that_was_not_written_is_missing(files: dict[str, Path], key: RoundedKey) -> None:
     kept = KeptRounding(files)
     assert key not in kept
     assert kept.get(key) is None
@@ -68,7 +68,7 @@ def test_what_was_not_put_in_is_not_there(files: dict[str, Path], key: RoundedKe
         kept[key]
 
 
-def test_only_what_choices_take_is_read(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_chosen_tensors_are_read(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     kept, read = KeptRounding(files), []
     plain = KeptRounding.__getitem__
     monkeypatch.setattr(KeptRounding, "__getitem__", lambda self, key: read.append(key) or plain(self, key))
@@ -78,7 +78,7 @@ def test_only_what_choices_take_is_read(files: dict[str, Path], monkeypatch: pyt
     assert list(found.rounded) == read == list(ROUNDED)[:2]
 
 
-def test_a_file_is_whole_as_it_was_written(files: dict[str, Path]) -> None:
+def test_an_unchanged_file_is_whole(files: dict[str, Path]) -> None:
     assert is_whole(files["a"], ROUNDED)
     assert is_whole(files["b"], ())
     assert not is_whole(files["a"], list(ROUNDED)[:2])
@@ -93,7 +93,7 @@ def test_a_damaged_file_is_not_whole(files: dict[str, Path], keep: int) -> None:
 
 
 @pytest.mark.parametrize("key", list(ROUNDED), ids=str)
-def test_a_file_whose_numbers_were_changed_is_not_whole(files: dict[str, Path], key: RoundedKey) -> None:
+def test_a_file_with_changed_values_is_not_whole(files: dict[str, Path], key: RoundedKey) -> None:
     before = files["a"].read_bytes()
     where = before.index(ROUNDED[key].view(torch.uint8).numpy().tobytes())
     changed = bytearray(before)
@@ -103,7 +103,7 @@ def test_a_file_whose_numbers_were_changed_is_not_whole(files: dict[str, Path], 
     assert not is_whole(files["a"], ROUNDED)
 
 
-def test_a_layer_that_was_not_finished_leaves_nothing(tmp_path: Path) -> None:
+def test_an_unfinished_layer_leaves_no_file(tmp_path: Path) -> None:
     def killed() -> Iterator[tuple[RoundedKey, torch.Tensor]]:
         yield next(iter(ROUNDED.items()))
         raise KeyboardInterrupt
@@ -117,7 +117,7 @@ def test_a_layer_that_was_not_finished_leaves_nothing(tmp_path: Path) -> None:
 
 
 def reachable() -> int:
-    """Bytes of all storages that live tensors hold, each once."""
+    """Bytes of all storages that live tensors hold, counting each storage once."""
     storages = [tensor.untyped_storage() for tensor in gc.get_objects() if type(tensor) is torch.Tensor]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
@@ -142,7 +142,7 @@ def rounding_of(trajectories: Trajectories, formats: str, folder: Path) -> Round
     return RoundingPass(trajectories, wanted, torch.float16, samples, False, folder, Stages(quiet=True))
 
 
-def test_while_rounding_no_more_is_held_for_many_formats_than_for_few(
+def test_rounding_to_many_formats_holds_no_more_memory_than_to_few(
     trajectories: Trajectories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     peaks: dict[str, dict[str, int]] = {FEW: {}, MANY: {}}
@@ -164,7 +164,7 @@ def test_while_rounding_no_more_is_held_for_many_formats_than_for_few(
         assert grown < 1.5 * layer.weight.numel() + 10_000, f"{name}: more than one rounding of it"
 
 
-def test_reading_holds_nothing_and_changes_are_kept_up_to_a_limit(
+def test_reading_holds_no_memory_and_weight_changes_are_cached_up_to_a_limit(
     trajectories: Trajectories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layers = dict(some_layers(trajectories.target))

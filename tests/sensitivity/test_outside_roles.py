@@ -1,4 +1,4 @@
-"""Roles and stages of layers in text encoders and autoencoders, by hand, and the groups that share a format."""
+"""Roles and stages of layers in text encoders and autoencoders, against hand labels, and groups that share a format."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def layers(request: Any) -> tuple[str, dict[str, Layer]]:
     return request.param, {layer.name: layer for layer in found}
 
 
-def test_roles_are_those_that_a_person_gives(layers: tuple[str, dict[str, Layer]]) -> None:
+def test_roles_agree_with_hand_labels(layers: tuple[str, dict[str, Layer]]) -> None:
     name, found = layers
     assert {layer: found[layer].role for layer in EXPECTED[name]} == EXPECTED[name]
 
 
-def test_no_layer_is_without_a_role_and_stages_are_whole_components(layers: tuple[str, dict[str, Layer]]) -> None:
+def test_every_layer_has_a_role_and_each_component_has_one_stage(layers: tuple[str, dict[str, Layer]]) -> None:
     _, found = layers
     for name, layer in found.items():
         component = name.split(".")[0]
@@ -78,7 +78,7 @@ def test_no_layer_is_without_a_role_and_stages_are_whole_components(layers: tupl
         assert (layer.stage == stage) if stage else (layer.stage not in ("autoencoder", "conditioning"))
 
 
-def test_projections_of_one_attention_share_a_format_whatever_they_are_called() -> None:
+def test_projections_of_one_attention_share_a_format_whatever_their_names() -> None:
     pipe = TOYS["HunyuanDiTPipeline"].new()
     groups = shared_qkv(inventory(Target.of(pipe, ["text_encoder", "text_encoder_2"])))
     bert, t5 = ("text_encoder.encoder.layer.0.attention.self", "text_encoder_2.encoder.block.0.layer.0.SelfAttention")

@@ -1,4 +1,4 @@
-"""The predicted peak: on paper, against brute force, and against what reloaded checkpoints take when they draw."""
+"""The predicted peak: against a calculation by hand, brute force and the memory that reloaded checkpoints take."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from bitpolicy.sensitivity.samples import Sample
 
 CPU = torch.device("cpu")
 CANDIDATES = (format_named("int4"), format_named("int8"), FP16)
-SLACK = 20_000  # bytes: random states and other small tensors that no paper knows of
+SLACK = 20_000  # bytes for random states and other small tensors that the calculation leaves out
 
 
 @dataclass(frozen=True)
 class Hungry(Format):
-    """A byte a weight, and `times` floats a weight while it is unpacked, beside the weight itself."""
+    """One byte per weight, and `times` more floats per weight while it is unpacked, besides the weight itself."""
 
     times: int
 
@@ -58,15 +58,15 @@ class Hungry(Format):
         return weight
 
 
-# On paper
+# By hand
 
 
 class PaperPipeline:
-    """Draws with known bytes. A is a sample's, 1 MiB for each of the batch; a step goes
+    """Draws with known bytes. A is 1 MiB for each sample of the batch. One step is
 
     x: A | first(x): 2A | second(first): 3A | widened: 3A + `widened` A, outside of all layers
 
-    and once more, on next to nothing, first(1 row).
+    and then first(1 row), which takes almost nothing.
     """
 
     rows, width = 512, 512
@@ -103,7 +103,7 @@ def on_paper(widened: int, batch_size: int = 1, hungry: Sequence[Format] = ()) -
 
 
 @pytest.mark.parametrize(("widened", "batch_size"), [(1, 1), (4, 1), (4, 3)])
-def test_activations_are_those_on_paper(widened: int, batch_size: int) -> None:
+def test_activations_agree_with_a_calculation_by_hand(widened: int, batch_size: int) -> None:
     peak = on_paper(widened, batch_size)
     unit = batch_size * MIB
     assert (3 + widened) * unit <= peak.unpacked <= (3 + widened) * unit + SLACK
@@ -114,7 +114,7 @@ def test_activations_are_those_on_paper(widened: int, batch_size: int) -> None:
         assert call.inside - call.before == unit
 
 
-def test_a_packed_layer_adds_its_weight_and_what_unpacking_takes() -> None:
+def test_a_packed_layer_adds_its_weight_and_the_memory_of_unpacking() -> None:
     hungry, modest = Hungry("hungry", 5), Hungry("modest", 0)
     peak = on_paper(0, hungry=[hungry, modest])
     unpacked = {"first": FP16, "second": FP16, "never": FP16}
@@ -131,7 +131,7 @@ def test_a_packed_layer_adds_its_weight_and_what_unpacking_takes() -> None:
         assert units * MIB <= activations <= units * MIB + SLACK, formats
 
 
-def test_the_peak_is_what_lies_there_and_what_comes_on_top() -> None:
+def test_the_peak_is_resident_memory_plus_activations() -> None:
     hungry = Hungry("hungry", 5)
     peak = on_paper(0, hungry=[hungry])
     biases, never, vae = 2 * 512 * 4, 12 * 4, 100 * 4
@@ -160,7 +160,7 @@ def test_unpacking_is_measured_for_each_format_and_shape(dtype: torch.dtype) -> 
 
 
 def made_up(seed: int) -> tuple[PeakMemory, list[Format]]:
-    """Four layers of random sizes and activations, and four formats of random appetite."""
+    """Four layers with random sizes and activations, and four formats with random needs."""
     draw = torch.Generator().manual_seed(seed)
 
     def number(low: int, high: int) -> int:
@@ -175,7 +175,7 @@ def made_up(seed: int) -> tuple[PeakMemory, list[Format]]:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_the_room_reaches_the_smallest_peak_and_bars_only_what_exceeds_it(seed: int) -> None:
+def test_the_room_allows_the_smallest_peak_and_bars_only_choices_beyond_it(seed: int) -> None:
     peak, formats = made_up(seed)
     room = peak.room(formats)
     names = list(peak.account.shapes)
@@ -186,13 +186,13 @@ def test_the_room_reaches_the_smallest_peak_and_bars_only_what_exceeds_it(seed: 
     assert peak.others + room.activations + min(map(peak.account.total, allowed)) == least
 
 
-def test_where_nothing_needs_more_than_the_rest_nothing_is_barred() -> None:
+def test_nothing_is_barred_if_no_choice_needs_more_than_the_rest_of_the_call() -> None:
     peak = on_paper(9, hungry=[Hungry("hungry", 5)])
     assert peak.room([Hungry("hungry", 5), FP16]).barred == frozenset()
     assert peak.room([Hungry("hungry", 5), FP16]).activations == peak.unpacked
 
 
-# Against what is measured
+# Against measurements
 
 ASKED: dict[str, dict[str, Any]] = {
     "prompt": {"prompt": "a red heart"},
@@ -223,7 +223,7 @@ def reloaded(pipe: Any, target: Target, formats: Mapping[str, Format], folder: P
     "DDPMPipeline StableDiffusionPipeline StableDiffusionXLPipeline StableDiffusionControlNetPipeline DiTPipeline "
     "FluxPipeline StableVideoDiffusionPipeline CogVideoXPipeline WanPipeline-2.2".split(),
 )
-def test_every_kind_of_pipeline_takes_what_was_predicted(name: str, tmp_path: Path) -> None:
+def test_every_kind_of_pipeline_takes_the_predicted_memory(name: str, tmp_path: Path) -> None:
     toy = TOYS[name]
     pipe: Any = toy.new()
     target = Target.chosen(pipe)
@@ -249,7 +249,7 @@ def new_bundled() -> Callable[[], Any]:
 
 
 @pytest.mark.parametrize(("size", "batch_size"), [(32, 1), (32, 4), (96, 1), (96, 2)])
-def test_the_bundled_pipeline_takes_what_was_predicted_at_any_size(
+def test_the_bundled_pipeline_takes_the_predicted_memory_at_any_size(
     size: int, batch_size: int, new_bundled: Callable[[], Any], tmp_path: Path
 ) -> None:
     pipe = new_bundled()
@@ -262,7 +262,7 @@ def test_the_bundled_pipeline_takes_what_was_predicted_at_any_size(
     assert peak.peak(formats) == pytest.approx(measured, rel=0.03)
 
 
-def test_a_policy_in_the_room_stays_within_the_budget_when_it_is_measured(
+def test_a_policy_without_barred_choices_stays_within_the_budget_when_measured(
     new_bundled: Callable[[], Any], tmp_path: Path
 ) -> None:
     pipe = new_bundled()
@@ -277,21 +277,23 @@ def test_a_policy_in_the_room_stays_within_the_budget_when_it_is_measured(
     assert 0.97 * budget <= measured <= budget
 
 
-def test_the_size_has_to_be_one_that_the_pipeline_takes() -> None:
+def test_a_pipeline_without_a_height_argument_refuses_one() -> None:
     toy = TOYS["DiTPipeline"]
     with pytest.raises(BitPolicyError, match="DiTPipeline does not take height"):
         observe(toy.new(), ["transformer"], {**toy.call, "height": 64}, Sample("207", 0), CANDIDATES)
 
 
-def test_requests_with_arguments_of_their_own_are_observed_alone() -> None:
+def test_a_batch_of_a_request_with_its_own_arguments_is_refused() -> None:
     toy = TOYS["StableVideoDiffusionPipeline"]
-    with pytest.raises(BitPolicyError, match=r"--batch-size 2: a request that brings image is drawn alone"):
+    with pytest.raises(BitPolicyError, match=r"--batch-size 2: .* image .*; leave --batch-size out"):
         observe(toy.new(), ["unet"], toy.call, Sample("", 0, toy.extra), CANDIDATES, 2)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("size", "batch_size"), [(64, 1), (256, 2)])
-def test_on_cuda_the_counters_agree(size: int, batch_size: int, new_bundled: Callable[[], Any], tmp_path: Path) -> None:
+def test_the_prediction_agrees_with_the_counters_of_cuda(
+    size: int, batch_size: int, new_bundled: Callable[[], Any], tmp_path: Path
+) -> None:
     cuda = torch.device("cuda")
     pipe = new_bundled()
     formats = in_turn(Target.of(pipe, ["unet"]))

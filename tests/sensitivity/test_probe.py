@@ -1,4 +1,4 @@
-"""Probes over calibration samples: the adjoint one against the truth, and what an interrupted one does again."""
+"""Probes over calibration samples: the adjoint probe against ablation, and what an interrupted probe repeats."""
 
 from __future__ import annotations
 
@@ -62,9 +62,7 @@ def tables(new_trajectories: NewTrajectories, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.mark.parametrize("column", [0, 1], ids=["int4", "int8"])
-def test_the_adjoint_probe_ranks_and_sizes_layers_as_the_truth_does(
-    tables: dict[str, SensitivityTable], column: int
-) -> None:
+def test_adjoint_scores_agree_with_ablation_in_rank_and_size(tables: dict[str, SensitivityTable], column: int) -> None:
     predicted, truth = tables["adjoint"].error[:, column], tables["ablation"].error[:, column]
     assert spearmanr(predicted, truth).statistic > 0.95
     ratio = predicted / truth
@@ -99,7 +97,7 @@ def test_predictions_of_policies_are_never_negative(tables: dict[str, Sensitivit
         assert predicted >= 0
 
 
-def test_the_adjoint_probe_keeps_one_sketch_a_vector_and_sample(tables: dict[str, SensitivityTable]) -> None:
+def test_the_adjoint_probe_keeps_one_sketch_per_vector_and_sample(tables: dict[str, SensitivityTable]) -> None:
     table = tables["adjoint"]
     assert table.sketches is not None
     assert table.by_step is not None
@@ -111,7 +109,7 @@ def test_the_adjoint_probe_keeps_one_sketch_a_vector_and_sample(tables: dict[str
 def test_the_predicted_error_of_a_policy_is_near_the_measured_one(
     tables: dict[str, SensitivityTable], new_trajectories: NewTrajectories
 ) -> None:
-    """All INT8, plain bias: small enough for the first order."""
+    """All layers are INT8 with the plain bias, so the error is small enough for first order."""
     trajectories, table = new_trajectories(num_inference_steps=2, guidance_scale=1.0), tables["adjoint"]
     reference = torch.stack(list(trajectories.latents(SAMPLES[:2])))
     for _, layer in quantizable_layers(trajectories.target):
@@ -128,7 +126,7 @@ def test_the_predicted_error_of_a_policy_is_near_the_measured_one(
 # The weight probe
 
 
-def test_weight_errors_are_what_the_formula_says(toy_unet: Any) -> None:
+def test_weight_errors_follow_the_formula(toy_unet: Any) -> None:
     found = weight_errors(toy_unet, candidates([INT4, INT8]), quantization=Quantization())
     for row, (_, layer) in enumerate(quantizable_layers(toy_unet)):
         weight = layer.weight.detach().half()
@@ -149,7 +147,7 @@ def test_a_weight_of_zeros_has_no_weight_error(toy_unet: Any) -> None:
 def one_layer_by_hand(
     trajectories: Trajectories, layer: Layer, format: Any, patch: torch.Tensor, correct: bool
 ) -> torch.Tensor:
-    """The latents with one layer's weight, and its bias if asked, put in by hand and rounded as they are stored."""
+    """The latents with the rounded weight of one layer, and its corrected bias if requested, set by hand."""
     module: Any = trajectories.pipe.unet.get_submodule(layer.name)
     weight, bias = module.weight.data, None if module.bias is None else module.bias.data
     half = weight.half()
@@ -165,7 +163,7 @@ def one_layer_by_hand(
 
 
 @pytest.mark.parametrize("name", ["conv_in", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k", "conv_out"])
-def test_ablation_is_the_run_with_that_layer_alone_quantized(new_trajectories: NewTrajectories, name: str) -> None:
+def test_ablation_equals_a_run_with_only_that_layer_quantized(new_trajectories: NewTrajectories, name: str) -> None:
     trajectories = new_trajectories(num_inference_steps=2)
     (layer,) = [layer for layer in inventory(trajectories.target) if layer.name == name]
     patch = torch.randn(layer.shape[1:], generator=torch.Generator().manual_seed(1))
@@ -186,7 +184,7 @@ def test_ablation_is_the_run_with_that_layer_alone_quantized(new_trajectories: N
         assert found.psnr_db is None
 
 
-# What an interrupted probe does again
+# What an interrupted probe repeats
 
 
 class Calls:
@@ -210,7 +208,7 @@ class Calls:
         monkeypatch.setattr(Trajectories, "differentiable_signal", counted_differentiable)
 
     def new(self) -> tuple[list[Sample], list[Sample]]:
-        """(without a graph, with one) since the last time this was asked."""
+        """The trajectories (without a graph, with a graph) since the last call of this method."""
         found = self.plain, self.graph
         self.plain, self.graph = [], []
         return found
@@ -231,7 +229,7 @@ def assert_equal_tables(a: SensitivityTable, b: SensitivityTable) -> None:
     assert torch.equal(a.corrected, b.corrected)
 
 
-def test_a_finished_probe_runs_nothing_again(new_trajectories: NewTrajectories, calls: Calls, tmp_path: Path) -> None:
+def test_a_finished_probe_does_not_run_again(new_trajectories: NewTrajectories, calls: Calls, tmp_path: Path) -> None:
     first = table_of(new_run(new_trajectories(), tmp_path))
     assert calls.new() == (list(SAMPLES), list(SAMPLES))
     again = table_of(new_run(new_trajectories(), tmp_path))
@@ -239,7 +237,7 @@ def test_a_finished_probe_runs_nothing_again(new_trajectories: NewTrajectories, 
     assert_equal_tables(first, again)
 
 
-def test_more_vectors_start_from_those_that_are_there(
+def test_a_probe_with_more_vectors_reuses_the_existing_ones(
     new_trajectories: NewTrajectories, calls: Calls, tmp_path: Path
 ) -> None:
     table_of(new_run(new_trajectories(num_inference_steps=1), tmp_path))
@@ -254,7 +252,7 @@ def test_more_vectors_start_from_those_that_are_there(
 
 
 @pytest.mark.parametrize("done", [0, 1, 2, 3, 6])
-def test_an_interrupted_probe_goes_on_where_it_stopped(
+def test_an_interrupted_probe_resumes(
     new_trajectories: NewTrajectories, calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int
 ) -> None:
     """Pieces in order: the reference, then two sketches for each of three samples."""
@@ -276,13 +274,13 @@ def test_an_interrupted_probe_goes_on_where_it_stopped(
     resumed = table_of(new_run(new_trajectories(num_inference_steps=1), tmp_path / "stopped"))
     plain, graph = calls.new()
     assert graph == list(SAMPLES[max(done - 1, 0) // 2 :])
-    assert plain == (graph[:1] if done else list(SAMPLES))  # one run to see where the loop ends, or the reference
+    assert plain == (graph[:1] if done else list(SAMPLES))  # one run to find where the loop ends, or the reference pass
     assert_equal_tables(resumed, whole)
 
 
 @pytest.mark.parametrize(("piece", "again"), [("reference-0", (3, 0)), ("sketch-1-0", (1, 1)), ("sketch-2-1", (1, 1))])
 @pytest.mark.parametrize("content", [b"", b"garbage", None], ids=["empty", "garbage", "cut"])
-def test_a_damaged_piece_is_made_again(
+def test_a_damaged_piece_is_recomputed(
     new_trajectories: NewTrajectories,
     calls: Calls,
     tmp_path: Path,
@@ -302,9 +300,7 @@ def test_a_damaged_piece_is_made_again(
     assert_equal_tables(whole, mended)
 
 
-def test_an_interrupted_ablation_goes_on_where_it_stopped(
-    new_trajectories: NewTrajectories, calls: Calls, tmp_path: Path
-) -> None:
+def test_an_interrupted_ablation_resumes(new_trajectories: NewTrajectories, calls: Calls, tmp_path: Path) -> None:
     settings = ProbeSettings("ablation", SAMPLES[:1])
     trajectories = new_trajectories(num_inference_steps=1)
     whole = table_of(new_run(trajectories, tmp_path, settings, "int8"))
@@ -312,7 +308,7 @@ def test_an_interrupted_ablation_goes_on_where_it_stopped(
     for lost in pieces(tmp_path, "ablation-conv_out-*"):
         lost.unlink()
     mended = table_of(new_run(trajectories, tmp_path, settings, "int8"))
-    assert len(calls.new()[0]) == 1 + 2  # the reference, and conv_out with either bias
+    assert len(calls.new()[0]) == 1 + 2  # the reference, and conv_out with and without bias correction
     assert_equal_tables(whole, mended)
 
 
@@ -343,7 +339,7 @@ def other_settings() -> dict[str, Callable[[NewTrajectories, Path], ProbeRun]]:
 
 
 @pytest.mark.parametrize("change", other_settings())
-def test_other_settings_have_records_of_their_own(
+def test_different_settings_have_separate_records(
     new_trajectories: NewTrajectories, tmp_path: Path, change: str
 ) -> None:
     new_run(new_trajectories(), tmp_path)
@@ -368,6 +364,6 @@ def test_fp16_alone_leaves_nothing_to_score(new_trajectories: NewTrajectories, t
         (("adjoint", SAMPLES, 0), "got 3 samples, 0 vectors"),
     ],
 )
-def test_settings_without_sense_are_refused(arguments: Any, message: str) -> None:
+def test_invalid_settings_are_refused(arguments: Any, message: str) -> None:
     with pytest.raises(BitPolicyError, match=message):
         ProbeSettings(*arguments)

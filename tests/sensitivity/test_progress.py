@@ -1,4 +1,4 @@
-"""Stages: seconds by name, and no bar where nobody looks."""
+"""Progress of stages: seconds by name, and no bars if stderr is not a terminal."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ class Terminal(io.StringIO):
 
 
 def on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    """What is drawn on a terminal of 120 columns, every frame of it. No fixture: pytest puts its own stderr back
-    between a fixture and its test."""
+    """Every frame drawn on a terminal of 120 columns.
+
+    This is not a fixture, because pytest restores its own stderr between a fixture and its test.
+    """
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     screen = Terminal()
@@ -38,7 +40,7 @@ def test_seconds_of_a_stage_add_up() -> None:
     assert stages.seconds["probe"] >= 0.04 > stages.seconds["search"]
 
 
-def test_a_stage_that_is_interrupted_is_timed_too() -> None:
+def test_an_interrupted_stage_is_timed_as_well() -> None:
     stages = Stages(quiet=True)
     with pytest.raises(KeyboardInterrupt), stages.timed("probe"):
         raise KeyboardInterrupt
@@ -46,19 +48,19 @@ def test_a_stage_that_is_interrupted_is_timed_too() -> None:
 
 
 @pytest.mark.parametrize("quiet", [True, False])
-def test_no_bar_is_drawn_where_stderr_is_no_terminal(capsys: pytest.CaptureFixture[str], quiet: bool) -> None:
+def test_no_bar_is_drawn_if_stderr_is_not_a_terminal(capsys: pytest.CaptureFixture[str], quiet: bool) -> None:
     assert list(Stages(quiet).track(["a", "b"], "work")) == ["a", "b"]
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_run_shows_a_line_of_its_own_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_shows_its_own_line_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal, stages = on_a_terminal(monkeypatch), Stages()
     with stages.whole_run():
         assert "whole run" in terminal.getvalue()
         assert "getting ready" in terminal.getvalue()
 
 
-def test_then_how_long_the_rest_takes_and_the_stage_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forecast_adds_the_time_left_and_the_current_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal, stages = on_a_terminal(monkeypatch), Stages()
     with stages.whole_run():
         stages.expect({"reference": 600.0, "adjoint probe": 1200.0})
@@ -82,7 +84,7 @@ def test_a_run_whose_stage_fails_can_be_followed_by_another(monkeypatch: pytest.
     assert "work" in terminal.getvalue()
 
 
-def test_nothing_of_a_run_is_drawn_where_stderr_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_draws_nothing_if_stderr_is_not_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     stages = Stages()
     with stages.whole_run():
         stages.expect({"work": 1.0})

@@ -1,4 +1,4 @@
-"""The mean inputs and the latents' power, against inputs caught one by one and taken apart by `unfold`."""
+"""The mean inputs and the latents' power, against inputs recorded one by one and split into patches by `unfold`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NewTrajectories = Callable[..., Trajectories]
 
 
 def taps(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """Every input that the layer's weight meets, as rows (samples and positions, inputs)."""
+    """Every input that the layer's weight multiplies, as rows (samples and positions, inputs)."""
     if isinstance(layer, torch.nn.Linear):
         return x.reshape(-1, layer.in_features)
     patches = unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
@@ -27,10 +27,10 @@ def taps(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def caught_means(trajectories: Trajectories, samples: list[Any]) -> dict[str, torch.Tensor]:
-    """E[x] of each layer over all rows of all calls, each sample in a call of its own."""
+    """E[x] of each layer over all rows of all calls, with one call per sample."""
     rows: dict[str, list[torch.Tensor]] = defaultdict(list)
     trajectories.batch = 1
-    trajectories.learn(samples[0])  # in runs of its own
+    trajectories.learn(samples[0])  # takes short runs that must not be counted
     hooks = [
         layer.register_forward_hook(
             lambda layer, args, _, name=name: rows[name].append(taps(layer, args[0].double()).mean(0))
@@ -52,7 +52,7 @@ def caught_means(trajectories: Trajectories, samples: list[Any]) -> dict[str, to
         5,
     ],
 )
-def test_the_mean_inputs_are_those_of_every_patch_that_was_met(new_trajectories: NewTrajectories, count: int) -> None:
+def test_mean_inputs_are_the_mean_over_every_patch(new_trajectories: NewTrajectories, count: int) -> None:
     samples = split_samples(["cat", "a red heart", "pizza"], count, seed=0)
     found = ReferencePass.of(new_trajectories(), samples).calibration.input_means
     expected = caught_means(new_trajectories(), samples)
@@ -69,7 +69,7 @@ def test_the_power_is_the_mean_squared_norm_of_the_latents(new_trajectories: New
     assert power == pytest.approx(sum(norm**2 for norm in norms) / 5, rel=1e-5)
 
 
-def test_no_hook_stays_after_an_interruption(new_trajectories: NewTrajectories) -> None:
+def test_an_interruption_leaves_no_hook(new_trajectories: NewTrajectories) -> None:
     trajectories = new_trajectories()
 
     def stop(*_: Any) -> None:

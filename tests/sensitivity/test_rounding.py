@@ -1,4 +1,4 @@
-"""What quantizers make of every layer, once, in parts, and what of that scores and exports are taken from."""
+"""Rounding of every layer by every quantizer, once and in parts, and its use in scores."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ AUTO = ProbeSettings("adjoint", SAMPLES, vectors=2, quantizers=QUANTIZERS)
 
 
 def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
-    """To the bit."""
+    """Whether both hold the same tensors, bit for bit."""
     return found.keys() == expected.keys() and all(
         found[key].dtype == expected[key].dtype
         and torch.equal(found[key].view(torch.uint8), expected[key].view(torch.uint8))
@@ -52,7 +52,7 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> b
 
 
 def of(found: RoundedWeights, name: str, candidate: Candidate) -> dict[str, torch.Tensor]:
-    """What was rounded for one candidate, by suffix."""
+    """The rounded tensors of one candidate, by suffix."""
     rounding = (name, candidate.format.name, candidate.quantizer)
     return {key.suffix: found[key] for key in found if key[:3] == rounding}
 
@@ -68,7 +68,7 @@ def moments(length: int, seed: int = 0) -> Moments:
 
 @pytest.mark.parametrize("memory", [1, 10_000, 1_000_000, 2**30])
 @pytest.mark.parametrize("quantizers", [("rtn", "mse"), ("gptq",), QUANTIZERS], ids="+".join)
-def test_parts_hold_every_layer_once_in_order_and_no_more_than_the_memory(
+def test_parts_contain_every_layer_once_in_order_and_fit_in_memory(
     toy_unet: Any, monkeypatch: pytest.MonkeyPatch, memory: int, quantizers: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(rounding, "_MEMORY", memory)
@@ -89,7 +89,7 @@ def test_parts_hold_every_layer_once_in_order_and_no_more_than_the_memory(
     [(("rtn", "mse", "hqq"), False), (("rtn", "gptq"), True), (("gptq-trajectory",), True)],
     ids=["data-free", "gptq", "trajectory"],
 )
-def test_a_hessian_is_for_those_that_want_it(quantizers: tuple[str, ...], needs: bool) -> None:
+def test_only_some_quantizers_need_a_hessian(quantizers: tuple[str, ...], needs: bool) -> None:
     assert needs_hessian(quantizers) is needs
 
 
@@ -99,7 +99,7 @@ def test_a_hessian_is_for_those_that_want_it(quantizers: tuple[str, ...], needs:
 @pytest.mark.parametrize(
     "format", [INT4, INT8, ROTATED, format_named("nf4"), format_named("fp8")], ids=lambda f: f.name
 )
-def test_each_candidate_has_what_its_quantizer_makes(format: Any) -> None:
+def test_each_candidate_gets_the_result_of_its_quantizer(format: Any) -> None:
     weight, seen = torch.randn(6, 64).pow(3).half(), moments(64)
     found = dict(rounded("mid.to_q", weight, candidates([format], QUANTIZERS), seen))
     (steady,), (trajectory,) = seen.inputs.flatten(0, 1), seen.seen.flatten(0, 1)
@@ -116,7 +116,7 @@ def test_each_candidate_has_what_its_quantizer_makes(format: Any) -> None:
     assert len(found) == 4 * len(format.tensors(weight.shape, F16)), "round to nearest needs no keeping"
 
 
-def test_formats_share_a_hessian_only_where_they_are_rotated_alike() -> None:
+def test_formats_share_a_hessian_only_if_they_have_the_same_rotation() -> None:
     formats = [format_named(n) for n in ("int4", "int4-rot", "int4-g32-rot", "int3-rot", "int4-g128-rot", "int8")]
     weight, seen = torch.randn(4, 128).half(), moments(128)
     together = dict(rounded("a", weight, candidates(formats, ("gptq",)), seen))
@@ -128,7 +128,7 @@ def test_formats_share_a_hessian_only_where_they_are_rotated_alike() -> None:
 
 
 @pytest.mark.parametrize("quantizer", ["gptq", "gptq-trajectory"])
-def test_without_moments_the_search_for_ranges_takes_the_place_under_the_same_name(quantizer: str) -> None:
+def test_without_moments_mse_replaces_the_quantizer_under_the_same_name(quantizer: str) -> None:
     layer = nn.Conv2d(8, 6, 3, groups=2).half()
     wanted = [Candidate(INT4, quantizer)]
     found = dict(rounded("conv", layer.weight.detach(), wanted, None))
@@ -149,7 +149,7 @@ def test_a_format_that_does_not_fit_and_fp16_are_left_out() -> None:
     assert list(rounded("a", torch.randn(4, 64).half(), candidates([INT4], ("rtn",)), None)) == []
 
 
-def test_what_is_made_is_what_was_announced() -> None:
+def test_rounded_tensors_have_the_announced_specs() -> None:
     wanted = candidates([INT4, INT8, ROTATED, format_named("nf4")], QUANTIZERS)
     for shape in ((6, 64), (4, 8, 3, 3)):
         weight = torch.randn(shape).half()
@@ -160,10 +160,10 @@ def test_what_is_made_is_what_was_announced() -> None:
         }
 
 
-# What scores are taken from
+# Weight changes
 
 
-def test_a_change_of_a_weight_is_that_of_what_was_rounded(toy_unet: Any) -> None:
+def test_weight_changes_use_the_rounded_weight(toy_unet: Any) -> None:
     names = ["conv_in", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"]
     layers = {name: layer for name, layer in quantizable_layers(toy_unet) if name in names}
     wanted = candidates([INT4, INT8], ("rtn", "mse", "gptq"))
@@ -207,7 +207,7 @@ def finished(new_trajectories: NewTrajectories, tmp_path_factory: pytest.TempPat
     return trajectories, reference, run.table(reference)
 
 
-def test_what_a_probe_rounds_is_what_the_moments_of_its_samples_say(finished: Any) -> None:
+def test_a_probe_rounds_with_the_moments_of_its_samples(finished: Any) -> None:
     trajectories, reference, _ = finished
     names = ["conv_in", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "conv_out"]
     found: dict[str, Moments] = {}
@@ -222,7 +222,7 @@ def test_what_a_probe_rounds_is_what_the_moments_of_its_samples_say(finished: An
         assert same(kept, expected), name
 
 
-def test_every_layer_has_every_candidate_that_fits(finished: Any) -> None:
+def test_every_layer_is_rounded_to_every_candidate_that_fits(finished: Any) -> None:
     trajectories, reference, table = finished
     for name, layer in quantizable_layers(trajectories.target):
         for format in (INT4, ROTATED):
@@ -232,7 +232,7 @@ def test_every_layer_has_every_candidate_that_fits(finished: Any) -> None:
     assert table.quantizers == QUANTIZERS
 
 
-def test_quantizers_are_predicted_to_harm_less_than_rounding_to_nearest(finished: Any, tmp_path: Path) -> None:
+def test_the_predicted_error_is_lower_than_with_rounding_to_nearest(finished: Any, tmp_path: Path) -> None:
     trajectories, _, table = finished
     alone = ProbeSettings("adjoint", SAMPLES, vectors=2)
     run = new_run(trajectories, tmp_path, alone)
@@ -240,7 +240,7 @@ def test_quantizers_are_predicted_to_harm_less_than_rounding_to_nearest(finished
     assert (table.error.sum(0) < 0.9 * nearest.error.sum(0)).all()
 
 
-def test_scores_are_measured_with_the_quantizer_they_name(finished: Any, tmp_path: Path) -> None:
+def test_scores_agree_with_measurements_using_the_named_quantizer(finished: Any, tmp_path: Path) -> None:
     trajectories, reference, table = finished
     run = new_run(trajectories, tmp_path)
     place = next((i, 1) for i in range(len(table.layers)) if table.choice(i, INT4).quantizer.startswith("gptq"))
@@ -257,7 +257,7 @@ def test_scores_are_measured_with_the_quantizer_they_name(finished: Any, tmp_pat
 
 
 @pytest.mark.parametrize("memory", [1, 4_000_000, 2**30])
-def test_rounding_in_many_parts_with_an_interruption_ends_as_in_one_go(
+def test_interrupted_rounding_in_many_parts_equals_rounding_in_one_part(
     new_trajectories: NewTrajectories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int
 ) -> None:
     settings = ProbeSettings("adjoint", SAMPLES, vectors=1, quantizers=("gptq-trajectory", "mse"))
@@ -281,14 +281,14 @@ def test_rounding_in_many_parts_with_an_interruption_ends_as_in_one_go(
     assert same(dict(resumed), dict(whole))
 
 
-def test_of_large_models_the_moments_may_take_what_the_weights_take(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moments_of_large_models_may_take_as_much_memory_as_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounding, "_MEMORY", 1)
     layers = {str(i): nn.Linear(64, 64) for i in range(4)}  # as many weights as moments
     assert parts(layers, ("gptq",)) == [list("0123")]
     assert parts(layers, ("gptq-trajectory",)) == [list("01"), list("23")]
 
 
-def test_gradients_that_are_not_finite_under_any_scale_are_told_with_the_layer(
+def test_a_warning_names_layers_whose_gradients_are_not_finite_under_any_scale(
     new_trajectories: NewTrajectories,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -301,8 +301,8 @@ def test_gradients_that_are_not_finite_under_any_scale_are_told_with_the_layer(
         settings = ProbeSettings("weight", SAMPLES[:1], quantizers=(quantizer,))
         kept = new_run(trajectories, tmp_path, settings, "int4").reference().calibration.rounded
         made[quantizer] = of(kept, "conv_in", Candidate(INT4, quantizer))
-        told = capsys.readouterr().err
-        assert ("warning: the gradient at conv_in and 82 other layers is NaN or Inf" in told) == (quantizer != "gptq")
+        warned = capsys.readouterr().err
+        assert ("warning: the gradient at conv_in and 82 other layers is NaN or Inf" in warned) == (quantizer != "gptq")
     assert same(made["gptq-trajectory"], made["gptq"])
 
 
@@ -312,7 +312,7 @@ def killed() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("widest", [64, 150])
-def test_layers_of_long_rows_in_groups_or_never_called_are_rounded_all_the_same(
+def test_grouped_uncalled_and_long_layers_are_rounded_as_well(
     new_trajectories: NewTrajectories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, widest: int
 ) -> None:
     monkeypatch.setattr(hessians, "WIDEST", widest)
@@ -338,13 +338,13 @@ def test_layers_of_long_rows_in_groups_or_never_called_are_rounded_all_the_same(
 
 
 @pytest.mark.parametrize("probe_name", ["ablation", "weight"])
-def test_probes_that_cannot_choose_say_so(probe_name: str) -> None:
-    with pytest.raises(BitPolicyError, match=r"does not choose between quantizers; name one with --quantizer"):
+def test_probes_that_cannot_choose_a_quantizer_refuse_several(probe_name: str) -> None:
+    with pytest.raises(BitPolicyError, match=rf"the {probe_name} probe .* --quantizer, or use --probe adjoint"):
         ProbeSettings(probe_name, SAMPLES, quantizers=QUANTIZERS)
     ProbeSettings(probe_name, SAMPLES, quantizers=("gptq",))
 
 
-def test_the_weight_probe_scores_what_was_rounded(new_trajectories: NewTrajectories, tmp_path: Path) -> None:
+def test_the_weight_probe_scores_the_rounded_weights(new_trajectories: NewTrajectories, tmp_path: Path) -> None:
     trajectories = new_trajectories(num_inference_steps=1, guidance_scale=1.0)
     errors = {}
     for quantizer in ("rtn", "mse", "gptq"):

@@ -1,4 +1,4 @@
-"""The table of scores: what it says follows from the sketches by arithmetic, and a file gives it back."""
+"""The sensitivity table: its numbers follow from the sketches by arithmetic, and a file restores it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ POWER = 4.0
 
 
 def random_sketches(count: int = 6, steps: int = 3) -> list[Sketch]:
-    """The last layer has no bias; of the others the corrected bias sometimes helps and sometimes harms."""
+    """The last layer has no bias. For the others, correcting the bias sometimes helps and sometimes harms."""
     draw = torch.Generator().manual_seed(2)
     shape = (steps, 4, 2)
     made = []
@@ -70,13 +70,15 @@ def test_the_mean_of_the_squared_sketches_is_the_error(table: SensitivityTable) 
     torch.testing.assert_close(table.sketches.double().square().mean(0), table.error, rtol=1e-5, atol=0)
 
 
-def test_a_step_has_the_error_that_enters_there_alone(table: SensitivityTable, sketches: list[Sketch]) -> None:
+def test_by_step_holds_the_error_that_enters_at_each_step_alone(
+    table: SensitivityTable, sketches: list[Sketch]
+) -> None:
     assert table.by_step is not None
     without_bias = torch.stack([s.weight[:, 3] for s in sketches]).square().mean(0) / POWER
     torch.testing.assert_close(table.by_step[:, 3], without_bias)
 
 
-def test_measured_errors_take_the_place_of_predictions(table: SensitivityTable) -> None:
+def test_measured_errors_replace_predictions(table: SensitivityTable) -> None:
     assert table.sketches is not None
     assert table.source(1, 0) == "adjoint"
     found = table.remeasured({(1, 0): 0.25})
@@ -92,7 +94,7 @@ def test_measured_errors_take_the_place_of_predictions(table: SensitivityTable) 
     assert again.measured.nonzero().tolist() == [[1, 0], [2, 1]]
 
 
-def test_the_largest_errors_are_those_beyond_first_order() -> None:
+def test_largest_lists_only_errors_beyond_first_order() -> None:
     error = torch.tensor([[1e-2, 1e-5], [0.5, 2e-3], [9e-4, 0.0]], dtype=torch.float64)
     table = SensitivityTable("adjoint", ("a", "b", "c"), (INT4, INT8), error, torch.ones(3, 2, dtype=torch.bool))
     assert table.largest(2) == [(1, 0), (0, 0)]
@@ -111,7 +113,7 @@ QUANTIZERS = ("rtn", "mse", "gptq")
 
 
 def sketches_of_quantizers(count: int = 24) -> list[Sketch]:
-    """Two formats by three quantizers, format by format; sizes differ, so that each of them is somewhere the best."""
+    """Two formats with three quantizers each, format by format. Each quantizer is the best for some layer."""
     draw = torch.Generator().manual_seed(7)
     size, noise = 10 ** (1.5 * torch.rand(6, 6, generator=draw)), 1.6 * torch.rand(6, 6, generator=draw)
     weights = [size * torch.randn(3, 6, 6, generator=draw) for _ in range(count)]
@@ -119,14 +121,14 @@ def sketches_of_quantizers(count: int = 24) -> list[Sketch]:
 
 
 def better_beyond_doubt(squares: dict[str, list[float]], first: str) -> str:
-    """The best of `first` and those that beat it by a paired t-test at two standard errors."""
+    """The best of `first` and the quantizers that beat it in a paired t-test at two standard errors."""
     pairs = {q: np.subtract(squares[first], squares[q]) for q in QUANTIZERS if q != first}
     doubt = {q: scipy.stats.ttest_1samp(d, 0, alternative="greater").pvalue for q, d in pairs.items()}
     better = [q for q in pairs if doubt[q] < scipy.stats.norm.sf(2)]
     return min([first, *better], key=lambda q: sum(squares[q]))
 
 
-def test_a_layer_has_the_quantizer_of_all_layers_or_one_that_is_better_beyond_doubt() -> None:
+def test_a_layer_takes_the_common_quantizer_unless_another_is_better_beyond_doubt() -> None:
     sketches = sketches_of_quantizers()
     tried, layers = candidates([INT4, INT8], QUANTIZERS), range(6)
     table = SensitivityTable.from_sketches(list("abcdef"), tried, sketches, POWER)
@@ -159,14 +161,14 @@ def test_a_layer_has_the_quantizer_of_all_layers_or_one_that_is_better_beyond_do
     assert {corrected for _, _, corrected in taken} == {True, False}
 
 
-# Squares of a known mean: five quantizers, of which the last two are nearly equal
+# Squares with a known mean: five quantizers, of which the last two are nearly equal
 
 TRUTH = torch.tensor([2.0, 1.6, 3.5, 1.0, 1.05], dtype=torch.float64).repeat(120, 1)
 TRUTH[7] = torch.tensor([2.0, 0.02, 3.5, 1.0, 1.05])  # one layer for which another is far better
 
 
 def drawn_squares(seed: int, count: int = 32) -> torch.Tensor:
-    """Squares of normal variables of that power, shape (count, layers, 1, quantizers)."""
+    """Squares of normal variables with the given power, shape (count, layers, 1, quantizers)."""
     draw = torch.Generator().manual_seed(seed)
     return (torch.randn(count, *TRUTH.shape, generator=draw, dtype=torch.float64).square() * TRUTH)[:, :, None]
 
@@ -175,8 +177,8 @@ def expected_error(choice: torch.Tensor) -> float:
     return float(TRUTH.gather(1, choice).sum())
 
 
-def test_near_equals_are_not_told_apart_by_chance() -> None:
-    """The lowest score, which was the rule once, takes worse quantizers, and promises more than it keeps."""
+def test_chance_does_not_decide_between_nearly_equal_quantizers() -> None:
+    """The lowest score, an earlier rule, picks worse quantizers and predicts errors that are too low."""
     for seed in range(20):
         power = drawn_squares(seed)
         lowest, found = power.mean(0).argmin(-1), chosen(power, 3)
@@ -186,11 +188,11 @@ def test_near_equals_are_not_told_apart_by_chance() -> None:
         assert (found != found.mode(0).values).sum() < 20
 
 
-def test_a_layer_for_which_another_is_far_better_takes_it() -> None:
+def test_a_layer_takes_a_quantizer_that_is_far_better_for_it() -> None:
     assert [int(chosen(drawn_squares(seed), 3)[7, 0]) for seed in range(20)] == [1] * 20
 
 
-def test_from_few_sketches_few_layers_deviate_and_from_one_none() -> None:
+def test_few_layers_deviate_with_few_sketches_and_none_with_one() -> None:
     assert chosen(drawn_squares(0, 1), 2).unique().tolist() == [2]
     for count in (2, 3, 4, 8):
         found = chosen(drawn_squares(0, count), 3)
@@ -198,8 +200,8 @@ def test_from_few_sketches_few_layers_deviate_and_from_one_none() -> None:
 
 
 @pytest.mark.parametrize("costly", [0, 1])
-def test_layers_that_cost_nothing_do_not_decide_for_a_format(costly: int) -> None:
-    """Of a hundred layers that no image shows and one that every image shows, the one counts."""
+def test_layers_without_effect_do_not_decide_for_a_format(costly: int) -> None:
+    """A hundred layers have almost no effect on the image and one has a large effect. Only that one counts."""
     power = torch.tensor([0.9, 1.1, 0.8, 1.2] * 4, dtype=torch.float64)[:, None, None, None].repeat(1, 101, 1, 2)
     power[:, :100] *= 1e-9
     power[:, :100, :, 1 - costly] *= 0.999  # better, beyond doubt
@@ -213,21 +215,21 @@ def test_layers_that_cost_nothing_do_not_decide_for_a_format(costly: int) -> Non
 
 
 @pytest.mark.parametrize("usual", range(5))
-def test_a_format_leaves_the_usual_quantizer_for_one_that_is_better_over_all_layers(usual: int) -> None:
-    """Not for one that is better by a twentieth, which 32 sketches seldom tell."""
+def test_a_format_takes_a_quantizer_that_is_better_over_all_layers(usual: int) -> None:
+    """It does not take one that is better by only a twentieth, which 32 sketches can seldom show."""
     of_format = [int(chosen(drawn_squares(seed), usual).mode(0).values) for seed in range(10)]
     assert set(of_format) <= {3, 4}
     assert usual != 3 or of_format.count(3) == 10
 
 
 @pytest.mark.parametrize(("tried", "taken"), [(("rtn", "mse", "gptq"), "gptq"), (("mse", "rtn"), "mse")], ids=str)
-def test_of_equal_quantizers_the_default_is_taken_or_the_first(tried: tuple[str, ...], taken: str) -> None:
+def test_among_equal_quantizers_the_default_or_else_the_first_is_taken(tried: tuple[str, ...], taken: str) -> None:
     sketches = [Sketch(torch.ones(2, 1, 2 * len(tried)), torch.zeros(2, 1, 2 * len(tried)))] * 3
     table = SensitivityTable.from_sketches(["a"], candidates([INT4, INT8], tried), sketches, POWER)
     assert [table.choice(0, format).quantizer for format in (INT4, INT8)] == [taken, taken]
 
 
-def test_one_quantizer_is_everyones() -> None:
+def test_a_single_quantizer_applies_to_every_layer() -> None:
     sketch = Sketch(torch.ones(2, 1, 2), torch.zeros(2, 1, 2))
     table = SensitivityTable.from_sketches(["a"], candidates([INT4, INT8], ("gptq",)), [sketch], POWER)
     assert table.quantizer is None
@@ -257,7 +259,7 @@ def test_a_saved_table_keeps_its_quantizers(toy_unet: Any, tmp_path: Path) -> No
     assert len(set(expected)) == 3
 
 
-def test_layers_that_no_sketch_saw_score_zero() -> None:
+def test_layers_that_no_gradient_reached_score_zero() -> None:
     nothing = [Sketch(torch.zeros(3, 2, 1), torch.zeros(3, 2, 1))]
     table = SensitivityTable.from_sketches(["a", "b"], candidates([INT4]), nothing, POWER)
     assert table.error.tolist() == [[0.0], [0.0]]
@@ -272,7 +274,7 @@ def test_fp16_scores_zero_and_adds_nothing(table: SensitivityTable) -> None:
     assert table.choice(0, FP16) == Choice(FP16, False)
 
 
-def test_one_quantized_layer_is_predicted_as_its_error(table: SensitivityTable) -> None:
+def test_the_prediction_for_one_quantized_layer_is_its_error(table: SensitivityTable) -> None:
     for layer in range(4):
         for format in (INT4, INT8):
             formats = [FP16] * 4
@@ -299,7 +301,7 @@ def test_errors_add_up_as_powers_with_sketches_or_without() -> None:
     assert table.vector_error([INT8, FP16]) is None
 
 
-def test_no_image_error_is_predicted_from_weight_errors() -> None:
+def test_weight_errors_predict_no_image_error() -> None:
     table = SensitivityTable("weight", ("a",), (INT4,), torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool))
     assert (table.additive_error([INT4]), table.vector_error([INT4])) == (None, None)
 
@@ -326,7 +328,7 @@ def saved(toy_unet: Any, tmp_path: Path) -> tuple[SensitivityTable, Path]:
     return table, tmp_path
 
 
-def test_a_saved_table_is_loaded_as_it_was(saved: tuple[SensitivityTable, Path]) -> None:
+def test_a_saved_table_loads_unchanged(saved: tuple[SensitivityTable, Path]) -> None:
     table, folder = saved
     found = read_table(folder / "sensitivity.safetensors")
     assert (found.probe, found.layers, found.formats) == (table.probe, table.layers, table.formats)
@@ -335,7 +337,7 @@ def test_a_saved_table_is_loaded_as_it_was(saved: tuple[SensitivityTable, Path])
         assert getattr(found, name).dtype == getattr(table, name).dtype
 
 
-def test_a_table_without_sketches_is_loaded_without(toy_unet: Any, tmp_path: Path) -> None:
+def test_a_table_without_sketches_loads_without_sketches(toy_unet: Any, tmp_path: Path) -> None:
     layers = inventory(Target({"unet": toy_unet}))
     error = torch.rand(len(layers), 1, dtype=torch.float64)
     names = tuple(layer.name for layer in layers)
@@ -360,12 +362,12 @@ def test_the_csv_has_a_row_for_every_layer_and_format(saved: tuple[SensitivityTa
     assert float(first["error"]) == pytest.approx(table.score(table.layers.index("conv_in"), INT4), rel=1e-6)
 
 
-def test_a_missing_table_is_said_with_what_to_do(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_table_names_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(BitPolicyError, match=r"cannot read sensitivity table .*; run `bitpolicy probe` again"):
         read_table(tmp_path / "sensitivity.safetensors")
 
 
-def test_a_damaged_table_is_said_with_what_to_do(tmp_path: Path) -> None:
+def test_the_error_for_a_damaged_table_names_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "sensitivity.safetensors").write_bytes(b"not a table")
     with pytest.raises(BitPolicyError, match=r"cannot read sensitivity table .*; run `bitpolicy probe` again"):
         read_table(tmp_path / "sensitivity.safetensors")

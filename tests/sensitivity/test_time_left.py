@@ -1,4 +1,4 @@
-"""The time left: what a forecast says, corrected by what the stages took."""
+"""The time left: a forecast, corrected by the time that the stages took."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def run(left: TimeLeft, clock: Clock, stage: str, seconds: float, items: int = 4
     left.end()
 
 
-def test_before_anything_ran_it_is_the_forecast(clock: Clock) -> None:
+def test_the_time_left_starts_as_the_forecast(clock: Clock) -> None:
     left = TimeLeft({"reference": 10, "probe": 30}, clock)
     assert left.seconds == pytest.approx(40)
     assert left.share == 0
 
 
-def test_a_forecast_that_holds_stays(clock: Clock) -> None:
+def test_an_accurate_forecast_is_not_corrected(clock: Clock) -> None:
     left = TimeLeft({"reference": 10, "probe": 30}, clock)
     run(left, clock, "reference", 10)
     assert left.seconds == pytest.approx(30)
     assert left.share == pytest.approx(0.25)
 
 
-def test_within_a_stage_it_runs_down_between_items(clock: Clock) -> None:
+def test_the_time_left_counts_down_between_items(clock: Clock) -> None:
     left = TimeLeft({"reference": 10, "probe": 30}, clock)
     left.begin("reference")
     clock.now = 3
@@ -50,7 +50,7 @@ def test_within_a_stage_it_runs_down_between_items(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("pace", [0.5, 3.0])
-def test_a_machine_of_another_pace_moves_the_rest_towards_it(clock: Clock, pace: float) -> None:
+def test_the_rest_follows_the_actual_pace(clock: Clock, pace: float) -> None:
     left = TimeLeft({"reference": 10, "probe": 30}, clock)
     run(left, clock, "reference", 10 * pace)
     low, high = sorted([30, 30 * pace])
@@ -61,7 +61,7 @@ def test_a_machine_of_another_pace_moves_the_rest_towards_it(clock: Clock, pace:
     assert abs(left.seconds - 15 * pace) < abs(15 - 15 * pace) / 4
 
 
-def test_it_is_nothing_in_the_end(clock: Clock) -> None:
+def test_the_time_left_ends_at_zero(clock: Clock) -> None:
     left = TimeLeft({"reference": 10, "probe": 30}, clock)
     for stage in ("reference", "probe"):
         run(left, clock, stage, 7)
@@ -69,14 +69,14 @@ def test_it_is_nothing_in_the_end(clock: Clock) -> None:
     assert left.share == pytest.approx(1)
 
 
-def test_what_an_earlier_run_finished_is_done_and_says_nothing_of_the_pace(clock: Clock) -> None:
+def test_work_of_an_earlier_run_counts_as_done_but_not_for_the_pace(clock: Clock) -> None:
     left = TimeLeft({"reference": 10, "rounding": 20, "probe": 30}, clock)
     left.begin("probe")
     assert left.share == pytest.approx(0.5)
     assert left.seconds == pytest.approx(30)
 
 
-def test_a_stage_that_comes_again_does_not_go_back(clock: Clock) -> None:
+def test_a_repeated_stage_does_not_reduce_the_finished_share(clock: Clock) -> None:
     left = TimeLeft({"probe": 10, "re-measuring": 8, "search": 30}, clock)
     for _ in range(3):
         run(left, clock, "re-measuring", 4)
@@ -89,14 +89,14 @@ def test_a_stage_without_a_forecast_changes_nothing(clock: Clock) -> None:
     assert left.seconds == pytest.approx(10)
 
 
-def test_more_items_than_expected_are_no_more_than_the_whole(clock: Clock) -> None:
+def test_more_items_than_expected_do_not_exceed_the_whole(clock: Clock) -> None:
     left = TimeLeft({"policies measured": 10}, clock)
     left.begin("policies measured")
     left.reached(1.5)
     assert left.share == 1
 
 
-def test_a_forecast_of_nothing_is_nothing(clock: Clock) -> None:
+def test_an_empty_forecast_leaves_no_time(clock: Clock) -> None:
     left = TimeLeft({}, clock)
     assert (left.seconds, left.share) == (0, 0)
 

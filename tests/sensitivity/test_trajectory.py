@@ -1,4 +1,4 @@
-"""The sampling loop is diffusers' own: the same bits as the pipeline's own call, with and without gradients."""
+"""The sampling loop is diffusers' own: its results equal the pipeline's own call, with and without gradients."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def trajectories(request: pytest.FixtureRequest, new_trajectories: NewTrajectori
     return new_trajectories(request.param)
 
 
-def test_images_and_latents_are_those_of_the_pipelines_own_call(trajectories: Trajectories) -> None:
+def test_images_and_latents_equal_those_of_the_pipelines_own_call(trajectories: Trajectories) -> None:
     images = own_call(trajectories, SAMPLES, "pt")
     latents = own_call(trajectories, SAMPLES, "latent")
     found = list(trajectories.images(SAMPLES))
@@ -51,7 +51,7 @@ def test_images_and_latents_are_those_of_the_pipelines_own_call(trajectories: Tr
     assert not torch.equal(latents[0], latents[1])
 
 
-def test_alone_in_a_call_a_sample_is_what_one_prompt_and_one_generator_give(trajectories: Trajectories) -> None:
+def test_a_sample_alone_equals_a_call_with_one_prompt_and_one_generator(trajectories: Trajectories) -> None:
     trajectories.batch = 1
     for sample, (image, latent) in zip(SAMPLES, trajectories.images(SAMPLES), strict=True):
         seeded = {"generator": torch.Generator().manual_seed(sample.seed), **trajectories.call}
@@ -60,7 +60,7 @@ def test_alone_in_a_call_a_sample_is_what_one_prompt_and_one_generator_give(traj
         assert torch.equal(latent, trajectories.pipe(sample.prompt, output_type="latent", **seeded).images[0])
 
 
-def test_the_differentiable_signal_is_the_one_without_gradients(trajectories: Trajectories) -> None:
+def test_the_differentiable_signal_equals_the_one_without_gradients(trajectories: Trajectories) -> None:
     trajectories.batch = 1
     for sample in SAMPLES:
         with_graph = trajectories.differentiable_signal(sample)
@@ -68,7 +68,7 @@ def test_the_differentiable_signal_is_the_one_without_gradients(trajectories: Tr
         assert torch.equal(with_graph.detach()[0], next(trajectories.latents([sample])))
 
 
-def test_neighbours_in_a_call_do_not_matter(new_trajectories: NewTrajectories) -> None:
+def test_a_sample_does_not_depend_on_others_in_the_same_call(new_trajectories: NewTrajectories) -> None:
     trajectories = new_trajectories(dtype=torch.float64)
     samples = split_samples(["cat", "dog"], 6, seed=0)
     together = list(trajectories.latents(samples))
@@ -76,11 +76,11 @@ def test_neighbours_in_a_call_do_not_matter(new_trajectories: NewTrajectories) -
     torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-6)
 
 
-def test_samples_share_calls_and_come_back_in_order(
+def test_samples_share_calls_and_keep_their_order(
     new_trajectories: NewTrajectories, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trajectories, calls = new_trajectories(num_inference_steps=1), []
-    trajectories.learn(SAMPLES[0])  # in runs of its own
+    trajectories.learn(SAMPLES[0])  # takes short runs that must not be counted
     own = type(trajectories.pipe).__call__
 
     def counted(pipe: Any, **arguments: Any) -> Any:
@@ -94,7 +94,7 @@ def test_samples_share_calls_and_come_back_in_order(
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_one_negative_prompt_goes_with_every_sample(new_trajectories: NewTrajectories, count: int) -> None:
+def test_one_negative_prompt_applies_to_every_sample(new_trajectories: NewTrajectories, count: int) -> None:
     with_it = new_trajectories(negative_prompt="blurry")
     found = torch.stack(list(with_it.latents(SAMPLES[:count])))
     without = new_trajectories()
@@ -120,7 +120,7 @@ def test_a_pipeline_without_a_latent_output_gives_the_last_sample() -> None:
 
 
 @pytest.mark.parametrize(("scheduler", "expected"), [(DDIMScheduler, 3), (HeunDiscreteScheduler, 5)])
-def test_steps_counts_the_schedulers_steps(new_trajectories: NewTrajectories, scheduler: Any, expected: int) -> None:
+def test_steps_counts_scheduler_steps(new_trajectories: NewTrajectories, scheduler: Any, expected: int) -> None:
     trajectories = new_trajectories(scheduler)
     next(trajectories.latents(SAMPLES[:1]))
     assert trajectories.steps == expected
@@ -128,7 +128,7 @@ def test_steps_counts_the_schedulers_steps(new_trajectories: NewTrajectories, sc
     assert trajectories.steps == expected
 
 
-def test_the_scheduler_is_as_before_after_an_interruption(new_trajectories: NewTrajectories) -> None:
+def test_an_interruption_restores_the_scheduler(new_trajectories: NewTrajectories) -> None:
     trajectories = new_trajectories()
     scheduler = trajectories.pipe.scheduler
     before = dict(vars(scheduler))
@@ -146,7 +146,7 @@ def test_the_scheduler_is_as_before_after_an_interruption(new_trajectories: NewT
     assert torch.equal(next(trajectories.latents(SAMPLES[:1])), own_call(trajectories, SAMPLES[:1], "latent")[0])
 
 
-def test_a_loop_without_a_graph_is_told(new_trajectories: NewTrajectories) -> None:
+def test_a_loop_without_a_graph_is_refused(new_trajectories: NewTrajectories) -> None:
     trajectories = new_trajectories()
     for component in trajectories.pipe.components.values():
         if isinstance(component, torch.nn.Module):
@@ -160,14 +160,14 @@ def test_an_argument_the_pipeline_does_not_take_is_refused(toy_pipeline: Any) ->
         Trajectories(toy_pipeline, ["unet"], {"heigth": 64})
 
 
-def test_the_denoiser_is_found_or_named(toy_pipeline: Any) -> None:
+def test_the_denoiser_is_found_and_an_unknown_component_is_refused(toy_pipeline: Any) -> None:
     assert Target.chosen(toy_pipeline).names == Target.chosen(toy_pipeline, ["unet"]).names == ["unet"]
     for wrong in ("scheduler", "transformer", "no such"):
         with pytest.raises(BitPolicyError, match=f"no component '{wrong}'; it has .*unet"):
             Target.chosen(toy_pipeline, [wrong])
 
 
-def test_samples_take_prompts_in_turn_and_no_seed_twice() -> None:
+def test_samples_cycle_through_prompts_with_different_seeds() -> None:
     samples = split_samples(["a", "b"], 5, seed=10)
     assert [sample.prompt for sample in samples] == ["a", "b", "a", "b", "a"]
     assert [sample.seed for sample in samples] == [10, 11, 12, 13, 14]
