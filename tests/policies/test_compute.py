@@ -204,7 +204,7 @@ def test_a_policy_says_it_and_nothing_where_it_is_exact(tmp_path: Path, compute:
 def test_a_policy_of_another_compute_is_refused_with_those_there_are(tmp_path: Path, value: str) -> None:
     path = tmp_path / "policy.yaml"
     path.write_text(Policy(model=ABOUT).to_yaml().replace("...\n", f"compute: {value}\n...\n"))
-    with pytest.raises(PolicyError, match=r"policy.yaml: compute: .*'exact', 'int8' or 'fp8'; mend that entry"):
+    with pytest.raises(PolicyError, match=r"policy.yaml: compute: .*'exact', 'int8' or 'fp8'"):
         Policy.load(path)
 
 
@@ -324,7 +324,7 @@ def test_a_policy_put_on_while_reading_brings_its_compute(exported: Any, tmp_pat
 
 
 def test_a_compute_beside_a_policy_is_refused(exported: Any) -> None:
-    with pytest.raises(BitPolicyError, match="says itself how it computes"):
+    with pytest.raises(BitPolicyError, match="omit compute"):
         BitPolicyConfig(policy=exported.policy, compute="int8")
 
 

@@ -201,7 +201,7 @@ def test_an_older_export_is_replaced_whole(exported: Any, tmp_path: Path) -> Non
 def test_a_folder_that_is_no_pipeline_is_never_replaced(exported: Any, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("mine")
-    with pytest.raises(BitPolicyError, match="no pipeline"):
+    with pytest.raises(BitPolicyError, match="empty folder"):
         export_pipeline(exported.pipe, ["unet"], exported.policy, exported.calibration, tmp_path / "out")
     assert (tmp_path / "out" / "thesis.tex").read_text() == "mine"
 

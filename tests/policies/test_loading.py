@@ -242,7 +242,7 @@ def test_a_missing_tensor_is_named(exported: Any, broken: Callable[..., Path], s
 @pytest.mark.parametrize("suffix", ["weight_packed", "weight_scale"])
 def test_a_tensor_of_another_shape_is_named(exported: Any, broken: Callable[..., Path], suffix: str) -> None:
     name = f"conv_in.{suffix}"
-    complaint = rf"{name} has shape \(1, 1\), the config says .*; the checkpoint is damaged"
+    complaint = rf"{name} has shape \(1, 1\), .*the config says .*; the checkpoint is damaged"
     with pytest.raises(BitPolicyError, match=complaint):
         load(broken(tensors=lambda tensors: tensors.update({name: tensors[name][:1, :1].clone()})))
 
@@ -252,7 +252,7 @@ def test_a_tensor_of_another_shape_is_named(exported: Any, broken: Callable[...,
     [
         (
             lambda config: config.update(format_version=2),
-            "the checkpoint has format_version 2, this bitpolicy .* reads 1; install a newer bitpolicy",
+            "the checkpoint has format_version 2, .* reads 1; install a newer bitpolicy",
         ),
         (
             lambda config: config["layers"].update({"conv_middle": "int8"}),

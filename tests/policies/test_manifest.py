@@ -39,19 +39,19 @@ def edited(path: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
-    "a text encoder that lacks a tensor": (TEXT, without_one, r"has [\d,]+ bytes, it was written with"),
-    "a text encoder with another value": (TEXT, lambda p: change(p, **changed(p)), "not as it was written"),
+    "a text encoder that lacks a tensor": (TEXT, without_one, r"has [\d,]+ bytes, .*written with [\d,]+"),
+    "a text encoder with another value": (TEXT, lambda p: change(p, **changed(p)), "SHA-256 differs"),
     "a VAE that is gone": (VAE, Path.unlink, "is missing"),
-    "another config": ("vae/config.json", edited, "bytes, it was written with"),
+    "another config": ("vae/config.json", edited, "bytes, .*written with"),
     "a file that a loader would prefer": (
         "text_encoder/model.safetensors.index.json",
         lambda p: p.write_text(json.dumps({"weight_map": {}})),
-        "not of this checkpoint",
+        r"not part of this checkpoint: bitpolicy\.json",
     ),
     "a packed config without its quantization": (
         "unet/config.json",
         lambda p: p.write_text(json.dumps({k: v for k, v in json.loads(p.read_text()).items() if "quant" not in k})),
-        "bytes, it was written with",
+        "bytes, .*written with",
     ),
 }
 
@@ -129,13 +129,13 @@ def test_a_manifest_that_is_none_is_an_error(folder: Path, text: str) -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
 def test_a_file_that_may_not_be_read_is_told(folder: Path) -> None:
     (folder / VAE).chmod(0)
-    with pytest.raises(BitPolicyError, match=r"cannot read .*: Permission denied; make it a file that this user may"):
+    with pytest.raises(BitPolicyError, match=r"cannot read .*: Permission denied; make it a file that this user can"):
         verify(folder)
 
 
 def test_a_newer_manifest_is_told(folder: Path) -> None:
     (folder / FILE).write_text('{"version": 2, "files": {}}')
-    with pytest.raises(BitPolicyError, match="of version 2, read is 1; install a newer bitpolicy"):
+    with pytest.raises(BitPolicyError, match="version 2, .*1; install a newer bitpolicy"):
         verify(folder)
 
 

@@ -37,10 +37,10 @@ def test_it_counts_the_formats_and_quotes_the_result() -> None:
     for row in (
         "base model | someone/model, revision main",
         f"tensor bytes of the unet | {BYTES} |",
-        "the same unquantized | 36 (float16) |",
-        "budget asked for | 40% (scope weights) |",
+        "unquantized | 36 (float16) |",
+        "budget | 40% (scope weights) |",
         "rounding | rtn |",
-        "bias is corrected | 1 |",
+        "corrected bias | 1 |",
         "34.3 dB |",
         "0.00314 |",
     ):

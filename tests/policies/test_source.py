@@ -55,7 +55,7 @@ def test_a_tensor_that_changes_between_two_readings_is_told() -> None:
     assert source_hash(source, torch.float16) == before == weights_hash(layer, torch.float16)
     layer.weight.data[0, 0] += 1
     source.read("bias")
-    with pytest.raises(BitPolicyError, match="changed while they were used: weight is another than it was"):
+    with pytest.raises(BitPolicyError, match="files changed .*: weight is .*run the command again"):
         source.read("weight")
 
 
@@ -67,7 +67,7 @@ def test_what_is_read_is_compared_with_the_model_in_memory_in_the_storage_dtype(
     save_file({**layer.half().state_dict(), "bias": torch.ones(2).half()}, tmp_path / "model.safetensors")
     changed = Unchanged(FileSource([tmp_path / "model.safetensors"]), torch.float16, ModuleSource(layer.float()))
     changed.read("weight")
-    with pytest.raises(BitPolicyError, match="bias is another than it was"):
+    with pytest.raises(BitPolicyError, match="files changed .*: bias is "):
         changed.read("bias")
 
 
@@ -88,13 +88,13 @@ def test_a_value_that_float16_cannot_hold_is_told() -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        ("cut", r"cannot read .*model\.safetensors, which is damaged: .*download it again"),
+        ("cut", r"cannot read .*model\.safetensors, which is damaged.*download it again"),
         (
             "pointer",
-            r"model\.safetensors is a git-lfs pointer and not the file itself; run `git lfs pull`, or",
+            r"model\.safetensors is a git-lfs pointer.*; run `git lfs pull`, or",
         ),
         ("missing", r"model\.safetensors is missing; download it again"),
-        ("a folder", r"cannot read .*model\.safetensors: it is no file; make it a file that this user may read"),
+        ("a folder", r"cannot read .*model\.safetensors: .* regular file; make it a file that this user can read"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_and_nothing_else(tmp_path: Path, damage: str, reason: str) -> None:
@@ -130,7 +130,7 @@ def forbidden(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_file_without_permission_is_not_called_missing(forbidden: Path) -> None:
-    needles = r"model\.safetensors: Permission denied; make it a file that this user may read"
+    needles = r"model\.safetensors: Permission denied; make it a file that this user can read"
     with pytest.raises(BitPolicyError, match=needles) as found:
         FileSource([forbidden])
     with pytest.raises(BitPolicyError, match="Permission denied") as calibration:

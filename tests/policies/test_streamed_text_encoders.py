@@ -93,5 +93,5 @@ def test_a_text_encoder_that_does_not_fit_its_config_is_refused(
     new_toy_pipeline().save_pretrained(tmp_path)
     name = next(name for name in load_file(tmp_path / TEXT) if name.endswith("fc1.bias"))
     change(tmp_path / TEXT, **{name.replace(".", "__"): torch.zeros(3)})
-    with pytest.raises(BitPolicyError, match=r"fc1\.bias has shape \(3,\), the config of CLIPTextModel says \(32,\)"):
+    with pytest.raises(BitPolicyError, match=r"fc1\.bias has shape \(3,\), .*the config of CLIPTextModel says \(32,\)"):
         FolderParts(tmp_path, ["text_encoder"])

@@ -79,7 +79,7 @@ def test_a_missing_tensor_is_named(whole: tuple[Path, Path, Any], suffix: str) -
 def test_a_tensor_too_much_is_named(whole: tuple[Path, Path, Any], name: str) -> None:
     folder, file, kind = whole
     change_tensors(file, lambda tensors: tensors.update({name: torch.ones(2)}))
-    with pytest.raises(BitPolicyError, match=f"has 1 tensors that the model has no place for, e.g. {name}"):
+    with pytest.raises(BitPolicyError, match=f"has 1 tensors .*e.g. {name}"):
         kind.from_pretrained(folder)
 
 
@@ -100,7 +100,7 @@ def test_another_dtype_is_named(whole: tuple[Path, Path, Any], suffix: str, dtyp
     folder, file, kind = whole
     name = first(load_file(file), suffix)
     change_tensors(file, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
-    with pytest.raises(BitPolicyError, match=rf"{file}: {name} has dtype {dtype}, the config says .*is damaged"):
+    with pytest.raises(BitPolicyError, match=rf"{file}: {name} has dtype {dtype}, .*config says .*is damaged"):
         kind.from_pretrained(folder)
 
 
@@ -109,7 +109,7 @@ def test_another_shape_is_named(whole: tuple[Path, Path, Any], suffix: str) -> N
     folder, file, kind = whole
     name = first(load_file(file), suffix)
     change_tensors(file, lambda tensors: tensors.update({name: tensors[name][:1].clone()}))
-    with pytest.raises(BitPolicyError, match=rf"{file}: {name} has shape \(1,.*, the config says .*is damaged"):
+    with pytest.raises(BitPolicyError, match=rf"{file}: {name} has shape \(1,.*config says .*is damaged"):
         kind.from_pretrained(folder)
 
 
@@ -122,7 +122,7 @@ def test_one_bit_that_differs_is_found_and_named(whole: tuple[Path, Path, Any], 
     begin, _ = json.loads(data[8 : 8 + length])[name]["data_offsets"]
     data[8 + length + begin] ^= 1
     file.write_bytes(data)
-    with pytest.raises(BitPolicyError, match=f"{file}: {name} has checksum .*, it was written with .*is damaged"):
+    with pytest.raises(BitPolicyError, match=f"{file}: {name} has checksum .*written with .*is damaged"):
         kind.from_pretrained(folder)
 
 
@@ -153,14 +153,14 @@ def test_a_truncated_text_encoder_is_named(text_encoder: Path, tmp_path: Path) -
             {"format_version": 7, "tensors": []},
             r"format_version 7, .* reads 1; install a newer bitpolicy",
         ),
-        ({"tensors": []}, r"has an entry 'tensors', which is not known here"),
+        ({"tensors": []}, r"unknown entry 'tensors'"),
         ({"storage_dtype": "int8"}, r"storage_dtype is 'int8', needed one of"),
-        ({"storage_dtype": "bfloat16"}, r"has dtype torch\.float16, the config says torch\.bfloat16 or torch\.float32"),
+        ({"storage_dtype": "bfloat16"}, r"has dtype torch\.float16, .*config says torch\.bfloat16 or torch\.float32"),
         ({"layers": ["conv_in"]}, r"layers is list, needed a mapping"),
         ({"layers": {"conv_in": 4}}, r"layers: conv_in is 4, needed text"),
         ({"formats": {"int4": 4}}, r"int4 is int, needed a mapping"),
-        ({"layers": {"../../conv_in": "int4"}}, r"packs '\.\./\.\./conv_in', which is no layer's name"),
-        ({"layers": {"/etc/passwd": "int4"}}, r"packs '/etc/passwd', which is no layer's name"),
+        ({"layers": {"../../conv_in": "int4"}}, r"packs '\.\./\.\./conv_in', which is not a layer"),
+        ({"layers": {"/etc/passwd": "int4"}}, r"packs '/etc/passwd', which is not a layer"),
         ({"layers": {"no.such": "int4"}}, r"packs layer 'no\.such', which .* does not have"),
         ({"checksums": "00"}, r"the config has 0 checksums for"),
         ({"checksums": {}}, r"checksums is \{\}, needed text"),
@@ -188,7 +188,7 @@ def test_shards_outside_the_folder_are_not_read(exported: Any, tmp_path: Path) -
     index.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"not allowed|is not read"):  # newer diffusers refuse it before we do
         UNet2DConditionModel.from_pretrained(tmp_path / "copy")
-    with pytest.raises(BitPolicyError, match=r"is not read: a packed model lies in safetensors files of one folder"):
+    with pytest.raises(BitPolicyError, match=r"is not read: .*safetensors files in one folder"):
         stored_tensors([tmp_path / "copy" / ".." / moved])
 
 

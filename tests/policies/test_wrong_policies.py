@@ -23,9 +23,9 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 )
 WRONG: dict[str, tuple[str | bytes, str]] = {
     "bomb of aliases": (BOMB, r"line 2 repeats &a; write the values out"),
-    "deep lists": ("[" * 100_000, r"line 1 is nested 20 deep"),
-    "deep mappings": ("{a: " * 5_000, r"line 1 is nested 20 deep"),
-    "too large": ("# " + "x" * MAX_BYTES, r"is larger than 524,288 bytes, which no policy is"),
+    "deep lists": ("[" * 100_000, r"line 1 is nested .*20 deep"),
+    "deep mappings": ("{a: " * 5_000, r"line 1 is nested .*20 deep"),
+    "too large": ("# " + "x" * MAX_BYTES, r"is larger than 524,288 bytes"),
     "long number": ("a: " + "9" * 100_000, r"line 1 has a value of 100,000 characters"),
     "number too long to read": ("a: " + "9" * 5_000, r"Exceeds the limit"),
     "number in base 60": ("a: " + ":".join(["59"] * 50_000), r"line 1 has a value of 149,999 characters"),
@@ -33,7 +33,7 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
     "not UTF-8": (b"\xff\xfe\x00", r"can't decode byte 0xff"),
     "nothing": ("", r"found NoneType, needed a mapping"),
     "a list": ("[1, 2]", r"found list, needed a mapping"),
-    "key twice": ("bitpolicy: 1\nbitpolicy: 1\n", r"a key stands twice in this mapping; keep one"),
+    "key twice": ("bitpolicy: 1\nbitpolicy: 1\n", r"a key .*twice in this mapping; keep one"),
     "unhashable key": ("? [a]\n: b", r"unhashable key"),
     "half of it": ("bitpolicy: 1\nlayers: {conv_in: {format: int4", r"is not YAML"),
 }
@@ -93,7 +93,7 @@ def test_a_gigabyte_of_yaml_is_not_read(tmp_path: Path) -> None:
         file.truncate(10**9)  # takes no room on the disk
     tracemalloc.start()
     began = time.process_time()
-    with pytest.raises(BitPolicyError, match=r"is larger than 524,288 bytes, which no policy is; give the policy.yaml"):
+    with pytest.raises(BitPolicyError, match=r"is larger than 524,288 bytes.*; give a policy\.yaml"):
         Policy.load(path)
     spent, (_, most) = time.process_time() - began, tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -105,5 +105,7 @@ def test_a_layer_that_cannot_be_packed_is_named_with_its_kind(policy_of: Any) ->
     policy = policy_of(model, {"a": Choice(FP16)})
     assert choices_for(model, policy) == {"a": Choice(FP16)}
     named = policy.model_copy(update={"layers": {"up": LayerSettings(format="int8")}})
-    with pytest.raises(BitPolicyError, match=r"layer 'up', a ConvTranspose2d, which cannot be packed.*take its entry"):
+    with pytest.raises(
+        BitPolicyError, match=r"layer 'up', a ConvTranspose2d, which cannot be packed.*remove its entry"
+    ):
         choices_for(model, named)

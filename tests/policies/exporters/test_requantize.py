@@ -90,9 +90,9 @@ def test_a_refusal_counts_by_format_and_names_the_first() -> None:
         Layer("c", "Conv2d", (8, 8, 3, 3), format_named("int8")),
     ]
     message = (
-        r"ComfyUI cannot hold 3 layers as this policy has them \(1 in nf4, Linear; 2 in int8, Conv2d\): a, b, c\. "
-        r"Round these anew .* --requantize, or search again with --target comfy --formats int4-convrot,.*,fp16; "
-        r"`bitpolicy formats --target comfy` says what it holds"
+        r"ComfyUI cannot hold 3 layers in the policy's formats \(1 in nf4, Linear; 2 in int8, Conv2d\): a, b, c\. "
+        r".* --requantize, or search again with --target comfy --formats int4-convrot,.*,fp16; "
+        r"`bitpolicy formats --target comfy`"
     )
     with pytest.raises(TargetError, match=message):
         refuse(exporter_named("comfy"), {layer.name: layer for layer in layers})
