@@ -24,25 +24,25 @@ def with_entry(unet: Any, **entries: Any) -> str:
     return config_hash(unet)
 
 
-def test_an_entry_that_changes_images_makes_another_model(toy_unet: Any) -> None:
+def test_an_entry_that_changes_images_changes_the_hash(toy_unet: Any) -> None:
     before = config_hash(toy_unet)
     assert with_entry(toy_unet, norm_eps=1e-3) != before
     assert with_entry(toy_unet, norm_eps=1e-5) == before
 
 
-def test_an_entry_with_its_default_a_path_and_a_dtype_make_none(toy_unet: Any) -> None:
+def test_a_default_a_path_and_a_dtype_do_not_change_the_hash(toy_unet: Any) -> None:
     before = config_hash(toy_unet)
     toy_unet._internal_dict = FrozenDict({k: v for k, v in toy_unet.config.items() if k != "norm_eps"})
     assert config_hash(toy_unet) == before  # as a release wrote it that did not have the entry
     assert with_entry(toy_unet, _name_or_path="elsewhere", quantization_config={"quant_method": "x"}) == before
 
 
-def test_lists_are_what_tuples_are(toy_unet: Any) -> None:
+def test_lists_and_tuples_hash_the_same(toy_unet: Any) -> None:
     before = config_hash(toy_unet)
     assert with_entry(toy_unet, block_out_channels=tuple(toy_unet.config.block_out_channels)) == before
 
 
-def test_models_of_transformers_and_schedulers_have_one_too() -> None:
+def test_transformers_models_and_schedulers_have_a_config_hash_too() -> None:
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     plain = CLIPTextModel(CLIPTextConfig(**sizes, vocab_size=10))
     other = CLIPTextModel(CLIPTextConfig(**sizes, vocab_size=10, hidden_act="gelu"))

@@ -41,7 +41,7 @@ def names_of(parts: Parts) -> list[str]:
 
 @pytest.mark.parametrize("toy", ["StableDiffusionPipeline", "StableDiffusion3Pipeline"])  # CLIP; two CLIPs and a T5
 @pytest.mark.parametrize("prefix", ["", "text_model."], ids=["newer names", "older names"])
-def test_text_encoders_are_streamed_as_they_are_written_from_memory(
+def test_streamed_text_encoders_equal_those_written_from_memory(
     every_format_in_turn: Callable[[Any], dict[str, Choice]],
     policy_of: Callable[..., Policy],
     tmp_path: Path,

@@ -116,7 +116,7 @@ def test_whole_pipelines(
     assert torch.equal(predict(pipe.unet), predict(expected))
 
 
-def test_a_pipeline_put_on_a_device_while_it_is_loaded(exported: Any, draw: Predict) -> None:
+def test_a_pipeline_moved_to_a_device_while_it_is_loaded(exported: Any, draw: Predict) -> None:
     pipe = DiffusionPipeline.from_pretrained(exported.folder, dtype=torch.float32, device_map="cpu")
     assert packed(pipe.unet)
     expected = DiffusionPipeline.from_pretrained(exported.folder, dtype=torch.float32)

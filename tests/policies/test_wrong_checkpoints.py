@@ -76,7 +76,7 @@ def test_a_missing_tensor_is_named(whole: tuple[Path, Path, Any], suffix: str) -
 
 
 @pytest.mark.parametrize("name", ["conv_in.weight", "extra", "a.b.weight_scale"])
-def test_a_tensor_too_much_is_named(whole: tuple[Path, Path, Any], name: str) -> None:
+def test_an_unexpected_tensor_is_named(whole: tuple[Path, Path, Any], name: str) -> None:
     folder, file, kind = whole
     change_tensors(file, lambda tensors: tensors.update({name: torch.ones(2)}))
     with pytest.raises(BitPolicyError, match=f"has 1 tensors .*e.g. {name}"):
@@ -114,7 +114,7 @@ def test_another_shape_is_named(whole: tuple[Path, Path, Any], suffix: str) -> N
 
 
 @pytest.mark.parametrize("suffix", [".weight_packed", ".weight_scale", ".weight_zero", ".bias", "norm.weight"])
-def test_one_bit_that_differs_is_found_and_named(whole: tuple[Path, Path, Any], suffix: str) -> None:
+def test_one_wrong_bit_is_found_and_named(whole: tuple[Path, Path, Any], suffix: str) -> None:
     folder, file, kind = whole
     name = first(load_file(file), suffix)
     data = bytearray(file.read_bytes())
@@ -168,9 +168,7 @@ def test_a_truncated_text_encoder_is_named(text_encoder: Path, tmp_path: Path) -
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
-def test_a_config_that_is_not_ours_is_refused(
-    whole: tuple[Path, Path, Any], entries: dict[str, Any], complaint: str
-) -> None:
+def test_an_invalid_config_is_refused(whole: tuple[Path, Path, Any], entries: dict[str, Any], complaint: str) -> None:
     folder, _, kind = whole
     change_config(folder, **entries)
     with pytest.raises(BitPolicyError, match=complaint):
@@ -192,7 +190,7 @@ def test_shards_outside_the_folder_are_not_read(exported: Any, tmp_path: Path) -
         stored_tensors([tmp_path / "copy" / ".." / moved])
 
 
-def test_a_file_that_diffusers_does_not_name_is_not_read(exported: Any) -> None:
+def test_a_file_whose_name_diffusers_does_not_pass_on_is_refused(exported: Any) -> None:
     """from_single_file tells a quantizer no files, so what is in them could not be checked."""
     file = exported.folder / "vae" / "diffusion_pytorch_model.safetensors"
     about = {"config": str(exported.folder), "subfolder": "vae", "quantization_config": BitPolicyConfig()}
@@ -223,7 +221,7 @@ def test_a_pickle_is_not_loaded(whole: tuple[Path, Path, Any], tmp_path: Path, i
 
 
 @pytest.mark.parametrize("kept", ["low_cpu_mem_usage", "offload_state_dict", "disk"])
-def test_ways_to_load_that_would_cast_what_is_packed_are_refused(exported: Any, tmp_path: Path, kept: str) -> None:
+def test_loading_options_that_would_cast_packed_tensors_are_refused(exported: Any, tmp_path: Path, kept: str) -> None:
     options: dict[str, Any] = {
         "low_cpu_mem_usage": {"low_cpu_mem_usage": False},
         "offload_state_dict": {"offload_state_dict": True, "dtype": torch.bfloat16},
@@ -240,6 +238,6 @@ def test_packed_models_are_not_saved_as_pickles(exported: Any, tmp_path: Path) -
         model.save_pretrained(tmp_path, safe_serialization=False)
 
 
-def test_a_config_of_another_method_is_not_taken_for_ours() -> None:
+def test_a_config_of_another_method_is_refused() -> None:
     with pytest.raises(BitPolicyError, match="quant_method is 'gptq'"):
         BitPolicyConfig(quant_method="gptq")
