@@ -1,7 +1,7 @@
-"""Exact bytes: what a policy's checkpoint weighs, known before anything is written.
+"""The exact number of tensor bytes in a policy's checkpoint, known before anything is written.
 
-The total counts every tensor of the exported components: packed codes, scales, zero points and padding of each layer,
-and all that no format touches (biases, norms, embeddings, buffers) in the storage dtype.
+The total counts every tensor of the exported components: the codes, scales, zero points and padding of each packed
+layer, and everything that is not packed (biases, norms, embeddings, buffers) in the storage dtype.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bitpolicy.policies.target import Target
 
 @dataclass(frozen=True)
 class ByteAccount:
-    """The sizes of one component, or of several as one.
+    """The sizes of one component, or of several together.
 
     Attributes:
         storage_dtype: dtype of everything that is not packed.
@@ -45,10 +45,10 @@ class ByteAccount:
         return format.nbytes(self.shapes[name], self.storage_dtype)
 
     def total(self, formats: Mapping[str, Format]) -> int:
-        """Tensor bytes of the checkpoint in which each layer has the format given to it."""
+        """Tensor bytes of the checkpoint, given the format of each layer."""
         return self.fixed + sum(self.layer(name, formats[name]) for name in self.shapes)
 
     @property
     def reference(self) -> int:
-        """Tensor bytes with every layer at FP16: what `%` is relative to."""
+        """Tensor bytes with every layer in FP16: a budget of 100%."""
         return self.total(dict.fromkeys(self.shapes, FP16))

@@ -1,7 +1,7 @@
-"""Put a policy on a model in memory: as packed layers, or as ordinary layers with dequantized weights.
+"""Apply a policy to a model in memory, as packed layers or as ordinary layers with dequantized weights.
 
-Both compute the same bits, under INT8 and FP8 compute the same up to the rounding of sums. The second is what search
-and probes use: it is fast, and taken back in no time.
+Both compute the same bits; under INT8 and FP8 compute they agree up to the rounding of sums. Search and probes use
+ordinary layers, which are fast and can be restored at once.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ class QuantizedLayer:
     """One layer as it is stored.
 
     Attributes:
-        tensors: of its format, by suffix.
-        bias: in the storage dtype; None without one.
-        left_as_it_was: whether the bias was to be corrected, and was not: it would leave the storage dtype's range.
+        tensors: the tensors of its format, by suffix.
+        bias: in the storage dtype; None if the layer has no bias.
+        left_as_it_was: whether the bias was not corrected, although the choice asks for it, because the corrected
+            bias would exceed the storage dtype's range.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -51,13 +52,14 @@ class QuantizedLayer:
 
 
 def choices_for(model: HasModules, policy: Policy, component: str | None = None) -> dict[str, Choice]:
-    """What a policy gives each layer of a target, or of one of its models. Both may lie on `meta`.
+    """The policy's choice for each layer of a target, or of one of its models. Either may be on `meta`.
 
     Args:
-        component: which one the model is, of several that the policy covers; None where it is all that it covers.
+        component: the model's name, if it is one of several components that the policy covers; None if `model` is all
+            that the policy covers.
 
     Raises:
-        PolicyError: it does not fit the model.
+        PolicyError: the policy does not fit the model.
     """
     start = "" if component is None else f"{component}."
     unsupported = {start + name: type(layer).__name__ for name, layer in unsupported_layers(model)}
@@ -66,10 +68,10 @@ def choices_for(model: HasModules, policy: Policy, component: str | None = None)
 
 
 def quantize_layer(name: str, layer: Quantizable, choice: Choice, *, quantization: Quantization) -> QuantizedLayer:
-    """Quantize one layer's weight, taken in the storage dtype, and correct its bias if the choice says so.
+    """Quantize one layer's weight, cast to the storage dtype, and correct its bias if the choice says so.
 
     Raises:
-        BitPolicyError: the weight is not finite, or the correction lacks its calibration.
+        BitPolicyError: the weight is not finite, or the calibration lacks what the choice needs.
     """
     weight = layer.weight.detach().to(quantization.storage)
     bias = None if layer.bias is None else layer.bias.detach()
@@ -84,10 +86,10 @@ def quantize_tensors(
     choice: Choice,
     calibration: Calibration,
 ) -> QuantizedLayer:
-    """The same for a layer whose tensors lie elsewhere, such as one on `meta`.
+    """Like `quantize_layer`, for a layer whose tensors are stored elsewhere, such as one on `meta`.
 
     Args:
-        layer: says what kind of layer it is; its own tensors are not read.
+        layer: gives the kind of layer; its own tensors are not read.
         weight: in the storage dtype.
         bias: in any float dtype, if the layer has one.
     """
@@ -99,7 +101,8 @@ def quantize_tensors(
         return QuantizedLayer(tensors, plain)
     if name not in calibration.input_means:
         raise BitPolicyError(
-            f"layer {name}: bias correction needs its mean input, and the calibration has none; measure it anew"
+            f"layer {name}: bias correction needs its mean input, which the calibration does not have; run the search "
+            "again to measure it"
         )
     shift = _mean_error(layer, weight, choice.format, tensors, calibration.input_means[name])
     corrected = corrected_bias(plain, shift, weight.dtype)
@@ -109,7 +112,10 @@ def quantize_tensors(
 def _mean_error(
     layer: Quantizable, weight: torch.Tensor, format: Format, tensors: Mapping[str, torch.Tensor], patch: torch.Tensor
 ) -> torch.Tensor:
-    """What the bias takes up, float32, shape (out); a few rows at a time, so that no float64 copy of a layer exists."""
+    """The mean error of the layer's output, for which the bias is corrected, float32, shape (out).
+
+    It is computed a few rows at a time, so that no float64 copy of a layer exists.
+    """
     groups = 1 if isinstance(layer, nn.Linear) else layer.groups
     if groups > 1:
         return bias_shift(layer, format.dequantize(tensors, weight.shape, torch.float32) - weight.float(), patch)
@@ -125,10 +131,11 @@ def _mean_error(
 
 
 def stored_weight(name: str, weight: torch.Tensor, choice: Choice, calibration: Calibration) -> dict[str, torch.Tensor]:
-    """The tensors of one layer's weight, as the choice's quantizer makes or made them.
+    """The packed tensors of one layer's weight: from the calibration if it has them, otherwise from the quantizer.
 
     Raises:
-        BitPolicyError: the weight is not finite, or what the quantizer made is missing or of another shape.
+        BitPolicyError: the weight is not finite, its shape does not fit the format, or the tensors in the calibration
+            are missing or have another dtype or shape.
     """
     format = choice.format
     if not format.fits(weight.shape):
@@ -140,12 +147,15 @@ def stored_weight(name: str, weight: torch.Tensor, choice: Choice, calibration: 
     if all(tensor is not None for tensor in kept.values()):
         found = {suffix: tensor.to(weight.device) for suffix, tensor in kept.items() if tensor is not None}
         if any((t.dtype, tuple(t.shape)) != (specs[s].dtype, specs[s].shape) for s, t in found.items()):
-            raise BitPolicyError(f"layer {name}: its calibration is of another shape; use the file of this very policy")
+            raise BitPolicyError(
+                f"layer {name}: its tensors in the calibration do not have the dtypes and shapes of {format.name}; use "
+                "the calibration.safetensors that was written with this policy"
+            )
         return found
     if choice.quantizer in HESSIANS:
         raise BitPolicyError(
-            f"layer {name} was rounded by {choice.quantizer}, and the calibration does not have it; keep "
-            "calibration.safetensors beside policy.yaml, or set quantizer: rtn"
+            f"layer {name} was rounded by {choice.quantizer}, but the calibration does not have the result; keep "
+            "calibration.safetensors next to policy.yaml, or set quantizer: rtn"
         )
     try:
         if isinstance(format, GridFormat):
@@ -162,8 +172,14 @@ def quantized(
     *,
     quantization: Quantization,
 ) -> Iterator[None]:
-    """While the block runs, `model`, a target or one of its models, computes with the weights and biases that `choices`
-    store, and with the inputs that packed layers see under the compute of `quantization`. Restored after it."""
+    """Make a model compute as if it were packed while the block runs, and restore it afterwards.
+
+    Its layers use the weights and biases that `choices` would store, and round their inputs as packed layers do under
+    the compute of `quantization`.
+
+    Args:
+        model: a target or one of its models.
+    """
     compute = quantization.compute
     before: list[tuple[torch.Tensor, torch.Tensor]] = []
     with ExitStack() as undone:
@@ -190,7 +206,7 @@ def _restore(before: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
 
 
 def pack(model: nn.Module, choices: Mapping[str, Choice], *, quantization: Quantization) -> None:
-    """Replace the layers of `model` by packed ones, in place."""
+    """Replace the layers of `model` with packed ones, in place."""
     for name, layer in list(quantizable_layers(model)):
         choice = choices.get(name)
         if choice is None or not choice.format.packed:
@@ -202,8 +218,9 @@ def pack(model: nn.Module, choices: Mapping[str, Choice], *, quantization: Quant
 
 
 def to_storage(model: nn.Module | Target, storage: torch.dtype) -> None:
-    """Round every float of a model or a target to what the storage dtype can hold, in place: the reference is the model
-    as stored.
+    """Round every float of a model or a target to a value that the storage dtype can hold, in place.
+
+    The reference is the model rounded in this way.
 
     Raises:
         BitPolicyError: a value is beyond the storage dtype's range.
@@ -217,7 +234,7 @@ def as_stored(name: str, tensor: torch.Tensor, storage: torch.dtype) -> torch.Te
     """A tensor as it is stored: floats in the storage dtype, everything else as it is.
 
     Raises:
-        BitPolicyError: a value is beyond the storage dtype's range; what is NaN or Inf already stays so.
+        BitPolicyError: a finite value is beyond the storage dtype's range. NaN and Inf are kept.
     """
     if not tensor.is_floating_point() or tensor.dtype == storage:
         return tensor
@@ -225,6 +242,6 @@ def as_stored(name: str, tensor: torch.Tensor, storage: torch.dtype) -> torch.Te
     if not is_finite(found) and not torch.isfinite(found[torch.isfinite(tensor)]).all():
         raise BitPolicyError(
             f"{name} has values that {storage} cannot hold; save the pipeline in bfloat16, which has a wider range "
-            "(pipe.to(torch.bfloat16).save_pretrained(FOLDER)), and give that"
+            "(pipe.to(torch.bfloat16).save_pretrained(FOLDER)), and give that folder"
         )
     return found

@@ -1,4 +1,4 @@
-"""A calibration: what a search measured on the reference model, and what an export needs besides policy and model.
+"""A calibration: what a search measured on the reference model, and an export needs besides the policy and the model.
 
 It has two parts. `input_means` holds E[x] of each layer, for bias correction (see
 `bitpolicy.kernels.quantizers.bias_correction`). `rounded` holds the packed tensors of layers that were not rounded to
@@ -46,7 +46,7 @@ class RoundedKey(NamedTuple):
 
     @classmethod
     def read(cls, name: str) -> RoundedKey | None:
-        """Parse the name of a tensor in a file; None if it is no such name. No layer's name has a slash."""
+        """Parse the name of a tensor in a file; None if it is not a key. No layer's name has a slash."""
         parts = name.split("/")
         return cls(*parts) if len(parts) == len(cls._fields) else None
 
@@ -78,9 +78,9 @@ class Calibration:
 
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor]) -> Calibration:
-        """From tensors under the names that they have in the file; they are looked up lazily.
+        """A calibration of the tensors in a file, by their names there; they are looked up lazily.
 
-        A name without a slash is that of a layer; a name with three slashes is a `RoundedKey`. Others are ignored.
+        A name without a slash is a layer's name; a name with three slashes is a `RoundedKey`. Others are ignored.
         """
         keys = {key: name for name in tensors if (key := RoundedKey.read(name)) is not None}
         layers = {name: name for name in tensors if "/" not in name and name != _MADE_FROM}
@@ -110,7 +110,7 @@ class Calibration:
         every finite E[x]. A bias is never corrected with an E[x] that is not finite.
 
         Args:
-            policies: each a choice by layer name.
+            policies: each maps layer names to choices.
         """
         chosen = (entry for policy in policies for entry in policy.items())
         wanted = {(name, choice.format.name, choice.quantizer) for name, choice in chosen}
@@ -119,7 +119,7 @@ class Calibration:
         return replace(self, input_means=means, rounded=rounded)
 
     def stamped(self, weights: str) -> Calibration:
-        """The same with the hash of the weights it was made from; an empty calibration is returned unchanged.
+        """A copy that records the hash of the weights it was made from; an empty calibration is returned unchanged.
 
         Args:
             weights: hash by `bitpolicy.policies.identity.weights_hash`.
@@ -130,7 +130,7 @@ class Calibration:
         """The entries of one component, under the layers' names within it.
 
         Args:
-            components: all that the calibration covers; of a single one, layer names have no prefix.
+            components: all that the calibration covers. If there is only one, layer names have no prefix.
         """
         if len(components) == 1:
             return self
@@ -164,7 +164,7 @@ def _ascii(value: str) -> torch.Tensor:
 
 
 class _Lazy(Mapping[K, T]):
-    """A mapping that reads a value on each lookup and keeps none."""
+    """A mapping that reads a value on each lookup and does not keep it."""
 
     def __init__(self, read: Mapping[K, Callable[[], T]]) -> None:
         self._read = read

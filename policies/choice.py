@@ -1,4 +1,4 @@
-"""What a policy gives one layer."""
+"""What a policy chooses for one layer."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from bitpolicy.kernels.quantizers.named import HESSIANS
 
 @dataclass(frozen=True)
 class Choice:
-    """What one layer gets.
+    """The format, bias correction and rounding method of one layer.
 
     Attributes:
         format: storage format of its weight.
-        bias_correction: whether its bias takes up the mean error of the weight.
-        quantizer: who picks codes and scales, one of `bitpolicy.kernels.quantizers.named`; "rtn" is round to nearest.
+        bias_correction: whether its bias is corrected for the mean error of the weight.
+        quantizer: rounding method, one of `bitpolicy.kernels.quantizers.named`; "rtn" is round to nearest.
     """
 
     format: Format
@@ -24,5 +24,5 @@ class Choice:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether it cannot be made from the weight alone."""
+        """Whether quantizing needs more than the weight."""
         return self.bias_correction or self.quantizer in HESSIANS

@@ -1,7 +1,7 @@
-"""What the components of a pipeline are.
+"""The kinds of components in a pipeline.
 
-A *denoiser* is called in the sampling loop, and so is a ControlNet. An *autoencoder* has `decode` and makes the image
-of the final latent. A *conditioner*, a text or image encoder, is called before the loop.
+A *denoiser* is called in the sampling loop, and so is a ControlNet. An *autoencoder* has `decode` and turns the final
+latent into the image. A *conditioner*, a text or image encoder, is called before the loop.
 """
 
 from __future__ import annotations
@@ -22,43 +22,43 @@ _CLASSES = ("num_embeds_ada_norm", "num_class_embeds", "num_classes")  # what co
 
 
 def asked_components(text: str | None) -> list[str] | None:
-    """The components that `--component` names, each once; None where it names none.
+    """The components that `--component` names, each once; None if the option is missing or empty.
 
     Args:
-        text: names with commas between them, or "all", which is passed on as it is.
+        text: names separated by commas, or "all", which is returned as it is.
     """
     return list(dict.fromkeys(name.strip() for name in text.split(","))) if text else None
 
 
 def to_text(entries: Iterable[str]) -> str:
-    """Several entries, one a component, as files record them."""
+    """One entry per component, joined as files record them."""
     return ",".join(entries)
 
 
 def from_text(text: str) -> list[str]:
-    """The entries, one a component, of what a file records."""
+    """The entries that a file records, one per component."""
     return text.split(",")
 
 
 def is_autoencoder(model: object) -> bool:
-    """Whether it makes images of latents."""
+    """Whether it turns latents into images."""
     return isinstance(model, ModelMixin) and hasattr(model, "decode")
 
 
 def runs_in_loop(model: object) -> bool:
-    """Whether the sampling loop calls it: a model of diffusers that works on latents, a denoiser or a ControlNet."""
+    """Whether the sampling loop calls it: a diffusers model that works on latents, i.e. a denoiser or a ControlNet."""
     return isinstance(model, ModelMixin) and not hasattr(model, "decode")
 
 
 def takes_timestep(model: object) -> bool:
-    """Whether it works on latents at a time of the noise schedule: its forward takes one."""
+    """Whether it works on latents and its forward takes a timestep."""
     if not isinstance(model, ModelMixin) or not runs_in_loop(model):
         return False
     return any("time" in name for name in inspect.signature(type(model).forward).parameters)
 
 
 def class_count(pipe: DiffusionPipeline) -> int:
-    """How many classes the denoiser knows; 0 where it knows none, or does not say."""
+    """The number of classes that the denoiser knows; 0 if it knows none or does not say."""
     for model in pipe.components.values():
         config: Any = getattr(model, "config", {}) if runs_in_loop(model) else {}
         for name in _CLASSES:
@@ -68,15 +68,15 @@ def class_count(pipe: DiffusionPipeline) -> int:
 
 
 def denoisers_of(pipe: DiffusionPipeline) -> list[str]:
-    """Names of the pipeline's own denoisers: the usual ones; where it has none of these, all models that take a
-    timestep, as those of unCLIP do."""
+    """Names of the pipeline's own denoisers: the usual ones or, if it has none of these, all models that take a
+    timestep, such as unCLIP's."""
     usual = [name for name in (*DENOISERS, *SECOND_DENOISERS) if isinstance(getattr(pipe, name, None), nn.Module)]
     return usual or [name for name, model in pipe.components.items() if takes_timestep(model)]
 
 
 def lacks(pipe: DiffusionPipeline, wanted: str) -> BitPolicyError:
-    """The error that a pipeline has no `wanted`; it lists what there is."""
+    """The error for a pipeline that has no `wanted`; it lists the components that there are."""
     modules = [name for name, value in pipe.components.items() if isinstance(value, nn.Module)]
     return BitPolicyError(
-        f"{type(pipe).__name__} has no {wanted}; it has {', '.join(modules) or 'none'}: choose with --component"
+        f"{type(pipe).__name__} has no {wanted}; it has {', '.join(modules) or 'none'}: choose one with --component"
     )

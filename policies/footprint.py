@@ -1,7 +1,7 @@
-"""What a pipeline takes: bytes of its models in the file and in memory, and the most that torch allocates in a run.
+"""The footprint of a pipeline: bytes of its models in files and in memory, and the most that torch allocates in a run.
 
-Allocations are counted by torch: on CUDA by its allocator's counters, on the CPU by its profiler, which records every
-allocation and release. So what an operator hides inside counts, too.
+torch counts the allocations: on CUDA with its allocator's counters, on the CPU with its profiler, which records every
+allocation and release. So allocations inside an operator count, too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def stored_others(pipe: DiffusionPipeline, components: Collection[str], storage:
     """Tensor bytes of each model that is not packed, as `export_pipeline` stores it.
 
     Args:
-        components: names of those that are.
+        components: names of the packed ones.
         storage: dtype that floats are stored in.
 
     Returns:
@@ -39,13 +39,13 @@ def stored_others(pipe: DiffusionPipeline, components: Collection[str], storage:
 
 
 def loaded_bytes(pipe: DiffusionPipeline) -> int:
-    """Bytes of all weights and buffers as they lie in memory now; what is shared counts once."""
+    """Bytes of all weights and buffers that are in memory now; shared tensors count once."""
     tensors = (tensor for model in _models(pipe).values() for tensor in (*model.parameters(), *model.buffers()))
     return sum(tensor.nbytes for tensor in _once(tensors))
 
 
 def measured_peak(pipe: DiffusionPipeline, run: Callable[[], object]) -> int:
-    """The most bytes at once while `run` calls the pipeline: its models, and what torch allocates beyond them.
+    """Peak bytes in memory while `run` calls the pipeline: its models, and what torch allocates on top of them.
 
     Raises:
         BitPolicyError: the pipeline is neither on the CPU nor on CUDA.
@@ -54,12 +54,12 @@ def measured_peak(pipe: DiffusionPipeline, run: Callable[[], object]) -> int:
 
 
 def most_allocated(device: torch.device, run: Callable[[], object]) -> int:
-    """The most bytes at once that torch allocates on `device` while `run` runs, scratch of kernels included.
+    """Peak bytes that torch allocates on `device` while `run` runs, including kernels' scratch memory.
 
     Raises:
-        BitPolicyError: it is neither the CPU nor CUDA.
+        BitPolicyError: the device is neither the CPU nor CUDA.
     """
-    release_scratch()  # what an earlier run reserved is reserved anew, and counted
+    release_scratch()  # so that this run reserves it again, and it counts
     with metered(device) as meter:
         run()
     return max(span.most for span in meter.spans)
@@ -67,12 +67,12 @@ def most_allocated(device: torch.device, run: Callable[[], object]) -> int:
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of a run.
+    """The part of a run from one mark to the next.
 
     Attributes:
-        label: of the mark that it begins with; empty for the first.
-        before: bytes at its beginning, beyond those allocated when the run began.
-        most: the most bytes at once during it, beyond the same.
+        label: label of the mark that begins it; empty for the first span.
+        before: bytes at its beginning, on top of those allocated when the run began.
+        most: peak bytes during it, on top of the same.
     """
 
     label: str
@@ -86,7 +86,7 @@ class Meter(Protocol):
     spans: list[Span]
 
     def mark(self, label: str) -> None:
-        """End the span under way and begin the next."""
+        """End the current span and begin the next."""
 
 
 @contextmanager
@@ -94,11 +94,11 @@ def metered(device: torch.device) -> Iterator[Meter]:
     """Count what is allocated on `device` while the block runs.
 
     Raises:
-        BitPolicyError: it is neither the CPU nor CUDA.
+        BitPolicyError: the device is neither the CPU nor CUDA.
     """
     if device.type not in ("cpu", "cuda"):
         raise BitPolicyError(f"peak memory can be measured on the CPU and on CUDA, not on {device.type}")
-    gc.collect()  # cycles that an earlier run left would be released in this one
+    gc.collect()  # otherwise this run might free reference cycles that an earlier one left
     with _on_cuda(device) if device.type == "cuda" else _on_cpu() as meter:
         yield meter
 
@@ -122,7 +122,7 @@ class _CudaMeter:
 @contextmanager
 def _on_cuda(device: torch.device) -> Iterator[_CudaMeter]:
     torch.cuda.synchronize(device)
-    torch._C._cuda_clearCublasWorkspaces()  # a run begun by itself allocates them
+    torch._C._cuda_clearCublasWorkspaces()  # so that this run allocates them, as it would on its own
     meter = _CudaMeter(device)
     yield meter
     meter.mark("")
@@ -139,7 +139,7 @@ class _CpuMeter:
 
 @contextmanager
 def _on_cpu() -> Iterator[_CpuMeter]:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler greets and takes leave on stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler writes to stderr when it starts and stops
     meter = _CpuMeter()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         yield meter
@@ -148,7 +148,7 @@ def _on_cpu() -> Iterator[_CpuMeter]:
 
 
 def _in_order(tree: Iterable[Any]) -> list[Any]:
-    """The profiler's events by time; of those at the same time, the outer one first."""
+    """The profiler's events sorted by time; of events at the same time, the outer one comes first."""
     events, waiting = [], list(tree)[::-1]
     while waiting:
         events.append(waiting.pop())
@@ -157,7 +157,7 @@ def _in_order(tree: Iterable[Any]) -> list[Any]:
 
 
 def _spans(events: Iterable[Any]) -> Iterator[Span]:
-    """Add up allocations and releases between marks; what is released but was there before does not count."""
+    """Sum allocations and releases between marks; releases of earlier allocations do not count."""
     held: dict[int, int] = {}
     label, before, most, total = "", 0, 0, 0
     for event in events:
@@ -184,5 +184,5 @@ def _stored(model: nn.Module, storage: torch.dtype) -> int:
 
 
 def _once(tensors: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
-    """Those that do not lie in the same place as an earlier one."""
+    """The distinct tensors: of those with the same address, shape and strides, one remains."""
     return {(tensor.data_ptr(), tensor.shape, tensor.stride()): tensor for tensor in tensors}.values()

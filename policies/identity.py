@@ -1,7 +1,8 @@
-"""What a model is: a hash of its weights, and one of its config, which changes images as well (an epsilon, a schedule).
+"""The identity of a model: a hash of its weights, and one of its config.
 
-A config counts by what it says beyond the defaults of its class, so that a release which adds an entry with a default
-does not make another model of it. What only records a file's history does not count.
+The config changes images as well (an epsilon, a schedule). Only entries that differ from the defaults of its class are
+hashed, so a release that adds an entry with a default does not change the hash. Entries that only record a file's
+history are left out.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ def weights_hash(model: nn.Module, storage_dtype: torch.dtype) -> str:
 
 
 def tensors_hash(tensors: Iterable[tuple[str, torch.Tensor]], storage_dtype: torch.dtype) -> str:
-    """The same of (name, tensor) pairs, sorted by name; one is held at a time."""
+    """The same hash of (name, tensor) pairs, sorted by name; only one tensor is held at a time."""
     return tensors_digest((name, tensor.to(TensorSpec.stored(tensor, storage_dtype).dtype)) for name, tensor in tensors)
 
 
 def tensors_digest(tensors: Iterable[tuple[str, torch.Tensor]], dtypes: bool = True) -> str:
-    """SHA-256 over names, dtypes, shapes and values of (name, tensor) pairs in the order in which they come.
+    """SHA-256 over names, dtypes, shapes and values of (name, tensor) pairs, in the given order.
 
     Args:
-        dtypes: whether they count.
+        dtypes: whether dtypes are hashed.
     """
     digest = hashlib.sha256()
     for name, tensor in tensors:
@@ -57,12 +58,12 @@ def checksum(data: memoryview) -> str:
 
 
 def config_hash(component: Any) -> str:
-    """SHA-256 over what the config of a part of a pipeline says."""
+    """SHA-256 over `configured(component)`."""
     return _of_json(configured(component))
 
 
 def configured(component: Any) -> dict[str, Any]:
-    """What a part of a pipeline was told, beyond the defaults of its class: a model, a scheduler or a tokenizer."""
+    """The config of a model, scheduler or tokenizer, without the defaults of its class."""
     said: dict[str, Any] = {}
     if isinstance(component, PreTrainedModel):
         said = _differing(component.config.to_dict(), _defaults_of_config(component.config))
@@ -86,7 +87,7 @@ def _defaults_of_class(kind: type[Any]) -> dict[str, Any]:
 def _defaults_of_config(config: PreTrainedConfig) -> dict[str, Any]:
     try:
         return type(config)().to_dict()
-    except (AssertionError, AttributeError, LookupError, TypeError, ValueError):  # it has parts that must be given
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError):  # it has required arguments
         return {}
 
 

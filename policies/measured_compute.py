@@ -1,4 +1,4 @@
-"""Which computes a policy and a checkpoint may record: those that a search can measure without their kernels."""
+"""The compute modes that a policy or a checkpoint may record: those that a search can measure without their kernels."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ MEASURED: Final = (Compute.EXACT, Compute.INT8, Compute.FP8)
 
 
 def measured_compute(name: str) -> Compute:
-    """The compute called `name`.
+    """The compute mode called `name`.
 
     Raises:
-        BitPolicyError: there is none, or none that can be recorded.
+        BitPolicyError: there is no such mode, or it cannot be recorded.
     """
     wanted = name.strip().lower()
     if wanted not in MEASURED:
-        raise BitPolicyError(f"compute {name!r} is none that can be measured and recorded; write exact, int8 or fp8")
+        raise BitPolicyError(f"compute {name!r} cannot be measured and recorded; write exact, int8 or fp8")
     return Compute(wanted)

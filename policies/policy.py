@@ -1,8 +1,8 @@
-"""The policy file: which format every layer gets, and what the choice was made from.
+"""The policy file: the format of every layer, and what the choice was made from.
 
 A policy is YAML that a person can read and edit. `defaults` apply to every layer, `rules` (globs) override them in
-order, `layers` (exact names) override both. On use it is resolved against a model into exact names; a rule that matches
-nothing, a layer the model does not have and a policy for another model are errors, never ignored.
+order, `layers` (exact names) override both. Before use, a policy is resolved against a model into exact layer names.
+A rule that matches nothing, a layer that the model lacks and a policy for another model are errors, never ignored.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class _Strict(BaseModel):
 
 
 class ModelReference(_Strict):
-    """What a policy was made for. All but `id` and `revision` have an entry for each component, with commas between, as
-    the file has them; the properties take them apart.
+    """The model that a policy was made for.
 
-    `sha256` is of its tensors in the storage dtype, `config` of what its config says beyond the defaults of its class
-    (`bitpolicy.policies.identity`); older files have none.
+    Every field except `id` and `revision` has one entry per component, separated by commas as in the file; the
+    properties split them. `sha256` is the hash of the tensors in the storage dtype, `config` the hash of the config
+    without the defaults of its class (`bitpolicy.policies.identity`). Older files have no `config`.
     """
 
     id: str
@@ -64,12 +64,12 @@ class ModelReference(_Strict):
         counts = {name: len(from_text(getattr(self, name))) for name in lists}
         if len(set(counts.values())) > 1:
             found = ", ".join(f"{count} in {name}" for name, count in counts.items())
-            raise ValueError(f"needed one entry a component in component, class, sha256 and config, found {found}")
+            raise ValueError(f"needed one entry per component in component, class, sha256 and config, found {found}")
         return self
 
     @classmethod
     def of(cls, target: Target, hashes: Mapping[str, str], id: str, revision: str | None = None) -> ModelReference:
-        """What is recorded of the components under study.
+        """The record of the components under study.
 
         Args:
             hashes: component -> hash of its tensors, as `target.weights_hashes` gives them.
@@ -96,39 +96,41 @@ class ModelReference(_Strict):
 
     @property
     def configs(self) -> dict[str, str | None]:
-        """Component -> hash of its config; None where none is recorded."""
+        """Component -> hash of its config; None if none is recorded."""
         found = [None] * len(self.components) if self.config is None else from_text(self.config)
         return dict(zip(self.components, found, strict=True))
 
     def require_config(self, component: str, model: nn.Module) -> None:
-        """Raises:
-        PolicyError: the config of one of the components is another than the one that the policy was made with.
+        """Refuse a model whose config differs from the one that the policy was made with.
+
+        Raises:
+            PolicyError: the hash of the config is not the recorded one.
         """
         wanted, found = self.configs[component], config_hash(model)
         if wanted is not None and found != wanted:
             raise PolicyError(
                 f"the policy was made for {self.id}, whose {component} had a config with sha256 {wanted[:12]}...; this "
-                f"config has {found[:12]}..., so it draws otherwise: give the model as it was, or run search-policy on "
-                "this one"
+                f"config has {found[:12]}..., so its images differ; give the model with its original config, or run "
+                "search-policy on this one"
             )
 
     def components_of(self, class_name: str) -> list[str]:
-        """Which of the components are of a class."""
+        """The components of this class."""
         classes = zip(self.components, from_text(self.class_name), strict=True)
         return [component for component, found in classes if found == class_name]
 
 
 class BudgetRecord(_Strict):
-    """The budget as it was asked, and in bytes of its scope.
+    """The budget as the user wrote it, and in bytes of its scope.
 
     Attributes:
-        scope: "weights" is what the policy is for; "pipeline" the other models, too; "peak" also what a call holds at
-            once.
-        other_bytes: what of `bytes` the other models take; with the scopes "pipeline" and "peak".
-        activation_bytes: what of `bytes` is kept free for activations; with "peak", as are all that follow.
+        scope: "weights" covers the components under study; "pipeline" also the other models; "peak" also the memory
+            that a call needs at once.
+        other_bytes: the part of `bytes` that the other models take; set with the scopes "pipeline" and "peak".
+        activation_bytes: the part of `bytes` kept free for activations; set with "peak", like all fields below.
         height, width: of the image, in pixels.
-        batch_size: images a call.
-        device, compute_dtype: where and in what the call was observed, e.g. "cuda" and "float16".
+        batch_size: images per call.
+        device, compute_dtype: device and dtype of the observed call, e.g. "cuda" and "float16".
     """
 
     asked: str
@@ -143,18 +145,18 @@ class BudgetRecord(_Strict):
     compute_dtype: str | None = None
 
     @model_validator(mode="after")
-    def _says_what_its_scope_needs(self) -> BudgetRecord:
-        about = dict(self)
+    def _has_what_its_scope_needs(self) -> BudgetRecord:
+        fields = dict(self)
         peak = ("activation_bytes", "height", "width", "batch_size", "device", "compute_dtype")
         wanted = {"weights": (), "pipeline": ("other_bytes",), "peak": ("other_bytes", *peak)}[self.scope]
         for name in ("other_bytes", *peak):
-            if (about[name] is not None) != (name in wanted):
-                raise ValueError(f"scope {self.scope!r} goes {'with' if name in wanted else 'without'} {name}")
+            if (fields[name] is not None) != (name in wanted):
+                raise ValueError(f"scope {self.scope!r} {'needs' if name in wanted else 'does not allow'} {name}")
         return self
 
 
 class LayerSettings(_Strict):
-    """Settings of some layers; what is not set comes from a more general entry."""
+    """Settings of some layers; unset ones come from a more general entry."""
 
     format: str | None = None
     quantizer: str | None = None
@@ -175,8 +177,8 @@ class Rule(LayerSettings):
 
 
 class Result(_Strict):
-    """What the search predicted and measured. `predicted_error` is E|dx_0|^2 / E|x_0|^2 of the final latents; of the
-    images where the policy holds an autoencoder."""
+    """What the search predicted and measured. `predicted_error` is E|dx_0|^2 / E|x_0|^2 of the final latents, or of the
+    images if the policy covers an autoencoder."""
 
     policy_bytes: int
     predicted_error: float | None = None
@@ -184,7 +186,7 @@ class Result(_Strict):
 
 
 class Policy(_Strict):
-    """A policy file, schema version 1. `compute` is that of the packed layers, and of the images that were measured."""
+    """A policy file, schema version 1. `compute` applies to the packed layers, and to the images that were measured."""
 
     bitpolicy: Literal[1] = SCHEMA
     model: ModelReference
@@ -203,31 +205,33 @@ class Policy(_Strict):
     _path: Path | None = PrivateAttr(default=None)
 
     def __eq__(self, other: object) -> bool:
-        """Whether both files would say the same, wherever they are; a calibration counts by the hash they record."""
+        """Whether both files would have the same content, wherever they are. Calibrations are compared by the hash that
+        the files record."""
         return isinstance(other, Policy) and self.model_dump() == other.model_dump()
 
     @property
     def calibration(self) -> Calibration | None:
-        """What exporting it takes: E[x] per layer, and packed tensors of layers that were not rounded to nearest.
+        """What an export needs besides the model: E[x] per layer, and packed tensors of layers that were not rounded to
+        nearest; None if there is no calibration.
 
-        A policy that a search returned holds it; one that was loaded finds it in calibration.safetensors, in the folder
-        of its file. None where there is none.
+        A policy returned by a search holds it. A loaded policy reads it from calibration.safetensors in the folder of
+        its file.
 
         Raises:
-            BitPolicyError: the file there is damaged, or of another policy.
+            BitPolicyError: that file is damaged or belongs to another policy.
         """
-        beside = self.calibration_path
-        if self._calibration is None and beside is not None and beside.is_file():
-            self._calibration = load_calibration(beside, self.provenance.get("calibration"))
+        file = self.calibration_path
+        if self._calibration is None and file is not None and file.is_file():
+            self._calibration = load_calibration(file, self.provenance.get("calibration"))
         return self._calibration
 
     @property
     def calibration_path(self) -> Path | None:
-        """Where the calibration of a policy that was loaded should be; None for a policy that was made in memory."""
+        """Where the calibration of a loaded policy should be; None for a policy that was made in memory."""
         return None if self._path is None else self._path.with_name(FILE)
 
     def with_calibration(self, calibration: Calibration | Mapping[str, torch.Tensor]) -> Policy:
-        """The same policy, holding its calibration.
+        """A copy of the policy that holds this calibration.
 
         Args:
             calibration: a `Calibration`, or tensors under the names that they have in the calibration file.
@@ -238,17 +242,18 @@ class Policy(_Strict):
         return copy
 
     def under(self, compute: Compute) -> Policy:
-        """The same choices under another compute; what was predicted and measured is not true of them there.
+        """The same choices under another compute mode, without the predictions and measurements, which do not apply
+        there.
 
         Raises:
-            PolicyError: no layer would be multiplied so.
+            PolicyError: no layer would use that compute mode.
         """
         if compute == self.compute:
             return self
         named = {entry.format for entry in (self.defaults, *self.rules, *self.layers.values())}
         if compute is Compute.FP8 and FP8.name not in named:
             raise PolicyError(
-                "compute fp8 rounds the inputs of layers in fp8, and the policy has none; leave the compute it has, or "
+                "compute fp8 rounds the inputs of fp8 layers, but the policy has none; keep the policy's compute, or "
                 "search with fp8 among the formats"
             )
         result = None if self.result is None else Result(policy_bytes=self.result.policy_bytes)
@@ -256,10 +261,10 @@ class Policy(_Strict):
 
     @classmethod
     def load(cls, path: str | Path) -> Policy:
-        """Read a policy file; the calibration in its folder is read when it is asked for.
+        """Read a policy file. The calibration in its folder is read on first use.
 
         Raises:
-            PolicyError: it is missing, not YAML, or has unknown or malformed entries.
+            PolicyError: the file is missing, not YAML, or has unknown or malformed entries.
         """
         try:
             data = read_yaml(Path(path))
@@ -278,19 +283,19 @@ class Policy(_Strict):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise PolicyError(f"{path}: {where}: {first['msg']}; mend that entry or make the policy anew") from error
+            raise PolicyError(f"{path}: {where}: {first['msg']}; fix that entry or make the policy again") from error
         found._path = Path(path)
         return found
 
     def save(self, path: str | Path) -> None:
-        """Write the file, aside and renamed, and its calibration, if it has one, to calibration.safetensors next to it.
+        """Write the file atomically, and its calibration, if it has one, to calibration.safetensors next to it.
 
         Raises:
-            BitPolicyError: it was loaded, and the calibration there is damaged or of another policy.
+            BitPolicyError: the policy was loaded, and its calibration is damaged or belongs to another policy.
         """
-        beside, loaded = Path(path).with_name(FILE), self.calibration_path
-        if (loaded is None or loaded.resolve() != beside.resolve()) and self.calibration:
-            save_calibration(self.calibration, beside)
+        file, loaded = Path(path).with_name(FILE), self.calibration_path
+        if (loaded is None or loaded.resolve() != file.resolve()) and self.calibration:
+            save_calibration(self.calibration, file)
         write_text(Path(path), self.to_yaml())
 
     def to_yaml(self) -> str:
@@ -304,7 +309,7 @@ class Policy(_Strict):
 
     @classmethod
     def of(cls, choices: Mapping[str, Choice], **fields: Any) -> Policy:
-        """The policy that gives each layer its choice, with the commonest choice as the default."""
+        """The policy that gives each layer its choice, with the most common choice as the default."""
         counts: dict[Choice, int] = {}
         for choice in choices.values():
             counts[choice] = counts.get(choice, 0) + 1
@@ -327,13 +332,13 @@ class Policy(_Strict):
         """The choice for each layer in `names`, the layers of a model.
 
         Args:
-            unsupported: other layers of the model, which cannot be packed, and what they are.
-            component: all names are of this one's layers, of several that the policy covers: what it says of others is
-                passed over.
+            unsupported: layers of the model that cannot be packed -> their classes.
+            component: the component that all names belong to, if the policy covers several; its entries for other
+                components are skipped.
 
         Raises:
-            PolicyError: a rule matches no layer, an entry names a layer that is not there, or a format is unknown or
-                was defined differently.
+            PolicyError: a rule matches no layer, an entry names a layer that the model does not have, or a format is
+                unknown or was defined differently.
         """
         names = list(names)
         for name, parameters in self.formats.items():
@@ -348,8 +353,8 @@ class Policy(_Strict):
                 continue
             if name in unsupported:
                 raise PolicyError(
-                    f"the policy names layer {name!r}, a {unsupported[name]}, which cannot be packed: it stays in the "
-                    "storage dtype whatever the policy says; take its entry out"
+                    f"the policy names layer {name!r}, a {unsupported[name]}, which cannot be packed and always stays "
+                    "in the storage dtype; remove its entry"
                 )
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1)
@@ -369,7 +374,8 @@ class Policy(_Strict):
 
 
 def _difference(choice: Choice, common: Choice) -> LayerSettings:
-    """What to write of `choice` where `common` is the default; a format that is not packed has no bias to correct."""
+    """The settings of `choice` to write if `common` is the default. A format that is not packed needs neither quantizer
+    nor bias correction."""
     corrects = choice.format.packed and choice.bias_correction != common.bias_correction
     rounds = choice.format.packed and choice.quantizer != common.quantizer
     return LayerSettings(
@@ -380,7 +386,7 @@ def _difference(choice: Choice, common: Choice) -> LayerSettings:
 
 
 class _Readable(yaml.SafeDumper):
-    """Short mappings of plain values on one line, as people write them; nothing by reference."""
+    """Writes short mappings of plain values on one line, as people do, and no aliases."""
 
     def ignore_aliases(self, data: object) -> bool:
         return True

@@ -13,7 +13,7 @@ from bitpolicy.policies.calibration import Calibration
 
 @dataclass(frozen=True)
 class Quantization:
-    """Settings that all layers share; a `Choice` has those of one layer.
+    """Settings that all layers share; a `Choice` has the settings of one layer.
 
     Attributes:
         calibration: mean inputs for bias correction, and the weights that were rounded in advance.
@@ -27,5 +27,5 @@ class Quantization:
     compute: Compute = Compute.EXACT
 
     def of_component(self, component: str, components: Sequence[str]) -> Quantization:
-        """The same with the calibration of one component's layers, by their names within it."""
+        """The same settings with the calibration of one component, by the layers' names within it."""
         return replace(self, calibration=self.calibration.of_component(component, components))

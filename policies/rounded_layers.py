@@ -1,10 +1,10 @@
-"""Ordinary layers under INT8 and FP8 compute: what packed layers then multiply, in floats.
+"""INT8 and FP8 compute on ordinary layers: they multiply the values that packed layers would, in floats.
 
     y = Q(x) W_q^T + b,    Q(x) = s_x (x_q - z),    W_q = s_w w_q
 
-with the codes and scales of `bitpolicy.kernels.compute.int8`, or of `fp8_compute`, where z = 0. Results are those of a
-kernel of that compute up to the rounding of float sums; where that moves a later input across a tie, one of its codes
-is another.
+with the codes and scales of `bitpolicy.kernels.compute.int8`, or of `fp8_compute`, where z = 0. Results equal those of
+a kernel of that compute mode up to the rounding of float sums. Where that moves a later input across a tie, one of its
+codes differs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ROUNDING = {Compute.INT8: int8_compute.quantize_input, Compute.FP8: fp8_compute
 
 
 def rounds_inputs(layer: Quantizable, format: Format, compute: Compute) -> bool:
-    """Whether the layer, once it is packed, multiplies 8-bit inputs: by `compute`, its shape and its format."""
+    """Whether the layer multiplies 8-bit inputs once it is packed. `compute`, its shape and its format decide."""
     return format.packed and effective(compute, _packed(layer, format, {})).rounds_inputs
 
 
@@ -39,7 +39,7 @@ def multiplied_weight(
     """The weight that the layer multiplies with once `tensors` are packed into it, shape (out, in/groups, *kernel).
 
     Args:
-        layer: says what kind of layer it is; its own tensors are not read.
+        layer: gives the kind of layer; its own tensors are not read.
     """
     shape = tuple(layer.weight.shape)
     if compute is not Compute.INT8 or not rounds_inputs(layer, format, compute):
@@ -49,7 +49,7 @@ def multiplied_weight(
 
 
 def seen_input(layer: Quantizable, x: torch.Tensor, compute: Compute) -> tuple[torch.Tensor, torch.Tensor]:
-    """x_q - z and s_x of what the layer is given, float32, as the `quantize_input` of that compute has them.
+    """x_q - z and s_x of the layer's input, float32, as `quantize_input` of that compute mode returns them.
 
     Args:
         x: (..., in) for a linear layer, (B, in, *spatial) for a convolution, or one sample without B.
@@ -61,7 +61,7 @@ def seen_input(layer: Quantizable, x: torch.Tensor, compute: Compute) -> tuple[t
 
 
 def round_inputs(layer: Quantizable, compute: Compute) -> RemovableHandle:
-    """Round what the layer is given from now on, as `compute` does, until the handle is removed."""
+    """Round the layer's inputs as `compute` does, until the handle is removed."""
 
     def rounded(x: torch.Tensor) -> torch.Tensor:
         codes, scale = seen_input(layer, x, compute)
@@ -71,7 +71,8 @@ def round_inputs(layer: Quantizable, compute: Compute) -> RemovableHandle:
 
 
 def change_inputs(layer: Quantizable, change: Callable[[torch.Tensor], torch.Tensor]) -> RemovableHandle:
-    """Give the layer `change(x)` for x. It happens where x is, before any `forward` that offloading has put on it."""
+    """Pass `change(x)` to the layer instead of x. It runs on the device of x, before any `forward` that offloading
+    has put on the layer."""
 
     def hook(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:

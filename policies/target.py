@@ -20,11 +20,11 @@ from bitpolicy.policies.components import ALL, DENOISERS, denoisers_of, lacks, r
 from bitpolicy.policies.identity import config_hash, weights_hash
 
 T = TypeVar("T")
-_NEVER_STUDIED = ("safety_checker",)  # it looks at images and makes none
+_NEVER_STUDIED = ("safety_checker",)  # it checks images and does not make them
 
 
 class Target(Mapping[str, nn.Module]):
-    """The components under study: name -> model, in the order in which they are recorded. Models may lie on `meta`."""
+    """The components under study: name -> model, in the order in which they are recorded. Models may be on `meta`."""
 
     def __init__(self, models: Mapping[str, nn.Module]) -> None:
         self._models = dict(models)
@@ -36,10 +36,10 @@ class Target(Mapping[str, nn.Module]):
 
     @classmethod
     def chosen(cls, pipe: DiffusionPipeline, components: Sequence[str] | None = None) -> Target:
-        """What can be studied of a pipeline.
+        """The components of a pipeline to study.
 
         Args:
-            components: names, or "all" alone; None is every denoiser there is.
+            components: names, or only "all" for every component with layers to quantize; None means every denoiser.
 
         Raises:
             BitPolicyError: the pipeline has no such component, it cannot be quantized, or there is no denoiser at all.
@@ -77,7 +77,7 @@ class Target(Mapping[str, nn.Module]):
 
     @property
     def in_words(self) -> str:
-        """For people: "denoiser", or "unet, text_encoder and vae"."""
+        """The target in a sentence: "denoiser", or "unet, text_encoder and vae"."""
         if not self.outside_loop:
             return "denoiser"
         *others, last = self.names
@@ -90,31 +90,31 @@ class Target(Mapping[str, nn.Module]):
 
     @property
     def outside_loop(self) -> dict[str, nn.Module]:
-        """The components that are called before the loop or after it, by name."""
+        """The components that are called before or after the loop, by name."""
         return {name: model for name, model in self._models.items() if not runs_in_loop(model)}
 
     @property
     def layers(self) -> dict[str, Quantizable]:
-        """Every layer that a format can be given to, by name, in the models' own order; looked up at each access."""
+        """Every quantizable layer, by name, in the models' own order; looked up at each access."""
         return dict(quantizable_layers(self))
 
     @property
     def packed_layers(self) -> dict[str, PackedLayer]:
-        """Every layer that is packed already, by name; looked up at each access."""
+        """Every layer that is already packed, by name; looked up at each access."""
         return dict(packed_layers(self))
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first parameter: the compute dtype of a loaded pipeline."""
+        """The dtype of the first parameter: the compute dtype of a loaded pipeline."""
         return next(self.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the first parameter."""
+        """The device of the first parameter."""
         return next(self.parameters()).device
 
     def prefix(self, component: str) -> str:
-        """What the names of a component's layers begin with here: nothing where it is the only one."""
+        """The prefix of a component's layer names in this target; empty if it is the only component."""
         return layer_prefix(component, self.names)
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
@@ -134,7 +134,7 @@ class Target(Mapping[str, nn.Module]):
                     yield parameter
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The tensors of all components, their names beginning as those of layers do."""
+        """The tensors of all components, by names with the same prefixes as layers."""
         states = {self.prefix(component): model.state_dict() for component, model in self._models.items()}
         return {f"{start}{name}": tensor for start, state in states.items() for name, tensor in state.items()}
 
@@ -150,7 +150,7 @@ class Target(Mapping[str, nn.Module]):
         return {name: tensor for name, tensor in self.state_dict().items() if name not in tied}
 
     def of_component(self, by_layer: Mapping[str, T], component: str) -> Mapping[str, T]:
-        """The entries of one component's layers, by their names within it, looked up when they are asked for."""
+        """The entries of one component's layers, by their names within it, looked up lazily."""
         return within_component(by_layer, self.prefix(component))
 
     def weights_hashes(self, storage: torch.dtype) -> dict[str, str]:
@@ -163,7 +163,7 @@ class Target(Mapping[str, nn.Module]):
 
 
 def loop_denoisers(pipe: DiffusionPipeline, target: Target) -> list[nn.Module]:
-    """Every model whose calls make up the loop: the pipeline's denoisers, studied or not, and others that are studied.
+    """Every model whose calls make up the loop: the pipeline's denoisers, studied or not, and other studied models.
 
     Raises:
         BitPolicyError: there is none.
@@ -175,12 +175,12 @@ def loop_denoisers(pipe: DiffusionPipeline, target: Target) -> list[nn.Module]:
 
 
 def layer_prefix(component: str, components: Sequence[str]) -> str:
-    """What the names of a component's layers begin with where `components` are under study."""
+    """The prefix of a component's layer names when `components` are under study."""
     return "" if len(components) == 1 else f"{component}."
 
 
 def within_component(by_layer: Mapping[str, T], prefix: str) -> Mapping[str, T]:
-    """The entries whose names begin with `prefix`, by the rest of the name, looked up when they are asked for."""
+    """The entries whose names begin with `prefix`, by the rest of the name, looked up lazily."""
     return _Within(by_layer, prefix) if prefix else by_layer
 
 
@@ -200,7 +200,7 @@ class _Within(Mapping[str, T]):
 
 
 def _every_denoiser(pipe: DiffusionPipeline) -> Iterable[str]:
-    """`unet` or `transformer`, else the first model that takes a timestep; and the pipeline's other denoisers."""
+    """`unet` or `transformer`, otherwise the first model that takes a timestep; and the pipeline's other denoisers."""
     candidates = [*DENOISERS, *(name for name, model in pipe.components.items() if takes_timestep(model))]
     first = next((name for name in candidates if runs_in_loop(getattr(pipe, name, None))), None)
     if first is None:

@@ -29,7 +29,7 @@ MAX_SHARD_SIZE = 10 * 10**9  # bytes; diffusers' default
 
 
 def checkpoint_bytes(folder: Path) -> int:
-    """Tensor bytes of the safetensors files in a component's folder, as their headers tell."""
+    """Tensor bytes of the safetensors files in a component's folder, from their headers."""
     return sum(spec.nbytes for path in sorted(folder.glob("*.safetensors")) for spec in header(path).values())
 
 
@@ -42,14 +42,15 @@ def export_diffusers_model(
     *,
     quantization: Quantization,
 ) -> int:
-    """Write the config and the packed weights of one model of diffusers.
+    """Write the config and the packed weights of one diffusers model.
 
     Args:
-        source: of its tensors; None is the model itself, which else may lie on `meta`.
-        quantization: its compute is that of the packed layers, once they are loaded.
+        model: may be on `meta` if `source` is given.
+        source: its tensors; None means those of `model`.
+        quantization: its compute is that of the packed layers after loading.
 
     Returns:
-        Its tensor bytes.
+        Tensor bytes of the files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     checksums = write_packed(
@@ -78,12 +79,12 @@ def write_packed(
 ) -> str:
     """Write the tensors of a model to `folder`, in `stem`.safetensors or in shards with an index.
 
-    A layer is read and quantized while the one before it is written; no third is in memory.
+    A layer is read and quantized while the one before it is written, so at most two are in memory.
 
     Args:
-        model: whose layers and shapes count; it may lie on `meta`.
-        source: of its tensors.
-        left_out: names of tensors that are another under a second name.
+        model: gives the layers and shapes; it may be on `meta`.
+        source: its tensors.
+        left_out: second names of tensors that are stored under another name.
 
     Returns:
         Checksums of the tensors, as a `BitPolicyConfig` takes them.
@@ -105,7 +106,7 @@ def write_packed(
 
 
 def _write_behind(place: Mapping[str, SafetensorsWriter], layers: Iterator[dict[str, torch.Tensor]]) -> None:
-    """Write the tensors of each layer while the next ones are made."""
+    """Write the tensors of each layer while those of the next one are made."""
 
     def write(tensors: dict[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -122,13 +123,13 @@ def _write_behind(place: Mapping[str, SafetensorsWriter], layers: Iterator[dict[
 
 
 def _packed_name(name: str, choices: Mapping[str, Choice]) -> str | None:
-    """The layer whose packed tensors stand for state-dict entry `name`, or None."""
+    """The layer whose packed tensors replace the state-dict entry `name`, or None."""
     layer, _, leaf = name.rpartition(".")
     return layer if leaf == "weight" and layer in choices and choices[layer].format.packed else None
 
 
 def packed_specs(model: nn.Module, choices: Mapping[str, Choice], storage: torch.dtype) -> dict[str, TensorSpec]:
-    """Every stored tensor, by name, before anything is quantized."""
+    """Dtype and shape of every stored tensor, by name, known before anything is quantized."""
     specs: dict[str, TensorSpec] = {}
     for name, tensor in model.state_dict().items():
         layer = _packed_name(name, choices)
@@ -150,10 +151,10 @@ def packed_tensors(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Every stored tensor, those of one layer at a time.
 
-    Warns at the end, in a line each, of biases that could not be corrected and of what is NaN or Inf in the source.
+    Warns at the end, in one line each, of biases that could not be corrected and of NaN or Inf in the source.
 
     Raises:
-        BitPolicyError: a tensor that is made here would be NaN or Inf.
+        BitPolicyError: quantizing a layer would give NaN or Inf.
     """
     done, storage = set(left_out), quantization.storage
     uncorrected, not_finite = [], []
@@ -184,14 +185,14 @@ def _quantized(
     choice: Choice,
     quantization: Quantization,
 ) -> QuantizedLayer:
-    """One layer as it is stored, read from the source."""
+    """One layer, read from the source and quantized."""
     weight = as_stored(f"{name}.weight", source.read(f"{name}.weight"), quantization.storage)
     bias = None if layer.bias is None else source.read(f"{name}.bias")
     return quantize_tensors(name, layer, weight, bias, choice, quantization.calibration)
 
 
 def _shards(specs: Mapping[str, TensorSpec], most: int, stem: str) -> dict[str, list[str]]:
-    """File name -> tensor names, filled in name order, none over `most` bytes unless one tensor is."""
+    """File name -> tensor names, in name order. No file is larger than `most` bytes unless a single tensor is."""
     groups: list[list[str]] = [[]]
     size = 0
     for name, spec in sorted(specs.items()):
@@ -211,15 +212,15 @@ def write_config(
     checksums: str = "",
     compute: Compute = Compute.EXACT,
 ) -> None:
-    """The config of a model of diffusers. One without packed layers is told its method, too: so it keeps its dtype when
-    it is loaded without one."""
+    """Write the config of a diffusers model. A model without packed layers gets a `quantization_config`, too, so that
+    it keeps its dtype when it is loaded without one."""
     model.save_config(folder)
     config = BitPolicyConfig.of(choices, storage, checksums, compute).to_dict()
     rewrite_json(folder / "config.json", quantization_config=config)
 
 
 def rewrite_json(path: Path, leave_out: Sequence[str] = (), **entries: Any) -> None:
-    """Set entries of a JSON file, and forget the folder that a model was loaded from: same model, same bytes."""
+    """Set entries of a JSON file, and remove the folder that the model was loaded from: same model, same bytes."""
     data = json.loads(path.read_text(encoding="utf-8")) | entries
     for name in ("_name_or_path", *leave_out):
         data.pop(name, None)

@@ -1,4 +1,4 @@
-"""Export one component of a pipeline: a denoiser or an autoencoder of diffusers, or a text encoder of transformers."""
+"""Export one component of a pipeline: a diffusers denoiser or autoencoder, or a transformers text encoder."""
 
 from __future__ import annotations
 
@@ -36,29 +36,30 @@ def export_component(
     """Write the config and the packed weights of one unquantized model, as its own library reads them.
 
     Args:
-        model: of diffusers or of transformers.
-        choices: of its layers by their names in it; a layer without one stays as it is.
-        folder: where to; made if it is not there.
+        model: a diffusers or transformers model; it may be on `meta` if `source` is given.
+        choices: by the layers' names in the model; a layer without a choice stays as it is.
+        folder: output folder; created if needed.
         max_shard_size: bytes; a larger model is split as its library splits it.
-        source: of its tensors; None is the model itself, which else may lie on `meta`.
-        quantization: its calibration has the same names, for the choices that need it; its storage dtype is that of
-            what is not packed, its compute that of the packed layers once they are loaded.
+        source: its tensors; None means those of `model`.
+        quantization: its calibration uses the same layer names, for the choices that need it. Its storage dtype applies
+            to everything that is not packed, its compute to the packed layers after loading.
 
     Returns:
         Tensor bytes of the files.
 
     Raises:
-        BitPolicyError: the model is of neither library, a layer to pack shares its weight, or a calibration is missing.
+        BitPolicyError: the model belongs to neither library, a layer to pack shares its weight with another layer, or
+            a calibration is missing.
     """
     if isinstance(model, ModelMixin):
         return export_diffusers_model(model, choices, folder, max_shard_size, source, quantization=quantization)
     if not isinstance(model, PreTrainedModel):
-        raise BitPolicyError(f"{type(model).__name__} is of neither diffusers nor transformers; only their models are")
+        raise BitPolicyError(f"{type(model).__name__} is not a model of diffusers or transformers; give one of theirs")
     tied = model.all_tied_weights_keys
     for name in {*tied, *tied.values()}:
         choice = choices.get(name.removesuffix(".weight"))
         if choice is not None and choice.format.packed:
-            raise BitPolicyError(f"{name} is the weight of another layer, too, and cannot be packed; give it fp16")
+            raise BitPolicyError(f"{name} is shared with another layer and cannot be packed; give it fp16")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = source or ModuleSource(model)
     checksums = write_packed(

@@ -1,6 +1,7 @@
-"""A pipeline in a folder, exported without being loaded: what is packed is built on `meta`, their tensors read one by
-one, and the files of all other components go along unchanged where they have the dtype that is wanted, and else are
-cast tensor by tensor.
+"""Export a pipeline from a folder without loading it.
+
+The components to pack are built on `meta`, and their tensors are read one by one. The files of all other components are
+taken unchanged if they have the wanted dtype; otherwise they are cast tensor by tensor.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ class FolderParts:
     """A diffusers folder.
 
     Args:
-        stamps: of its files when they were first read (`PipelineFiles.stamps`); None is now.
+        stamps: of its files when they were first read (`PipelineFiles.stamps`); None takes them now.
 
     Raises:
-        BitPolicyError: it is no pipeline, has no such component, its weights are only pickles or do not fit its config.
+        BitPolicyError: it is not a pipeline or has no such component, or its weights are only pickles or do not fit
+            its config.
     """
 
     def __init__(
@@ -76,8 +78,8 @@ class FolderParts:
         differing = sorted(path for path in {*now, *self._stamps} if now.get(path) != self._stamps.get(path))
         if differing:
             raise BitPolicyError(
-                f"{differing[0]} was written to while the model was used, so what was measured may be of another one; "
-                "run the command again, and what still holds is kept"
+                f"{differing[0]} was written to while the model was in use, so measurements may be of another model; "
+                "run the command again, which keeps everything that is still valid"
             )
 
     def _links(self, component: str, folder: Path) -> bool:
@@ -97,10 +99,10 @@ class FolderParts:
         if len(weights) > 1:
             stem = DIFFUSERS if next(iter(weights)).startswith(DIFFUSERS) else TRANSFORMERS
             (folder / f"{stem}.safetensors.index.json").write_text(weights_index(written), encoding="utf-8")
-        self._mend_config(component, dtype, folder)
+        self._update_config(component, dtype, folder)
 
-    def _mend_config(self, component: str, dtype: torch.dtype, folder: Path) -> None:
-        """Let the config say the dtype that the weights are in."""
+    def _update_config(self, component: str, dtype: torch.dtype, folder: Path) -> None:
+        """Record the dtype of the weights in the config."""
         config = self._files.config(component)
         if not self._others[component] or "quantization_config" in config:
             return
@@ -111,7 +113,7 @@ class FolderParts:
             rewrite_json(folder / "config.json", leave_out=["torch_dtype"], **entry)
 
     def _as_it_is(self, component: str, dtype: torch.dtype) -> bool:
-        """Whether its files are what is wanted; what another method has quantized always is."""
+        """Whether its files can be taken unchanged; files that another method quantized always can."""
         specs = [spec for file in self._others[component].values() for spec in file.values()]
         quantized = "quantization_config" in self._files.config(component)
         return quantized or all(spec.dtype == dtype for spec in specs if spec.dtype.is_floating_point)
@@ -132,7 +134,7 @@ def _stored(spec: TensorSpec, dtype: torch.dtype) -> TensorSpec:
 
 
 def _cast(source: Path, dtype: torch.dtype, specs: Mapping[str, TensorSpec], target: Path) -> None:
-    """Write a file anew, its floats in another dtype, one tensor in memory at a time."""
+    """Copy a file with its floats cast to another dtype, one tensor in memory at a time."""
     tensors = FileSource([source])
     with SafetensorsWriter(target, specs) as writer:
         for name in specs:
@@ -140,7 +142,7 @@ def _cast(source: Path, dtype: torch.dtype, specs: Mapping[str, TensorSpec], tar
 
 
 def _to_pack(files: PipelineFiles, components: Sequence[str] | None) -> list[str]:
-    """Names of the components to pack: those given, else every denoiser that there is."""
+    """Names of the components to pack: those given, otherwise every denoiser in the folder."""
     there = files.components
     if components:
         wanted = list(components)
@@ -151,7 +153,7 @@ def _to_pack(files: PipelineFiles, components: Sequence[str] | None) -> list[str
     if absent or not wanted:
         raise BitPolicyError(
             f"{files.folder} has no component {' or '.join(map(repr, absent or DENOISERS))}; "
-            f"it has {', '.join(there) or 'none'}: choose with --component"
+            f"it has {', '.join(there) or 'none'}: choose one with --component"
         )
     return wanted
 
@@ -161,21 +163,21 @@ def _unquantized(files: PipelineFiles, name: str) -> tuple[Any, TensorSource]:
     config, folder = files.config(name), files.folder / name
     if config.get("quantization_config"):
         raise BitPolicyError(
-            f"{files.folder}: its {name} is quantized already; give the full-precision pipeline it was made from"
+            f"{files.folder}: its {name} is already quantized; give the full-precision pipeline that it was made from"
         )
     library, class_name = files.kind(name)
     if config and library == "transformers":
         encoder = text_encoder_skeleton(class_name, folder)
         return encoder, TextEncoderSource(FileSource(files.weights(name).values()), encoder, folder)
     if "_class_name" not in config:
-        raise BitPolicyError(f"{folder} has no config.json of a model; download it again")
+        raise BitPolicyError(f"{folder} has no config.json that names a model class; download it again")
     model = skeleton(config["_class_name"], folder)
     return model, fitted(FileSource(files.weights(name).values()), model, folder)
 
 
 def has_names_of_models(folder: Path, components: Iterable[str]) -> bool:
-    """Whether the files of the components to pack hold every tensor under one name that tells which it is; transformers
-    converts some models' tensors while it loads them."""
+    """Whether the files of the components to pack hold every tensor under one unambiguous name. They may not, because
+    transformers converts some models' tensors while it loads them."""
     files = PipelineFiles(folder)
     return all(_names_are_clear(files, name) for name in components if name in files.components)
 
@@ -183,7 +185,7 @@ def has_names_of_models(folder: Path, components: Iterable[str]) -> bool:
 def _names_are_clear(files: PipelineFiles, name: str) -> bool:
     library, class_name = files.kind(name)
     if library != "transformers" or not files.has_weights(name):
-        return True  # or there is something else to say of it
+        return True  # without weights, another check reports the problem
     model = text_encoder_skeleton(class_name, files.folder / name)
     try:
         places(model, FileSource(files.weights(name).values()).specs)
@@ -193,7 +195,7 @@ def _names_are_clear(files: PipelineFiles, name: str) -> bool:
 
 
 def is_streamable(folder: Path, components: Iterable[str]) -> bool:
-    """Whether every component's weights are safetensors, with names that are clear for those to pack."""
+    """Whether every component's weights are safetensors, with unambiguous names in the components to pack."""
     files = PipelineFiles(folder)
     try:
         there = all(files.weights(name) is not None for name in files.components)

@@ -1,11 +1,12 @@
-"""bitpolicy.json: the files of an exported folder, each with its length and SHA-256, written last.
+"""bitpolicy.json: the files of an exported folder, each with its length and SHA-256. It is written last.
 
-A loader notices little of what is wrong with a folder: what a text encoder's file lacks is drawn at random, and a
-tokenizer or a VAE of another model loads as well. So everything that `from_pretrained` reads is listed: the files of
-all components, model_index.json and the calibration. policy.yaml and README.md, which people edit, are not.
+A loader notices little of what is wrong with a folder: tensors missing from a text encoder's file are initialized at
+random, and a tokenizer or a VAE of another model loads as well. So everything that `from_pretrained` reads is listed:
+the files of all components, model_index.json and the calibration. policy.yaml and README.md, which people edit, are
+not.
 
-Lengths are always compared, and what should not be there is looked for; files up to `SMALL` bytes are read and hashed,
-larger ones when everything is asked for. (Packed tensors have checksums of their own, which are always compared.)
+Lengths are always compared, and unexpected files always found. Files of up to `SMALL` bytes are hashed every time,
+larger ones only on request. (Packed tensors have checksums of their own, which are always compared.)
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SMALL = 32 * 2**20
 _VERSION = 1
 _LISTED = ("model_index.json", CALIBRATION)
 _READ = (".safetensors", ".json", ".txt", ".model", ".jinja", ".py", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
-_MENDED = "download or export it again (if you changed it on purpose, delete bitpolicy.json)"
+_REMEDY = "download or export it again (if you changed it on purpose, delete bitpolicy.json)"
 
 
 def write_manifest(folder: Path) -> None:
@@ -35,13 +36,13 @@ def write_manifest(folder: Path) -> None:
 
 
 def verify(folder: Path, everything: bool = False) -> None:
-    """Compare a folder with its manifest; one that has none, as a pipeline that was saved anew, is taken as it is.
+    """Compare a folder with its manifest. A folder without one, such as a pipeline that was saved again, passes.
 
     Args:
-        everything: whether large files are hashed, too.
+        everything: whether to hash large files, too.
 
     Raises:
-        BitPolicyError: a file is missing, too much, or another than the one that was written.
+        BitPolicyError: a file is missing, unexpected, or different from the one that was written.
     """
     if not (folder / FILE).is_file():
         return
@@ -49,23 +50,23 @@ def verify(folder: Path, everything: bool = False) -> None:
     for name in sorted(listed.keys() | found.keys()):
         if name not in listed:
             if Path(name).suffix in _READ:
-                raise BitPolicyError(f"{found[name]} is not of this checkpoint: {FILE} does not list it; {_MENDED}")
+                raise BitPolicyError(f"{found[name]} is not part of this checkpoint: {FILE} lacks it; {_REMEDY}")
             continue
         if name not in found:
-            raise BitPolicyError(f"{folder / name} is missing; {_MENDED}")
+            raise BitPolicyError(f"{folder / name} is missing; {_REMEDY}")
         _require(found[name], *listed[name], everything)
 
 
 def _require(path: Path, nbytes: int, sha256: str, everything: bool) -> None:
     found = path.stat().st_size
     if found != nbytes:
-        raise BitPolicyError(f"{path} has {found:,} bytes, it was written with {nbytes:,}; {_MENDED}")
+        raise BitPolicyError(f"{path} has {found:,} bytes, but was written with {nbytes:,}; {_REMEDY}")
     if (everything or nbytes <= SMALL) and _sha256(path) != sha256:
-        raise BitPolicyError(f"{path} is not as it was written: its SHA-256 differs; {_MENDED}")
+        raise BitPolicyError(f"{path} has changed since it was written: its SHA-256 differs; {_REMEDY}")
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Of the components, with their paths in the folder, and those of `_LISTED`."""
+    """The files of the components, by their paths in the folder, and those in `_LISTED`."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in name.parts)
@@ -78,7 +79,7 @@ def _sha256(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise BitPolicyError(f"cannot read {path}: {error.strerror}; make it a file that this user may read") from error
+        raise BitPolicyError(f"cannot read {path}: {error.strerror}; make it a file that this user can read") from error
 
 
 def _listed(path: Path) -> dict[str, tuple[int, str]]:
@@ -89,5 +90,5 @@ def _listed(path: Path) -> dict[str, tuple[int, str]]:
     except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise BitPolicyError(f"cannot read {path}, which lists the files; download or export it again") from error
     if version != _VERSION:
-        raise BitPolicyError(f"{path} is of version {version!r}, read is {_VERSION}; install a newer bitpolicy")
+        raise BitPolicyError(f"{path} has version {version!r}, needed {_VERSION}; install a newer bitpolicy")
     return listed

@@ -1,4 +1,4 @@
-"""The README.md of an exported pipeline: what it is, what was done to it, how good it is, how to load it."""
+"""The README.md of an exported pipeline: what it is, how it was made, how good it is, and how to load it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from bitpolicy.policies.target import Target
 _TEXT = """
 # {title}, quantized by bitpolicy
 
-{component} of this pipeline in mixed precision: {counts}. Which layer got which format was
-chosen by what quantizing it does to the finished image; `policy.yaml` has the whole choice and how it was made.
+This pipeline stores the layers of its {component} in mixed precision: {counts}. The format of
+each layer was chosen by what quantizing it does to the finished image. `policy.yaml` records every choice and how it
+was made.
 
 ```python
 import bitpolicy  # registers the format with diffusers
@@ -31,16 +32,16 @@ pipe = DiffusionPipeline.from_pretrained("{location}")
 |---|---|
 | base model | {base} |
 | tensor bytes of the {names} | {nbytes:,} |
-| the same unquantized | {reference:,} ({storage}) |
-| budget asked for | {budget} |
+| the same, unquantized | {reference:,} ({storage}) |
+| requested budget | {budget} |
 | rounding | {rounding} |
-| layers whose bias is corrected | {corrected} |
+| layers with corrected bias | {corrected} |
 | packed layers compute | {compute} |
 | PSNR against the unquantized pipeline, held-out prompts and seeds | {psnr} |
 | predicted relative error of {signal} | {error} |
 
 On the disk where this folder was made, weights of components that were not packed may be hard links to the base model's
-files. Replace such a file; do not write into it or change its permissions.
+files. To change such a file, replace it. Do not write into it or change its permissions.
 
 Layers by role and format:
 
@@ -50,18 +51,18 @@ Layers by role and format:
 
 _COMPUTES = {
     "exact": "with dequantized weights (`compute: exact`)",
-    "int8": "with 8-bit inputs and weights (`compute: int8`), under which PSNR and error are taken",
-    "fp8": "with float8 inputs where weights are fp8 (`compute: fp8`), under which PSNR and error are taken",
+    "int8": "with 8-bit inputs and weights (`compute: int8`), included in PSNR and error",
+    "fp8": "with float8 inputs where weights are fp8 (`compute: fp8`), included in PSNR and error",
 }
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a card says beyond the policy.
+    """What a model card says in addition to the policy.
 
     Attributes:
-        location: what the snippet loads: a folder, or the repository that the folder will be.
-        roles: layer name -> what it does, e.g. "attention_qkv"; a layer without counts as "other".
+        location: what the snippet loads: a folder, or the repository that it will be uploaded to.
+        roles: layer name -> its role, e.g. "attention_qkv"; a layer without a role counts as "other".
     """
 
     location: str = "this/folder"
@@ -72,19 +73,19 @@ PLAIN = Card()
 
 
 def model_card(policy: Policy, target: Target, choices: Mapping[str, Choice], card: Card = PLAIN) -> str:
-    """The card's text, front matter included. `target` may lie on `meta`."""
+    """The card's text, including the front matter. `target` may be on `meta`."""
     counts = Counter(choice.format.name for choice in choices.values())
     account = ByteAccount.of(target, getattr(torch, policy.storage_dtype))
     nbytes = account.total({name: choice.format for name, choice in choices.items()})
     result, budget = policy.result, policy.budget
     if result is not None and result.policy_bytes != nbytes:
-        result = None  # it is of the policy as it was before someone edited it
+        result = None  # the policy was edited after it was measured
     psnr = "not measured" if result is None or result.psnr_db is None else f"{result.psnr_db:.1f} dB"
     error = "not predicted" if result is None or result.predicted_error is None else f"{result.predicted_error:.3g}"
     data = ModelCardData(library_name="diffusers", tags=["bitpolicy", "quantized"], base_model=_hub_id(policy.model.id))
     body = _TEXT.format(
         title=policy.model.id,
-        component=_whose_layers(policy.model.components),
+        component=_in_words(policy.model.components),
         names=", ".join(policy.model.components),
         signal="the images" if _has_autoencoder(target) else "the final latents",
         counts=", ".join(f"{n} {name}" for name, n in sorted(counts.items())),
@@ -104,10 +105,10 @@ def model_card(policy: Policy, target: Target, choices: Mapping[str, Choice], ca
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{body}"))
 
 
-def _whose_layers(components: list[str]) -> str:
+def _in_words(components: list[str]) -> str:
     names = [f"`{name}`" for name in components]
     *others, last = names
-    return f"{', '.join(others)} and {last} hold the layers" if others else f"{last} holds the layers"
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _has_autoencoder(target: Target) -> bool:
@@ -116,7 +117,7 @@ def _has_autoencoder(target: Target) -> bool:
 
 
 def _table(choices: Mapping[str, Choice], roles: Mapping[str, str], account: ByteAccount) -> str:
-    """A row for each role: how many layers have which format, and the bytes of their weights."""
+    """A table with a row per role: the number of layers in each format, and the bytes of their weights."""
     formats = sorted({choice.format.name for choice in choices.values()})
     counts: dict[str, Counter[str]] = {}
     nbytes: Counter[str] = Counter()

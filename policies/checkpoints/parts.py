@@ -1,6 +1,6 @@
-"""What is exported: the target with the places that their tensors are read from, and the other components.
+"""What an export writes: the target, with the sources of its tensors, and the other components.
 
-`MemoryParts` is a pipeline in memory, `bitpolicy.policies.checkpoints.folder_parts` one that lies in files.
+`MemoryParts` is a pipeline in memory, `bitpolicy.policies.checkpoints.folder_parts` one in files.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ class Parts(Protocol):
     """A pipeline to export.
 
     Attributes:
-        target: the components to be packed; they may lie on `meta`.
-        sources: name of each of them -> its tensors.
+        target: the components to pack; they may be on `meta`.
+        sources: component -> its tensors.
     """
 
     target: Target
     sources: Mapping[str, TensorSource]
 
     def others(self, dtype: torch.dtype) -> dict[str, int]:
-        """Component name -> tensor bytes of every other model, its floats stored in `dtype`."""
+        """Component name -> tensor bytes of every other model, with its floats stored in `dtype`."""
 
     def to_write(self, dtype: torch.dtype, folder: Path) -> int:
-        """How many of these bytes take up space if they are written to `folder`."""
+        """How many of these bytes need free space when they are written to `folder`."""
 
     def write_others(self, dtype: torch.dtype, folder: Path) -> None:
         """Write model_index.json and all components that are not packed.
@@ -51,10 +51,10 @@ class MemoryParts:
     """A pipeline in memory.
 
     Attributes:
-        target: its models may lie on `meta` if `sources` are given.
+        target: its models may be on `meta` if `sources` are given.
 
     Raises:
-        BitPolicyError: an adapter is on one of its models.
+        BitPolicyError: one of its models has an adapter.
     """
 
     def __init__(
@@ -85,23 +85,23 @@ class MemoryParts:
 
 
 def require_no_adapter(pipe: DiffusionPipeline) -> None:
-    """Refuse models that compute with a LoRA: their layers have other names, and `save_pretrained` of transformers
-    writes the adapter alone.
+    """Refuse models with a LoRA: their layers have other names, and `save_pretrained` of transformers writes only the
+    adapter.
 
     Raises:
-        BitPolicyError: there is one.
+        BitPolicyError: there is such a model.
     """
     for name, model in pipe.components.items():
         modules = model.named_modules() if isinstance(model, nn.Module) else ()
         if adapted := next((path for path, module in modules if hasattr(module, "base_layer")), None):
             raise BitPolicyError(
-                f"the {name} has an adapter (a LoRA) on it, e.g. on {adapted}; take it off with "
-                "pipe.unload_lora_weights(), or for good into the weights with pipe.fuse_lora() before that"
+                f"the {name} has an adapter (a LoRA) on it, e.g. on {adapted}; remove it with "
+                "pipe.unload_lora_weights(), or call pipe.fuse_lora() before that to merge it into the weights"
             )
 
 
 def _forget_last_call(component: Any) -> None:
-    """Take off a fast tokenizer the padding and truncation of its last call, which would be saved with it."""
+    """Turn off the padding and truncation of a fast tokenizer's last call, which would be saved with it."""
     backend = getattr(component, "backend_tokenizer", None)
     if backend is not None:
         backend.no_padding()
@@ -109,8 +109,10 @@ def _forget_last_call(component: Any) -> None:
 
 
 def _require_range(name: str, component: Any, dtype: torch.dtype) -> None:
-    """Raises:
-    BitPolicyError: the dtype that the component is stored in cannot hold one of its values.
+    """Refuse a component with a value that the dtype it is stored in cannot hold.
+
+    Raises:
+        BitPolicyError: there is such a value.
     """
     if isinstance(component, nn.Module):
         for key, tensor in component.state_dict().items():
@@ -119,13 +121,13 @@ def _require_range(name: str, component: Any, dtype: torch.dtype) -> None:
 
 @contextmanager
 def _stored_as(component: Any, dtype: torch.dtype) -> Iterator[None]:
-    """Hold a component in the dtype it is stored in while the block runs."""
+    """Cast a component to the dtype that it is stored in while the block runs."""
     if not isinstance(component, nn.Module):
         yield
         return
     parameters = [(parameter, parameter.data) for parameter in component.parameters()]
     buffers = [(module, name, buffer) for module in component.modules() for name, buffer in module._buffers.items()]
-    nn.Module.to(component, dtype)  # diffusers' own warns of modules kept in float32, even of none
+    nn.Module.to(component, dtype)  # diffusers' own warns of modules kept in float32 even if there are none
     try:
         yield
     finally:

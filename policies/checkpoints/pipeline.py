@@ -1,4 +1,4 @@
-"""Export: a diffusers folder whose target is packed as the policy says."""
+"""Export a pipeline as a diffusers folder, with the target packed as the policy says."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def export_pipeline(
     """Write a pipeline in memory as a diffusers folder with packed components; see `export_parts`.
 
     Args:
-        components: names of what is packed in the pipeline, e.g. ["unet"]. They must be unquantized.
+        components: names of the components to pack, e.g. ["unet"]. They must be unquantized.
     """
     parts = MemoryParts(pipe, components)
     return export_parts(
@@ -58,13 +58,13 @@ def export_parts(
     max_shard_size: int = MAX_SHARD_SIZE,
     card: Card = PLAIN,
 ) -> int:
-    """Write a diffusers folder with packed components, aside and renamed, one layer in memory at a time.
+    """Write a diffusers folder with packed components, atomically, with one layer in memory at a time.
 
     Args:
-        folder: where to; a folder that is there is replaced once the new one is complete.
-        component_dtype: dtype the other components are stored in; None is the policy's storage dtype.
+        folder: output folder; an existing one is replaced once the new one is complete.
+        component_dtype: dtype that the other components are stored in; None means the policy's storage dtype.
         max_shard_size: bytes; a larger component is split as its library splits it.
-        card: what the model card says beyond the policy.
+        card: what the model card says in addition to the policy.
 
     Returns:
         Tensor bytes of the packed components' files.
@@ -77,11 +77,11 @@ def export_parts(
     quantization = Quantization(calibration=calibration, storage=storage, compute=Compute(policy.compute))
     choices = choices_for(parts.target, policy)
     if folder.exists() and not (folder / "model_index.json").is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise BitPolicyError(f"{folder} holds something that is no pipeline; export to a new or an empty folder")
+        raise BitPolicyError(f"{folder} holds something that is not a pipeline; export to a new or empty folder")
     with folder_written_aside(folder) as aside:
         packed = ByteAccount.of(parts.target, storage).total({name: c.format for name, c in choices.items()})
-        beside = calibration.nbytes if _is_kept(calibration, choices) else 0
-        require_space(aside.parent, packed + beside + parts.to_write(others, aside))
+        calibration_bytes = calibration.nbytes if _is_kept(calibration, choices) else 0
+        require_space(aside.parent, packed + calibration_bytes + parts.to_write(others, aside))
         aside.mkdir()
         parts.write_others(others, aside)
         nbytes = 0
@@ -102,12 +102,12 @@ def export_parts(
 
 
 def describe_checkpoint(folder: Path, policy: Policy, target: Target, card: Card = PLAIN) -> None:
-    """Write policy.yaml and the model card of an exported folder anew, after its quality was measured."""
-    write_text(folder / "policy.yaml", policy.to_yaml())  # whether its calibration goes along, `export_parts` decides
+    """Write policy.yaml and the model card of an exported folder, again after its quality was measured."""
+    write_text(folder / "policy.yaml", policy.to_yaml())  # `export_parts` decides whether to save its calibration
     choices = choices_for(target, policy)
     write_text(folder / "README.md", model_card(policy, target, choices, card))
 
 
 def _is_kept(calibration: Calibration, choices: Mapping[str, Choice]) -> bool:
-    """Whether the calibration goes along; one of rounded layers would hold the weights again."""
+    """Whether to save the calibration. One with rounded layers would store their weights a second time."""
     return not calibration.rounded and any(choice.bias_correction for choice in choices.values())

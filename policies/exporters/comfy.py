@@ -5,9 +5,10 @@
     awq_w4a16         W = (code - 8) scale + zero of each group of inputs, code in [0, 15]
 
 as ComfyUI's comfy/ops.py (`_load_quantized_module`) and comfy-kitchen's tensor classes read them. Only linear layers
-can be quantized there: convolutions stay at FP16. The markers say `full_precision_matrix_mult`: ComfyUI then
-dequantizes and multiplies at its compute dtype, which is what a policy was searched for. The target `comfy-int8` leaves
-that out: ComfyUI quantizes the inputs of int8 and rotated layers to 8 bits, too, faster and with an error of its own.
+can be quantized there; convolutions stay in FP16. The markers say `full_precision_matrix_mult`: ComfyUI then
+dequantizes and multiplies in its compute dtype, which is what a policy was searched for. The target `comfy-int8` omits
+that entry. ComfyUI then quantizes the inputs of int8 and rotated layers to 8 bits, too, which is faster and adds an
+error of its own.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _MEASURED = re.compile(
     r"(?:^|\.)(?:(?:add|class)_embedding\.linear_1|img_in"
     r"|down_blocks\.\d+\.attentions\.0\.transformer_blocks\.0\.attn2\.to_k)$"
 )
-"""Layers by whose stored width ComfyUI tells models apart (comfy/model_detection.py); two codes a byte halve it."""
+"""Layers whose stored width tells ComfyUI which model it is (comfy/model_detection.py); two codes per byte halve it."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Comfy:
         return write_translated(source, folder / f"{source.component}.safetensors", self, rename, metadata)
 
     def marker(self, layer: Layer) -> dict[str, Any]:
-        """What ComfyUI has to know of a layer."""
+        """The content of a layer's marker, which tells ComfyUI how to read it."""
         if _is_awq(layer):
             return {"format": "awq_w4a16", "group_size": layer.run}
         whole: dict[str, Any] = {} if self.quantize_inputs else {"full_precision_matrix_mult": True}
@@ -104,7 +105,7 @@ class Comfy:
 
 
 def _is_awq(layer: Layer) -> bool:
-    """Whether it is codes of at most 4 bits in whole groups."""
+    """Whether its codes have at most 4 bits and fill whole groups."""
     columns, format = layer.shape[1], layer.format
     narrow = isinstance(format, Affine) and format.bits <= 4 and without_rotation(format)
     return narrow and columns % 2 == 0 and columns % layer.run == 0
@@ -116,7 +117,7 @@ def _is_halved(layer: Layer) -> bool:
 
 
 def _is_row_scaled(layer: Layer) -> bool:
-    """Whether it has one scale for each row and no zero point."""
+    """Whether it has one scale per row and no zero point."""
     format = layer.format
     if isinstance(format, Affine):
         return without_rotation(format) and format.symmetric and format.group is None
@@ -126,7 +127,8 @@ def _is_row_scaled(layer: Layer) -> bool:
 def _awq(layer: Layer, tensors: Mapping[str, torch.Tensor], storage: torch.dtype) -> dict[str, torch.Tensor]:
     """scale (code - zero) = (code - 8) scale + (8 - zero) scale.
 
-    Codes of 2 and 3 bits are moved until their zero is 8: nothing is left to add, and nothing is rounded.
+    Codes of 2 and 3 bits are shifted so that their zero point is 8. Then there is nothing to add, and nothing is
+    rounded.
     """
     format = layer.format
     assert isinstance(format, Affine)

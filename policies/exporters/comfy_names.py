@@ -1,8 +1,8 @@
-"""Names of tensors as ComfyUI wants them.
+"""The names that ComfyUI needs for tensors.
 
-ComfyUI reads U-Nets under the names of the original latent diffusion code; it also knows diffusers' names, but that way
-drops every tensor that is not a weight or a bias, and with it the marks of quantization. In that code the blocks count
-through all levels: with L layers a level, `down_blocks.1.resnets.0` is `input_blocks.(1 + L + 1).0`
+ComfyUI reads U-Nets under the names of the original latent diffusion code. It also knows diffusers' names, but then it
+drops every tensor that is not a weight or a bias, including the markers of quantization. The original code numbers the
+blocks across all levels: with L layers per level, `down_blocks.1.resnets.0` is `input_blocks.(1 + L + 1).0`
 (comfy/utils.py, `unet_to_diffusers`; diffusers/loaders/single_file_utils.py, `convert_ldm_unet_checkpoint`).
 """
 
@@ -43,23 +43,24 @@ _MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 
 
 def comfy_namer(source: Source) -> Callable[[str], str]:
-    """What renames a tensor of this model.
+    """The function that renames a tensor of this model for ComfyUI.
 
     Raises:
-        BitPolicyError: ComfyUI's names of its class are not known here.
+        BitPolicyError: bitpolicy does not know ComfyUI's names for this class.
     """
     if source.class_name in SAME_NAMES:
         return as_it_is
     if source.class_name != "UNet2DConditionModel":
         raise BitPolicyError(
-            f"ComfyUI has other names, and often merged layers, for {source.class_name}, which are not known here "
-            f"(known are UNet2DConditionModel, {', '.join(SAME_NAMES)}); export it with --target sdnq or without one"
+            f"ComfyUI has other names, and often merged layers, for {source.class_name}, which bitpolicy does not know "
+            f"(it knows UNet2DConditionModel, {', '.join(SAME_NAMES)}); export it with --target sdnq or without "
+            "--target"
         )
     return _UNet(source).rename
 
 
 class _UNet:
-    """Names of one U-Net, which depend on how many layers each level has."""
+    """The names for one U-Net, which depend on the number of layers in each level."""
 
     def __init__(self, source: Source) -> None:
         levels = len(source.config["block_out_channels"])
@@ -71,7 +72,7 @@ class _UNet:
         self._attending = {match[2] for match in found if (match[1], match[3]) == ("up", "attentions")}
 
     def rename(self, name: str) -> str:
-        """A tensor's name there, given its name in diffusers."""
+        """A tensor's name in ComfyUI, given its name in diffusers."""
         if found := _BLOCK.fullmatch(name):
             side, block, kind, index, rest = found.groups()
             return self._in_block(side, int(block), kind, int(index), rest)
@@ -99,6 +100,6 @@ class _UNet:
 
 
 def _within(kind: str, rest: str) -> str:
-    """The part of a name within a residual block; attention has the same names."""
+    """The part of a name within a block: residual blocks have other names in ComfyUI, attention the same."""
     module, _, leaf = rest.partition(".")
     return f"{_IN_RESNET[module]}.{leaf}" if kind == "resnets" else rest

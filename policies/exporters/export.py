@@ -1,4 +1,4 @@
-"""Export a policy to another program: check what it can hold, write its files, and the policy beside them."""
+"""Export a policy to another program: check what it can hold, write its files, and the policy next to them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from bitpolicy.policies.storage.source import TensorSource, joined
 
 POLICY = "policy.yaml"
 _OTHERS = ("run.json", "sensitivity.safetensors", "calibration.safetensors", "checkpoint", "model_index.json")
-"""What a search or a pipeline has beside its policy, and no export to another program."""
+"""What a search or a pipeline has next to its policy, and an export to another program does not."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Exported:
     """What an export to another program wrote.
 
     Attributes:
-        nbytes: tensor bytes of its weights; 0 where it is a recipe.
-        requantized: layers that were rounded anew.
-        notes: what of the policy the target does not carry, in sentences.
+        nbytes: tensor bytes of its weights; 0 for a recipe.
+        requantized: layers that were rounded to another format.
+        notes: what the target does not take over from the policy, in sentences.
     """
 
     nbytes: int
@@ -56,15 +56,15 @@ def export_to(
     *,
     requantize: bool = False,
 ) -> Exported:
-    """Write a target as another program reads it, aside and renamed, with the policy of what is in the files.
+    """Write a target as another program reads it, atomically, with the policy that the files follow.
 
     One layer is in memory at a time, unless a quantizer needs more.
 
     Args:
         program: its name, one of `bitpolicy.policies.exporters.targets.NAMES`.
         parts: each component of its target gets a file or folder of its own.
-        folder: where to; one that such an export left is replaced once the new one is complete.
-        requantize: round layers anew whose format the target lacks, instead of refusing.
+        folder: output folder; one from an earlier export is replaced once the new one is complete.
+        requantize: round layers in a format that the program lacks to the nearest one, instead of raising an error.
 
     Raises:
         BitPolicyError: there is no such program, it does not know this class of model, the calibration is missing, or
@@ -98,7 +98,7 @@ def _requantized(
     quantization: Quantization,
     allowed: bool,
 ) -> tuple[Requantized, ...]:
-    """What becomes of the layers that the exporter does not hold; an error where that is not allowed."""
+    """The layers that the exporter does not hold, rounded to another format; an error if that is not allowed."""
     modules, source = parts.target.layers, joined(parts.sources)
     layers = [Layer.of(name, modules[name], choice.format) for name, choice in choices.items()]
     unheld = {layer.name: layer for layer in layers if not exporter.holds(layer)}
@@ -143,14 +143,14 @@ def _source(
 
 
 def _origin(policy: Policy) -> dict[str, str]:
-    """Where the weights come from, for the header of a file that may lose its folder."""
+    """Where the weights come from, for the header of a file that may be moved out of its folder."""
     model = policy.model
     digest = hashlib.sha256(policy.to_yaml().encode()).hexdigest()
     return {"model": model.id, "class": model.class_name, "model_sha256": model.sha256, "policy_sha256": digest}
 
 
 def _policy_of(policy: Policy, choices: Mapping[str, Choice], exporter: Exporter) -> Policy:
-    """The policy of the requantized layers, without the results that were measured before."""
+    """The policy with the requantized layers, without the results that were measured before."""
     return Policy.of(
         choices,
         model=policy.model,
@@ -167,23 +167,21 @@ def _notes(exporter: Exporter, choices: Mapping[str, Choice]) -> tuple[str, ...]
     others = sum(choice.quantizer != "rtn" for choice in choices.values())
     lost = f"{exporter.title} rounds the original weights itself"
     if corrected or others:
-        lost += (
-            f": {corrected} corrected biases and {others} layers rounded by another quantizer than rtn are not carried"
-        )
+        lost += f": {corrected} corrected biases and {others} layers rounded by another quantizer than rtn are not kept"
     return (lost,)
 
 
 def _compute_note(exporter: Exporter, policy: Policy) -> tuple[str, ...]:
     if policy.compute == "exact":
         return ()
-    return (f"the policy was measured under {policy.compute} compute; {exporter.title} multiplies in its own way",)
+    return (f"the policy was measured under {policy.compute} compute, but {exporter.title} multiplies in its own way",)
 
 
 def _require_diffusers(parts: Parts, exporter: Exporter) -> None:
     others = [name for name, model in parts.target.items() if not isinstance(model, ModelMixin)]
     if others:
         raise BitPolicyError(
-            f"{exporter.title} gets models of diffusers only, and the policy covers {others[0]}, too; "
+            f"{exporter.title} takes diffusers models only, but the policy also covers {others[0]}; "
             "search without it, or export without --target"
         )
 
@@ -191,4 +189,4 @@ def _require_diffusers(parts: Parts, exporter: Exporter) -> None:
 def _keep_others(folder: Path) -> None:
     ours = (folder / POLICY).is_file() and not any((folder / name).exists() for name in _OTHERS)
     if folder.exists() and not ours and (folder.is_file() or any(folder.iterdir())):
-        raise BitPolicyError(f"{folder} holds something that no export wrote; export to a new or an empty folder")
+        raise BitPolicyError(f"{folder} holds something that no export wrote; export to a new or empty folder")

@@ -1,9 +1,9 @@
-"""What an exporter to another program is: what it can hold, and the files it writes.
+"""The interface of an exporter to another program: which layers it can hold, and the files that it writes.
 
-An exporter *holds* a layer in a format if the other program, reading the file, multiplies with the very weight that
-bitpolicy does, up to the rounding of that program's compute dtype. The bytes may be other than ours. A target whose
-file is a recipe (`rounds_itself`) holds the formats that it has itself; it takes the scales and codes of the original
-weight anew, and no bias correction and no other quantizer reaches it.
+An exporter *holds* a layer in a format if the other program, reading the file, multiplies with exactly the weight that
+bitpolicy uses, up to the rounding of that program's compute dtype. The bytes may differ from ours. A target whose file
+is a recipe (`rounds_itself`) holds the formats that it has itself. It computes scales and codes from the original
+weight, so bias correction and other quantizers have no effect there.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Tensors = Iterator[tuple[str, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer as a policy has it.
+    """One layer under a policy.
 
     Attributes:
         name: its module path.
@@ -50,28 +50,28 @@ class Layer:
 
     @property
     def run(self) -> int:
-        """How many weights along the wire order share a scale: a group, or the whole row."""
+        """The number of weights, in stored order, that share a scale: a group, or the whole row."""
         group = self.format.group if isinstance(self.format, Affine) else None
         return group or row_length(self.shape)
 
     @property
     def even_run(self) -> int:
-        """The longest run of input channels, the same at every position of a kernel, that no group's end cuts."""
+        """The longest run of input channels, the same at every position of a kernel, that no group boundary cuts."""
         whole = self.run >= row_length(self.shape)
         return self.shape[1] if whole else gcd(self.shape[1], self.run)
 
 
 @dataclass(frozen=True)
 class Source:
-    """What there is to export: one component under a policy.
+    """What is exported: one component under a policy.
 
     Attributes:
         component: its name in the pipeline, e.g. "unet".
-        config: of the model, as its config.json has it, `_class_name` among it.
+        config: of the model, as in its config.json, including `_class_name`.
         storage: dtype of everything that is not packed.
         layers: every quantizable layer, by name.
-        others: all tensors that no format packs, biases and FP16 weights among them, by name.
-        tensors: every stored tensor in bitpolicy's own layout, those of one layer in a row.
+        others: all tensors that are not packed, including biases and FP16 weights, by name.
+        tensors: every stored tensor in bitpolicy's own layout, one layer after another.
         origin: where it comes from, as text: model, policy and its hash.
     """
 
@@ -97,25 +97,25 @@ class Exporter(Protocol):
 
     @property
     def name(self) -> str:
-        """What people write behind `--target`."""
+        """The value of `--target`."""
 
     @property
     def title(self) -> str:
-        """What the program calls itself."""
+        """The program's own name."""
 
     @property
     def rounds_itself(self) -> bool:
-        """Whether it writes a recipe, no weights."""
+        """Whether it writes a recipe instead of weights."""
 
     @property
     def suggested(self) -> tuple[str, ...]:
-        """Formats worth a search for this target, narrow ones first."""
+        """Formats worth searching with for this target, narrow ones first."""
 
     def holds(self, layer: Layer) -> bool:
-        """Whether the target can have this layer in its format; FP16 always."""
+        """Whether the target can hold this layer in its format; always true for FP16."""
 
     def write(self, source: Source, folder: Path) -> int:
-        """Write the files of one component into a folder that is there; returns their tensor bytes.
+        """Write the files of one component into an existing folder, and return their tensor bytes.
 
         Raises:
             BitPolicyError: the target does not know this class of model.
@@ -123,5 +123,5 @@ class Exporter(Protocol):
 
 
 def without_rotation(format: Format) -> bool:
-    """Whether an integer format keeps its weights where they are."""
+    """Whether it is an integer format that does not rotate weights."""
     return isinstance(format, Affine) and not format.rotated

@@ -1,9 +1,9 @@
 """NVIDIA modelopt: a recipe, the `quant_cfg` that `modelopt.torch.quantization.quantize` takes, layer by layer.
 
-It holds no weights: modelopt takes the largest weight of each channel or block itself. Its integers are symmetric,
-W = amax / (2^(b-1) - 1) code; at 8 bits a channel that is the very grid of `int8`, at fewer bits one level less than
-ours. Blocks lie along the input channels, at each position of a kernel its own, which are our groups where these divide
-the channels.
+It holds no weights: modelopt finds the largest weight of each channel or block itself. Its integers are symmetric,
+W = amax / (2^(b-1) - 1) code. At 8 bits per channel this is exactly the grid of `int8`; at fewer bits it has one level
+less than ours. Blocks run along the input channels, separately at each position of a kernel. They are our groups if
+the group size divides the number of channels.
 """
 
 from __future__ import annotations

@@ -1,3 +1,3 @@
-"""What the targets are called, without the code that writes them: `--help` needs no more."""
+"""The names of the targets, without the code that writes them, because `--help` needs only the names."""
 
 NAMES = ("comfy", "comfy-int8", "sdnq", "torchao", "modelopt")

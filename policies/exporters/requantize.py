@@ -1,7 +1,7 @@
-"""What to do with layers in a format that a target does not have: refuse all at once, or round them anew.
+"""Layers in a format that a target does not have: refuse them all at once, or round them to the nearest format.
 
-The nearest format is one that the target holds, with as many bits or more, fewest bits first; of those the one closest
-in bytes, then the one of least weight error; FP16 where there is none. The layer is rounded from its original weight,
+The nearest format is one that the target holds with at least as many bits: first the fewest bits, then the closest
+number of bytes, then the least weight error. If there is none, it is FP16. A layer is rounded from its original weight,
 never from the rounded one, so its error is that of the nearest format alone.
 """
 
@@ -30,7 +30,7 @@ class TargetError(BitPolicyError):
 
 @dataclass(frozen=True)
 class Requantized:
-    """One layer that was rounded anew for a target.
+    """One layer that was rounded to another format for a target.
 
     Attributes:
         before, after: its choices.
@@ -45,7 +45,7 @@ class Requantized:
 
 
 def refuse(exporter: Exporter, unheld: Mapping[str, Layer]) -> None:
-    """Say which layers a target does not hold, and what would help.
+    """Report the layers that a target does not hold, with the remedies.
 
     Raises:
         TargetError: always, if there are any.
@@ -58,15 +58,15 @@ def refuse(exporter: Exporter, unheld: Mapping[str, Layer]) -> None:
     parts = [f"{len(found)} in {what.replace(' in a ', ', ')}" for what, found in have.items()]
     first = ", ".join(list(unheld)[:_SHOWN]) + (", ..." if len(unheld) > _SHOWN else "")
     raise TargetError(
-        f"{exporter.title} cannot hold {len(unheld)} layers as this policy has them ({'; '.join(parts)}): {first}. "
-        "Round these anew to the nearest format it has with --requantize, or search again with "
+        f"{exporter.title} cannot hold {len(unheld)} layers in the policy's formats ({'; '.join(parts)}): {first}. "
+        "Round them to the nearest format that it has with --requantize, or search again with "
         f"--target {exporter.name} --formats {','.join(exporter.suggested)}; "
-        f"`bitpolicy formats --target {exporter.name}` says what it holds"
+        f"`bitpolicy formats --target {exporter.name}` lists what it holds"
     )
 
 
 def nearest(exporter: Exporter, layer: Layer, weight: torch.Tensor) -> Format:
-    """The nearest format to the layer's own that the target holds.
+    """The format nearest to the layer's own that the target holds.
 
     Args:
         weight: in the storage dtype, the layer's shape.
@@ -89,7 +89,7 @@ def requantized(
     choice: Choice,
     calibration: Calibration,
 ) -> Requantized:
-    """What one layer becomes for a target that does not hold it as it is.
+    """One layer, rounded to another format for a target that does not hold its own.
 
     Args:
         weight: the original one, in the storage dtype.
@@ -105,7 +105,7 @@ def requantized(
 
 
 def relative_error(format: Format, tensors: Mapping[str, torch.Tensor], weight: torch.Tensor) -> float:
-    """|Q(W) - W| / |W|; of a weight of zeros, 0."""
+    """|Q(W) - W| / |W|; 0 for a weight of zeros."""
     back = format.dequantize(tensors, weight.shape, torch.float32)
     size = float(weight.float().norm())
     return float((back - weight.float()).norm()) / size if size else 0.0

@@ -1,13 +1,13 @@
-"""SDNQ: a denoiser's folder that `from_pretrained` loads with the sdnq package, convolutions included.
+"""SDNQ: a denoiser's folder that `from_pretrained` loads with the sdnq package, including convolutions.
 
     int2 ... int8     W = scale code,           code in [-2^(b-1), 2^(b-1) - 1]
     uint2 ... uint8   W = scale code + offset,  code in [0, 2^b - 1]
     float8_e4m3fn     W = scale value
 
 with a scale, and an offset, for each run of input channels at each position of a kernel, all float32
-(sdnq/quantizer.py, `sdnq_quantize_layer_weight`; sdnq/dequantizer.py). The groups of a policy lie along (kh, kw, in);
-where they are cut by the end of the channels, SDNQ's runs are the shorter pieces, each with its group's scale: the same
-weight, bit for bit.
+(sdnq/quantizer.py, `sdnq_quantize_layer_weight`; sdnq/dequantizer.py). The groups of a policy run along (kh, kw, in).
+Where the last channel cuts a group, SDNQ's runs are the shorter pieces, each with its group's scale: the same weight,
+bit for bit.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Sdnq:
         return write_translated(source, place / WEIGHTS, self)
 
     def config(self, source: Source) -> dict[str, Any]:
-        """SDNQ's own settings, each layer by its name."""
+        """SDNQ's own settings, with every layer by name."""
         packed = sorted(source.packed.items())
         dtypes: dict[str, list[str]] = {}
         for name, layer in packed:
@@ -79,7 +79,7 @@ class Sdnq:
         }
 
     def group(self, layer: Layer) -> int:
-        """Input channels that share a scale; -1 for all."""
+        """The number of input channels that share a scale; -1 for all."""
         return layer.even_run if layer.even_run < layer.shape[1] else -1
 
     def specs(self, layer: Layer, storage: torch.dtype) -> dict[str, TensorSpec]:
@@ -119,7 +119,7 @@ class Sdnq:
         return (out, 1, *kernel) if group < 0 else (out, channels // group, 1, *kernel)
 
     def _spread(self, layer: Layer, values: torch.Tensor) -> torch.Tensor:
-        """A value for each group (out, groups), or each channel (out,) -> one for each of SDNQ's runs."""
+        """One value per group (out, groups), or per channel (out,) -> one per run of SDNQ."""
         out, channels, *kernel = layer.shape
         run = layer.even_run
         starts = torch.arange(0, row_length(layer.shape), run)
@@ -136,7 +136,7 @@ def _is_unsigned(layer: Layer) -> bool:
 
 
 def _dtype(layer: Layer) -> str:
-    """SDNQ's name of the codes."""
+    """SDNQ's name for the dtype of the codes."""
     if isinstance(layer.format, Float8):
         return "float8_e4m3fn"
     return f"{'u' if _is_unsigned(layer) else ''}int{_bits(layer)}"

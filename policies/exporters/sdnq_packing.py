@@ -1,8 +1,8 @@
 """How SDNQ packs codes of 2 to 7 bits into bytes (sdnq/packed_int/pack.py).
 
-Codes are taken in blocks that fill whole bytes. The first ones of a block lie in the low bits of its bytes; the bits of
-the others fill what is left above them, as each entry of `_SPREAD` says: (byte, code, its lowest bit taken, how many,
-where in the byte).
+Codes are packed in blocks that fill whole bytes. The first codes of a block are in the low bits of its bytes. The bits
+of the others fill the space above them. Each entry of `_SPREAD` describes one piece: (byte, code, lowest bit taken from
+the code, number of bits, position in the byte).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 _BLOCK = {2: (4, 1), 3: (8, 3), 4: (2, 1), 5: (8, 5), 6: (4, 3), 7: (8, 7)}
-"""Bits -> codes and bytes of a block."""
+"""Bits -> codes and bytes per block."""
 _SPREAD: dict[int, tuple[tuple[int, int, int, int, int], ...]] = {
     2: ((0, 1, 0, 2, 2), (0, 2, 0, 2, 4), (0, 3, 0, 2, 6)),
     3: (
@@ -28,18 +28,18 @@ _SPREAD: dict[int, tuple[tuple[int, int, int, int, int], ...]] = {
 
 
 def codes_per_block(bits: int) -> int:
-    """Codes that fill whole bytes; 1 for 8 bits."""
+    """The number of codes that fill whole bytes; 1 for 8 bits."""
     return _BLOCK[bits][0] if bits in _BLOCK else 1
 
 
 def packed_shape(codes: int, bits: int) -> tuple[int, ...]:
-    """Of so many codes of 2 to 7 bits: (blocks, bytes of a block), or (blocks,) where that is one."""
+    """Shape of packed codes of 2 to 7 bits: (blocks, bytes per block), or (blocks,) if a block is one byte."""
     count, length = _BLOCK[bits]
     return (codes // count, length)[: 2 if length > 1 else 1]
 
 
 def pack_blocks(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes in [0, 2^bits - 1], u8, of any shape whose size whole blocks make up -> u8, of `packed_shape`."""
+    """Pack codes in [0, 2^bits - 1], u8, of any shape that fills whole blocks -> u8, of `packed_shape`."""
     count, length = _BLOCK[bits]
     blocks = codes.reshape(-1, count).int()
     packed = blocks[:, :length].clone()

@@ -1,4 +1,4 @@
-"""The programs a policy can be exported to. A new one is one file and one line here."""
+"""The programs that a policy can be exported to. A new one takes one file, and one line here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def exporter_named(name: str) -> Exporter:
     """The exporter called `name`.
 
     Raises:
-        BitPolicyError: there is none; the message says which there are.
+        BitPolicyError: there is none; the message lists the exporters.
     """
     for exporter in EXPORTERS:
         if exporter.name == name.strip().lower():

@@ -1,9 +1,9 @@
 """torchao: a recipe, `FqnToConfig` in torchao's own serialization, that its `quantize_` applies layer by layer.
 
-It holds no weights: torchao takes scales and codes of the original model itself. Asymmetric integers are on the same
-grid as ours (range over 2^b - 1, scale in float16), float8 too; symmetric ones on a grid of its own that spans
-[-2^(b-1), 2^(b-1) - 1] without clipping. Groups need a linear layer whose inputs they divide; convolutions have one
-scale for each output channel (torchao/quantization/quant_api.py).
+It holds no weights: torchao computes scales and codes from the original model itself. Asymmetric integers are on the
+same grid as ours (range over 2^b - 1, scale in float16), and so is float8. Symmetric integers are on a grid of
+torchao's own that spans [-2^(b-1), 2^(b-1) - 1] without clipping. Groups need a linear layer whose inputs they divide;
+convolutions have one scale per output channel (torchao/quantization/quant_api.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Write a safetensors file in another program's layout, one layer in memory at a time.
 
-The loop that exporters of weights share: bitpolicy's own tensors stream by, those of a packed layer are gathered and
-handed to the exporter, and what it makes of them goes to its place in the file.
+All exporters that write weights share this loop: it reads bitpolicy's own tensors one by one, collects those of a
+packed layer, passes them to the exporter, and writes the result to its place in the file.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class Translation(Protocol):
     """How one program lays out one packed layer."""
 
     def specs(self, layer: Layer, storage: torch.dtype) -> dict[str, TensorSpec]:
-        """Its tensors by the suffix of their names."""
+        """Dtypes and shapes of its tensors, by the suffix of their names."""
 
     def convert(
         self, layer: Layer, tensors: Mapping[str, torch.Tensor], storage: torch.dtype
     ) -> dict[str, torch.Tensor]:
-        """The same tensors, made of bitpolicy's own, by suffix."""
+        """Those tensors, made from bitpolicy's own, by suffix."""
 
 
 def as_it_is(name: str) -> str:
@@ -42,11 +42,11 @@ def write_translated(
     rename: Callable[[str], str] = as_it_is,
     metadata: Mapping[str, str] | None = None,
 ) -> int:
-    """Write every tensor of `source`, packed layers translated; returns the tensor bytes.
+    """Write every tensor of `source`, with packed layers translated, and return the tensor bytes.
 
     Args:
         rename: a tensor's name in the target, given its name in the source.
-        metadata: of the file's header.
+        metadata: entries for the file's header.
 
     Raises:
         BitPolicyError: the disk is full, or the target's layout of a layer would be NaN or Inf.

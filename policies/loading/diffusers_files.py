@@ -1,4 +1,4 @@
-"""A model of diffusers in files: its class on `meta`, which has shapes and no values, and where to read its tensors."""
+"""A diffusers model in files: its class on `meta`, with shapes but no values, and the source of its tensors."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ from bitpolicy.policies.storage.pipeline_files import read_json
 from bitpolicy.policies.storage.source import TensorSource
 from bitpolicy.policies.storage.source_converted import Converter, converted
 
-MOST_MODULES = 200_000  # of a model or a pipeline; a large one has some ten thousand
+MOST_MODULES = 200_000  # of a model or a pipeline; a large one has about ten thousand
 
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """While the block runs, models are built that have a sane number of modules: a config can ask for billions, and
-    building them would fill the memory long before anything compared it with the weights.
+    """Limit how many modules can be built while the block runs.
+
+    A config can ask for billions, and building them would fill the memory long before anything is compared with the
+    weights.
 
     Raises:
-        BitPolicyError: in the block, as said.
+        BitPolicyError: in the block, when there are more than `MOST_MODULES`.
     """
     built = 0
 
@@ -38,7 +40,7 @@ def bounded() -> Iterator[None]:
         built += 1
         if built > MOST_MODULES:
             raise BitPolicyError(
-                f"a config asks for a model of more than {MOST_MODULES:,} modules; it is damaged or no model's, "
+                f"a config asks for a model of more than {MOST_MODULES:,} modules, so it is damaged or not a model's; "
                 "download it again"
             )
 
@@ -51,14 +53,14 @@ def bounded() -> Iterator[None]:
 
 @contextmanager
 def config_to_blame(class_name: str, config: str) -> Iterator[None]:
-    """Around the one call in which a library builds something of a config, and nothing else.
+    """Report an error of the library that builds something from a config as an error in the config.
 
-    A constructor that gets values it was not made for may raise anything: a TypeError as well as a ZeroDivisionError.
-    So not the type of an error tells whose fault it is, but the place where it was raised: in the library it is the
-    config's, in our own code it is a bug, which passes as it is.
+    Put it around that one call and nothing else. A constructor that gets values it was not made for may raise anything,
+    from a TypeError to a ZeroDivisionError. So the type of an error does not tell whose fault it is, but the place
+    where it was raised does: in the library it is the config's fault, in our own code it is a bug and passes unchanged.
 
     Args:
-        config: which it is, for the error: "the config in FOLDER".
+        config: name of the config for the message: "the config in FOLDER".
 
     Raises:
         BitPolicyError: the library raised something.
@@ -72,18 +74,18 @@ def config_to_blame(class_name: str, config: str) -> Iterator[None]:
         if str(raising.f_globals.get("__name__")).startswith("bitpolicy."):
             raise
         raise BitPolicyError(
-            f"{config} makes no {class_name}: {' '.join(str(error).split())[:300]}; download it again"
+            f"{config} does not describe a valid {class_name}: {' '.join(str(error).split())[:300]}; download it again"
         ) from error
 
 
 def skeleton(class_name: str, config: Path | Mapping[str, Any]) -> Any:
-    """A model of diffusers without values.
+    """A diffusers model without values.
 
     Args:
-        config: the folder with its config.json, or what that says.
+        config: the folder with its config.json, or the content of that file.
 
     Raises:
-        BitPolicyError: there is no such class, it is no model, or the config is no model's.
+        BitPolicyError: there is no such class, it is not a model, or the config does not belong to it.
     """
     kind: Any = getattr(diffusers, str(class_name), None)
     if kind is None or diffusers.ModelMixin not in kind.__mro__:
@@ -100,20 +102,22 @@ def skeleton(class_name: str, config: Path | Mapping[str, Any]) -> Any:
 
 
 def _require_numbers(kind: type[Any], said: Mapping[str, Any], config: str) -> None:
-    """Raises:
-    BitPolicyError: the config has text or a mapping where the class has a number by default and takes no text.
+    """Refuse a config that has text or a mapping where a number belongs.
+
+    Raises:
+        BitPolicyError: the class has a number by default there, and takes no text.
     """
     for name, parameter in inspect.signature(kind.__init__).parameters.items():
         number = type(parameter.default) in (int, float) and "str" not in str(parameter.annotation)
         if number and isinstance(said.get(name), str | dict):
             raise BitPolicyError(
-                f"{config} has {name}: {said[name]!r}, and {kind.__name__} needs a number there, such as "
+                f"{config} has {name}: {said[name]!r}, but {kind.__name__} needs a number there, such as "
                 f"{parameter.default}; download it again"
             )
 
 
 class _Fitted:
-    """Of another source, the tensors that a model has."""
+    """The tensors of another source that a model has."""
 
     def __init__(self, source: TensorSource, names: list[str]) -> None:
         self._source, self._names = source, names
@@ -128,14 +132,14 @@ class _Fitted:
 
 
 def fitted(base: TensorSource, model: Any, where: Path, convert: Converter | None = None) -> TensorSource:
-    """The tensors of `model` in a source that may have others, too, or old names for some.
+    """The tensors of `model` in a source that may also have others, or old names for some.
 
     Args:
-        where: to name in errors.
-        convert: of a checkpoint in another layout; None is what diffusers does with old names in its own.
+        where: the place of the files, for error messages.
+        convert: converts a checkpoint in another layout; None renames old names as diffusers does.
 
     Raises:
-        BitPolicyError: one is missing or has another shape.
+        BitPolicyError: a tensor is missing or has another shape.
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     source = base
@@ -151,7 +155,7 @@ def fitted(base: TensorSource, model: Any, where: Path, convert: Converter | Non
     for name, shape in wanted.items():
         if specs[name].shape != shape:
             raise BitPolicyError(
-                f"{where}: {name} has shape {specs[name].shape}, the config of {type(model).__name__} says {shape}; "
-                "give the config that belongs to it"
+                f"{where}: {name} has shape {specs[name].shape}, but the config of {type(model).__name__} says "
+                f"{shape}; give the config that belongs to it"
             )
     return _Fitted(source, sorted(wanted))

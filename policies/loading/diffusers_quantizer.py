@@ -1,8 +1,8 @@
-"""Teach diffusers the quantization method "bitpolicy", so that `from_pretrained` loads packed checkpoints.
+"""The quantization method "bitpolicy" for diffusers, with which `from_pretrained` loads packed checkpoints.
 
-The model is built on `meta`, its layers are replaced by packed ones, and the stored tensors are read into them: no
-full-precision copy exists at any time. Without a dtype the storage dtype is kept; with one, packed tensors stay as they
-are stored and everything else is cast. A full-precision model with a policy is packed while it is read.
+The model is built on `meta`, its layers are replaced with packed ones, and the stored tensors are read into them, so a
+full-precision copy never exists. Without a dtype, the storage dtype is kept; with one, packed tensors stay as they are
+stored and everything else is cast. A full-precision model with a policy is packed while it is read.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class BitPolicyQuantizer(DiffusersQuantizer):
     ) -> None:
         if not self._files:
             raise BitPolicyError(
-                "diffusers does not tell which file it reads, so it cannot be checked; "
+                "diffusers does not say which file it reads, so the file cannot be checked; "
                 "load the folder with from_pretrained instead of the file with from_single_file"
             )
         self._kept_in_float32 = tuple(keep_in_fp32_modules)
@@ -84,12 +84,12 @@ class BitPolicyQuantizer(DiffusersQuantizer):
         stored = stored_tensors(self._files)
         require_stored(stored, expected_tensors(model), packed_names(model), config.storage)
         require_checksums(stored, config.checksums)
-        config.checksums = ""  # they are of this file, not of what is made of the model
+        config.checksums = ""  # they belong to this file, not to the model, which may change
 
     def check_quantized_param_shape(self, param_name: str, current: torch.Tensor, loaded: torch.Tensor) -> None:
         raise BitPolicyError(
-            f"{param_name} has shape {tuple(loaded.shape)}, the config says {tuple(current.shape)}; "
-            "the checkpoint is damaged"
+            f"{param_name} has shape {tuple(loaded.shape)}, but the config says {tuple(current.shape)}; "
+            "the checkpoint is damaged: download or export it again"
         )
 
     def _expect_full(self, model: Any, policy: Policy, path: Path | None) -> None:
@@ -124,7 +124,7 @@ class BitPolicyQuantizer(DiffusersQuantizer):
         for name, kept in self._reading.take(param_name, tensor.to(target_device)).items():
             if kept.is_floating_point() and not self._reading.config.packs(name):
                 kept = kept.to(param_value.dtype)
-            # Without a dtype it would be cast to that of the empty model: modules that are kept in float32 were not.
+            # Without `dtype` it would be cast to that of the empty model, in which no module is kept in float32.
             set_module_tensor_to_device(model, name, target_device, value=kept, dtype=kept.dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -136,7 +136,7 @@ class BitPolicyQuantizer(DiffusersQuantizer):
         count_packed_weights(ModelMixin)
         finish(model, self._compute_dtype, Compute(self.quantization_config.compute))
         model.config["quantization_config"] = self.quantization_config
-        model.is_quantized = False  # packed layers survive .to(dtype): lifts diffusers' refusal of it
+        model.is_quantized = False  # or diffusers would refuse .to(dtype), which packed layers support
         return model
 
     def _compute_dtype(self, layer: str) -> torch.dtype:
@@ -147,7 +147,7 @@ class BitPolicyQuantizer(DiffusersQuantizer):
         self, state_dict: dict[str, Any], safe_serialization: bool = False
     ) -> tuple[dict[str, Any], dict[str, str]]:
         if not safe_serialization:
-            raise BitPolicyError("a packed model is saved as safetensors only; leave safe_serialization=False out")
+            raise BitPolicyError("a packed model is saved as safetensors only; remove safe_serialization=False")
         config = self.quantization_config
         return to_save(state_dict, set(filter(config.packs, state_dict)), config.storage), {}
 

@@ -1,7 +1,7 @@
 """The classes that a file may name: diffusers' and transformers' own, looked up in those libraries by name.
 
 A model_index.json names a library and a class for every component, and diffusers imports whatever library it finds
-there. So a folder could run any module on the path. Every name is therefore checked before a pipeline is made of it.
+there. So a folder could run any module on the path. Therefore every name is checked before a pipeline is built.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def class_named(library: str, name: str, where: Path) -> type[Any]:
 
     Args:
         library: "diffusers", "transformers", or a module of `diffusers.pipelines`, such as "stable_diffusion".
-        where: the file, for the error.
+        where: the file, for the error message.
 
     Raises:
-        BitPolicyError: the library is another, or has no such class of its own.
+        BitPolicyError: it is another library, or the library has no such class of its own.
     """
     module = _LIBRARIES.get(library) or _pipeline_module(library)
     if module is None:
@@ -40,29 +40,28 @@ def class_named(library: str, name: str, where: Path) -> type[Any]:
     found = getattr(module, name, None) or getattr(module, _renamed(name), None)
     if not isinstance(found, type) or found.__module__.partition(".")[0] not in _LIBRARIES:
         raise BitPolicyError(
-            f"{where} names {library}.{name}: {library} of this installation has no such class; install the release "
-            "that has it"
+            f"{where} names {library}.{name}: the installed {library} has no such class; install a release that has it"
         )
     return found
 
 
 def require_known_classes(index: Mapping[str, Any], where: Path) -> None:
-    """Check every class that a model_index.json names, the pipeline's own included.
+    """Check every class that a model_index.json names, including that of the pipeline.
 
     Raises:
-        BitPolicyError: as `class_named`.
+        BitPolicyError: as for `class_named`.
     """
     pipeline = index.get("_class_name")
     kind = class_named("diffusers", pipeline, where) if isinstance(pipeline, str) else None
     if kind is None or not issubclass(kind, DiffusionPipeline):
-        raise BitPolicyError(f"{where} names {pipeline!r} as its pipeline; needed a pipeline class of diffusers")
+        raise BitPolicyError(f"{where} names {pipeline!r} as its pipeline, needed a pipeline class of diffusers")
     for value in index.values():
         if isinstance(value, list) and len(value) == 2 and value[0] is not None:
             class_named(str(value[0]), str(value[1]), where)
 
 
 def _renamed(name: str) -> str:
-    """What transformers now calls a class that older folders name; diffusers knows."""
+    """The current name of a transformers class that older folders name, according to diffusers."""
     known = getattr(deprecation_utils, "_maybe_remap_transformers_class", None)
     return str((known and known(name)) or name)
 

@@ -1,6 +1,6 @@
-"""Loading that gives no tensor a random value.
+"""Load models without giving any tensor a random value.
 
-diffusers and transformers draw what a file lacks at random, and only warn. While this block runs, it is an error.
+diffusers and transformers initialize tensors that a file lacks at random, and only warn. Here that is an error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def nothing_missing() -> Iterator[None]:
     """While the block runs, `from_pretrained` of both libraries' models refuses files that lack tensors of the model.
 
     Raises:
-        BitPolicyError: in the block, as said.
+        BitPolicyError: in the block, when a file lacks tensors.
     """
     usual = {library: vars(library)["from_pretrained"] for library in (ModelMixin, PreTrainedModel)}
     try:
@@ -41,7 +41,7 @@ def _whole(loads: Callable[..., Any]) -> Callable[..., Any]:
         missing, more = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
         if missing:
             place = _place(*args, **kwargs)
-            also = f", and have {len(more)} that it has no place for, e.g. {more[0]}" if more else ""
+            also = f", and have {len(more)} that the model does not have, e.g. {more[0]}" if more else ""
             raise BitPolicyError(
                 f"the files of {cls.__name__} in {place} lack {len(missing)} tensors, e.g. {missing[0]}{also}: weights "
                 "and config.json do not belong together, or the file is damaged; download or export it again"

@@ -1,8 +1,9 @@
 """The `quantization_config` of a packed model, one class for diffusers and for transformers.
 
-In a checkpoint it says how each layer is stored. Given to `from_pretrained` of a full-precision model it names a policy
-instead, and the model is packed while it is read. A checkpoint's config comes from anywhere, so nothing in it is
-believed: names are module paths, formats mean what they mean here, and a file cannot make a loader read a policy.
+In a checkpoint it says how each layer is stored. Given to `from_pretrained` of a full-precision model, it names a
+policy instead, and the model is packed while it is read. A checkpoint's config may come from anyone, so nothing in it
+is trusted: names must be module paths, formats must mean what they mean here, and a file cannot make a loader read a
+policy.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _MODULE_PATH = re.compile(r"\w+(\.\w+)*")
 _AGAIN = "download or export it again"
 
 
-class _Method(StrEnum):  # diffusers reads `.value` of it
+class _Method(StrEnum):  # diffusers reads its `.value`
     BITPOLICY = METHOD
 
 
@@ -41,19 +42,20 @@ class BitPolicyConfig(QuantizationConfigMixin, TransformersConfigMixin):
     """How a model is packed, or which policy to pack it by while it is read.
 
     Attributes:
-        policy: a policy, or the path of a policy.yaml with calibration.safetensors beside it where it needs one. Give
-            this one to `from_pretrained` of the full-precision model that the policy was made for. Never in a file.
+        policy: a policy, or the path of a policy.yaml, with calibration.safetensors next to it if it needs one. Pass
+            such a config to `from_pretrained` of the full-precision model that the policy was made for. It is never
+            in a file.
         layers: layer name -> format name, for the packed layers only.
         formats: format name -> its parameters, as the policy file records them.
-        storage_dtype: "float16", "bfloat16" or, where nothing is packed, "float32", of everything that is not packed.
+        storage_dtype: dtype of everything that is not packed: "float16", "bfloat16" or, if nothing is packed,
+            "float32".
         written_by: version of bitpolicy that wrote the checkpoint.
-        compute: "exact", "int8" or "fp8": what the packed layers multiply with once they are loaded. A policy says its
-            own.
-        checksums: CRC-32 of every tensor's bytes, 8 hex digits each, in the order of their names; empty where a model
+        compute: "exact", "int8" or "fp8": compute mode of the packed layers after loading. A policy has its own.
+        checksums: CRC-32 of every tensor's bytes, 8 hex digits each, in the order of their names; empty if the model
             was saved again.
 
     Raises:
-        BitPolicyError: an entry is malformed, or of a newer version than this one reads.
+        BitPolicyError: an entry is malformed, or belongs to a newer version than this one reads.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class BitPolicyConfig(QuantizationConfigMixin, TransformersConfigMixin):
     ) -> None:
         _require_version(format_version, written_by)
         if quant_method != METHOD:
-            raise BitPolicyError(f"quant_method is {quant_method!r}, bitpolicy reads {METHOD!r}; load it with its own")
+            raise BitPolicyError(f"quant_method is {quant_method!r}, needed {METHOD!r}; load it with its own library")
         if _text("storage_dtype", storage_dtype) not in _STORAGE:
             raise BitPolicyError(f"storage_dtype is {storage_dtype!r}, needed one of {', '.join(_STORAGE)}; {_AGAIN}")
         self.quant_method = _Method.BITPOLICY
@@ -83,10 +85,10 @@ class BitPolicyConfig(QuantizationConfigMixin, TransformersConfigMixin):
         self.checksums = _text("checksums", checksums)
         self.compute = _known_compute(compute)
         if policy is not None and self.compute != Compute.EXACT:
-            raise BitPolicyError("a policy says itself how it computes; leave compute out, or write it into the policy")
+            raise BitPolicyError("a policy has its own compute; omit compute, or set it in the policy")
         for name in self.layers:
             if not _MODULE_PATH.fullmatch(name):
-                raise BitPolicyError(f"the checkpoint packs {name!r}, which is no layer's name; {_AGAIN}")
+                raise BitPolicyError(f"the checkpoint packs {name!r}, which is not a layer name; {_AGAIN}")
 
     @classmethod
     def of(
@@ -109,22 +111,22 @@ class BitPolicyConfig(QuantizationConfigMixin, TransformersConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Read what a checkpoint's config.json says.
+        """Read the `quantization_config` in a checkpoint's config.json.
 
         Raises:
-            BitPolicyError: as for the class; and for entries that this version does not know.
+            BitPolicyError: as for the class, or there are entries that this version does not know.
         """
         _require_version(config_dict.get("format_version", FORMAT_VERSION), config_dict.get("written_by"))
         unknown = sorted(map(str, config_dict.keys() - cls().__dict__.keys()))
         if unknown:
-            raise BitPolicyError(f"quantization_config has an entry {unknown[0]!r}, which is not known here; {_AGAIN}")
+            raise BitPolicyError(f"quantization_config has the unknown entry {unknown[0]!r}; {_AGAIN}")
         return super().from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def opened_policy(self) -> tuple[Policy, Path | None]:
-        """The policy to pack by, and where it was read from, if from a file.
+        """The policy to pack by, and the path that it was read from, if any.
 
         Raises:
-            PolicyError: there is no such file, or it is no policy.
+            PolicyError: there is no such file, or it is not a policy.
         """
         assert self.policy is not None
         if isinstance(self.policy, Policy):
@@ -133,10 +135,10 @@ class BitPolicyConfig(QuantizationConfigMixin, TransformersConfigMixin):
         return Policy.load(path), path
 
     def require_use(self, pre_quantized: bool) -> None:
-        """Refuse a policy in a checkpoint's own config, and a config without one for a model that is not packed.
+        """Refuse a checkpoint's config that names a policy, and a config without a policy for an unpacked model.
 
         Raises:
-            BitPolicyError: as said.
+            BitPolicyError: it is one of the two.
         """
         if pre_quantized and self.policy is not None:
             raise BitPolicyError(f"the checkpoint's quantization_config names a policy, {self.policy!r}; {_AGAIN}")
@@ -160,13 +162,13 @@ class BitPolicyConfig(QuantizationConfigMixin, TransformersConfigMixin):
         """The format of one packed layer.
 
         Raises:
-            FormatError: its name is unknown here, or means something else.
+            FormatError: its name is unknown here, or means a different format.
         """
         name = self.layers[layer]
         return from_parameters(name, self.formats.get(name, {}))
 
     def to_dict(self) -> dict[str, Any]:
-        """What goes into config.json; of a policy only its path, and that only while the model is not yet packed."""
+        """The entries for config.json. A policy appears as its path, and only until the model is packed."""
         given = {} if self.policy is None else {"policy": _shown(self.policy)}
         compute = "" if self.compute == Compute.EXACT else self.compute
         optional = {"written_by": self.written_by, "checksums": self.checksums, "compute": compute}
@@ -180,7 +182,7 @@ class BitPolicyConfig(QuantizationConfigMixin, TransformersConfigMixin):
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """The same: there are no defaults to leave out."""
+        """The same as `to_dict`: there are no defaults to leave out."""
         return self.to_dict()
 
 
@@ -190,7 +192,7 @@ def _require_version(found: object, written_by: object) -> None:
     own = _own_version()
     newer = f"{METHOD} {written_by}" if isinstance(written_by, str) and written_by != own else f"a newer {METHOD}"
     raise BitPolicyError(
-        f"the checkpoint has format_version {found}, this {METHOD} {own} reads {FORMAT_VERSION}; install {newer}"
+        f"the checkpoint has format_version {found}, but {METHOD} {own} reads {FORMAT_VERSION}; install {newer}"
     )
 
 

@@ -1,7 +1,7 @@
-"""What loading a packed model takes, whichever library loads it: shells to read into, checks, and the way back.
+"""Loading and saving a packed model with either library: shells to read into, checks, and unpacking.
 
-A shell is a packed layer whose tensors lie on `meta`. Once the tensors are read, `finish` makes sure that every one is
-there and as its format says, so nothing random and nothing empty is ever computed with.
+A shell is a packed layer whose tensors are on `meta`. After the tensors have been read, `finish` checks that each is
+there, in the dtype of its format, so the model never computes with random or empty tensors.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from bitpolicy.kernels.layers import (
 )
 from bitpolicy.policies.loading.packed_config import BitPolicyConfig
 
-_KNOW_TENSORS = ("group_offloading", "layerwise_casting")  # diffusers' hooks that move or cast single tensors
+_TENSOR_HOOKS = ("group_offloading", "layerwise_casting")  # diffusers' hooks that move or cast single tensors
 _FUSED = ("to_qkv", "to_kv", "to_added_qkv")
 
 
 def make_shells(model: nn.Module, config: BitPolicyConfig) -> None:
-    """Replace the layers that the config packs by shells, in place.
+    """Replace the layers that the config packs with shells, in place.
 
     Raises:
         BitPolicyError: the model has no such layer, or its format is unknown or does not fit it.
@@ -41,10 +41,13 @@ def make_shells(model: nn.Module, config: BitPolicyConfig) -> None:
     layers = dict(quantizable_layers(model))
     for name in config.layers:
         if name not in layers:
-            raise BitPolicyError(f"the checkpoint packs layer {name!r}, which {type(model).__name__} does not have")
+            raise BitPolicyError(
+                f"the checkpoint packs layer {name!r}, which {type(model).__name__} does not have; download or export "
+                "it again"
+            )
         format, shape = config.format_of(name), layers[name].weight.shape
         if not format.packed or not format.fits(shape):
-            raise BitPolicyError(f"layer {name}: {format.name} does not pack its shape {tuple(shape)}; export it again")
+            raise BitPolicyError(f"layer {name}: {format.name} cannot pack its shape {tuple(shape)}; export it again")
         specs = format.tensors(shape, config.storage)
         empty = {suffix: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for suffix, spec in specs.items()}
         replace_layer(model, name, pack_layer(layers[name], format, empty))
@@ -56,7 +59,7 @@ def packed_names(model: nn.Module) -> set[str]:
 
 
 def expected_tensors(model: nn.Module, tied: Iterable[str] = ()) -> dict[str, TensorSpec]:
-    """What the files of a model have to hold: its state dict, less the names `tied` to another."""
+    """The tensors that a model's files must hold: its state dict without the names `tied` to another tensor."""
     left_out = set(tied)
     return {
         name: TensorSpec(tensor.dtype, tuple(tensor.shape))
@@ -66,14 +69,14 @@ def expected_tensors(model: nn.Module, tied: Iterable[str] = ()) -> dict[str, Te
 
 
 def finish(model: nn.Module, compute_dtype: Callable[[str], torch.dtype], compute: Compute) -> None:
-    """Check what was read, and tell each packed layer the dtype that its `weight` is to have, and how to multiply.
+    """Check what was read, and set the compute dtype and the compute mode of each packed layer.
 
     Args:
-        compute_dtype: of the layer with this name.
-        compute: of all of them.
+        compute_dtype: layer name -> the dtype of its `weight`.
+        compute: compute mode of all packed layers.
 
     Raises:
-        BitPolicyError: a tensor was not read, or not kept as it is stored.
+        BitPolicyError: a tensor was not read, or was cast.
     """
     lost = [name for name, tensor in model.state_dict().items() if tensor.device.type == "meta"]
     if lost:
@@ -86,17 +89,17 @@ def finish(model: nn.Module, compute_dtype: Callable[[str], torch.dtype], comput
         for suffix, tensor in layer.packed_tensors().items():
             if tensor.dtype != specs[suffix].dtype:
                 raise BitPolicyError(
-                    f"{name}.{suffix} was read as {tensor.dtype}, it is stored in {specs[suffix].dtype}; load without "
+                    f"{name}.{suffix} was read as {tensor.dtype}, but is stored as {specs[suffix].dtype}; load without "
                     "offload_state_dict"
                 )
         layer.compute_dtype, layer.compute = compute_dtype(name), compute
 
 
 def count_packed_weights(kind: type[Any]) -> None:
-    """Let a library's base class of models count packed weights in `num_parameters`, as they were before packing.
+    """Make `num_parameters` of a library's base model class count packed weights, as they were before packing.
 
-    They are no parameters of torch, so the library would leave them out and say thousands where there are billions. The
-    class's method is wrapped and not an instance's, which would hold its model in a circle.
+    They are not torch parameters, so the library would leave them out and report thousands instead of billions. The
+    method is wrapped on the class, because wrapping it on an instance would create a reference cycle.
     """
     counted = kind.num_parameters
     if getattr(counted, "counts_packed_weights", False):
@@ -104,7 +107,7 @@ def count_packed_weights(kind: type[Any]) -> None:
 
     @functools.wraps(counted)
     def num_parameters(self: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        packed = () if only_trainable else packed_layers(self)  # none of them is trained, and none is an embedding
+        packed = () if only_trainable else packed_layers(self)  # none is trainable, and none is an embedding
         weights = sum(math.prod(layer.weight_shape) for _, layer in packed)
         return int(counted(self, only_trainable, exclude_embeddings)) + weights
 
@@ -113,54 +116,56 @@ def count_packed_weights(kind: type[Any]) -> None:
 
 
 def refuse_disk(device_map: object) -> None:
-    """Refuse to offload to disk: what is offloaded is cast, and scales would be too."""
+    """Refuse to offload to disk, because that casts tensors, and would cast scales, too."""
     if isinstance(device_map, Mapping) and "disk" in map(str, device_map.values()):
-        raise BitPolicyError("packed tensors cannot be offloaded to disk; leave it out of device_map")
+        raise BitPolicyError("packed tensors cannot be offloaded to disk; remove 'disk' from device_map")
 
 
 def unpack_model(model: nn.Module) -> None:
-    """Replace every packed layer by an ordinary one with the dequantized weight, in place.
+    """Replace every packed layer with an ordinary one that has the dequantized weight, in place.
 
-    What accelerate offloads stays offloaded.
+    Layers that accelerate offloads stay offloaded.
 
     Raises:
-        BitPolicyError: diffusers offloads or casts its layers: its hooks know the packed tensors one by one.
+        BitPolicyError: diffusers offloads or casts the layers, with hooks that refer to single packed tensors.
     """
     for module in model.modules():
         held = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-        if any(name in held for name in _KNOW_TENSORS):
+        if any(name in held for name in _TENSOR_HOOKS):
             raise BitPolicyError(
                 f"{type(model).__name__} has diffusers' {', '.join(held)} on its layers; dequantize it first, then "
-                "offload or cast it (group offloading is lifted by remove_hook('group_offloading') of its HookRegistry)"
+                "offload or cast it (to end group offloading, call remove_hook('group_offloading') of its HookRegistry)"
             )
     for name, layer in list(packed_layers(model)):
         replace_layer(model, name, _unpacked_with_its_hook(layer))
 
 
 def _unpacked_with_its_hook(layer: PackedLayer) -> nn.Module:
-    """Tensors that accelerate has offloaded come back when its hook goes, and are offloaded anew by the same hook."""
+    """The unpacked layer with the same accelerate hook. Removing the hook brings offloaded tensors back, and adding it
+    offloads them again."""
     hook = getattr(layer, "_hf_hook", None)
     if hook is None:
         return unpack_layer(layer)
     remove_hook_from_module(layer)
     if isinstance(hook, AlignDevicesHook):
-        hook.weights_map = None  # it names the packed tensors
+        hook.weights_map = None  # it lists the packed tensors
     return add_hook_to_module(unpack_layer(layer), hook)
 
 
 def to_save(state: Mapping[str, torch.Tensor], packed: set[str], storage: torch.dtype) -> dict[str, torch.Tensor]:
-    """The tensors to write: an unpacked float goes in the storage dtype if that holds it exactly, in float32 if not.
+    """The tensors to write. An unpacked float is written in the storage dtype if that holds it exactly, otherwise in
+    float32.
 
     So a model is saved as it was stored, whatever dtype it was loaded in and whether or not its projections were
-    fused. Tensors that are one stay one.
+    fused. Shared tensors stay shared.
 
     Raises:
-        BitPolicyError: an adapter is on the model.
+        BitPolicyError: the model has an adapter.
     """
     if adapted := next((name for name in state if ".base_layer." in name), None):
         raise BitPolicyError(
-            f"the model has an adapter on it, e.g. on {adapted.partition('.base_layer.')[0]}; unload it (or fuse and "
-            "unload it) before saving"
+            f"the model has an adapter on it, e.g. on {adapted.partition('.base_layer.')[0]}; unload it, or fuse and "
+            "unload it, before saving"
         )
     written = {name: tensor for name, tensor in state.items() if not _is_fused(name, state)}
     cast: dict[Any, torch.Tensor] = {}
@@ -173,7 +178,7 @@ def to_save(state: Mapping[str, torch.Tensor], packed: set[str], storage: torch.
 
 
 def _is_fused(name: str, state: Mapping[str, torch.Tensor]) -> bool:
-    """Whether diffusers' `fuse_qkv_projections` made this tensor of others that are here, too, and left it behind."""
+    """Whether diffusers' `fuse_qkv_projections` made this tensor from others that `state` still has, too."""
     attention, _, leaf = name.rpartition(".")[0].rpartition(".")
     return leaf in _FUSED and any(other.startswith(f"{attention}.to_k.") for other in state)
 

@@ -1,8 +1,8 @@
 """Pack a full-precision model while its tensors are read, one layer at a time.
 
-The result is bit for bit what exporting the model and loading the checkpoint gives: every float passes through the
-storage dtype, and weights and biases through `quantize_layer`. Ordinary layers stay on `meta` until their weight
-comes; then a packed layer takes their place, so there is never a full-precision copy of more than one.
+The result is bit for bit the same as exporting the model and loading the checkpoint: every float passes through the
+storage dtype, and weights and biases through `quantize_layer`. An ordinary layer stays on `meta` until its weight is
+read. Then a packed layer replaces it, so there is never more than one layer in full precision.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from bitpolicy.policies.storage.calibration_file import calibration_of
 
 
 class PackedWhileRead:
-    """Takes the tensors of `model` as they are read and gives back those to keep.
+    """Takes the tensors of `model` as they are read, and returns those to keep.
 
     Args:
-        policy: for this model, or for several of which it is one.
-        path: of the policy; None for one that holds its calibration.
-        model: on `meta`, all layers ordinary.
-        read: gives the tensor of a state-dict name. Everything is read once, to compare its hash with the policy's.
+        policy: for this model, or for several components including it.
+        path: of the policy; None for a policy that holds its calibration.
+        model: on `meta`, with ordinary layers only.
+        read: returns the tensor with a state-dict name. Every tensor is read once, to compare the hash with the
+            policy's.
 
     Attributes:
         config: the `quantization_config` of the packed model.
@@ -63,17 +64,17 @@ class PackedWhileRead:
         self.config = BitPolicyConfig.of(self._choices, self._storage, compute=self._quantization.compute)
 
     def take(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What to keep now that tensor `name` was read, by name; empty while a layer's bias or weight is still to come.
+        """The tensors to keep, by name, now that tensor `name` was read; none until a layer has both weight and bias.
 
         Args:
-            tensor: as it is in the file, on the device that it is for.
+            tensor: as it is in the file, on its target device.
 
         Raises:
-            BitPolicyError: the tensor has another shape than the model's, or a weight cannot be quantized.
+            BitPolicyError: the tensor's shape is not the model's, or a weight cannot be quantized.
         """
         if tensor.shape != self._shapes[name]:
             raise BitPolicyError(
-                f"{name} has shape {tuple(tensor.shape)}, the model's {tuple(self._shapes[name])}; download it again"
+                f"{name} has shape {tuple(tensor.shape)}, needed {tuple(self._shapes[name])}; download it again"
             )
         rounded = self._rounded(name, tensor)
         layer, _, leaf = name.rpartition(".")
@@ -86,10 +87,10 @@ class PackedWhileRead:
         return self._pack(layer, **self._waiting.pop(layer))
 
     def require_all_taken(self) -> None:
-        """The end; warns of biases that could not be corrected.
+        """Check at the end that every layer was packed, and warn of biases that could not be corrected.
 
         Raises:
-            BitPolicyError: a layer's weight or bias did not come.
+            BitPolicyError: a layer's weight or bias was not read.
         """
         unpacked = [name for name, layer in quantizable_layers(self._model) if name in self._choices]
         if unpacked:
@@ -110,7 +111,9 @@ class PackedWhileRead:
     def _rounded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         rounded = tensor.to(TensorSpec.stored(tensor, self._storage).dtype)
         if rounded.is_floating_point() and not torch.isfinite(rounded).all():
-            raise BitPolicyError(f"{name} has values that {self._storage} cannot hold; give a bfloat16 policy")
+            raise BitPolicyError(
+                f"{name} has values that {self._storage} cannot hold; give a policy with storage_dtype: bfloat16"
+            )
         return rounded
 
 
@@ -122,7 +125,7 @@ def _component(
     candidates = about.components_of(kind)
     if not candidates:
         raise BitPolicyError(
-            f"the policy was made for the {about.component} of {about.id}, a {about.class_name}; this is a {kind}: "
+            f"the policy was made for the {about.component} of {about.id}, a {about.class_name}, but this is a {kind}; "
             "name that component in components_to_quantize, or load that model"
         )
     found = tensors_hash(((name, read(name)) for name in sorted(model.state_dict())), storage)
@@ -130,14 +133,14 @@ def _component(
     if component is None:
         wanted = " or ".join(f"{about.hashes[name][:12]}..." for name in candidates)
         raise BitPolicyError(
-            f"the policy was made for {about.id} ({kind}, sha256 {wanted}), these weights have sha256 "
+            f"the policy was made for {about.id} ({kind}, sha256 {wanted}), but these weights have sha256 "
             f"{found[:12]}...; load that model, or run search-policy on this one"
         )
     return component
 
 
 def _with_values(layer: Quantizable, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
-    """A stand-in for `layer` with real tensors: its geometry, and what was read."""
+    """A stand-in for `layer` with its geometry and the tensors that were read."""
     twin = object.__new__(type(layer))
     twin.__dict__.update(vars(layer))
     twin._parameters = {

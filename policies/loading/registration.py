@@ -1,8 +1,8 @@
-"""Teach diffusers and transformers the quantization method "bitpolicy" without importing them.
+"""Register the quantization method "bitpolicy" with diffusers and transformers without importing them.
 
-Each library has two dicts by the method's name: of quantizers and of their configs. As soon as the module that holds
-them has been imported, ours are entered, as stand-ins that import the real classes when they are first used. Importing
-bitpolicy therefore costs nothing, in either order.
+Each library has two dicts keyed by method name, one of quantizers and one of their configs. As soon as the module with
+these dicts has been imported, our entries are added. They are stand-ins that import the real classes on first use. So
+importing bitpolicy costs nothing, whichever is imported first.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ _QUANTIZERS = {
 
 
 def register() -> None:
-    """Enter the method wherever it is missing, now or once the library is imported."""
+    """Register the method with each library, now or as soon as the library is imported."""
     for name in _QUANTIZERS:
         if name in sys.modules:
-            _enter(sys.modules[name])
-    if not any(isinstance(finder, _Watching) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Watching())
+            _add_entries(sys.modules[name])
+    if not any(isinstance(finder, _ImportWatcher) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _ImportWatcher())
 
 
-def _enter(module: ModuleType) -> None:
-    module.AUTO_QUANTIZER_MAPPING[METHOD] = _Later(*_QUANTIZERS[module.__name__])
-    module.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = _Later(*_CONFIG)
+def _add_entries(module: ModuleType) -> None:
+    module.AUTO_QUANTIZER_MAPPING[METHOD] = _StandIn(*_QUANTIZERS[module.__name__])
+    module.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = _StandIn(*_CONFIG)
 
 
-class _Later:
-    """Stands for a class that is imported when it is called or asked for anything."""
+class _StandIn:
+    """Stands in for a class, which is imported when the stand-in is called or one of its attributes is read."""
 
     def __init__(self, module: str, name: str) -> None:
         self._place = (module, name)
@@ -54,16 +54,16 @@ class _Later:
         return object.__getattribute__(self, name) if name == "_place" else getattr(_real(self), name)
 
     def __instancecheck__(self, instance: object) -> bool:
-        return self._place[0] in sys.modules and isinstance(instance, _real(self))  # else there can be no instance
+        return self._place[0] in sys.modules and isinstance(instance, _real(self))  # otherwise no instance exists
 
 
-def _real(stand_in: _Later) -> Any:
+def _real(stand_in: _StandIn) -> Any:
     module, name = stand_in._place
     return getattr(import_module(module), name)
 
 
-class _Watching(MetaPathFinder):
-    """Finds the two modules as usual, and enters the method once they are loaded."""
+class _ImportWatcher(MetaPathFinder):
+    """Finds the two modules as usual, and has the entries added once they are loaded."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -77,12 +77,12 @@ class _Watching(MetaPathFinder):
         finally:
             sys.meta_path.insert(place, self)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Entering(spec.loader)
+            spec.loader = _RegisteringLoader(spec.loader)
         return spec
 
 
-class _Entering(Loader):
-    """Loads a module as another loader does, and enters the method in it."""
+class _RegisteringLoader(Loader):
+    """Loads a module with another loader, and adds the entries to it."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
@@ -92,7 +92,7 @@ class _Entering(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        _enter(module)
+        _add_entries(module)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)

@@ -1,7 +1,7 @@
-"""A text encoder in files: its class on `meta`, and where its tensors are read.
+"""A text encoder in files: its class on `meta`, and the source of its tensors.
 
-Files of transformers may name a tensor with a prefix more or less than the model does (CLIP's with and without
-`text_model.`), and store a weight that two layers share under one name.
+Files of transformers may name a tensor with one prefix more or less than the model does (CLIP's with and without
+`text_model.`), and store a weight that two layers share under only one name.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from bitpolicy.policies.storage.source import TensorSource
 
 
 def text_encoder_skeleton(class_name: str, folder: Path) -> Any:
-    """A model of transformers without values.
+    """A transformers model without values.
 
     Args:
-        folder: with its config.json.
+        folder: contains its config.json.
 
     Raises:
-        BitPolicyError: there is no such class, it is no model, or the config is no model's.
+        BitPolicyError: there is no such class, it is not a model, or the config does not belong to it.
     """
     kind: Any = getattr(transformers, class_name, None)
     if transformers.PreTrainedModel not in getattr(kind, "__mro__", ()):
@@ -35,10 +35,10 @@ def text_encoder_skeleton(class_name: str, folder: Path) -> Any:
             f"transformers {transformers.__version__} has no model {class_name}; load the pipeline and export it "
             "from memory: bitpolicy.export(pipe, policy, folder)"
         )
-    read_json(folder / "config.json")  # with an error of ours where it is no JSON
+    read_json(folder / "config.json")  # raises our own error if it is not JSON
     with config_to_blame(class_name, f"the config in {folder}"):
         config = kind.config_class.from_pretrained(folder, local_files_only=True)
-    # accelerate's way to build without values would part weights that two layers share
+    # accelerate's way to build without values would separate weights that two layers share
     with bounded(), torch.device("meta"), config_to_blame(class_name, f"the config in {folder}"):
         model = kind(config)
     return model.eval()
@@ -48,7 +48,7 @@ def places(model: Any, stored: Iterable[str]) -> dict[str, str]:
     """State-dict name -> the name in the files, for every tensor of a model.
 
     Raises:
-        BitPolicyError: one is not there, or could be several.
+        BitPolicyError: a tensor is missing, or several names match it.
     """
     names, found = set(stored), {}
     for name in model.state_dict():
@@ -65,10 +65,10 @@ def places(model: Any, stored: Iterable[str]) -> dict[str, str]:
 
 
 class TextEncoderSource:
-    """The tensors of a model of transformers, by the names that it has in memory.
+    """The tensors of a transformers model, by their names in memory.
 
     Raises:
-        BitPolicyError: one is missing or has another shape.
+        BitPolicyError: a tensor is missing or has another shape.
     """
 
     def __init__(self, files: TensorSource, model: Any, where: Path) -> None:
@@ -77,7 +77,7 @@ class TextEncoderSource:
             found = self.specs[name].shape
             if found != tuple(tensor.shape):
                 raise BitPolicyError(
-                    f"{where}: {name} has shape {found}, the config of {type(model).__name__} says "
+                    f"{where}: {name} has shape {found}, but the config of {type(model).__name__} says "
                     f"{tuple(tensor.shape)}; download it again"
                 )
 

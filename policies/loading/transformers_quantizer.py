@@ -1,8 +1,8 @@
-"""Teach transformers the quantization method "bitpolicy": text encoders are packed like models of diffusers.
+"""The quantization method "bitpolicy" for transformers: text encoders are packed like diffusers models.
 
-The same road as for diffusers through other hooks. What is particular: tied weights are stored once; transformers
-gives what a file lacks random values and reports errors in a conversion as text, so files are checked beforehand and
-errors kept; and it casts a tensor before it hands it over, to float32 where a module is kept in that.
+It works as for diffusers, through other hooks. Three things differ. Tied weights are stored once. transformers gives
+tensors that a file lacks random values and reports errors in a conversion as text, so files are checked beforehand and
+errors are kept. And it casts a tensor before it passes it on, to float32 in modules that are kept in float32.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class BitPolicyTransformersQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: Sequence[str | Path] | None = None, **kwargs: Any
     ) -> None:
         self._plan = model._get_dtype_plan(self._compute)
-        with torch.device("cpu"):  # transformers makes everything on meta here
+        with torch.device("cpu"):  # transformers creates everything on meta here
             stored = stored_tensors(checkpoint_files or ())
             if self.pre_quantized:
                 for path in list(checkpoint_files or ())[:1]:
@@ -78,9 +78,9 @@ class BitPolicyTransformersQuantizer(HfQuantizer):
         make_shells(model, config)
         require_stored(stored, expected_tensors(model, _tied(model)), packed_names(model), config.storage)
         require_checksums(stored, config.checksums)
-        config.checksums = ""  # they are of this file, not of what is made of the model
+        config.checksums = ""  # they belong to this file, not to the model, which may change
         for _, layer in packed_layers(model):
-            vars(layer)["_is_hf_initialized"] = True  # or transformers would draw a weight for it
+            vars(layer)["_is_hf_initialized"] = True  # or transformers would initialize a weight for it
 
     def _expect_full(self, model: Any, stored: Mapping[str, StoredTensor]) -> None:
         policy, path = self.quantization_config.opened_policy()
@@ -88,7 +88,7 @@ class BitPolicyTransformersQuantizer(HfQuantizer):
         with reader() as read:
             self._reading = PackedWhileRead(policy, path, model, lambda name: read(stored[found[name]]))
         self._kept_before = model._keep_in_fp32_modules_strict
-        model._keep_in_fp32_modules_strict = {"."}  # of every tensor: it then comes as exact as it is in the file
+        model._keep_in_fp32_modules_strict = {"."}  # matches every tensor, so each arrives as exact as in the file
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return self._reading is not None
@@ -97,7 +97,7 @@ class BitPolicyTransformersQuantizer(HfQuantizer):
         return _Pack(self)
 
     def taken(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What to keep of a tensor that was read, in the dtype it is computed with. Errors wait for the end."""
+        """The tensors to keep after one was read, in their compute dtypes. Errors are kept until the end."""
         assert self._reading is not None
         try:
             found = self._reading.take(name, tensor)
@@ -114,23 +114,23 @@ class BitPolicyTransformersQuantizer(HfQuantizer):
                 raise self._failure
             self._reading.require_all_taken()
             self.quantization_config, self.pre_quantized = self._reading.config, True
-            model._weight_conversions = []  # what is saved has the names that the config has
+            model._weight_conversions = []  # saved tensors keep the names that the config uses
         self._reading = None
         for _, layer in packed_layers(model):
             _restore_dtypes(layer)
         count_packed_weights(PreTrainedModel)
         finish(model, self._dtype_of, Compute(self.quantization_config.compute))
         model.config.quantization_config = self.quantization_config
-        model.is_quantized = False  # packed layers survive .half(): lifts transformers' refusal of it
+        model.is_quantized = False  # or transformers would refuse .half(), which packed layers support
         return model
 
     def _dtype_of(self, name: str) -> torch.dtype:
-        """What a tensor or a layer of this name is computed with."""
+        """The compute dtype of a tensor or a layer with this name."""
         return next((dtype for pattern, dtype in self._plan.items() if re.search(pattern, name)), self._compute)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         if getattr(model, "_hf_peft_config_loaded", False):
-            return None, {}  # transformers saves the adapter, and that alone
+            return None, {}  # transformers saves only the adapter
         return to_save(model.state_dict(), packed_names(model), self.quantization_config.storage), {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -150,7 +150,7 @@ class BitPolicyTransformersQuantizer(HfQuantizer):
 
 
 class _Pack(ConversionOps):
-    """Hands each tensor to the quantizer as transformers reads it."""
+    """Passes each tensor to the quantizer as transformers reads it."""
 
     def __init__(self, quantizer: BitPolicyTransformersQuantizer) -> None:
         self._quantizer = quantizer
@@ -168,12 +168,12 @@ class _Pack(ConversionOps):
 
 
 def _tied(model: Any) -> Mapping[str, str]:
-    """Name of a tensor that is another -> that other; only the other is stored."""
+    """Name of a tied tensor -> name of the tensor that it is tied to, which alone is stored."""
     return model.all_tied_weights_keys
 
 
 def _restore_dtypes(layer: Any) -> None:
-    """Undo what keeping a module in float32 did to its scales; float32 holds them exactly."""
+    """Cast scales back to their stored dtype in modules that are kept in float32, which holds them exactly."""
     specs = layer.format.tensors(layer.weight_shape, torch.float16)
     for suffix, tensor in layer.packed_tensors().items():
         if tensor.dtype == torch.float32:

@@ -1,6 +1,7 @@
-"""Outputs are written aside and renamed: a killed process leaves the old thing or nothing, never half of one.
+"""Write outputs atomically: under a temporary name first, then renamed.
 
-What was renamed is on the disk: a power cut leaves the old thing or the new one, too.
+A killed process leaves the old output or none, never half of one. Outputs are flushed to the disk, so after a power
+cut, too, there is the old output or the new one.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from pathlib import Path
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.storage.folder_lock import locked
 
-_UMASK = os.umask(0o077)  # it can be read only by setting it
+_UMASK = os.umask(0o077)  # the umask can only be read by setting it
 os.umask(_UMASK)
 
 
 def require_nameable(path: Path) -> None:
-    """Find out before the work whether the file system takes this name, and that of the temporary sibling.
+    """Check, before any work is done, that the file system accepts this name and that of the temporary sibling.
 
     Raises:
-        BitPolicyError: a part of the path is too long, or the path as a whole.
+        BitPolicyError: the path, or a part of it, is too long.
     """
     path = path.resolve()
     there = next(parent for parent in path.parents if os.path.lexists(parent))
@@ -34,10 +35,10 @@ def require_nameable(path: Path) -> None:
             continue
         except OSError as error:
             if error.errno != errno.ENAMETOOLONG:
-                continue  # whoever writes there gets a better word than this look
+                continue  # writing there will give a better message
             raise BitPolicyError(
-                f"the file system cannot hold {str(path)[:60]}...: its name {part[:20]}... has {len(part)} characters; "
-                "give a shorter one"
+                f"the file system cannot store {str(path)[:60]}...: the name {part[:20]}... has {len(part)} "
+                "characters; choose a shorter one"
             ) from error
 
 
@@ -45,7 +46,7 @@ def require_nameable(path: Path) -> None:
 def written_aside(path: Path) -> Iterator[Path]:
     """A temporary sibling of `path` to write to; renamed to `path` if the block succeeds, removed if it does not.
 
-    A link at `path` is replaced. What it leads to is left alone: it may be anybody's.
+    A link at `path` is replaced. Its target is left alone, because it may belong to somebody else.
     """
     path = path.parent.resolve() / path.name if path.name not in ("", "..") else path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,24 +57,25 @@ def written_aside(path: Path) -> Iterator[Path]:
     _remove(old)
     try:
         yield aside
-        if aside.is_file():  # safetensors' own writer lets nobody else read what it writes
+        if aside.is_file():  # safetensors' own writer makes files that other users cannot read
             aside.chmod(0o666 & ~_UMASK)
-        _settle(aside)
+        _flush(aside)
         _replace(aside, path)
-        _settle_entry(path.parent)
+        _flush_entry(path.parent)
     finally:
         _remove(aside)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, aside and renamed."""
+    """Write a text file atomically."""
     with written_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def folder_written_aside(path: Path) -> Iterator[Path]:
-    """The same for a folder, by one process at a time; where `path` is a link, the folder that it leads to is replaced.
+    """Like `written_aside`, for a folder that one process at a time may write. If `path` is a link, the folder that it
+    points to is replaced.
 
     Raises:
         BitPolicyError: another process is writing it.
@@ -85,37 +87,37 @@ def folder_written_aside(path: Path) -> Iterator[Path]:
 
 
 def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.bitpolicy-partial")  # a name that nobody else gives
+    return path.with_name(f".{path.name}.bitpolicy-partial")  # a name that nothing else uses
 
 
 def _old(path: Path) -> Path:
     return path.with_name(f".{path.name}.bitpolicy-old")
 
 
-def _settle(path: Path) -> None:
-    """Have the system write a file, or all of a folder, to the disk."""
+def _flush(path: Path) -> None:
+    """Flush a file, or everything in a folder, to the disk."""
     for entry in path.iterdir() if path.is_dir() else ():
-        _settle(entry)
-    _settle_entry(path)
+        _flush(entry)
+    _flush_entry(path)
 
 
-def _settle_entry(path: Path) -> None:
-    """Have it write one file, or the names in one folder."""
+def _flush_entry(path: Path) -> None:
+    """Flush one file, or the names in one folder, to the disk."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except OSError:  # a folder on Windows, or gone already: there is nothing to wait for
+    except OSError:  # a folder on Windows, or already gone: nothing to flush
         return
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # file systems that have no fsync
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # file systems without fsync
             raise
     finally:
         os.close(descriptor)
 
 
 def _replace(aside: Path, path: Path) -> None:
-    if path.is_dir():  # a folder cannot be renamed onto a full one: move the old one out of the way first
+    if path.is_dir():  # a folder cannot be renamed onto one with files: move the old one out of the way first
         old = _old(path)
         path.rename(old)
         aside.rename(path)

@@ -1,4 +1,4 @@
-"""Is there room on the disk? Asked before anything is written, not found out after an hour."""
+"""Check that the disk has enough space, before anything is written rather than after an hour."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from bitpolicy.kernels.errors import BitPolicyError
 
 
 def require_space(folder: Path, nbytes: int) -> None:
-    """
+    """Refuse to write more than fits on the disk.
+
     Args:
-        folder: on the file system in question.
+        folder: a folder on the file system in question.
 
     Raises:
         BitPolicyError: fewer bytes than `nbytes` are free.
@@ -19,12 +20,12 @@ def require_space(folder: Path, nbytes: int) -> None:
     free = free_bytes(folder)
     if free < nbytes:
         raise BitPolicyError(
-            f"{folder} has {free:,} bytes free, the checkpoint needs at least {nbytes:,}; "
+            f"{folder} has {free:,} bytes free, but the checkpoint needs at least {nbytes:,}; "
             "free some space or choose another --output-dir"
         )
 
 
 def free_bytes(folder: Path) -> int:
-    """Free bytes where `folder` is, or will be: it may not be there yet."""
+    """Free bytes on the file system of `folder`, which need not exist yet."""
     path = folder.resolve()
     return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free

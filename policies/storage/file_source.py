@@ -1,7 +1,7 @@
 """Tensors in safetensors files, read one at a time.
 
-A file is mapped into memory by safetensors; pages that were read stay mapped until it is closed, so it is opened anew
-every `_MAPPED` bytes, and reading takes no more memory than that and a tensor, however large the file is.
+safetensors maps a file into memory, and pages that were read stay mapped until the file is closed. So it is reopened
+every `_MAPPED` bytes, and reading takes no more memory than that plus one tensor, however large the file is.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _MAPPED = 64 * 2**20  # bytes read from a file before it is closed
 
 
 class FileSource:
-    """The tensors of some safetensors files; of a name in several, the last file's.
+    """The tensors of some safetensors files. If several files have a tensor of one name, the last file's is used.
 
     Raises:
-        BitPolicyError: a file is missing or damaged, or has tensors of a dtype that is not read here.
+        BitPolicyError: a file is missing or damaged, or has tensors of an unsupported dtype.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
@@ -52,10 +52,10 @@ class FileSource:
 
 
 class FileTensors(Mapping[str, torch.Tensor]):
-    """The tensors of one file by name, each read when it is asked for and kept by nobody.
+    """The tensors of one file by name, each read on access and not kept.
 
     Raises:
-        BitPolicyError: as `FileSource`.
+        BitPolicyError: as for `FileSource`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -77,13 +77,13 @@ class FileTensors(Mapping[str, torch.Tensor]):
 
 
 def header(path: Path) -> dict[str, TensorSpec]:
-    """What a safetensors file holds, read from its header alone.
+    """The dtypes and shapes of the tensors in a safetensors file, read from its header alone.
 
     Raises:
-        BitPolicyError: it is missing, may not be read or is damaged, or has tensors of a dtype that is not read here.
+        BitPolicyError: the file is missing, unreadable or damaged, or has tensors of an unsupported dtype.
     """
     try:
-        with open_tensors(path):  # its header is sound, and it is as long as that says
+        with open_tensors(path):  # checks the header, and the length of the file against it
             pass
         with path.open("rb") as file:
             entries = json.loads(file.read(int.from_bytes(file.read(8), "little")))
@@ -91,33 +91,37 @@ def header(path: Path) -> dict[str, TensorSpec]:
         raise BitPolicyError(f"{path} is missing; download it again") from error
     except OSError as error:
         why = error.strerror or str(error)
-        raise BitPolicyError(f"cannot read {path}: {why}; make it a file that this user may read") from error
+        raise BitPolicyError(f"cannot read {path}: {why}; make it a file that this user can read") from error
     except SafetensorError as error:
         with path.open("rb") as file:
             if file.read(len(_POINTER)) == _POINTER:
-                text = f"{path} is a git-lfs pointer and not the file itself; run `git lfs pull`, or download it again"
+                text = f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull`, or download it again"
                 raise BitPolicyError(text) from error
-        raise BitPolicyError(f"cannot read {path}, which is damaged: {error}; download it again") from error
+        raise BitPolicyError(f"cannot read {path}, which is damaged ({error}); download it again") from error
     entries.pop("__metadata__", None)
     unknown = {entry["dtype"] for entry in entries.values()} - NAMED_DTYPES.keys()
     if unknown:
-        raise BitPolicyError(f"{path} has tensors of dtype {min(unknown)}; read are {', '.join(sorted(NAMED_DTYPES))}")
+        raise BitPolicyError(
+            f"{path} has tensors of dtype {min(unknown)}; supported dtypes are {', '.join(sorted(NAMED_DTYPES))}"
+        )
     return {name: TensorSpec(NAMED_DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in entries.items()}
 
 
 def require_plain_file(path: Path) -> None:
-    """Raises:
-    OSError: something else is there, such as a pipe, which would be waited for.
+    """Refuse anything but a regular file, such as a pipe, because reading it could block.
+
+    Raises:
+        OSError: something else is there.
     """
     if path.exists() and not path.is_file():
-        raise OSError("it is no file")
+        raise OSError("it is not a regular file")
 
 
 def open_tensors(path: Path) -> Any:
-    """`safetensors.safe_open`, which calls any file missing that it cannot open.
+    """Like `safetensors.safe_open`, which reports every file that it cannot open as missing.
 
     Raises:
-        OSError: the file cannot be opened, and why.
+        OSError: the file cannot be opened, with the real reason.
         SafetensorError: it is damaged.
     """
     require_plain_file(path)

@@ -1,8 +1,8 @@
-"""One process at a time writes a folder.
+"""A lock that lets one process at a time write to a folder.
 
-The lock is a small file with the owner's process number, held by flock(2): the system gives it back when the process
-ends, however it ends. It is removed by its owner only, who holds it while doing so; whoever waited for the removed file
-sees that it is gone from its place and begins again.
+The lock is a small file with the owner's process number, locked with flock(2): the system releases it when the process
+ends, however it ends. Only the owner removes the file, and still holds the lock while doing so. A process that locks
+the removed file sees that it is no longer in its place and starts over.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from bitpolicy.kernels.errors import BitPolicyError
 if sys.platform != "win32":
     import fcntl
 
-NAME = ".bitpolicy-lock"  # of the lock in a folder that a process works in
+NAME = ".bitpolicy-lock"  # of the lock file in a folder that a process works in
 
 
 @contextmanager
 def working_in(folder: Path) -> Iterator[None]:
-    """While the block runs, no other process works in the folder, which is made if it is not there.
+    """Keep other processes out of a folder while the block runs; the folder is created if needed.
 
     Raises:
-        BitPolicyError: another process does; or, at the end, the folder was removed meanwhile.
+        BitPolicyError: another process works in it; or, at the end, the folder has been removed in the meantime.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / NAME, folder):
@@ -37,16 +37,16 @@ def working_in(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(lock: Path, folder: Path) -> Iterator[None]:
-    """While the block runs, no other process gets this lock.
+    """Hold a lock while the block runs.
 
     Args:
-        lock: its file, in a folder that is there.
-        folder: what it stands for, to name in the error.
+        lock: the lock file, in a folder that exists.
+        folder: what the lock protects, for the error message.
 
     Raises:
-        BitPolicyError: another process holds it; or, at the end, it was removed meanwhile.
+        BitPolicyError: another process holds the lock; or, at the end, it has been removed in the meantime.
     """
-    if sys.platform == "win32":  # nothing is locked there
+    if sys.platform == "win32":  # no locking there
         yield
         return
     descriptor = _acquired(lock, folder)
@@ -56,16 +56,16 @@ def locked(lock: Path, folder: Path) -> Iterator[None]:
         yield
         if not os.fstat(descriptor).st_nlink:
             raise BitPolicyError(
-                f"{folder} was removed while it was being written, and what was in it with it; run the command again"
+                f"{folder} was removed while it was being written, with everything in it; run the command again"
             )
     finally:
-        with suppress(FileNotFoundError):  # the folder may have been removed meanwhile
+        with suppress(FileNotFoundError):  # the folder may have been removed in the meantime
             lock.unlink()
         os.close(descriptor)
 
 
 def _acquired(lock: Path, folder: Path) -> int:
-    """A descriptor of the lock's file, held."""
+    """A descriptor of the lock file, with the lock held."""
     assert sys.platform != "win32"
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
@@ -82,7 +82,7 @@ def _acquired(lock: Path, folder: Path) -> int:
         with suppress(FileNotFoundError):
             if os.fstat(descriptor).st_ino == lock.stat().st_ino:
                 return descriptor
-        os.close(descriptor)  # the one that held it removed it between our opening and our locking
+        os.close(descriptor)  # its owner removed it after we opened it and before we locked it
 
 
 def _owner(descriptor: int) -> str:

@@ -1,9 +1,9 @@
-"""Files that go into an export as they are: cloned or linked where that costs nothing, else copied.
+"""Files that go into an export unchanged: cloned or hard-linked where possible, which costs nothing, otherwise copied.
 
-A clone (Btrfs, XFS) shares its blocks until somebody writes to one of the two. Where the file system has none, a hard
-link is one file under two names. It is safe as long as nobody writes into it in place: safetensors are only ever
-written anew (the library writes aside and renames, as bitpolicy does). The model card says so. Text, which people edit,
-is always copied. Links of a hub cache's snapshot are followed to the file itself.
+A clone (Btrfs, XFS) shares its blocks with the original until somebody writes to one of the two. On other file systems,
+a hard link is one file under two names. That is safe as long as nobody writes into the file in place. safetensors files
+are only ever replaced: the library writes a new file and renames it, as bitpolicy does. The model card says so. Text
+files, which people edit, are always copied. Links in a snapshot of the hub's cache are followed to the file itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _FICLONE = 0x40049409  # linux/fs.h
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Make `target` a clone of `source` or the same file, or a copy where they lie on different file systems."""
+    """Make `target` a clone of `source` or a hard link to it, or a copy if neither is possible."""
     if can_link(source, target.parent):
         if _clone(source, target):
             return
@@ -33,7 +33,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def _clone(source: Path, target: Path) -> bool:
-    """Whether the file system made `target` a file of its own that shares the blocks of `source`."""
+    """Try to make `target` a separate file that shares the blocks of `source`; whether the file system did."""
     if sys.platform != "linux":
         return False
     with source.open("rb") as old, target.open("xb") as new:
@@ -47,7 +47,7 @@ def _clone(source: Path, target: Path) -> bool:
 
 
 def can_link(source: Path, folder: Path) -> bool:
-    """Whether a file can be linked into `folder`, which need not exist."""
+    """Whether a file is on the file system of `folder`, which need not exist, and so can be linked into it."""
     while not folder.exists():
         folder = folder.parent
     return source.stat().st_dev == folder.stat().st_dev

@@ -1,7 +1,8 @@
-"""Which files of a diffusers folder make up the pipeline: for every component its safetensors and all else it needs.
+"""The files of a diffusers folder that make up the pipeline: each component's safetensors and everything else it needs.
 
-Weights may be one file or shards under an index, and may have a variant, as `diffusion_pytorch_model.fp16.safetensors`
-has; a component that does not have the variant is taken without, as diffusers does. Pickles (.bin, .ckpt) are not read.
+Weights may be one file or shards with an index, and may have a variant, as in
+`diffusion_pytorch_model.fp16.safetensors`. A component without the variant is read without it, as diffusers does.
+Pickles (.bin, .ckpt) are not read.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class PipelineFiles:
     """A diffusers folder.
 
     Attributes:
-        folder: with a model_index.json.
-        variant: of the weights, where a component has it.
+        folder: contains a model_index.json.
+        variant: of the weights, for components that have it.
     """
 
     folder: Path
@@ -36,15 +37,15 @@ class PipelineFiles:
 
     @property
     def index(self) -> dict[str, Any]:
-        """What model_index.json says."""
+        """The content of model_index.json."""
         return read_json(self.folder / "model_index.json")
 
     @property
     def components(self) -> list[str]:
-        """Those that have a folder.
+        """The components that have a folder.
 
         Raises:
-            BitPolicyError: a name leads out of the folder.
+            BitPolicyError: a name is a path, which could lead out of the folder.
         """
         named = [
             name for name, value in self.index.items() if isinstance(value, list) and value[:1] not in ([], [None])
@@ -63,15 +64,15 @@ class PipelineFiles:
         return str(named[0]), str(named[1])
 
     def config(self, component: str) -> dict[str, Any]:
-        """What its config.json says; empty without one."""
+        """The content of its config.json; empty if there is none."""
         path = self.folder / component / "config.json"
         return read_json(path) if path.is_file() else {}
 
     def weights(self, component: str) -> dict[str, Path]:
-        """The safetensors of a component by the names that they have without a variant; none for a tokenizer.
+        """The safetensors files of a component, by their names without the variant; empty for a tokenizer.
 
         Raises:
-            BitPolicyError: there are only pickles, a shard is missing, or no component has the variant.
+            BitPolicyError: there are only pickles, or a shard is missing.
         """
         folder = self.folder / component
         for variant in dict.fromkeys((self.variant, None)):
@@ -82,8 +83,8 @@ class PipelineFiles:
         if pickles:
             raise BitPolicyError(
                 f"{folder} has its weights only as {pickles[0]}, a pickle, which can run code when it is read; "
-                "convert it where you trust it, with DiffusionPipeline.from_pretrained(...).save_pretrained(folder), "
-                "and give that folder"
+                "if you trust it, convert it with DiffusionPipeline.from_pretrained(...).save_pretrained(folder), and "
+                "give that folder"
             )
         return {}
 
@@ -93,17 +94,19 @@ class PipelineFiles:
         return any(_weights(self.folder / component, s, v) for s in (DIFFUSERS, TRANSFORMERS) for v in variants)
 
     def specs(self, component: str) -> dict[str, dict[str, TensorSpec]]:
-        """File name without a variant -> the tensors that the file holds."""
+        """File name without the variant -> the dtypes and shapes of the file's tensors."""
         return {name: header(path) for name, path in self.weights(component).items()}
 
     def require_variant(self) -> None:
-        """Raises:
-        BitPolicyError: no component has weights of the variant.
+        """Refuse a variant that no component has.
+
+        Raises:
+            BitPolicyError: no component has weights of the variant.
         """
         some = (stem for name in self.components for stem in (DIFFUSERS, TRANSFORMERS) if self._has(name, stem))
         if self.variant is not None and next(some, None) is None:
             raise BitPolicyError(
-                f"{self.folder} has no weights of the variant {self.variant!r}; leave --variant out, or name one it has"
+                f"{self.folder} has no weights of the variant {self.variant!r}; omit --variant, or name one that it has"
             )
 
     def _has(self, component: str, stem: str) -> bool:
@@ -113,7 +116,7 @@ class PipelineFiles:
         """The files of a component that hold no weights: configs, vocabularies and the like.
 
         Raises:
-            BitPolicyError: one is a link to something outside: whatever it is, it would be copied and published.
+            BitPolicyError: a file is a link to something outside the folder, which would be copied and published.
         """
         for path in sorted((self.folder / component).iterdir()):
             weights = path.suffix in _WEIGHTS or ".index." in path.name
@@ -122,7 +125,7 @@ class PipelineFiles:
                 yield path
 
     def stamps(self) -> dict[Path, tuple[int, int]]:
-        """When each file of the components was last written, in nanoseconds, and its bytes."""
+        """Path -> time of the last write, in nanoseconds, and bytes of each file of the pipeline."""
         found = {self.folder / "model_index.json": (self.folder / "model_index.json").stat()}
         for name in self.components:
             for path in sorted((self.folder / name).iterdir()):
@@ -136,16 +139,16 @@ class PipelineFiles:
         blobs = [parent.parent / "blobs" for parent in snapshots[:1]]  # what a snapshot of the hub's cache links to
         if not any(target.is_relative_to(inside) for inside in (folder, *blobs)):
             raise BitPolicyError(
-                f"{path} is a link to {target}, outside of {self.folder}; put the file itself there, or remove the "
+                f"{path} is a link to {target}, outside {self.folder}; put the file itself there, or remove the "
                 "link if it does not belong to the model"
             )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The mapping in a file.
+    """The mapping in a JSON file.
 
     Raises:
-        BitPolicyError: there is none.
+        BitPolicyError: the file cannot be read, or does not hold a mapping.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -157,13 +160,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _require_plain(name: str, named_in: Path) -> None:
-    """Refuse a name that is a path: it could lead anywhere."""
+    """Refuse a name that is a path, because it could lead anywhere."""
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise BitPolicyError(f"{named_in} names {name!r}, which is a path; {_AGAIN}")
 
 
 def weights_index(weights: Mapping[str, Mapping[str, TensorSpec]]) -> str:
-    """The text of the index of some shards, as diffusers writes it.
+    """The text of the index file for some shards, as diffusers writes it.
 
     Args:
         weights: file name -> its tensors.
@@ -174,7 +177,7 @@ def weights_index(weights: Mapping[str, Mapping[str, TensorSpec]]) -> str:
 
 
 def shard_names(stem: str, count: int) -> list[str]:
-    """Of a model in `count` files."""
+    """The file names of a model in `count` files."""
     if count == 1:
         return [f"{stem}.safetensors"]
     return [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]

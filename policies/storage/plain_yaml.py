@@ -1,10 +1,10 @@
-"""Read YAML that anyone may have written: plain values only, of a size that a person's file has.
+"""Read YAML from an untrusted source: plain values only, in a file no larger than a person would write.
 
-A file that was cut short may still be YAML, with other choices. So a document that begins with `---`, as those that we
-write do, has to end with `...`.
+A truncated file may still be valid YAML, with other choices. So a document that begins with `---`, as ours do, must
+end with `...`.
 
-Beyond what `yaml.safe_load` refuses (tags that name Python objects), nothing is repeated by reference, so a few lines
-cannot stand for gigabytes; nesting and size are bounded before anything is built; and a key stands once.
+`yaml.safe_load` refuses tags that name Python objects. In addition, aliases are refused, so that a few lines cannot
+expand to gigabytes; nesting and size are limited before anything is built; and a mapping may have each key only once.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import yaml
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.storage.file_source import require_plain_file
 
-MAX_BYTES = 2**19  # 800 layers take some 60 kB
+MAX_BYTES = 2**19  # 800 layers take about 60 kB
 MAX_DEPTH = 20
-MAX_LENGTH = 2**13  # of one value: a number in base 60 takes the square of it to read
+MAX_LENGTH = 2**13  # characters in one value; reading a number in base 60 takes quadratic time
 
 
 class YamlError(BitPolicyError):
-    """A file that is not YAML of plain values."""
+    """A file that is not YAML with plain values only."""
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -37,7 +37,7 @@ class _PlainLoader(yaml.SafeLoader):
         if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_LENGTH:
             raise yaml.YAMLError(f"line {line} has a value of {len(event.value):,} characters")
         if self._depth == MAX_DEPTH:
-            raise yaml.YAMLError(f"line {line} is nested {MAX_DEPTH} deep; write it flatter")
+            raise yaml.YAMLError(f"line {line} is nested more than {MAX_DEPTH} deep; make it flatter")
         self._depth += 1
         try:
             return super().compose_node(parent, index)
@@ -47,7 +47,7 @@ class _PlainLoader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         found = super().construct_mapping(node, deep=deep)
         if len(found) != len(node.value):
-            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: a key stands twice in this mapping; keep one")
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: a key appears twice in this mapping; keep one")
         return found
 
 
@@ -56,30 +56,32 @@ def read_yaml(path: Path) -> Any:
 
     Raises:
         OSError: the file cannot be read.
-        YamlError: it is too large, cut short, not YAML, or more than plain values.
+        YamlError: it is too large, cut short, not YAML, or has other values than plain ones.
     """
     require_plain_file(path)
     with path.open("rb") as file:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
-        raise YamlError(f"{path} is larger than {MAX_BYTES:,} bytes, which no policy is; give the policy.yaml itself")
+        raise YamlError(f"{path} is larger than {MAX_BYTES:,} bytes, too large for a policy; give a policy.yaml")
     try:
         text = data.decode("utf-8")
         _require_whole(text, path)
         return _PlainLoader(text).get_single_data()
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # a number or a date that is none is a ValueError
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # an invalid number or date raises ValueError
         raise YamlError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
 
 
 def _require_whole(text: str, path: Path) -> None:
-    """Raises:
-    YamlError: the document has YAML's mark of a beginning and not that of an end, which is the last line.
+    """Refuse a document that was cut short, or has lines after its end.
+
+    Raises:
+        YamlError: it begins with YAML's start marker, and its last line is not the end marker.
     """
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
     if "..." in lines[:-1]:
         raise YamlError(f"{path} has lines after its end, a line of ...; move them above it")
     if lines and lines[0] == "---" and lines[-1] != "...":
         raise YamlError(
-            f"{path} is cut short: it begins with --- and does not end with a line of ...; take the whole file, or "
-            "leave the --- out of one that you wrote yourself"
+            f"{path} is cut short: it begins with --- but does not end with a line of ...; use the whole file, or "
+            "remove the --- if you wrote the file yourself"
         )

@@ -1,9 +1,9 @@
-"""Write safetensors one tensor at a time.
+"""Write a safetensors file one tensor at a time.
 
-`safetensors.torch.save_file` wants every tensor at once. Here the header is made from the specs, which are known before
-anything is quantized, and each tensor goes to its place when it is ready, so memory does not grow with the model.
-Tensors are ordered as safetensors orders them, by dtype, then by name, metadata sorted: the same tensors give the same
-bytes, whoever writes them.
+`safetensors.torch.save_file` needs every tensor at once. Here the header is made from the specs, which are known before
+anything is quantized, and each tensor is written to its place when it is ready. So memory does not grow with the model.
+Tensors are ordered as in safetensors' own writer, by dtype, then by name, and the metadata is sorted, so both writers
+give the same bytes for the same tensors.
 Format: an 8-byte little-endian header length, a JSON header padded with spaces to 8 bytes, the data.
 """
 
@@ -19,7 +19,7 @@ import torch
 from bitpolicy.kernels.formats.format import TensorSpec
 from bitpolicy.policies.identity import checksum, tensor_bytes
 
-DTYPE_NAMES = {  # in the order in which safetensors' own writer places them, which keeps each aligned
+DTYPE_NAMES = {  # in the order of safetensors' own writer, which keeps each tensor aligned
     torch.uint64: "U64",
     torch.int64: "I64",
     torch.float64: "F64",
@@ -48,13 +48,13 @@ class SafetensorsWriter:
     """A file of the tensors in `specs`, each written once by `write`, in any order.
 
     Args:
-        metadata: of the header, beside `format: pt`; its keys are sorted.
+        metadata: entries for the header in addition to `format: pt`; keys are sorted.
 
     Attributes:
         checksums: name -> CRC-32 of what was written, 8 hex digits.
 
     Raises:
-        ValueError: on closing, if a tensor was not written; on writing, if it is not as its spec says.
+        ValueError: on closing, if a tensor was not written; on writing, if a tensor does not match its spec.
     """
 
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
@@ -81,7 +81,7 @@ class SafetensorsWriter:
     def write(self, name: str, tensor: torch.Tensor) -> None:
         spec = self._specs[name]
         if (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
-            raise ValueError(f"{name}: got {tensor.dtype} {tuple(tensor.shape)}, announced {spec.dtype} {spec.shape}")
+            raise ValueError(f"{name}: got {tensor.dtype} {tuple(tensor.shape)}, needed {spec.dtype} {spec.shape}")
         self._file.seek(self._data + self._starts[name])
         data = tensor_bytes(tensor)
         self._file.write(data)

@@ -1,8 +1,8 @@
-"""A checksum inside a small file of ours: what was changed since it was written is not believed.
+"""A checksum inside a small file that bitpolicy writes: a file that has changed since it was written is refused.
 
     sha256 = SHA-256 of the other entries as JSON with sorted keys, and of name, dtype, shape and bytes of each tensor
 
-JSON and numbers in safetensors still read with a digit changed, so nothing else would tell.
+JSON and numbers in safetensors can still be read after a digit has changed, so nothing else would notice.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _NONE: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
 def sealed(content: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] = _NONE) -> dict[str, Any]:
-    """The content with its checksum and that of the tensors beside it."""
+    """The content with a checksum of itself and of the tensors stored with it."""
     return {**content, KEY: _checksum(content, tensors)}
 
 
 def unsealed(content: Any, tensors: Mapping[str, torch.Tensor] = _NONE, required: bool = False) -> dict[str, Any]:
-    """The content without its checksum, which is right.
+    """The content without its checksum, after checking it.
 
     Args:
-        required: whether content without a checksum, as older versions wrote, is refused, too.
+        required: whether to refuse content without a checksum, too. Older versions wrote none.
 
     Raises:
-        ValueError: it is no mapping, or not as it was written.
+        ValueError: the content is not a mapping, or has changed since it was written.
     """
     if not isinstance(content, dict):
         raise ValueError(f"found {type(content).__name__}, needed a mapping")
@@ -43,22 +43,22 @@ def unsealed(content: Any, tensors: Mapping[str, torch.Tensor] = _NONE, required
     if KEY not in content and not required:
         return held
     if content.get(KEY) != _checksum(held, tensors):
-        raise ValueError("its checksum is not that of its content, so it is damaged or was edited")
+        raise ValueError("its checksum does not match its content, so it is damaged or was edited")
     return held
 
 
 def read_sealed(path: Path, required: bool = False) -> dict[str, Any]:
-    """The content of a JSON file.
+    """The content of a sealed JSON file.
 
     Raises:
-        OSError: it cannot be read, or is no plain file.
-        ValueError: as `unsealed`, or it is no JSON.
+        OSError: it cannot be read, or is not a regular file.
+        ValueError: as for `unsealed`, or it is not JSON.
     """
     require_plain_file(path)
     try:
         return unsealed(json.loads(path.read_text(encoding="utf-8")), required=required)
     except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
+        raise ValueError("it is nested too deeply") from error
 
 
 def _checksum(content: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:

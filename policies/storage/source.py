@@ -1,7 +1,7 @@
-"""Where the tensors of a model are read from, one at a time: a module in memory, or safetensors files
+"""Sources that a model's tensors are read from, one at a time: a module in memory, or safetensors files
 (`bitpolicy.policies.storage.file_source`).
 
-Exporting sees only names, shapes, dtypes and one tensor at a time, so both roads write the same bytes.
+An export sees only names, shapes, dtypes and one tensor at a time, so both sources give the same bytes.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class TensorSource(Protocol):
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
-        """Name -> dtype and shape, of every tensor there is."""
+        """Name -> dtype and shape of every tensor."""
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor as it is stored, not to be written to."""
+        """One tensor as it is stored; do not write to it."""
 
 
 class ModuleSource:
@@ -44,11 +44,12 @@ class ModuleSource:
 
 
 class Unchanged:
-    """Another source, none of whose tensors may change between two readings.
+    """A source that checks that no tensor of another source changes between two reads.
 
     Args:
-        storage: the dtype that counts.
-        first: what was read of it before, and may have been cast to another dtype since; None is what is read first.
+        storage: the dtype in which tensors are compared.
+        first: the tensors as they were read before, perhaps cast to another dtype since; None compares with the first
+            read of each tensor.
     """
 
     def __init__(self, source: TensorSource, storage: torch.dtype, first: TensorSource | None = None) -> None:
@@ -60,9 +61,10 @@ class Unchanged:
         return self._source.specs
 
     def read(self, name: str) -> torch.Tensor:
-        """
+        """One tensor.
+
         Raises:
-            BitPolicyError: it is not as it was.
+            BitPolicyError: it has changed.
         """
         tensor = self._source.read(name)
         found = self._checksum(name, tensor)
@@ -70,8 +72,8 @@ class Unchanged:
             self._checksums[name] = found if self._first is None else self._checksum(name, self._first.read(name))
         if found != self._checksums[name]:
             raise BitPolicyError(
-                f"the model's files have changed while they were used: {name} is another than it was; run the command "
-                "again, and what still holds is kept"
+                f"the model's files changed while they were in use: {name} is not what it was; run the command again, "
+                "which keeps everything that is still valid"
             )
         return tensor
 
@@ -80,7 +82,7 @@ class Unchanged:
 
 
 class _Joined:
-    """The tensors of several components; their names begin with their component's."""
+    """The tensors of several components, by names that begin with the component's."""
 
     def __init__(self, parts: Mapping[str, TensorSource]) -> None:
         self._parts = parts
@@ -95,7 +97,7 @@ class _Joined:
 
 
 def joined(sources: Mapping[str, TensorSource]) -> TensorSource:
-    """The tensors of a target by the names that they have in it.
+    """The tensors of a target, by their names in the target.
 
     Args:
         sources: component -> its tensors.
@@ -113,5 +115,5 @@ def source_hashes(sources: Mapping[str, TensorSource], storage: torch.dtype) -> 
 
 
 def source_hash(source: TensorSource, storage: torch.dtype) -> str:
-    """The same of one component."""
+    """What `bitpolicy.policies.identity.weights_hash` gives for one component's tensors."""
     return tensors_hash(((name, as_stored(name, source.read(name), storage)) for name in sorted(source.specs)), storage)

@@ -1,10 +1,10 @@
 """The tensors of a checkpoint in another layout, converted one at a time.
 
-Converters of diffusers take a whole state dict of an original checkpoint and return another. Most rename; some split
-fused weights, swap halves or join. Here one is run once on tensors of `meta`, which have shapes but no values, while
-every operation is recorded. A converted tensor is then made when it is asked for, by doing what was recorded with the
-values that it hangs on, so nothing else is read. A converter that looks at values cannot be recorded: it is run on all
-tensors, mapped from their file.
+Converters in diffusers take the whole state dict of an original checkpoint and return another. Most rename tensors;
+some split fused weights, swap halves or join tensors. Here a converter runs once on `meta` tensors, which have shapes
+but no values, while every operation is recorded. A converted tensor is computed on access, by replaying the recorded
+operations on the values that it depends on, so nothing else is read. A converter that looks at values cannot be
+recorded. It runs on all tensors, mapped from their file.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class _Step:
 
 
 class _Recorder(TorchDispatchMode):
-    """Keeps what every tensor that is made while it is on was made by."""
+    """While active, records the operation that makes each tensor."""
 
     def __init__(self) -> None:
         super().__init__()
         self.made: dict[int, tuple[_Step, int]] = {}
-        self._alive: list[Any] = []  # so that no two have the same id
+        self._alive: list[Any] = []  # keeps ids unique
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.is_mutable:

@@ -1,7 +1,8 @@
-"""What the files of a checkpoint hold, checked against the model before a tensor of it is used.
+"""The tensors in the files of a checkpoint, checked against the model before any of them is used.
 
-Loaders are lenient: diffusers leaves what is missing on `meta`, transformers draws it at random, both warn of what is
-too much, and scales of another dtype are cast. A packed model is the bits that were searched, or an error.
+Loaders are lenient: diffusers leaves missing tensors on `meta`, transformers initializes them at random, both only warn
+of unexpected tensors, and both cast scales of another dtype. A packed model must have exactly the bits that were
+searched; anything else is an error.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _DIGITS = 8  # of a checksum
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies, and what the header says of it."""
+    """The place of a tensor, and its dtype and shape in the file's header."""
 
     file: Path
     name: str
@@ -38,13 +39,13 @@ def stored_tensors(files: Iterable[str | Path]) -> dict[str, StoredTensor]:
     """Every tensor of some safetensors files, by name.
 
     Raises:
-        BitPolicyError: a file is no safetensors file, is damaged, or lies outside the checkpoint's folder.
+        BitPolicyError: a file is not a safetensors file, is damaged, or is outside the checkpoint's folder.
     """
     found: dict[str, StoredTensor] = {}
     for path in map(Path, files):
         if path.suffix != ".safetensors" or ".." in path.parts:
             raise BitPolicyError(
-                f"{path} is not read: a packed model lies in safetensors files of one folder; {_AGAIN}"
+                f"{path} is not read: a packed model consists of safetensors files in one folder; {_AGAIN}"
             )
         for stored in _in_file(path):
             if stored.name in found:
@@ -67,7 +68,7 @@ def _in_file(path: Path) -> Iterator[StoredTensor]:
 
 @contextmanager
 def reader() -> Iterator[Callable[[StoredTensor], torch.Tensor]]:
-    """Reads stored tensors, in any order; they are mapped rather than copied, and each file is opened once."""
+    """A function that reads stored tensors, in any order. They are mapped, not copied, and each file is opened once."""
     with ExitStack() as files:
         opened = cache(lambda path: files.enter_context(safe_open(path, "pt")))
         yield lambda stored: opened(stored.file).get_tensor(stored.name)
@@ -79,15 +80,15 @@ def require_stored(
     exact: Iterable[str],
     storage: torch.dtype,
 ) -> None:
-    """Refuse files that do not hold exactly what a packed model takes.
+    """Refuse files that do not hold exactly the tensors of a packed model.
 
     Args:
-        expected: tensor name -> dtype and shape, as the model and its formats say.
+        expected: tensor name -> dtype and shape, according to the model and its formats.
         exact: names of packed tensors. The others may also be stored in float32 or in the storage dtype.
         storage: the storage dtype that the config names.
 
     Raises:
-        BitPolicyError: a tensor is missing, too much, or of another shape or dtype.
+        BitPolicyError: a tensor is missing or unexpected, or has another shape or dtype.
     """
     _require_names(stored, expected)
     packed = set(exact)
@@ -102,7 +103,7 @@ def _require(stored: StoredTensor, what: str, found: object, allowed: Collection
     if found not in allowed:
         wanted = " or ".join(sorted(map(str, allowed)))
         raise BitPolicyError(
-            f"{stored.file}: {stored.name} has {what} {found}, the config says {wanted}; "
+            f"{stored.file}: {stored.name} has {what} {found}, but the config says {wanted}; "
             f"the checkpoint is damaged: {_AGAIN}"
         )
 
@@ -111,18 +112,18 @@ def _require_names(stored: Mapping[str, StoredTensor], expected: Mapping[str, Te
     where = next(iter(stored.values())).file.parent if stored else "the checkpoint"
     for names, verb in ((expected.keys() - stored.keys(), "lacks"), (stored.keys() - expected.keys(), "has")):
         if names:
-            too_much = " that the model has no place for" if verb == "has" else ""
-            raise BitPolicyError(f"{where} {verb} {len(names)} tensors{too_much}, e.g. {min(names)}; {_AGAIN}")
+            unexpected = " that the model does not have" if verb == "has" else ""
+            raise BitPolicyError(f"{where} {verb} {len(names)} tensors{unexpected}, e.g. {min(names)}; {_AGAIN}")
 
 
 def require_checksums(stored: Mapping[str, StoredTensor], recorded: str) -> None:
-    """Read all data once and compare it with what was recorded when it was written; without a record, do nothing.
+    """Read all data once and compare it with the checksums recorded when it was written; without a record, do nothing.
 
     Args:
         recorded: 8 hex digits for each tensor, in the order of their names.
 
     Raises:
-        BitPolicyError: a tensor is not as it was written, or the record is of other tensors.
+        BitPolicyError: a tensor has changed since it was written, or the record is for other tensors.
     """
     if not recorded:
         return
@@ -133,6 +134,6 @@ def require_checksums(stored: Mapping[str, StoredTensor], recorded: str) -> None
             found, wanted = checksum(tensor_bytes(read(tensor))), recorded[_DIGITS * i : _DIGITS * (i + 1)]
             if found != wanted:
                 raise BitPolicyError(
-                    f"{tensor.file}: {name} has checksum {found}, it was written with {wanted}; the file is damaged: "
+                    f"{tensor.file}: {name} has checksum {found}, but was written with {wanted}; the file is damaged: "
                     f"{_AGAIN}"
                 )

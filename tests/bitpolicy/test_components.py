@@ -156,7 +156,7 @@ def test_eval_and_inspect_take_all_that_is_packed(whole: Any, toy: Path, command
 def test_the_card_and_the_policy_name_the_components(whole: Any) -> None:
     folder = whole[1]
     card = (folder / "checkpoint" / "README.md").read_text()
-    assert "`unet`, `text_encoder` and `vae` hold the layers" in card
+    assert "`unet`, `text_encoder` and `vae`" in card
     assert "predicted relative error of the images" in card
     assert Policy.load(folder / "policy.yaml").model.component == ",".join(NAMES)
     for name in NAMES:

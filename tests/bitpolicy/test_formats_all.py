@@ -209,7 +209,7 @@ def test_without_its_calibration_a_policy_is_refused_with_the_remedy(
     assert auto.policy.calibration is not None
     rounded = {key: tensor for key, tensor in auto.policy.calibration.rounded.items() if key.layer != layer}
     lacking = replace(auto.policy.calibration, rounded=rounded)
-    with pytest.raises(BitPolicyError, match=f"layer {layer} was rounded by gptq.*keep calibration.safetensors beside"):
+    with pytest.raises(BitPolicyError, match=f"layer {layer} was rounded by gptq.*keep calibration.safetensors"):
         bitpolicy.export(half_pipeline(), auto.policy.with_calibration(lacking), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -310,7 +310,7 @@ def test_export_refuses_the_calibration_of_another_search(command: Any, finished
     [
         ("{", "is not YAML"),
         ("- a\n- b\n", "needed a mapping"),
-        ("bitpolicy: 1\nmodle: {}\n", "mend that entry"),
+        ("bitpolicy: 1\nmodle: {}\n", "modle"),
         (None, "cannot read policy"),
     ],
 )
@@ -330,7 +330,7 @@ def test_export_replaces_a_folder_only_when_it_is_told(command: Any, finished: A
     arguments = ("export", "--policy", finished.folder / "policy.yaml", "--model", toy, "--output-dir", "out")
     command(*arguments).assert_refused("bitpolicy", "out is there already", "--overwrite")
     assert [path.name for path in (here / "out").iterdir()] == ["mine.txt"]
-    command(*arguments, "--overwrite").assert_refused("bitpolicy", "no pipeline")
+    command(*arguments, "--overwrite").assert_refused("bitpolicy", "empty folder")
     assert (here / "out" / "mine.txt").read_text() == "mine", "what is no pipeline is never replaced"
     (here / "out" / "mine.txt").unlink()
     assert command(*arguments).code == 0

@@ -716,5 +716,5 @@ def test_a_file_with_another_number_is_refused(folder: Path, name: str) -> None:
 def test_a_pipe_in_place_of_a_file_is_not_waited_for(folder: Path, name: str) -> None:
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    with pytest.raises(BitPolicyError, match=rf"holds no sensitivity|cannot read .*{re.escape(name)}: it is no file;"):
+    with pytest.raises(BitPolicyError, match=rf"holds no sensitivity|cannot read .*{re.escape(name)}: .*file"):
         make_report(folder)

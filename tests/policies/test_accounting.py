@@ -69,7 +69,7 @@ def test_a_tied_weight_is_one_parameter() -> None:
 
 
 @pytest.mark.parametrize("format", FEW, ids=lambda f: f.name)
-def test_the_total_is_the_sum_of_what_formats_produce(toy_unet: Any, format: Any) -> None:
+def test_the_total_is_the_sum_of_the_formats_tensors(toy_unet: Any, format: Any) -> None:
     toy_unet.half()
     account = ByteAccount.of(Target({"unet": toy_unet}), torch.float16)
     formats = {name: format if format.fits(shape) else FP16 for name, shape in account.shapes.items()}
@@ -101,7 +101,7 @@ def test_the_bytes_of_one_and_of_no_value() -> None:
     assert bytes(tensor_bytes(torch.zeros(0, 3))) == b""
 
 
-def test_a_hash_is_of_the_values_and_not_of_how_they_are_held() -> None:
+def test_a_hash_depends_on_the_values_and_not_on_their_layout() -> None:
     torch.manual_seed(0)
     model = Small().half()
     expected = weights_hash(model, torch.float16)

@@ -76,7 +76,7 @@ def test_a_failure_leaves_nothing_where_nothing_was(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     fill(tmp_path / ".folder.bitpolicy-partial", "half")
     fill(tmp_path / ".folder.bitpolicy-old", "older")
     fill(tmp_path / "folder", "old")
@@ -86,7 +86,7 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
     assert tree(tmp_path) == {"folder/a": "new", "folder/deep/b": "new"}
 
 
-def test_what_was_moved_out_of_the_way_comes_back(tmp_path: Path) -> None:
+def test_a_folder_that_was_moved_out_of_the_way_comes_back(tmp_path: Path) -> None:
     """A process was killed between moving the old folder away and moving the new one in."""
     fill(tmp_path / ".folder.bitpolicy-old", "old")
     fill(tmp_path / ".folder.bitpolicy-partial", "new")
@@ -96,7 +96,7 @@ def test_what_was_moved_out_of_the_way_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["a file", "a folder", "/", "nowhere", "itself"])
-def test_a_link_in_place_of_a_file_is_replaced_and_what_it_leads_to_left_alone(tmp_path: Path, where: str) -> None:
+def test_a_link_in_place_of_a_file_is_replaced_and_its_target_is_left_alone(tmp_path: Path, where: str) -> None:
     (tmp_path / "a file").write_text("of somebody else")
     (tmp_path / "a folder").mkdir()
     path = tmp_path / "result.json"

@@ -98,7 +98,7 @@ def as_bytes(tensor: torch.Tensor) -> np.ndarray:
     return (tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor).numpy()
 
 
-def test_what_no_format_touches_is_the_model_in_its_storage_dtype(exported: Any) -> None:
+def test_tensors_that_are_not_packed_are_the_models_in_the_storage_dtype(exported: Any) -> None:
     tensors = stored(exported.folder / "unet")
     model = exported.pipe.unet.state_dict()
     corrected = {f"{name}.bias" for name, choice in exported.choices.items() if choice.bias_correction}
@@ -125,7 +125,7 @@ def test_the_folder_is_a_diffusers_pipeline_with_its_policy(exported: Any) -> No
     assert [name for name in names if name.startswith(".") or "partial" in name] == []
 
 
-def test_the_config_tells_which_layers_are_packed(exported: Any) -> None:
+def test_the_config_lists_the_packed_layers(exported: Any) -> None:
     config = json.loads((exported.folder / "unet" / "config.json").read_text())["quantization_config"]
     packed = {name: choice.format for name, choice in exported.choices.items() if choice.format.packed}
     assert config["quant_method"] == "bitpolicy"
@@ -198,10 +198,10 @@ def test_an_older_export_is_replaced_whole(exported: Any, tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_folder_that_is_no_pipeline_is_never_replaced(exported: Any, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_pipeline_is_never_replaced(exported: Any, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("mine")
-    with pytest.raises(BitPolicyError, match="no pipeline"):
+    with pytest.raises(BitPolicyError, match="empty folder"):
         export_pipeline(exported.pipe, ["unet"], exported.policy, exported.calibration, tmp_path / "out")
     assert (tmp_path / "out" / "thesis.tex").read_text() == "mine"
 
@@ -218,7 +218,7 @@ def test_an_export_that_fails_leaves_what_was_there(exported: Any, tmp_path: Pat
     assert [path.name for path in tmp_path.rglob("*")] == (["out", "model_index.json"] if before else [])
 
 
-def test_a_full_disk_is_told_before_anything_is_written(
+def test_a_full_disk_is_reported_before_anything_is_written(
     exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calibration = checkpoint_bytes(exported.folder)  # of the files beside the components'
@@ -229,7 +229,7 @@ def test_a_full_disk_is_told_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_weight_that_no_integer_holds_names_its_layer(
+def test_the_error_for_a_weight_that_integers_cannot_hold_names_the_layer(
     toy_pipeline: Any, policy_of: Policymaker, tmp_path: Path
 ) -> None:
     choices = {name: Choice(format_named("int8")) for name, _ in quantizable_layers(toy_pipeline.unet)}
@@ -239,7 +239,7 @@ def test_a_weight_that_no_integer_holds_names_its_layer(
         export_pipeline(toy_pipeline, ["unet"], policy, Calibration(), tmp_path / "out")
 
 
-def test_a_policy_for_layers_that_are_not_there_is_refused(
+def test_a_policy_for_layers_that_do_not_exist_is_refused(
     toy_pipeline: Any, policy_of: Policymaker, tmp_path: Path
 ) -> None:
     policy = policy_of(toy_pipeline.unet, {"conv_in": Choice(FP16), "conv_inn": Choice(format_named("int8"))})

@@ -55,7 +55,9 @@ def not_finite(folder: Path) -> list[str]:
     ]
 
 
-def test_a_bias_that_leaves_the_range_stays_as_it_was(toy_pipeline: Any, wild_means: dict[str, torch.Tensor]) -> None:
+def test_a_bias_whose_correction_exceeds_the_range_is_not_corrected(
+    toy_pipeline: Any, wild_means: dict[str, torch.Tensor]
+) -> None:
     layer = toy_pipeline.unet.conv_out
     stored = quantize_layer(
         "conv_out", layer, Choice(INT4, True), quantization=Quantization(calibration=Calibration(wild_means))
@@ -72,7 +74,7 @@ def test_a_bias_that_leaves_the_range_stays_as_it_was(toy_pipeline: Any, wild_me
     assert wide.bias.abs().max() > 65504
 
 
-def test_every_way_to_put_the_policy_on_the_model_leaves_the_same_biases(
+def test_every_way_to_apply_the_policy_leaves_the_same_biases(
     toy_pipeline: Any,
     wild_means: dict[str, torch.Tensor],
     policy_of: Policymaker,
@@ -101,7 +103,7 @@ def test_every_way_to_put_the_policy_on_the_model_leaves_the_same_biases(
     assert torch.equal(predict(unet), expected)
 
 
-def test_a_policy_whose_biases_all_fit_is_exported_without_a_word(
+def test_a_policy_whose_biases_all_fit_is_exported_without_a_warning(
     toy_pipeline: Any, calibrate: Calibrate, policy_of: Policymaker, tmp_path: Path
 ) -> None:
     to_storage(toy_pipeline.unet, torch.float16)
@@ -112,7 +114,7 @@ def test_a_policy_whose_biases_all_fit_is_exported_without_a_word(
 
 
 @pytest.mark.parametrize("target", [None, "comfy", "sdnq"])
-def test_a_scale_that_is_not_finite_is_refused_by_its_name(
+def test_a_scale_that_is_not_finite_is_refused_and_named(
     toy_pipeline: Any, policy_of: Policymaker, tmp_path: Path, target: str | None
 ) -> None:
     unet, name, choice = toy_pipeline.unet, "time_embedding.linear_1", Choice(INT8, quantizer="gptq")
@@ -139,7 +141,7 @@ class Doubling:
         return {"double": (2 * tensors["weight_scale"]).half()}
 
 
-def test_what_a_target_lays_out_beyond_its_dtype_is_refused_by_its_name(tmp_path: Path) -> None:
+def test_a_value_that_overflows_in_a_targets_layout_is_refused_and_named(tmp_path: Path) -> None:
     layer = Layer("mid.to_q", "Linear", (4, 64), INT8)
     made = {f"mid.to_q.{suffix}": tensor for suffix, tensor in INT8.quantize(torch.full((4, 64), 5e6)).items()}
     source = Source("unet", {}, torch.float16, {"mid.to_q": layer}, {}, lambda: iter(made.items()), {})
@@ -149,7 +151,7 @@ def test_what_a_target_lays_out_beyond_its_dtype_is_refused_by_its_name(tmp_path
         write_translated(source, tmp_path / "out.safetensors", Doubling())
 
 
-def test_what_the_model_itself_holds_is_written_and_said(
+def test_nan_and_inf_of_the_model_itself_are_written_with_a_warning(
     toy_pipeline: Any, policy_of: Policymaker, tmp_path: Path
 ) -> None:
     toy_pipeline.unet.conv_norm_out.bias.data[0] = float("inf")
@@ -162,7 +164,7 @@ def test_what_the_model_itself_holds_is_written_and_said(
 
 
 @pytest.mark.parametrize("place", ["unet.conv_norm_out.bias", "unet.conv_out.bias", "vae.decoder.conv_out.bias"])
-def test_a_value_beyond_the_storage_dtype_is_refused_by_its_name(
+def test_a_value_beyond_the_storage_dtype_is_refused_and_named(
     toy_pipeline: Any, policy_of: Policymaker, tmp_path: Path, place: str
 ) -> None:
     component, _, name = place.partition(".")

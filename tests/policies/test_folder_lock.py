@@ -44,7 +44,7 @@ def hold(lock: Path, folder: Path, ready: Path) -> None:
         time.sleep(600)
 
 
-def test_the_second_process_is_told_who_holds_it(tmp_path: Path) -> None:
+def test_the_error_for_the_second_process_names_the_owner(tmp_path: Path) -> None:
     lock, folder, ready = tmp_path / "lock", tmp_path / "folder", tmp_path / "ready"
     with (
         another_process(lambda: hold(lock, folder, ready), ready) as owner,
@@ -54,7 +54,7 @@ def test_the_second_process_is_told_who_holds_it(tmp_path: Path) -> None:
         pass
 
 
-def test_what_a_killed_process_held_is_free(tmp_path: Path) -> None:
+def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     lock, folder, ready = tmp_path / "lock", tmp_path / "folder", tmp_path / "ready"
     with another_process(lambda: hold(lock, folder, ready), ready):
         pass
@@ -64,7 +64,7 @@ def test_what_a_killed_process_held_is_free(tmp_path: Path) -> None:
     assert not lock.exists()
 
 
-def test_a_lock_that_was_removed_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_file_that_was_removed_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The owner removed the file after we had opened it: what we hold is nobody's, and we begin again."""
     lock, folder, opened = tmp_path / "lock", tmp_path / "folder", os.open
     removed = iter([True, False])
@@ -80,7 +80,7 @@ def test_a_lock_that_was_removed_is_no_lock(tmp_path: Path, monkeypatch: pytest.
         assert lock.exists()
 
 
-def test_a_folder_that_was_removed_meanwhile_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_was_removed_in_the_meantime_is_an_error(tmp_path: Path) -> None:
     """Or a part of what was to be in it would be made anew, and called done."""
 
     def removed_and_made_anew() -> None:

@@ -47,11 +47,11 @@ def chain() -> None:
     second.exp()
 
 
-def test_what_lives_at_once_is_added_up() -> None:
+def test_allocations_that_live_at_once_are_added_up() -> None:
     assert most(lambda: [fresh() for _ in range(5)]) == 5 * MIB
 
 
-def test_what_was_released_is_not_counted() -> None:
+def test_released_memory_is_not_counted() -> None:
     assert most(lambda: [fresh().sum() for _ in range(5)]) < 1.01 * MIB
     assert most(chain) == 2 * MIB
 
@@ -64,11 +64,11 @@ def test_a_view_is_not_counted_again() -> None:
     assert most(views) == MIB
 
 
-def test_what_happens_in_place_allocates_nothing() -> None:
+def test_operations_in_place_allocate_nothing() -> None:
     assert most(lambda: fresh().exp_().neg_().sigmoid_()) == MIB
 
 
-def test_what_was_there_before_counts_neither_when_it_is_used_nor_when_it_is_released() -> None:
+def test_earlier_tensors_count_neither_when_used_nor_when_released() -> None:
     before = [fresh()]
     assert most(lambda: before[0].exp()) == MIB
 
@@ -79,11 +79,11 @@ def test_what_was_there_before_counts_neither_when_it_is_used_nor_when_it_is_rel
     assert most(replace) == MIB
 
 
-def test_an_empty_run_takes_nothing() -> None:
+def test_an_empty_run_allocates_nothing() -> None:
     assert most(lambda: None) == 0
 
 
-def test_what_an_operator_takes_inside_counts() -> None:
+def test_allocations_inside_an_operator_count() -> None:
     """Sorting gives values and indices of twice their size; both together are three times the input, plus scratch."""
     values = torch.rand(N)
     assert most(lambda: values.sort()) >= 3 * MIB
@@ -154,20 +154,20 @@ def two_models() -> Any:
     return SimpleNamespace(components=parts, device=CPU)
 
 
-def test_a_pipeline_lies_in_memory_in_the_dtype_that_it_has() -> None:
+def test_the_bytes_in_memory_follow_the_dtype_in_memory() -> None:
     pipe = two_models()
     pipe.components["vae"].half()
     assert loaded_bytes(pipe) == 6 * 4 + 20 * 2
 
 
-def test_what_two_models_share_counts_once_and_what_they_hold_beside_weights_counts() -> None:
+def test_shared_tensors_count_once_and_buffers_count_too() -> None:
     pipe = two_models()
     pipe.components["unet"].weight = nn.Parameter(pipe.components["vae"].weight.detach())
     pipe.components["vae"].register_buffer("steps", torch.zeros(7, dtype=torch.int64), persistent=False)
     assert loaded_bytes(pipe) == 20 * 4 + 7 * 8
 
 
-def test_a_measured_peak_is_the_models_and_what_comes_on_top() -> None:
+def test_a_measured_peak_is_the_models_plus_the_allocations() -> None:
     assert measured_peak(two_models(), chain) == 26 * 4 + 2 * MIB
 
 

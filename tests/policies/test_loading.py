@@ -71,7 +71,7 @@ def broken(exported: Any, tmp_path: Path) -> Callable[..., Path]:
     return change
 
 
-def test_without_a_dtype_the_model_is_in_memory_what_it_is_in_the_file(exported: Any) -> None:
+def test_without_a_dtype_the_model_in_memory_equals_the_file(exported: Any) -> None:
     unet = load(exported.folder / "unet")
     assert_same(unet.state_dict(), load_file(exported.folder / "unet" / WEIGHTS))
     assert resident(unet) == exported.nbytes
@@ -91,7 +91,7 @@ def test_bfloat16_stays_bfloat16(exported: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_dtype_is_for_what_is_not_packed(exported: Any, dtype: torch.dtype) -> None:
+def test_a_dtype_applies_to_everything_that_is_not_packed(exported: Any, dtype: torch.dtype) -> None:
     stored = load_file(exported.folder / "unet" / WEIGHTS)
     unet = load(exported.folder / "unet", dtype)
     packed = packed_tensors(unet)
@@ -102,14 +102,14 @@ def test_a_dtype_is_for_what_is_not_packed(exported: Any, dtype: torch.dtype) ->
     assert {layer.compute_dtype for layer in layers} == {layer.weight.dtype for layer in layers} == {dtype}
 
 
-def test_it_predicts_the_bits_that_were_searched(exported: Any, predict: Predict) -> None:
+def test_a_loaded_model_predicts_the_bits_that_were_searched(exported: Any, predict: Predict) -> None:
     with quantized(exported.pipe.unet, exported.choices, quantization=Quantization(calibration=exported.calibration)):
         expected = predict(exported.pipe.unet)
     assert torch.equal(predict(load(exported.folder / "unet", torch.float32)), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_it_predicts_the_bits_of_an_ordinary_model_with_these_weights(
+def test_a_loaded_model_predicts_the_bits_of_an_ordinary_one_with_its_weights(
     exported: Any, predict: Predict, dtype: torch.dtype
 ) -> None:
     ordinary = copy.deepcopy(exported.pipe.unet)
@@ -188,7 +188,9 @@ def test_a_loaded_model_moves_like_any_other(
     assert torch.equal(predict(moved), predict(load(exported.folder / "unet", dtype)))
 
 
-def test_a_pipeline_moves_and_is_made_into_another(exported: Any, draw: Callable[[Any], torch.Tensor]) -> None:
+def test_a_pipeline_can_be_moved_and_converted_to_another_class(
+    exported: Any, draw: Callable[[Any], torch.Tensor]
+) -> None:
     pipe = DiffusionPipeline.from_pretrained(exported.folder)
     expected = draw(load_pipeline(exported.folder, torch.float32))
     other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
@@ -242,7 +244,7 @@ def test_a_missing_tensor_is_named(exported: Any, broken: Callable[..., Path], s
 @pytest.mark.parametrize("suffix", ["weight_packed", "weight_scale"])
 def test_a_tensor_of_another_shape_is_named(exported: Any, broken: Callable[..., Path], suffix: str) -> None:
     name = f"conv_in.{suffix}"
-    complaint = rf"{name} has shape \(1, 1\), the config says .*; the checkpoint is damaged"
+    complaint = rf"{name} has shape \(1, 1\), .*the config says .*; the checkpoint is damaged"
     with pytest.raises(BitPolicyError, match=complaint):
         load(broken(tensors=lambda tensors: tensors.update({name: tensors[name][:1, :1].clone()})))
 
@@ -252,7 +254,7 @@ def test_a_tensor_of_another_shape_is_named(exported: Any, broken: Callable[...,
     [
         (
             lambda config: config.update(format_version=2),
-            "the checkpoint has format_version 2, this bitpolicy .* reads 1; install a newer bitpolicy",
+            "the checkpoint has format_version 2, .* reads 1; install a newer bitpolicy",
         ),
         (
             lambda config: config["layers"].update({"conv_middle": "int8"}),
@@ -274,7 +276,7 @@ def test_a_config_that_does_not_fit_is_refused(
         load(broken(config=change))
 
 
-def test_an_ordinary_model_is_not_packed_by_asking_for_it(exported: Any, tmp_path: Path) -> None:
+def test_an_ordinary_model_is_not_packed_without_a_policy(exported: Any, tmp_path: Path) -> None:
     exported.pipe.unet.save_pretrained(tmp_path)
     with pytest.raises(BitPolicyError, match="this model is not packed; make a checkpoint with search-policy or"):
         UNet2DConditionModel.from_pretrained(tmp_path, quantization_config=BitPolicyConfig())
@@ -290,7 +292,7 @@ def test_a_config_is_read_back_as_it_was_written(exported: Any) -> None:
     }
 
 
-def test_a_folder_that_is_no_pipeline_is_told_so(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_pipeline_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(BitPolicyError, match="is not a diffusers pipeline folder"):
         load_pipeline(tmp_path)
 

@@ -39,19 +39,19 @@ def edited(path: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
-    "a text encoder that lacks a tensor": (TEXT, without_one, r"has [\d,]+ bytes, it was written with"),
-    "a text encoder with another value": (TEXT, lambda p: change(p, **changed(p)), "not as it was written"),
+    "a text encoder that lacks a tensor": (TEXT, without_one, r"has [\d,]+ bytes, .*written with [\d,]+"),
+    "a text encoder with another value": (TEXT, lambda p: change(p, **changed(p)), "SHA-256 differs"),
     "a VAE that is gone": (VAE, Path.unlink, "is missing"),
-    "another config": ("vae/config.json", edited, "bytes, it was written with"),
+    "another config": ("vae/config.json", edited, "bytes, .*written with"),
     "a file that a loader would prefer": (
         "text_encoder/model.safetensors.index.json",
         lambda p: p.write_text(json.dumps({"weight_map": {}})),
-        "not of this checkpoint",
+        r"not part of this checkpoint: bitpolicy\.json",
     ),
     "a packed config without its quantization": (
         "unet/config.json",
         lambda p: p.write_text(json.dumps({k: v for k, v in json.loads(p.read_text()).items() if "quant" not in k})),
-        "bytes, it was written with",
+        "bytes, .*written with",
     ),
 }
 
@@ -62,7 +62,7 @@ def changed(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_what_is_not_as_it_was_written_is_refused(folder: Path, kind: str) -> None:
+def test_a_changed_folder_is_refused(folder: Path, kind: str) -> None:
     name, damage, message = DAMAGE[kind]
     damage(folder / name)
     with pytest.raises(BitPolicyError, match=message):
@@ -72,7 +72,7 @@ def test_what_is_not_as_it_was_written_is_refused(folder: Path, kind: str) -> No
 
 
 @pytest.mark.parametrize("kind", [kind for kind in DAMAGE if "without its quantization" not in kind])
-def test_diffusers_own_loader_refuses_it_as_well(folder: Path, kind: str) -> None:
+def test_diffusers_own_loader_refuses_a_changed_folder_too(folder: Path, kind: str) -> None:
     name, damage, message = DAMAGE[kind]
     damage(folder / name)
     with pytest.raises((BitPolicyError, OSError), match=f"{message}|no file named"):
@@ -81,17 +81,17 @@ def test_diffusers_own_loader_refuses_it_as_well(folder: Path, kind: str) -> Non
         UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
 
 
-def test_a_large_file_is_hashed_where_everything_is_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_files_are_hashed_only_on_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest, "SMALL", 10)
     change(folder / VAE, **changed(folder / VAE))
     verify(folder)
-    with pytest.raises(BitPolicyError, match="not as it was written"):
+    with pytest.raises(BitPolicyError, match="SHA-256 differs"):
         verify(folder, everything=True)
-    with pytest.raises(BitPolicyError, match="not as it was written"):
+    with pytest.raises(BitPolicyError, match="SHA-256 differs"):
         bitpolicy.load_pipeline(folder, verify="all")
 
 
-def test_what_people_edit_may_be_edited(folder: Path) -> None:
+def test_files_that_people_edit_may_change(folder: Path) -> None:
     (folder / "README.md").write_text("mine")
     (folder / "policy.yaml").write_text((folder / "policy.yaml").read_text() + "# mine\n")
     (folder / "vae" / ".DS_Store").write_text("")
@@ -100,7 +100,7 @@ def test_what_people_edit_may_be_edited(folder: Path) -> None:
     bitpolicy.load_pipeline(folder)
 
 
-def test_a_folder_without_a_manifest_lacks_no_tensor(folder: Path) -> None:
+def test_a_missing_tensor_is_an_error_without_a_manifest_too(folder: Path) -> None:
     (folder / FILE).unlink()
     bitpolicy.load_pipeline(folder)
     without_one(folder / TEXT)
@@ -108,7 +108,7 @@ def test_a_folder_without_a_manifest_lacks_no_tensor(folder: Path) -> None:
         bitpolicy.load_pipeline(folder)
 
 
-def test_packed_weights_without_their_quantization_are_no_ordinary_model(folder: Path) -> None:
+def test_packed_weights_without_their_quantization_config_are_refused(folder: Path) -> None:
     (folder / FILE).unlink()
     DAMAGE["a packed config without its quantization"][1](folder / "unet" / "config.json")
     with pytest.raises(BitPolicyError, match=r"UNet2DConditionModel in .*unet lack \d+ tensors, .*weight, and have"):
@@ -120,26 +120,26 @@ def test_packed_weights_without_their_quantization_are_no_ordinary_model(folder:
     ["", "[]", "{", '{"version": 1}', '{"version": 1, "files": []}', '{"version": 1, "files": {"a": {}}}'],
     ids=str,
 )
-def test_a_manifest_that_is_none_is_an_error(folder: Path, text: str) -> None:
+def test_an_invalid_manifest_is_an_error(folder: Path, text: str) -> None:
     (folder / FILE).write_text(text)
     with pytest.raises(BitPolicyError, match=r"cannot read .*bitpolicy\.json"):
         verify(folder)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
-def test_a_file_that_may_not_be_read_is_told(folder: Path) -> None:
+def test_a_file_without_read_permission_is_an_error(folder: Path) -> None:
     (folder / VAE).chmod(0)
-    with pytest.raises(BitPolicyError, match=r"cannot read .*: Permission denied; make it a file that this user may"):
+    with pytest.raises(BitPolicyError, match=r"cannot read .*: Permission denied; make it a file that this user can"):
         verify(folder)
 
 
-def test_a_newer_manifest_is_told(folder: Path) -> None:
+def test_a_newer_manifest_is_an_error(folder: Path) -> None:
     (folder / FILE).write_text('{"version": 2, "files": {}}')
-    with pytest.raises(BitPolicyError, match="of version 2, read is 1; install a newer bitpolicy"):
+    with pytest.raises(BitPolicyError, match=r"version 2, .*1; install a newer bitpolicy"):
         verify(folder)
 
 
-def test_the_loaders_are_as_they_were_afterwards(folder: Path) -> None:
+def test_the_loaders_are_restored_afterwards(folder: Path) -> None:
     before = UNet2DConditionModel.from_pretrained
     (folder / FILE).unlink()
     without_one(folder / TEXT)

@@ -45,13 +45,13 @@ def test_classes_of_the_two_libraries_and_of_their_pipelines_are_found() -> None
         ("", "X"),
     ],
 )
-def test_nothing_else_is(library: str, name: str) -> None:
+def test_no_other_class_is_found(library: str, name: str) -> None:
     for index in ({**SOUND, "vae": [library, name]}, {**SOUND, "_class_name": [library, name]}):
         with pytest.raises(BitPolicyError, match=r"model_index\.json"):
             require_known_classes(index, INDEX)
 
 
-def test_a_pipeline_that_is_none_is_refused() -> None:
+def test_a_pipeline_class_that_is_not_a_pipeline_is_refused() -> None:
     with pytest.raises(BitPolicyError, match="pipeline class of diffusers"):
         require_known_classes({**SOUND, "_class_name": "UNet2DModel"}, INDEX)
 

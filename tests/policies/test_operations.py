@@ -133,7 +133,9 @@ def _cells(rows: str, operations: str) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("case", "operation"), cells("models", "operations"), indirect=["case"])
-def test_a_packed_model_goes_along(case: Case, model: Any, operation: str, request: pytest.FixtureRequest) -> None:
+def test_a_packed_model_supports_the_operation(
+    case: Case, model: Any, operation: str, request: pytest.FixtureRequest
+) -> None:
     row = TABLE["models"][request.node.callspec.params["case"]]
     if operation in row.get("not_applicable", ()):
         assert not hasattr(model, NEEDS[operation])
@@ -206,7 +208,7 @@ def pipeline(
 
 
 @pytest.mark.parametrize(("pipeline", "operation"), cells("pipelines", "pipeline_operations"), indirect=["pipeline"])
-def test_a_pipeline_with_a_packed_model_goes_along(pipeline: PipelineCase, operation: str) -> None:
+def test_a_pipeline_with_a_packed_model_supports_the_operation(pipeline: PipelineCase, operation: str) -> None:
     pipe = DiffusionPipeline.from_pretrained(pipeline.folder, dtype=torch.float32)
     if operation == "pipeline_while_read":
         pipeline_while_read(pipeline, pipe)
@@ -253,7 +255,7 @@ def test_every_operation_every_toy_and_every_kind_of_layer_is_in_the_table() -> 
     assert set(TABLE["kinds"]) == set(KINDS)
 
 
-def test_what_is_said_of_a_row_is_of_operations_that_there_are() -> None:
+def test_the_entries_of_a_row_name_known_operations() -> None:
     for rows, operations in (("models", "operations"), ("pipelines", "pipeline_operations")):
         for row, about in TABLE[rows].items():
             said = [*about.get("not_applicable", ()), *about.get("fail", ())]
@@ -261,7 +263,7 @@ def test_what_is_said_of_a_row_is_of_operations_that_there_are() -> None:
             assert set(said) <= set(TABLE[operations]), row
 
 
-def test_the_page_is_what_the_script_makes() -> None:
+def test_the_page_is_the_output_of_the_script() -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "operations_table.py")], capture_output=True, text=True
     )
@@ -285,7 +287,7 @@ def test_a_model_with_fused_projections_is_saved_as_it_was(case: Case, model: An
 
 @two_models
 @pytest.mark.parametrize("operation", ["group_offload", "layerwise_casting"])
-def test_what_diffusers_offloads_or_casts_is_not_dequantized_by_half(case: Case, model: Any, operation: str) -> None:
+def test_dequantizing_is_refused_where_diffusers_offloads_or_casts(case: Case, model: Any, operation: str) -> None:
     if operation == "group_offload":
         model.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
     else:

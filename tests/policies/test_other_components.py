@@ -54,9 +54,7 @@ def test_links_of_a_hub_cache_are_followed(exported: Any, half: Path, tmp_path: 
     assert differing(tmp_path / "out", exported.folder) == []
 
 
-def test_a_clone_is_a_file_of_its_own(
-    exported: Any, half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_clone_is_a_separate_file(exported: Any, half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Writing into it, or changing who may read it, leaves the source alone. The system call is played: most file
     systems have none."""
 
@@ -73,7 +71,7 @@ def test_a_clone_is_a_file_of_its_own(
     assert not (tmp_path / "out" / VAE).samefile(half / VAE)
 
 
-def test_without_clones_it_is_a_link(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_clones_the_file_is_linked(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asking for a clone leaves nothing behind where there is none."""
 
     def refuse(*_: Any) -> int:
@@ -84,7 +82,7 @@ def test_without_clones_it_is_a_link(half: Path, tmp_path: Path, monkeypatch: py
     assert (tmp_path / "clone").samefile(half / VAE)
 
 
-def test_what_cannot_be_linked_is_copied(
+def test_a_file_that_cannot_be_linked_is_copied(
     exported: Any, half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> None:
@@ -121,7 +119,7 @@ def test_the_bytes_of_other_components_are_those_that_were_predicted(
     assert parts.to_write(wanted, tmp_path / "out") == (0 if stored == wanted else sum(parts.others(wanted).values()))
 
 
-def test_the_disk_needs_room_for_what_is_copied_but_not_for_what_is_linked(
+def test_copied_files_need_disk_space_and_linked_files_do_not(
     exported: Any, half: Path, saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / ".out.bitpolicy-partial").mkdir()

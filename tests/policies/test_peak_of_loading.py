@@ -76,7 +76,7 @@ def make_full(folder: Path) -> None:
     Policy.of(choices, model=about).save(folder / "policy.yaml")
 
 
-def test_loading_takes_no_more_than_the_file_and_a_layer_and_packing_no_full_copy(tmp_path: Path) -> None:
+def test_loading_needs_the_file_and_a_layer_and_packing_needs_no_full_copy(tmp_path: Path) -> None:
     packed, full = tmp_path / "packed", tmp_path / "full"
     packed.mkdir()
     largest = make_packed(packed)

@@ -72,12 +72,12 @@ def test_later_rules_win(tmp_path: Path) -> None:
     assert formats == dict.fromkeys(NAMES, "int4") | {"conv_in": "int8", "conv_out": "fp16"}
 
 
-def test_without_a_word_a_layer_stays_fp16(tmp_path: Path) -> None:
+def test_a_layer_without_an_entry_stays_fp16(tmp_path: Path) -> None:
     policy = read(tmp_path, changed(defaults=None, rules=None, layers=None))
     assert set(policy.resolve(NAMES).values()) == {Choice(FP16)}
 
 
-def test_there_is_nothing_to_correct_at_fp16(tmp_path: Path) -> None:
+def test_fp16_layers_have_no_bias_correction(tmp_path: Path) -> None:
     policy = read(tmp_path, changed(defaults={"format": "fp16", "bias_correction": True}, rules=None, layers=None))
     assert not any(choice.bias_correction for choice in policy.resolve(NAMES).values())
 
@@ -86,7 +86,7 @@ def test_the_layers_keep_the_order_of_the_model(tmp_path: Path) -> None:
     assert list(read(tmp_path, TEXT).resolve(NAMES)) == NAMES
 
 
-def test_a_file_that_is_read_and_written_says_the_same(tmp_path: Path) -> None:
+def test_reading_and_writing_a_file_keeps_its_content(tmp_path: Path) -> None:
     policy = read(tmp_path, TEXT)
     policy.save(tmp_path / "again.yaml")
     assert Policy.load(tmp_path / "again.yaml") == policy
@@ -156,12 +156,12 @@ def test_a_rule_may_name_a_quantizer(tmp_path: Path) -> None:
     assert {choice.quantizer for name, choice in found.items() if not name.startswith("conv_")} == {"rtn"}
 
 
-def test_a_policy_from_before_there_were_quantizers_rounds_to_nearest(tmp_path: Path) -> None:
+def test_a_policy_of_an_older_version_without_quantizers_rounds_to_nearest(tmp_path: Path) -> None:
     text = changed(defaults={"format": "int8"}, rules=[], layers={})
     assert {choice.quantizer for choice in read(tmp_path, text).resolve(NAMES).values()} == {"rtn"}
 
 
-def test_the_calibration_is_held_beside_the_policy_and_never_in_the_file(tmp_path: Path) -> None:
+def test_the_policy_holds_the_calibration_and_its_file_does_not(tmp_path: Path) -> None:
     policy = read(tmp_path, TEXT)
     holding = policy.with_calibration({"conv_in": torch.ones(3)})
     assert policy.calibration is None
@@ -198,10 +198,10 @@ def test_the_calibration_is_held_beside_the_policy_and_never_in_the_file(tmp_pat
     ],
     ids=str,
 )
-def test_a_malformed_entry_is_named_with_its_place_and_the_remedy(
+def test_the_error_for_a_malformed_entry_names_its_place(
     tmp_path: Path, fields: dict[str, Any], complaint: str
 ) -> None:
-    with pytest.raises(PolicyError, match=rf"policy\.yaml: {re.escape(complaint)}.*; mend that entry"):
+    with pytest.raises(PolicyError, match=rf"policy\.yaml: {re.escape(complaint)}"):
         read(tmp_path, changed(**fields))
 
 
@@ -216,25 +216,25 @@ def test_a_malformed_entry_is_named_with_its_place_and_the_remedy(
         ("a: !!python/object/apply:os.getcwd []", "is not YAML"),
     ],
 )
-def test_another_file_is_told_from_a_policy(tmp_path: Path, text: str, complaint: str) -> None:
+def test_another_kind_of_file_is_not_a_policy(tmp_path: Path, text: str, complaint: str) -> None:
     with pytest.raises(PolicyError, match=re.escape(complaint)) as raised:
         read(tmp_path, text)
     assert "\n" not in str(raised.value)
 
 
-def test_a_binary_file_is_told_from_a_policy(tmp_path: Path) -> None:
+def test_a_binary_file_is_not_a_policy(tmp_path: Path) -> None:
     (tmp_path / "policy.yaml").write_bytes(b"\xff\xfe\x00\x9d")
     with pytest.raises(PolicyError, match="is not YAML"):
         Policy.load(tmp_path / "policy.yaml")
 
 
 @pytest.mark.parametrize("name", ["absent.yaml", "."])
-def test_a_file_that_cannot_be_read_is_told_which_one_to_give(tmp_path: Path, name: str) -> None:
+def test_the_error_for_an_unreadable_file_says_which_one_to_give(tmp_path: Path, name: str) -> None:
     with pytest.raises(PolicyError, match=r"cannot read policy .*; give the policy\.yaml that search-policy wrote"):
         Policy.load(tmp_path / name)
 
 
-def test_a_rule_that_matches_nothing_is_no_silent_loss(tmp_path: Path) -> None:
+def test_a_rule_that_matches_nothing_is_an_error(tmp_path: Path) -> None:
     policy = read(tmp_path, changed(rules=[{"match": "*.attn3.*", "format": "int4"}]))
     with pytest.raises(PolicyError, match=r"rule '\*\.attn3\.\*' matches none of the 6 layers; `bitpolicy inspect`"):
         policy.resolve(NAMES)
@@ -243,7 +243,7 @@ def test_a_rule_that_matches_nothing_is_no_silent_loss(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "hint"), [("block.attn1.to_z", "did you mean 'block.attn1.to_"), ("zzz", "`bitpolicy inspect` lists")]
 )
-def test_an_unknown_layer_is_told_the_nearest_name(tmp_path: Path, name: str, hint: str) -> None:
+def test_the_error_for_an_unknown_layer_names_the_nearest_one(tmp_path: Path, name: str, hint: str) -> None:
     policy = read(tmp_path, changed(layers={name: {"format": "int4"}}))
     with pytest.raises(PolicyError, match=rf"layer '{name}', which this model does not have; {re.escape(hint)}"):
         policy.resolve(NAMES)
@@ -259,7 +259,7 @@ def test_an_unknown_layer_is_told_the_nearest_name(tmp_path: Path, name: str, hi
     ],
     ids=str,
 )
-def test_an_unknown_format_is_told_which_there_are(tmp_path: Path, fields: dict[str, Any]) -> None:
+def test_the_error_for_an_unknown_format_lists_the_known_ones(tmp_path: Path, fields: dict[str, Any]) -> None:
     with pytest.raises(BitPolicyError, match="unknown format 'int9'; write int2 to int8"):
         read(tmp_path, changed(**fields)).resolve(NAMES)
 
@@ -286,7 +286,7 @@ def test_several_components_have_a_class_and_a_hash_each(tmp_path: Path) -> None
         read(tmp_path, changed(model=several | {"sha256": "ab"}))
 
 
-def test_of_one_component_only_what_is_said_of_it_is_looked_at(tmp_path: Path) -> None:
+def test_for_one_component_the_entries_of_others_are_ignored(tmp_path: Path) -> None:
     rules = [{"match": "unet.*", "format": "int8"}, {"match": "vae.*", "format": "int4"}]
     policy = read(tmp_path, changed(rules=rules, layers={"vae.conv_in": {"format": "fp16"}}))
     found = policy.resolve(["unet.conv_in"], component="unet")
@@ -304,10 +304,10 @@ def test_a_file_that_was_cut_short_is_refused_wherever_it_ends(tmp_path: Path) -
     for end in range(len(whole)):
         with pytest.raises(PolicyError):
             read(tmp_path, text[:end])
-    with pytest.raises(PolicyError, match=r"cut short: .* take the whole file"):
+    with pytest.raises(PolicyError, match=r"cut short: .*remove the ---"):
         read(tmp_path, text[: len(text) // 2])
 
 
-def test_lines_after_the_end_of_a_file_are_not_passed_over(tmp_path: Path) -> None:
+def test_lines_after_the_end_of_a_file_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match=r"lines after its end, a line of \.\.\.; move them above"):
         read(tmp_path, read(tmp_path, TEXT).to_yaml() + "share_qkv: true\n")

@@ -54,7 +54,7 @@ plain = st.recursive(
 
 @SOON
 @given(wanted=choices(), id=printable, provenance=st.dictionaries(printable, plain, max_size=3))
-def test_a_policy_comes_back_as_it_was_written(
+def test_a_policy_survives_writing_and_reading(
     wanted: dict[str, Choice], id: str, provenance: dict[str, object]
 ) -> None:
     about = ModelReference(id=id, component="unet", class_name="Toy", sha256="0" * 64)
@@ -70,7 +70,7 @@ def test_a_policy_comes_back_as_it_was_written(
 
 @SOON
 @given(wanted=choices())
-def test_a_config_comes_back_as_it_was_written(wanted: dict[str, Choice]) -> None:
+def test_a_config_survives_writing_and_reading(wanted: dict[str, Choice]) -> None:
     config = BitPolicyConfig.of(wanted, torch.bfloat16)
     again = BitPolicyConfig.from_dict(config.to_dict())
     assert again.to_dict() == config.to_dict()

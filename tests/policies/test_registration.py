@@ -33,7 +33,7 @@ def test_either_may_be_imported_first(library: str, first: str) -> None:
     assert done.stdout == f"BitPolicyConfig {own.__name__}\n"
 
 
-def test_diffusers_takes_the_stand_ins_for_classes() -> None:
+def test_diffusers_accepts_the_stand_ins_as_classes() -> None:
     """It asks for instances of every config that it knows, and for the arguments of the one that is named."""
     code = """import sys, bitpolicy
 from diffusers import PipelineQuantizationConfig, QuantoConfig
@@ -64,13 +64,13 @@ def test_registering_twice_changes_nothing() -> None:
     assert transformers_auto.AUTO_QUANTIZER_MAPPING["bitpolicy"].is_trainable is not None  # a class's own attribute
 
 
-def test_search_is_the_function_whatever_was_imported_before() -> None:
+def test_search_is_the_function_in_any_order_of_imports() -> None:
     code = "import bitpolicy; from bitpolicy.search import budget; print(callable(bitpolicy.search), budget.__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "True bitpolicy.search.budget\n"
 
 
-def test_everything_that_is_offered_is_there() -> None:
+def test_every_public_name_exists() -> None:
     assert {name for name in bitpolicy.__all__ if getattr(bitpolicy, name) is None} == set()
     assert set(bitpolicy.__all__) <= set(dir(bitpolicy))
     with pytest.raises(AttributeError, match="no attribute 'serach'"):

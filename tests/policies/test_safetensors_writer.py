@@ -85,13 +85,13 @@ def test_a_tensor_that_was_never_written_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tensor", [torch.zeros(3), torch.zeros(4, dtype=torch.float64), torch.zeros(2, 2)], ids=str)
-def test_a_tensor_that_is_not_as_announced_is_an_error(tmp_path: Path, tensor: torch.Tensor) -> None:
+def test_a_tensor_that_does_not_match_its_spec_is_an_error(tmp_path: Path, tensor: torch.Tensor) -> None:
     writer = SafetensorsWriter(tmp_path / "file", {"a": TensorSpec(torch.float32, (4,))})
-    with pytest.raises(ValueError, match=r"a: got .*, announced torch.float32 \(4,\)"), writer:
+    with pytest.raises(ValueError, match=r"a: got .*needed torch.float32 \(4,\)"), writer:
         writer.write("a", tensor)
 
 
-def test_an_error_inside_is_not_covered_by_what_is_missing(tmp_path: Path) -> None:
+def test_an_error_inside_is_not_hidden_by_missing_tensors(tmp_path: Path) -> None:
     writer = SafetensorsWriter(tmp_path / "file", specs(TENSORS))
     with pytest.raises(KeyboardInterrupt), writer:
         raise KeyboardInterrupt

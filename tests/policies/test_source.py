@@ -48,18 +48,18 @@ def test_the_hash_of_files_is_that_of_the_model(toy_unet: Any, tmp_path: Path, s
     assert source_hash(ModuleSource(toy_unet), storage) == weights_hash(toy_unet, storage)
 
 
-def test_a_tensor_that_changes_between_two_readings_is_told() -> None:
+def test_a_tensor_that_changes_between_two_reads_is_an_error() -> None:
     layer = nn.Linear(3, 2)
     source = Unchanged(ModuleSource(layer), torch.float16)
     before = source_hash(source, torch.float16)
     assert source_hash(source, torch.float16) == before == weights_hash(layer, torch.float16)
     layer.weight.data[0, 0] += 1
     source.read("bias")
-    with pytest.raises(BitPolicyError, match="changed while they were used: weight is another than it was"):
+    with pytest.raises(BitPolicyError, match=r"files changed .*: weight is .*run the command again"):
         source.read("weight")
 
 
-def test_what_is_read_is_compared_with_the_model_in_memory_in_the_storage_dtype(tmp_path: Path) -> None:
+def test_files_are_compared_with_the_model_in_memory_in_the_storage_dtype(tmp_path: Path) -> None:
     layer = nn.Linear(3, 2)
     save_file(layer.half().state_dict(), tmp_path / "model.safetensors")
     source = Unchanged(FileSource([tmp_path / "model.safetensors"]), torch.float16, ModuleSource(layer.float()))
@@ -67,18 +67,18 @@ def test_what_is_read_is_compared_with_the_model_in_memory_in_the_storage_dtype(
     save_file({**layer.half().state_dict(), "bias": torch.ones(2).half()}, tmp_path / "model.safetensors")
     changed = Unchanged(FileSource([tmp_path / "model.safetensors"]), torch.float16, ModuleSource(layer.float()))
     changed.read("weight")
-    with pytest.raises(BitPolicyError, match="bias is another than it was"):
+    with pytest.raises(BitPolicyError, match=r"files changed .*: bias is "):
         changed.read("bias")
 
 
-def test_several_models_are_hashed_each_and_read_as_one() -> None:
+def test_several_models_have_separate_hashes_and_are_read_as_one() -> None:
     models = {"transformer": nn.Linear(3, 2), "transformer_2": nn.Linear(2, 5)}
     sources = {name: ModuleSource(model) for name, model in models.items()}
     assert source_hashes(sources, torch.float16) == Target(models).weights_hashes(torch.float16)
     assert torch.equal(joined(sources).read("transformer_2.bias"), models["transformer_2"].bias)
 
 
-def test_a_value_that_float16_cannot_hold_is_told() -> None:
+def test_a_value_that_float16_cannot_hold_is_an_error() -> None:
     layer = nn.Linear(2, 2)
     layer.weight.data[1, 1] = 1e6
     with pytest.raises(BitPolicyError, match=r"weight has values that torch\.float16 cannot hold; .* bfloat16"):
@@ -88,16 +88,16 @@ def test_a_value_that_float16_cannot_hold_is_told() -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        ("cut", r"cannot read .*model\.safetensors, which is damaged: .*download it again"),
+        ("cut", r"cannot read .*model\.safetensors, which is damaged.*download it again"),
         (
             "pointer",
-            r"model\.safetensors is a git-lfs pointer and not the file itself; run `git lfs pull`, or",
+            r"model\.safetensors is a git-lfs pointer.*; run `git lfs pull`, or",
         ),
         ("missing", r"model\.safetensors is missing; download it again"),
-        ("a folder", r"cannot read .*model\.safetensors: it is no file; make it a file that this user may read"),
+        ("a folder", r"cannot read .*model\.safetensors: .* regular file; make it a file that this user can read"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said_and_nothing_else(tmp_path: Path, damage: str, reason: str) -> None:
+def test_the_error_says_what_is_wrong_with_a_file(tmp_path: Path, damage: str, reason: str) -> None:
     path = tmp_path / "model.safetensors"
     save_file(TENSORS, path)
     if damage == "cut":
@@ -130,7 +130,7 @@ def forbidden(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_file_without_permission_is_not_called_missing(forbidden: Path) -> None:
-    needles = r"model\.safetensors: Permission denied; make it a file that this user may read"
+    needles = r"model\.safetensors: Permission denied; make it a file that this user can read"
     with pytest.raises(BitPolicyError, match=needles) as found:
         FileSource([forbidden])
     with pytest.raises(BitPolicyError, match="Permission denied") as calibration:
@@ -206,7 +206,7 @@ def test_a_conversion_is_done_tensor_by_tensor(
     assert [name for name, tensor in expected.items() if not torch.equal(found.read(name), tensor)] == []
 
 
-def test_only_what_a_tensor_hangs_on_is_read(original: dict[str, torch.Tensor]) -> None:
+def test_only_the_inputs_of_a_tensor_are_read(original: dict[str, torch.Tensor]) -> None:
     base = Watched(original)
     found = converted(base, other_layout)
     assert base.read_names == []
@@ -215,7 +215,7 @@ def test_only_what_a_tensor_hangs_on_is_read(original: dict[str, torch.Tensor]) 
     assert set(base.read_names) == {"mod", "same"}
 
 
-def test_the_last_file_has_a_name_that_two_have(tmp_path: Path) -> None:
+def test_a_name_in_two_files_is_read_from_the_last(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2)}, tmp_path / "1.safetensors")
     shutil.copy(tmp_path / "1.safetensors", tmp_path / "0.safetensors")
     save_file({"a": torch.ones(3)}, tmp_path / "1.safetensors")

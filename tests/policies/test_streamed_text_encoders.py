@@ -41,7 +41,7 @@ def names_of(parts: Parts) -> list[str]:
 
 @pytest.mark.parametrize("toy", ["StableDiffusionPipeline", "StableDiffusion3Pipeline"])  # CLIP; two CLIPs and a T5
 @pytest.mark.parametrize("prefix", ["", "text_model."], ids=["newer names", "older names"])
-def test_text_encoders_are_streamed_as_they_are_written_from_memory(
+def test_streamed_text_encoders_equal_those_written_from_memory(
     every_format_in_turn: Callable[[Any], dict[str, Choice]],
     policy_of: Callable[..., Policy],
     tmp_path: Path,
@@ -93,5 +93,5 @@ def test_a_text_encoder_that_does_not_fit_its_config_is_refused(
     new_toy_pipeline().save_pretrained(tmp_path)
     name = next(name for name in load_file(tmp_path / TEXT) if name.endswith("fc1.bias"))
     change(tmp_path / TEXT, **{name.replace(".", "__"): torch.zeros(3)})
-    with pytest.raises(BitPolicyError, match=r"fc1\.bias has shape \(3,\), the config of CLIPTextModel says \(32,\)"):
+    with pytest.raises(BitPolicyError, match=r"fc1\.bias has shape \(3,\), .*the config of CLIPTextModel says \(32,\)"):
         FolderParts(tmp_path, ["text_encoder"])

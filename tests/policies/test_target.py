@@ -31,7 +31,7 @@ def test_a_single_component_keeps_the_names_of_its_layers() -> None:
     assert list(target.state_dict()) == list(model.state_dict())
 
 
-def test_of_several_components_names_are_those_of_a_module_dict() -> None:
+def test_names_in_several_components_are_those_of_a_module_dict() -> None:
     models = {"unet": small(2), "vae": small(4)}
     target, together = Target(models), nn.ModuleDict(models)
     assert list(target.layers) == ["unet.0", "unet.2", "vae.0", "vae.2"]
@@ -40,7 +40,7 @@ def test_of_several_components_names_are_those_of_a_module_dict() -> None:
     assert [*map(id, target.parameters())] == [*map(id, together.parameters())]
 
 
-def test_what_components_share_is_there_once_and_no_layer_where_it_is_a_weight() -> None:
+def test_shared_modules_appear_once_and_layers_with_shared_weights_do_not() -> None:
     whole, weight = nn.Linear(2, 2), nn.Linear(2, 2)
     other = nn.Linear(2, 2)
     other.weight = weight.weight
@@ -49,7 +49,7 @@ def test_what_components_share_is_there_once_and_no_layer_where_it_is_a_weight()
     assert len(list(target.parameters())) == 5
 
 
-def test_entries_of_one_component_go_by_its_own_names() -> None:
+def test_entries_of_one_component_have_its_own_names() -> None:
     target = Target({"unet": small(2), "unet_2": small(2)})
     by_layer = {name: name for name in target.layers}
     assert dict(target.of_component(by_layer, "unet")) == {"0": "unet.0", "2": "unet.2"}
@@ -58,7 +58,7 @@ def test_entries_of_one_component_go_by_its_own_names() -> None:
     assert within_component(by_layer, layer_prefix("unet_2", ["unet", "unet_2"]))["0"] == "unet_2.0"
 
 
-def test_what_the_loop_calls_is_told_from_what_it_does_not() -> None:
+def test_components_in_the_loop_are_separated_from_the_others() -> None:
     pipe = TOYS["StableDiffusionPipeline"].new()
     target = Target.of(pipe, ["text_encoder", "unet", "vae"])
     assert (list(target.in_loop), list(target.outside_loop)) == (["unet"], ["text_encoder", "vae"])
@@ -77,19 +77,19 @@ def test_all_is_every_component_with_layers() -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("tokenizer", "no component 'tokenizer'; it has .*unet.*: choose with --component"),
+        ("tokenizer", "no component 'tokenizer'; it has .*unet.*--component"),
         ("safety_checker", "does not change the image; leave it out of --component"),
         ("plain", "is a Linear, which neither diffusers nor transformers can save and load"),
     ],
 )
-def test_what_cannot_be_studied_is_refused(name: str, reason: str) -> None:
+def test_a_component_that_cannot_be_studied_is_refused(name: str, reason: str) -> None:
     models = {"unet": nn.Linear(1, 1), "safety_checker": nn.Linear(1, 1), "plain": nn.Linear(1, 1)}
     pipe: Any = SimpleNamespace(**models, components=models)
     with pytest.raises(BitPolicyError, match=reason):
         Target.chosen(pipe, [name])
 
 
-def test_the_command_line_names_components_in_a_text() -> None:
+def test_the_command_line_names_components_in_one_text() -> None:
     assert asked_components("unet, vae,unet") == ["unet", "vae"]
     assert asked_components("all") == ["all"]
     assert asked_components(None) is None

@@ -47,7 +47,7 @@ def tensor_bytes(folder: Path) -> int:
     return sum(tensor.nbytes for path in folder.glob("*.safetensors") for tensor in load_file(path).values())
 
 
-def test_unquantized_it_has_the_bytes_that_its_own_library_writes(model: Any, tmp_path: Path) -> None:
+def test_an_unquantized_model_has_the_bytes_that_its_own_library_writes(model: Any, tmp_path: Path) -> None:
     account = ByteAccount.of(Target({"unet": model}), torch.float16)
     nn.Module.to(model, torch.float16)
     model.save_pretrained(tmp_path)
@@ -55,7 +55,7 @@ def test_unquantized_it_has_the_bytes_that_its_own_library_writes(model: Any, tm
 
 
 @pytest.mark.parametrize("name", ["int4", "int8"])
-def test_packed_it_has_the_bytes_that_are_written(model: Any, name: str, tmp_path: Path) -> None:
+def test_a_packed_model_has_the_bytes_that_are_written(model: Any, name: str, tmp_path: Path) -> None:
     layers = {layer: format_named(name) for layer, _ in quantizable_layers(model)}
     account = ByteAccount.of(Target({"unet": model}), torch.float16)
     choices = {layer: Choice(format) for layer, format in layers.items()}
@@ -64,7 +64,7 @@ def test_packed_it_has_the_bytes_that_are_written(model: Any, name: str, tmp_pat
     assert account.total(layers) < account.reference
 
 
-def test_several_together_have_the_bytes_of_each() -> None:
+def test_the_bytes_of_several_models_add_up() -> None:
     models = {name: MODELS[name]() for name in ("T5", "AutoencoderKL")}
     together = ByteAccount.of(Target(models), torch.float16)
     apart = [ByteAccount.of(Target({"unet": model}), torch.float16) for model in models.values()]
@@ -72,7 +72,7 @@ def test_several_together_have_the_bytes_of_each() -> None:
     assert together.fixed == sum(account.fixed for account in apart)
 
 
-def test_a_layer_that_shares_its_weight_is_none_to_quantize() -> None:
+def test_a_layer_that_shares_its_weight_is_not_quantized() -> None:
     tied = language_model()
     assert tied.lm_head.weight is tied.get_input_embeddings().weight
     names = [name for name, _ in quantizable_layers(tied)]

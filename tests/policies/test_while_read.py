@@ -60,7 +60,7 @@ def policy_file(exported: Any, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_it_is_what_exporting_and_loading_gives(
+def test_packing_while_reading_equals_exporting_and_loading(
     exported: Any, unrounded: Path, policy_file: Path, dtype: torch.dtype | None
 ) -> None:
     packed = load(unrounded, policy_file, dtype=dtype)
@@ -70,17 +70,19 @@ def test_it_is_what_exporting_and_loading_gives(
     assert {name: m.compute_dtype for name, m in packed.named_modules() if isinstance(m, PackedLayer)} == dtypes
 
 
-def test_it_predicts_the_same_bits(exported: Any, unrounded: Path, policy_file: Path, predict: Predict) -> None:
+def test_a_model_packed_while_read_predicts_the_same_bits(
+    exported: Any, unrounded: Path, policy_file: Path, predict: Predict
+) -> None:
     expected = UNet2DConditionModel.from_pretrained(exported.folder, subfolder="unet", dtype=torch.float32)
     assert torch.equal(predict(load(unrounded, policy_file, dtype=torch.float32)), predict(expected))
 
 
-def test_a_policy_in_memory_serves_with_its_calibration(exported: Any, unrounded: Path) -> None:
+def test_a_policy_in_memory_brings_its_calibration(exported: Any, unrounded: Path) -> None:
     packed = load(unrounded, exported.policy.with_calibration(exported.calibration))
     assert same_tensors(packed, UNet2DConditionModel.from_pretrained(exported.folder, subfolder="unet"))
 
 
-def test_shards_that_part_a_weight_from_its_bias_are_packed_too(
+def test_a_weight_and_its_bias_may_be_in_different_shards(
     exported: Any, unrounded: Path, policy_file: Path, tmp_path: Path
 ) -> None:
     unet = UNet2DConditionModel.from_pretrained(unrounded, subfolder="unet")
@@ -92,7 +94,7 @@ def test_shards_that_part_a_weight_from_its_bias_are_packed_too(
     assert same_tensors(packed, UNet2DConditionModel.from_pretrained(exported.folder, subfolder="unet"))
 
 
-def test_saved_it_is_an_ordinary_packed_checkpoint(
+def test_a_saved_model_is_an_ordinary_packed_checkpoint(
     exported: Any, unrounded: Path, policy_file: Path, tmp_path: Path
 ) -> None:
     load(unrounded, policy_file).save_pretrained(tmp_path)
@@ -149,7 +151,7 @@ def together(
     return pipe, policy.model_copy(update={"rules": rules}).with_calibration(means)
 
 
-def test_a_policy_of_several_components_is_put_on_each(
+def test_a_policy_of_several_components_is_applied_to_each(
     together: tuple[Any, Policy], draw: Predict, tmp_path: Path
 ) -> None:
     pipe, policy = together
@@ -175,7 +177,7 @@ def test_one_component_of_several_may_be_loaded_alone(together: tuple[Any, Polic
     assert same_tensors(load(tmp_path / "full", policy), expected)
 
 
-def test_a_component_of_other_weights_is_refused_though_another_fits(
+def test_a_component_with_other_weights_is_refused_even_if_another_fits(
     together: tuple[Any, Policy], tmp_path: Path
 ) -> None:
     pipe, policy = together
@@ -255,7 +257,7 @@ def changed(policy: Policy, **fields: Any) -> Policy:
     [
         (
             lambda p: changed(p, class_name="FluxTransformer2DModel"),
-            "made for the unet of toy, a FluxTransformer2DModel; this is a UNet2DConditionModel: name that component",
+            "made for the unet of toy, a FluxTransformer2DModel, .*a UNet2DConditionModel; .*components_to_quantize",
         ),
         (
             lambda p: changed(p, sha256="0" * 64),
@@ -276,7 +278,7 @@ def test_a_policy_for_another_model_is_refused(
         load(unrounded, policy)
 
 
-def test_a_needed_calibration_that_is_missing_is_asked_for(unrounded: Path, policy_file: Path, tmp_path: Path) -> None:
+def test_a_missing_calibration_is_an_error_if_it_is_needed(unrounded: Path, policy_file: Path, tmp_path: Path) -> None:
     alone = shutil.copy(policy_file, tmp_path / "policy.yaml")
     with pytest.raises(BitPolicyError, match=r"calibration\.safetensors is missing.*keep the two together"):
         load(unrounded, alone)
@@ -290,7 +292,7 @@ def test_a_calibration_that_is_not_needed_may_be_missing(
     assert any(isinstance(module, PackedLayer) for module in load(unrounded, tmp_path / "policy.yaml").modules())
 
 
-def test_a_policy_that_is_not_there_is_told(unrounded: Path, tmp_path: Path) -> None:
+def test_a_missing_policy_is_an_error(unrounded: Path, tmp_path: Path) -> None:
     with pytest.raises(BitPolicyError, match=r"cannot read policy .*no\.yaml"):
         load(unrounded, tmp_path / "no.yaml")
 
@@ -318,7 +320,7 @@ def test_files_that_lack_a_tensor_are_refused(unrounded: Path, policy_file: Path
         load(tmp_path, policy_file)
 
 
-def test_what_float16_cannot_hold_is_named(
+def test_the_error_for_a_value_beyond_float16_names_the_tensor(
     exported: Any, unrounded: Path, policy_of: Callable[..., Policy], tmp_path: Path
 ) -> None:
     unet = UNet2DConditionModel.from_pretrained(unrounded, subfolder="unet")

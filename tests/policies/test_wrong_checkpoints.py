@@ -76,10 +76,10 @@ def test_a_missing_tensor_is_named(whole: tuple[Path, Path, Any], suffix: str) -
 
 
 @pytest.mark.parametrize("name", ["conv_in.weight", "extra", "a.b.weight_scale"])
-def test_a_tensor_too_much_is_named(whole: tuple[Path, Path, Any], name: str) -> None:
+def test_an_unexpected_tensor_is_named(whole: tuple[Path, Path, Any], name: str) -> None:
     folder, file, kind = whole
     change_tensors(file, lambda tensors: tensors.update({name: torch.ones(2)}))
-    with pytest.raises(BitPolicyError, match=f"has 1 tensors that the model has no place for, e.g. {name}"):
+    with pytest.raises(BitPolicyError, match=f"has 1 tensors .*e.g. {name}"):
         kind.from_pretrained(folder)
 
 
@@ -100,7 +100,7 @@ def test_another_dtype_is_named(whole: tuple[Path, Path, Any], suffix: str, dtyp
     folder, file, kind = whole
     name = first(load_file(file), suffix)
     change_tensors(file, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
-    with pytest.raises(BitPolicyError, match=rf"{file}: {name} has dtype {dtype}, the config says .*is damaged"):
+    with pytest.raises(BitPolicyError, match=rf"{file}: {name} has dtype {dtype}, .*config says .*is damaged"):
         kind.from_pretrained(folder)
 
 
@@ -109,12 +109,12 @@ def test_another_shape_is_named(whole: tuple[Path, Path, Any], suffix: str) -> N
     folder, file, kind = whole
     name = first(load_file(file), suffix)
     change_tensors(file, lambda tensors: tensors.update({name: tensors[name][:1].clone()}))
-    with pytest.raises(BitPolicyError, match=rf"{file}: {name} has shape \(1,.*, the config says .*is damaged"):
+    with pytest.raises(BitPolicyError, match=rf"{file}: {name} has shape \(1,.*config says .*is damaged"):
         kind.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("suffix", [".weight_packed", ".weight_scale", ".weight_zero", ".bias", "norm.weight"])
-def test_one_bit_that_differs_is_found_and_named(whole: tuple[Path, Path, Any], suffix: str) -> None:
+def test_one_wrong_bit_is_found_and_named(whole: tuple[Path, Path, Any], suffix: str) -> None:
     folder, file, kind = whole
     name = first(load_file(file), suffix)
     data = bytearray(file.read_bytes())
@@ -122,7 +122,7 @@ def test_one_bit_that_differs_is_found_and_named(whole: tuple[Path, Path, Any], 
     begin, _ = json.loads(data[8 : 8 + length])[name]["data_offsets"]
     data[8 + length + begin] ^= 1
     file.write_bytes(data)
-    with pytest.raises(BitPolicyError, match=f"{file}: {name} has checksum .*, it was written with .*is damaged"):
+    with pytest.raises(BitPolicyError, match=f"{file}: {name} has checksum .*written with .*is damaged"):
         kind.from_pretrained(folder)
 
 
@@ -153,14 +153,14 @@ def test_a_truncated_text_encoder_is_named(text_encoder: Path, tmp_path: Path) -
             {"format_version": 7, "tensors": []},
             r"format_version 7, .* reads 1; install a newer bitpolicy",
         ),
-        ({"tensors": []}, r"has an entry 'tensors', which is not known here"),
+        ({"tensors": []}, r"unknown entry 'tensors'"),
         ({"storage_dtype": "int8"}, r"storage_dtype is 'int8', needed one of"),
-        ({"storage_dtype": "bfloat16"}, r"has dtype torch\.float16, the config says torch\.bfloat16 or torch\.float32"),
+        ({"storage_dtype": "bfloat16"}, r"has dtype torch\.float16, .*config says torch\.bfloat16 or torch\.float32"),
         ({"layers": ["conv_in"]}, r"layers is list, needed a mapping"),
         ({"layers": {"conv_in": 4}}, r"layers: conv_in is 4, needed text"),
         ({"formats": {"int4": 4}}, r"int4 is int, needed a mapping"),
-        ({"layers": {"../../conv_in": "int4"}}, r"packs '\.\./\.\./conv_in', which is no layer's name"),
-        ({"layers": {"/etc/passwd": "int4"}}, r"packs '/etc/passwd', which is no layer's name"),
+        ({"layers": {"../../conv_in": "int4"}}, r"packs '\.\./\.\./conv_in', which is not a layer"),
+        ({"layers": {"/etc/passwd": "int4"}}, r"packs '/etc/passwd', which is not a layer"),
         ({"layers": {"no.such": "int4"}}, r"packs layer 'no\.such', which .* does not have"),
         ({"checksums": "00"}, r"the config has 0 checksums for"),
         ({"checksums": {}}, r"checksums is \{\}, needed text"),
@@ -168,9 +168,7 @@ def test_a_truncated_text_encoder_is_named(text_encoder: Path, tmp_path: Path) -
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
-def test_a_config_that_is_not_ours_is_refused(
-    whole: tuple[Path, Path, Any], entries: dict[str, Any], complaint: str
-) -> None:
+def test_an_invalid_config_is_refused(whole: tuple[Path, Path, Any], entries: dict[str, Any], complaint: str) -> None:
     folder, _, kind = whole
     change_config(folder, **entries)
     with pytest.raises(BitPolicyError, match=complaint):
@@ -188,11 +186,11 @@ def test_shards_outside_the_folder_are_not_read(exported: Any, tmp_path: Path) -
     index.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"not allowed|is not read"):  # newer diffusers refuse it before we do
         UNet2DConditionModel.from_pretrained(tmp_path / "copy")
-    with pytest.raises(BitPolicyError, match=r"is not read: a packed model lies in safetensors files of one folder"):
+    with pytest.raises(BitPolicyError, match=r"is not read: .*safetensors files in one folder"):
         stored_tensors([tmp_path / "copy" / ".." / moved])
 
 
-def test_a_file_that_diffusers_does_not_name_is_not_read(exported: Any) -> None:
+def test_a_file_whose_name_diffusers_does_not_pass_on_is_refused(exported: Any) -> None:
     """from_single_file tells a quantizer no files, so what is in them could not be checked."""
     file = exported.folder / "vae" / "diffusion_pytorch_model.safetensors"
     about = {"config": str(exported.folder), "subfolder": "vae", "quantization_config": BitPolicyConfig()}
@@ -223,7 +221,7 @@ def test_a_pickle_is_not_loaded(whole: tuple[Path, Path, Any], tmp_path: Path, i
 
 
 @pytest.mark.parametrize("kept", ["low_cpu_mem_usage", "offload_state_dict", "disk"])
-def test_ways_to_load_that_would_cast_what_is_packed_are_refused(exported: Any, tmp_path: Path, kept: str) -> None:
+def test_loading_options_that_would_cast_packed_tensors_are_refused(exported: Any, tmp_path: Path, kept: str) -> None:
     options: dict[str, Any] = {
         "low_cpu_mem_usage": {"low_cpu_mem_usage": False},
         "offload_state_dict": {"offload_state_dict": True, "dtype": torch.bfloat16},
@@ -240,6 +238,6 @@ def test_packed_models_are_not_saved_as_pickles(exported: Any, tmp_path: Path) -
         model.save_pretrained(tmp_path, safe_serialization=False)
 
 
-def test_a_config_of_another_method_is_not_taken_for_ours() -> None:
+def test_a_config_of_another_method_is_refused() -> None:
     with pytest.raises(BitPolicyError, match="quant_method is 'gptq'"):
         BitPolicyConfig(quant_method="gptq")

@@ -60,15 +60,15 @@ def test_a_config_that_asks_for_billions_of_layers_is_refused_before_they_are_bu
 @pytest.mark.parametrize(
     ("component", "entries", "reason"),
     [
-        ("unet", {"layers_per_block": "two"}, "has layers_per_block: 'two', and UNet2DConditionModel needs a number"),
-        ("unet", {"norm_num_groups": {}}, "has norm_num_groups: {}, and UNet2DConditionModel needs a number"),
-        ("unet", {"down_block_types": [5, 5]}, "makes no UNet2DConditionModel: .*; download it again"),
-        ("unet", {"norm_num_groups": 0}, "makes no UNet2DConditionModel: .*zero"),
-        ("text_encoder", {"hidden_size": "wide"}, "makes no CLIPTextModel"),
-        ("text_encoder", {"num_attention_heads": 0}, "makes no CLIPTextModel"),
+        ("unet", {"layers_per_block": "two"}, "has layers_per_block: 'two', .*UNet2DConditionModel needs a number"),
+        ("unet", {"norm_num_groups": {}}, "has norm_num_groups: {}, .*UNet2DConditionModel needs a number"),
+        ("unet", {"down_block_types": [5, 5]}, ".*UNet2DConditionModel: .*; download it again"),
+        ("unet", {"norm_num_groups": 0}, ".*UNet2DConditionModel: .*zero"),
+        ("text_encoder", {"hidden_size": "wide"}, ".*CLIPTextModel"),
+        ("text_encoder", {"num_attention_heads": 0}, ".*CLIPTextModel"),
     ],
 )
-def test_a_config_of_which_no_model_can_be_built_is_told(
+def test_a_config_that_no_model_can_be_built_from_is_an_error(
     saved: Callable[..., Path], component: str, entries: dict[str, Any], reason: str
 ) -> None:
     folder = saved(F16)
@@ -78,7 +78,7 @@ def test_a_config_of_which_no_model_can_be_built_is_told(
 
 
 @pytest.mark.parametrize("component", ["unet", "text_encoder"])
-def test_a_config_that_is_no_json_is_told(saved: Callable[..., Path], component: str) -> None:
+def test_a_config_that_is_not_json_is_an_error(saved: Callable[..., Path], component: str) -> None:
     folder = saved(F16)
     (folder / component / "config.json").write_text("{")
     with pytest.raises(BitPolicyError, match=rf"cannot read .*{component}.config\.json"):
@@ -86,7 +86,7 @@ def test_a_config_that_is_no_json_is_told(saved: Callable[..., Path], component:
 
 
 @pytest.mark.parametrize("component", ["unet", "text_encoder"])
-def test_an_error_in_our_own_code_is_no_fault_of_the_config(
+def test_an_error_in_our_own_code_is_not_blamed_on_the_config(
     saved: Callable[..., Path], component: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is raised while a model is built: a hook of ours counts the modules."""
@@ -95,7 +95,7 @@ def test_an_error_in_our_own_code_is_no_fault_of_the_config(
         FolderParts(saved(F16), [component])
 
 
-def test_pickles_are_loaded_on_no_road(saved: Callable[..., Path]) -> None:
+def test_pickles_are_never_loaded(saved: Callable[..., Path]) -> None:
     folder = saved(F16)
     torch.save({}, folder / "vae" / "diffusion_pytorch_model.bin")
     open_pipeline(folder)
@@ -104,7 +104,7 @@ def test_pickles_are_loaded_on_no_road(saved: Callable[..., Path]) -> None:
         open_pipeline(folder)
 
 
-def test_a_damaged_tokenizer_is_told(saved: Callable[..., Path]) -> None:
+def test_a_damaged_tokenizer_is_an_error(saved: Callable[..., Path]) -> None:
     folder = saved(F16)
     found = [path for path in (folder / "tokenizer").iterdir() if path.suffix == ".json"]
     for path in found:
@@ -113,7 +113,7 @@ def test_a_damaged_tokenizer_is_told(saved: Callable[..., Path]) -> None:
         open_pipeline(folder)
 
 
-def test_a_missing_shard_is_told(saved: Callable[..., Path]) -> None:
+def test_a_missing_shard_is_an_error(saved: Callable[..., Path]) -> None:
     folder = saved(F16, max_shard_size="100KB")
     gone = sorted((folder / "unet").glob("*.safetensors"))[1]
     gone.unlink()
@@ -121,18 +121,18 @@ def test_a_missing_shard_is_told(saved: Callable[..., Path]) -> None:
         FolderParts(folder)
 
 
-def test_a_variant_that_is_not_there_is_told(half: Path) -> None:
-    with pytest.raises(BitPolicyError, match="no weights of the variant 'bf16'; leave --variant out"):
+def test_a_missing_variant_is_an_error(half: Path) -> None:
+    with pytest.raises(BitPolicyError, match=r"no weights of the variant 'bf16'; .*--variant"):
         FolderParts(half, variant="bf16")
 
 
 def test_a_packed_denoiser_is_refused(exported: Any) -> None:
-    with pytest.raises(BitPolicyError, match="unet is quantized already"):
+    with pytest.raises(BitPolicyError, match="unet is already quantized"):
         FolderParts(exported.folder)
 
 
 @pytest.mark.parametrize("component", ["transformer", "scheduler_2"])
-def test_a_component_that_is_not_there_is_told(half: Path, component: str) -> None:
+def test_a_missing_component_is_an_error(half: Path, component: str) -> None:
     with pytest.raises(BitPolicyError, match=f"no component '{component}'; it has .*unet.*--component"):
         FolderParts(half, [component])
 

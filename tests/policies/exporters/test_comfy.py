@@ -81,7 +81,7 @@ def test_names_of_u_nets_are_those_of_the_original_code(config: dict[str, Any]) 
         ("stable diffusion xl", "add_embedding.linear_1.weight", "label_emb.0.0.weight"),
     ],
 )
-def test_names_that_published_checkpoints_have(model: str, name: str, expected: str) -> None:
+def test_names_match_published_checkpoints(model: str, name: str, expected: str) -> None:
     """diffusers reads either place of an upsampler, the published files have one."""
     from diffusers import UNet2DConditionModel
 
@@ -90,17 +90,17 @@ def test_names_that_published_checkpoints_have(model: str, name: str, expected: 
     assert comfy_namer(source_of(unet))(name) == expected
 
 
-def test_a_name_that_comfy_has_no_place_for_is_an_error(toy_unet: Any) -> None:
+def test_a_name_without_a_place_in_comfy_is_an_error(toy_unet: Any) -> None:
     with pytest.raises(BitPolicyError, match=r"no place for encoder_hid_proj\.weight"):
         comfy_namer(source_of(toy_unet))("encoder_hid_proj.weight")
 
 
-def test_a_class_whose_names_are_not_known_is_refused(policy_of: Any, parts_of: Any, tmp_path: Path) -> None:
+def test_a_class_with_unknown_names_is_refused(policy_of: Any, parts_of: Any, tmp_path: Path) -> None:
     from diffusers import DiTTransformer2DModel
 
     model = DiTTransformer2DModel(num_layers=1, num_attention_heads=2, attention_head_dim=8, norm_num_groups=4)
     policy = policy_of(model, {name: Choice(FP16) for name, _ in quantizable_layers(model)})
-    with pytest.raises(BitPolicyError, match=r"not known here .*UNet2DConditionModel.* --target sdnq"):
+    with pytest.raises(BitPolicyError, match=r"it knows UNet2DConditionModel.* --target sdnq"):
         export_to("comfy", parts_of(transformer=model), policy, Calibration(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -140,7 +140,7 @@ MARKERS = {
 
 
 @pytest.mark.parametrize("name", MARKERS)
-def test_a_marker_says_format_and_rotation_and_whether_inputs_stay_whole(name: str) -> None:
+def test_a_marker_gives_format_and_rotation_and_whether_inputs_are_quantized(name: str) -> None:
     layer = Layer("a", "Linear", (8, 512), format_named(name))
     whole = {} if MARKERS[name]["format"] == "awq_w4a16" else {"full_precision_matrix_mult": True}
     assert Comfy().marker(layer) == {**MARKERS[name], **whole}
@@ -165,7 +165,7 @@ def test_a_marker_says_format_and_rotation_and_whether_inputs_stay_whole(name: s
         ("fp16", (8, 16, 3, 3), True),
     ],
 )
-def test_it_holds_what_its_kernels_can_say(name: str, shape: tuple[int, ...], held: bool) -> None:
+def test_comfy_holds_what_its_kernels_support(name: str, shape: tuple[int, ...], held: bool) -> None:
     kind = "Linear" if len(shape) == 2 else "Conv2d"
     assert Comfy().holds(Layer("a", kind, shape, format_named(name))) == held
 
@@ -184,7 +184,7 @@ def test_it_holds_what_its_kernels_can_say(name: str, shape: tuple[int, ...], he
         ("add_embedding.linear_2", True),
     ],
 )
-def test_layers_whose_width_tells_the_model_keep_it(name: str, halved: bool) -> None:
+def test_layers_whose_width_identifies_the_model_keep_their_width(name: str, halved: bool) -> None:
     held = {
         f: Comfy().holds(Layer(name, "Linear", (8, 256), format_named(f))) for f in ("int8", "int4", "int4-convrot")
     }
@@ -205,7 +205,7 @@ def in_kitchen(made: dict[str, torch.Tensor], shape: tuple[int, ...], storage: t
 
 
 @pytest.mark.parametrize("name", MARKERS)
-def test_its_tensors_keep_our_codes_through_all_that_its_own_tests_do_to_them(name: str) -> None:
+def test_comfys_own_tensors_keep_our_codes_through_its_own_operations(name: str) -> None:
     weight, format = torch.randn(48, 512, generator=torch.Generator().manual_seed(1)), format_named(name)
     made = Comfy("comfy-int8", quantize_inputs=True).convert(
         Layer("a", "Linear", (48, 512), format), format.quantize(weight), torch.float16
@@ -228,7 +228,7 @@ def test_its_tensors_keep_our_codes_through_all_that_its_own_tests_do_to_them(na
 
 @pytest.mark.parametrize("name", MARKERS)
 @pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16], ids=str)
-def test_its_own_multiplication_gives_what_ours_does_within_its_rounding(name: str, storage: torch.dtype) -> None:
+def test_comfys_own_multiplication_equals_ours_within_its_rounding(name: str, storage: torch.dtype) -> None:
     """Inputs of 8 bits cost a hundredth; comfy-kitchen's plain code gives `convrot_w4a4` inputs of 4 bits, whatever the
     marker says; where inputs stay whole, the storage dtype rounds."""
     draw = torch.Generator().manual_seed(1)

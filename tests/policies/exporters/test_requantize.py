@@ -39,7 +39,7 @@ def test_the_nearest_has_as_many_bits_or_more_and_about_the_bytes(
     assert nearest(exporter_named(target), layer, weight(*shape)).name == expected
 
 
-def test_of_formats_as_close_the_one_of_least_error_is_taken() -> None:
+def test_among_equally_close_formats_the_one_with_the_least_error_is_chosen() -> None:
     """int4-g32-sym and int4-sym are both an eighth of a bit from int4."""
     layer = Layer("a", "Linear", (16, 128), format_named("int4"))
     found = nearest(exporter_named("modelopt"), layer, weight(16, 128))
@@ -64,7 +64,7 @@ def test_the_quantizer_stays_and_the_error_is_that_of_the_original(before: str, 
     assert 0 < one.error_after < 0.03
 
 
-def test_fp16_has_no_bias_to_correct() -> None:
+def test_requantizing_to_fp16_drops_the_bias_correction() -> None:
     module = torch.nn.Conv2d(16, 8, 3)
     choice = Choice(format_named("int8"), bias_correction=True)
     layer = Layer.of("a", module, choice.format)
@@ -73,7 +73,7 @@ def test_fp16_has_no_bias_to_correct() -> None:
     assert one.error_after == 0.0
 
 
-def test_what_gptq_rounded_is_rounded_by_mse() -> None:
+def test_layers_that_gptq_rounded_are_requantized_by_mse() -> None:
     module = torch.nn.Linear(128, 16)
     choice = Choice(format_named("int6"), quantizer="gptq")
     layer = Layer.of("a", module, choice.format)
@@ -83,16 +83,16 @@ def test_what_gptq_rounded_is_rounded_by_mse() -> None:
     assert one.after.quantizer == "mse"
 
 
-def test_a_refusal_counts_by_format_and_names_the_first() -> None:
+def test_a_refusal_counts_layers_by_format_and_names_the_first_ones() -> None:
     layers = [
         Layer("a", "Linear", (8, 8), format_named("nf4")),
         Layer("b", "Conv2d", (8, 8, 3, 3), format_named("int8")),
         Layer("c", "Conv2d", (8, 8, 3, 3), format_named("int8")),
     ]
     message = (
-        r"ComfyUI cannot hold 3 layers as this policy has them \(1 in nf4, Linear; 2 in int8, Conv2d\): a, b, c\. "
-        r"Round these anew .* --requantize, or search again with --target comfy --formats int4-convrot,.*,fp16; "
-        r"`bitpolicy formats --target comfy` says what it holds"
+        r"ComfyUI cannot hold 3 layers in the policy's formats \(1 in nf4, Linear; 2 in int8, Conv2d\): a, b, c\. "
+        r".* --requantize, or search again with --target comfy --formats int4-convrot,.*,fp16; "
+        r"`bitpolicy formats --target comfy`"
     )
     with pytest.raises(TargetError, match=message):
         refuse(exporter_named("comfy"), {layer.name: layer for layer in layers})

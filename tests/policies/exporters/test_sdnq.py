@@ -15,7 +15,7 @@ from bitpolicy.policies.exporters.sdnq_packing import codes_per_block, pack_bloc
 
 
 @pytest.mark.parametrize("bits", range(2, 8))
-def test_sdnq_unpacks_what_is_packed(bits: int) -> None:
+def test_sdnq_unpacks_our_codes(bits: int) -> None:
     os.environ["SDNQ_USE_TORCH_COMPILE"] = "0"
     packed_int = pytest.importorskip("sdnq.packed_int", reason="pip install sdnq")
     codes = torch.randint(0, 2**bits, (16, 24), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
@@ -25,7 +25,7 @@ def test_sdnq_unpacks_what_is_packed(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", range(2, 8))
-def test_no_bit_is_wasted_and_none_is_shared(bits: int) -> None:
+def test_every_bit_of_a_block_belongs_to_one_bit_of_a_code(bits: int) -> None:
     """Each code's each bit turns on one bit of the block, all different."""
     count = codes_per_block(bits)
     seen = set()
@@ -53,7 +53,7 @@ def test_no_bit_is_wasted_and_none_is_shared(bits: int) -> None:
         ((8, 48, 3, 3), "int8", -1),
     ],
 )
-def test_runs_are_the_longest_that_no_groups_end_cuts(shape: tuple[int, ...], name: str, group: int) -> None:
+def test_runs_are_the_longest_that_no_group_boundary_cuts(shape: tuple[int, ...], name: str, group: int) -> None:
     layer = Layer("a", "Conv2d" if len(shape) > 2 else "Linear", shape, format_named(name))
     assert Sdnq().group(layer) == group
 
@@ -71,6 +71,6 @@ def test_runs_are_the_longest_that_no_groups_end_cuts(shape: tuple[int, ...], na
         ((8, 128, 3), "int2", True),
     ],
 )
-def test_it_holds_what_is_exact(shape: tuple[int, ...], name: str, held: bool) -> None:
+def test_sdnq_holds_what_it_stores_exactly(shape: tuple[int, ...], name: str, held: bool) -> None:
     kind = {2: "Linear", 3: "Conv1d", 4: "Conv2d"}[len(shape)]
     assert Sdnq().holds(Layer("a", kind, shape, format_named(name))) == held
