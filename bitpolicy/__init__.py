@@ -1,7 +1,8 @@
-"""bitpolicy: mixed-precision quantization of diffusion models, chosen by what it does to the finished image.
+"""bitpolicy: mixed-precision quantization of diffusion models, chosen by its effect on the finished image.
 
-Importing it teaches diffusers and transformers to load packed checkpoints, whether they are imported already or later.
-What it offers is listed in `__init__.pyi` and imported when it is first used: torch and diffusers take seconds.
+Importing it registers packed checkpoints with diffusers and transformers, whether those are already imported or come
+later. `__init__.pyi` lists the public names. They are imported on first use, because torch and diffusers take seconds
+to import.
 """
 
 import sys as _sys
@@ -12,7 +13,7 @@ from typing import Any as _Any
 
 _root = _Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").exists() and (_root / "kernels").is_dir():
-    __path__.append(str(_root))  # in a source tree the subpackages lie beside this folder, not in it
+    __path__.append(str(_root))  # in a source tree the subpackages are next to this folder, not in it
 
 from bitpolicy.policies.loading.registration import register as _register
 
@@ -44,7 +45,7 @@ def __getattr__(name: str) -> _Any:
 
 
 class _Package(_ModuleType):
-    """`bitpolicy.search` is the function, though the modules of search/ lie below that name, too."""
+    """Keeps `bitpolicy.search` the function, although importing a module of search/ sets the same name."""
 
     def __setattr__(self, name: str, value: _Any) -> None:
         if name != "search" or not isinstance(value, _ModuleType):

@@ -1,4 +1,4 @@
-"""The Python API: the same road as the command line, on a pipeline that is in memory."""
+"""The Python API: the same workflow as the command line, also for a pipeline that is already in memory."""
 
 from __future__ import annotations
 
@@ -53,14 +53,13 @@ def probe(pipe: DiffusionPipeline | Named | Path, *, quiet: bool = False, **opti
 
     Args:
         pipe: an unquantized diffusers pipeline, its folder, a single .safetensors file, or a hub id; "bitpolicy/emoji"
-            is the one that comes with the package. The denoiser of one in memory is rounded, in place, to the storage
-            dtype.
+            is the bundled pipeline. The denoiser of a pipeline in memory is rounded to the storage dtype in place.
         quiet: show no progress bars.
-        options: those of docs/options.md but the size that is asked for and the study, e.g. samples=16,
-            formats="int4,int8", call={"num_inference_steps": 20}.
+        options: those of docs/options.md except "What to ask for" and the study, e.g. samples=16, formats="int4,int8",
+            call={"num_inference_steps": 20}.
 
     Raises:
-        BitPolicyError: an argument is wrong, or a trajectory is not finite.
+        BitPolicyError: an argument is invalid, or a trajectory is not finite.
     """
     settings = settings_for({"budget": "100%", **options}, _name(pipe))
     stages = Stages(quiet)
@@ -80,27 +79,28 @@ def search(
     quiet: bool = False,
     **options: Any,
 ) -> Policy:
-    """Find the policy that harms the finished image least within `budget`, or the smallest that reaches a quality.
+    """Find the policy that harms the finished image least within `budget`, or the smallest policy that reaches a
+    quality.
 
     Args:
         pipe: as for `probe`.
         budget: bytes, as a number or as text: 5000000, "3GB", "3GiB", "700MB", "45%" or "4.5bit".
-        output_dir: keep policy.yaml, calibration, sensitivity table and journal here, and resume from them; None keeps
-            none.
+        output_dir: folder for policy.yaml, calibration, sensitivity table and journal. A search resumes from what it
+            finds there. None keeps nothing.
         quiet: show no progress bars.
         options: those of docs/options.md, e.g. target_psnr=45, keep={"conv_in": "fp16"}, trials=0,
-            call={"num_inference_steps": 20}. dtype, device, offload, revision, variant and config are for a pipeline
-            that is given by its path or hub id.
+            call={"num_inference_steps": 20}. dtype, device, offload, revision, variant and config apply only to a
+            pipeline given by its path or hub id.
 
     Returns:
-        The policy, holding its calibration, ready for `export`.
+        The policy with its calibration, ready for `export`.
 
     Raises:
-        BitPolicyError: an argument is wrong, or no policy fits the budget.
+        BitPolicyError: an argument is invalid, or no policy fits the budget.
     """
     settings = settings_for({"budget": budget, **options}, _name(pipe))
     if settings.budget is None and settings.target_psnr is None and settings.target_lpips is None:
-        raise BitPolicyError("--frontier alone makes no policy; give --budget or --target-psnr with it")
+        raise BitPolicyError("--frontier alone chooses no policy; add --budget or --target-psnr")
     stages = Stages(quiet)
     with stages.whole_run(), ExitStack() as stack:
         plan = _plan(pipe, settings)
@@ -109,13 +109,13 @@ def search(
         stack.enter_context(working_in(folder))
         run = SearchRun(settings, plan, folder, stages)
         policy = run.decide()
-        assert policy is not None  # only a run without a budget and a target has none
+        assert policy is not None  # it is None only without a budget and a target
         held = {name: tensor.clone() for name, tensor in run.calibration.tensors().items()}
         return policy.with_calibration(held)
 
 
 def _name(pipe: DiffusionPipeline | str | Path) -> str | None:
-    """Path or hub id of a pipeline that is not in memory."""
+    """The path or hub id of a pipeline that is not in memory, otherwise None."""
     return None if isinstance(pipe, DiffusionPipeline) else str(pipe)
 
 
@@ -129,13 +129,15 @@ def _plan(pipe: DiffusionPipeline | str | Path, settings: Settings) -> Plan:
 
 
 def _require_path(**given: bool) -> None:
-    """Raises:
-    BitPolicyError: something is given that says how a pipeline in memory is to be loaded.
+    """Check that no loading option is given for a pipeline in memory.
+
+    Raises:
+        BitPolicyError: one is.
     """
     for name in (name for name, is_given in given.items() if is_given):
         raise BitPolicyError(
-            f"{name} says how a pipeline is loaded, and this one is in memory; leave it out, or give the folder or hub "
-            "id in place of the pipeline"
+            f"{name} is for loading a pipeline, but this one is already in memory; leave it out, or give the folder or "
+            "hub id instead of the pipeline"
         )
 
 
@@ -154,28 +156,30 @@ def export(
     compute: str | None = None,
     overwrite: bool = False,
 ) -> int:
-    """Write a pipeline as a diffusers folder whose denoiser is packed as `policy` says.
+    """Write a pipeline as a diffusers folder, with its denoiser packed as `policy` says.
 
     Args:
         pipe: the unquantized pipeline that the policy was made for: in memory, or a hub id, a folder or a single
-            .safetensors file, which is then not loaded but read layer by layer. Both ways write the same bytes.
-        policy: a policy, or the path of a policy.yaml with calibration.safetensors beside it.
+            .safetensors file. The last three are read layer by layer, without loading the pipeline. All of them write
+            the same bytes.
+        policy: a policy, or the path of a policy.yaml with calibration.safetensors in the same folder.
         output_dir: the folder to write.
-        component_dtype: dtype the other components are stored in, torch.float16 or "float16"; None is the policy's
-            storage dtype.
+        component_dtype: dtype in which the other components are stored, torch.float16 or "float16"; None means the
+            policy's storage dtype.
         max_shard_size: bytes, as a number or as text such as "10GB"; a larger denoiser is split into files of at most
-            so many.
-        revision, variant: of what is on the hub or in a folder.
-        config: folder or hub id with the configs of a single file.
-        push_to_hub: OWNER/NAME of a model repository that the folder is uploaded to.
-        compute: "exact", "int8" or "fp8", of the packed layers once the checkpoint is loaded; None is the policy's own.
-        overwrite: replace a pipeline that is in `output_dir`, once the new one is complete.
+            this size.
+        revision, variant: of a pipeline on the hub or in a folder.
+        config: folder or hub id with the configs for a single file.
+        push_to_hub: OWNER/NAME of the model repository to upload the folder to.
+        compute: compute mode of the packed layers once the checkpoint is loaded, "exact", "int8" or "fp8"; None means
+            the policy's own.
+        overwrite: replace a pipeline in `output_dir` once the new one is complete.
 
     Returns:
         Tensor bytes of the packed denoiser.
 
     Raises:
-        BitPolicyError: an argument is wrong, `output_dir` is there already, the policy is for another model, its
+        BitPolicyError: an argument is invalid, `output_dir` already exists, the policy is for another model, its
             calibration is missing, or the hub refuses.
     """
     shard = read_bytes(str(max_shard_size), "--max-shard-size")
@@ -218,18 +222,18 @@ def export_for(
     config: str | Path | None = None,
     overwrite: bool = False,
 ) -> Exported:
-    """Write the denoiser of a pipeline, packed as `policy` says, in the files of another program.
+    """Write the denoiser of a pipeline, packed as `policy` says, in another program's file format.
 
     Args:
         pipe, policy, output_dir, revision, variant, config, overwrite: as for `export`.
         target: "comfy", "comfy-int8", "sdnq", "torchao" or "modelopt"; see docs/exporters.md.
-        requantize: round layers anew whose format the target does not have, instead of refusing.
+        requantize: round layers again if the target does not have their format, instead of refusing.
 
     Returns:
-        Bytes, layers that were rounded anew, and what of the policy the target does not carry.
+        The bytes, the layers that were rounded again, and the parts of the policy that the target does not carry.
 
     Raises:
-        BitPolicyError: as `export`; or the target does not hold the policy, or does not know this class of model.
+        BitPolicyError: as for `export`; or the target cannot hold the policy, or does not know this class of model.
     """
     exporter_named(target)
     _require_free(Path(output_dir), overwrite)
@@ -248,10 +252,10 @@ def _parts(
     variant: str | None,
     config: str | Path | None,
 ) -> Parts:
-    """Where what is exported lies.
+    """The components to export, and where to read them.
 
     Raises:
-        BitPolicyError: there is no such model, or the policy is for another.
+        BitPolicyError: there is no such model, or the policy is for another one.
     """
     storage = getattr(torch, policy.storage_dtype)
     if isinstance(pipe, str | Path):
@@ -272,18 +276,18 @@ def load_pipeline(
     *,
     verify: str = "quick",
 ) -> DiffusionPipeline:
-    """Load an exported pipeline; its layers stay packed in memory.
+    """Load an exported pipeline. Its layers stay packed in memory.
 
     Args:
-        folder: what `export` or search-policy's checkpoint/ wrote.
-        dtype: compute dtype, torch.float32 or "float32"; None keeps the storage dtype.
-        device: where to; None leaves it on the CPU.
+        folder: a folder that `export` wrote, or the checkpoint/ of a search.
+        dtype: compute dtype, torch.float32 or "float32"; None means the storage dtype.
+        device: device to load onto; None means the CPU.
         verify: "quick" compares the lengths of all files with the folder's bitpolicy.json, the checksums of packed
-            tensors, and the SHA-256 of files up to 32 MiB; "all" the SHA-256 of every file.
+            tensors, and the SHA-256 of files up to 32 MiB; "all" compares the SHA-256 of every file.
 
     Raises:
-        BitPolicyError: it is no such folder, something in it is not as it was exported, or there is no such dtype or
-            device.
+        BitPolicyError: it is not such a folder, a file in it is not as it was exported, or the dtype or device is
+            unknown.
     """
     if verify not in ("quick", "all"):
         raise BitPolicyError(f"verify is {verify!r}; give quick or all")
@@ -291,7 +295,7 @@ def load_pipeline(
     try:
         target = None if device is None else torch.device(device)
     except RuntimeError as error:
-        raise BitPolicyError(f"device is {device!r}; give a device of torch's, such as cpu or cuda:0") from error
+        raise BitPolicyError(f"device is {device!r}; give a torch device such as cpu or cuda:0") from error
     pipe = open_pipeline(Path(folder), compute or stored_dtype(Path(folder)), everything=verify == "all")
     return pipe.to(target) if target is not None else pipe
 
@@ -300,20 +304,22 @@ def _dtype(name: str, dtype: torch.dtype | str | None) -> torch.dtype | None:
     if isinstance(dtype, torch.dtype) or dtype is None:
         return dtype
     if dtype not in DTYPES:
-        raise BitPolicyError(f"{name} is {dtype!r}; give {', '.join(DTYPES)}, or a dtype of torch's")
+        raise BitPolicyError(f"{name} is {dtype!r}; give {', '.join(DTYPES)}, or a torch dtype")
     return DTYPES[dtype]
 
 
 def _require_free(folder: Path, overwrite: bool) -> None:
-    """Raises:
-    BitPolicyError: something is in the folder, and may not be replaced.
+    """Check that the folder is empty or may be replaced.
+
+    Raises:
+        BitPolicyError: neither is the case.
     """
     if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
-        raise BitPolicyError(f"{folder} is there already; choose another --output-dir, or give --overwrite")
+        raise BitPolicyError(f"{folder} already exists; choose another --output-dir, or give --overwrite")
 
 
 def _require_model(policy: Policy, parts: Parts, storage: torch.dtype) -> None:
-    """What is read later has to be the same still."""
+    """Check that the policy was made for these weights and configs. A later read fails if the weights change."""
     model = policy.model
     parts.sources = {name: Unchanged(source, storage) for name, source in parts.sources.items()}
     found = source_hashes(parts.sources, storage)
@@ -322,7 +328,7 @@ def _require_model(policy: Policy, parts: Parts, storage: torch.dtype) -> None:
         if has != wanted:
             raise BitPolicyError(
                 f"the policy was made for {model.id} ({model.class_name}, "
-                f"sha256 {wanted[:12]}...), this {component} has sha256 {has[:12]}...; "
+                f"sha256 {wanted[:12]}...), but this {component} has sha256 {has[:12]}...; "
                 "give that model, or run search-policy on this one"
             )
     for component, part in parts.target.items():
@@ -330,6 +336,6 @@ def _require_model(policy: Policy, parts: Parts, storage: torch.dtype) -> None:
 
 
 def _calibration(policy: Policy, given: Policy | str | Path, parts: Parts) -> Calibration:
-    """Of a policy that was given in memory or as a file."""
+    """The calibration of a policy that was given in memory or as a file."""
     path = None if isinstance(given, Policy) else Path(given)
     return calibration_of(policy, path, choices_for(parts.target, policy).values())

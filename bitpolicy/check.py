@@ -1,11 +1,11 @@
-"""The probe against the truth: layer by layer, and over random policies.
+"""Compare the probe's predictions with measurements, layer by layer and over random policies.
 
-The truth is `bitpolicy.sensitivity.probes.measurement`: quantize, run the real trajectory, take the distance of the
-final latent from the reference's, on the samples the probe used. Layers are compared by Spearman's rank correlation and
-by the median ratio of predicted to measured error; policies likewise, over the whole range of sizes. A policy's
-prediction adds the layers' sketches up as vectors. With fewer sketches than layers the off-diagonal part of that
-quadratic form is noisy, so it is also judged held out: the form of one half of the samples against the measured error
-of the other half.
+`bitpolicy.sensitivity.probes.measurement` provides the measurements: quantize, run the real trajectory, and take the
+distance of the final latent from the reference's, on the samples that the probe used. Layers are compared by Spearman's
+rank correlation and by the median ratio of predicted to measured error. Policies are compared in the same way, over the
+whole range of sizes. A policy's prediction adds the layers' sketches as vectors. With fewer sketches than layers, the
+off-diagonal part of that quadratic form is noisy. The form is therefore also judged on held-out samples: computed from
+one half of the samples, and compared with the measured error of the other half.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.trajectory.reference import ReferencePass
 
 TRUSTED_DB = 20.0  # PSNR below which the images no longer show the same picture
-LAYERS, POLICIES = "check: layers", "check: random policies"  # what the progress bars are called
+LAYERS, POLICIES = "check: layers", "check: random policies"  # names of the progress bars
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class Agreement:
 
     Attributes:
         what: a format's name, or "policies".
-        n: how many pairs.
-        spearman: rank correlation; None where it is not defined, all being equal.
-        median_ratio: of predicted to measured.
-        within_2x: share of pairs whose ratio is between 1/2 and 2.
+        n: number of pairs.
+        spearman: rank correlation; None if it is undefined because all values are equal.
+        median_ratio: median ratio of predicted to measured.
+        within_2x: share of pairs with a ratio between 1/2 and 2.
     """
 
     what: str
@@ -70,12 +70,12 @@ class CheckedPolicy:
 
     Attributes:
         nbytes: its size.
-        predicted: E|dx_0|^2 / E|x_0|^2 from all sketches, added up as vectors.
-        additive: the same from the layers' errors as powers.
-        held_out: the same from the sketches of the first half of the samples; None where there are none.
+        predicted: E|dx_0|^2 / E|x_0|^2 from all sketches, added as vectors.
+        additive: the same from the layers' errors, added as powers.
+        held_out: like `predicted`, from the sketches of the first half of the samples; None if there are none.
         measured: from real trajectories; `measured_held_out` from those of the second half of the samples.
-        psnr_db: of the decoded images, mean over samples; None where one is identical.
-        bias: share of the measured error that is its mean over samples.
+        psnr_db: PSNR of the decoded images, mean over samples; None if one image is identical.
+        bias: the mean error over samples, as a share of the measured error.
     """
 
     nbytes: int
@@ -90,14 +90,14 @@ class CheckedPolicy:
 
 @dataclass(frozen=True)
 class Check:
-    """A probe's predictions beside what was measured.
+    """A probe's predictions and the matching measurements.
 
     Attributes:
-        layers, formats: names, lengths L and F.
-        predicted, measured: E|dx_0|^2 / E|x_0|^2 of one layer alone, shape (L, F).
+        layers, formats: names, of lengths L and F.
+        predicted, measured: E|dx_0|^2 / E|x_0|^2 with only one layer quantized, shape (L, F).
         bias, parallel: shares of the measured error, shape (L, F).
-        policies: the random ones; the first quantizes nothing and has to be zero in both.
-        forwards: denoiser forwards that measuring took.
+        policies: the random policies; the first one quantizes nothing and must be zero in both.
+        forwards: denoiser forwards that the measurements took.
     """
 
     layers: tuple[str, ...]
@@ -110,7 +110,7 @@ class Check:
     forwards: int
 
     def agreements(self) -> list[Agreement]:
-        """By format over layers, then over the policies that still show the picture."""
+        """For each format over the layers, then over the policies whose images still show the same picture."""
         p, m = np.asarray(self.predicted), np.asarray(self.measured)
         found = [Agreement.of(name, p[:, j].tolist(), m[:, j].tolist()) for j, name in enumerate(self.formats)]
         trusted = [p for p in self.policies[1:] if p.psnr_db is not None and p.psnr_db > TRUSTED_DB]
@@ -124,7 +124,7 @@ class Check:
         return found
 
     def save(self, path: Path) -> None:
-        """Write JSON, agreements included."""
+        """Write JSON, including the agreements."""
         content = {**asdict(self), "agreements": [asdict(a) for a in self.agreements()]}
         write_text(path, json.dumps(sealed(content), indent=1, allow_nan=False) + "\n")
 
@@ -133,7 +133,7 @@ class Check:
         """Read the JSON.
 
         Raises:
-            BitPolicyError: it is missing or no such file.
+            BitPolicyError: the file is missing or is not a check.
         """
         try:
             found = read_sealed(path)
@@ -149,7 +149,7 @@ def check(run: ProbeRun, table: SensitivityTable, reference: ReferencePass, acco
     """Measure every layer in every format, and `count` random policies.
 
     Args:
-        table: an adjoint probe's; what was re-measured by ablation counts as the probe's word.
+        table: the table of an adjoint probe; what ablation re-measured counts as a prediction.
     """
     shape = (len(table.layers), len(table.formats))
     layers = run.measure(
@@ -187,7 +187,7 @@ def check(run: ProbeRun, table: SensitivityTable, reference: ReferencePass, acco
 
 
 def random_policies(layers: int, formats: Sequence[Format], count: int) -> Iterator[list[Format]]:
-    """`count` random policies from nearly all FP16 to none, always the same ones."""
+    """`count` random policies, from nearly all FP16 to no FP16; the same ones in every run."""
     for i in range(count):
         draw = random.Random(i)
         packed = draw.random()

@@ -1,9 +1,9 @@
-"""What sets a command apart from a call in Python: it answers at once, and other libraries are quiet in it.
+"""What makes a command different from a call in Python: it responds at once, and other libraries stay quiet.
 
-Importing diffusers takes seconds and imports every quantization library that is installed, some of which print warnings
-about each other, as torchao 0.18 does beside torch 2.14 or newer. Who runs a command can do nothing about them, and an
-error has to stay one line. So a command reads its options first, and imports what carries it out then, and quietly. Who
-imports bitpolicy in Python hears everything, as from diffusers itself.
+Importing diffusers takes seconds and imports every quantization library that is installed. Some of them print warnings
+about each other, as torchao 0.18 does with torch 2.14 or newer. The user of a command can do nothing about these
+warnings, and an error must stay on one line. A command therefore parses its options first, and then quietly imports the
+code that carries it out. Code that imports bitpolicy in Python gets all warnings, as from diffusers itself.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _in_a_command: ContextVar[bool] = ContextVar("in_a_command", default=False)
 
 
 def in_a_command() -> bool:
-    """Whether a command calls: messages then spell options as the command line does."""
+    """Whether a command is running. Messages then spell options as on the command line."""
     return _in_a_command.get()
 
 
 @contextmanager
 def command() -> Iterator[None]:
-    """While the block runs, functions of the Python interface are called by a command."""
+    """Inside the block, functions of the Python interface are called by a command."""
     before = _in_a_command.set(True)
     try:
         yield
@@ -39,30 +39,30 @@ def command() -> Iterator[None]:
 
 @contextmanager
 def importing(options: Mapping[str, Any]) -> Iterator[None]:
-    """Neither warnings nor log records while a command imports what carries it out, and little of them afterwards.
+    """Silence warnings and logs while a command imports the code that carries it out, and most of them afterwards.
 
     Args:
-        options: of the command; `debug` lets everything through, `quiet` and `as_json` show no sign of life.
+        options: the command's options; `debug` lets everything through, `quiet` and `as_json` hide the loading message.
     """
     if options.get("debug"):
         yield
         return
     before = logging.root.manager.disable
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or counting allocations warns of those it did not see
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise counting allocations warns about those it missed
     shown = not (options.get("quiet") or options.get("as_json"))
-    with _sign_of_life(shown), warnings.catch_warnings():
+    with _loading_message(shown), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.CRITICAL)
         try:
             yield
         finally:
             logging.disable(before)
-    _hush()
+    _silence_libraries()
 
 
 @contextmanager
-def _sign_of_life(shown: bool) -> Iterator[None]:
-    """A line on the terminal while the libraries are imported, which takes seconds; gone afterwards."""
+def _loading_message(shown: bool) -> Iterator[None]:
+    """A line on the terminal during the imports, which take seconds. It is erased afterwards."""
     if not shown or not sys.stderr.isatty():
         yield
         return
@@ -75,8 +75,8 @@ def _sign_of_life(shown: bool) -> Iterator[None]:
         sys.stderr.flush()
 
 
-def _hush() -> None:
-    """Other libraries' chatter would bury the progress bars. Our own warnings are a line each."""
+def _silence_libraries() -> None:
+    """Silence other libraries, whose output would bury the progress bars. Print our own warnings in one line each."""
     warnings.filterwarnings("ignore")
     warnings.filterwarnings("always", category=BitPolicyWarning)
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)

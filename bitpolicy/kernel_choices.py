@@ -1,4 +1,4 @@
-"""Which kernel each packed layer of a pipeline gets, and why: watched while the pipeline draws one image."""
+"""Which kernel each packed layer of a pipeline uses and why, recorded while the pipeline draws one image."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from bitpolicy.kernels.layers import HasModules, PackedLayer, packed_layers
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """What one layer got at its first call.
+    """The kernel of one layer at its first call.
 
     Attributes:
-        layer: its name.
-        format: of its weight.
-        input: shape of its input, padded where the layer pads.
-        dtype: of its input, as "float32".
-        compute: what its product rounds.
-        kernel: the name of the kernel.
-        why: what decided: "tried: ..." with milliseconds, or that there was no choice.
-        passed_over: kernel name -> why it does not take the call.
+        layer: name of the layer.
+        format: format of its weight.
+        input: shape of its input, including padding if the layer pads.
+        dtype: dtype of its input, e.g. "float32".
+        compute: compute mode of its product.
+        kernel: name of the kernel.
+        why: the reason for the choice: "tried: ..." with milliseconds, or why there was nothing to choose.
+        passed_over: kernel name -> why it does not accept the call.
     """
 
     layer: str
@@ -39,7 +39,7 @@ class KernelChoice:
     passed_over: dict[str, str]
 
     def as_row(self) -> dict[str, Any]:
-        """For a table."""
+        """A table row."""
         passed = "; ".join(f"{name}: {reason}" for name, reason in self.passed_over.items())
         return {
             "layer": self.layer,
@@ -55,7 +55,7 @@ class KernelChoice:
 
 @contextmanager
 def watching(model: HasModules) -> Iterator[dict[str, KernelChoice]]:
-    """While the block runs, the first call of each packed layer is noted, by the layer's name."""
+    """Inside the block, record the first call of each packed layer under the layer's name."""
     seen: dict[str, KernelChoice] = {}
 
     def watch(name: str) -> Any:
@@ -86,16 +86,16 @@ def _choice(name: str, layer: PackedLayer, input: torch.Tensor) -> KernelChoice:
 def _why(kernel: Kernel, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, compute: Compute) -> str:
     asked = dispatch.mode()
     if asked != dispatch.AUTO:
-        return f"{asked} was asked for"
+        return f"{asked} was requested"
     able = dispatch.takers(x, weight, compute)
     if len(able) == 1:
-        return "the only one"
+        return "the only candidate"
     if able[0].settled:
-        return "does less than any other"
+        return "does less work than any other"
     times = dispatch.tried(x, weight, bias, compute)
     if not times:
-        return "the first one; nothing was tried"
-    told = (f"{name} {'wrong' if ms is None else f'{ms:.3g} ms'}" for name, ms in times.items())
+        return "the first candidate; none was timed"
+    timings = (f"{name} {'wrong' if ms is None else f'{ms:.3g} ms'}" for name, ms in times.items())
     fastest = min((ms for ms in times.values() if ms is not None), default=0.0)
     spares = kernel.thrifty and (times.get(kernel.name) or 0.0) > fastest
-    return f"tried: {', '.join(told)}" + ("; about as fast, and needs less memory" if spares else "")
+    return f"tried: {', '.join(timings)}" + ("; about as fast, and needs less memory" if spares else "")

@@ -1,4 +1,4 @@
-"""The folder that holds what a search made: who may write to it, what may be removed, whether it is done."""
+"""The output folder of a search: who may write to it, what may be removed, and whether the search has finished."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ _OURS = (
     *("sensitivity.csv", "frontier", "study.journal", "study.journal.torn", "trials.csv", "compare.png"),
     *("checkpoint", "work", "report.html"),
 )
-_PROBED = ("split.safetensors", "check.json")  # what a probe leaves, and no search makes
-_GOES_ON = ("trials", "timeout")  # with more trials or another time limit a search goes on with what it has
+_PROBED = ("split.safetensors", "check.json")  # files of a probe that no search writes
+_EXTENDABLE = ("trials", "timeout")  # more trials or another time limit continue a search
 
 
 def identity_of(settings: Settings) -> dict[str, Any]:
-    """JSON values that two runs share exactly when they ask for the same."""
+    """JSON values that are equal for two runs exactly if the runs ask for the same."""
     return json.loads(json.dumps(fingerprint(asdict(settings))))
 
 
 class OutputFolder:
-    """The output of one search. It is claimed by `run.json`; finished once `result.json` is there.
+    """The output folder of one search. `run.json` claims it, and `result.json` marks it as finished.
 
     Raises:
-        BitPolicyError: on opening, if the folder holds something else, or cannot be written.
+        BitPolicyError: on opening, if the folder holds something else or cannot be written.
     """
 
     def __init__(self, path: Path, settings: Settings, *, overwrite: bool, resume: bool) -> None:
@@ -52,7 +52,7 @@ class OutputFolder:
             elif held is None:
                 self._clear_probed()
             elif held != identity:
-                (path / "result.json").unlink(missing_ok=True)  # of fewer trials
+                (path / "result.json").unlink(missing_ok=True)  # the result of fewer trials
             write_text(path / "run.json", json.dumps(identity, indent=2, sort_keys=True) + "\n")
         except OSError as error:
             raise _not_writable(path, error) from error
@@ -60,10 +60,10 @@ class OutputFolder:
     @classmethod
     @contextmanager
     def claimed(cls, path: Path, settings: Settings, *, overwrite: bool, resume: bool) -> Iterator[OutputFolder]:
-        """The folder, for this process alone while the block runs.
+        """The folder, reserved for this process while the block runs.
 
         Raises:
-            BitPolicyError: as on opening; or another process works in it.
+            BitPolicyError: as on opening; or another process is using the folder.
         """
         _claimed(path, identity_of(settings), overwrite)
         try:
@@ -75,15 +75,15 @@ class OutputFolder:
 
     @staticmethod
     def peek(path: Path, settings: Settings, *, overwrite: bool, resume: bool) -> dict[str, Any] | None:
-        """The result of this very search if `path` holds it, finished; nothing is written.
+        """The result of this exact search if `path` holds it and it has finished. Writes nothing.
 
         Raises:
-            BitPolicyError: the folder holds something else, or another process works in it.
+            BitPolicyError: the folder holds something else, or another process is using it.
         """
         identity = identity_of(settings)
         held = _claimed(path, identity, overwrite)
         if (path / LOCK).exists():
-            with working_in(path):  # or it is somebody else's, and they are still at it
+            with working_in(path):  # fails if another process is still using it
                 pass
         return _finished(path) if resume and held == identity else None
 
@@ -95,7 +95,8 @@ class OutputFolder:
         write_text(self.path / RESULT, json.dumps(sealed(result), indent=2, allow_nan=False) + "\n")
 
     def _clear(self, keep_work: bool) -> None:
-        """Remove what an earlier search wrote here, and nothing else; the probe's records may stay, they are keyed."""
+        """Remove what an earlier search wrote here, and nothing else. The probe's records are keyed, so they may
+        stay."""
         for name in (*_OURS, *_PROBED):
             entry = self.path / name
             if entry.is_dir() and not (keep_work and name == "work"):
@@ -104,71 +105,73 @@ class OutputFolder:
                 entry.unlink()
 
     def _clear_probed(self) -> None:
-        """Remove what a probe found out beside its table, which the search's own is going to replace."""
+        """Remove the other results of a probe, because the search is going to replace the table they belong to."""
         for name in _PROBED:
             (self.path / name).unlink(missing_ok=True)
 
 
 def _not_writable(path: Path, error: OSError) -> BitPolicyError:
-    return BitPolicyError(f"cannot write to {path}: {error.strerror}; choose an --output-dir that can be written")
+    return BitPolicyError(f"cannot write to {path}: {error.strerror}; choose a writable --output-dir")
 
 
 def require_no_search(path: Path) -> None:
-    """
+    """Check that a probe may write to the folder.
+
     Raises:
         BitPolicyError: the folder holds a search, whose sensitivity table a probe would replace.
     """
     if holds_a_search(path):
         raise BitPolicyError(
-            f"{path} holds a search, and a probe would replace its sensitivity table; give the probe a folder of its "
-            f"own, e.g. --output-dir {for_a_probe(path)}"
+            f"{path} holds a search, and a probe would replace its sensitivity table; give the probe another folder, "
+            f"e.g. --output-dir {for_a_probe(path)}"
         )
 
 
 def holds_a_search(path: Path) -> bool:
-    """Whether a search, done or stopped, lies in the folder."""
+    """Whether the folder holds a search, finished or not."""
     return (path / "run.json").is_file() or (path / "policy.yaml").is_file()
 
 
 def for_a_probe(path: Path) -> Path:
-    """A folder for a probe of what the search in `path` was of."""
+    """A folder for a probe of the model that was searched in `path`."""
     whole = path if path.name not in ("", "..") else path.resolve()
     return whole.with_name(f"{whole.name}-probe")
 
 
 def _claimed(path: Path, identity: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """The settings of the search that the folder holds, or None; refuses what must not be touched."""
+    """The settings of the search in the folder, or None. Refuses a folder that must not be touched."""
     require_nameable(path)
     held = _held_identity(path)
     if held is not None and not overwrite and not _same_study(held, identity):
         raise BitPolicyError(
-            f"{path} holds a search with {_difference(held, identity)}; choose another --output-dir, or --overwrite it"
+            f"{path} holds a search with {_difference(held, identity)}; "
+            "choose another --output-dir, or give --overwrite"
         )
     if held is None and path.exists() and (foreign := _foreign(path)) and not overwrite:
         raise BitPolicyError(
-            f"{path} holds something else ({foreign[0]}); choose another --output-dir, or --overwrite it"
+            f"{path} holds something else ({foreign[0]}); choose another --output-dir, or give --overwrite"
         )
     return held
 
 
 def _difference(held: dict[str, Any], asked: dict[str, Any]) -> str:
-    """Why the folder's search is not the one that is asked for."""
-    if changed := ", ".join(sorted(k for k in asked if held.get(k) != asked[k] and k not in _GOES_ON)):
-        return f"another {changed}"
+    """How the folder's search differs from the requested one."""
+    if changed := ", ".join(sorted(k for k in asked if held.get(k) != asked[k] and k not in _EXTENDABLE)):
+        return f"a different {changed}"
     trials = held.get("trials")
-    return f"{trials} trials, which are not made fewer" if isinstance(trials, int) else "a damaged run.json"
+    return f"{trials} trials, and their number cannot be reduced" if isinstance(trials, int) else "a damaged run.json"
 
 
 def _same_study(held: dict[str, Any], asked: dict[str, Any]) -> bool:
-    """Whether what is asked goes on with what is held: the same search, with as many trials or more."""
-    if any(held.get(name) != value for name, value in asked.items() if name not in _GOES_ON):
+    """Whether the request continues the folder's search: the same one, with at least as many trials."""
+    if any(held.get(name) != value for name, value in asked.items() if name not in _EXTENDABLE):
         return False
     return isinstance(held.get("trials"), int) and held["trials"] <= asked["trials"]
 
 
 def _finished(path: Path) -> dict[str, Any] | None:
-    """What `result.json` says; None where it is not there, or not as it was written: the search then goes on with what
-    it has, and writes it again."""
+    """The content of `result.json`; None if it is missing or not as it was written. The search then continues from what
+    it has, and writes the file again."""
     try:
         return read_result(path)
     except BitPolicyError as error:
@@ -177,10 +180,10 @@ def _finished(path: Path) -> dict[str, Any] | None:
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
-    """The result of the search in a folder; None while it is not finished.
+    """The result of the search in a folder; None until the search has finished.
 
     Raises:
-        BitPolicyError: the file is damaged, or of an older version.
+        BitPolicyError: the file is damaged, or from an older version.
     """
     try:
         return read_sealed(path / RESULT, required=True)
@@ -188,7 +191,7 @@ def read_result(path: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise BitPolicyError(
-            f"cannot read {path / RESULT}: {error}; give the same search again, which writes it"
+            f"cannot read {path / RESULT}: {error}; run the same search again to rewrite it"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""A command that refuses empty values: `--output-dir ''` would mean the folder one stands in, `--model ''` no model."""
+"""A command that refuses empty values: `--output-dir ''` would mean the current folder, and `--model ''` no model."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import typer
 from typer import rich_utils
 from typer.core import TyperCommand
 
-rich_utils.REQUIRED_SHORT_STRING = ""  # an asterisk before what is marked [required] anyway
+rich_utils.REQUIRED_SHORT_STRING = ""  # otherwise an asterisk precedes what is already marked [required]
 
 
 class Command(TyperCommand):
-    """A command, none of whose options and arguments may be empty."""
+    """A command whose options and arguments must not be empty."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given, _, _ = self.make_parser(ctx).parse_args(list(args))

@@ -16,13 +16,13 @@ from bitpolicy.cli.options import Version
 from bitpolicy.command import command
 from bitpolicy.kernels.errors import BitPolicyError
 
-_UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's own, which typer does not name
-_STOPPED = 130  # as a shell counts SIGINT; typer returns it, too
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's own, which typer does not export
+_STOPPED = 130  # exit code of a shell for SIGINT; typer returns it, too
 _DISK = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EROFS: "the disk is read-only",
-    errno.EFBIG: "the disk, or a limit of this user, takes no file of this size",
+    errno.EFBIG: "the disk, or a limit for this user, does not allow a file of this size",
 }
 _DISK[errno.EACCES] = "permission denied"
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors' own errors name it
@@ -60,7 +60,7 @@ def search_policy() -> None:
 
 
 def _run(commands: typer.Typer, name: str) -> int:
-    """Run a command line; returns its exit code."""
+    """Run a command line and return its exit code."""
     debug = "--debug" in sys.argv
     try:
         with command():
@@ -76,14 +76,14 @@ def _run(commands: typer.Typer, name: str) -> int:
         found = _SYSTEM_ERROR.search(str(error))
         if found is None or int(found[1]) not in _DISK:
             raise
-        return _mistake(name, f"{_DISK[int(found[1])]}; mend that and run the same command again", error, debug)
+        return _mistake(name, f"{_DISK[int(found[1])]}; fix that and run the same command again", error, debug)
     except OSError as error:
         if error.errno not in _DISK:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        return _mistake(name, f"{_DISK[error.errno]}{where}; mend that and run the same command again", error, debug)
+        return _mistake(name, f"{_DISK[error.errno]}{where}; fix that and run the same command again", error, debug)
     if code == _STOPPED:
-        print(f"{name}: stopped; the same command goes on where it was", file=sys.stderr)
+        print(f"{name}: stopped; run the same command again to continue", file=sys.stderr)
     return code
 
 

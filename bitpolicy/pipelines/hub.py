@@ -1,5 +1,6 @@
-"""The Hugging Face hub: get a model, or the configs of one, and push an export. What the hub refuses is told with its
-reason and what to do about it.
+"""The Hugging Face hub: download a model or its configs, and push an export.
+
+If the hub refuses, the error says why and what to do about it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,  # of the HTTP library that this huggingface_hub uses
+    HTTPError,  # from the HTTP library that this huggingface_hub uses
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
@@ -25,51 +26,51 @@ from huggingface_hub.utils import validate_repo_id
 
 from bitpolicy.kernels.errors import BitPolicyError
 
-_CONFIGS = ["*.json", "**/*.json", "*.txt", "**/*.txt", "**/*.model"]  # as diffusers' from_single_file takes them
+_CONFIGS = ["*.json", "**/*.json", "*.txt", "**/*.txt", "**/*.model"]  # as in diffusers' from_single_file
 _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
 def download(model: str, revision: str | None, variant: str | None) -> Path:
-    """The snapshot of a hub model's pipeline, from the cache where it is there.
+    """The snapshot of a hub model's pipeline, from the cache if it is there.
 
     Raises:
         BitPolicyError: the hub refuses, cannot be reached, or has no such model.
     """
-    with _told(model, revision):
+    with _explained(model, revision):
         return Path(DiffusionPipeline.download(model, revision=revision, variant=variant))
 
 
 def download_configs(model: str, revision: str | None = None) -> Path:
-    """The same without weights: what it takes to read a single file."""
-    with _told(model, revision):
+    """The same without weights: the files that are needed to read a single file."""
+    with _explained(model, revision):
         return Path(snapshot_download(model, revision=revision, allow_patterns=_CONFIGS))
 
 
 def require_login(repo: str) -> None:
-    """Tell before hours of work that a push could not succeed.
+    """Check, before hours of work, that a push can succeed.
 
     Raises:
-        BitPolicyError: `repo` is no OWNER/NAME, or there is no token.
+        BitPolicyError: `repo` is not OWNER/NAME, or there is no token.
     """
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise BitPolicyError(f"--push-to-hub {repo}: {error}; write OWNER/NAME") from error
     if get_token() is None:
-        raise BitPolicyError(f"--push-to-hub {repo} takes a token that may write, and there is none; {_LOG_IN}")
+        raise BitPolicyError(f"--push-to-hub {repo} needs a token with write access, and there is none; {_LOG_IN}")
 
 
 def push(folder: Path, repo: str) -> str:
-    """Upload an exported folder to a model repository, which is made if it is not there; returns its address.
+    """Upload an exported folder to a model repository, which is created if needed; returns its address.
 
     Raises:
-        BitPolicyError: the hub refuses or cannot be reached. The folder stays.
+        BitPolicyError: the hub refuses or cannot be reached. The folder is kept.
     """
-    later = f"{folder} is complete; once that is mended, `hf upload {repo} {folder}` pushes it"
+    later = f"{folder} is complete; once that is fixed, push it with `hf upload {repo} {folder}`"
     try:
         api = HfApi()
         address = api.create_repo(repo, repo_type="model", exist_ok=True)
-        stale = ["*.safetensors", "*.index.json"]  # weights of an earlier push that this one does not have
+        stale = ["*.safetensors", "*.index.json"]  # weights of an earlier push that are not in this one
         api.upload_folder(
             repo_id=repo,
             folder_path=folder,
@@ -88,7 +89,7 @@ def _refused(error: Exception) -> str:
     if isinstance(error, LocalTokenNotFoundError) or code == 401:
         return f"the token is missing or not valid: {_LOG_IN}"
     if code == 403:
-        return f"the token may not write there: make one that may, and {_LOG_IN}"
+        return f"the token has no write access: create one that has, and {_LOG_IN}"
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
     if _no_answer(error):
@@ -97,8 +98,9 @@ def _refused(error: Exception) -> str:
 
 
 @contextmanager
-def _told(model: str, revision: str | None) -> Iterator[None]:
-    """Say what a failed download comes down to. diffusers wraps the hub's errors; the reason is at the chain's end."""
+def _explained(model: str, revision: str | None) -> Iterator[None]:
+    """Replace the error of a failed download by one that names the reason. diffusers wraps the hub's errors; the reason
+    is at the end of the chain."""
     try:
         yield
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError, ValueError, HTTPError) as error:
@@ -120,9 +122,7 @@ def _why(model: str, revision: str | None, errors: list[BaseException]) -> str:
     if is_a(GatedRepoError):
         return f"{model} is gated: accept its terms on https://huggingface.co/{model}, then {_LOG_IN}"
     if is_a(RevisionNotFoundError):
-        return (
-            f"{model} has no revision {revision!r}; look under 'Files and versions' on https://huggingface.co/{model}"
-        )
+        return f"{model} has no revision {revision!r}; see 'Files and versions' on https://huggingface.co/{model}"
     if is_a(RepositoryNotFoundError):
         found = f"{model} is neither a folder here nor a public model on the hub"
         return f"{found}; check the name; if it is private, {_LOG_IN}"
@@ -134,14 +134,14 @@ def _why(model: str, revision: str | None, errors: list[BaseException]) -> str:
     if is_a(LocalEntryNotFoundError) or any(map(_no_answer, errors)):
         return (
             f"{model} is not in the cache, and the hub cannot be reached ({_words(errors[-1])}); "
-            "give a local folder, or download it where there is a network: "
+            "give a local folder, or download it on a machine with a network: "
             f"`hf download {model} --local-dir FOLDER`"
         )
     return f"cannot download {model}: {_words(errors[0])}; give a local folder if there is no network"
 
 
 def _no_answer(error: BaseException) -> bool:
-    """Whether the hub was not reached; what it answers is another class."""
+    """Whether the hub was not reached. Its answers are errors of another class."""
     return isinstance(error, ConnectionError | HTTPError) and not isinstance(error, HfHubHTTPError)
 
 

@@ -1,4 +1,4 @@
-"""Get a pipeline: the bundled one, a local folder or a hub id; and its storage dtype."""
+"""Load a pipeline (the bundled one, a local folder, a single file or a hub id) and find its storage dtype."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class Source:
 
     Attributes:
         pipe: on its device, in the compute dtype; the target's values are those of the storage dtype.
-        components: names of the target's.
-        storage: dtype of the checkpoint that will be exported.
+        components: names of the target's components.
+        storage: dtype of the checkpoint to export.
         id: hub id or folder, for the policy file.
-        revision: of a hub model.
-        files: the folder it was loaded from, if it was.
-        stamps: of these files before they were read.
+        revision: revision of a hub model.
+        files: the folder that it was loaded from, if any.
+        stamps: stamps of these files, taken before they were read.
     """
 
     pipe: DiffusionPipeline
@@ -74,7 +74,7 @@ class Source:
 
     @cached_property
     def parts(self) -> Parts:
-        """What is exported: the files that it was loaded from, where they can be streamed, else what is in memory."""
+        """What to export: the files that it was loaded from if they can be streamed, otherwise the models in memory."""
         if self.files is not None and is_streamable(self.files.folder, self.components):
             parts = FolderParts(self.files.folder, self.components, self.files.variant, self.stamps)
             parts.sources = {
@@ -91,12 +91,12 @@ class Source:
 
     @property
     def sha256(self) -> str:
-        """`hashes` as files record them."""
+        """`hashes` in the form that files record."""
         return to_text(self.hashes.values())
 
     @cached_property
     def everything_sha256(self) -> str:
-        """Identity of the whole pipeline: text encoders, schedulers and configs have a say in what is drawn, too."""
+        """Identity of the whole pipeline. Text encoders, schedulers and configs affect the images, too."""
         digest = hashlib.sha256(self.sha256.encode())
         for name, other in sorted(self.pipe.components.items()):
             digest.update(config_hash(other).encode())
@@ -121,15 +121,16 @@ def load_source(
 
     Args:
         model: hub id, folder or .safetensors file; None is the bundled emoji pipeline.
-        components: names of what is studied, or "all" alone; None finds the denoisers.
-        config: folder or hub id with the configs of a file.
+        components: names of the components to study, or "all" alone; None finds the denoisers.
+        config: folder or hub id with the configs for a single file.
         dtype: compute dtype; "auto" is float32 on the CPU and the storage dtype on CUDA.
-        device: "auto" is CUDA where there is one.
+        device: "auto" is CUDA if available.
         offload: keep the weights in main memory and stream them to the device.
-        storage: dtype that what is studied is rounded to; None is that of the files.
+        storage: dtype to which the studied components are rounded; None is that of the files.
 
     Raises:
-        BitPolicyError: there is no such folder, repository, component, dtype or device, or it is no diffusers pipeline.
+        BitPolicyError: there is no such folder, repository, component, dtype or device, or it is not a diffusers
+            pipeline.
     """
     place = device_named(device)
     if dtype not in ("auto", *DTYPES):
@@ -150,9 +151,9 @@ def load_source(
     for name, studied in target.items():
         if getattr(studied, "hf_quantizer", None) is not None:
             raise BitPolicyError(
-                f"{model}: its {name} is quantized already; give the full-precision pipeline it was made from"
+                f"{model}: its {name} is already quantized; give the full-precision pipeline it was made from"
             )
-    to_storage(target, storage)  # transformers keeps some weights in float32, whatever it is asked
+    to_storage(target, storage)  # transformers keeps some weights in float32 regardless
     pipe.to(compute) if offload else pipe.to(place, compute)
     if offload:
         stream_weights(pipe, target, place)
@@ -167,13 +168,13 @@ def open_parts(
     variant: str | None = None,
     config: str | None = None,
 ) -> Parts:
-    """What is exported of a model, without loading it.
+    """The parts of a model to export, without loading it.
 
     Args:
-        storage: dtype that the components of a single file are loaded in.
+        storage: dtype in which the components of a single file are loaded.
 
     Raises:
-        BitPolicyError: as `load_source`; or its weights are pickles.
+        BitPolicyError: as for `load_source`; or the weights are pickles.
     """
     path = locate(model, revision, variant, config)
     if path.is_file():
@@ -188,17 +189,17 @@ def open_parts(
 def source_of(
     pipe: DiffusionPipeline, components: Sequence[str] | None = None, storage: torch.dtype | None = None
 ) -> Source:
-    """A pipeline that is in memory already. What is studied of it is rounded, in place, to the storage dtype.
+    """The source for a pipeline in memory. Its studied components are rounded to the storage dtype in place.
 
     Args:
-        components: names of what is studied, or "all" alone; None finds the denoisers.
+        components: names of the components to study, or "all" alone; None finds the denoisers.
         storage: None is bfloat16 for a bfloat16 target and float16 for any other.
     """
     require_no_adapter(pipe)
     target = Target.chosen(pipe, components)
     packed = next((name for name, model in target.items() if any(packed_layers(model))), None)
     if packed is not None:
-        raise BitPolicyError(f"the {packed} is packed already; give the full-precision pipeline it was made from")
+        raise BitPolicyError(f"the {packed} is already packed; give the full-precision pipeline it was made from")
     if storage is None:
         storage = torch.bfloat16 if target.dtype == torch.bfloat16 else torch.float16
     to_storage(target, storage)
@@ -208,21 +209,21 @@ def source_of(
 def open_pipeline(
     folder: Path, dtype: torch.dtype | None = None, variant: str | None = None, everything: bool = False
 ) -> DiffusionPipeline:
-    """`DiffusionPipeline.from_pretrained` on a local folder, with errors a person can use.
+    """`DiffusionPipeline.from_pretrained` on a local folder, with errors that a person can use.
 
     Args:
-        everything: compare all of an exported folder with its manifest, large files too.
+        everything: compare every file of an exported folder with its manifest, including large ones.
 
     Raises:
-        BitPolicyError: it is no pipeline, its weights are pickles, a file is not as it was exported, or a model's files
-            lack tensors.
+        BitPolicyError: it is not a pipeline, its weights are pickles, a file is not as it was exported, or tensors are
+            missing from a model's files.
     """
     require_pipeline(folder)
     verify(folder, everything)
     require_known_classes(read_json(folder / "model_index.json"), folder / "model_index.json")
     files = PipelineFiles(folder, variant)
     for name in files.components:
-        files.weights(name)  # which refuses pickles
+        files.weights(name)  # refuses pickles
     dtypes: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     usual = torch.get_default_dtype()
     try:
@@ -232,15 +233,17 @@ def open_pipeline(
             )
     except BitPolicyError:
         raise
-    except Exception as error:  # whatever a folder makes it raise; tokenizers raises Exception itself
+    except Exception as error:  # a folder can make it raise anything; tokenizers raises Exception itself
         raise BitPolicyError(f"cannot load the pipeline in {folder}: {' '.join(str(error).split())}") from error
     finally:
-        torch.set_default_dtype(usual)  # diffusers changes it, and leaves it so where a model cannot be made
+        torch.set_default_dtype(usual)  # diffusers changes it, and does not restore it if a model cannot be built
 
 
 def require_pipeline(folder: Path) -> None:
-    """Raises:
-    BitPolicyError: the folder is no diffusers pipeline.
+    """Check that the folder is a diffusers pipeline.
+
+    Raises:
+        BitPolicyError: it is not.
     """
     if (folder / "model_index.json").is_file():
         return
@@ -252,8 +255,8 @@ def require_pipeline(folder: Path) -> None:
 
 
 def storage_dtype(folder: Path, components: Sequence[str] | None = None, variant: str | None = None) -> torch.dtype:
-    """The dtype of most values in the safetensors files of the denoiser, or of the components named; float16 for
-    float32 files, and where there are none."""
+    """The dtype of most values in the safetensors files of the denoiser, or of the named components. It is float16 for
+    float32 files, and if there are no files."""
     files = PipelineFiles(folder, variant)
     specs: list[TensorSpec] = []
     for name in DENOISERS if components is None or list(components) == [ALL] else components:
@@ -263,7 +266,7 @@ def storage_dtype(folder: Path, components: Sequence[str] | None = None, variant
 
 
 def dtype_of_file(single: SingleFile) -> torch.dtype:
-    """The same of a single file."""
+    """The same for a single file."""
     return _commonest(single.denoiser()[1].specs.values())
 
 
@@ -279,34 +282,34 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
     """The storage dtype that a packed denoiser's config records; None if nothing in the folder is packed.
 
     Raises:
-        BitPolicyError: the config is none, or records no dtype.
+        BitPolicyError: the config cannot be used, or records an unknown dtype.
     """
     for name in DENOISERS:
         path = folder / name / "config.json"
         if path.is_file():
             recorded = _recorded(path).get("storage_dtype")
             if recorded and recorded not in DTYPES:
-                raise BitPolicyError(f"{path}: storage_dtype is {recorded!r}, needed one of {', '.join(DTYPES)}")
+                raise BitPolicyError(f"{path}: storage_dtype is {recorded!r}, expected one of {', '.join(DTYPES)}")
             return DTYPES[recorded] if recorded else None
     return None
 
 
 def _recorded(config: Path) -> dict[str, Any]:
-    """The quantization_config in a config.json; empty without one."""
+    """The quantization_config in a config.json; empty if there is none."""
     found = read_json(config).get("quantization_config") or {}
     if not isinstance(found, dict):
-        raise BitPolicyError(f"{config}: quantization_config is {type(found).__name__}, needed a mapping")
+        raise BitPolicyError(f"{config}: quantization_config is {type(found).__name__}, expected a mapping")
     return found
 
 
 def packed_components(folder: Path) -> list[str] | None:
-    """The components of an exported pipeline that hold packed layers; None if there are none."""
+    """The components of an exported pipeline that contain packed layers; None if there are none."""
     found = [path.parent.name for path in sorted(folder.glob("*/config.json")) if _packs_layers(path)]
     return found or None
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a pipeline's folder is one that a search or an export wrote, be there packed layers in it or none."""
+    """Whether a search or an export wrote this pipeline folder, with or without packed layers."""
     return any(_recorded(path).get("quant_method") == METHOD for path in sorted(folder.glob("*/config.json")))
 
 
@@ -315,15 +318,15 @@ def _packs_layers(config: Path) -> bool:
 
 
 def device_named(name: str) -> torch.device:
-    """The device that "auto", "cpu" or "cuda" means here.
+    """The device that "auto", "cpu" or "cuda" means on this machine.
 
     Raises:
-        BitPolicyError: it is none of these, or there is none.
+        BitPolicyError: it is none of these names, or there is no such device.
     """
     if name not in ("auto", "cpu", "cuda"):
         raise BitPolicyError(f"unknown device {name!r}; write auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
-        raise BitPolicyError("--device cuda was asked, but torch sees no CUDA device; use --device cpu or auto")
+        raise BitPolicyError("--device cuda: torch sees no CUDA device; use --device cpu or auto")
     given = device_of_this_process() if name != "cpu" else None
     if given is not None:
         return given
@@ -334,13 +337,13 @@ def locate(model: str | None, revision: str | None, variant: str | None, config:
     """The local folder or file of a model, downloaded if it is a hub id.
 
     Raises:
-        BitPolicyError: there is none, or the hub does not give it.
+        BitPolicyError: there is none, or the hub refuses.
     """
     if model is None or model == BUNDLED:
         return BUNDLED_FOLDER
     path = Path(model).expanduser()
     if config is not None and not path.is_file():
-        raise BitPolicyError(f"--config goes with a single file, and --model {model} is none; leave it out")
+        raise BitPolicyError(f"--config is for a single file, and --model {model} is not one; leave it out")
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
         if not path.exists():
             raise BitPolicyError(

@@ -1,9 +1,9 @@
-"""Run a pipeline whose denoiser is larger than the accelerator: weights stay in main memory and come over when used.
+"""Run a pipeline whose denoiser is larger than the accelerator: weights stay in main memory and are copied over on use.
 
-Each large layer of the denoiser copies its weight to the device of its input, inside the graph, so that gradients flow
-back to the copy in main memory. What is small (norms, embeddings, biases of other layers) lives on the device. With the
-denoiser checkpointed block by block the device holds one block's weights at a time. The other models come over whole
-when they run, and leave before the denoiser does (accelerate's hooks).
+Each large layer of the denoiser copies its weight to the device of its input, inside the autograd graph, so that
+gradients flow back to the copy in main memory. Everything small (norms, embeddings, biases of other layers) stays on
+the device. If the denoiser is checkpointed block by block, the device holds one block's weights at a time. The other
+models are moved over whole when they run, and leave before the denoiser runs (accelerate's hooks).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from bitpolicy.policies.target import Target
 
 
 def stream_weights(pipe: DiffusionPipeline, target: Target, device: torch.device) -> None:
-    """Prepare `pipe`, which is on the CPU, to run on `device` with streamed weights; for good.
+    """Permanently prepare `pipe`, which is on the CPU, to run on `device` with streamed weights.
 
     Args:
-        target: the components whose weights are streamed; the other models come over whole.
+        target: the components whose weights are streamed; the other models are moved whole.
     """
     others = [m for m in pipe.components.values() if isinstance(m, nn.Module) and m not in target.models]
     leaving = [cpu_offload_with_hook(other, device)[1] for other in others]
@@ -40,7 +40,7 @@ def stream_weights(pipe: DiffusionPipeline, target: Target, device: torch.device
 
 
 class _RunsOn(ModelHook):
-    """Tells diffusers where the loop runs, and sends the other models away."""
+    """Tells diffusers which device the loop runs on, and moves the other models off it."""
 
     def __init__(self, device: torch.device, others: Sequence[Any]) -> None:
         self.execution_device, self._others = device, others
@@ -63,7 +63,7 @@ def _streaming(layer: Quantizable) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _move_own(module: nn.Module, device: torch.device) -> None:
-    """The parameters and buffers of this module, not of those in it."""
+    """Move the parameters and buffers of this module, but not those of its submodules."""
     for parameter in module.parameters(recurse=False):
         parameter.data = parameter.data.to(device)
     for name, buffer in module.named_buffers(recurse=False):

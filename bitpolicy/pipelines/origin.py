@@ -1,4 +1,4 @@
-"""What a checkpoint was made from: the pipeline that its policy records, told by the hash of its weights."""
+"""The pipeline that a checkpoint was made from: its policy records it, and the hash of its weights identifies it."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def load_reference(
 
     Args:
         checkpoint: the folder that a search or an export wrote.
-        model: hub id, folder or .safetensors file; None is the one that the checkpoint's policy.yaml records. One that
-            was named and has other weights is taken with a warning.
-        revision, variant: of the model; None is the revision that is recorded.
-        computing: dtype and device, as of `load_source`.
+        model: hub id, folder or .safetensors file; None is the one that the checkpoint's policy.yaml records. A model
+            that is named here but has other weights is accepted with a warning.
+        revision, variant: of the model; None is the recorded revision.
+        computing: dtype and device, as for `load_source`.
 
     Raises:
-        BitPolicyError: the folder is no checkpoint of bitpolicy, or the pipeline that it was made from cannot be had or
-            has other weights than it had.
+        BitPolicyError: the folder is not a bitpolicy checkpoint, or the pipeline that it was made from is not available
+            or has changed.
     """
     require_pipeline(checkpoint)
     verify(checkpoint)
@@ -47,7 +47,7 @@ def load_reference(
     if policy is None:
         if model is None:
             raise BitPolicyError(
-                f"{checkpoint} has no policy.yaml, which says what it was made from; give that pipeline with --model"
+                f"{checkpoint} has no policy.yaml to say what it was made from; give that pipeline with --model"
             )
         return load_source(model, packed_components(checkpoint), revision=revision, variant=variant, **computing)
     recorded = policy.model
@@ -71,13 +71,15 @@ def _require_there(checkpoint: Path, recorded: ModelReference, revision: str | N
         locate(recorded.id, revision, variant)
     except BitPolicyError as error:
         raise BitPolicyError(
-            f"{checkpoint} was made from {recorded.id}, which is not to be had here ({error}); give it with --model"
+            f"{checkpoint} was made from {recorded.id}, which is not available here ({error}); give it with --model"
         ) from error
 
 
 def _compare(checkpoint: Path, source: Source, recorded: ModelReference, named: bool) -> None:
-    """Raises:
-    BitPolicyError: weights or config are others than those that were packed, and nobody named the model.
+    """Check that the source has the weights and the config that were packed; warn instead if the user named the model.
+
+    Raises:
+        BitPolicyError: they differ, and the user did not name the model.
     """
     for component, wanted in recorded.hashes.items():
         model, config = getattr(source.pipe, component), recorded.configs[component]
@@ -87,9 +89,9 @@ def _compare(checkpoint: Path, source: Source, recorded: ModelReference, named: 
         if then == now:
             continue
         text = (
-            f"{checkpoint} was made from {recorded.id}, whose {component} had {what}sha256 {then[:12]}...; that of "
-            f"{source.id} has {now[:12]}..."
+            f"{checkpoint} was made from {recorded.id}, whose {component} had {what}sha256 {then[:12]}..., but "
+            f"that of {source.id} has {now[:12]}..."
         )
         if not named:
-            raise BitPolicyError(f"{text}: it has changed since; give the pipeline as it was with --model")
-        warnings.warn(f"{text}: it is compared with another model than its own", BitPolicyWarning, stacklevel=2)
+            raise BitPolicyError(f"{text}: it has changed since; give the original pipeline with --model")
+        warnings.warn(f"{text}: the comparison is with a different model", BitPolicyWarning, stacklevel=2)

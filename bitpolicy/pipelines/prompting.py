@@ -1,4 +1,5 @@
-"""What is asked of the pipeline: a file, the bundled pipeline's names, or a general list; and how it is split."""
+"""The requests for a pipeline, and how they are split. They come from a file, the bundled pipeline's names, or a
+general list."""
 
 from __future__ import annotations
 
@@ -18,23 +19,23 @@ from bitpolicy.sensitivity.calls.signature import Signature
 from bitpolicy.sensitivity.samples import Request, Sample, beside, split_samples, takes_pictures
 
 _DEFAULT_LABELS = 32
-_USUAL_CLASSES = 1000  # of a model that does not say how many it knows
-_SPLIT_FROM = 8  # prompts; with fewer, all parts use the same prompts with seeds of their own
-_APART = 1_000_000  # between the seeds of two parts: they never meet
+_USUAL_CLASSES = 1000  # for a model that does not say how many it knows
+_SPLIT_FROM = 8  # prompts; with fewer, all parts use the same prompts with different seeds
+_APART = 1_000_000  # distance between the seeds of two parts, so that they never overlap
 
 
 @dataclass(frozen=True)
 class Split:
     """Samples for each purpose.
 
-    No two parts share a (prompt, seed), and where `by_prompt`, none but `confirm` a prompt.
+    No two parts share a (prompt, seed) pair. If `by_prompt`, they do not share prompts either, except for `confirm`.
 
     Attributes:
         calibration: for the probe.
         search: for scoring trials.
-        confirm: for choosing among finalists: the calibration prompts with seeds of their own.
-        held_out: for the reported quality; nothing else sees them.
-        by_prompt: whether the parts have prompts of their own.
+        confirm: for choosing among the finalists: the calibration prompts with other seeds.
+        held_out: for the reported quality; used for nothing else.
+        by_prompt: whether each part has its own prompts.
     """
 
     calibration: tuple[Sample, ...]
@@ -45,31 +46,31 @@ class Split:
 
 
 def load_requests(path: Path) -> list[Request]:
-    """The requests of a file: a text with one prompt (or class label) a line, or .jsonl with call arguments.
+    """The requests in a file: text with one prompt (or class label) per line, or .jsonl with call arguments.
 
     Raises:
-        BitPolicyError: the file is missing, not text, not JSON lines of objects, or empty.
+        BitPolicyError: the file is missing, not text, empty, or has a line that is not a JSON object.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BitPolicyError(
-            f"cannot read --prompts {path}: {error}; give a text file with one prompt a line"
+            f"cannot read --prompts {path}: {error}; give a text file with one prompt per line"
         ) from error
     lines = [(i, line.strip()) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines:
-        raise BitPolicyError(f"--prompts {path} has no prompt in it; write one a line")
+        raise BitPolicyError(f"--prompts {path} has no prompt in it; write one per line")
     if path.suffix != ".jsonl":
         return list(dict.fromkeys(line for _, line in lines))
     return _different([_call_arguments(path, i, line) for i, line in lines])
 
 
 def requests_of(prompts: str | Path | Mapping[str, Any] | Sequence[str | int | Mapping[str, Any]]) -> list[Request]:
-    """What a caller from Python asks for: a file of prompts; or a prompt, a class label, the arguments of one call, or
-    several of these.
+    """The requests of a caller from Python: a file of prompts; or a prompt, a class label, the arguments of one call,
+    or several of these.
 
     Raises:
-        BitPolicyError: there is none among them, or the file cannot be read.
+        BitPolicyError: there are none, or the file cannot be read.
     """
     if isinstance(prompts, Path):
         return load_requests(prompts)
@@ -81,11 +82,11 @@ def requests_of(prompts: str | Path | Mapping[str, Any] | Sequence[str | int | M
 
 
 def _call_arguments(path: Path, number: int, line: str) -> Request:
-    """One line of a .jsonl file; paths in it are relative to the file."""
+    """The call arguments in one line of a .jsonl file. Paths in it are relative to the file."""
     try:
         found = json.loads(line)
     except ValueError as error:
-        raise BitPolicyError(f"--prompts {path}, line {number} is no JSON: {error}") from error
+        raise BitPolicyError(f"--prompts {path}, line {number} is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise BitPolicyError(
             f'--prompts {path}, line {number}: expected an object such as {{"prompt": "a cat"}}, '
@@ -99,7 +100,8 @@ def _different(requests: Sequence[Request]) -> list[Request]:
 
 
 def default_requests(pipe: DiffusionPipeline, bundled: bool) -> list[Request]:
-    """What is asked for where nobody says: 32 prompts, 32 class labels, or nothing for an unconditional pipeline."""
+    """The requests if the user gives none: 32 prompts, 32 class labels, or an empty one for an unconditional
+    pipeline."""
     signature = Signature.of(pipe)
     if signature.labels is not None:
         return [*map(str, _labels(pipe))]
@@ -110,18 +112,19 @@ def default_requests(pipe: DiffusionPipeline, bundled: bool) -> list[Request]:
 
 
 def _labels(pipe: DiffusionPipeline) -> list[int]:
-    """Class labels over the whole range; the last class of a DiT is none at all, for guidance."""
+    """Class labels over the whole range. A DiT's last class is left out: it means "no class", for guidance."""
     classes = class_count(pipe) or _USUAL_CLASSES
     count = min(_DEFAULT_LABELS, classes)
     return [i * classes // count for i in range(count)]
 
 
 def split(requests: Sequence[Request], seed: int, calibration: int, search: int, confirm: int, held_out: int) -> Split:
-    """Share out prompts and seeds: one half calibration, a quarter search, a quarter held out, where there are enough.
+    """Split prompts and seeds: if there are enough prompts, half for calibration, a quarter for search, a quarter held
+    out.
 
     Args:
-        seed: of the shuffle and of all samples.
-        calibration, search, confirm, held_out: how many samples each part gets.
+        seed: seed of the shuffle and of all samples.
+        calibration, search, confirm, held_out: number of samples in each part.
     """
     shuffled = list(requests)
     random.Random(seed).shuffle(shuffled)

@@ -1,8 +1,8 @@
-"""A pipeline whose weights are one checkpoint file, in the layout of the model's authors.
+"""A pipeline whose weights are in one checkpoint file, in the layout of the model's authors.
 
-The file has no configs: they come from a diffusers folder (`config`), or from the hub repository that diffusers knows
-for this kind of model. diffusers' converters do the rest. For export the denoiser's tensors are converted one at a
-time; text encoders and VAE are loaded by diffusers, which maps the file into memory.
+The file has no configs. They come from a diffusers folder (`config`), or from the hub repository that diffusers knows
+for this kind of model. diffusers' converters do the rest. For export, the denoiser's tensors are converted one at a
+time. diffusers loads the text encoders and the VAE, and maps the file into memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bitpolicy.policies.storage.source import TensorSource
 from bitpolicy.policies.storage.source_converted import Converter
 
 _GIVE = "give a pipeline folder, a .safetensors file or a hub id"
-_STARTS = {  # how the names of a component's tensors begin in original checkpoints
+_STARTS = {  # how a component's tensor names begin in original checkpoints
     "vae": ("first_stage_model.", "vae."),
     "text": ("cond_stage_model.", "conditioner.embedders.", "text_encoder", "text_model."),
 }
@@ -42,9 +42,9 @@ class SingleFile:
 
     Attributes:
         path: a .safetensors file.
-        configs: a diffusers folder of the same kind of model; its weights, if it has any, stand in for components that
-            the file does not have.
-        component: what is packed, the denoiser.
+        configs: a diffusers folder of the same kind of model; its weights, if any, are used for components that the
+            file lacks.
+        component: the component to pack, the denoiser.
     """
 
     path: Path
@@ -56,16 +56,20 @@ class SingleFile:
         """Find the configs.
 
         Args:
-            config: folder or hub id; None asks the hub for what diffusers takes the file for.
-            components: the name of the one to pack; None finds the denoiser.
+            config: folder or hub id; None is the hub repository that diffusers associates with the file.
+            components: the name of the component to pack; None finds the denoiser.
 
         Raises:
-            BitPolicyError: it is a pickle or damaged, or there are no configs.
+            BitPolicyError: the file is a pickle or damaged, or there are no configs.
         """
         if path.suffix != ".safetensors":
             pickled = path.suffix in (".ckpt", ".bin", ".pt", ".pth")
-            remedy = "a pickle can run code when it is read: convert it where you trust it" if pickled else _GIVE
-            raise BitPolicyError(f"{path} is no safetensors file; {remedy}")
+            remedy = (
+                "a pickle can run code when it is read: if you trust it, convert it to safetensors"
+                if pickled
+                else _GIVE
+            )
+            raise BitPolicyError(f"{path} is not a safetensors file; {remedy}")
         configs = PipelineFiles(_configs(path, config))
         require_known_classes(configs.index, configs.folder / "model_index.json")
         candidates = [to_text(components)] if components else DENOISERS
@@ -81,13 +85,13 @@ class SingleFile:
         """The denoiser on `meta`, and its tensors.
 
         Raises:
-            BitPolicyError: the config is another model's.
+            BitPolicyError: the config is for another model.
         """
         config = self.configs.config(self.component)
         model = skeleton(config["_class_name"], self.configs.folder / self.component)
         try:
             return model, fitted(FileSource([self.path]), model, self.path, _converter(model, config))
-        except (RuntimeError, KeyError, IndexError, TypeError, AttributeError) as error:  # of diffusers' converter
+        except (RuntimeError, KeyError, IndexError, TypeError, AttributeError) as error:  # from diffusers' converter
             raise BitPolicyError(
                 f"diffusers cannot convert {self.path} to a {type(model).__name__}: "
                 f"{' '.join(str(error).split())[:300]}; give the --config that belongs to it"
@@ -97,16 +101,16 @@ class SingleFile:
         """The pipeline.
 
         Args:
-            components: those that are there already.
+            components: components that are already loaded.
 
         Raises:
-            BitPolicyError: diffusers cannot read it.
+            BitPolicyError: diffusers cannot read the file.
         """
         name = str(self.configs.index["_class_name"])
         kind = getattr(diffusers, name, None)
         if not hasattr(kind, "from_single_file"):
             raise BitPolicyError(f"{name} cannot be read from a single file; convert it to a folder with diffusers")
-        components |= {name: self._from_folder(name, dtype) for name in self._lacking() if name not in components}
+        components |= {name: self._from_folder(name, dtype) for name in self._missing() if name not in components}
         try:
             return kind.from_single_file(  # type: ignore[union-attr]
                 str(self.path), config=str(self.configs.folder), dtype=dtype, local_files_only=True, **components
@@ -114,39 +118,39 @@ class SingleFile:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             raise BitPolicyError(
                 f"cannot load {self.path} as {name}: {' '.join(str(error).split())[:400]}; "
-                f"give with --config a {name} folder that has what the file lacks"
+                f"use --config with a {name} folder that has what the file lacks"
             ) from error
         except single_file_utils.SingleFileComponentError as error:
             raise BitPolicyError(
                 f"{self.path} lacks a component: {' '.join(str(error.message).split())[:300]}; "
-                f"give with --config a {name} folder that has its weights"
+                f"use --config with a {name} folder that has its weights"
             ) from error
 
-    def _lacking(self) -> list[str]:
-        """Models of the pipeline that the file does not have."""
+    def _missing(self) -> list[str]:
+        """Models of the pipeline that are not in the file."""
         names = FileSource([self.path]).specs
         starts = {name: _STARTS.get(name.partition("_")[0], ()) for name in self.configs.components}
         return [n for n, start in starts.items() if start and not any(name.startswith(start) for name in names)]
 
     def _from_folder(self, name: str, dtype: torch.dtype) -> Any:
-        """A component of the folder's own."""
+        """A component that is loaded from the folder with the configs."""
         if not self.configs.weights(name):
             raise BitPolicyError(
                 f"{self.path} has no {name}, and {self.configs.folder} has no weights of one; "
-                "give with --config a folder that has them"
+                "use --config with a folder that has them"
             )
         kind = class_named(*self.configs.kind(name), self.configs.folder / "model_index.json")
         with bounded(), nothing_missing():
             return kind.from_pretrained(self.configs.folder / name, dtype=dtype, local_files_only=True)
 
     def parts(self, dtype: torch.dtype) -> MemoryParts:
-        """For export: the denoiser stays in the file, the rest is loaded."""
+        """The parts to export: the denoiser stays in the file, everything else is loaded."""
         model, source = self.denoiser()
         return MemoryParts(self.open(dtype, **{self.component: model}), [self.component], {self.component: source})
 
 
 def _configs(path: Path, config: str | None) -> Path:
-    """The folder of the configs."""
+    """The folder with the configs."""
     if config is None:
         blank = {n: torch.empty(s.shape, device="meta") for n, s in FileSource([path]).specs.items()}
         config = single_file_utils.fetch_diffusers_config(blank)["pretrained_model_name_or_path"]
@@ -154,18 +158,19 @@ def _configs(path: Path, config: str | None) -> Path:
             return download_configs(config)
         except BitPolicyError as error:
             raise BitPolicyError(
-                f"{path} looks like {config}, whose configs are needed: {error}; or name a folder with --config"
+                f"{path} looks like {config}, whose configs are needed: {error}; or give a folder with --config"
             ) from error
     folder = Path(config).expanduser()
     if not folder.is_dir() and config.count("/") == 1 and not config.startswith((".", "/", "~")):
         folder = download_configs(config)
     if not (folder / "model_index.json").is_file():
-        raise BitPolicyError(f"--config {config}: no diffusers pipeline is there; give its folder or its hub id")
+        raise BitPolicyError(f"--config {config}: there is no diffusers pipeline; give its folder or its hub id")
     return folder
 
 
 def _converter(model: Any, config: dict[str, Any]) -> Converter:
-    """diffusers' converter of original checkpoints of this model; it leaves those in diffusers' own layout alone."""
+    """diffusers' converter for original checkpoints of this model. It leaves those in diffusers' own layout
+    unchanged."""
     kind = single_file_model._get_single_file_loadable_mapping_class(type(model))
     if kind is None:
         raise BitPolicyError(

@@ -1,1 +1,1 @@
-"""The report: what `bitpolicy probe` found, as one HTML file that needs nothing else."""
+"""The report: the results of `bitpolicy probe` or of a search, as one self-contained HTML file."""

@@ -1,4 +1,4 @@
-"""The other pictures: agreement, groups, shares, amplification."""
+"""The report's charts: agreement, groups, shares, amplification, skips."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from bitpolicy.sensitivity.probes.error_split import ErrorSplit
 
 
 def agreement(probed: Probed, check: Check) -> Picture:
-    """Predicted against measured: one panel a format, one for random policies."""
+    """Predicted against measured error: one panel per format, and one for random policies."""
     predicted, measured = np.asarray(check.predicted), np.asarray(check.measured)
 
     def draw(figure: Figure) -> None:
         panels = figure.subplots(1, len(probed.formats) + 1, squeeze=False)[0]
         for i, format in enumerate(probed.formats):
             column = probed.column(format)
-            points = [(measured[:, column], predicted[:, column], "o", format_color(i), "a layer")]
+            points = [(measured[:, column], predicted[:, column], "o", format_color(i), "one layer")]
             _scatter(panels[i], f"{format.name}, one layer at a time", points)
         _scatter(panels[-1], "random policies", _policy_points(check))
         panels[-1].legend(loc="lower right", handletextpad=0.2)
@@ -53,7 +53,8 @@ _Points = tuple[np.ndarray, np.ndarray, str, str, str]  # measured, predicted, m
 
 
 def _policy_points(check: Check) -> list[_Points]:
-    """Policies whose layers' errors are added up as vectors and as powers, and those that are beyond prediction."""
+    """Points of the random policies, with layers' errors added as vectors and as powers. Policies beyond prediction are
+    separate."""
     trusted = [p for p in check.policies[1:] if p.psnr_db is not None and p.psnr_db > TRUSTED_DB]
     others = [p for p in check.policies[1:] if p not in trusted]
     found = [
@@ -115,8 +116,8 @@ def _bars(axes: Axes, groups: Sequence[Group], values: Sequence[np.ndarray], pro
 
 
 def composition(probed: Probed, split: ErrorSplit) -> Picture:
-    """Shares of bias, scale and noise by role, for every format, with the bias as it was and corrected."""
-    kinds = ((AS_IT_WAS, "bias as it was"), (CORRECTED, "bias corrected"))
+    """Shares of bias, scale and noise by role, for every format, without and with bias correction."""
+    kinds = ((AS_IT_WAS, "bias uncorrected"), (CORRECTED, "bias corrected"))
     found = [
         [shares_by_role(probed, split, corrected, probed.column(f)) for f in probed.formats] for corrected, _ in kinds
     ]
@@ -140,8 +141,8 @@ def composition(probed: Probed, split: ErrorSplit) -> Picture:
 
     first, last = (found[0][i]["all layers"] for i in (0, -1))
     alt = (
-        f"Stacked bars of bias, scale and noise by role. All layers, bias as it was: {probed.formats[0].name} {first}; "
-        f"{probed.formats[-1].name} {last}."
+        "Stacked bars of bias, scale and noise by role. All layers, bias uncorrected: "
+        f"{probed.formats[0].name} {first}; {probed.formats[-1].name} {last}."
     )
     return picture("shares", alt, draw, 2.2 + 3.7 * len(probed.formats), 1.5 + 0.46 * rows)
 
@@ -159,7 +160,7 @@ def _stack(axes: Axes, by_role: Mapping[str, Shares]) -> None:
 
 
 def through_the_sampler(probed: Probed, split: ErrorSplit | None) -> Picture:
-    """Amplification by step and stage (with a split), and the error that enters at each step, by stage."""
+    """Amplification by step and stage (if there is a split), and the error that enters at each step, by stage."""
     stages = [stage for stage in by_stage(probed) if stage.name not in OUTSIDE]
     small = probed.formats[0]
     column = probed.column(small)
@@ -189,7 +190,7 @@ def through_the_sampler(probed: Probed, split: ErrorSplit | None) -> Picture:
 
 
 def skips(probed: Probed, split: ErrorSplit | None) -> Picture:
-    """Of a U-Net: errors of encoder layers that write into a skip beside those of other layers."""
+    """For a U-Net: errors of encoder layers that write into a skip, compared with those of other layers."""
     groups = by_path(probed)
     error = probed.table.error.double().numpy()
     small = probed.formats[0]
@@ -222,7 +223,7 @@ def skips(probed: Probed, split: ErrorSplit | None) -> Picture:
 
 
 def _spread(axes: Axes, places: np.ndarray, values: Sequence[np.ndarray], color: str, label: str) -> None:
-    """One dot a layer, spread by a fixed pattern, and the median."""
+    """One dot per layer, spread out in a fixed pattern, and the median."""
     for i, (place, of_group) in enumerate(zip(places, values, strict=True)):
         offsets = (np.arange(len(of_group)) * 0.618 % 1 - 0.5) * 0.22
         shown = label if i == 0 else None
@@ -249,8 +250,8 @@ def _finish(axes: Axes, title: str, ylabel: str) -> None:
 
 
 def _legend_below(figure: Figure, axes: Axes, across: float, inches: float) -> None:
-    """The legend of `axes` under the picture, in as many rows as it takes, its middle `across` of the way from left to
-    right, or as near to that as it fits."""
+    """Place the legend of `axes` below the picture, in as many rows as it needs. Its centre is `across` of the way from
+    left to right, or as close to that as fits."""
     lines, names = axes.get_legend_handles_labels()
     for columns in range(len(names), 0, -1):
         style = {"ncols": columns, "handlelength": 2.6, "borderaxespad": 0.3}

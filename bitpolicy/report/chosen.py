@@ -1,4 +1,4 @@
-"""The report's section on a search: the policy, its images beside the reference's, and the trials that led to it."""
+"""The report's section on a search: the policy, its images next to the reference's, and the trials that led to it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _COMPARISON, _CURVE = "compare.png", "frontier/frontier.png"
 
 
 def chosen(probed: Probed, policy: Policy, folder: Path) -> Section:
-    """What the search in `folder` chose, and how well it draws.
+    """The section on the search in `folder`: what it chose, and how good the images are.
 
     Raises:
         BitPolicyError: a file of the search is damaged, or the policy is for other layers than the table.
@@ -44,38 +44,38 @@ def chosen(probed: Probed, policy: Policy, folder: Path) -> Section:
     if (folder / _COMPARISON).is_file():
         alt = "Held-out images: the reference's above, the checkpoint's below, with the PSNR of each pair."
         caption = (
-            "The same prompts and seeds, none of which the probe or the search saw: reference above, policy below."
+            "Reference above, policy below, for the same prompts and seeds. Neither the probe nor the search used them."
         )
         show(Picture("compare", (folder / _COMPARISON).read_bytes(), alt), caption)
-    body.append(heading("What every layer got"))
+    body.append(heading("The format of every layer"))
     show(
         mapped,
-        "One strip a layer, coloured by its width, where its block and its role meet; blocks in the order the sample "
-        "passes them. Right: bytes of the block's weights under the policy, and at FP16.",
+        "One strip per layer, coloured by bit width, in the cell of its block and role. Blocks are in the order in "
+        "which the sample passes them. Right: bytes of the block's weights under the policy, and at FP16.",
     )
-    body += [heading("The trials"), paragraph(_how(policy))]
+    body += [heading("The trials"), paragraph(_choice_sentence(policy))]
     if (folder / TRIALS).is_file():
         rows = load_trials(folder / TRIALS)
         show(
             _trials(rows, policy),
-            "PSNR of each trial's images over the search samples it saw. Filled: scored on all of them; hollow: "
-            "stopped early, for it was losing. Line: the best so far.",
+            "PSNR of each trial's images over the search samples that it used. Filled: scored on all of them; hollow: "
+            "stopped early because it was losing. Line: the best so far.",
         )
         body.append(folded("The numbers", table(_COLUMNS, [_row(row) for row in rows])))
     if (folder / _CURVE).is_file():
         body.append(heading("The curve"))
-        alt = "Quality of the best policy of every size."
+        alt = "Quality of the best policy at every size."
         show(Picture("frontier", (folder / _CURVE).read_bytes(), alt), f"{alt} frontier.csv has the numbers.")
     return Section("chosen", "What the search chose", "\n".join(body), tuple(pictures))
 
 
 def _result(folder: Path) -> Mapping[str, Any]:
-    """result.json; empty while the search is not finished."""
+    """The content of result.json; empty until the search has finished."""
     return read_result(folder) or {}
 
 
 def _facts(policy: Policy, counts: Mapping[str, int], result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What was asked, what it takes, and what was measured."""
+    """The request, the size, and the measured quality."""
     about, budget = policy.result, policy.budget
     rows = [] if budget is None else [("asked", f"{budget.asked} (scope {budget.scope})")]
     rows.append(("layers", ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))))
@@ -93,20 +93,20 @@ def _psnr(policy: Policy, result: Mapping[str, Any]) -> str:
     found = result.get("psnr_db")
     if found is None:
         known = policy.result and policy.result.psnr_db
-        return f"mean {known:.2f} dB" if known else "not measured; the search is not finished"
+        return f"mean {known:.2f} dB" if known else "not measured; the search has not finished"
     if found["mean"] is None:
         return f"all {found['n']} images are identical"
     return f"mean {found['mean']:.2f} dB, worst {found['min']:.2f} dB over {found['n']} images"
 
 
-def _how(policy: Policy) -> str:
-    """What came before the choice."""
+def _choice_sentence(policy: Policy) -> str:
+    """How the policy was chosen."""
     about = policy.provenance.get("search")
     if not about:
         return "The policy does not say how it was chosen."
     words = in_words(about)
     if not isinstance(about, str) and "target" in about:
-        return f"Chosen: {words}. No study ran: {about['policies_measured']} policies of other sizes were drawn with."
+        return f"Chosen: {words}. No study ran: {about['policies_measured']} policies of other sizes were measured."
     if isinstance(about, str) or not about.get("trials"):
         return f"Chosen: {words}. No study ran."
     return f"Chosen: {words}."
@@ -145,7 +145,7 @@ def _trials(rows: Sequence[TrialRow], policy: Policy) -> Picture:
 
 
 def _draw_best(axes: Axes, whole: Sequence[TrialRow]) -> None:
-    """The best so far, as a staircase."""
+    """Draw the best result so far as a staircase."""
     numbers: list[int] = []
     best: list[float] = []
     for row in whole:

@@ -1,4 +1,4 @@
-"""The report of one folder: every section in its order, and the files."""
+"""The report of one folder: all sections in order, and the files."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Report:
     """One report.
 
     Attributes:
-        html: the page, pictures included.
-        pictures: the same as files.
-        claims: what was found of "INT4 is a bias, INT8 a noise"; empty without a split.
-        lists: which layers may be INT4 at the budget; None where the probe's scores are no image error.
+        html: the page, including its pictures.
+        pictures: the same pictures as files.
+        claims: the verdicts on "INT4 is a bias, INT8 a noise"; empty without a split.
+        lists: which layers may be INT4 at the budget; None if the probe's scores are not image errors.
     """
 
     html: str
@@ -34,10 +34,10 @@ class Report:
     lists: Lists | None
 
     def save(self, page: Path, pictures: Path | None = None) -> None:
-        """Write the page, and its pictures into a folder of their own if one is given, with layers.csv for the lists.
+        """Write the page and, if a folder for pictures is given, the pictures, with layers.csv for the lists.
 
         Raises:
-            BitPolicyError: as `require_free`.
+            BitPolicyError: as for `require_free`.
         """
         require_free(page, pictures)
         if pictures is not None:
@@ -50,10 +50,10 @@ class Report:
 
 
 def require_free(page: Path, pictures: Path | None) -> None:
-    """Check where a report should go, before it is drawn.
+    """Check that a report can be written here, before it is drawn.
 
     Raises:
-        BitPolicyError: a folder is where the page should go, or a file where the folder of pictures should.
+        BitPolicyError: the page would replace a folder, or the folder of pictures is a file.
     """
     if page.is_dir():
         raise BitPolicyError(f"--output {page} is a folder; name a file, e.g. {page / 'report.html'}")
@@ -62,13 +62,13 @@ def require_free(page: Path, pictures: Path | None) -> None:
 
 
 def make_report(folder: Path, budget: str | None = None) -> Report:
-    """Draw what `bitpolicy probe` or a search left in `folder`.
+    """Make a report of what `bitpolicy probe` or a search left in `folder`.
 
     Args:
-        budget: what the lists of section "Never INT4" are for; default: that of the folder's policy, or 45% of FP16.
+        budget: the budget for the lists in section "Never INT4"; default: that of the folder's policy, or 45% of FP16.
 
     Raises:
-        BitPolicyError: there is no sensitivity table, a file is damaged, or the budget is not to be met.
+        BitPolicyError: there is no sensitivity table, a file is damaged, or the budget cannot be met.
     """
     probed = Probed.load(folder)
     lists = None if probed.table.probe in NO_IMAGE_ERROR else make_lists(probed, budget)
@@ -86,9 +86,9 @@ def make_report(folder: Path, budget: str | None = None) -> Report:
     ]
     title = f"Where quantization hurts: {probed.denoiser}"
     lead = (
-        f"{len(probed.layers)} layers, each alone in {' and '.join(f.name.upper() for f in probed.formats)}: what that "
-        f"does to the {probed.measure}, where in the sampling it enters, what the errors are made of, and which layers "
-        "a budget should spare."
+        f"{len(probed.layers)} layers, each quantized alone to {' and '.join(f.name.upper() for f in probed.formats)}: "
+        f"the effect on the {probed.measure}, the sampling steps at which the error enters, what the errors consist "
+        "of, and which layers to spare at a given budget."
     )
     split = probed.split
     return Report(

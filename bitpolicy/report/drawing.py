@@ -1,6 +1,7 @@
-"""How every picture looks, and how it becomes the same bytes each time.
+"""How every picture looks, and how it is encoded to the same bytes each time.
 
-Colours are told apart by colour-blind readers: formats have Okabe and Ito's (2008), parts of an error Tol's (2021).
+Colour-blind readers can tell the colours apart: formats have Okabe and Ito's (2008), the parts of an error Tol's
+(2021).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _STAGE_STYLES = {
 }
 _DPI = 110
 _STYLE: dict[str, Any] = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same letters on every machine
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so letters are the same on every machine
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
@@ -61,9 +62,9 @@ class Picture:
     """One picture of the report.
 
     Attributes:
-        name: of its file, without the ending.
-        png: the file.
-        alt: what it shows, for those who cannot see it.
+        name: file name without the extension.
+        png: content of the file.
+        alt: description for readers who cannot see it.
     """
 
     name: str
@@ -72,8 +73,8 @@ class Picture:
 
 
 def picture(name: str, alt: str, draw: Callable[[Figure], None], width: float, height: float) -> Picture:
-    """A picture of `width` x `height` inches that `draw` fills, with 256 colours and nothing but them in its bytes."""
-    style: dict[Any, Any] = {**dict(matplotlib.rcParamsDefault), **_STYLE}  # whatever the user's own style is
+    """A picture of `width` x `height` inches that `draw` fills, as a PNG with 256 colours and no metadata."""
+    style: dict[Any, Any] = {**dict(matplotlib.rcParamsDefault), **_STYLE}  # independent of the user's own style
     style.pop("backend", None)
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(width, height), dpi=_DPI)
@@ -87,18 +88,18 @@ def picture(name: str, alt: str, draw: Callable[[Figure], None], width: float, h
 
 
 def format_color(place: int) -> str:
-    """Of the format at `place`, smallest first."""
+    """The colour of the format at `place`, smallest first."""
     return FORMAT_COLORS[place % len(FORMAT_COLORS)]
 
 
 def stage_style(group: str) -> tuple[str, str]:
-    """Colour and dashes of a stage, or of the part of one that a group's last word names."""
+    """Colour and dashes of a stage, or of the part of a stage that the group's last word names."""
     default = ("#DDAA33", ":")
     return _STAGE_STYLES.get(group.split()[-1], _STAGE_STYLES.get(group.split(",")[0], default))
 
 
 def log_limits(values: Sequence[np.ndarray], room: float = 1.6) -> tuple[float, float]:
-    """Limits of a log axis that hold every positive value; whole decades where these are close together."""
+    """Limits of a log axis that contain every positive value; whole decades if the values are close together."""
     flat = np.concatenate([np.asarray(v, float).ravel() for v in values])
     flat = flat[np.isfinite(flat) & (flat > 0)]
     if not len(flat):
@@ -110,7 +111,7 @@ def log_limits(values: Sequence[np.ndarray], room: float = 1.6) -> tuple[float, 
 
 
 def step_axis(axes: Axes, steps: int) -> None:
-    """Sampling steps, counted from 1."""
+    """Label the axis with sampling steps, counted from 1."""
     axes.set_xlabel("sampling step (first: noise, last: image)")
     axes.set_xticks(step_ticks(steps))
     axes.set_xlim(0.5, steps + 0.5)

@@ -1,4 +1,4 @@
-"""Layers by role, by stage, and by what they write into: how much error each group makes."""
+"""Layers by role, by stage and by what they write into, and the error of each group."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from bitpolicy.sensitivity.inventory import OUTSIDE, Layer
 STAGES = ("conditioning", "encoder", "early", "middle", "decoder", "late", "ends", "autoencoder")
 INTO_SKIPS, INSIDE = "encoder, into a skip", "encoder, inside"
 # What a U-Net's encoder adds to the stream that its skips copy: the last layer of each resnet, its shortcut, the
-# way out of each attention, and the downsamplers.
+# output projection of each attention, and the downsamplers.
 _INTO_STREAM = re.compile(r"(conv2|conv_shortcut|proj_out|(down|up)samplers\.\d+\.conv)$")
 
 
 @dataclass(frozen=True)
 class Group:
-    """Some layers.
+    """A group of layers.
 
     Attributes:
-        name: of the group.
-        members: places of its layers in the table.
+        name: name of the group.
+        members: indices of its layers in the table.
         total: sum of the layers' errors, float64, shape (F).
-        median: of the layers' errors, float64, shape (F).
-        share: of the error of all layers, float64, shape (F), in [0, 1]; 0 where there is none.
-        inputs: share of `total` that rounding inputs makes alone, float64, shape (F), in [0, 1]; None where no inputs
-            are rounded, or the probe does not tell.
-        nbytes: at FP16.
+        median: median of the layers' errors, float64, shape (F).
+        share: share of the error of all layers, float64, shape (F), in [0, 1]; 0 if there is no error.
+        inputs: share of `total` that rounding inputs alone causes, float64, shape (F), in [0, 1]; None if no inputs are
+            rounded, or the probe does not separate them.
+        nbytes: bytes at FP16.
     """
 
     name: str
@@ -43,18 +43,19 @@ class Group:
 
 
 def by_role(probed: Probed) -> list[Group]:
-    """Largest error first."""
+    """Groups by role, largest error first."""
     groups = _grouped(probed, lambda layer: layer.role)
     return sorted(groups, key=lambda g: -float(g.total.max()))
 
 
 def by_stage(probed: Probed) -> list[Group]:
-    """In the order the sample passes them, the ends of the denoiser after its blocks."""
+    """Groups by stage, in the order in which the sample passes them; the ends of the denoiser come after its blocks."""
     return sorted(_grouped(probed, lambda layer: layer.stage), key=lambda g: STAGES.index(g.name))
 
 
 def by_path(probed: Probed) -> list[Group]:
-    """Of a U-Net: encoder layers that write into a skip, those inside the blocks, the middle and the decoder."""
+    """For a U-Net: encoder layers that write into a skip, encoder layers inside the blocks, the middle and the
+    decoder."""
     order = (INTO_SKIPS, INSIDE, "middle", "decoder")
     groups = {group.name: group for group in _grouped(probed, _path)}
     return [groups[name] for name in order if name in groups]
@@ -85,7 +86,7 @@ def _group(probed: Probed, name: str, members: Sequence[int]) -> Group:
 
 
 def inputs_share(probed: Probed, members: Sequence[int]) -> np.ndarray | None:
-    """How much of the summed error of the layers at `members` rounding their inputs makes alone, shape (F)."""
+    """Share of the summed error of the layers at `members` that rounding their inputs alone causes, shape (F)."""
     if probed.table.inputs is None:
         return None
     places = list(members)
@@ -94,7 +95,8 @@ def inputs_share(probed: Probed, members: Sequence[int]) -> np.ndarray | None:
 
 
 def running_order(layers: Sequence[Layer]) -> list[int]:
-    """Places in the order the sample passes the stages: models name their middle block last, or in between."""
+    """Indices of the layers, in the order in which the sample passes the stages. Models list their middle block last,
+    or in between."""
     inside = [place for place, layer in enumerate(layers) if layer.stage not in ("ends", *OUTSIDE)]
     first = inside[0] if inside else len(layers)
     rank = {"conditioning": -1, "encoder": 1, "early": 1, "middle": 2, "decoder": 3, "late": 3, "autoencoder": 5}

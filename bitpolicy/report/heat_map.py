@@ -1,4 +1,4 @@
-"""The heat map: every layer beside every sampling step, with what each layer is."""
+"""The heat map: error by layer and sampling step, with the role and stage of each layer."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from bitpolicy.report.groups import running_order
 from bitpolicy.report.inputs import Probed
 from bitpolicy.sensitivity.inventory import Layer
 
-_TALLEST, _ROW = 24.0, 0.125  # inches: of all rows, and of one row where there is room
-_NAMED = 0.11  # a row of this height holds the layer's own name; lower ones share the name of their block
+_TALLEST, _ROW = 24.0, 0.125  # inches: all rows at most, and one row if there is room
+_NAMED = 0.11  # rows of this height show the layer's name; lower ones show the name of their block
 _TOP, _BOTTOM, _GAP = 1.45, 0.95, 0.12
 _STAGES, _BAND, _ROLE, _MAP = 0.95, 0.1, 0.14, 2.3
 _LETTER = 0.0505  # inches of one letter of a name
@@ -25,11 +25,11 @@ _LONGEST = 64  # letters
 _LINE = 0.115  # inches that a block's name takes
 _BANDS = {"encoder": "#77AADD", "early": "#77AADD", "middle": "#EEDD88", "decoder": "#EE8866", "late": "#EE8866"}
 _BANDS |= {"conditioning": "#44BB99", "autoencoder": "#FFAABB"}
-_SPAN = 1e-8  # the faintest colour is that much of the strongest, or the first percentile
+_SPAN = 1e-8  # the faintest colour is this fraction of the strongest, or the first percentile
 
 
 def heat_map(probed: Probed) -> Picture:
-    """Error that enters at each step, every layer in every packed format; needs `by_step`."""
+    """Error that enters at each step, for every layer in every packed format; needs `by_step`."""
     assert probed.table.by_step is not None
     order = running_order(probed.layers)
     layers = [probed.layers[place] for place in order]
@@ -69,7 +69,7 @@ def heat_map(probed: Probed) -> Picture:
 
 
 def _labels(layers: Sequence[Layer], row: float) -> list[tuple[float, str]]:
-    """Place and text of the names: of every layer, or of blocks, skipping those that would overlap."""
+    """Position and text of the names: one for every layer, or one per block, skipping those that would overlap."""
     if row >= _NAMED:
         return [(float(i), _short(layer.name)) for i, layer in enumerate(layers)]
     found: list[tuple[float, str]] = []
@@ -119,7 +119,7 @@ def _draw_roles(axes: Axes, layers: Sequence[Layer], roles: Sequence[str]) -> No
     axes.tick_params(axis="x", top=True, labeltop=True, bottom=False, labelbottom=False, length=0, pad=2)
     for edge in range(len(roles) + 1):
         axes.axvline(edge - 0.5, color="white", lw=1.5)
-    _rule_off(axes, layers)
+    _draw_rules(axes, layers)
 
 
 def _draw_maps(
@@ -145,7 +145,7 @@ def _draw_maps(
         one.set_xticks([*([0] if lead else []), *step_ticks(values.shape[1] - lead)])
         one.tick_params(axis="x", top=True, labeltop=True, labelsize=7.5, length=2)
         one.set_xlabel("sampling step", fontsize=8)
-        _rule_off(one, layers)
+        _draw_rules(one, layers)
     first, last = axes[0].get_position(), axes[-1].get_position()
     bar = figure.add_axes((first.x0, 0.42 / size[1], last.x1 - first.x0, 0.1 / size[1]))
     assert image is not None
@@ -154,8 +154,8 @@ def _draw_maps(
     bar.tick_params(labelsize=7.5)
 
 
-def _rule_off(axes: Axes, layers: Sequence[Layer]) -> None:
-    """A line where one stage ends, a fainter one where one block does."""
+def _draw_rules(axes: Axes, layers: Sequence[Layer]) -> None:
+    """Draw a line between stages, and a fainter one between blocks."""
     for i, (before, after) in enumerate(itertools.pairwise(layers)):
         if before.stage != after.stage:
             axes.axhline(i + 0.5, color=INK, lw=0.8)

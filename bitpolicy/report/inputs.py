@@ -1,4 +1,4 @@
-"""What a report is made from: the files that `bitpolicy probe` or a search left in a folder."""
+"""The input of a report: the files that `bitpolicy probe` or a search left in a folder."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Probed:
     """One probe's results.
 
     Attributes:
-        table: of L layers, F formats and T steps; one more row, `lead`, where something outside the loop is studied.
-        model: what is known of the denoiser, or of the components that were studied.
-        split: what the errors are made of; None where the probe ran without --split.
-        check: the probe against the truth; None where it ran without --check.
+        table: L layers, F formats and T steps, and one more row, `lead`, if something outside the loop is studied.
+        model: description of the denoiser, or of the studied components.
+        split: what the errors consist of; None if the probe ran without --split.
+        check: the probe compared with measurements; None if it ran without --check.
         policy: what a search chose; None in a probe's folder.
     """
 
@@ -44,14 +44,14 @@ class Probed:
 
     @classmethod
     def load(cls, folder: Path) -> Probed:
-        """Read what `folder` holds.
+        """Read the files in `folder`.
 
         Raises:
             BitPolicyError: it holds no sensitivity table, or files of different probes.
         """
         path = folder / TABLE
         if not path.is_file():
-            remedy = f"`{probe_command('--split --check', folder)}` makes it"
+            remedy = f"`{probe_command('--split --check', folder)}` creates it"
             raise BitPolicyError(f"{folder} holds no {TABLE}; {remedy}")
         table = read_table(path)
         found = cls(
@@ -73,7 +73,7 @@ class Probed:
             _refuse(folder / CHECK, "--check")
 
     def command(self, options: str, folder: Path) -> str:
-        """The `bitpolicy probe` with `options` that makes what is not here."""
+        """The `bitpolicy probe` command with `options` that creates what is missing here."""
         return probe_command(options, folder, BUNDLED if self.policy is None else self.policy.model.id)
 
     @property
@@ -82,7 +82,7 @@ class Probed:
 
     @property
     def formats(self) -> tuple[Format, ...]:
-        """The packed ones, smallest first."""
+        """The packed formats, smallest first."""
         return tuple(sorted(self.table.formats, key=lambda f: self.nbytes(f)))
 
     @property
@@ -91,27 +91,27 @@ class Probed:
 
     @property
     def unet(self) -> bool:
-        """Whether the denoiser has an encoder and a decoder, and so skips between them."""
+        """Whether the denoiser has an encoder and a decoder, and therefore skips between them."""
         return {"encoder", "decoder"} <= {layer.stage for layer in self.layers}
 
     @property
     def lead(self) -> int:
-        """Rows that tables by step have before the first step: 1 for what is outside the loop, if any of it is here."""
+        """Rows before the first step in tables by step: 1 if something outside the loop is studied, otherwise 0."""
         return int(any(layer.stage in OUTSIDE for layer in self.layers))
 
     @property
     def draws(self) -> bool:
-        """Whether errors are errors of the image, as they are where an autoencoder is studied."""
+        """Whether errors are errors of the image, which is so if an autoencoder is studied."""
         return any(layer.stage == AUTOENCODER for layer in self.layers)
 
     @property
     def in_loop(self) -> list[int]:
-        """Places of the layers that the sampling loop calls."""
+        """Indices of the layers that the sampling loop calls."""
         return [place for place, layer in enumerate(self.layers) if layer.stage not in OUTSIDE]
 
     @property
     def denoiser(self) -> str:
-        """Its name, or what its stages say."""
+        """The denoiser's name; without one, the kind that its stages show."""
         return self.model.name or ("U-Net" if self.unet else "transformer")
 
     @property
@@ -121,29 +121,32 @@ class Probed:
         return {"stepwise": "denoiser's output", "weight": "weight"}.get(self.table.probe, signal)
 
     def nbytes(self, format: Format) -> int:
-        """What is studied, with every layer in `format`."""
+        """Bytes of the studied components with every layer in `format`."""
         return self.account.total(dict.fromkeys(self.account.shapes, format))
 
     def column(self, format: Format) -> int:
-        """Its place in the table."""
+        """The format's index in the table."""
         return self.table.formats.index(format)
 
     def layer_bytes(self, place: int, format: Format = FP16) -> int:
-        """Of the layer at `place`."""
+        """Bytes of the layer at `place`."""
         return self.account.layer(self.layers[place].name, format)
 
     def better_bias(self, values: torch.Tensor) -> torch.Tensor:
-        """Of values with the bias as it was and corrected, shape (2, ..., L, F), those the table's errors belong to."""
+        """The values that belong to the table's errors, from values with the bias uncorrected and corrected, shape (2,
+        ..., L, F)."""
         return torch.where(self.table.corrected, values[1], values[0])
 
 
 def probe_command(options: str, folder: Path, model: str = BUNDLED) -> str:
-    """The command that makes what `folder` lacks, in a folder of its own where a search lies in this one: a probe
-    replaces the sensitivity table."""
+    """The command that creates what `folder` lacks. If a search is in the folder, it writes to another one, because a
+    probe replaces the sensitivity table."""
     of = "" if model == BUNDLED else f"--model {model} "
     where = for_a_probe(folder) if holds_a_search(folder) else folder
     return f"bitpolicy probe {options} {of}--output-dir {where}"
 
 
 def _refuse(path: Path, option: str) -> None:
-    raise BitPolicyError(f"{path} is of another probe than {TABLE} beside it; run `bitpolicy probe {option}` again")
+    raise BitPolicyError(
+        f"{path} is from another probe than {TABLE} in this folder; run `bitpolicy probe {option}` again"
+    )

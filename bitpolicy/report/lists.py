@@ -1,11 +1,11 @@
-"""Which layers may not be INT4 and which may, at one budget, and how lists made by hand compare.
+"""Which layers must not be INT4 and which may be, at one budget, and how hand-written lists compare.
 
 The exact solver's policy has the additive error E = sum_l e(l, f_l). For each layer, with f the smallest format:
 
-    cost = 10 log10((E - e_chosen + e_f) / E)              dB that f would cost in place of what was chosen
-    own  = 10 log10((E - e_chosen + e_f) / (E - e_chosen)) dB that f costs against FP16, whatever was chosen
+    cost = 10 log10((E - e_chosen + e_f) / E)              dB that f would cost instead of the chosen format
+    own  = 10 log10((E - e_chosen + e_f) / (E - e_chosen)) dB that f costs compared with FP16, whatever was chosen
 
-A layer whose cost exceeds 1 dB is never `f` at this budget; one whose own is below 0.01 dB is free at `f`.
+A layer whose cost exceeds 1 dB is never `f` at this budget; one whose own cost is below 0.01 dB is free at `f`.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Marked:
     """One layer at one budget.
 
     Attributes:
-        place: in the table.
-        nbytes: at FP16.
+        place: index in the table.
+        nbytes: bytes at FP16.
         chosen: the solution's format.
-        cost, own: in dB, as above; infinite where nothing else errs.
-        by_hand: whether the usual lists name it: time embedding, first and last layer.
+        cost, own: in dB, as above; infinite if nothing else has an error.
+        by_hand: whether the usual hand-written lists name it: time embedding, first and last layer.
     """
 
     place: int
@@ -65,18 +65,18 @@ class Marked:
 
 @dataclass(frozen=True)
 class Lists:
-    """What one budget says of every layer.
+    """The verdict on every layer at one budget.
 
     Attributes:
         budget: in bytes.
-        default: whether nobody asked for this budget.
+        default: whether this is the default budget.
         small: the format in question.
-        nbytes: of the solution.
+        nbytes: bytes of the solution.
         error: its additive error E.
-        counts: layers in each format, by name.
-        layers: all, in the table's order.
-        pinned_db: what it costs to keep the hand-written list at FP16 and solve the rest within the same bytes; None
-            where that does not fit.
+        counts: number of layers in each format, by name.
+        layers: all layers, in the table's order.
+        pinned_db: cost in dB of keeping the hand-written list at FP16 and solving for the rest within the same bytes;
+            None if that does not fit.
     """
 
     budget: Budget
@@ -101,7 +101,7 @@ class Lists:
         return [m for m in self.layers if m.by_hand]
 
     def csv(self) -> str:
-        """One row a layer, in the table's order: what the solution chose, the dB of both kinds, and the verdict."""
+        """One row per layer, in the table's order: the solution's choice, both costs in dB, and the verdict."""
         text = io.StringIO()
         rows = csv.writer(text, lineterminator="\n")
         small = self.small.name
@@ -113,10 +113,10 @@ class Lists:
 
 
 def make_lists(probed: Probed, asked: str | None) -> Lists:
-    """Solve for `asked`; without it for the budget of the folder's policy, or 45% of FP16.
+    """Solve for the budget `asked`; without it, for the budget of the folder's policy, or 45% of FP16.
 
     Raises:
-        BudgetError: it is no size, or nothing fits.
+        BudgetError: it is not a size, or no policy fits.
     """
     policy = probed.policy
     recorded = policy.budget.asked if policy is not None and policy.budget is not None else None
@@ -164,7 +164,7 @@ def _pinned(probed: Probed, formats: Sequence[Format], budget: Budget, pinned: S
 
 
 def _db(after: float | None, before: float) -> float | None:
-    """10 log10(after / before); 0 for nothing against nothing, infinite for something against nothing."""
+    """10 log10(after / before): 0 if both are zero, infinite if only one of them is."""
     if after is None:
         return None
     if after <= 0:

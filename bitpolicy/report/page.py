@@ -1,4 +1,4 @@
-"""The page: plain HTML, its style and pictures inside it, nothing fetched, nothing run."""
+"""The page: plain HTML with its style and pictures inside. It loads nothing and runs no scripts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ summary { cursor: pointer; color: #0a58a5; font-size: .9rem; }
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, HTML below it, and the pictures in that HTML."""
+    """A heading, the HTML below it, and the pictures in that HTML."""
 
     anchor: str
     title: str
@@ -69,15 +69,15 @@ def page(title: str, lead: str, sections: Sequence[Section]) -> str:
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    """Plain text; what stands between backticks is set as code."""
+    """A paragraph of plain text. Text between backticks becomes code."""
     pieces = escape(text, quote=False).split("`")
     marked = "".join(f"<code>{piece}</code>" if i % 2 else piece for i, piece in enumerate(pieces))
     return f'<p class="{kind}">{marked}</p>' if kind else f"<p>{marked}</p>"
 
 
 def missing(what: str, command: str) -> str:
-    """A section's body where its input is not there."""
-    return paragraph(f"{what} `{command}` makes it; then draw this report again.", "missing")
+    """A section's body if its input is missing."""
+    return paragraph(f"{what} Run `{command}`, then make this report again.", "missing")
 
 
 def heading(text: str) -> str:
@@ -85,7 +85,7 @@ def heading(text: str) -> str:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Numbers stand right, in columns that hold nothing but numbers (strings that begin with one) or nothing."""
+    """A table. A column is right-aligned if it contains only numbers (strings that begin with one) and empty cells."""
     numeric = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(columns))]
     head = "".join(f"<th{_cell(numeric[i], i)}>{escape(name)}</th>" for i, name in enumerate(columns))
     body = "\n".join(
@@ -105,7 +105,7 @@ def _cell(number: bool, column: int) -> str:
 
 
 def folded(summary: str, body: str) -> str:
-    """Shown when it is asked for; works without scripts."""
+    """Content that is shown on request; works without scripts."""
     return f"<details><summary>{escape(summary)}</summary>\n{body}\n</details>"
 
 

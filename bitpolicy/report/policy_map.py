@@ -1,4 +1,4 @@
-"""The policy map: what every layer got, its block beside its role."""
+"""The policy map: the format of every layer, by block and role."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ _BITS = {
     8: "#0072B2",
     16: "#C4C4C4",
 }
-"""Colour of a width; as everywhere in the report INT4 is orange and INT8 blue."""
-_CELL, _ROW, _TALLEST = 0.78, 0.26, 20.0  # inches: a role's column, a block's row where there is room, all rows
-_ACROSS = 12  # layers side by side in a cell
-_RIGHT, _LETTER, _LEGEND = 1.55, 0.062, 0.2  # inches: room for bytes, a letter, a row of the legend
-_NAMED = 3  # formats of a width that the legend names
+"""Colour of a bit width. As everywhere in the report, INT4 is orange and INT8 is blue."""
+_CELL, _ROW, _TALLEST = 0.78, 0.26, 20.0  # inches: a role's column, a block's row if there is room, all rows
+_ACROSS = 12  # most layers side by side in a cell
+_RIGHT, _LETTER, _LEGEND = 1.55, 0.062, 0.2  # inches: space for the bytes, a letter, a row of the legend
+_NAMED = 3  # formats per width that the legend names
 
 
 @dataclass(frozen=True)
 class _Map:
-    """What the picture shows.
+    """The content of the picture.
 
     Attributes:
-        blocks: rows, in the order the sample passes them.
+        blocks: rows, in the order in which the sample passes them.
         roles: columns.
-        cells: (block, role) -> the layers there and their formats.
+        cells: (block, role) -> the formats of the layers there.
         nbytes: block -> bytes as the policy stores its layers, and at FP16.
     """
 
@@ -53,10 +53,10 @@ class _Map:
 
 
 def policy_map(probed: Probed, formats: Mapping[str, Format]) -> Picture:
-    """Every layer as a strip, coloured by its width, where its block and its role meet.
+    """Every layer as a strip, coloured by bit width, in the cell of its block and role.
 
     Args:
-        formats: layer name -> what the policy gives it.
+        formats: layer name -> its format in the policy.
     """
     shown = _mapped(probed, formats)
     row = min(_ROW, _TALLEST / len(shown.blocks))
@@ -122,7 +122,7 @@ def _draw_grid(axes: Axes, shown: _Map) -> None:
 
 
 def _draw_cell(axes: Axes, column: int, row: int, formats: Sequence[Format]) -> None:
-    """The layers of a cell from left to right, in rows of equal length where there are many."""
+    """Draw the layers of a cell from left to right, in rows of equal length if there are many."""
     rows = math.ceil(len(formats) / _ACROSS)
     across = math.ceil(len(formats) / rows)
     wide, high = 0.94 / across, 0.84 / rows
@@ -133,14 +133,14 @@ def _draw_cell(axes: Axes, column: int, row: int, formats: Sequence[Format]) -> 
 
 
 def _bits(format: Format) -> int:
-    """Whole bits a weight, without scales and zero points."""
+    """Whole bits per weight, without scales and zero points."""
     if not format.packed:
         return 16
     return int(format.parameters()["bits"])
 
 
 def _labels(formats: Iterable[Format]) -> dict[int, str]:
-    """Width -> the formats of that width, in words."""
+    """Bit width -> the formats of that width, as text."""
     found: dict[int, dict[str, None]] = {}
     for format in formats:
         found.setdefault(_bits(format), {})[format.name] = None

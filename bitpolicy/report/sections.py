@@ -1,4 +1,4 @@
-"""The report's sections but the last: what was measured, and how it is to be read."""
+"""Most of the report's sections: what was measured, and how to read it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from bitpolicy.search.budget import readable
 from bitpolicy.sensitivity.probes.error_split import ErrorSplit
 from bitpolicy.workflow.decision import in_words
 
-BIASES = ((AS_IT_WAS, "as it was"), (CORRECTED, "corrected"))
+BIASES = ((AS_IT_WAS, "uncorrected"), (CORRECTED, "corrected"))
 
 
 def overview(probed: Probed, folder: Path) -> Section:
@@ -41,7 +41,7 @@ def overview(probed: Probed, folder: Path) -> Section:
     if found.by_step is not None:
         how.append(f"{len(found.by_step) - probed.lead} sampling steps")
     if found.measured is not None:
-        how.append(f"{int(found.measured.sum())} of {found.error.numel()} numbers measured again by ablation")
+        how.append(f"{int(found.measured.sum())} of {found.error.numel()} scores re-measured by ablation")
     chosen = probed.policy.provenance.get("search") if probed.policy else None
     largest = ", ".join(
         f"{group.name} {group.share[probed.column(probed.formats[0])]:.0%}" for group in by_role(probed)[:3]
@@ -52,27 +52,27 @@ def overview(probed: Probed, folder: Path) -> Section:
         ("bytes", "; ".join(f"{name} {nbytes:,} ({readable(nbytes)})" for name, nbytes in sizes)),
         ("probe", ", ".join(how)),
         *_compute_row(probed),
-        ("cost", str(found.cost) if found.cost is not None else "not recorded; `bitpolicy probe` counts it"),
+        ("cost", str(found.cost) if found.cost is not None else "not recorded; `bitpolicy probe` records it"),
         (f"most error, {probed.formats[0].name}", largest),
         *([("policy", in_words(chosen))] if chosen else []),
-        ("made from", str(folder)),
+        ("folder", str(folder)),
     ]
     return Section("what", "What was probed", table(["", ""], rows))
 
 
 def _compute_row(probed: Probed) -> list[tuple[str, str]]:
-    """What packed layers round beside their weights, and what that does."""
+    """What packed layers round in addition to their weights, and the effect of that."""
     if probed.table.compute is Compute.EXACT:
         return []
     shares = inputs_share(probed, range(len(probed.layers)))
     if shares is None:
-        return [("compute", f"{probed.table.compute}: inputs of packed layers are rounded, too")]
-    parts = ", ".join(f"{shares[probed.column(f)]:.0%} of the error of all {f.name}" for f in probed.formats)
-    return [("compute", f"{probed.table.compute}: rounding the inputs of packed layers makes {parts}")]
+        return [("compute", f"{probed.table.compute}: inputs of packed layers are also rounded")]
+    parts = ", ".join(f"{shares[probed.column(f)]:.0%} of the summed {f.name} error" for f in probed.formats)
+    return [("compute", f"{probed.table.compute}: rounding the inputs of packed layers causes {parts}")]
 
 
 def trust(probed: Probed, folder: Path) -> Section:
-    """Predicted beside measured."""
+    """Predicted compared with measured error."""
     title = "Can the numbers be trusted?"
     if probed.check is None:
         command = probed.command("--check", folder)
@@ -81,10 +81,10 @@ def trust(probed: Probed, folder: Path) -> Section:
     columns = ["predicted against measured", "pairs", "Spearman", "median predicted / measured", "within a factor of 2"]
     drawn = charts.agreement(probed, probed.check)
     caption = (
-        f"Error of the {probed.measure}, E|dx₀|² / E|x₀|², predicted by the probe (up) and measured by quantizing and "
-        "running the real trajectory on the same samples and seeds (right). Solid line: equal; dashed: a factor of 2. "
-        "A policy's prediction adds the layers' errors up as powers, or the sketches of them as vectors. "
-        f"Other images are those whose PSNR is {TRUSTED_DB:g} dB or less: they no longer show the same picture, and a "
+        f"Error of the {probed.measure}, E|dx₀|² / E|x₀|²: predicted by the probe (vertical), and measured by "
+        "quantizing and running the real trajectory on the same samples and seeds (horizontal). Solid line: equal; "
+        "dashed: a factor of 2. A policy's prediction adds the layers' errors as powers, or their sketches as vectors. "
+        f"Other images are those with a PSNR of {TRUSTED_DB:g} dB or less: they no longer show the same picture, and a "
         "first-order prediction means nothing there."
     )
     body = [table(columns, rows), paragraph(_null(probed.check)), figure(drawn, caption)]
@@ -106,19 +106,19 @@ def _null(check: Check) -> str:
 
 
 def heat(probed: Probed, folder: Path) -> Section:
-    """Layers by steps."""
+    """Error by layer and step."""
     title = "Every layer at every step"
     if probed.table.by_step is None:
         command = probed.command("--probe adjoint", folder)
-        return Section("heat", title, missing(f"The {probed.table.probe} probe knows no steps.", command))
+        return Section("heat", title, missing(f"The {probed.table.probe} probe has no scores by step.", command))
     drawn = heat_map(probed)
     caption = (
         "Each row is a layer, in the model's order with the middle block between encoder and decoder; the grey marks "
-        f"say its role. Each column is a sampling step. Colour: the error of the {probed.measure} that enters at that "
-        "step alone, with the layer quantized alone and its better bias, on a logarithmic scale; white: none at all. "
-        "Steps may add up or cancel, so a row's sum is not the layer's error."
+        f"show its role. Each column is a sampling step. Colour: the error of the {probed.measure} that enters at that "
+        "step alone, with only this layer quantized and the better of its two biases, on a logarithmic scale; white: "
+        "no error. Steps may add up or cancel, so a row's sum is not the layer's error."
         + (
-            " Column 0 is what models outside the loop do, before its first step or after its last."
+            " Column 0 is the effect of models outside the loop, before its first step or after its last."
             if probed.lead
             else ""
         )
@@ -127,12 +127,12 @@ def heat(probed: Probed, folder: Path) -> Section:
 
 
 def roles(probed: Probed) -> Section:
-    """Sums and medians of groups."""
+    """Sums and medians of the groups."""
     drawn = charts.by_group(probed)
     caption = (
-        f"Error of the {probed.measure} of layers quantized alone. Left: summed over the layers of a role or stage; "
-        "right: of the median layer. In brackets: the number of layers. Sums are additive predictions; the axis is "
-        "logarithmic, so a bar's end is what counts."
+        f"Error of the {probed.measure} with one layer quantized at a time. Left: summed over the layers of a role or "
+        "stage; right: for the median layer. In brackets: the number of layers. Sums are additive predictions. The "
+        "axis is logarithmic, so only the end of a bar counts."
     )
     body = [figure(drawn, caption)]
     for what, groups in (("role", by_role(probed)), ("stage", by_stage(probed))):
@@ -142,7 +142,7 @@ def roles(probed: Probed) -> Section:
 
 
 def _group_columns(probed: Probed) -> list[str]:
-    words = ("sum", "median", "share of all", *(["of it inputs"] if probed.table.inputs is not None else []))
+    words = ("sum", "median", "share of all", *(["from inputs"] if probed.table.inputs is not None else []))
     return ["bytes at FP16", *(f"{f.name} {word}" for f in probed.formats for word in words)]
 
 
@@ -165,9 +165,9 @@ def composition(probed: Probed, folder: Path) -> Section:
     drawn = charts.composition(probed, split)
     caption = (
         "What a role's summed error consists of, largest role first. Scale: the part along the picture itself. Bias: "
-        "of the rest, what is the same for every picture. Noise: what is left. Measured to first order by backward "
-        "passes along directions that all samples share, and along each sample's own latent; pairs of different "
-        "samples only, so that the mean of few samples does not pass for a bias."
+        "the part of the rest that is the same for every picture. Noise: what is left. Measured to first order by "
+        "backward passes along directions that all samples share, and along each sample's own latent. Only pairs of "
+        "different samples count, so that the mean of a few samples is not mistaken for a bias."
     )
     body = [paragraph(str(claim), "verdict") for claim in claims(probed, split)]
     body += [paragraph(roles_sentence(probed, split)), paragraph(correction_sentence(probed, split))]
@@ -181,12 +181,12 @@ def composition(probed: Probed, folder: Path) -> Section:
             "median layer": layer_medians(split, corrected, probed.column(f)),
         }.items()
     ]
-    numbers = table(["format, its bias", "layers", "bias", "scale", "noise"], rows)
+    numbers = table(["format, bias", "layers", "bias", "scale", "noise"], rows)
     return Section("bias", title, "\n".join([*body, folded("The numbers by role", numbers)]), (drawn,))
 
 
 def _measured_bias(probed: Probed, split: ErrorSplit) -> list[str]:
-    """The mean over samples of real errors beside what the split says of it."""
+    """The mean over samples of measured errors, compared with what the split says about it."""
     check = probed.check
     if check is None:
         return []
@@ -201,26 +201,26 @@ def _measured_bias(probed: Probed, split: ErrorSplit) -> list[str]:
     if trusted:
         rows.append((f"median of {len(trusted)} random policies", f"{np.median(trusted):.0%}", ""))
     what = (
-        "The same from real trajectories: the share of the error that is its mean over samples (the scale's part in "
-        "that mean included), with every layer's better bias."
+        "The same from real trajectories: the mean error over samples as a share of the error (including the scale's "
+        "part of that mean), with the better of each layer's two biases."
     )
     return [heading("Measured"), paragraph(what), table(["", "measured", "from the split"], rows)]
 
 
 def sampler(probed: Probed, folder: Path) -> Section:
     """Amplification, entry and coherence."""
-    title = "What the sampler makes of it"
+    title = "What the sampler does to the errors"
     if probed.table.by_step is None:
         command = probed.command("--probe adjoint --split", folder)
-        return Section("sampler", title, missing(f"The {probed.table.probe} probe knows no steps.", command))
+        return Section("sampler", title, missing(f"The {probed.table.probe} probe has no scores by step.", command))
     if not probed.in_loop:
-        return Section("sampler", title, paragraph("Nothing that was studied is called in the sampling loop."))
+        return Section("sampler", title, paragraph("The sampling loop calls none of the studied layers."))
     split = probed.split
     drawn = charts.through_the_sampler(probed, split)
     caption = (
         "Amplification is the size of the final latent's error divided by the size of the error of the denoiser's "
-        "output that caused it, |dx₀| / |deₜ|: above 1 the rest of the sampling enlarges it, below 1 it forgets it. "
-        "Error entering: as in the heat map, summed over the layers of a stage."
+        "output that caused it, |dx₀| / |deₜ|. Above 1, the rest of the sampling enlarges the error; below 1, it "
+        "shrinks it. Error entering: as in the heat map, summed over the layers of a stage."
     )
     body = [paragraph(_entry_sentence(probed)), figure(drawn, caption)]
     if split is None:
@@ -236,8 +236,8 @@ def _amplification_sentence(probed: Probed, split: ErrorSplit) -> str:
     early, peak = float(values[0]), int(values.argmax())
     grown = [f"{'grows' if values[i] > 1 else 'shrinks'}" for i in (0, peak)]
     return (
-        f"An error of the denoiser's output at the first step {grown[0]} to {early:.2g} of its size in the final "
-        f"latent (median layer, {probed.formats[0].name}); the largest factor, {values[peak]:.2g}, is that of step "
+        f"An error of the denoiser's output at the first step {grown[0]} to {early:.2g} times its size in the final "
+        f"latent (median layer, {probed.formats[0].name}); the largest factor, {values[peak]:.2g}, is at step "
         f"{peak + 1} of {len(values)}."
     )
 
@@ -248,8 +248,8 @@ def _entry_sentence(probed: Probed) -> str:
         values = entering(probed, probed.column(format))
         last = max(1, round(len(values) / 10))
         share = values[-last:].sum() / max(values.sum(), np.finfo(float).tiny)
-        said.append(f"{share:.0%} of {format.name.upper()}'s enters in the last {last} of {len(values)} steps")
-    return f"Of the error summed over steps and layers, {', '.join(said)}."
+        said.append(f"{share:.0%} of {format.name.upper()}'s error enters in the last {last} of {len(values)} steps")
+    return f"Summed over steps and layers, {', '.join(said)}."
 
 
 def _coherence(probed: Probed, split: ErrorSplit) -> list[str]:
@@ -262,9 +262,10 @@ def _coherence(probed: Probed, split: ErrorSplit) -> list[str]:
                 row.append("" if found is None else f"{found.found:.2f} of {found.limit:.2f} ({found.agreement:.0%})")
             rows.append(row)
     what = (
-        "Power of the whole error divided by the sum of the powers that enter at the single steps: 1 where steps are "
-        "independent, and the second number where all of them push the same way, at the sizes they have. In brackets: "
-        "how far from the one to the other. A bias that the sampler adds up step by step would be near 100%."
+        "Power of the whole error divided by the sum of the powers that enter at each step. It is 1 if the steps are "
+        "independent, and the second number if all steps, at their given sizes, push in the same direction. In "
+        "brackets: how far the value is from the one towards the other. A bias that the sampler accumulates step by "
+        "step would be near 100%."
     )
     return [
         heading("Do the steps add up?"),
@@ -278,14 +279,14 @@ def paths(probed: Probed) -> Section:
     title = "Encoder, skips and decoder"
     if not probed.unet or probed.table.by_step is None:
         why = "has no encoder and decoder" if not probed.unet else "was probed without steps"
-        return Section("skips", title, paragraph(f"This denoiser {why}: nothing to compare."))
+        return Section("skips", title, paragraph(f"This denoiser {why}: there is nothing to compare."))
     drawn = charts.skips(probed, probed.split)
     caption = (
         "Layers that write into a skip are the first convolution and, in the encoder, the last layer of each resnet, "
-        "shortcuts, the ways out of attention, and downsamplers: their output is copied to the decoder. Left: each "
-        "layer's error, alone. Then the error that enters at each step for the mean layer, and, where there is a "
-        "split, the error of the denoiser's own output at that step for the median layer, before the sampler has its "
-        "say."
+        "shortcuts, output projections of attention, and downsamplers: their output is copied to the decoder. Left: "
+        "the error of each layer alone. Then: the error that enters at each step for the mean layer and, if there is a "
+        "split, the error of the denoiser's own output at that step for the median layer, before the sampler acts on "
+        "it."
     )
     body = [paragraph(_paths_sentence(probed)), figure(drawn, caption)]
     columns = ["layers", "number", *_group_columns(probed)]
@@ -294,7 +295,7 @@ def paths(probed: Probed) -> Section:
 
 
 def _paths_sentence(probed: Probed) -> str:
-    """The median layer of each place against the decoder's."""
+    """The median layer of each place, relative to the decoder's."""
     said = []
     for format in probed.formats:
         column = probed.column(format)

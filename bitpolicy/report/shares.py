@@ -1,7 +1,7 @@
-"""Whether INT4 is a bias and INT8 a noise: what the errors of a role consist of, and what that says of the claim.
+"""Whether INT4 is a bias and INT8 a noise: what the errors of a role consist of, and what that says about the claim.
 
-A share is of the summed error of the layers: the sum over layers of one part, divided by the sum of the whole, so that
-a layer weighs what it does to the latent.
+A share is one part summed over layers, divided by the whole error summed over layers. A layer therefore counts as much
+as it affects the latent.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from bitpolicy.report.groups import by_role
 from bitpolicy.report.inputs import Probed
 from bitpolicy.sensitivity.probes.error_split import ErrorSplit
 
-MOSTLY = 0.5  # a part is what an error mostly is if it has more than this share
-AS_IT_WAS, CORRECTED = 0, 1  # places on the first axis of an `ErrorSplit`
+MOSTLY = 0.5  # an error is mostly of one part if that part has more than this share
+AS_IT_WAS, CORRECTED = 0, 1  # indices on the first axis of an `ErrorSplit`
 
 
 @dataclass(frozen=True)
 class Shares:
-    """What some layers' errors in one format consist of. The three add up to one, or are all zero for no error."""
+    """What the errors of some layers in one format consist of. The shares add up to one, or are all zero if there is no
+    error."""
 
     bias: float
     scale: float
@@ -37,7 +38,8 @@ class Shares:
 
 
 def shares(split: ErrorSplit, corrected: int, column: int, members: Iterable[int] | None = None) -> Shares:
-    """Of the layers at `members`, all without it; `corrected` says whether their biases are."""
+    """The shares of the layers at `members`, or of all layers; `corrected` selects biases without or with
+    correction."""
     places = slice(None) if members is None else list(members)
     whole, bias, scale = (
         float(part[corrected, 0, :, column].double()[places].sum())
@@ -49,18 +51,18 @@ def shares(split: ErrorSplit, corrected: int, column: int, members: Iterable[int
 
 
 def shares_by_role(probed: Probed, split: ErrorSplit, corrected: int, column: int) -> dict[str, Shares]:
-    """The roles, largest error first, after "all layers"."""
+    """Shares of all layers, under "all layers", and then of each role, largest error first."""
     roles = {group.name: shares(split, corrected, column, group.members) for group in by_role(probed)}
     return {"all layers": shares(split, corrected, column), **roles}
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One half of "INT4 is a bias, INT8 a noise" beside the numbers.
+    """One half of "INT4 is a bias, INT8 a noise", compared with the numbers.
 
     Attributes:
         what: the claim, e.g. "INT4 is a bias".
-        holds: whether that part is more than half of the error of all layers, with their biases as they were.
+        holds: whether that part is more than half of the error of all layers, without bias correction.
         found: what the error consists of.
     """
 
@@ -70,11 +72,12 @@ class Claim:
 
     def __str__(self) -> str:
         verdict = "confirmed" if self.holds else "refuted"
-        return f"{self.what}: {verdict}. With the layers' biases as they were, its error is {self.found}."
+        return f"{self.what}: {verdict}. Without bias correction, its error is {self.found}."
 
 
 def claims(probed: Probed, split: ErrorSplit) -> list[Claim]:
-    """That the smallest format is a bias, and, where there are two, that the largest is a noise."""
+    """The claims that the smallest format is a bias and, if there are at least two formats, that the largest is a
+    noise."""
     small, *others = probed.formats
     of_small = shares(split, AS_IT_WAS, probed.column(small))
     found = [Claim(f"{small.name.upper()} is a bias", of_small.bias > MOSTLY, of_small)]
@@ -85,7 +88,7 @@ def claims(probed: Probed, split: ErrorSplit) -> list[Claim]:
 
 
 def roles_sentence(probed: Probed, split: ErrorSplit) -> str:
-    """In which roles the smallest format is a bias."""
+    """A sentence that names the roles in which the smallest format is a bias."""
     format = probed.formats[0]
     column = probed.column(format)
     roles = by_role(probed)
@@ -95,7 +98,7 @@ def roles_sentence(probed: Probed, split: ErrorSplit) -> str:
 
 
 def correction_sentence(probed: Probed, split: ErrorSplit) -> str:
-    """What bias correction takes off the summed error, and what is left of the bias."""
+    """A sentence on how much bias correction takes off the summed error, and how much bias is left."""
     return " ".join(_corrected(split, format.name.upper(), probed.column(format)) for format in probed.formats)
 
 
@@ -106,9 +109,9 @@ def _corrected(split: ErrorSplit, name: str, column: int) -> str:
         return ""
     change = 10 * math.log10(before / after)
     what = f"takes {change:.1f} dB off" if change >= 0 else f"adds {-change:.1f} dB to"
-    kept = f"; of the bias itself {bias[1] / bias[0]:.0%} stays" if bias[0] > 0 else ""
+    kept = f" and leaves {bias[1] / bias[0]:.0%} of the bias" if bias[0] > 0 else ""
     left = shares(split, CORRECTED, column)
-    return f"Bias correction {what} {name}'s summed error{kept}, and what is left is {left}."
+    return f"Bias correction {what} {name}'s summed error{kept}. What is left is {left}."
 
 
 def layer_medians(split: ErrorSplit, corrected: int, column: int) -> Shares:

@@ -1,11 +1,12 @@
-"""How errors enter at each sampling step, what the sampler makes of them, and how steps add up.
+"""How errors enter at each sampling step, what the sampler does to them, and how steps add up.
 
-The error dx_0 of a layer is the sum over steps t of what entered there. Its power is T times the sum of the steps'
-powers if every step errs the same way and as much, and just that sum if the steps know nothing of each other:
+The error dx_0 of a layer is the sum over steps t of the errors dx_t that enter there. If every step errs in the same
+direction and by the same amount, its power is T times the sum of the steps' powers. If the steps are independent, it is
+just that sum:
 
-    coherence = E|sum_t dx_t|^2 / sum_t E|dx_t|^2, between 0 and (sum_t |dx_t|)^2 / sum_t |dx_t|^2 <= T,
+    coherence = E|sum_t dx_t|^2 / sum_t E|dx_t|^2, between 0 and (sum_t |dx_t|)^2 / sum_t |dx_t|^2 <= T.
 
-the upper end, which is reached by steps that agree, being T where all are of the same size.
+Steps that agree reach the upper end. It is T if they all have the same size.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class Coherence:
     """How the steps of some part of the layers' errors add up.
 
     Attributes:
-        found: 1 for steps that are independent.
-        limit: for steps that agree, at the sizes they have.
+        found: 1 for independent steps.
+        limit: value for steps that agree, at the sizes they have.
     """
 
     found: float
@@ -53,12 +54,13 @@ class Coherence:
 
     @property
     def agreement(self) -> float:
-        """0 for independent steps, 1 for steps that agree; 0 where a single step makes the error."""
+        """0 for independent steps, 1 for steps that agree; 0 if a single step causes the whole error."""
         return (self.found - 1) / (self.limit - 1) if self.limit > 1 else 0.0
 
 
 def coherence(part: torch.Tensor) -> Coherence | None:
-    """Of powers of shape (1 + T, L), the whole and then the steps, summed over layers; None where all are zero."""
+    """The coherence of powers of shape (1 + T, L), first the whole and then the steps, summed over layers; None if all
+    are zero."""
     whole, steps = part[0].double().sum(), part[1:].double()
     apart = steps.sum()
     if apart <= 0:
@@ -67,8 +69,8 @@ def coherence(part: torch.Tensor) -> Coherence | None:
 
 
 def largest_step(probed: Probed, layer: int, column: int) -> int | None:
-    """The step, counted from 1, at which most of a layer's error enters, 0 for outside the loop; None where the probe
-    does not tell."""
+    """The step, counted from 1, at which most of a layer's error enters; 0 for outside the loop; None if the probe has
+    no scores by step."""
     if probed.table.by_step is None:
         return None
     return int(probed.table.by_step[:, layer, column].argmax()) + 1 - probed.lead

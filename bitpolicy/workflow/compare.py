@@ -1,7 +1,8 @@
-"""compare.png: the reference above, the quantized pipeline below, the same prompts and seeds, PSNR under each pair.
+"""compare.png: the reference above, the quantized pipeline below, for the same prompts and seeds, with PSNR below each
+pair.
 
-An image of any number of channels and any size fills a square cell. Of a video the cell has a few frames, of a sound
-its spectrogram, in dB below the loudest that the column has.
+An image of any size and any number of channels fills a square cell. A video is shown as a few frames. A sound is shown
+as its spectrogram, in dB below the loudest value in the column.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from PIL import Image, ImageDraw, ImageFont
 from bitpolicy.policies.storage.atomic import written_aside
 
 _CELL, _GAP, _LEFT, _LINE = 160, 12, 96, 16  # pixels
-_THINNEST, _BETWEEN = 12, 2  # pixels: of an image that is much longer than wide, and between the tiles of a cell
+_THINNEST, _BETWEEN = 12, 2  # pixels: the short side of a very long image, and between the tiles of a cell
 _INK, _PAPER = "#1f2328", "white"
-_FRAMES, _CHANNELS = 4, 9  # at most so many of a video and of an image of many channels
+_FRAMES, _CHANNELS = 4, 9  # limits for a video and for an image of many channels
 _WINDOW, _RANGE = 1024, 80  # samples, dB
-_LONGEST = 1000  # characters of a prompt that are measured; the narrowest do not fill a cell sooner
+_LONGEST = 1000  # characters of a prompt that are measured; enough to fill a cell
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -37,10 +38,10 @@ def save_comparison(
     """Write the grid.
 
     Args:
-        captions: one above each column, e.g. the prompt.
+        captions: text above each column, e.g. the prompt.
         rows: (label, results); the first row is the reference. A result is an image, float (C, H, W) in [0, 1], a
             video, (frames, C, H, W), or a sound, (samples) or (channels, samples).
-        psnr: dB under each column, None where the pair is identical.
+        psnr: dB below each column; None if the pair is identical.
     """
     font = ImageFont.load_default(size=13)
     width = _LEFT + len(captions) * (_CELL + _GAP)
@@ -63,7 +64,7 @@ def save_comparison(
 
 
 def _pictures(results: Sequence[torch.Tensor]) -> list[Image.Image]:
-    """One for each result of a column, RGB, at most as large as a cell."""
+    """One RGB picture for each result of a column, at most as large as a cell."""
     results = [torch.nan_to_num(result.detach().float().cpu()) for result in results]
     if all(result.dim() < 3 for result in results):
         return [_fitted_to(picture, _CELL) for picture in _spectrograms(results)]
@@ -77,7 +78,7 @@ def _picture(result: torch.Tensor) -> Image.Image:
 
 
 def _tiles(image: torch.Tensor) -> list[Image.Image]:
-    """An image (C, H, W) of up to four channels as one tile, of more as a grey one for each."""
+    """The tiles of an image (C, H, W): one for up to four channels, otherwise a grey one for each channel."""
     if len(image) > 4:
         return [_rgb(channel[None]) for channel in image[:_CHANNELS]]
     return [_rgb(image)]
@@ -98,7 +99,7 @@ def _rgb(image: torch.Tensor) -> Image.Image:
 
 
 def _mosaic(tiles: Sequence[Image.Image]) -> Image.Image:
-    """Tiles of one size, side by side and below each other, in one cell."""
+    """Tiles of equal size, in a grid that fits into one cell."""
     across = ceil(sqrt(len(tiles)))
     side = (_CELL - (across - 1) * _BETWEEN) // across
     fitted_tiles = [_fitted_to(tile, side) for tile in tiles]
@@ -111,7 +112,7 @@ def _mosaic(tiles: Sequence[Image.Image]) -> Image.Image:
 
 
 def _fitted_to(picture: Image.Image, side: int) -> Image.Image:
-    """As large as a square of so many pixels holds; what would be too thin to be seen is stretched."""
+    """The picture, scaled to fit into a square of `side` pixels. One that would be too thin to see is stretched."""
     scale = side / max(picture.size)
     size = [max(round(length * scale), min(_THINNEST, side)) for length in picture.size]
     smooth = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
@@ -119,7 +120,7 @@ def _fitted_to(picture: Image.Image, side: int) -> Image.Image:
 
 
 def _spectrograms(sounds: Sequence[torch.Tensor]) -> list[Image.Image]:
-    """Time from left to right, frequency from below, channels mixed."""
+    """Spectrograms with time from left to right and frequency from bottom to top; channels are mixed."""
     levels = [_levels(sound) for sound in sounds]
     loudest = max(float(level.max()) for level in levels)
     colours = matplotlib.colormaps["magma"]
@@ -128,7 +129,7 @@ def _spectrograms(sounds: Sequence[torch.Tensor]) -> list[Image.Image]:
 
 
 def _levels(sound: torch.Tensor) -> torch.Tensor:
-    """dB of a sound's short-time spectrum, the mean power of its channels; shape (_CELL, _CELL)."""
+    """A sound's short-time spectrum in dB, from the mean power of its channels; shape (_CELL, _CELL)."""
     channels = sound.reshape(-1, sound.shape[-1])
     length = channels.shape[1]
     window = min(_WINDOW, 2 ** max(4, length.bit_length() - 3))
@@ -140,10 +141,10 @@ def _levels(sound: torch.Tensor) -> torch.Tensor:
 
 
 def fitted(text: str, length: Callable[[str], float]) -> str:
-    """As much of `text`, on one line, as fits above a cell, with an ellipsis where it was cut.
+    """As much of `text` as fits on one line above a cell, with an ellipsis if it was cut.
 
     Args:
-        length: pixels that a line of text takes.
+        length: width of a line of text in pixels.
     """
     line = " ".join(text.split())
     if len(line) <= _LONGEST and length(line) <= _CELL:

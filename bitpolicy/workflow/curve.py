@@ -1,4 +1,4 @@
-"""`frontier/`: the curve of bytes against error, as policies, a table and a picture, from one probe."""
+"""`frontier/`: the curve of error against bytes, as policies, a table and a picture, from one probe."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Point:
     Attributes:
         choices: layer name -> choice.
         nbytes: tensor bytes of the denoiser's checkpoint.
-        error: predicted relative error of the final latents; None where the probe predicts none.
-        psnr_db: measured on the search samples; None where nothing was drawn.
+        error: predicted relative error of the final latents; None if the probe predicts none.
+        psnr_db: measured on the search samples; None if no images were drawn.
     """
 
     choices: Mapping[str, Choice]
@@ -36,10 +36,10 @@ class Point:
 
 
 def points(problem: Problem, account: ByteAccount, count: int) -> list[Point]:
-    """`count` policies whose budgets are evenly spread from the smallest policy to FP16, without repeats.
+    """`count` policies with budgets spread evenly from the smallest policy to FP16, without repeats.
 
     Args:
-        account: of the checkpoint.
+        account: byte account of the checkpoint.
     """
     budgets = np.linspace(problem.smallest, problem.account.reference, count).astype(np.int64).tolist()
     found: dict[int, Point] = {}
@@ -52,12 +52,12 @@ def points(problem: Problem, account: ByteAccount, count: int) -> list[Point]:
 
 
 def file_name(point: Point, account: ByteAccount) -> str:
-    """Of the policy file: its share of FP16."""
+    """Name of the policy file, from the policy's share of the FP16 bytes."""
     return f"policy-{point.nbytes / account.reference:05.1%}.yaml".replace("%", "")
 
 
 def save_table(path: Path, curve: Sequence[Point], account: ByteAccount) -> None:
-    """One row a policy."""
+    """Write one row per policy."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     names = list(dict.fromkeys(c.format.name for point in curve for c in point.choices.values()))
@@ -74,7 +74,7 @@ def save_table(path: Path, curve: Sequence[Point], account: ByteAccount) -> None
 
 
 def save_picture(path: Path, curve: Sequence[Point], account: ByteAccount) -> None:
-    """Measured PSNR against bytes where there is one, else the predicted error."""
+    """Plot measured PSNR against bytes if there is any, otherwise the predicted error."""
     measured = any(point.psnr_db is not None for point in curve)
 
     def draw(figure: Figure) -> None:
@@ -85,14 +85,14 @@ def save_picture(path: Path, curve: Sequence[Point], account: ByteAccount) -> No
             axes.plot(*zip(*known, strict=True), "o-", color="#0072B2")
             axes.set_yscale("linear" if measured else "log")
         else:
-            why = "the probe predicts no error of the image,\nand with 0 trials nothing was drawn"
+            why = "the probe predicts no image error,\nand with 0 trials no images were drawn"
             axes.text(0.5, 0.5, why, ha="center", va="center", transform=axes.transAxes)
         axes.set_ylabel("PSNR against FP16, dB" if measured else "predicted relative error of the latent")
         axes.set_xlabel(f"denoiser, MB (FP16: {account.reference / 1e6:.4g} MB)")
-        axes.set_title("The best policy of every size, from one probe")
+        axes.set_title("The best policy at every size, from one probe")
         axes.grid(visible=True)
         figure.tight_layout()
 
-    drawn = picture("frontier", "quality of the best policy of every size", draw, 7.0, 3.8)
+    drawn = picture("frontier", "quality of the best policy at every size", draw, 7.0, 3.8)
     with written_aside(path) as aside:
         aside.write_bytes(drawn.png)

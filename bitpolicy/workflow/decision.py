@@ -1,4 +1,5 @@
-"""From scores to one policy: within a budget by the exact solver and a study, or as small as a quality allows."""
+"""Choose a policy from the scores: within a budget, by the exact solver and a study, or as small as a quality
+allows."""
 
 from __future__ import annotations
 
@@ -31,18 +32,18 @@ from bitpolicy.settings import Settings
 from bitpolicy.workflow.plan import Plan
 
 _FINALISTS = 3
-_TIGHTER = 3  # how often a target is raised because fresh seeds fell short of it
-_SMALLEST_ERROR = 1e-9  # of the smallest policy's: how accurate a policy is looked for
-_IDENTICAL = 1e-20  # squared error that stands for none
+_TIGHTER = 3  # attempts; each raises the target because fresh seeds fell short
+_SMALLEST_ERROR = 1e-9  # relative to the smallest policy's: the most accurate policy to look for
+_IDENTICAL = 1e-20  # squared error of identical images
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A policy and how it came about.
+    """A policy and how it was chosen.
 
     Attributes:
         choices: layer name -> choice.
-        about: for the policy file.
+        about: record for the policy file.
     """
 
     choices: Mapping[str, Choice]
@@ -52,7 +53,7 @@ class Decision:
 def within_budget(
     settings: Settings, plan: Plan, problem: Problem, generations: Generations, folder: Path, stages: Stages
 ) -> Decision:
-    """The exact solution, or what a study finds that holds on fresh seeds."""
+    """The exact solution, or a policy that a study found and that holds on fresh seeds."""
     exact = problem.solve()
     gap = float(f"{exact.gap:.2g}")
     if settings.trials == 0:
@@ -63,8 +64,7 @@ def within_budget(
         problem,
         generations,
         plan.split.search,
-        settings.storage
-        or journal(str(folder / "study.journal"), alone=True),  # whoever searches has locked the folder
+        settings.storage or journal(str(folder / "study.journal"), alone=True),  # the search has locked the folder
         study_name(settings, plan),
         settings.seed,
         sampler=settings.sampler,
@@ -79,18 +79,19 @@ def within_budget(
     save_trials(study.rows, folder / TRIALS)
     finalists = stages.track(study.best(_FINALISTS), "confirming on fresh seeds")
     found = confirm(finalists, generations, plan.split.confirm)
-    return Decision(found.choices, {"exact_gap": gap, **_told(study, found, repaired=start is not None)})
+    return Decision(found.choices, {"exact_gap": gap, **_study_record(study, found, repaired=start is not None)})
 
 
 def study_name(settings: Settings, plan: Plan) -> str:
-    """The same for all that is the same study: more trials, another time limit or another storage go on with it."""
+    """The name of the study. A search with more trials, another time limit or another storage has the same name and
+    continues it."""
     asked = {
         name: value for name, value in identity_of(settings).items() if name not in ("trials", "timeout", "storage")
     }
     return settings_key({**asked, "weights": plan.source.everything_sha256})
 
 
-def _told(study: Study, found: Confirmed, repaired: bool) -> dict[str, Any]:
+def _study_record(study: Study, found: Confirmed, repaired: bool) -> dict[str, Any]:
     origin = study.origin(found.choices)
     return {
         "trials": len(study.finished),
@@ -101,23 +102,23 @@ def _told(study: Study, found: Confirmed, repaired: bool) -> dict[str, Any]:
 
 
 def in_words(about: str | Mapping[str, Any]) -> str:
-    """How a policy was chosen, and whether fresh seeds agreed; `about` is a decision's, from the policy file."""
+    """How a policy was chosen, and whether fresh seeds agreed. `about` is a decision's record from the policy file."""
     if isinstance(about, str):
         return about
     if "target" in about:
-        return f"the smallest with {about['target']}; on fresh seeds it has {about['fresh_seeds']}"
+        return f"the smallest policy with {about['target']}; on fresh seeds it has {about['fresh_seeds']}"
     if not about.get("trials"):
         return str(about["won"])
     best = f"the best of {about['trials']} trials"
     if about["best_of_study_held"]:
-        return f"{about['won']}, {best}; it held on fresh seeds"
-    return f"{about['won']}; {best} did not hold on fresh seeds, where this is better"
+        return f"{about['won']}, {best}; confirmed on fresh seeds"
+    return f"{about['won']}; {best} was worse on fresh seeds"
 
 
 def reaching_target(
     settings: Settings, plan: Plan, problem: Problem, generations: Generations, stages: Stages
 ) -> Decision:
-    """The smallest policy whose images reach the quality asked for, on the search samples and on fresh seeds.
+    """The smallest policy whose images reach the requested quality, on the search samples and on fresh seeds.
 
     Raises:
         BitPolicyError: no policy does, or the quality cannot be measured here.
@@ -136,7 +137,8 @@ def reaching_target(
 def _smallest(
     plan: Plan, problem: Problem, measure: Measure, asked: float, unit: Callable[[float], str], stages: Stages
 ) -> Decision:
-    """The smallest policy that reaches `asked`, tried again where fresh seeds fall short of it."""
+    """The smallest policy that reaches `asked`. If it falls short on fresh seeds, the target is raised and the search
+    repeated."""
     most = problem.solve(budget=problem.smallest).error
     search = Reach(
         problem.smallest_within,
@@ -152,7 +154,7 @@ def _smallest(
             break
         target = max(target, found.quality) + 1.1 * (asked - fresh)
     if fresh < asked:
-        stages.warn(f"on fresh seeds the policy has {unit(fresh)} where {unit(asked)} was asked")
+        stages.warn(f"on fresh seeds the policy has {unit(fresh)}, short of the requested {unit(asked)}")
     about: dict[str, Any] = {"target": unit(asked), "policies_measured": len(search.measured)}
     about |= {"search_samples": unit(found.quality), "fresh_seeds": unit(fresh), "held": fresh >= asked}
     return Decision(problem.choices(found.solution), about)
@@ -164,7 +166,7 @@ def _reached(search: Reach, target: float, problem: Problem, unit: Callable[[flo
         names = ", ".join(format.name for format in problem.formats)
         best = max(m.quality for m in search.measured)
         raise BitPolicyError(
-            f"no policy reaches {unit(target)}: the most accurate with {names} has {unit(best)}; ask less"
+            f"no policy reaches {unit(target)}: the most accurate with {names} has {unit(best)}; ask for less"
         )
     return found
 
@@ -173,7 +175,7 @@ Measure = Callable[[Mapping[str, Choice], tuple[Sample, ...]], float]
 
 
 def _quality(settings: Settings, plan: Plan, generations: Generations) -> tuple[Measure, float, Callable[[float], str]]:
-    """How to measure, the target, and how to write such a number; larger is better."""
+    """How to measure the quality, the target, and how to print such a number; larger is better."""
     if settings.target_psnr is not None:
         return (
             lambda choices, samples: mean_db(generations, choices, samples),
@@ -182,7 +184,7 @@ def _quality(settings: Settings, plan: Plan, generations: Generations) -> tuple[
         )
     networks = networks_of(settings, plan)
     if settings.target_lpips is None or settings.target_lpips <= 0:
-        raise BitPolicyError(f"--target-lpips {settings.target_lpips} is no distance; give one above 0, e.g. 0.01")
+        raise BitPolicyError(f"--target-lpips {settings.target_lpips} is not a distance; give one above 0, e.g. 0.01")
 
     def measure(choices: Mapping[str, Choice], samples: tuple[Sample, ...]) -> float:
         references = generations.references(samples)
@@ -201,12 +203,12 @@ def networks_of(settings: Settings, plan: Plan) -> Networks:
 
 
 def networks_for(model: str | None, bundled: bool, features: Path | None, source: Source) -> Networks:
-    """The networks that `features` has, or the folder that the pipeline came from."""
+    """The networks in `features`, or in the folder that the pipeline came from."""
     folder = BUNDLED_FOLDER if bundled else Path(str(model)).expanduser()
     return Networks(features, folder, source.pipe._execution_device)
 
 
 def mean_db(generations: Generations, choices: Mapping[str, Choice], samples: Sequence[Sample]) -> float:
-    """Mean of per-image PSNR of a policy."""
+    """PSNR of a policy's images, mean over images, in dB."""
     errors = list(generations.errors(choices, samples))
     return sum(-10 * math.log10(max(error, _IDENTICAL)) for error in errors) / len(errors)

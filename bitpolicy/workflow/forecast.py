@@ -1,8 +1,9 @@
-"""How long a search will take, how much memory and how much disk, from a few measured steps.
+"""Predict how long a search will take and how much memory and disk it needs, from a few measured steps.
 
-The time of a stage is the number of sampling steps it makes, times what such a step took a moment ago; the time of
+The time of a stage is its number of sampling steps times the time of one step, measured just before. The time of
 rounding is scaled up from a few layers by the work of `gptq`, K^3 + out K^2 for a weight of shape (out, K). The study
-stops losers early, so its time is a bound. Disk is exact, or a bound where the policy decides.
+stops losing trials early, so its time is an upper bound. Disk is exact, or an upper bound where it depends on the
+policy.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from bitpolicy.sensitivity.trajectory.checkpointed_calls import is_large
 from bitpolicy.settings import Settings
 from bitpolicy.workflow.plan import Plan
 
-_FINALISTS = 4  # three of the study and the exact solution
-_TRIED = 3  # layers that are rounded to see how long it takes
+_FINALISTS = 4  # three from the study, and the exact solution
+_TRIED = 3  # layers that are rounded to measure the time
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ class Memory:
     """Bytes held at once.
 
     Attributes:
-        weights: of all models of the pipeline, as they lie in memory.
-        probe: beyond them, while the probe runs; while the reference runs where nothing is differentiated.
-        rounding: beyond them, while layers are rounded.
+        weights: all models of the pipeline, as they are in memory.
+        probe: in addition, while the probe runs; if nothing is differentiated, while the reference runs.
+        rounding: in addition, while layers are rounded.
     """
 
     weights: int
@@ -59,7 +60,7 @@ class Disk:
     """Bytes written to the output folder.
 
     Attributes:
-        checkpoint: all components; at most, where the policy is not known yet.
+        checkpoint: all components; an upper bound until the policy is known.
         work: rounded weights and records, which stay until the folder is removed.
     """
 
@@ -74,8 +75,8 @@ class Disk:
 class Forecast:
     """What one run will take.
 
-    Measuring draws a few steps of the reference and differentiates a few, and rounds a few layers, when it is asked;
-    nothing is written. Where the pipeline refuses the call, asking raises BitPolicyError.
+    Nothing is measured before it is needed. Measuring draws a few steps of the reference, differentiates a few, and
+    rounds a few layers; it writes nothing. If the pipeline refuses the call, it raises BitPolicyError.
     """
 
     def __init__(self, settings: Settings, plan: Plan) -> None:
@@ -93,7 +94,7 @@ class Forecast:
 
     @cached_property
     def _each(self) -> float:
-        """Seconds of one trajectory where several share a call."""
+        """Seconds per trajectory when several share a call."""
         shared = next(self._plan.trajectories.parts(self._plan.split.calibration))
         return time_plain(self._plan.trajectories, shared).trajectory / len(shared)
 
@@ -101,16 +102,16 @@ class Forecast:
         """Name of a stage's progress bar -> seconds, in the order of the run.
 
         Args:
-            evaluated: whether the result is written, reloaded and compared on held-out samples in the end.
+            evaluated: whether the run ends by writing the result, reloading it and comparing it on held-out samples.
         """
         return _rounded([*self._decision(), *(self._evaluation() if evaluated and self._decides else ())])
 
     def of_probe(self, split: bool = False, policies: int = 0) -> dict[str, float]:
-        """The same of `bitpolicy probe`.
+        """The same for `bitpolicy probe`.
 
         Args:
             split: whether errors are split into bias, scale error and noise.
-            policies: random policies to check the scores with; 0 checks nothing.
+            policies: number of random policies to check the scores with; 0 checks nothing.
         """
         stages = _rounded(self._scores())
         remeasuring = stages.pop("re-measuring", 0.0)
@@ -135,7 +136,7 @@ class Forecast:
 
     @property
     def _decides(self) -> bool:
-        """Whether a policy comes out, and not only the curve."""
+        """Whether the run produces a policy, and not only the curve."""
         settings = self._settings
         return any(aim is not None for aim in (settings.budget, settings.target_psnr, settings.target_lpips))
 
@@ -170,7 +171,7 @@ class Forecast:
             yield f"{settings.probe} probe", (biases * packed + 1) * samples * self._each
 
     def _sample_seconds(self, probe: str, vectors: int) -> float:
-        """Seconds that the adjoint or the stepwise probe takes for one sample."""
+        """Seconds that the adjoint or the stepwise probe takes per sample."""
         if probe == StepwiseProbe.name:
             return vectors * self._probed.trajectory
         inside = self._alone.trajectory if self._large else 0.0
@@ -181,13 +182,13 @@ class Forecast:
         return time_probed(self._plan.trajectories, self._stepwise(), self._sample)
 
     def _stepwise(self) -> LocalSketches:
-        """Scores of all candidates, rounded to nearest: `gptq`'s are read from files that are not there yet."""
+        """Scores of all candidates, rounded to nearest, because the files with `gptq`'s weights do not exist yet."""
         alike = [Candidate(candidate.format) for candidate in self._candidates]
         quantization = Quantization(storage=self._plan.source.storage, compute=measured_compute(self._settings.compute))
         return LocalSketches(self._plan.trajectories, alike, quantization=quantization)
 
     def _rounding(self) -> float:
-        """Seconds of the rounding pass: trajectories for Hessians, and the rounding of each layer."""
+        """Seconds of the rounding pass: the trajectories for Hessians, and the rounding of each layer."""
         if self._quantizers == (RTN,):
             return 0.0
         seconds = 0.0
@@ -204,7 +205,7 @@ class Forecast:
         return seconds
 
     def _requantized(self, formats: int) -> float:
-        """Seconds that rounding all weights to so many formats takes, to nearest, there and back."""
+        """Seconds to round all weights to nearest in `formats` formats, and to dequantize them."""
         weights = sorted((layer.weight for layer in self._layers.values()), key=torch.numel)
         weight = weights[len(weights) // 2].detach().to(self._plan.source.storage)
         fitting = [format for format in self._plan.formats if format.packed and format.fits(weight.shape)]
@@ -221,7 +222,7 @@ class Forecast:
         return min(HESSIAN_SAMPLES, len(self._plan.split.calibration))
 
     def _one_rounded(self, name: str, layer: Quantizable) -> float:
-        """Seconds that rounding this layer to every candidate takes."""
+        """Seconds to round this layer to every candidate."""
         weight, moments = layer.weight.detach().to(self._plan.source.storage), None
         if needs_hessian(self._quantizers):
             moments = Moments.zeros(hessian_shape(layer), weight.device, needs_gradients(self._quantizers))
@@ -233,7 +234,7 @@ class Forecast:
         return time.perf_counter() - start
 
     def memory(self) -> Memory:
-        """The most bytes at once; it makes a step more, under torch's count of allocations."""
+        """The peak bytes. It runs one more step, and torch counts the allocations."""
         trajectories = self._plan.trajectories
         if self._kind.takes_gradients:
             probe = self._stepwise()
@@ -263,7 +264,8 @@ class Forecast:
         return Disk(packed + others, kept + self._records())
 
     def _records(self) -> int:
-        """Bytes of the probe's records: mean inputs, float64, and weights' and biases' share of every sketch."""
+        """Bytes of the probe's records: mean inputs in float64, and the contributions of weights and biases to every
+        sketch."""
         samples, split = self._plan.split.calibration, self._plan.trajectories.parts(self._plan.split.calibration)
         means = sum(1 for _ in split) * sum(8 * (layer.weight[0].numel() + 1) for layer in self._layers.values())
         if not self._kind.takes_gradients:

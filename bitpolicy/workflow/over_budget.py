@@ -1,4 +1,4 @@
-"""A policy that was edited may take more than the budget it records; whoever exports it should know."""
+"""Warn if a policy takes more than the budget that it records, which can happen after it was edited."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from bitpolicy.search.budget import BudgetError, read, readable
 
 
 def warn_if_over_budget(policy: Policy, target: Target) -> None:
-    """Warn, in one line that says both sizes, of a policy that is over the budget that it records.
+    """Warn, in one line with both sizes, if a policy is over the budget that it records.
 
     Args:
-        target: what is packed; it may lie on `meta`.
+        target: the model to pack; it may be on `meta`.
     """
     budget = policy.budget
     if budget is None or not _is_size(budget.asked):
@@ -29,17 +29,19 @@ def warn_if_over_budget(policy: Policy, target: Target) -> None:
     whole = nbytes + (budget.other_bytes or 0) + (budget.activation_bytes or 0)
     if whole <= budget.bytes:
         return
-    takes = "" if budget.scope == "weights" else f" and, with all that scope {budget.scope} counts, {whole:,} bytes"
+    takes = (
+        "" if budget.scope == "weights" else f", or {whole:,} bytes with everything that scope {budget.scope} counts"
+    )
     warnings.warn(
-        f"the policy takes {nbytes:,} bytes ({readable(nbytes)}){takes}, over the budget that it records: "
-        f"{budget.asked}, which is {budget.bytes:,} bytes; it is exported all the same",
+        f"the policy takes {nbytes:,} bytes ({readable(nbytes)}){takes}, over its recorded budget: "
+        f"{budget.asked}, which is {budget.bytes:,} bytes; it is exported anyway",
         BitPolicyWarning,
         stacklevel=2,
     )
 
 
 def _is_size(asked: str) -> bool:
-    """Whether a size was asked for, and not a quality."""
+    """Whether the policy was made for a size, and not for a quality."""
     try:
         read(asked)
     except BudgetError:

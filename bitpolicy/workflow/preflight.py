@@ -1,4 +1,4 @@
-"""What a search could fail at after hours, found out before it begins. Nothing is written."""
+"""Checks before a search begins, for problems that would otherwise stop it after hours. They write nothing."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from bitpolicy.workflow.decision import networks_of
 from bitpolicy.workflow.forecast import Disk
 from bitpolicy.workflow.plan import Plan
 
-_FILES = ("sqlite:///", "journal:///")  # storages that are files, which opening makes
+_FILES = ("sqlite:///", "journal:///")  # storages that are files, which are created when they are opened
 
 
 def require_quality(settings: Settings, plan: Plan) -> None:
-    """Check that the quality asked for can be measured here.
+    """Check that the requested quality can be measured here.
 
     Raises:
-        BitPolicyError: a network for --target-lpips is missing, or --features holds none.
+        BitPolicyError: a network for --target-lpips is missing, or --features contains none.
     """
     networks = networks_of(settings, plan)
     networks.require()
@@ -35,31 +35,31 @@ def require_storage(url: str | None, dry_run: bool) -> None:
     """Check that the study's storage opens.
 
     Args:
-        dry_run: whether a storage that is not there yet must not be made.
+        dry_run: whether a missing storage must not be created.
 
     Raises:
-        BitPolicyError: it does not.
+        BitPolicyError: it does not open.
     """
     if url is None:
         return
     file = next((Path(url.removeprefix(start)) for start in _FILES if url.startswith(start)), None)
     if file is not None and not file.parent.is_dir():
-        raise BitPolicyError(f"--storage {url}: there is no folder {file.parent}; make it, or name another file")
+        raise BitPolicyError(f"--storage {url}: there is no folder {file.parent}; create it, or give another file")
     if dry_run and file is not None and not file.exists():
         return
     open_storage(url)
 
 
 def require_disk(folder: Path, disk: Disk) -> None:
-    """Check that the output folder has room for all that a search writes.
+    """Check that the output folder has room for everything that a search writes.
 
     Raises:
-        BitPolicyError: it has not.
+        BitPolicyError: it does not.
     """
     free = free_bytes(folder)
     if free < disk.total:
         raise BitPolicyError(
             f"the disk of {folder} has {decimal(free)} free, and the search writes up to {decimal(disk.total)}: "
-            f"{decimal(disk.checkpoint)} of checkpoint, {decimal(disk.work)} in work/; free some space, choose another "
-            "--output-dir, or take fewer --formats or --quantizer rtn"
+            f"{decimal(disk.checkpoint)} for the checkpoint, {decimal(disk.work)} in work/; free some space, choose "
+            "another --output-dir, or use fewer --formats or --quantizer rtn"
         )

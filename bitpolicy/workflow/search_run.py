@@ -1,6 +1,6 @@
-"""The whole road: load, probe, search, export, reload from disk, compare.
+"""The whole search: load, probe, search, export, reload from disk, compare.
 
-Each stage goes on where a killed run stopped.
+If a run is killed, each stage continues where the run stopped.
 """
 
 from __future__ import annotations
@@ -49,29 +49,29 @@ from bitpolicy.workflow.decision import in_words, mean_db, networks_of, reaching
 from bitpolicy.workflow.plan import Plan
 
 _PICTURES = 8  # columns of compare.png
-_QUALITY = ("ssim", "lpips", "fid")  # of the held-out images, beside PSNR, where their networks are here
+_QUALITY = ("ssim", "lpips", "fid")  # of the held-out images, in addition to PSNR, if the networks are available
 
 
 class SearchRun:
     """One search in one output folder.
 
     Attributes:
-        calibration: once `decide` has run, what exporting its policy takes.
-        points: once `decide` has run, the curve if it was asked for.
+        calibration: what exporting the policy needs; set by `decide`.
+        points: the curve, if it was requested; set by `decide`.
     """
 
     def __init__(self, settings: Settings, plan: Plan, folder: Path, stages: Stages) -> None:
         self._settings, self._plan, self._folder, self._stages = settings, plan, folder, stages
-        self._measured = Calibration()  # of every candidate
-        self._never_called = 0  # layers that stay FP16 for it
+        self._measured = Calibration()  # for every candidate
+        self._never_called = 0  # layers that stay FP16 because no sample calls them
         self.calibration = Calibration()
         self.points: list[Point] = []
 
     def decide(self) -> Policy | None:
-        """Probe and search; writes the sensitivity table, the calibration, the journal, frontier/ and policy.yaml.
+        """Probe and search. Writes the sensitivity table, the calibration, the journal, frontier/ and policy.yaml.
 
         Returns:
-            None where only the curve was asked for.
+            The policy; None if only the curve was requested.
         """
         settings, plan = self._settings, self._plan
         if settings.budget is not None and plan.fits_unquantized and not settings.frontier:
@@ -115,7 +115,7 @@ class SearchRun:
         }
 
     def _probed(self) -> Problem:
-        """Scores, with those measured that decide the solution."""
+        """The problem with the probe's scores, after measuring the scores that decide the solution."""
         plan = self._plan
         run = plan.probe(self._settings, self._folder / "work", self._stages)
         reference = run.reference()
@@ -134,10 +134,10 @@ class SearchRun:
         return problem
 
     def _posed(self, table: SensitivityTable) -> Problem:
-        """The problem, in which layers that no sample calls stay FP16.
+        """The problem, with the layers that no sample calls kept at FP16.
 
         Raises:
-            BudgetError: they leave no policy that fits.
+            BudgetError: with these layers at FP16, no policy fits.
         """
         plan = self._plan
         never = [name for name in plan.never_called(table, self._measured) if name not in plan.pinned]
@@ -145,19 +145,20 @@ class SearchRun:
         problem = plan.problem(table, never)
         if not never:
             return problem
-        said = (
-            f"no calibration sample calls {len(never)} layers, e.g. {never[0]}: what quantizing them does is not "
-            "known, and they stay FP16; --keep 'GLOB=FORMAT' gives them another format"
+        notice = (
+            f"no calibration sample calls {len(never)} layers, e.g. {never[0]}: the effect of quantizing them is "
+            "unknown, so they stay FP16; use --keep 'GLOB=FORMAT' to give them another format"
         )
         try:
             plan.require_budget(problem.smallest)
         except BudgetError as error:
-            raise BudgetError(f"{error}; {said}") from error
-        self._stages.warn(said)
+            raise BudgetError(f"{error}; {notice}") from error
+        self._stages.warn(notice)
         return problem
 
     def _write_curve(self, problem: Problem, generations: Generations) -> None:
-        """frontier/: policies of all sizes with one calibration, a table and a picture; trials=0 draws no images."""
+        """Write frontier/: policies of all sizes with one calibration, a table and a picture. trials=0 draws no
+        images."""
         plan, folder = self._plan, self._folder / "frontier"
         found = points(problem, plan.account, self._settings.frontier)
         with self._stages.timed("frontier"):
@@ -206,7 +207,7 @@ class SearchRun:
         )
 
     def _budget_record(self, nbytes: int) -> BudgetRecord:
-        """The budget; where a quality was asked for, the bytes that it took."""
+        """The budget; if a quality was requested, the bytes that the policy took."""
         settings = self._settings
         if settings.target_psnr is not None:
             return BudgetRecord(asked=f"{settings.target_psnr:g} dB", bytes=nbytes)
@@ -215,7 +216,7 @@ class SearchRun:
         return self._plan.budget.record
 
     def export(self, policy: Policy) -> int:
-        """Write checkpoint/; returns the tensor bytes of what is packed, as found on disk."""
+        """Write checkpoint/; returns the tensor bytes of the packed components, as found on disk."""
         source = self._plan.source
         with self._stages.timed("export"):
             folder = self._folder / "checkpoint"
@@ -225,10 +226,11 @@ class SearchRun:
             return sum(checkpoint_bytes(folder / name) for name in source.components)
 
     def evaluate(self, policy: Policy) -> tuple[Policy, Psnr, dict[str, Any]]:
-        """Reload the checkpoint, compare on held-out samples, write compare.png and the measured PSNR into the policy.
+        """Reload the checkpoint, compare it on held-out samples, write compare.png, and record the measured PSNR in the
+        policy.
 
         Returns:
-            The policy, the PSNR, and what else of the quality can be measured here, as JSON.
+            The policy, the PSNR, and the other measures of quality that are available here, as JSON.
         """
         plan, source = self._plan, self._plan.source
         samples = plan.split.held_out
@@ -260,21 +262,22 @@ class SearchRun:
 
 @contextmanager
 def swapped_components(source: Source, checkpoint: Path, compute: Compute | None = None) -> Iterator[Compute]:
-    """While the block runs, the source pipeline draws with the checkpoint's components, read from disk and compared
-    with its manifest; of those that are equal it keeps its own.
+    """Inside the block, the source pipeline draws with the checkpoint's components, which are read from disk and
+    compared with its manifest. The pipeline keeps its own component if both are equal.
 
     Args:
-        compute: of the packed layers; None is what the checkpoint records. The block is told.
+        compute: compute mode of the packed layers; None is the mode that the checkpoint records. The block receives the
+            mode in use.
 
     Raises:
-        BitPolicyError: a file of the checkpoint is not as it was written, or no layer rounds what that compute rounds.
+        BitPolicyError: a file of the checkpoint is not as it was written, or no layer can use that compute mode.
     """
     dtype = source.target.dtype
     reloaded = open_pipeline(checkpoint, dtype, everything=True)
     if compute is not None and not set_compute(reloaded, compute) and compute is not Compute.EXACT:
         raise BitPolicyError(
-            f"no layer of {checkpoint} would be multiplied differently under compute {compute}; fp8 is for layers in "
-            "fp8, and int8 for those of 32 weights a row or more"
+            f"no layer of {checkpoint} can use compute {compute}: fp8 is for layers in fp8, and int8 for layers with "
+            "at least 32 weights per row; give another compute"
         )
     packed = Target.of(reloaded, source.components).packed_layers.values()
     used = next((layer.compute for layer in packed), Compute.EXACT)
@@ -293,7 +296,7 @@ def swapped_components(source: Source, checkpoint: Path, compute: Compute | None
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Whether two parts of pipelines do the same."""
+    """Whether two components of pipelines have the same config and weights."""
     if configured(one) != configured(other):
         return False
     if not isinstance(one, nn.Module):
@@ -303,7 +306,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def run_search(settings: Settings, plan: Plan, output: OutputFolder, stages: Stages) -> dict[str, Any]:
-    """Do everything that is not done yet; returns what `--json` prints."""
+    """Do everything that is not done yet; returns the result that `--json` prints."""
     run = SearchRun(settings, plan, output.path, stages)
     policy = run.decide()
     sizes = {"budget_bytes": plan.budget.total, "reference_bytes": plan.budget.scope.reference}

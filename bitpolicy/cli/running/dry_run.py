@@ -11,7 +11,7 @@ from bitpolicy.sensitivity.cost.progress import in_words
 from bitpolicy.sensitivity.samples import fingerprint
 from bitpolicy.workflow.plan import Plan
 
-_BOUNDS = ("search trials", "re-measuring", "policies measured")  # stages that stop earlier where they can
+_BOUNDS = ("search trials", "re-measuring", "policies measured")  # stages that stop early if they can
 
 
 def described(plan: Plan) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def described(plan: Plan) -> dict[str, Any]:
 
 
 def print_plan(plan: Mapping[str, Any]) -> None:
-    """The same for people, with what it would take."""
+    """Print the plan for people, with what it would take."""
     reference = plan["reference_bytes"]
     print(f"model       {plan['model']}, '{plan['component']}', {plan['layers']} layers")
     print(f"FP16        {reference:,} bytes ({readable(reference)}), {plan['parameters']:,} parameters")
@@ -56,12 +56,12 @@ def _costs(plan: Mapping[str, Any]) -> list[str]:
     stages = (
         f"{name} {'at most ' if name in _BOUNDS else ''}{in_words(each)}" for name, each in seconds.items() if each >= 1
     )
-    rounding = f", {decimal(memory['rounding'])} while layers are rounded" if memory["rounding"] else ""
+    rounding = f", or {decimal(memory['rounding'])} while layers are rounded" if memory["rounding"] else ""
     most = memory["weights"] + max(memory["probe"], memory["rounding"])
     return [
         f"time        about {in_words(sum(seconds.values()))}: {', '.join(stages)}",
-        f"memory      {decimal(most)}: {decimal(memory['weights'])} of models, beyond them "
-        f"{decimal(memory['probe'])} in a step{rounding}",
-        f"disk        up to {decimal(disk['checkpoint'] + disk['work'])}: {decimal(disk['checkpoint'])} of checkpoint, "
-        f"{decimal(disk['work'])} in work/",
+        f"memory      {decimal(most)}: {decimal(memory['weights'])} for the models, plus "
+        f"{decimal(memory['probe'])} during a step{rounding}",
+        f"disk        up to {decimal(disk['checkpoint'] + disk['work'])}: {decimal(disk['checkpoint'])} for the "
+        f"checkpoint, {decimal(disk['work'])} in work/",
     ]

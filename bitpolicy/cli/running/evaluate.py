@@ -1,4 +1,4 @@
-"""Carries out `bitpolicy eval`."""
+"""The implementation of `bitpolicy eval`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SEED = 9_000_000_000  # far from the seeds of every search
 
 
 def run(options: EvalOptions) -> None:
-    """As the command's options say."""
+    """Run the command with these options."""
     asked = _asked(options.metrics, options.features, options.real_images)
     wanted = None if options.compute is None else parse_compute(options.compute)
     require_seed(options.seed)
@@ -69,7 +69,7 @@ def run(options: EvalOptions) -> None:
 
 
 def _asked(metrics: str | None, features: Path | None, real_images: Path | None) -> tuple[str, ...]:
-    """The metrics that were asked for, none for the default; what is wrong is said before a model is loaded."""
+    """The requested metrics, or none for the default. Mistakes are reported before a model is loaded."""
     asked = parse_metrics(metrics) if metrics is not None else ()
     Networks(features).require()
     if real_images is not None:
@@ -86,9 +86,9 @@ def _drawn(
     real: Path | None,
     stages: Stages,
 ) -> tuple[Comparison, Compute]:
-    """The images of both, with their latents, and how the checkpoint's were computed.
+    """The images of both pipelines with their latents, and the compute mode of the checkpoint.
 
-    The checkpoint's come first: if it cannot be loaded, that is said before any time was spent.
+    The checkpoint is drawn first: if it cannot be loaded, the error comes before any time is spent.
     """
     with swapped_components(source, checkpoint, compute) as used:
         images, after = _images(source, call, stages.track(samples, "checkpoint"))
@@ -108,10 +108,10 @@ def _images(
 
 def _print_psnr(psnr: Psnr, compute: Compute, as_json: bool) -> None:
     count = len(psnr.per_image)
-    how = "" if compute is Compute.EXACT else f", compute {compute}"
+    suffix = "" if compute is Compute.EXACT else f", compute {compute}"
     if as_json:
         print_json({"psnr_db": psnr.as_dict(), "compute": compute})
     elif psnr.mean is None:
-        print(f"all {count} images are identical{how}")
+        print(f"all {count} images are identical{suffix}")
     else:
-        print(f"PSNR mean {psnr.mean:.2f} dB, worst {psnr.min:.2f} dB over {count} images{how}")
+        print(f"PSNR mean {psnr.mean:.2f} dB, worst {psnr.min:.2f} dB over {count} images{suffix}")

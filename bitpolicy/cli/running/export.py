@@ -1,4 +1,4 @@
-"""Carries out `bitpolicy export`."""
+"""The implementation of `bitpolicy export`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bitpolicy.search.budget import readable
 
 
 def run(options: ExportOptions) -> None:
-    """As the command's options say."""
+    """Run the command with these options."""
     loaded = Policy.load(options.policy)
     if options.requantize and options.target is None:
         raise BitPolicyError("--requantize is for another program's formats; add --target, or leave it out")
@@ -43,7 +43,7 @@ def run(options: ExportOptions) -> None:
         return
     print(
         f"{options.output_dir}: {nbytes:,} bytes in {loaded.model.component} ({readable(nbytes)}), "
-        f"policy of {len(loaded.layers)} own entries"
+        f"policy with {len(loaded.layers)} layer entries"
     )
     if options.push_to_hub:
         print(f"pushed to https://huggingface.co/{options.push_to_hub}")
@@ -52,7 +52,7 @@ def run(options: ExportOptions) -> None:
 def _export_for(options: ExportOptions, target: str) -> None:
     """Write another program's files."""
     if options.compute is not None:
-        raise BitPolicyError("--compute is recorded in a pipeline of ours; leave out --target, or leave --compute out")
+        raise BitPolicyError("--compute is recorded only in bitpolicy checkpoints; leave out --target or --compute")
     exporter_named(target)
     if options.push_to_hub is not None:
         raise BitPolicyError("--push-to-hub is for a whole pipeline; leave out --target, or upload the folder yourself")
@@ -74,8 +74,8 @@ def _export_for(options: ExportOptions, target: str) -> None:
 
 
 def _facts(exported: Exported) -> dict[str, Any]:
-    """What `_describe` says, as JSON."""
-    anew = [
+    """The content of `_describe` as JSON."""
+    again = [
         {
             "layer": one.name,
             "from": one.before.format.name,
@@ -84,15 +84,15 @@ def _facts(exported: Exported) -> dict[str, Any]:
         }
         for one in exported.requantized
     ]
-    return {"bytes": exported.nbytes, "requantized": anew, "notes": list(exported.notes)}
+    return {"bytes": exported.nbytes, "requantized": again, "notes": list(exported.notes)}
 
 
 def _describe(exported: Exported, output_dir: Path, target: str) -> None:
-    """Say what was written, what was rounded anew, and what was left behind."""
+    """Print what was written, what was rounded again, and what was left out."""
     size = f"{exported.nbytes:,} bytes of weights ({readable(exported.nbytes)})" if exported.nbytes else "a recipe"
     print(f"{output_dir}: {size} for {exporter_named(target).title}")
     if exported.requantized:
-        print(f"{len(exported.requantized)} layers were rounded anew; weight error before and after, added:")
+        print(f"{len(exported.requantized)} layers were rounded again; weight error before, after and added:")
     for one in exported.requantized:
         errors = f"{one.error_before:7.3%} {one.error_after:7.3%} {one.error_after - one.error_before:+8.3%}"
         print(f"  {errors}  {one.name}: {one.before.format.name} -> {one.after.format.name}")

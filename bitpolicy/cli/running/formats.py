@@ -1,4 +1,4 @@
-"""Carries out `bitpolicy formats`."""
+"""The implementation of `bitpolicy formats`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _WHERE = {
     "linear layers": Layer("", "Linear", (1024, 1024), all_formats()[-1]),
     "3x3 convolutions": Layer("", "Conv2d", (1024, 1024, 3, 3), all_formats()[-1]),
 }
-"""Layers that every group divides; what a target holds of others may be less."""
+"""Layers whose shapes every group size divides. A target may hold fewer formats for other shapes."""
 
 
 def run(target: str | None) -> None:
-    """Print them: all, or those that a target can hold."""
+    """Print the formats: all of them, or those that a target can hold."""
     if target is None:
         print(",".join(format.name for format in (*CONVROT, *all_formats())))
         return

@@ -1,4 +1,4 @@
-"""Carries out `bitpolicy inspect`."""
+"""The implementation of `bitpolicy inspect`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from bitpolicy.workflow.plan import class_name, short_call
 
 
 def run(options: InspectOptions) -> None:
-    """As the command's options say."""
+    """Run the command with these options."""
     what = options.what
     folder = what is not None and (Path(what) / "policy.yaml").is_file()
     if options.kernels:
@@ -67,7 +67,7 @@ def _print(rows: list[dict[str, Any]], title: str, as_json: bool) -> None:
 
 
 def _kernels(options: InspectOptions, folder: Path) -> tuple[list[dict[str, Any]], str]:
-    """Draw once with a checkpoint, to see which kernels its layers get."""
+    """Draw one image with a checkpoint to see which kernels its layers use."""
     device = device_named(options.device)
     dtype = DTYPES.get(options.dtype) or (torch.float32 if device.type == "cpu" else None)
     pipe = load_pipeline(folder, dtype, device)
@@ -84,7 +84,7 @@ def _kernels(options: InspectOptions, folder: Path) -> tuple[list[dict[str, Any]
     stored, layouts = sum(part.stored for part in held), sum(part.layouts for part in held)
     title = (
         f"{folder}: {len(seen)} packed layers on {device}; {stored:,} bytes as stored, "
-        f"{layouts:,} bytes of kernels' own layouts"
+        f"{layouts:,} bytes of layouts that kernels prepared"
     )
     return [choice.as_row() for choice in seen.values()], title
 
@@ -111,7 +111,7 @@ def _of_checkpoint(folder: Path, component: str | None) -> tuple[list[dict[str, 
     formats = target.packed_layers
     total = sum(tensor.nbytes for tensor in target.stored_tensors().values())
     packed_bytes = {name: sum(t.nbytes for t in module.packed_tensors().values()) for name, module in formats.items()}
-    if formats:  # roles are told of ordinary layers, as they are for the model it was made from
+    if formats:  # roles are found from ordinary layers, as for the original model
         unpacked: list[Any] = target.models
         for model in unpacked:
             model.dequantize()

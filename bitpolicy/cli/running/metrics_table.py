@@ -1,4 +1,4 @@
-"""The table of image quality: a row for each metric, and below it what could not be measured and how it could."""
+"""The table of image quality: a row per metric, and below it what could not be measured and how to enable it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _REFERENCE = "  reference's own"
 
 
 def print_metrics(results: Mapping[str, Result], images: int) -> None:
-    """Print what `measure` found over so many images; an arrow says which way is better."""
+    """Print what `measure` found over `images` images. An arrow shows which direction is better."""
     console = Console()
     title = f"{images} images, checkpoint against reference"
     table = Table(title=title, title_justify="left")
     for column in ("metric", "value", "95% interval", "worst"):
         table.add_column(column, no_wrap=True)
-    table.add_column("seen by", overflow="fold")
+    table.add_column("network", overflow="fold")
     for name, found in results.items():
         for row in _rows(name, found):
             table.add_row(*row)
@@ -38,7 +38,7 @@ def _rows(name: str, found: Result) -> list[tuple[str, ...]]:
 
 
 def _paired(found: Paired) -> list[tuple[str, ...]]:
-    """One row, and one more where the reference has a value of its own."""
+    """One row, and another if the reference has a value of its own."""
     name, network = f"{found.name} {_ARROWS[found.better]}", found.network or ""
     if found.mean is None or found.worst is None:
         return [(name, "all identical", "", "", network)]
@@ -51,7 +51,7 @@ def _paired(found: Paired) -> list[tuple[str, ...]]:
 
 
 def _sets(found: Sets) -> list[tuple[str, ...]]:
-    """One row, and two more where there is a folder of real images."""
+    """One row, and two more if there is a folder of real images."""
     rows: list[tuple[str, ...]] = [(f"{found.name} ↓", f"{found.to_reference:.5g}", "", "", found.network)]
     if found.to_real is not None and found.reference_to_real is not None:
         rows.append((f"  to {found.n_real} real", f"{found.to_real:.5g}"))
@@ -60,5 +60,5 @@ def _sets(found: Sets) -> list[tuple[str, ...]]:
 
 
 def _short(value: float) -> str:
-    """Three digits; just below 1, where SSIM lies, five."""
+    """Three digits; five just below 1, where SSIM values are."""
     return f"{value:.5f}" if 0.9 < value < 1 else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""Carries out `bitpolicy probe`."""
+"""The implementation of `bitpolicy probe`."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ _SHOWN = 15  # layers in the printed table
 
 
 def run(options: Mapping[str, Any]) -> None:
-    """
+    """Run the command.
+
     Args:
-        options: of the command, by name.
+        options: the command's options, by name.
     """
     output_dir, as_json = options["output_dir"], options["as_json"]
     policies = options["check_policies"] if options["check_it"] else 0
@@ -65,7 +66,7 @@ def run(options: Mapping[str, Any]) -> None:
         return
     _print(table, checked, stages, output_dir, "image" if plan.trajectories.draws else "final latent")
     if never := plan.never_called(table, reference.calibration):
-        print(f"{len(never)} layers were never called, e.g. {never[0]}: their scores of 0 say nothing")
+        print(f"no sample called {len(never)} layers, e.g. {never[0]}: their scores of 0 mean nothing")
 
 
 def _print_json(table: SensitivityTable, checked: Check | None, stages: Stages, folder: Path) -> None:
@@ -78,15 +79,17 @@ def _print_json(table: SensitivityTable, checked: Check | None, stages: Stages, 
 
 
 def _print(table: SensitivityTable, checked: Check | None, stages: Stages, folder: Path, signal: str) -> None:
-    """Args:
-    signal: what errors are errors of.
+    """Print the results for people.
+
+    Args:
+        signal: what the errors are errors of.
     """
     worst = table.error.amax(1).argsort(descending=True)[:_SHOWN].tolist()
     what = "denoiser's outputs" if table.probe == "stepwise" else signal
     shown = Table(
         "layer",
         *(f.name for f in table.formats),
-        *(["of it inputs"] if table.inputs is not None else []),
+        *(["from inputs"] if table.inputs is not None else []),
         title=f"relative error of the {what} ({table.probe} probe), worst first; * measured",
     )
     for i in worst:
@@ -104,7 +107,7 @@ def _print(table: SensitivityTable, checked: Check | None, stages: Stages, folde
     if launched():
         print(f"work shared by {os.environ['WORLD_SIZE']} processes")
     print(f"seconds: {', '.join(f'{stage} {seconds:.0f}' for stage, seconds in stages.seconds.items())}")
-    print(f"{folder}/sensitivity.csv has all {len(table.layers)} layers; `bitpolicy report {folder}` draws them")
+    print(f"{folder}/sensitivity.csv has all {len(table.layers)} layers; `bitpolicy report {folder}` plots them")
 
 
 def _agreement(checked: Check) -> Table:

@@ -1,4 +1,4 @@
-"""Carries out `bitpolicy report`."""
+"""The implementation of `bitpolicy report`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bitpolicy.report.document import Report, make_report, require_free
 
 
 def run(options: ReportOptions) -> None:
-    """As the command's options say."""
+    """Run the command with these options."""
     page = options.output or options.folder / "report.html"
     require_free(page, options.pictures)
     made = make_report(options.folder, options.budget)
@@ -23,7 +23,7 @@ def run(options: ReportOptions) -> None:
     if made.lists is not None:
         never, free, small = made.lists.never, made.lists.free, made.lists.small.name.upper()
         print(f"at {made.lists.budget}: {len(never)} layers are never {small}, {len(free)} are free at {small}")
-    print(f"{page} has the report{'' if options.pictures is None else f', {options.pictures} its pictures'}")
+    print(f"{page} has the report{'' if options.pictures is None else f', {options.pictures} has its pictures'}")
 
 
 def _facts(made: Report, page: Path, pictures: Path | None) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""What the commands print: a table for people on stdout, or one JSON object."""
+"""What the commands print: tables for people, or one JSON object."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from bitpolicy.kernels.names import DEFAULT_FORMATS
 from bitpolicy.search.budget import readable
 
 _COMPUTES = {
-    "int8": "int8: inputs of packed layers are rounded, too",
-    "fp8": "fp8: inputs of layers in fp8 are rounded, too",
+    "int8": "int8: inputs of packed layers are also rounded",
+    "fp8": "fp8: inputs of layers in fp8 are also rounded",
 }
 LOADING = 'import bitpolicy\npipe = bitpolicy.load_pipeline("{folder}")'
 _PRIVATE = ("roles",)  # in result.json and the table, not in --json
 
 
 def print_json(result: Mapping[str, Any]) -> None:
-    """Strict JSON: no NaN, no Infinity."""
+    """Print strict JSON: no NaN, no Infinity."""
     print(json.dumps({k: v for k, v in result.items() if k not in _PRIVATE}, allow_nan=False))
 
 
 def print_result(result: Mapping[str, Any]) -> None:
-    """The closing tables of a search."""
+    """Print the final tables of a search."""
     console = Console()
     folder = result["output_dir"]
     if result.get("frontier"):
@@ -41,15 +41,15 @@ def print_result(result: Mapping[str, Any]) -> None:
     if result.get("roles"):
         print_table(_layers(result["roles"], list(result["layers"])))
     console.print(
-        f"{folder}/compare.png shows both, {folder}/policy.yaml has every choice, {folder}/checkpoint loads with",
+        f"{folder}/compare.png shows both, {folder}/policy.yaml has every choice; load {folder}/checkpoint with",
         soft_wrap=True,
     )
     for line in LOADING.splitlines():
         console.print("  " + line.format(folder=f"{folder}/checkpoint"), soft_wrap=True, highlight=False)
     if set(result["layers"]) == set(DEFAULT_FORMATS) and result["psnr_db"]["mean"] is not None:
         console.print(
-            "--formats all chooses among every width from 2 to 8 bits: closer images in as many bytes, for a few times "
-            "the time",
+            "--formats all chooses among all widths from 2 to 8 bits: closer images in the same bytes, but it takes a "
+            "few times as long",
             soft_wrap=True,
         )
 
@@ -63,12 +63,12 @@ def _curve(points: list[list[Any]], reference: int) -> Table:
 
 
 def _empty_columns(points: list[list[Any]]) -> list[str]:
-    """Why a column of the curve has nothing in it."""
+    """Why a column of the curve is empty."""
     said = []
     if all(error is None for _, error, _ in points):
-        said.append("no predicted error: this probe's scores are no error of the image; --probe adjoint predicts one")
+        said.append("no predicted error: this probe's scores are not image errors; --probe adjoint predicts them")
     if all(psnr is None for *_, psnr in points):
-        said.append("no PSNR: with --trials 0 nothing is drawn; with more, it is measured on real images")
+        said.append("no PSNR: --trials 0 draws no images; with more trials, it is measured on real images")
     return said
 
 

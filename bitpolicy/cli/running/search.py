@@ -1,4 +1,4 @@
-"""Carries out `search-policy`."""
+"""The implementation of `search-policy`."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from bitpolicy.workflow.search_run import run_search
 
 
 def run(options: Mapping[str, Any]) -> None:
-    """
+    """Run the command.
+
     Args:
-        options: of the command, by name.
+        options: the command's options, by name.
     """
     output_dir, as_json, dry_run = options["output_dir"], options["as_json"], options["dry_run"]
     overwrite, resume = options["overwrite"], options["resume"]
@@ -48,14 +49,14 @@ def run(options: Mapping[str, Any]) -> None:
         held = output.finished()
     elif not options["quiet"]:
         print(
-            f"{output_dir} holds this search, finished; here is its result (--no-resume makes it anew)", file=sys.stderr
+            f"{output_dir} holds this search, finished; here is its result (--no-resume runs it again)", file=sys.stderr
         )
     assert held is not None
     (print_json if as_json else print_result)(held)
 
 
 def _checked(settings: Settings, output_dir: Path, stages: Stages, dry_run: bool) -> tuple[Plan, Forecast]:
-    """The plan and what it will take; all that would stop the run later stops it here, with nothing written."""
+    """The plan and its forecast. Everything that would stop the run later stops it here, before anything is written."""
     with stages.timed("load"):
         plan = make_plan(settings)
         require_quality(settings, plan)
@@ -66,7 +67,7 @@ def _checked(settings: Settings, output_dir: Path, stages: Stages, dry_run: bool
 
 
 def _say_notices(settings: Settings, plan: Plan) -> None:
-    """What the user should know before the work begins, on stderr."""
+    """Print on stderr what the user should know before the work begins."""
     if plan.fits_unquantized and settings.budget is not None:
         print(
             f"{plan.budget.scope.at_fp16}, which fits {plan.budget}: every layer stays FP16",
@@ -74,6 +75,6 @@ def _say_notices(settings: Settings, plan: Plan) -> None:
         )
     if not plan.split.by_prompt:
         print(
-            "fewer than 8 prompts: calibration, search and held-out images share prompts and have seeds of their own",
+            "fewer than 8 prompts: calibration, search and held-out images share prompts but have different seeds",
             file=sys.stderr,
         )

@@ -1,4 +1,4 @@
-"""From the options of a command to `Settings`."""
+"""`Settings` from the options of a command."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def settings_of(options: Mapping[str, Any], **more: Any) -> Settings:
     """The settings that a command's options ask for.
 
     Args:
-        options: option name -> value, among them those of `CallOptions`; those that are no field of `Settings` are
-            passed over.
-        more: fields that the command has no option for.
+        options: option name -> value, including those of `CallOptions`; options that are not fields of `Settings` are
+            ignored.
+        more: fields for which the command has no option.
     """
     known = {field.name for field in fields(Settings)}
     given = CallOptions(**{field.name: options[field.name] for field in fields(CallOptions)})

@@ -1,4 +1,4 @@
-"""How tables are printed: whole, however narrow the terminal is. Nobody can look up a layer by half of its name."""
+"""Print tables in full, however narrow the terminal is. Nobody can look up a layer by half of its name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ _UNLIMITED = 100_000  # columns
 
 
 def print_table(table: Table) -> None:
-    """Print to stdout: on a terminal long cells go on in the next line, elsewhere the table is as wide as it needs."""
+    """Print to stdout. On a terminal, long cells wrap to the next line; elsewhere the table is as wide as it needs to
+    be."""
     for column in table.columns:
         column.overflow = "fold"
     console = Console()
