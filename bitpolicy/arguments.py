@@ -1,8 +1,8 @@
-"""What callers of the Python interface pass, and how a mistake in it is told.
+"""Checks the arguments of the Python interface, and words its error messages.
 
-Arguments are checked against the types that a function is annotated with. Messages name an argument as the command line
-does, `--target-psnr 45`, wherever they are written; a function of the Python interface passes them on in Python's
-spelling, `target_psnr=45`. What stands between backticks is a command, and stays one.
+Arguments are checked against the annotations of the function. The code writes every message with the names of the
+command line, `--target-psnr 45`; the functions of the Python interface translate them to Python's spelling,
+`target_psnr=45`. Text between backticks is a command and is left as it is.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from bitpolicy.settings import Declared, Settings, declared_options
 P = ParamSpec("P")
 R = TypeVar("R")
 Named = Annotated[str, Field(min_length=1)]
-"""A path or hub id: never empty, which would be the folder one stands in."""
+"""A path or hub id. It is never empty, as an empty path would mean the current folder."""
 
 _IN_PYTHON = {
     "model": "pipe",
     "num-inference-steps": "call",
     "guidance-scale": "call",
 }
-_OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*[a-z])(?: (\w(?:[\w.%,-]*[\w%])?))?")  # and the word behind it
+_OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*[a-z])(?: (\w(?:[\w.%,-]*[\w%])?))?")  # and the word after it
 _FORMAT = re.compile(r"(int\d|nf\d|fp\d+)(-\w+)*|all")
 _NUMBER = re.compile(r"\d+(\.\d+)?")
 _CHOICES = {choice for one in declared_options(Settings) for choice in one.choices}
@@ -65,13 +65,14 @@ _WORDS = {
 
 
 def python_call(*kinds: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A function of the Python interface: what is passed is checked before it runs, and its mistakes are Python's.
+    """Make a function of the Python interface: its arguments are checked before it runs, and its messages are worded
+    for Python.
 
     Args:
-        kinds: groups of options of a search that the function takes as keywords, in its `**options`.
+        kinds: groups of search options that the function takes as keywords, in its `**options`.
 
-    Raises (the function that comes out, beside what it raises itself):
-        BitPolicyError: there is no argument of that name, or it is of another type.
+    Raises (the decorated function, in addition to its own errors):
+        BitPolicyError: there is no argument of that name, or its type is wrong.
     """
     options = {name: one for name, one in _options().items() if any(one in declared_options(kind) for kind in kinds)}
 
@@ -82,7 +83,7 @@ def python_call(*kinds: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
         @wraps(function)
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-            with _told(names):
+            with _in_python_words(names):
                 for name in kwargs:
                     if name not in names:
                         raise BitPolicyError(f"{function.__name__} has no argument {name!r}{_nearest(name, names)}")
@@ -102,10 +103,10 @@ def python_call(*kinds: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def checked_value(name: str, value: Any, hint: Any) -> Any:
-    """`value`, with NumPy's numbers as Python's.
+    """`value`, with NumPy numbers converted to Python's.
 
     Raises:
-        BitPolicyError: it is not of the type `hint`.
+        BitPolicyError: the value does not have the type `hint`.
     """
     kind: Any = type(value)
     if issubclass(kind, numbers.Real) and kind not in (bool, int, float):
@@ -119,7 +120,7 @@ def checked_value(name: str, value: Any, hint: Any) -> Any:
 
 
 def in_words(hint: Any) -> str:
-    """A type, for people."""
+    """A type in words, for messages."""
     origin = get_origin(hint)
     if origin is Annotated:
         return in_words(get_args(hint)[0])
@@ -129,7 +130,7 @@ def in_words(hint: Any) -> str:
 
 
 def in_python(text: str, names: Iterable[str]) -> str:
-    """A message whose options are written as arguments of a function that has these `names`."""
+    """Translate the options in a message to the arguments of a function that has these `names`."""
     known = set(names)
 
     def spelled(found: re.Match[str]) -> str:
@@ -152,11 +153,11 @@ def settings_for(options: Mapping[str, Any], model: str | None) -> Settings:
     """The settings that a function's arguments ask for.
 
     Args:
-        options: as Python writes them, by their names in Python.
+        options: Python name -> value as passed from Python.
         model: path or hub id of a pipeline that is not in memory.
 
     Raises:
-        BitPolicyError: one of them is of another type, or makes no sense.
+        BitPolicyError: an option has the wrong type or value.
     """
     found: dict[str, Any] = {"model": model}
     for name, value in options.items():
@@ -167,7 +168,7 @@ def settings_for(options: Mapping[str, Any], model: str | None) -> Settings:
 
 
 def _budget(budget: int | float | str | None) -> str | None:
-    """As the command line writes it."""
+    """The budget as the command line spells it."""
     if isinstance(budget, float) and not budget.is_integer():
         raise BitPolicyError(f'--budget {budget:g} is no number of bytes; write 5000000, "3GB", "45%" or "4.5bit"')
     return budget if budget is None or isinstance(budget, str) else str(int(budget))
@@ -182,7 +183,7 @@ def _requests(prompts: Any) -> tuple[str | Mapping[str, Any], ...] | None:
 
 
 def _rules(keep: Any) -> Any:
-    """GLOB=FORMAT, of a mapping, a sequence of such, or one of them."""
+    """GLOB=FORMAT rules from a mapping, a sequence of rules, or a single rule."""
     if isinstance(keep, Mapping):
         return tuple(f"{glob}={format}" for glob, format in keep.items())
     if isinstance(keep, str):
@@ -195,8 +196,8 @@ def _text(path: Any) -> Any:
 
 
 @contextmanager
-def _told(names: Sequence[str]) -> Iterator[None]:
-    """Spell the mistakes of the block as Python does."""
+def _in_python_words(names: Sequence[str]) -> Iterator[None]:
+    """Translate the errors that the block raises to Python's spelling."""
     if in_a_command():
         yield
         return
@@ -209,13 +210,13 @@ def _told(names: Sequence[str]) -> Iterator[None]:
 
 @cache
 def _options() -> dict[str, Declared]:
-    """The options of a search, under each name that Python takes."""
+    """The search options under each name that Python accepts."""
     declared = [one for one in declared_options(Settings) if one.name != "model"]
     return {one.name: one for one in declared} | {one.keyword: one for one in declared}
 
 
 def _parameter(declared: Declared) -> inspect.Parameter:
-    """An option of a search as a keyword of a function."""
+    """A search option as a keyword parameter."""
     return inspect.Parameter(
         declared.keyword, inspect.Parameter.KEYWORD_ONLY, default=declared.default, annotation=declared.python
     )
@@ -238,7 +239,7 @@ def _short(value: Any) -> str:
 
 @cache
 def _is_flag(name: str) -> bool:
-    """Whether an option of this name takes no value."""
+    """Whether this option is a flag, which takes no value."""
     return name in ("overwrite", "requantize") or (name in _options() and _options()[name].is_flag)
 
 

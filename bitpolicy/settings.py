@@ -16,24 +16,24 @@ from bitpolicy.kernels import names
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.exporters.names import NAMES as TARGETS
 
-MOST_SEED = 2**31 - 1  # NumPy's generators take twice that, and a study adds the number of the trial
+MOST_SEED = 2**31 - 1  # NumPy's generators accept twice that; a study adds the trial's number
 
 
 @dataclass(frozen=True)
 class Option:
-    """What one option says of itself.
+    """The description of one option.
 
     Attributes:
-        help: what it does, in a sentence or two.
-        least, most: bounds of a number, which it may reach.
-        above: a bound of a number, which it has to exceed.
-        allowed: the values it takes, in words; None makes them of the bounds.
-        typed: the type that the command line reads, where it is another than the field's.
-        python: the type that the Python interface takes, where it is another than the field's.
-        name: what it is called on the command line and in Python, where that is not the field's name.
-        metavar: stands for the value in `--help`.
-        only_python: whether commands spell it in another way, or not at all.
-        positional: whether commands take it by its place.
+        help: what the option does, in a sentence or two.
+        least, most: inclusive bounds of a number.
+        above: an exclusive lower bound of a number.
+        allowed: the allowed values in words; None derives them from the bounds.
+        typed: the type on the command line, if it differs from the field's.
+        python: the type in the Python interface, if it differs from the field's.
+        name: the name on the command line and in Python, if it differs from the field's.
+        metavar: the placeholder for the value in `--help`.
+        only_python: whether commands lack this option, or have another one in its place.
+        positional: whether it is a positional argument of the command.
     """
 
     help: str
@@ -49,14 +49,14 @@ class Option:
     positional: bool = False
 
     def holds(self, value: float) -> bool:
-        """Whether a number is within the bounds; NaN never is."""
+        """Whether a number is within the bounds. NaN never is."""
         low = self.least is None or value >= self.least
         high = self.most is None or value <= self.most
         return value == value and low and high and (self.above is None or value > self.above)
 
     @property
     def needed(self) -> str:
-        """The values it takes, in words."""
+        """The allowed values in words."""
         return self.allowed or f"at least {self.least:g}"
 
 
@@ -345,7 +345,7 @@ class Settings(
     """One search. Two runs with equal settings give the same policy.
 
     Raises:
-        BitPolicyError: on construction, if a value is out of bounds, or there is not exactly one aim.
+        BitPolicyError: on construction, if a value is not allowed, or if not exactly one aim is given.
     """
 
     def __post_init__(self) -> None:
@@ -367,9 +367,9 @@ class Declared:
     Attributes:
         name: of the field.
         kind: its type.
-        option: what it says of itself.
-        default: its default; `MISSING` where it has to be given.
-        group: the title that it is listed under.
+        option: its description.
+        default: its default; `MISSING` if it is required.
+        group: the heading that it is listed under.
     """
 
     name: str
@@ -380,12 +380,12 @@ class Declared:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The values it takes, where they are few and named."""
+        """The allowed names, if the option is a choice between names."""
         return get_args(self.kind) if get_origin(self.kind) is Literal else ()
 
     @property
     def keyword(self) -> str:
-        """What it is called in Python."""
+        """Its name in Python."""
         return self.option.name or self.name
 
     @property
@@ -394,13 +394,13 @@ class Declared:
 
     @property
     def python(self) -> Any:
-        """The type that the Python interface takes."""
+        """Its type in the Python interface."""
         return self.kind if self.option.python is None else self.option.python
 
     def check(self, value: Any) -> None:
         """
         Raises:
-            BitPolicyError: it takes no such value.
+            BitPolicyError: the value is not allowed.
         """
         if self.choices and value not in self.choices:
             raise BitPolicyError(f"unknown {self.name} {value!r}; write any of {', '.join(self.choices)}")
@@ -423,7 +423,7 @@ def _declared(name: str, hint: Any, default: Any, group: str) -> Declared:
 
 
 def _group(kind: type, name: str) -> str:
-    """That of the class that declares the field."""
+    """The group of the class that declares the field."""
     owner: Any = next(base for base in kind.__mro__ if name in vars(base).get("__annotations__", {}))
     return owner.group
 
@@ -431,6 +431,6 @@ def _group(kind: type, name: str) -> str:
 def require_seed(seed: int) -> None:
     """
     Raises:
-        BitPolicyError: it is not one that every generator takes.
+        BitPolicyError: not every random generator accepts it.
     """
     next(one for one in declared_options(Settings) if one.name == "seed").check(seed)
