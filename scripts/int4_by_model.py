@@ -5,7 +5,7 @@ and on what the image shows.
     python scripts/int4_by_model.py --models scripts/trained/mmdit --images 64
 
 Every layer has the same format: INT4 in groups of 64, INT4 with one scale per output channel, or INT8. Weights are
-rounded to nearest, rounded to nearest with corrected biases, or rounded by GPTQ with corrected biases. The columns for each:
+rounded to nearest, rounded to nearest with corrected biases, or rounded by GPTQ with corrected biases. The columns are:
 
     call          error of the denoiser's output at the reference's own latents, relative to the output's power, in dB:
                   over the whole trajectory, and at its first and last recorded step
