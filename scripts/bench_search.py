@@ -2,8 +2,8 @@
 
 Problems are random and of realistic size: layers as wide as SDXL's, errors that fall by a factor of 4 per bit, layers
 of widely different sensitivity, and sketches in which a tenth of the power is common to all layers. Each row gives the
-median and the range over several seeds. Times are processor seconds; on one thread these equal clock time, whatever
-else the machine does. Prints one table and writes JSON.
+median and the range over several seeds. Times are processor seconds; on one thread these equal the wall time of
+an idle machine. Prints one table and writes JSON.
 
     OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 python scripts/bench_search.py
 """

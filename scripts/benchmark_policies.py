@@ -1,6 +1,6 @@
 """Compare policies of equal bytes by their held-out PSNR on the bundled pipeline.
 
-The rivals share the quantizer and the bias correction, so only the choice of formats differs:
+The rivals share the rounding method and the bias correction, so only the choice of formats differs:
 
     by hand   timestep embedding, input stem and output head in FP16; the largest layers in INT4, as many as needed;
               the rest in INT8; the remaining budget goes to wider formats greedily, largest layer first

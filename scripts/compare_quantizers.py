@@ -1,7 +1,7 @@
-"""What better rounding gains at equal bytes: held-out PSNR with every layer in one format, for each quantizer.
+"""What better rounding gains at equal bytes: held-out PSNR with every layer in one format, per rounding method.
 
-`auto` uses for each layer the quantizer and the bias that the probe scores best; the others correct every bias. The
-prompts of the comparison are not used for calibration or search. Prints one table and writes JSON.
+`auto` uses for each layer the rounding method and the bias that the probe scores best; the others correct every bias.
+The prompts of the comparison are not used for calibration or search. Prints one table and writes JSON.
 
     python scripts/compare_quantizers.py --formats int4 int6 int8 --images 64
 """

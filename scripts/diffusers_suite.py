@@ -16,8 +16,10 @@ import argparse
 import os
 import re
 import sys
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -112,6 +114,15 @@ def require_same_version(checkout: Path) -> None:
         )
 
 
+@contextmanager
+def own_configuration() -> Iterator[list[str]]:
+    """Options of pytest that keep the configuration of this project, and of the checkout, out of the run."""
+    with tempfile.TemporaryDirectory() as folder:
+        empty = Path(folder) / "pytest.ini"
+        empty.write_text("[pytest]\n")
+        yield ["-c", str(empty), "-p", "no:cacheprovider", "--import-mode=importlib"]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -124,18 +135,9 @@ def main() -> int:
     os.environ.update(DIFFUSERS_TEST_DEVICE=given.device, HF_HUB_OFFLINE="1")
     sys.path.insert(0, str(given.diffusers.resolve()))
     outcomes = Outcomes()
-    own = [
-        "-c",
-        os.devnull,
-        "--rootdir",
-        str(CASES.parent),
-        "-p",
-        "no:cacheprovider",
-        "--import-mode=importlib",
-        "-W",
-        "ignore",
-    ]
-    code = pytest.main([*own, "-q", "--tb=short", "-k", given.k, str(CASES)], plugins=[outcomes])
+    with own_configuration() as options:
+        options += ["--rootdir", str(CASES.parent), "-W", "ignore", "-q", "--tb=short", "-k", given.k]
+        code = pytest.main([*options, str(CASES)], plugins=[outcomes])
     print(f"\ndiffusers {diffusers.__version__}, {given.device}\n", *outcomes.table(), sep="\n")
     return int(code)
 

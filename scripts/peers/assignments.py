@@ -1,4 +1,4 @@
-"""Other ways to choose among our formats. Quantizer, bias correction and packing are ours; only the assignment differs.
+"""Other ways to choose among our formats. Rounding, bias correction and packing are ours; only the assignment differs.
 
 uniform       one format for all layers
 by hand       a careful manual policy

@@ -1,8 +1,8 @@
 """Whether it helps to know how layers' errors add up: the adjoint's additive scores against its quadratic form.
 
 Both use the same table and start from the same exact solution. Swap repair minimizes E(z) = (1 - lambda) A(z) + lambda
-Q(z) (`bitpolicy.search.quadratic`). lambda is fitted on held-out samples, as in bitpolicy, or given. At 1 the sketches
-are taken at face value.
+Q(z) (`bitpolicy.search.quadratic`). lambda is the value that held-out samples support, as in bitpolicy, or given. At 1
+the sketches are taken at face value.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Common to all other ways to choose, so that only the assignment differs: formats, rounding, biases and packing.
 
-For every rival, a layer in a format gets the quantizer and the bias correction that scored better in our own probe.
+For every rival, a layer in a format gets the rounding method and the bias correction that scored best in our probe.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Rivals:
         plan: the plan of the pipeline.
         work: probe records go to `probes/`, entries to `candidates/`.
         calibration: E[x] of the reference, for corrected biases.
-        ours: our own probe's table, which gives the bias and the quantizer of a layer in a format.
+        ours: our own probe's table, which gives the bias correction and the rounding method of a layer in a format.
         vectors: its probe vectors per sample.
     """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import diffusers
@@ -29,12 +28,13 @@ class TestOther_Lora:
 
 
 def test_the_table_counts_each_case_of_each_model_and_gives_the_reasons(tmp_path: Path) -> None:
-    from diffusers_suite import KNOWN, Outcomes
+    from diffusers_suite import KNOWN, Outcomes, own_configuration
 
     path, outcomes = tmp_path / "cases.py", Outcomes()
     path.write_text(CASES)
-    options = ["-c", os.devnull, "--rootdir", str(tmp_path), "-p", "no:cacheprovider", "-p", "no:terminal"]
-    assert pytest.main([*options, "--import-mode=importlib", str(path)], plugins=[outcomes]) == 1
+    with own_configuration() as options:
+        options += ["--rootdir", str(tmp_path), "-p", "no:terminal"]
+        assert pytest.main([*options, str(path)], plugins=[outcomes]) == 1
     assert list(outcomes.table()) == [
         "| case | Toy | Other |",
         "| --- | --- | --- |",
