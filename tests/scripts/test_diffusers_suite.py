@@ -33,7 +33,7 @@ def test_the_table_counts_each_case_of_each_model_and_gives_the_reasons(tmp_path
     path, outcomes = tmp_path / "cases.py", Outcomes()
     path.write_text(CASES)
     with own_configuration() as options:
-        options += ["--rootdir", str(tmp_path), "-p", "no:terminal"]
+        options += ["--rootdir", str(tmp_path), "-q"]
         assert pytest.main([*options, str(path)], plugins=[outcomes]) == 1
     assert list(outcomes.table()) == [
         "| case | Toy | Other |",
