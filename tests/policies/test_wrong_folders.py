@@ -37,7 +37,7 @@ def test_weights_that_do_not_fit_the_config_are_refused(saved: Callable[..., Pat
     folder = saved(F16)
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
     change(path, conv_out__weight=torch.zeros(3, 3))
-    with pytest.raises(BitPolicyError, match=r"conv_out\.weight has shape \(3, 3\), the .* says \(4, 16, 3, 3\)"):
+    with pytest.raises(BitPolicyError, match=r"conv_out\.weight has shape \(3, 3\), .* says \(4, 16, 3, 3\)"):
         FolderParts(folder)
     change(path, conv_out__weight=None)
     with pytest.raises(BitPolicyError, match=r"lacks 1 of the \d+ tensors of UNet2DConditionModel, e\.g\. conv_out"):
