@@ -1,4 +1,4 @@
-"""A calibration: what a search measured on the reference model, and an export needs besides the policy and the model.
+"""A calibration: what a search measured on the reference model, for an export to use with the policy and the model.
 
 It has two parts. `input_means` holds E[x] of each layer, for bias correction (see
 `bitpolicy.kernels.quantizers.bias_correction`). `rounded` holds the packed tensors of layers that were not rounded to

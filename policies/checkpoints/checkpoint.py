@@ -213,7 +213,7 @@ def write_config(
     compute: Compute = Compute.EXACT,
 ) -> None:
     """Write the config of a diffusers model. A model without packed layers gets a `quantization_config`, too, so that
-    it keeps its dtype when it is loaded without one."""
+    it keeps its dtype when it is loaded without a `dtype` argument."""
     model.save_config(folder)
     config = BitPolicyConfig.of(choices, storage, checksums, compute).to_dict()
     rewrite_json(folder / "config.json", quantization_config=config)

@@ -5,8 +5,8 @@ random, and a tokenizer or a VAE of another model loads as well. So everything t
 the files of all components, model_index.json and the calibration. policy.yaml and README.md, which people edit, are
 not.
 
-Lengths are always compared, and unexpected files always found. Files of up to `SMALL` bytes are hashed every time,
-larger ones only on request. (Packed tensors have checksums of their own, which are always compared.)
+Lengths are always compared, and unexpected files are always refused. Files of up to `SMALL` bytes are hashed every
+time, larger ones only on request. (Packed tensors have checksums of their own, which are always compared.)
 """
 
 from __future__ import annotations

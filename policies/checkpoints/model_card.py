@@ -51,8 +51,8 @@ Layers by role and format:
 
 _COMPUTES = {
     "exact": "with dequantized weights (`compute: exact`)",
-    "int8": "with 8-bit inputs and weights (`compute: int8`), included in PSNR and error",
-    "fp8": "with float8 inputs where weights are fp8 (`compute: fp8`), included in PSNR and error",
+    "int8": "with 8-bit inputs and weights (`compute: int8`), as for PSNR and error below",
+    "fp8": "with float8 inputs where weights are fp8 (`compute: fp8`), as for PSNR and error below",
 }
 
 

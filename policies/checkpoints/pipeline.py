@@ -102,7 +102,7 @@ def export_parts(
 
 
 def describe_checkpoint(folder: Path, policy: Policy, target: Target, card: Card = PLAIN) -> None:
-    """Write policy.yaml and the model card of an exported folder, again after its quality was measured."""
+    """Write policy.yaml and the model card of an exported folder, or update them after its quality was measured."""
     write_text(folder / "policy.yaml", policy.to_yaml())  # `export_parts` decides whether to save its calibration
     choices = choices_for(target, policy)
     write_text(folder / "README.md", model_card(policy, target, choices, card))

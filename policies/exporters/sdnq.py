@@ -6,8 +6,8 @@
 
 with a scale, and an offset, for each run of input channels at each position of a kernel, all float32
 (sdnq/quantizer.py, `sdnq_quantize_layer_weight`; sdnq/dequantizer.py). The groups of a policy run along (kh, kw, in).
-Where the last channel cuts a group, SDNQ's runs are the shorter pieces, each with its group's scale: the same weight,
-bit for bit.
+Where a group continues past the last channel, SDNQ's runs are the shorter pieces, each with its group's scale: the
+same weight, bit for bit.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def header(path: Path) -> dict[str, TensorSpec]:
 
 
 def require_plain_file(path: Path) -> None:
-    """Refuse anything but a regular file, such as a pipe, because reading it could block.
+    """Refuse anything but a regular file. Reading a pipe, for example, could block.
 
     Raises:
         OSError: something else is there.
@@ -118,10 +118,10 @@ def require_plain_file(path: Path) -> None:
 
 
 def open_tensors(path: Path) -> Any:
-    """Like `safetensors.safe_open`, which reports every file that it cannot open as missing.
+    """Like `safetensors.safe_open`, but with the real error for a file that cannot be opened instead of "missing".
 
     Raises:
-        OSError: the file cannot be opened, with the real reason.
+        OSError: the file cannot be opened.
         SafetensorError: it is damaged.
     """
     require_plain_file(path)

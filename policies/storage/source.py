@@ -106,7 +106,7 @@ def joined(sources: Mapping[str, TensorSource]) -> TensorSource:
 
 
 def source_hashes(sources: Mapping[str, TensorSource], storage: torch.dtype) -> dict[str, str]:
-    """Component -> what `bitpolicy.policies.identity.weights_hash` gives for its tensors.
+    """Component -> hash of its tensors, as `bitpolicy.policies.identity.weights_hash` gives it.
 
     Raises:
         BitPolicyError: a value is beyond the storage dtype's range.
@@ -115,5 +115,5 @@ def source_hashes(sources: Mapping[str, TensorSource], storage: torch.dtype) -> 
 
 
 def source_hash(source: TensorSource, storage: torch.dtype) -> str:
-    """What `bitpolicy.policies.identity.weights_hash` gives for one component's tensors."""
+    """The hash of one component's tensors, as `bitpolicy.policies.identity.weights_hash` gives it."""
     return tensors_hash(((name, as_stored(name, source.read(name), storage)) for name in sorted(source.specs)), storage)

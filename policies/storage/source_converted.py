@@ -25,7 +25,7 @@ Converter = Callable[[StateDict], Mapping[str, Any]]
 
 
 def converted(base: TensorSource, convert: Converter) -> TensorSource:
-    """What `convert` makes of the tensors of `base`.
+    """The tensors of `base`, converted by `convert`.
 
     Args:
         convert: takes a state dict, which it may change, and returns another; it does not write to tensors.

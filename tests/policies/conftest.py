@@ -1,4 +1,4 @@
-"""One exported pipeline, which the tests of checkpoints read and none changes."""
+"""One exported pipeline, which the tests of checkpoints read and do not change."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from bitpolicy.policies.target import Target
 
 @dataclass(frozen=True)
 class Exported:
-    """A pipeline of what float16 can hold, a policy that gives its layers every format in turn, and the checkpoint."""
+    """A pipeline rounded to float16, a policy that gives its layers every format in turn, and the checkpoint."""
 
     pipe: Any
     choices: dict[str, Choice]
@@ -103,7 +103,7 @@ def unet_inputs(dtype: torch.dtype) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def predict() -> Callable[[Any], torch.Tensor]:
-    """What a U-Net predicts for a fixed input, in its own dtype."""
+    """A U-Net's prediction for a fixed input, in its own dtype."""
 
     def prediction(unet: Any) -> torch.Tensor:
         with torch.no_grad():
@@ -145,7 +145,7 @@ def exported(
 
 @pytest.fixture(scope="module")
 def saved(new_toy_pipeline: Callable[[], Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`saved(dtype, **arguments)`: what save_pretrained writes of the pipeline that `exported` was made from."""
+    """`saved(dtype, **arguments)`: the pipeline that `exported` was made from, as written by save_pretrained."""
 
     def save(dtype: torch.dtype, **arguments: Any) -> Path:
         folder = tmp_path_factory.mktemp("saved") / "pipeline"

@@ -1,4 +1,4 @@
-"""Bytes are known before anything is written, and a hash tells one denoiser from another."""
+"""Bytes are known before anything is written, and a hash identifies a denoiser."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bitpolicy.policies.target import Target
 
 
 class Small(nn.Module):
-    """Two layers of 10 x 3 and 4 x 10 weights, 16 other floats, and counters that are no floats."""
+    """Two layers of 10 x 3 and 4 x 10 weights, 16 other floats, and integer counters."""
 
     def __init__(self) -> None:
         super().__init__()

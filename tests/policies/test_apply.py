@@ -1,4 +1,4 @@
-"""A policy on a model in memory: packed or not, the same bits, and taken back without a trace."""
+"""A policy applied to a model in memory: the same bits packed or not, and removed without a trace."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_codes_and_scales_do_not_depend_on_the_correction() -> None:
 
 
 def test_the_weight_is_quantized_as_it_is_stored() -> None:
-    """A policy is of the stored model: a float32 weight and its float16 copy give the same codes."""
+    """A policy applies to the stored model: a float32 weight and its float16 copy give the same codes."""
     layer = nn.Linear(64, 4)
     wide = quantize_layer("layer", layer, Choice(INT8), quantization=Quantization(storage=torch.bfloat16))
     assert_same(wide.tensors, INT8.quantize(layer.weight.detach().bfloat16()))
@@ -145,7 +145,7 @@ def test_a_correction_without_its_mean_input_names_the_layer() -> None:
 
 @pytest.fixture
 def heavy() -> nn.Linear:
-    """A layer whose grids are worth a search."""
+    """A layer with weights for which searching the grids pays off."""
     layer = nn.Linear(64, 4)
     layer.weight.data = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).pow(3).half().float()
     return layer

@@ -1,4 +1,4 @@
-"""An output is there whole or not at all, and what it replaces stays until then."""
+"""An output is complete or missing, and the file that it replaces stays until then."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The calibration file belongs to one policy, and says so by its hash."""
+"""The calibration file belongs to one policy, which records its hash."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_saved_calibration_is_read_back(tmp_path: Path) -> None:
 
 
 def test_tensors_that_were_read_are_not_kept(tmp_path: Path) -> None:
-    """With rounded weights in it the file is as large as the checkpoint."""
+    """A file with rounded weights is as large as the checkpoint."""
     save_calibration(MEASURED, tmp_path / "calibration.safetensors")
     found = load_calibration(tmp_path / "calibration.safetensors").input_means
     assert list(found) == sorted(MEANS)

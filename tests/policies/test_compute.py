@@ -1,4 +1,4 @@
-"""INT8 compute from the policy to the loaded model, and in floats what the packed layers then compute."""
+"""INT8 compute from the policy to the loaded model, and the same computation in floats on ordinary layers."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def image(pipe: Any) -> torch.Tensor:
 
 
 def test_a_pipeline_draws_the_same_as_the_packed_one(exported: Any, tmp_path: Path) -> None:
-    """Up to sums of floats, which move some inputs across a tie; next to what quantizing does that is nothing."""
+    """Up to the rounding of float sums, which moves some inputs across a tie. Quantizing has a much larger effect."""
     policy = exported.policy.under(Compute.INT8)
     export_pipeline(exported.pipe, ["unet"], policy, exported.calibration, tmp_path / "c", component_dtype=F16)
     reference = image(exported.pipe)
@@ -175,7 +175,7 @@ def test_a_pipeline_draws_the_same_as_the_packed_one(exported: Any, tmp_path: Pa
 
 
 def test_streamed_weights_change_nothing(new_toy_pipeline: Any, every_format_in_turn: Any, predict: Any) -> None:
-    """Layers whose `forward` an offloading hook has replaced."""
+    """An offloading hook replaces the `forward` of layers."""
     pipe = new_toy_pipeline()
     choices = {name: Choice(choice.format) for name, choice in every_format_in_turn(pipe.unet).items()}
     with quantized(pipe.unet, choices, quantization=Quantization(compute=Compute.INT8)):

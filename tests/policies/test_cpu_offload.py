@@ -1,4 +1,4 @@
-"""diffusers' own offloading of a whole pipeline: what is packed comes to the device and draws the same."""
+"""diffusers' own offloading of a whole pipeline: packed models move to the device and draw the same image."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def checkpoint(
 
 
 def drawn(pipe: Any) -> torch.Tensor:
-    """The finished image: all three models have run."""
+    """The finished image, for which all three models run."""
     pipe.set_progress_bar_config(disable=True)
     seed = torch.Generator().manual_seed(0)
     return pipe("a red heart", num_inference_steps=2, output_type="pt", generator=seed).images

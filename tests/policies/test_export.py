@@ -1,4 +1,4 @@
-"""What an export writes: the bytes that were announced, the same every time, whole or not at all."""
+"""What an export writes: the predicted bytes, the same every time, completely or not at all."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a denoiser's folder, shards together, read by safetensors itself."""
+    """Every tensor in a denoiser's folder, from all shards, read by safetensors itself."""
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 

@@ -1,4 +1,4 @@
-"""Nothing that an export makes is NaN or Inf, whoever reads it; what the model itself holds is said."""
+"""No exported file contains NaN or Inf, except those of the model itself, with a warning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One process at a time writes a folder; a process that was killed holds nothing."""
+"""One process at a time writes to a folder; a killed process holds no lock."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
 
 
 def test_a_lock_file_that_was_removed_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The owner removed the file after we had opened it: what we hold is nobody's, and we begin again."""
+    """The owner removed the file after we opened it: our lock is on a removed file, so we start over."""
     lock, folder, opened = tmp_path / "lock", tmp_path / "folder", os.open
     removed = iter([True, False])
 
@@ -81,7 +81,7 @@ def test_a_lock_file_that_was_removed_does_not_count(tmp_path: Path, monkeypatch
 
 
 def test_a_folder_that_was_removed_in_the_meantime_is_an_error(tmp_path: Path) -> None:
-    """Or a part of what was to be in it would be made anew, and called done."""
+    """Otherwise a folder with only some of its files would pass as complete."""
 
     def removed_and_made_anew() -> None:
         with working_in(tmp_path / "run"):

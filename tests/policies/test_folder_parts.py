@@ -1,4 +1,4 @@
-"""A pipeline that is exported from its folder is written as it is from memory, without being loaded."""
+"""A pipeline is exported from its folder, without being loaded, to the same files as from memory."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_a_denoiser_with_old_names_of_attentions_is_read(tmp_path: Path) -> None
 
 
 class Counted:
-    """A source whose tensors are counted while anyone holds them."""
+    """A source that counts its tensors in use."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._source = ModuleSource(model)

@@ -1,4 +1,4 @@
-"""Bytes of a pipeline's parts, against the files that are written; and allocations, against what is known on paper."""
+"""Bytes of a pipeline's parts against the files that are written, and allocations against calculated ones."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def fresh() -> torch.Tensor:
 
 
 def most(run: Callable[[], object], device: torch.device = CPU) -> int:
-    """The most bytes at once while `run` runs."""
+    """Peak bytes while `run` runs."""
     with metered(device) as meter:
         run()
     return max(span.most for span in meter.spans)
@@ -84,7 +84,7 @@ def test_an_empty_run_allocates_nothing() -> None:
 
 
 def test_allocations_inside_an_operator_count() -> None:
-    """Sorting gives values and indices of twice their size; both together are three times the input, plus scratch."""
+    """Sorting gives values, and indices of twice their size: three times the input together, plus scratch memory."""
     values = torch.rand(N)
     assert most(lambda: values.sort()) >= 3 * MIB
 
@@ -149,7 +149,7 @@ def test_cuda_counts_the_same() -> None:
 
 
 def two_models() -> Any:
-    """A pipeline of two linear layers without bias, 6 and 20 values, and something that is no model."""
+    """A pipeline of two linear layers without bias, 6 and 20 values, and something that is not a model."""
     parts = {"unet": nn.Linear(2, 3, bias=False), "vae": nn.Linear(4, 5, bias=False), "scheduler": object()}
     return SimpleNamespace(components=parts, device=CPU)
 

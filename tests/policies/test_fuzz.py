@@ -1,4 +1,4 @@
-"""Files with random damage: what is loaded is what was exported, or the error is one that a person can read.
+"""Files with random damage either load as they were exported, or give an error that a person can read.
 
 The damage is the same in every run. A few hundred files on the smallest U-Net that has a layer of each kind.
 """
@@ -69,7 +69,7 @@ def subject(
 
 
 def mutated_tensors(tensors: dict[str, torch.Tensor], draw: random.Random) -> dict[str, torch.Tensor]:
-    """A whole file again, with other names, shapes, dtypes or values."""
+    """A valid file again, with other names, shapes, dtypes or values."""
     found = dict(tensors)
     a, b = draw.sample(sorted(found), 2)
     match draw.randrange(6):
@@ -89,7 +89,7 @@ def mutated_tensors(tensors: dict[str, torch.Tensor], draw: random.Random) -> di
 
 
 def require_same_or_refused(subject: Subject, folder: Path, what: str) -> bool:
-    """Whether it loaded; raises where it loaded as something else or failed in a way nobody wrote a message for."""
+    """Whether it loaded; raises if it loaded as something else, or failed with an error that has no message of ours."""
     try:
         found = subject.kind.from_pretrained(folder).state_dict()
     except BitPolicyError:
@@ -128,7 +128,7 @@ def test_a_damaged_checkpoint_is_the_same_or_refused(subject: Subject, tmp_path:
 
 
 def test_a_damaged_policy_is_refused_or_read(exported: Any, tmp_path: Path) -> None:
-    """Read, it gives every layer a choice; refused, the error names the file or what in it is wrong."""
+    """A policy that is read gives every layer a choice. The error for another names the file or the wrong entry."""
     draw, path, began, refused = random.Random("policy"), tmp_path / "policy.yaml", time.process_time(), 0
     whole = exported.policy.to_yaml().encode()
     for i in range(POLICIES):
@@ -145,7 +145,7 @@ def test_a_damaged_policy_is_refused_or_read(exported: Any, tmp_path: Path) -> N
 
 
 def _mutated_lines(data: bytes, draw: random.Random) -> bytes:
-    """A line taken out, repeated, indented otherwise or given another value."""
+    """The text with one line removed, repeated, indented differently or given another value."""
     lines = data.decode().splitlines()
     at = draw.randrange(len(lines))
     value = draw.choice(["[]", "{}", "null", "1e999", "-1", "&a b", "*a", "!!python/name:os.system x", "'", "int99"])

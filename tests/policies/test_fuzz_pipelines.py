@@ -1,4 +1,4 @@
-"""Pipelines whose JSON files have random damage: they are exported and loaded, or refused in words that name a file.
+"""Pipelines whose JSON files have random damage are exported and loaded, or refused with an error that names a file.
 
 What is written stays in the folder that was asked for, whatever a file names.
 """

@@ -1,4 +1,4 @@
-"""What makes a model another one: its values, and what its config says beyond the defaults of its class."""
+"""The identity of a model: its values, and the entries of its config that differ from the defaults of its class."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_there_is_a_config_for_each_component() -> None:
 def test_a_file_that_changes_while_a_folder_is_exported_stops_it(
     exported: Any, saved: Callable[..., Path], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was measured before may be of another model than what would be written."""
+    """The model that was measured may not be the one that would be written."""
     folder = saved(torch.float16)
     stamps = FolderParts(folder, ["unet"])._stamps
     if name.endswith(".json"):

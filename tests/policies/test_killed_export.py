@@ -1,4 +1,4 @@
-"""An export that is killed at any moment leaves the old folder or nothing, and the next one goes through."""
+"""An export that is killed at any moment leaves the old folder or nothing, and the next one succeeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""diffusers loads what was exported: packed as stored, the bits that were searched, and a model like any other."""
+"""diffusers loads exported models: packed as stored, with the bits that were searched, and usable like any other."""
 
 from __future__ import annotations
 

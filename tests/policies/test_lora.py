@@ -1,4 +1,4 @@
-"""LoRA on packed layers: peft adds, fuses and takes back its adapters, and the layers stay packed throughout."""
+"""LoRA on packed layers: peft adds, fuses and removes its adapters, and the layers stay packed throughout."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_saving_a_model_with_an_adapter_is_refused(packed: Any, tmp_path: Path) 
 def test_a_pipeline_with_an_adapter_is_neither_exported_nor_searched(
     new_toy_pipeline: Callable[[], Any], exported: Any, tmp_path: Path, component: str
 ) -> None:
-    """Of a text encoder with one, transformers would write the adapter and nothing else."""
+    """For a text encoder with an adapter, transformers would write only the adapter."""
     pipe = new_toy_pipeline()
     targets = {"unet": TARGETS, "text_encoder": ["q_proj"]}[component]
     inject_adapter_in_model(LoraConfig(r=2, target_modules=targets), getattr(pipe, component))

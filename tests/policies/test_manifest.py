@@ -1,4 +1,4 @@
-"""An exported folder is as it was written, in every component, or it does not load."""
+"""An exported folder loads only if every component is as it was written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The card of an exported pipeline says what it holds."""
+"""The model card of an exported pipeline describes its content."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_card_counts_the_formats_and_quotes_the_result() -> None:
 
 
 def test_results_of_another_policy_are_not_quoted() -> None:
-    """A policy that was edited keeps the result of the one before."""
+    """An edited policy still has the result of the policy before the edit."""
     _, text = card(result=Result(policy_bytes=BYTES + 1, predicted_error=0.00314159, psnr_db=34.26))
     assert "34.3" not in text
     assert "not measured" in text

@@ -58,7 +58,7 @@ def test_a_pipeline_class_that_is_not_a_pipeline_is_refused() -> None:
 
 @pytest.fixture
 def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A module on the path that leaves a trace when it runs; returns the trace's place."""
+    """A module on the path that leaves a file when it runs; returns the path of that file."""
     trace = tmp_path / "it ran"
     (tmp_path / "evil_module.py").write_text(f"open({str(trace)!r}, 'w')\nclass X:\n    pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))

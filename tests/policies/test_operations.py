@@ -52,7 +52,7 @@ ASKED: dict[str, dict[str, Any]] = {
 
 
 class Case(NamedTuple):
-    """One class of model: the ordinary one, rounded to float16, and where it lies packed."""
+    """One class of model: the ordinary one, rounded to float16, and the folder of the packed one."""
 
     source: Any
     choices: dict[str, Choice]
@@ -63,7 +63,7 @@ class Case(NamedTuple):
 
 
 class _Called(Exception):
-    """Ends a pipeline at the call that was waited for."""
+    """Stops a pipeline at the call that is wanted."""
 
 
 def inputs_of(pipe: Any, component: str, toy: Toy) -> dict[str, Any]:
@@ -115,12 +115,12 @@ def case(
 
 @pytest.fixture
 def model(case: Case) -> Any:
-    """A packed model of one's own."""
+    """A fresh packed model for one test."""
     return copy.deepcopy(case.loaded)
 
 
 def cells(rows: str, operations: str) -> list[Any]:
-    """A parameter set of each cell that is run: row, operation."""
+    """One parameter set for each cell that is run: row, operation."""
     return list(_cells(rows, operations))
 
 
@@ -146,7 +146,7 @@ def test_a_packed_model_supports_the_operation(
 
 
 def quantize(case: Case, model: Any) -> None:
-    """What is loaded computes what the model computes while it has the quantized weights."""
+    """A loaded model computes the same as the original model with quantized weights."""
     assert {name for name, choice in case.choices.items() if choice.format.packed} == {
         name for name, layer in model.named_modules() if isinstance(layer, PackedLayer)
     }
@@ -159,7 +159,7 @@ def quantize(case: Case, model: Any) -> None:
 
 
 def while_read(case: Case, model: Any) -> None:
-    """The full-precision model, given the policy while it is read, is the exported one, in every dtype."""
+    """A full-precision model that is packed while it is read equals the exported one, in every dtype."""
     with tempfile.TemporaryDirectory() as folder:
         case.source.save_pretrained(folder)
         for dtype in (None, torch.bfloat16, torch.float32):
@@ -217,7 +217,7 @@ def test_a_pipeline_with_a_packed_model_supports_the_operation(pipeline: Pipelin
 
 
 def pipeline_while_read(pipeline: PipelineCase, pipe: Any) -> None:
-    """The full-precision pipeline, given the policy while it is read, draws what the exported one draws."""
+    """A full-precision pipeline that is packed while it is read draws the same as the exported one."""
     policy = Policy.load(pipeline.folder / "policy.yaml")
     names = policy.model.components
     config = PipelineQuantizationConfig(quant_mapping={name: BitPolicyConfig(policy=policy) for name in names})

@@ -1,4 +1,4 @@
-"""Components that are not packed go along: linked or copied as they are where their dtype is wanted, else cast."""
+"""Components that are not packed are linked or copied if they have the wanted dtype, otherwise cast."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ F16, F32 = torch.float16, torch.float32
 
 @pytest.fixture(autouse=True)
 def no_clones(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """As on a file system that has none."""
+    """As on a file system without clones."""
     if "clone" not in request.node.name:
         monkeypatch.setattr(linking, "_clone", lambda *_: False)
 
@@ -72,7 +72,7 @@ def test_a_clone_is_a_separate_file(exported: Any, half: Path, tmp_path: Path, m
 
 
 def test_without_clones_the_file_is_linked(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asking for a clone leaves nothing behind where there is none."""
+    """A failed attempt to clone leaves no file."""
 
     def refuse(*_: Any) -> int:
         raise OSError(95, "Operation not supported")
@@ -95,7 +95,7 @@ def test_a_file_that_cannot_be_linked_is_copied(
 
 
 def test_saving_over_an_export_leaves_its_source_alone(exported: Any, half: Path, tmp_path: Path) -> None:
-    """safetensors renames what it wrote; it is why weights are linked."""
+    """safetensors writes a new file and renames it, which is why linking weights is safe."""
     before = (half / VAE).read_bytes()
     export(exported, half, tmp_path / "out")
     save_file({"a": torch.zeros(3)}, tmp_path / "out" / VAE)

@@ -1,4 +1,4 @@
-"""Memory while a model is loaded, measured in a process of its own on some 200 MB."""
+"""Memory while a model is loaded, measured in a separate process on about 200 MB."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def measured(*jobs: tuple[Path, str | None, Path | None]) -> list[dict[str, int]
 
 
 def make_packed(folder: Path) -> int:
-    """Write a packed transformer of random bytes, in INT8 and INT4 by turns; the weights of its largest layer."""
+    """Write a packed transformer of random bytes, alternately in INT8 and INT4; return its largest layer's size."""
     with accelerate.init_empty_weights():
         model = transformer(10, 1024)
     names = [name for name, _ in quantizable_layers(model)]

@@ -1,4 +1,4 @@
-"""The policy file: what a person writes is what every layer gets, and a mistake is told what to write."""
+"""The policy file: every layer gets what a person wrote, and the error for a mistake says what to write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any policy, written and read, is the same policy and means the same; and its bytes add up."""
+"""Any policy is the same after writing and reading, with the same meaning, and its bytes add up."""
 
 from __future__ import annotations
 

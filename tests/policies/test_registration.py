@@ -1,4 +1,4 @@
-"""diffusers and transformers know packed checkpoints once bitpolicy is imported, whichever comes first."""
+"""diffusers and transformers know packed checkpoints once bitpolicy is imported, in any order of imports."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_either_may_be_imported_first(library: str, first: str) -> None:
 
 
 def test_diffusers_accepts_the_stand_ins_as_classes() -> None:
-    """It asks for instances of every config that it knows, and for the arguments of the one that is named."""
+    """It checks instances against every known config, and reads the arguments of the one that is named."""
     code = """import sys, bitpolicy
 from diffusers import PipelineQuantizationConfig, QuantoConfig
 PipelineQuantizationConfig(quant_mapping={"transformer": QuantoConfig("int8")})

@@ -1,4 +1,4 @@
-"""Our writer is read by safetensors itself, and writes the same bytes whatever the order of the tensors."""
+"""safetensors itself reads files of our writer, whose bytes do not depend on the order of the tensors."""
 
 from __future__ import annotations
 
@@ -105,13 +105,13 @@ def test_the_bytes_are_those_that_safetensors_writes(tmp_path: Path) -> None:
 
 
 def test_every_dtype_that_safetensors_writes_can_be_written() -> None:
-    """But for float4, of which two numbers are one element to torch and two to safetensors."""
+    """Except float4: two numbers are one element in torch and two in safetensors."""
     assert set(safetensors.torch._SIZE) - {torch.float4_e2m1fn_x2} == set(DTYPE_NAMES)
 
 
 @pytest.mark.parametrize("dtype", DTYPE_NAMES, ids=str)
 def test_the_bits_of_every_dtype_are_read_back(tmp_path: Path, dtype: torch.dtype) -> None:
-    """Every byte, or every exponent and sign, so NaN and what is denormal, too; a scalar, and nothing in any axis."""
+    """Every byte, or every exponent and sign, including NaN and denormals; a scalar, and empty axes."""
     values = torch.arange(256, dtype=torch.uint8).repeat_interleave(dtype.itemsize)
     values = (values % 2 if dtype == torch.bool else values).view(dtype)
     tensors = {"scalar": values[77], "all": values.reshape(2, 16, 8), "": values[:5], "none": values[:0].reshape(3, 0)}

@@ -1,4 +1,4 @@
-"""The checksum in our small files: what was changed is refused, and what has none, as older files, where it matters."""
+"""The checksum in our small files: a changed file is refused, and one without a checksum where one is required."""
 
 from __future__ import annotations
 

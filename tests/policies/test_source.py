@@ -1,4 +1,4 @@
-"""Tensors come from files as they come from memory: the same names, shapes, values and hash."""
+"""Tensors from files equal those from memory: the same names, shapes, values and hash."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_the_error_says_what_is_wrong_with_a_file(tmp_path: Path, damage: str, r
 
 @pytest.fixture
 def forbidden(tmp_path: Path) -> Iterator[Path]:
-    """A safetensors file that this user may not read, whoever runs the tests."""
+    """A safetensors file that the current user cannot read, even if root runs the tests."""
     path = tmp_path / "model.safetensors"
     save_file(TENSORS, path)
     path.chmod(0)
@@ -147,7 +147,7 @@ def test_a_file_without_permission_is_not_called_missing(forbidden: Path) -> Non
 
 
 def other_layout(tensors: dict[str, Any]) -> dict[str, Any]:
-    """What converters do: rename, split, swap, join, drop a dimension, cast, make anew, leave out."""
+    """What converters do: rename, split, swap, join, drop a dimension, cast, create, leave out."""
     query, key, value = tensors.pop("qkv").chunk(3, dim=0)
     shift, scale = tensors.pop("mod").chunk(2, dim=0)
     return {
@@ -172,7 +172,7 @@ def looks(tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 class Watched:
-    """Tells what was read."""
+    """Records what was read."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
         self._module = nn.ParameterDict({name: nn.Parameter(tensor) for name, tensor in tensors.items()})

@@ -1,4 +1,4 @@
-"""Text encoders are packed from their folder as they are from memory."""
+"""Text encoders are packed from their folder to the same files as from memory."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ F16 = torch.float16
 
 
 def renamed(name: str, prefix: str) -> str:
-    """As files of CLIP's came, and come, with `text_model.` and without it; the projection never had it."""
+    """As in CLIP's files, old and new, with and without `text_model.`; the projection never had this prefix."""
     return name if name.startswith("text_projection") else prefix + name.removeprefix("text_model.")
 
 
 def unread(kind: Any, folder: Path) -> set[str]:
-    """Names of the tensors that transformers itself misses, and draws at random."""
+    """Names of the tensors that transformers itself misses and initializes at random."""
     return kind.from_pretrained(folder, output_loading_info=True)[1]["missing_keys"]
 
 

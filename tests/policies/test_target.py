@@ -1,4 +1,4 @@
-"""The components under study, as one object and as the text that files and the command line have."""
+"""The components under study, as one object, and as text in files and on the command line."""
 
 from __future__ import annotations
 

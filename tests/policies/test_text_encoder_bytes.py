@@ -1,4 +1,4 @@
-"""What a text encoder or a VAE weighs: as its own library writes it, and packed; weights under two names count once."""
+"""Bytes of a text encoder or VAE, as its own library writes it and packed; weights with two names count once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from bitpolicy.policies.target import Target
 
 
 def language_model() -> Any:
-    """Its head is its embedding."""
+    """A model whose head is its embedding."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     return Qwen2ForCausalLM(Qwen2Config(vocab_size=100, num_key_value_heads=2, tie_word_embeddings=True, **sizes))
 

@@ -1,4 +1,4 @@
-"""A full-precision model given a policy is packed while it is read: the bits of the exported one, or an error."""
+"""A full-precision model with a policy is packed while it is read: to the bits of the exported one, or an error."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def same_tensors(found: nn.Module, expected: nn.Module) -> bool:
 
 @pytest.fixture(scope="session")
 def unrounded(new_toy_pipeline: Callable[[], Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pipeline of `exported` in float32 as it was made: the policy is for what float16 holds of it."""
+    """The pipeline of `exported` in its original float32; the policy is for its float16 version."""
     folder = tmp_path_factory.mktemp("full")
     new_toy_pipeline().save_pretrained(folder)
     return folder
@@ -134,7 +134,7 @@ def together(
     every_format_in_turn: Callable[[nn.Module], dict[str, Choice]],
     policy_of: Callable[..., Policy],
 ) -> tuple[Any, Policy]:
-    """A pipeline rounded to float16, and a policy of its U-Net and its text encoder as one that corrects biases."""
+    """A pipeline rounded to float16, and one policy with bias correction for its U-Net and its text encoder."""
     pipe = new_toy_pipeline()
     for name in ("unet", "text_encoder", "vae"):
         to_storage(getattr(pipe, name), torch.float16)

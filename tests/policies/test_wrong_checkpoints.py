@@ -1,4 +1,4 @@
-"""A checkpoint that is not whole is an error that names file and tensor; nothing random or empty is computed with."""
+"""An incomplete checkpoint gives an error that names file and tensor, and never computes with random or empty ones."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_shards_outside_the_folder_are_not_read(exported: Any, tmp_path: Path) -
 
 
 def test_a_file_whose_name_diffusers_does_not_pass_on_is_refused(exported: Any) -> None:
-    """from_single_file tells a quantizer no files, so what is in them could not be checked."""
+    """from_single_file does not tell a quantizer its files, so they cannot be checked."""
     file = exported.folder / "vae" / "diffusion_pytorch_model.safetensors"
     about = {"config": str(exported.folder), "subfolder": "vae", "quantization_config": BitPolicyConfig()}
     with pytest.raises(BitPolicyError, match="load the folder with from_pretrained"):

@@ -1,4 +1,4 @@
-"""A policy file that is no policy is an error that names it, soon, and runs nothing."""
+"""A file that is not a policy soon gives an error that names it, and runs no code."""
 
 from __future__ import annotations
 

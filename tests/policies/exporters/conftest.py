@@ -1,4 +1,4 @@
-"""A U-Net whose channels groups divide, and a policy of everything that a target holds."""
+"""A U-Net whose channels are multiples of the group size, and a policy of everything that a target holds."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ MANY = (
     "int4 int8 int4-convrot int4-g32 int8-convrot64 int3 int4-channel-sym int5-channel-sym int2-g128 int6 fp8 "
     "int4-g32-sym int5 int7-sym int8-g64 int8-asym int4-sym fp16 nf4 int6-rot"
 ).split()
-"""Formats of many kinds, from which each target is given what it holds."""
+"""Formats of many kinds, of which each target gets those that it holds."""
 
 
 @pytest.fixture(scope="session")
 def even_unet() -> Callable[[], Any]:
-    """Makes a UNet2DConditionModel of 64 and 128 channels, of what float16 can hold."""
+    """Makes a UNet2DConditionModel with 64 and 128 channels, rounded to float16."""
 
     def build() -> Any:
         from diffusers import UNet2DConditionModel
@@ -53,7 +53,7 @@ def even_unet() -> Callable[[], Any]:
 
 @pytest.fixture(scope="session")
 def parts_of() -> Callable[..., Parts]:
-    """`parts_of(unet=model)`: of a pipeline that has nothing else."""
+    """`parts_of(unet=model)`: the parts of a pipeline with only this model."""
 
     def parts(**models: Any) -> Parts:
         pipe: Any = SimpleNamespace(**models, components=models)
@@ -64,7 +64,7 @@ def parts_of() -> Callable[..., Parts]:
 
 @pytest.fixture(scope="session")
 def predict_even() -> Callable[[Any], torch.Tensor]:
-    """What such a U-Net predicts for a fixed input, float32."""
+    """The prediction of such a U-Net for a fixed input, float32."""
     draw = torch.Generator().manual_seed(5)
     sample, states = torch.randn(2, 4, 8, 8, generator=draw), torch.randn(2, 7, 64, generator=draw)
 
@@ -77,7 +77,7 @@ def predict_even() -> Callable[[Any], torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def held_choices() -> Callable[[Exporter, Any], dict[str, Choice]]:
-    """Each layer in the next of `MANY` that the target holds there; every second bias is corrected."""
+    """Each layer in the next format of `MANY` that the target holds for it; every second bias is corrected."""
 
     def choices(exporter: Exporter, unet: Any) -> dict[str, Choice]:
         found, turns = {}, cycle(MANY)

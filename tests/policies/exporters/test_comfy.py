@@ -57,7 +57,7 @@ def source_of(model: Any, **formats: str) -> Source:
 
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
 def test_names_of_u_nets_are_those_of_the_original_code(config: dict[str, Any]) -> None:
-    """diffusers reads the original names back as its own, every one."""
+    """diffusers converts every original name back to its own."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
@@ -82,7 +82,7 @@ def test_names_of_u_nets_are_those_of_the_original_code(config: dict[str, Any]) 
     ],
 )
 def test_names_match_published_checkpoints(model: str, name: str, expected: str) -> None:
-    """diffusers reads either place of an upsampler, the published files have one."""
+    """diffusers reads both places of an upsampler; published files use one of them."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
@@ -192,7 +192,7 @@ def test_layers_whose_width_identifies_the_model_keep_their_width(name: str, hal
 
 
 def in_kitchen(made: dict[str, torch.Tensor], shape: tuple[int, ...], storage: torch.dtype) -> Any:
-    """What we wrote for one layer as comfy-kitchen's own tensor."""
+    """The tensors that we wrote for one layer, as comfy-kitchen's own tensor class."""
     kitchen = pytest.importorskip("comfy_kitchen.tensor", reason="pip install comfy-kitchen")
     marker = json.loads(bytes(made["comfy_quant"].numpy()))
     kind = {"int8_tensorwise": "TensorWiseINT8Layout", "convrot_w4a4": "TensorCoreConvRotW4A4Layout"}

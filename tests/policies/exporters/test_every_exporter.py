@@ -1,4 +1,4 @@
-"""What every exporter promises. A new one is added to `EXPORTERS` and to `READERS` and inherits all of this."""
+"""What every exporter guarantees. A new one is added to `EXPORTERS` and to `READERS` and inherits all tests."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def written(
 
 @pytest.fixture(scope="module")
 def reading(written: Written, even_unet: Callable[[], Any]) -> Reading:
-    """What the other program makes of it."""
+    """The export as the other program reads it."""
     return READERS[written.exporter.name].read(written.folder, even_unet())
 
 
@@ -93,7 +93,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def ours(written: Written) -> dict[str, torch.Tensor]:
-    """The weights of the packed layers as bitpolicy multiplies with them, float32."""
+    """The weights that bitpolicy multiplies with in packed layers, float32."""
     return _weights(written.unet, written.choices, written.calibration)
 
 
@@ -151,7 +151,7 @@ def test_a_recipe_rounds_as_well_as_the_policy(written: Written, reading: Readin
 
 
 def test_a_recipe_gives_our_weights_where_the_grids_are_the_same(written: Written, reading: Reading) -> None:
-    """But for the few that lie between two levels."""
+    """Except the few that are between two levels."""
     shared = READERS[written.exporter.name].same_grid
     assert bool(shared) == written.exporter.rounds_itself
     tried = set()

@@ -1,4 +1,4 @@
-"""Which format is the nearest, and what is said of layers that have none."""
+"""Which format is the nearest, and the error for layers in a format that the target does not hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SDNQ: codes are packed as it packs them, and the pieces of groups have their group's scale."""
+"""SDNQ: codes are packed in its layout, and each piece of a group has its group's scale."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_sdnq_unpacks_our_codes(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", range(2, 8))
 def test_every_bit_of_a_block_belongs_to_one_bit_of_a_code(bits: int) -> None:
-    """Each code's each bit turns on one bit of the block, all different."""
+    """Each bit of each code sets a different bit of the block."""
     count = codes_per_block(bits)
     seen = set()
     for code in range(count):
