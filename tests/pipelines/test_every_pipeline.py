@@ -248,7 +248,7 @@ def test_scores_agree_with_ablation_in_rank_and_size(probed: Probed) -> None:
 
 
 def test_a_layer_that_is_never_called_has_no_bias_correction(probed: Probed) -> None:
-    """Hunyuan-DiT passes its pooler's projections to a fused attention, which never calls them itself."""
+    """Hunyuan-DiT passes its pooler's projections to a fused attention, which only uses their weights."""
     called = ReferencePass.of(probed.subject.trajectories, probed.samples[:1]).calibration.input_means
     silent = [i for i, name in enumerate(probed.table.layers) if name not in called]
     assert bool(silent) == (probed.subject.toy.name == "HunyuanDiTPipeline")
