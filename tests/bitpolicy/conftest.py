@@ -58,7 +58,7 @@ def command() -> Command:
         sub = arguments and not str(arguments[0]).startswith("--")
         name, app = ("bitpolicy", main.app) if sub else ("search-policy", main.search_app)
         out, err = io.StringIO(), io.StringIO()
-        with pytest.MonkeyPatch.context() as patched, redirect_stdout(out), redirect_stderr(err), _as_it_was():
+        with pytest.MonkeyPatch.context() as patched, redirect_stdout(out), redirect_stderr(err), _libraries_restored():
             patched.setattr(sys, "argv", [name, *map(str, arguments)])
             code = main._run(app, name)
         return Outcome(code, out.getvalue(), err.getvalue())
@@ -67,7 +67,7 @@ def command() -> Command:
 
 
 @contextmanager
-def _as_it_was() -> Iterator[None]:
+def _libraries_restored() -> Iterator[None]:
     """Commands silence other libraries. This restores them for later tests."""
     loggers = [library.utils.logging for library in (diffusers, transformers)]
     before = [logger.get_verbosity() for logger in loggers]

@@ -120,7 +120,7 @@ def _stored(*models: torch.nn.Module) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"),
+    ("asked", "message"),
     [
         ({}, "asked for nothing; give one of budget=SIZE"),
         ({"budget": "50%", "target_psnr": 30.0}, "asked for budget and target_psnr"),
@@ -132,8 +132,8 @@ def _stored(*models: torch.nn.Module) -> list[torch.Tensor]:
     ],
     ids=str,
 )
-def test_meaningless_requests_are_refused(toy_pipeline: Any, asked: dict[str, Any], told: str) -> None:
-    with pytest.raises(BitPolicyError, match=told):
+def test_meaningless_requests_are_refused(toy_pipeline: Any, asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(BitPolicyError, match=message):
         searched(toy_pipeline, **asked)
 
 

@@ -21,7 +21,7 @@ NOISY = '''
 import importlib.abc, logging, sys, warnings
 
 class Noisy(importlib.abc.MetaPathFinder):
-    """Says something whenever diffusers' quantizers are imported, as torchao does beside some versions of torch."""
+    """Prints something whenever diffusers' quantizers are imported, as torchao does with some versions of torch."""
 
     def find_spec(self, name, path, target=None):
         if name == "diffusers.quantizers.auto":

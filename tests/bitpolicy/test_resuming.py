@@ -125,8 +125,8 @@ def test_more_trials_end_as_if_they_had_been_requested_at_once(
     command: Any, finished: Any, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(finished.folder, here / "out")
-    _probed_already(finished, here / "anew")
-    (here / "anew" / "run.json").unlink()
+    _probed_already(finished, here / "fresh")
+    (here / "fresh" / "run.json").unlink()
     tried, errors = [], Generations.errors
 
     def counted(this: Generations, choices: Any, samples: Any) -> Any:
@@ -137,11 +137,11 @@ def test_more_trials_end_as_if_they_had_been_requested_at_once(
     outcome = command(*arguments_for(finished, here / "out"), "--trials", "3")
     assert outcome.code == 0
     assert len(tried) <= 1 + len(_finalists(here / "out"))  # a third trial that repeats a policy draws nothing
-    whole = command(*arguments_for(finished, here / "anew"), "--trials", "3", "--overwrite")
+    whole = command(*arguments_for(finished, here / "fresh"), "--trials", "3", "--overwrite")
     assert without_seconds(outcome.result) == without_seconds(whole.result)
-    assert _csv(here / "out" / "trials.csv") == _csv(here / "anew" / "trials.csv")
+    assert _csv(here / "out" / "trials.csv") == _csv(here / "fresh" / "trials.csv")
     assert len(_csv(here / "out" / "trials.csv")) == 3
-    assert (here / "out" / "policy.yaml").read_bytes() == (here / "anew" / "policy.yaml").read_bytes()
+    assert (here / "out" / "policy.yaml").read_bytes() == (here / "fresh" / "policy.yaml").read_bytes()
 
 
 def _csv(path: Path) -> list[dict[str, str]]:

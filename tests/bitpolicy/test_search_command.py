@@ -183,7 +183,7 @@ def test_the_checkpoint_carries_its_policy(finished: Any) -> None:
     checkpoint = finished.folder / "checkpoint"
     assert (checkpoint / "policy.yaml").read_bytes() == (finished.folder / "policy.yaml").read_bytes()
     assert yaml.safe_load((checkpoint / "policy.yaml").read_text())["defaults"]["quantizer"] == "gptq"
-    assert not (checkpoint / "calibration.safetensors").exists(), "what was rounded lies in the weights already"
+    assert not (checkpoint / "calibration.safetensors").exists(), "the weights already contain the rounded values"
     card = (finished.folder / "checkpoint" / "README.md").read_text()
     assert f"{finished.outcome.result['policy_bytes']:,}" in card
 
@@ -264,14 +264,14 @@ def test_a_budget_of_exactly_the_smallest_policy_is_met(command: Any, small: tup
     assert result["predicted_error"] is None
 
 
-@pytest.mark.parametrize(("count", "told"), [(7, True), (8, False)])
+@pytest.mark.parametrize(("count", "reported"), [(7, True), (8, False)])
 def test_fewer_than_eight_prompts_are_reported(
-    command: Any, small: tuple[str, ...], here: Path, count: int, told: bool
+    command: Any, small: tuple[str, ...], here: Path, count: int, reported: bool
 ) -> None:
     (here / "few.txt").write_text("\n".join(f"word{i}" for i in range(count)))
     outcome = command("--budget", "99GB", *small, "--prompts", "few.txt", "--json")
     assert outcome.code == 0
-    assert ("fewer than 8 prompts" in outcome.err) is told
+    assert ("fewer than 8 prompts" in outcome.err) is reported
 
 
 # Folders that hold something
@@ -307,9 +307,9 @@ def test_no_resume_runs_the_search_again(command: Any, small: tuple[str, ...], h
     arguments = ("--budget", "99GB", *small, "--output-dir", "out", "--json")
     command(*arguments)
     (here / "out" / "checkpoint" / "README.md").unlink()
-    anew = command(*arguments, "--no-resume")
-    assert anew.code == 0
-    assert "finished" not in anew.err
+    again = command(*arguments, "--no-resume")
+    assert again.code == 0
+    assert "finished" not in again.err
     assert (here / "out" / "checkpoint" / "README.md").is_file()
 
 
