@@ -27,7 +27,7 @@ PROMPTS = "cat dog pizza heart star moon tree ball".split()
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command line came to."""
+    """The outcome of a command line."""
 
     code: int
     out: str
@@ -40,7 +40,7 @@ class Outcome:
         return json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not strict JSON"))
 
     def assert_refused(self, command: str, *needles: str) -> None:
-        """Exit code 2, nothing on stdout, and one line on stderr that says all of `needles`."""
+        """Check for exit code 2, nothing on stdout, and one line on stderr that contains all `needles`."""
         assert (self.code, self.out) == (2, "")
         (line,) = self.err.splitlines()
         assert line.startswith(f"{command}: ")
@@ -58,7 +58,7 @@ def command() -> Command:
         sub = arguments and not str(arguments[0]).startswith("--")
         name, app = ("bitpolicy", main.app) if sub else ("search-policy", main.search_app)
         out, err = io.StringIO(), io.StringIO()
-        with pytest.MonkeyPatch.context() as patched, redirect_stdout(out), redirect_stderr(err), _as_it_was():
+        with pytest.MonkeyPatch.context() as patched, redirect_stdout(out), redirect_stderr(err), _libraries_restored():
             patched.setattr(sys, "argv", [name, *map(str, arguments)])
             code = main._run(app, name)
         return Outcome(code, out.getvalue(), err.getvalue())
@@ -67,8 +67,8 @@ def command() -> Command:
 
 
 @contextmanager
-def _as_it_was() -> Iterator[None]:
-    """The commands hush other libraries; the tests after them want to hear those again."""
+def _libraries_restored() -> Iterator[None]:
+    """Commands silence other libraries. This restores them for later tests."""
     loggers = [library.utils.logging for library in (diffusers, transformers)]
     before = [logger.get_verbosity() for logger in loggers]
     with warnings.catch_warnings():
@@ -79,7 +79,7 @@ def _as_it_was() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def process() -> Command:
-    """The same in a process of its own, after the Python statements `first`; slow to start."""
+    """The same in a separate process, after the Python statements `first`; slow to start."""
 
     def run(*arguments: str | Path, first: str = "") -> Outcome:
         named = "import sys\nsys.argv[0] = 'search-policy'"  # as the installed script is
@@ -93,7 +93,7 @@ def process() -> Command:
 
 @pytest.fixture(scope="session")
 def half_pipeline(new_toy_pipeline: Callable[[], Any]) -> Callable[[], Any]:
-    """Makes a toy pipeline in float32 of what float16 can hold, the VAE and the text encoder included."""
+    """Makes a toy pipeline in float32 with values that float16 can hold, including the VAE and the text encoder."""
 
     def new() -> Any:
         pipe = new_toy_pipeline()
@@ -117,7 +117,7 @@ def toy(half_pipeline: Callable[[], Any], tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="session")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight prompts: as few as have parts of their own."""
+    """Eight prompts, the fewest for which each part gets its own."""
     path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     path.write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
     return path
@@ -132,7 +132,7 @@ def small(toy: Path, prompts: Path) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Finished:
-    """A search that is done: its command line, what it printed, and its folder."""
+    """A finished search: its command line, what it printed, and its folder."""
 
     arguments: tuple[str, ...]
     outcome: Outcome

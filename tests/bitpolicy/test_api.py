@@ -1,4 +1,4 @@
-"""The Python API end to end on a pipeline in memory: search, export, load, and the same bits as were searched."""
+"""The Python API end to end on a pipeline in memory: search, export and load, with the same bits as in the search."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_the_checkpoint_has_the_bytes_of_the_policy_within_the_budget(policy: Po
     assert file == 8 + header + on_disk
 
 
-def test_the_budget_is_what_was_asked(policy: Policy, half_pipeline: NewPipeline) -> None:
+def test_the_budget_is_the_requested_share_of_fp16(policy: Policy, half_pipeline: NewPipeline) -> None:
     assert policy.budget is not None
     reference = ByteAccount.of(Target({"unet": half_pipeline().unet}), torch.float16).reference
     assert reference == 2 * sum(parameter.numel() for parameter in half_pipeline().unet.parameters())
@@ -91,7 +91,7 @@ def test_a_policy_mixes_formats(policy: Policy, layer_names: list[str]) -> None:
 # Bits
 
 
-def test_reloaded_images_are_those_of_the_quantized_model_in_memory(
+def test_a_reloaded_checkpoint_draws_the_images_of_the_quantized_model_in_memory(
     half_pipeline: NewPipeline, policy: Policy, exported: Path, layer_names: list[str]
 ) -> None:
     pipe, choices = half_pipeline(), policy.resolve(layer_names)
@@ -105,13 +105,13 @@ def test_reloaded_images_are_those_of_the_quantized_model_in_memory(
     assert torch.equal(draw(pipe), reference)
 
 
-def test_loading_without_a_dtype_keeps_what_is_stored(exported: Path) -> None:
+def test_loading_without_a_dtype_keeps_the_storage_dtype(exported: Path) -> None:
     pipe = bitpolicy.load_pipeline(exported)
     assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.float16}
     assert torch.isfinite(draw(pipe)).all()
 
 
-def test_loading_passes_no_argument_that_is_deprecated(exported: Path, toy: Path) -> None:
+def test_loading_passes_no_deprecated_argument(exported: Path, toy: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         bitpolicy.load_pipeline(exported, torch.float32)
@@ -123,7 +123,7 @@ def test_loading_onto_a_device(exported: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["nothing", "a pipeline's unet"])
-def test_loading_what_is_no_pipeline_is_refused(exported: Path, tmp_path: Path, what: str) -> None:
+def test_loading_anything_but_a_pipeline_is_refused(exported: Path, tmp_path: Path, what: str) -> None:
     folder = exported / "unet" if "unet" in what else tmp_path / what
     with pytest.raises(BitPolicyError, match="not a diffusers pipeline folder"):
         bitpolicy.load_pipeline(folder)
@@ -167,7 +167,7 @@ def test_a_larger_budget_is_predicted_to_harm_less(half_pipeline: NewPipeline) -
     assert errors[0] > 2 * errors[2]
 
 
-def test_a_search_in_a_folder_goes_on_there(
+def test_a_search_in_a_folder_resumes_there(
     half_pipeline: NewPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = search(half_pipeline(), output_dir=tmp_path / "kept")
@@ -220,14 +220,14 @@ def test_bfloat16_is_stored_as_bfloat16(half_pipeline: NewPipeline, tmp_path: Pa
         ({"calibration_samples": 0}, "at least 1"),
     ],
 )
-def test_mistakes_are_of_one_family(half_pipeline: NewPipeline, arguments: dict[str, Any], message: str) -> None:
+def test_mistakes_raise_one_family_of_errors(
+    half_pipeline: NewPipeline, arguments: dict[str, Any], message: str
+) -> None:
     with pytest.raises(BitPolicyError, match=message):
         search(half_pipeline(), **arguments)
 
 
-def test_prompts_that_are_not_given_are_the_built_in_ones(
-    half_pipeline: NewPipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_default_prompts_are_the_built_in_ones(half_pipeline: NewPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[str] = []
     latents = Trajectories.latents
 
@@ -243,7 +243,7 @@ def test_prompts_that_are_not_given_are_the_built_in_ones(
     assert set(drawn) <= set(built_in)
 
 
-def test_a_model_that_is_packed_whole_is_refused(half_pipeline: NewPipeline, exported: Path) -> None:
+def test_a_fully_packed_model_is_refused(half_pipeline: NewPipeline, exported: Path) -> None:
     pipe = half_pipeline()
     pack(
         pipe.unet,
@@ -254,7 +254,7 @@ def test_a_model_that_is_packed_whole_is_refused(half_pipeline: NewPipeline, exp
         search(pipe)
 
 
-def test_a_model_that_is_packed_in_part_is_refused(exported: Path) -> None:
+def test_a_partly_packed_model_is_refused(exported: Path) -> None:
     with pytest.raises(BitPolicyError, match=r"(quantized|packed).*full-precision"):
         search(bitpolicy.load_pipeline(exported, torch.float32), "99.9%")
 
@@ -262,7 +262,7 @@ def test_a_model_that_is_packed_in_part_is_refused(exported: Path) -> None:
 # Probe
 
 
-def test_a_probe_gives_the_table(half_pipeline: NewPipeline, layer_names: list[str]) -> None:
+def test_a_probe_returns_the_table(half_pipeline: NewPipeline, layer_names: list[str]) -> None:
     table = bitpolicy.probe(half_pipeline(), call=CALL, prompts=PROMPTS, samples=2, vectors=1, quiet=True)
     assert list(table.layers) == layer_names
     assert [format.name for format in table.formats] == ["int4", "int8"]
@@ -270,9 +270,7 @@ def test_a_probe_gives_the_table(half_pipeline: NewPipeline, layer_names: list[s
     assert table.additive_error([format_named("int8")] * 83) is not None
 
 
-def test_a_probe_by_weights_draws_only_the_reference(
-    half_pipeline: NewPipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_weight_probe_draws_only_the_reference(half_pipeline: NewPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trajectories, "differentiable_signal", lambda *_: pytest.fail("a gradient was taken"))
     table = bitpolicy.probe(half_pipeline(), call=CALL, prompts=PROMPTS, samples=1, probe="weight", quiet=True)
     assert table.additive_error([format_named("int8")] * 83) is None
@@ -282,7 +280,8 @@ def test_a_probe_by_weights_draws_only_the_reference(
 
 
 def test_a_policy_in_a_file_exports_to_the_same_bytes(half_pipeline: NewPipeline, tmp_path: Path) -> None:
-    """The checkpoint's own copy, with its calibration beside it, where that does not hold the weights again."""
+    """The checkpoint's copy of the policy, with the calibration in the same folder, if the calibration does not contain
+    the weights again."""
     bitpolicy.export(half_pipeline(), search(half_pipeline(), quantizer="rtn"), tmp_path / "once")
     bitpolicy.export(half_pipeline(), tmp_path / "once" / "policy.yaml", tmp_path / "again")
     assert digests(tmp_path / "again") == digests(tmp_path / "once")
@@ -326,7 +325,7 @@ def test_a_policy_that_corrects_no_bias_needs_no_calibration(
     assert not (tmp_path / "out" / "calibration.safetensors").exists()
 
 
-def test_an_interrupted_export_leaves_what_was_there(
+def test_an_interrupted_export_leaves_the_folder_unchanged(
     half_pipeline: NewPipeline, policy: Policy, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bitpolicy.export(half_pipeline(), policy, tmp_path / "out")
@@ -341,7 +340,7 @@ def test_an_interrupted_export_leaves_what_was_there(
     assert digests(tmp_path / "out") == digests(exported)
 
 
-def test_an_export_does_not_remove_what_it_did_not_write(
+def test_an_export_keeps_files_that_it_did_not_write(
     half_pipeline: NewPipeline, policy: Policy, tmp_path: Path
 ) -> None:
     (tmp_path / "thesis.tex").write_text("x")

@@ -1,4 +1,4 @@
-"""What a caller from Python passes: what is taken, and that each mistake is one error that names the argument."""
+"""Arguments from Python callers: what is accepted, and that each mistake is one error that names the argument."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def policy(pipe: Any) -> Policy:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The prompts of all samples that are drawn."""
+    """The prompts of all drawn samples."""
     found: list[Any] = []
     latents = Trajectories.latents
 
@@ -68,8 +68,8 @@ def test_a_bare_number_is_bytes_on_the_command_line_too(command: Any, toy: Path,
     assert outcome.result["budget_bytes"] == 200_000
 
 
-def test_a_folder_is_a_pipeline(pipe: Any, toy: Path, tmp_path: Path) -> None:
-    """Wherever one is taken: the same scores, choices and bytes as of the pipeline in memory."""
+def test_a_folder_is_accepted_as_a_pipeline(pipe: Any, toy: Path, tmp_path: Path) -> None:
+    """By every function, with the same scores, choices and bytes as for the pipeline in memory."""
     ours, theirs = (bitpolicy.search(given, "50%", **QUICK) for given in (pipe, toy))
     assert theirs.model.id == str(toy)
     assert theirs.layers == ours.layers
@@ -84,7 +84,7 @@ def test_a_folder_is_a_pipeline(pipe: Any, toy: Path, tmp_path: Path) -> None:
     assert written.nbytes > 0
 
 
-def test_a_pipeline_that_is_not_in_memory_is_loaded_as_it_is_asked(toy: Path) -> None:
+def test_loading_options_apply_to_a_pipeline_given_by_path(toy: Path) -> None:
     with pytest.raises(BitPolicyError, match=r"variant=fp16|variant 'fp16'"):
         bitpolicy.search(toy, "50%", variant="fp16", **QUICK)
     bitpolicy.search(toy, "50%", dtype="float32", device="cpu", **QUICK)
@@ -116,7 +116,7 @@ def test_one_string_is_one_prompt_and_a_path_is_a_file(pipe: Any, drawn: list[An
     assert set(drawn) == {"3", "seven"}
 
 
-def test_a_dtype_has_a_name(policy: Policy, pipe: Any, tmp_path: Path) -> None:
+def test_a_dtype_can_be_given_by_name(policy: Policy, pipe: Any, tmp_path: Path) -> None:
     bitpolicy.export(pipe, policy, tmp_path / "out", component_dtype="float32", max_shard_size="1MB")
     assert bitpolicy.load_pipeline(tmp_path / "out", "float32", "cpu").unet.dtype == torch.float32
     with pytest.raises(BitPolicyError, match=r"^dtype is 'fp32'; give float16, bfloat16, float32"):
@@ -155,10 +155,10 @@ def test_a_dtype_has_a_name(policy: Policy, pipe: Any, tmp_path: Path) -> None:
         ({"height": 64}, 'height, width and batch_size .*; add scope="peak"'),
         ({"trails": 3}, "search has no argument 'trails'; did you mean 'trials'"),
         ({"model": "x"}, "search has no argument 'model'"),
-        ({"dtype": "float32"}, "dtype says how a pipeline is loaded, and this one is in memory"),
+        ({"dtype": "float32"}, "dtype is for loading a pipeline, .* in memory"),
         ({"compute": "fp8"}, 'compute="fp8" rounds the inputs .* add fp8 to formats, or take compute="exact"'),
         ({"output_dir": ""}, "output_dir is empty; give a string or a path or None"),
-        ({"frontier": 3, "budget": None}, "frontier alone makes no policy; give budget or target_psnr with it"),
+        ({"frontier": 3, "budget": None}, "frontier alone .* budget or target_psnr"),
     ],
     ids=str,
 )
@@ -169,7 +169,7 @@ def test_a_mistake_is_one_error_that_names_the_argument(pipe: Any, arguments: di
 
 
 @pytest.mark.parametrize("given", [None, 5, "", torch.nn.Linear(2, 2)], ids=str)
-def test_what_is_no_pipeline_is_told_so(given: Any, policy: Policy, tmp_path: Path) -> None:
+def test_anything_but_a_pipeline_is_refused(given: Any, policy: Policy, tmp_path: Path) -> None:
     message = "^pipe is .*; give a diffusers pipeline or a string or a path$"
     for call in (
         lambda: bitpolicy.search(given, "50%"),
@@ -203,13 +203,13 @@ def test_a_policy_of_another_type_is_refused(pipe: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", ["many", "0", "45%", -5])
-def test_a_shard_size_without_sense_is_named(pipe: Any, policy: Policy, tmp_path: Path, size: Any) -> None:
+def test_a_meaningless_shard_size_is_refused_by_name(pipe: Any, policy: Policy, tmp_path: Path, size: Any) -> None:
     with pytest.raises(BitPolicyError, match=r"^max_shard_size .*; write a size such as 10GB"):
         bitpolicy.export(pipe, policy, tmp_path / "out", max_shard_size=size)
     assert list(tmp_path.iterdir()) == []
 
 
-# Saving, and what is there already
+# Saving, and folders that already exist
 
 
 def test_a_policy_keeps_its_calibration_wherever_it_is_saved(pipe: Any, policy: Policy, tmp_path: Path) -> None:
@@ -247,13 +247,13 @@ def test_saving_where_it_was_loaded_from_leaves_the_calibration(policy: Policy, 
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
 
 
-def test_an_export_replaces_nothing_unless_it_is_told(pipe: Any, policy: Policy, tmp_path: Path) -> None:
+def test_an_export_replaces_nothing_without_overwrite(pipe: Any, policy: Policy, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()  # an empty folder is free
     bitpolicy.export(pipe, policy, tmp_path / "out")
     before = (tmp_path / "out" / "model_index.json").stat().st_ino
-    with pytest.raises(BitPolicyError, match="out is there already; choose another output_dir, or give overwrite=True"):
+    with pytest.raises(BitPolicyError, match="out already exists; choose another output_dir, or give overwrite=True"):
         bitpolicy.export(pipe, policy, tmp_path / "out")
-    with pytest.raises(BitPolicyError, match="out is there already"):
+    with pytest.raises(BitPolicyError, match="out already exists"):
         bitpolicy.export_for(pipe, policy, tmp_path / "out", "sdnq")
     assert (tmp_path / "out" / "model_index.json").stat().st_ino == before
     bitpolicy.export(pipe, policy, tmp_path / "out", overwrite=True)
@@ -278,7 +278,7 @@ def test_an_export_replaces_nothing_unless_it_is_told(pipe: Any, policy: Policy,
         ("--model ./x: there is none", "pipe ./x: there is none"),
         ("try --dtype bfloat16 or float32", 'try dtype="bfloat16" or float32'),
         ("--target comfy --formats int4,int8-sym", 'target="comfy" formats="int4,int8-sym"'),
-        ("`bitpolicy probe --check` makes it; --vectors 4", "`bitpolicy probe --check` makes it; vectors=4"),
+        ("`bitpolicy probe --check` creates it; --vectors 4", "`bitpolicy probe --check` creates it; vectors=4"),
         ("a--budget is no option, nor is --", "a--budget is no option, nor is --"),
     ],
 )
@@ -287,7 +287,8 @@ def test_options_become_arguments_and_commands_stay(text: str, python: str) -> N
 
 
 def test_every_option_that_a_message_names_is_an_argument_in_python() -> None:
-    """Of the code that the Python interface runs; what only commands have is in bitpolicy/cli, report and check."""
+    """In the code that the Python interface runs. Options that only commands have are in bitpolicy/cli, report and
+    check."""
     functions = (bitpolicy.search, bitpolicy.probe, bitpolicy.export, bitpolicy.export_for, bitpolicy.load_pipeline)
     names = {name for function in functions for name in inspect.signature(function).parameters}
     names |= set(Settings.__dataclass_fields__)

@@ -1,4 +1,4 @@
-"""What else can be asked for than a budget, on a tiny pipeline of the real class."""
+"""Requests other than a budget, on a tiny pipeline of the real class."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def formats(policy: Policy, pipe: Any) -> dict[str, str]:
 
 
 def psnr_db(pipe: Any, folder: Path, samples: Any) -> float:
-    """Of an exported checkpoint, by the definition."""
+    """PSNR of an exported checkpoint, from its definition."""
     reference = torch.stack([image for image, _ in Trajectories(pipe, ["unet"], dict(CALL)).images(samples)])
     packed = bitpolicy.load_pipeline(folder, dtype=torch.float32)
     images = torch.stack([image for image, _ in Trajectories(packed, ["unet"], dict(CALL)).images(samples)])
@@ -68,12 +68,12 @@ def test_a_target_is_reached_by_the_exported_checkpoint_and_not_by_a_tenth_less(
     assert psnr_db(pipe, tmp_path / "smaller", plan.split.search) < 45.0
 
 
-def test_a_target_that_nothing_reaches_is_told_what_the_best_is(toy_pipeline: Any) -> None:
+def test_an_unreachable_target_is_refused_with_the_best_quality(toy_pipeline: Any) -> None:
     with pytest.raises(BitPolicyError, match=r"no policy reaches 149\.00 dB: the most accurate with int4, int8"):
         searched(toy_pipeline, target_psnr=149.0)
 
 
-def test_what_is_kept_is_kept_and_what_shares_shares(toy_pipeline: Any) -> None:
+def test_kept_layers_have_their_format_and_qkv_share_one(toy_pipeline: Any) -> None:
     keep = ("conv_in=int8", "*time_embedding*=fp16", "conv_out=int4-g32")
     found = formats(searched(toy_pipeline, budget="45%", keep=keep, share_qkv=True), toy_pipeline)
     assert found["conv_in"] == "int8"
@@ -114,13 +114,13 @@ def test_a_budget_for_the_pipeline_counts_the_other_models(toy_pipeline: Any) ->
 
 
 def _stored(*models: torch.nn.Module) -> list[torch.Tensor]:
-    """What the exported folder holds of them: floats in float16."""
+    """Their tensors as the exported folder stores them: floats in float16."""
     tensors = [tensor for model in models for tensor in model.state_dict().values()]
     return [tensor.half() if tensor.is_floating_point() else tensor for tensor in tensors]
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"),
+    ("asked", "message"),
     [
         ({}, "asked for nothing; give one of budget=SIZE"),
         ({"budget": "50%", "target_psnr": 30.0}, "asked for budget and target_psnr"),
@@ -132,15 +132,15 @@ def _stored(*models: torch.nn.Module) -> list[torch.Tensor]:
     ],
     ids=str,
 )
-def test_what_cannot_be_meant_is_told_so(toy_pipeline: Any, asked: dict[str, Any], told: str) -> None:
-    with pytest.raises(BitPolicyError, match=told):
+def test_meaningless_requests_are_refused(toy_pipeline: Any, asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(BitPolicyError, match=message):
         searched(toy_pipeline, **asked)
 
 
 @pytest.mark.parametrize(
     ("target", "budget"), [("comfy", "92%"), ("sdnq", "55%"), ("torchao", "55%"), ("modelopt", "55%")]
 )
-def test_what_is_searched_for_a_program_is_what_it_can_hold(
+def test_a_search_for_a_program_uses_only_formats_that_it_can_hold(
     toy_pipeline: Any, tmp_path: Path, target: str, budget: str
 ) -> None:
     asked = {"budget": budget, "trials": 0, "probe": "weight"}
@@ -152,6 +152,6 @@ def test_what_is_searched_for_a_program_is_what_it_can_hold(
     assert (tmp_path / "out" / "policy.yaml").is_file()
 
 
-def test_a_program_that_is_not_there_is_told_which_are(toy_pipeline: Any) -> None:
+def test_an_unknown_program_is_refused_with_the_known_ones(toy_pipeline: Any) -> None:
     with pytest.raises(BitPolicyError, match="unknown target 'onnx'; write any of comfy, comfy-int8, sdnq"):
         searched(toy_pipeline, budget="50%", target="onnx")

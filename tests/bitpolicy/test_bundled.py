@@ -66,7 +66,7 @@ def test_it_is_a_stable_diffusion_pipeline_with_every_kind_of_layer(bundled: Any
     assert "other" not in roles
 
 
-def test_it_draws_what_is_asked_and_not_a_constant(images: dict[str, torch.Tensor]) -> None:
+def test_it_draws_the_prompts_and_not_a_constant(images: dict[str, torch.Tensor]) -> None:
     for image in images.values():
         assert image.shape == (3, 64, 64)
         assert torch.isfinite(image).all()
@@ -85,7 +85,7 @@ def test_a_red_heart_is_red(images: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("name", "words"), [("README.md", ("Noto", "Apache", "license: apache-2.0")), ("LICENSE", ("Apache License",))]
 )
-def test_it_says_where_it_comes_from_and_under_which_licence(name: str, words: tuple[str, ...]) -> None:
+def test_it_states_its_origin_and_licence(name: str, words: tuple[str, ...]) -> None:
     text = (BUNDLED_FOLDER / name).read_text(encoding="utf-8")
     assert [word for word in words if word not in text] == []
 
@@ -98,7 +98,7 @@ def test_its_prompts_fit_its_text_encoder(bundled: Any) -> None:
 
 
 def test_its_tokenizer_knows_the_words_of_its_prompts(bundled: Any) -> None:
-    """CLIP's tokenizer writes its end token for what it does not know."""
+    """CLIP's tokenizer writes its end token for unknown words."""
     tokenizer = bundled.pipe.tokenizer
     for prompt in default_requests(bundled.pipe, bundled=True):
         words = tokenizer(prompt, add_special_tokens=False).input_ids

@@ -1,4 +1,4 @@
-"""The probe against the truth, as `bitpolicy probe --check` tells it."""
+"""`bitpolicy probe --check`: the probe's predictions compared with measurements."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def checked(command: Any, small: tuple[str, ...], tmp_path_factory: pytest.TempP
     return done, folder
 
 
-def test_the_check_says_how_well_both_agree(checked: tuple[Any, Path]) -> None:
+def test_the_check_reports_the_agreement(checked: tuple[Any, Path]) -> None:
     found = {a.what: a for a in Check.load(checked[1] / "check.json").agreements()}
     assert set(found) == {"int4", "int8", "policies", "policies, additive", "policies, held out"}
     for name in ("int4", "int8"):
@@ -62,14 +62,14 @@ def test_a_check_is_loaded_as_it_was_saved(checked: tuple[Any, Path], tmp_path: 
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"agreements": 1}'])
-def test_no_check_says_which_command_makes_it(tmp_path: Path, content: str | None) -> None:
+def test_a_missing_or_damaged_check_names_the_command_that_creates_it(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "check.json").write_text(content)
     with pytest.raises(BitPolicyError, match=r"cannot read .*check\.json.*run `bitpolicy probe --check` again"):
         Check.load(tmp_path / "check.json")
 
 
-def test_agreement_is_rank_ratio_and_nearness() -> None:
+def test_agreement_has_rank_correlation_ratio_and_share_within_2x() -> None:
     same = Agreement.of("x", [1.0, 2.0, 4.0, 30.0], [2.0, 4.0, 5.0, 10.0])
     assert (same.n, same.spearman, same.within_2x) == (4, 1.0, 0.75)
     assert same.median_ratio == pytest.approx((0.5 + 0.8) / 2)
@@ -77,7 +77,7 @@ def test_agreement_is_rank_ratio_and_nearness() -> None:
     assert Agreement.of("x", [1.0, 1.0], [3.0, 2.0]).spearman is None
 
 
-def test_policies_without_a_picture_left_do_not_count() -> None:
+def test_policies_that_destroy_the_picture_do_not_count() -> None:
     def policy(psnr: float | None, measured: float) -> CheckedPolicy:
         return CheckedPolicy(1, measured, measured, None, measured, measured, psnr, 0.0)
 
@@ -88,7 +88,7 @@ def test_policies_without_a_picture_left_do_not_count() -> None:
     assert (vectors.n, additive.n) == (2, 2)
 
 
-def test_random_policies_go_from_nearly_nothing_to_nearly_all_and_stay_the_same() -> None:
+def test_random_policies_cover_the_whole_range_and_stay_the_same() -> None:
     drawn = list(random_policies(200, FORMATS, 100))
     assert drawn == list(random_policies(200, FORMATS, 100))
     packed = sorted(sum(f is not FP16 for f in formats) / 200 for formats in drawn)

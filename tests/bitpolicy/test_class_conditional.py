@@ -15,7 +15,7 @@ from bitpolicy.policies.policy import Policy
 
 @pytest.fixture(scope="module")
 def grey(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The toy in a folder, and a file of eight of its classes beside it."""
+    """The toy in a folder, and a file with eight of its classes."""
     folder = tmp_path_factory.mktemp("grey")
     TOYS["ConsistencyModelPipeline"].new().save_pretrained(folder / "model")
     (folder / "labels.txt").write_text("0\n17\n207\n3\n998\n999\n500\n64\n", encoding="utf-8")
@@ -23,7 +23,7 @@ def grey(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("probe", ["adjoint", "stepwise", "weight"])
-def test_a_search_goes_from_labels_to_a_picture(command: Any, grey: Path, tmp_path: Path, probe: str) -> None:
+def test_a_search_runs_from_labels_to_a_picture(command: Any, grey: Path, tmp_path: Path, probe: str) -> None:
     out, model = tmp_path / "out", grey / "model"
     about = ("--model", model, "--prompts", grey / "labels.txt", "--probe", probe)
     less = ("--trials", "0", "--remeasure", "0", "--quantizer", "rtn", "--json")

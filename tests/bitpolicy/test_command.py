@@ -1,4 +1,4 @@
-"""A command prints nothing of what libraries say of each other when they are imported; `import bitpolicy` does."""
+"""A command hides what libraries print about each other when they are imported; `import bitpolicy` does not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NOISY = '''
 import importlib.abc, logging, sys, warnings
 
 class Noisy(importlib.abc.MetaPathFinder):
-    """Says something whenever diffusers' quantizers are imported, as torchao does beside some versions of torch."""
+    """Prints something whenever diffusers' quantizers are imported, as torchao does with some versions of torch."""
 
     def find_spec(self, name, path, target=None):
         if name == "diffusers.quantizers.auto":
@@ -33,7 +33,7 @@ sys.meta_path.insert(0, Noisy())
 LINES = ("a line of a logger", "a line of a warning")
 
 
-def test_only_what_a_command_calls_is_in_a_command() -> None:
+def test_only_calls_from_a_command_are_in_a_command() -> None:
     with command():
         assert in_a_command()
     assert not in_a_command()
@@ -46,7 +46,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A command quietens other libraries for good; a test must not."""
+    """A command silences other libraries permanently; a test must not."""
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     level = logging.getLogger("torch").level
     with warnings.catch_warnings():
@@ -61,7 +61,7 @@ def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ("options", "terminal", "shown"),
     [({}, True, True), ({}, False, False), ({"as_json": True}, True, False), ({"quiet": True}, True, False)],
 )
-def test_a_command_shows_at_once_that_it_has_begun(
+def test_a_command_shows_at_once_that_it_has_started(
     options: dict[str, bool], terminal: bool, shown: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stderr = Terminal() if terminal else io.StringIO()
@@ -72,7 +72,7 @@ def test_a_command_shows_at_once_that_it_has_begun(
 
 
 @pytest.mark.parametrize("heard", [False, True])
-def test_loggers_are_heard_afterwards_as_before(heard: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_loggers_work_afterwards_as_before(heard: bool, caplog: pytest.LogCaptureFixture) -> None:
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         with importing({"debug": heard}):
@@ -84,7 +84,7 @@ def test_loggers_are_heard_afterwards_as_before(heard: bool, caplog: pytest.LogC
 
 
 @pytest.mark.parametrize("line", [["search-policy", "--help"], ["bitpolicy", "--version"], ["bitpolicy", "exprot"]])
-def test_what_needs_no_model_imports_no_library_that_takes_seconds(line: list[str]) -> None:
+def test_commands_without_a_model_import_no_slow_library(line: list[str]) -> None:
     code = f"""import sys
 sys.argv = {line!r}
 from bitpolicy.cli import main
@@ -96,11 +96,11 @@ finally:
     assert done.stdout.endswith("[]\n"), done.stdout
 
 
-def test_a_mistake_is_one_line_though_libraries_talk_when_imported(process: Any, here: Path) -> None:
+def test_a_mistake_is_one_line_even_if_libraries_print_on_import(process: Any, here: Path) -> None:
     process("--budget", "50%", "--model", "./nothing", first=NOISY).assert_refused("search-policy", "no such folder")
 
 
-def test_the_module_run_as_a_command_is_as_quiet(here: Path) -> None:
+def test_running_the_module_is_as_quiet(here: Path) -> None:
     (here / "noisy.py").write_text(NOISY)
     code = "import runpy, sys; sys.path.insert(0, '.'); import noisy\n"
     code += "sys.argv, sys.orig_argv = ['-m', 'search', '--budget', 'three'], ['python', '-m', 'bitpolicy']\n"
@@ -109,7 +109,7 @@ def test_the_module_run_as_a_command_is_as_quiet(here: Path) -> None:
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
 
 
-def test_who_uses_bitpolicy_in_python_hears_them(here: Path) -> None:
+def test_importing_bitpolicy_in_python_shows_them(here: Path) -> None:
     line = [sys.executable, "-c", f"{NOISY}\nimport bitpolicy\nbitpolicy.search"]
     done = subprocess.run(line, capture_output=True, text=True, check=True)
     assert all(line in done.stderr for line in LINES)

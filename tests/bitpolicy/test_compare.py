@@ -1,4 +1,4 @@
-"""The picture of both: a column a prompt, the reference above, PSNR below."""
+"""compare.png: one column per prompt, the reference above, PSNR below."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def middle(sheet: np.ndarray, column: int, row: int) -> list[int]:
 
 
 @pytest.mark.parametrize("size", [16, 64, 512])
-def test_each_image_is_where_it_belongs(tmp_path: Path, size: int) -> None:
+def test_each_image_is_in_its_place(tmp_path: Path, size: int) -> None:
     reference = [constant(1, 0, 0, size), constant(0, 1, 0, size)]
     images = [constant(0, 0, 1, size), constant(1, 1, 1, size)]
     rows = [("8 MB", reference), ("3 MB", images)]
@@ -39,7 +39,7 @@ def test_each_image_is_where_it_belongs(tmp_path: Path, size: int) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["compare.png"]
 
 
-def test_a_picture_grows_by_a_column_a_prompt(tmp_path: Path) -> None:
+def test_a_picture_has_one_column_per_prompt(tmp_path: Path) -> None:
     image = constant(0.5, 0.5, 0.5)
     widths = []
     for count in (1, 2, 8):
@@ -91,7 +91,7 @@ def test_an_image_of_up_to_four_channels_is_one_picture(tmp_path: Path, channels
 
 
 @pytest.mark.parametrize("channels", [5, 9, 16])
-def test_of_more_channels_each_is_a_tile(tmp_path: Path, channels: int) -> None:
+def test_with_more_channels_each_is_a_tile(tmp_path: Path, channels: int) -> None:
     image = torch.stack([torch.full((20, 20), i / channels) for i in range(channels)])
     first, _ = drawn(tmp_path, image, image)
     shades = set(first[:, :, 0].flatten().tolist())
@@ -101,7 +101,7 @@ def test_of_more_channels_each_is_a_tile(tmp_path: Path, channels: int) -> None:
 @pytest.mark.parametrize(
     "size", [(1, 1), (1, 2), (2, 1), (1, 4096), (3000, 2), (7, 5), (160, 160), (161, 159), (2000, 3000)]
 )
-def test_an_image_of_any_size_is_seen_and_stays_in_its_cell(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_an_image_of_any_size_is_visible_and_stays_in_its_cell(tmp_path: Path, size: tuple[int, int]) -> None:
     black = torch.zeros(3, *size)
     save_comparison(tmp_path / "compare.png", ["", ""], [("", [black] * 2), ("", [black] * 2)], [None, None])
     sheet = pixels(tmp_path / "compare.png")[2 * _LINE : 2 * _LINE + 2 * _CELL + _GAP, _LEFT:]
@@ -115,7 +115,7 @@ def test_an_image_of_any_size_is_seen_and_stays_in_its_cell(tmp_path: Path, size
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 16])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_of_a_video_the_first_and_the_last_frame_are_drawn(tmp_path: Path, frames: int, channels: int) -> None:
+def test_a_video_shows_its_first_and_last_frame(tmp_path: Path, frames: int, channels: int) -> None:
     shades = torch.linspace(0.2, 0.8, frames)
     video = shades.view(-1, 1, 1, 1).expand(frames, channels, 8, 12)
     first, second = drawn(tmp_path, video, 1 - video)
@@ -129,7 +129,7 @@ def test_of_a_video_the_first_and_the_last_frame_are_drawn(tmp_path: Path, frame
 
 @pytest.mark.parametrize("channels", [0, 1, 2])
 def test_a_sound_is_drawn_as_its_spectrogram(tmp_path: Path, channels: int) -> None:
-    """A tone is a line, the higher the tone the higher it is; 0 channels stand for a plain row of samples."""
+    """A tone is a line: the higher the tone, the higher the line. 0 channels stand for a plain row of samples."""
     time = torch.arange(20000)
     low, high = (torch.sin(torch.pi * share * time) for share in (0.25, 0.75))
     sounds = [tone if channels == 0 else tone.expand(channels, -1) for tone in (low, high)]
@@ -146,14 +146,14 @@ def test_a_sound_of_any_length_is_drawn(tmp_path: Path, samples: int) -> None:
     assert (second == second[0, 0]).all()  # silence
 
 
-def test_both_sounds_of_a_column_have_one_scale(tmp_path: Path) -> None:
+def test_both_sounds_of_a_column_share_one_scale(tmp_path: Path) -> None:
     noise = torch.randn(9000, generator=torch.Generator().manual_seed(0))
     loud, quiet = drawn(tmp_path, noise, noise / 100)
     assert quiet.astype(int).sum() < 0.6 * loud.astype(int).sum()
 
 
 class Font:
-    """Every character is ten pixels wide; counts what is measured."""
+    """Every character is ten pixels wide. Counts the measured characters."""
 
     def __init__(self) -> None:
         self.characters = 0
@@ -171,8 +171,8 @@ def test_a_caption_has_as_many_characters_as_fit() -> None:
     assert fitted("", font.length) == ""
 
 
-def test_a_caption_of_25000_characters_is_measured_in_a_few_looks() -> None:
-    """One by one that would be 300 million characters, and minutes."""
+def test_a_caption_of_25000_characters_takes_few_measurements() -> None:
+    """Measured one by one, that would be 300 million characters, and minutes."""
     font = Font()
     assert fitted("word " * 5000, font.length) == "word word word…"
     assert font.characters < 20_000

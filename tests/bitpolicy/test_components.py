@@ -1,4 +1,4 @@
-"""Text encoder and VAE beside the U-Net under one budget: from the command line to images of the checkpoint."""
+"""Text encoder, VAE and U-Net under one budget: from the command line to images of the checkpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BUDGET = "45%"
 
 @pytest.fixture(scope="module")
 def whole(command: Any, small: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A finished search over three components: its result, what it said, and its folder."""
+    """A finished search over three components: its outcome and its folder."""
     folder = tmp_path_factory.mktemp("whole") / "out"
     options = ("--component", ",".join(NAMES), "--budget", BUDGET, "--output-dir", folder, "--trials", "0", "--json")
     outcome = command("search", *small[:-2], *options)
@@ -43,7 +43,7 @@ def tensor_bytes(folder: Path) -> int:
     return sum(tensor.nbytes for tensors in on_disk(folder).values() for tensor in tensors.values())
 
 
-def test_the_bytes_predicted_are_those_on_disk_and_within_the_budget(whole: Any, toy: Path) -> None:
+def test_predicted_bytes_match_the_disk_and_fit_the_budget(whole: Any, toy: Path) -> None:
     outcome, folder = whole
     result = outcome.result
     assert result["policy_bytes"] == result["checkpoint_bytes"] == tensor_bytes(folder / "checkpoint")
@@ -52,7 +52,7 @@ def test_the_bytes_predicted_are_those_on_disk_and_within_the_budget(whole: Any,
     assert result["error_of"] == "image"
 
 
-def test_every_component_gives_bytes(whole: Any) -> None:
+def test_every_component_is_compressed(whole: Any) -> None:
     packed = {name.split(".")[0] for name, choice in choices_of(whole[1]).items() if choice.format.packed}
     assert packed == set(NAMES)
 
@@ -92,7 +92,7 @@ def drawn(pipe: Any) -> torch.Tensor:
     return pipe("a cat", num_inference_steps=2, guidance_scale=1.0, generator=seed, output_type="pt").images
 
 
-def test_what_no_sample_calls_stays_fp16_and_is_named(whole: Any) -> None:
+def test_layers_that_no_sample_calls_stay_fp16_and_are_reported(whole: Any) -> None:
     outcome, folder = whole
     choices = choices_of(folder)
     silent = {name for name in choices if name.startswith(("vae.encoder.", "vae.quant_conv"))}
@@ -102,16 +102,16 @@ def test_what_no_sample_calls_stays_fp16_and_is_named(whole: Any) -> None:
     assert Policy.load(folder / "policy.yaml").provenance["probe"]["never_called"] == len(silent)
 
 
-def test_a_budget_without_room_for_what_no_sample_calls_says_so(
+def test_a_budget_without_room_for_uncalled_layers_is_explained(
     command: Any, small: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """Which is known only once a sample was drawn."""
+    """This is known only after a sample was drawn."""
     outcome = command("search", *small, "--component", "vae", "--budget", "40%", "--output-dir", tmp_path / "out")
     needles = ("below the smallest policy", "no calibration sample calls 17 layers", "--keep 'GLOB=FORMAT'")
     outcome.assert_refused("bitpolicy", *needles)
 
 
-def test_a_pin_goes_before_what_no_sample_calls(half_pipeline: Any) -> None:
+def test_a_pin_takes_precedence_over_fp16_for_uncalled_layers(half_pipeline: Any) -> None:
     policy = bitpolicy.search(
         half_pipeline(),
         "60%",
@@ -130,7 +130,7 @@ def test_a_pin_goes_before_what_no_sample_calls(half_pipeline: Any) -> None:
     assert found["quant_conv"].format.name == "fp16"
 
 
-def test_the_policy_exported_again_is_the_same_files(whole: Any, toy: Path, tmp_path: Path) -> None:
+def test_exporting_the_policy_again_writes_the_same_files(whole: Any, toy: Path, tmp_path: Path) -> None:
     folder = whole[1]
     pipe = DiffusionPipeline.from_pretrained(toy, torch_dtype=torch.float32)
     nbytes = bitpolicy.export(pipe, folder / "policy.yaml", tmp_path / "again")
@@ -141,7 +141,7 @@ def test_the_policy_exported_again_is_the_same_files(whole: Any, toy: Path, tmp_
         assert tensors.keys() == before.keys()
 
 
-def test_eval_and_inspect_take_all_that_is_packed(whole: Any, toy: Path, command: Any, prompts: Path) -> None:
+def test_eval_and_inspect_cover_all_packed_components(whole: Any, toy: Path, command: Any, prompts: Path) -> None:
     folder = whole[1]
     shown = command("inspect", folder / "checkpoint", "--json").result["layers"]
     assert {row["layer"].split(".")[0] for row in shown} == set(NAMES)
@@ -184,10 +184,10 @@ def test_quantizers_that_calibrate_work_outside_the_loop(half_pipeline: Any, qua
 
 
 @pytest.mark.parametrize("scope", ["pipeline", "peak"])
-def test_a_wider_scope_counts_what_is_packed_once(
+def test_a_wider_scope_counts_packed_components_once(
     command: Any, small: tuple[str, ...], scope: str, tmp_path: Path
 ) -> None:
-    """Nothing is left over but a text encoder's buffer of positions, which is in memory and in no file."""
+    """Only a text encoder's buffer of positions is left over; it is in memory and in no file."""
     call = ("--component", "all", "--budget", "80%", "--scope", scope, "--output-dir", tmp_path / "out", "--dry-run")
     outcome = command("search", *small, *call)
     assert outcome.code == 0, outcome.err

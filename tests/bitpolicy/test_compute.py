@@ -1,4 +1,4 @@
-"""`--compute int8` from the command to the images, and what each command says of it."""
+"""`--compute int8` from the command to the images, and what each command reports about it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SIZES = ("--samples", "2", "--vectors", "1")
 
 @pytest.fixture(scope="module")
 def searched(command: Any, small: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """(what was printed, the folder) of a search like `finished` under INT8 compute."""
+    """(what was printed, the folder) of a search like `finished`, under INT8 compute."""
     folder = tmp_path_factory.mktemp("int8") / "out"
     arguments = ("--budget", "50%", "--quantizer", "rtn", *small, "--compute", "int8", "--output-dir", str(folder))
     return command(*arguments, "--json"), folder
@@ -46,7 +46,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_search_records_it_everywhere(searched: Any) -> None:
+def test_a_search_records_int8_compute_everywhere(searched: Any) -> None:
     outcome, folder = searched
     assert (outcome.code, outcome.result["compute"]) == (0, "int8")
     assert Policy.load(folder / "policy.yaml").compute == "int8"
@@ -58,7 +58,7 @@ def test_a_search_records_it_everywhere(searched: Any) -> None:
     assert {layer.compute for layer in layers.values()} == {Compute.INT8}
 
 
-def test_a_search_without_it_says_nothing_of_it(finished: Any) -> None:
+def test_a_search_without_it_does_not_mention_it(finished: Any) -> None:
     assert finished.outcome.result["compute"] == "exact"
     assert "compute" not in (finished.folder / "policy.yaml").read_text()
     config = json.loads((finished.folder / "checkpoint" / "unet" / "config.json").read_text())
@@ -66,7 +66,7 @@ def test_a_search_without_it_says_nothing_of_it(finished: Any) -> None:
     assert "inputs_share" not in rows(finished.folder)[0]
 
 
-def test_the_table_says_what_share_the_inputs_have(searched: Any) -> None:
+def test_the_table_has_the_share_of_the_inputs(searched: Any) -> None:
     table = read_table(searched[1] / "sensitivity.safetensors")
     assert table.compute is Compute.INT8
     assert table.inputs is not None
@@ -77,8 +77,8 @@ def test_the_table_says_what_share_the_inputs_have(searched: Any) -> None:
     assert 0.1 < of_int8[of_int8 > 0].median() < 1
 
 
-def test_the_images_that_are_measured_are_those_of_int8_compute(searched: Any, toy: Path, prompts: Path) -> None:
-    """Drawn once more in floats: the search's own number is of the packed layers."""
+def test_the_measured_images_are_those_of_int8_compute(searched: Any, toy: Path, prompts: Path) -> None:
+    """Drawn again in floats; the search measured its number with packed layers."""
     outcome, folder = searched
     source = load_source(str(toy))
     trajectories = Trajectories(source.pipe, ["unet"], {"num_inference_steps": 2, "guidance_scale": 1.0})
@@ -102,7 +102,7 @@ def test_the_images_that_are_measured_are_those_of_int8_compute(searched: Any, t
     assert policy.result.psnr_db == round(measured, 2)
 
 
-def test_eval_takes_what_is_recorded_and_another_where_it_is_asked_for(evaluate: Any) -> None:
+def test_eval_uses_the_recorded_compute_unless_another_is_given(evaluate: Any) -> None:
     recorded, int8, exact = (
         evaluate("--json", *more).result for more in ((), ("--compute", "int8"), ("--compute", "exact"))
     )
@@ -113,7 +113,7 @@ def test_eval_takes_what_is_recorded_and_another_where_it_is_asked_for(evaluate:
     assert evaluate("--compute", "exact").out.rstrip().endswith("over 4 images")
 
 
-def test_export_records_another_compute_and_forgets_what_was_measured(
+def test_export_records_another_compute_and_drops_the_measured_quality(
     command: Any, finished: Any, toy: Path, here: Path
 ) -> None:
     policy = finished.folder / "policy.yaml"
@@ -130,18 +130,18 @@ def test_export_records_another_compute_and_forgets_what_was_measured(
     assert (here / "int8" / weights).read_bytes() == (here / "exact" / weights).read_bytes()
 
 
-def test_a_probe_tells_the_inputs_apart(command: Any, toy: Path, prompts: Path, here: Path) -> None:
+def test_a_probe_separates_the_share_of_the_inputs(command: Any, toy: Path, prompts: Path, here: Path) -> None:
     arguments = ("probe", "--model", toy, "--prompts", prompts, *CALL, *SIZES, "--quantizer", "rtn", "--remeasure", "0")
     outcome = command(*arguments, "--compute", "int8", "--output-dir", "int8")
     assert (outcome.code, outcome.err) == (0, "")
-    assert "of it inputs" in outcome.out
+    assert "from inputs" in outcome.out
     exact = command(*arguments, "--output-dir", "exact")
-    assert "of it inputs" not in exact.out
+    assert "from inputs" not in exact.out
     assert "inputs_share" in rows(here / "int8")[0]
     assert command("report", "int8").code == 0
 
 
-def test_a_search_under_fp8_compute_is_measured_and_recorded_so(
+def test_a_search_under_fp8_compute_is_measured_and_recorded_as_fp8(
     command: Any, small: tuple[str, ...], toy: Path, prompts: Path, here: Path
 ) -> None:
     under = ("--compute", "fp8", "--formats", "int4,fp8", "--quantizer", "rtn")
@@ -173,7 +173,7 @@ def test_a_search_under_fp8_compute_is_measured_and_recorded_so(
         (("search", "--budget", "50%", "--compute", "fast"), ("'fast'", "exact, int8 or fp8")),
         (("search", "--budget", "50%", "--compute", "int8", "--scope", "peak"), ("--scope peak", "--compute exact")),
         (("eval", "CHECKPOINT", "--compute", "fast"), ("'fast'", "exact, float, int8, fp8")),
-        (("eval", "CHECKPOINT", "--compute", "fp8"), ("no layer of", "under compute fp8")),
+        (("eval", "CHECKPOINT", "--compute", "fp8"), ("no layer of", "compute fp8", "layers in fp8")),
         (
             ("export", "--policy", "POLICY", "--output-dir", "new", "--compute", "fp8"),
             ("layers in fp8", "the policy has none", "search with fp8 among the formats"),
@@ -184,12 +184,12 @@ def test_a_search_under_fp8_compute_is_measured_and_recorded_so(
         ),
         (
             ("export", "--policy", "POLICY", "--output-dir", "new", "--compute", "int8", "--target", "comfy"),
-            ("--compute", "leave out --target"),
+            ("--compute", "--target"),
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) and len(value) > 2 else "",
 )
-def test_what_cannot_be_is_said_in_a_line(
+def test_impossible_compute_modes_are_refused_in_one_line(
     command: Any, finished: Any, toy: Path, here: Path, arguments: tuple[str, ...], needles: tuple[str, ...]
 ) -> None:
     paths = {"CHECKPOINT": str(finished.folder / "checkpoint"), "POLICY": str(finished.folder / "policy.yaml")}
@@ -199,14 +199,14 @@ def test_what_cannot_be_is_said_in_a_line(
 
 
 @pytest.mark.parametrize("name", ["search", "probe", "export", "eval"])
-def test_help_says_what_it_is_for(command: Any, name: str) -> None:
+def test_help_explains_compute(command: Any, name: str) -> None:
     text = " ".join(command(name, "--help").out.replace("│", " ").split())
     assert "--compute" in text
     assert "faster" in text
     assert ("VNNI" in text) == (name != "eval")
 
 
-def test_from_python(half_pipeline: Any, tmp_path: Path) -> None:
+def test_compute_from_python(half_pipeline: Any, tmp_path: Path) -> None:
     about: dict[str, Any] = {
         "call": {"num_inference_steps": 2, "guidance_scale": 1.0},
         "prompts": ["cat", "dog"],

@@ -1,4 +1,4 @@
-"""What a run will take, said before it begins: the stages it will show, their time, its memory and its disk."""
+"""The forecast of a run before it begins: the stages that it will show, their time, its memory and its disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bitpolicy.workflow import forecast
 
 
 class Seen(Stages):
-    """Remembers what was expected, and every bar that would have been drawn."""
+    """Records the expected stages, and every progress bar that would have been drawn."""
 
     def __init__(self, quiet: bool = False) -> None:
         super().__init__(quiet)
@@ -57,7 +57,7 @@ def stages_of(command: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Se
 
 
 def tensor_bytes(folder: Path) -> int:
-    """Of all safetensors files, without their headers."""
+    """Bytes of all safetensors files, without their headers."""
     return sum(
         path.stat().st_size - 8 - int.from_bytes(path.read_bytes()[:8], "little")
         for path in folder.rglob("*.safetensors")
@@ -74,7 +74,7 @@ def tensor_bytes(folder: Path) -> int:
     ],
     ids=" ".join,
 )
-def test_the_stages_that_are_shown_are_those_that_were_expected(
+def test_a_search_shows_the_expected_stages(
     stages_of: Callable[..., Seen], small: tuple[str, ...], tmp_path: Path, options: tuple[str, ...]
 ) -> None:
     seen = stages_of(*small, *options, "--output-dir", tmp_path / "out")
@@ -83,7 +83,9 @@ def test_the_stages_that_are_shown_are_those_that_were_expected(
     assert [name for name in seen.expected if name in seen.shown] == list(seen.shown)
 
 
-def test_those_of_a_probe_too(stages_of: Callable[..., Seen], small: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_probe_shows_the_expected_stages(
+    stages_of: Callable[..., Seen], small: tuple[str, ...], tmp_path: Path
+) -> None:
     options = ("--split", "--check", "--check-policies", "2", "--samples", "2", "--quantizer", "rtn")
     seen = stages_of("probe", *small[:-2], *options, "--output-dir", tmp_path / "out")
     assert set(seen.shown) | {"re-measuring"} == set(seen.expected)
@@ -111,7 +113,7 @@ def test_a_time_limit_bounds_the_study(
     assert command(*small, *options, "--output-dir", tmp_path / "out").result["seconds"]["search trials"] == 60
 
 
-def test_disk_holds_what_is_written(command: Any, small: tuple[str, ...], tmp_path: Path) -> None:
+def test_the_disk_forecast_covers_what_is_written(command: Any, small: tuple[str, ...], tmp_path: Path) -> None:
     arguments = (*small, "--budget", "50%", "--json", "--output-dir", tmp_path / "out")
     foreseen = command(*arguments, "--dry-run").result["disk"]
     assert command(*arguments).code == 0
@@ -130,7 +132,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     assert list(here.iterdir()) == []
 
 
-def test_memory_is_of_the_weights_a_step_and_the_rounding(command: Any, small: tuple[str, ...], here: Path) -> None:
+def test_memory_counts_the_weights_a_step_and_the_rounding(command: Any, small: tuple[str, ...], here: Path) -> None:
     def memory(*options: str) -> dict[str, int]:
         return command(*small, "--budget", "50%", "--dry-run", "--json", *options).result["memory"]
 
@@ -161,12 +163,12 @@ def test_a_step_is_timed_without_running_the_rest(
 
 
 @pytest.mark.parametrize("storage", ["sqlite:///study.db", "journal:///study.journal"])
-def test_a_dry_run_makes_no_storage(command: Any, small: tuple[str, ...], here: Path, storage: str) -> None:
+def test_a_dry_run_creates_no_storage(command: Any, small: tuple[str, ...], here: Path, storage: str) -> None:
     assert command(*small, "--budget", "50%", "--dry-run", "--storage", storage).code == 0
     assert list(here.iterdir()) == []
 
 
-def test_what_the_run_refuses_the_dry_run_refuses(command: Any, small: tuple[str, ...], here: Path) -> None:
+def test_a_dry_run_refuses_what_the_run_would_refuse(command: Any, small: tuple[str, ...], here: Path) -> None:
     (here / "full").mkdir()
     (here / "full" / "run.json").write_text(json.dumps({"budget": "another"}))
     wrong: list[tuple[str, ...]] = [

@@ -1,4 +1,5 @@
-"""Every format and every quantizer through the whole road: searched, kept, exported and read back, bit for bit."""
+"""Every format and every quantizer through the whole workflow: searched, stored, exported and read back, bit for
+bit."""
 
 from __future__ import annotations
 
@@ -57,7 +58,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Searched:
-    """A search that is done: its policy, the layers' choices, and its folder with the checkpoint in it."""
+    """A finished search: its policy, the layers' choices, and its folder with the checkpoint in it."""
 
     policy: Policy
     choices: dict[str, Choice]
@@ -91,7 +92,7 @@ def searched(request: pytest.FixtureRequest) -> Searched:
     return request.getfixturevalue(request.param)
 
 
-def test_reloaded_images_are_those_that_were_searched(half_pipeline: NewPipeline, searched: Searched) -> None:
+def test_reloaded_checkpoints_draw_the_images_of_the_search(half_pipeline: NewPipeline, searched: Searched) -> None:
     pipe = half_pipeline()
     reference = draw(pipe)
     assert searched.policy.calibration is not None
@@ -102,7 +103,7 @@ def test_reloaded_images_are_those_that_were_searched(half_pipeline: NewPipeline
     assert not torch.equal(found, reference)
 
 
-def test_the_bytes_are_those_that_were_asked(searched: Searched) -> None:
+def test_the_bytes_fit_and_use_the_budget(searched: Searched) -> None:
     assert searched.policy.result is not None
     assert searched.policy.budget is not None
     on_disk = sum(tensor.nbytes for tensor in load_file(searched.checkpoint / UNET).values())
@@ -115,14 +116,12 @@ def test_no_layer_has_a_format_that_does_not_fit(half_pipeline: NewPipeline, sea
     assert all(choice.format.fits(layers[name].weight.shape) for name, choice in searched.choices.items())
 
 
-def test_a_policy_and_the_file_beside_it_export_the_same(
-    half_pipeline: NewPipeline, searched: Searched, tmp_path: Path
-) -> None:
+def test_a_policy_and_its_file_export_the_same(half_pipeline: NewPipeline, searched: Searched, tmp_path: Path) -> None:
     bitpolicy.export(half_pipeline(), searched.folder / "policy.yaml", tmp_path / "again")
     assert digests(tmp_path / "again") == digests(searched.checkpoint)
 
 
-def test_a_search_that_is_done_is_found_and_not_done_again(
+def test_a_finished_search_is_found_and_not_repeated(
     half_pipeline: NewPipeline, auto: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(auto.folder / "work", tmp_path / "work")
@@ -134,7 +133,7 @@ def test_a_search_that_is_done_is_found_and_not_done_again(
 
 
 @pytest.mark.parametrize("at", ["conv_out", "sketch-1-0"])
-def test_a_search_that_was_stopped_ends_as_if_it_never_was(
+def test_a_stopped_search_ends_as_if_it_had_never_stopped(
     half_pipeline: NewPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     wanted = {"budget": "40%", "formats": "int4,int8", "quantizer": "gptq-trajectory"}
@@ -191,7 +190,7 @@ def test_the_calibration_keeps_what_the_policy_needs_and_no_more(auto: Searched,
     assert kept.made_from == auto.policy.model.sha256
 
 
-def test_what_was_rounded_lies_in_the_checkpoint_as_it_was(auto: Searched) -> None:
+def test_the_checkpoint_contains_the_rounded_weights_unchanged(auto: Searched) -> None:
     kept = load_calibration(auto.folder / "calibration.safetensors")
     stored = load_file(auto.checkpoint / UNET)
     for key, tensor in kept.rounded.items():
@@ -243,7 +242,7 @@ def test_the_command_takes_a_quantizer(command: Any, toy: Path, prompts: Path, t
 # Formats
 
 
-def test_of_all_formats_a_few_are_probed_and_several_used(every: Searched) -> None:
+def test_a_few_of_all_formats_are_probed_and_several_are_used(every: Searched) -> None:
     table = read_table(every.folder / "sensitivity.safetensors")
     assert 7 <= len(table.formats) <= 14
     used = {choice.format for choice in every.choices.values()}
@@ -259,7 +258,7 @@ def test_more_formats_are_predicted_to_harm_less(half_pipeline: NewPipeline, eve
     assert many.predicted_error < usual.predicted_error
 
 
-def test_a_budget_that_only_formats_that_do_not_fit_would_meet_is_refused_before_anything_is_drawn(
+def test_a_budget_that_only_unsuitable_formats_would_meet_is_refused_before_anything_is_drawn(
     half_pipeline: NewPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[str] = []

@@ -1,4 +1,4 @@
-"""What the hub refuses is told with its reason and what to do; a push gives it the folder."""
+"""Refusals by the hub are reported with the reason and what to do. A push uploads the folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ASK = {
 
 @pytest.fixture
 def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As outside of tests, with an empty cache."""
+    """Online, as outside of tests, with an empty cache."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("diffusers.pipelines.pipeline_utils.HF_HUB_OFFLINE", False, raising=False)
@@ -40,7 +40,7 @@ def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def answered(online: None, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`answered(404, "RepoNotFound")`: every request to the hub is answered so; an exception is raised instead."""
+    """`answered(404, "RepoNotFound")`: every request to the hub gets this answer. An exception is raised instead."""
 
     def every_request(status: int | Exception, code: str = "") -> None:
         client = __import__(HTTPError.__module__)  # the HTTP library of this huggingface_hub
@@ -60,7 +60,7 @@ def answered(online: None, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("what", ANSWERS)
 @pytest.mark.parametrize("ask", ["search", "export"])
-def test_what_the_hub_answers_is_told(answered: Any, what: str, ask: str) -> None:
+def test_the_answer_of_the_hub_is_reported(answered: Any, what: str, ask: str) -> None:
     status, code, needle = ANSWERS[what]
     answered(status, code)
     with pytest.raises(BitPolicyError) as raised:
@@ -70,14 +70,14 @@ def test_what_the_hub_answers_is_told(answered: Any, what: str, ask: str) -> Non
         assert "hf auth login" in str(raised.value)
 
 
-def test_no_network_is_told(answered: Any) -> None:
+def test_a_missing_network_is_reported(answered: Any) -> None:
     answered(__import__(HTTPError.__module__).ConnectError("no route to host"))
     with pytest.raises(BitPolicyError, match=r"owner/name is not in the cache, .*no route to host.*hf download"):
         load_source("owner/name", device="cpu")
 
 
-def test_being_offline_is_told() -> None:
-    """Tests are."""
+def test_offline_mode_is_reported() -> None:
+    """Tests run offline."""
     with pytest.raises(BitPolicyError, match=r"owner/name is not in the cache, and HF_HUB_OFFLINE is set; unset it"):
         load_source("owner/name", device="cpu")
 
@@ -92,7 +92,7 @@ def logged_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def pushed(logged_in: None, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What HfApi was asked for."""
+    """The calls to HfApi."""
     asked: list[Any] = []
     monkeypatch.setattr(HfApi, "create_repo", lambda _, repo, **how: asked.append((repo, how)) or f"https://hub/{repo}")
     monkeypatch.setattr(HfApi, "upload_folder", lambda _, **how: asked.append(how))
@@ -121,7 +121,7 @@ def test_an_export_is_pushed(pushed: list[Any], command: Any, finished: Any, toy
     ("error", "needle"),
     [
         (refused(401), "token is missing or not valid: log in"),
-        (refused(403), "token may not write there"),
+        (refused(403), "token has no write access"),
         (hub_errors.OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE is set"),
         (ConnectionError("no route to host"), "hub cannot be reached (no route to host)"),
         (OSError("disk trouble"), "disk trouble"),
@@ -141,7 +141,7 @@ def test_a_push_that_fails_says_why_and_keeps_the_folder(
     assert f"`hf upload me/toy {tmp_path}`" in str(raised.value)
 
 
-@pytest.mark.parametrize(("repo", "needle"), [("me/toy", "and there is none; log in"), ("a/b/c", "write OWNER/NAME")])
+@pytest.mark.parametrize(("repo", "needle"), [("me/toy", "log in with"), ("a/b/c", "write OWNER/NAME")])
 def test_a_push_that_cannot_succeed_is_refused_before_the_work(
     command: Any, finished: Any, toy: Path, here: Path, monkeypatch: pytest.MonkeyPatch, repo: str, needle: str
 ) -> None:

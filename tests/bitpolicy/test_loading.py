@@ -44,7 +44,7 @@ def test_the_storage_dtype_is_that_of_the_file_and_float16_for_float32(
     assert load_source(str(folder), device="cpu").storage == expected
 
 
-def test_on_the_cpu_it_computes_in_float32_with_the_values_that_are_stored(toy: Path) -> None:
+def test_on_the_cpu_it_computes_in_float32_with_the_stored_values(toy: Path) -> None:
     source = load_source(str(toy), device="cpu")
     assert (source.components, source.id, source.revision) == (["unet"], str(toy), None)
     assert {p.dtype for p in source.target.parameters()} == {torch.float32}
@@ -52,7 +52,7 @@ def test_on_the_cpu_it_computes_in_float32_with_the_values_that_are_stored(toy: 
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_it_computes_in_the_dtype_that_is_asked(toy: Path, dtype: str) -> None:
+def test_it_computes_in_the_requested_dtype(toy: Path, dtype: str) -> None:
     source = load_source(str(toy), dtype=dtype, device="cpu")
     assert source.target.dtype == getattr(torch, dtype)
     assert source.storage == torch.float16
@@ -71,7 +71,7 @@ def test_a_hub_model_is_downloaded_and_keeps_its_id(toy: Path, monkeypatch: pyte
     assert (source.id, source.revision) == ("owner/name", "v1")
 
 
-def test_a_folder_goes_before_a_hub_id_of_the_same_name(
+def test_a_folder_takes_precedence_over_a_hub_id_of_the_same_name(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(DiffusionPipeline, "download", lambda *_, **__: pytest.fail("the hub was asked"))

@@ -24,7 +24,7 @@ def names(folder: Path) -> set[str]:
 
 @pytest.fixture
 def refused(command: Any, small: Small, here: Path) -> Callable[..., None]:
-    """`refused(needles, *arguments)`: such a search is refused with these words and leaves the folder as it was."""
+    """`refused(needles, *arguments)`: such a search is refused with these words and leaves the folder unchanged."""
 
     def check(needles: str | tuple[str, ...], *arguments: str) -> None:
         before = names(here)
@@ -40,11 +40,11 @@ def refused(command: Any, small: Small, here: Path) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("budget", ["three", "5.5", "-5MB", "0", "0MB", "0%", "3Gb", "nan%"])
-def test_a_budget_without_sense(refused: Any, budget: str) -> None:
+def test_a_meaningless_budget(refused: Any, budget: str) -> None:
     refused("write", "--budget", budget)
 
 
-def test_a_budget_in_a_unit_that_only_looks_like_one(refused: Any) -> None:
+def test_a_budget_in_an_unknown_unit(refused: Any) -> None:
     refused("write", "--budget", "3iB")
 
 
@@ -59,7 +59,7 @@ def test_the_smallest_policy_depends_on_the_formats(refused: Any) -> None:
 # The model
 
 
-def test_a_folder_that_is_not_there(refused: Any) -> None:
+def test_a_missing_folder(refused: Any) -> None:
     refused(("./nothing", "no such folder"), "--model", "./nothing")
     refused(("nothing", "no such folder"), "--model", "nothing")
 
@@ -74,25 +74,26 @@ def test_a_hub_id_without_a_network(refused: Any) -> None:
 
 
 def test_a_file(refused: Any, prompts: Path) -> None:
-    refused(("prompts.txt is no safetensors file", "pipeline folder"), "--model", str(prompts))
+    refused(("prompts.txt", "safetensors", "pipeline folder"), "--model", str(prompts))
 
 
-def test_a_path_that_is_not_there(refused: Any) -> None:
+def test_a_missing_path(refused: Any) -> None:
     refused(("./nowhere", "no such folder or file", "hub id"), "--model", "./nowhere")
 
 
-def test_a_folder_that_is_no_pipeline(refused: Any, toy: Path, here: Path) -> None:
+def test_a_folder_without_a_pipeline(refused: Any, toy: Path, here: Path) -> None:
     refused("no model_index.json", "--model", str(toy / "unet"))
     (here / "empty").mkdir()
     refused("empty or missing", "--model", "empty")
 
 
-def test_a_checkpoint_that_is_packed_already(refused: Any, finished: Any) -> None:
-    refused(("quantized already", "full-precision"), "--model", str(finished.folder / "checkpoint"))
+def test_a_checkpoint_that_is_already_packed(refused: Any, finished: Any) -> None:
+    refused(("already quantized", "full-precision"), "--model", str(finished.folder / "checkpoint"))
 
 
 def test_a_pipeline_whose_denoiser_has_another_name(refused: Any, half_pipeline: Callable[[], Any], here: Path) -> None:
-    """Stable Cascade's prior: what is told the time is found by any name; this one's text encoder does not fit."""
+    """Stable Cascade's prior. A model that takes a timestep is found under any name; this pipeline's text encoder does
+    not fit."""
     pipe = half_pipeline()
     cascade = StableCascadePriorPipeline(pipe.tokenizer, pipe.text_encoder, pipe.unet, pipe.scheduler)
     cascade.save_pretrained(here / "cascade")
@@ -106,13 +107,13 @@ def truncated(path: Path) -> None:
 
 
 def pointer(path: Path) -> None:
-    """What git leaves where git-lfs is not installed."""
+    """What git leaves if git-lfs is not installed."""
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 401288\n")
 
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 DAMAGE = [
-    pytest.param("model_index.json", lambda path: path.write_text("{"), id="an index that is no JSON"),
+    pytest.param("model_index.json", lambda path: path.write_text("{"), id="an index that is not JSON"),
     pytest.param("model_index.json", lambda path: path.write_text("{}"), id="an index without a class"),
     pytest.param("model_index.json", lambda path: path.write_text("[]"), id="an index that is a list"),
     pytest.param(
@@ -120,7 +121,7 @@ DAMAGE = [
         lambda path: path.write_text(path.read_text().replace("StableDiffusionPipeline", "NoSuchPipeline")),
         id="a pipeline that diffusers does not have",
     ),
-    pytest.param("unet/config.json", lambda path: path.write_text("{"), id="a config that is no JSON"),
+    pytest.param("unet/config.json", lambda path: path.write_text("{"), id="a config that is not JSON"),
     pytest.param("unet/config.json", lambda path: path.unlink(), id="no config"),
     pytest.param(WEIGHTS, lambda path: path.unlink(), id="no weights"),
     pytest.param(WEIGHTS, truncated, id="weights cut short"),
@@ -161,13 +162,13 @@ def test_a_model_without_weights_is_one_line_in_a_process_too(process: Any, toy:
         ("--variant", "fp16", ("variant=fp16",)),
     ],
 )
-def test_an_unknown_name_is_answered_with_the_known_ones(
+def test_an_unknown_name_is_refused_with_the_known_ones(
     refused: Any, option: str, value: str, needles: tuple[str, ...]
 ) -> None:
     refused(needles, option, value)
 
 
-def test_cuda_where_there_is_none(refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_without_a_cuda_device(refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     refused(("--device cuda", "use --device cpu or auto"), "--device", "cuda")
 
@@ -194,7 +195,7 @@ def test_a_storage_that_optuna_does_not_know(refused: Any) -> None:
         (("--model",), ("--model", "argument")),
     ],
 )
-def test_options_of_no_sense(refused: Any, arguments: tuple[str, ...], needles: tuple[str, ...]) -> None:
+def test_meaningless_options(refused: Any, arguments: tuple[str, ...], needles: tuple[str, ...]) -> None:
     refused(needles, *arguments)
 
 
@@ -211,7 +212,7 @@ def test_options_of_no_sense(refused: Any, arguments: tuple[str, ...], needles: 
 def test_a_quality_that_no_image_has(
     command: Any, here: Path, option: str, value: str, needles: tuple[str, ...]
 ) -> None:
-    """Without a model: nothing was loaded when it is said."""
+    """It is refused before a model is loaded."""
     outcome = command(option, value, "--model", "./not-looked-at")
     outcome.assert_refused("search-policy", option, *needles)
     assert list(here.iterdir()) == []
@@ -223,7 +224,7 @@ def test_a_quality_whose_network_is_missing_is_refused_before_the_work(command: 
     assert list(here.iterdir()) == []
 
 
-def test_networks_that_are_not_there(refused: Any) -> None:
+def test_missing_networks(refused: Any) -> None:
     refused(("--features nowhere", "no such file or folder"), "--features", "nowhere")
 
 
@@ -250,8 +251,8 @@ def test_an_unknown_command(command: Any, here: Path) -> None:
 # Prompts
 
 
-def test_prompts_that_are_not_there(refused: Any) -> None:
-    refused(("--prompts nothing.txt", "No such file", "one prompt a line"), "--prompts", "nothing.txt")
+def test_a_missing_file_of_prompts(refused: Any) -> None:
+    refused(("--prompts nothing.txt", "No such file", "one prompt per line"), "--prompts", "nothing.txt")
 
 
 def test_prompts_that_are_a_folder(refused: Any) -> None:
@@ -264,7 +265,7 @@ def test_prompts_without_a_prompt(refused: Any, here: Path, content: bytes) -> N
     refused(("--prompts empty.txt", "no prompt in it"), "--prompts", "empty.txt")
 
 
-def test_prompts_that_are_no_text(refused: Any, here: Path) -> None:
+def test_prompts_that_are_not_text(refused: Any, here: Path) -> None:
     (here / "image.png").write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe")
     refused("--prompts image.png", "--prompts", "image.png")
 
@@ -272,7 +273,7 @@ def test_prompts_that_are_no_text(refused: Any, here: Path) -> None:
 # The output folder
 
 
-def test_a_folder_of_something_else(refused: Any, here: Path) -> None:
+def test_a_folder_with_something_else(refused: Any, here: Path) -> None:
     (here / "out").mkdir()
     (here / "out" / "thesis.tex").write_text("x")
     refused(("out holds something else (thesis.tex)", "--overwrite"), "--output-dir", "out")
@@ -295,19 +296,19 @@ def test_the_folder_of_the_model(refused: Any, toy: Path) -> None:
         ("--dtype", "float32", "dtype"),
     ],
 )
-def test_a_folder_of_a_search_with_other_settings_says_which(
+def test_a_folder_of_a_search_with_other_settings_is_refused_with_what_differs(
     command: Any, finished: Any, option: str, value: str, changed: str
 ) -> None:
     result = (finished.folder / "result.json").read_bytes()
     outcome = command(*finished.arguments, option, value)
-    outcome.assert_refused("search-policy", f"holds a search with another {changed};", "--overwrite")
+    outcome.assert_refused("search-policy", f" {changed}; choose another --output-dir", "--overwrite")
     assert (finished.folder / "result.json").read_bytes() == result
 
 
 def test_a_folder_of_a_search_with_more_trials_keeps_them(command: Any, finished: Any) -> None:
     result = (finished.folder / "result.json").read_bytes()
     outcome = command(*finished.arguments, "--trials", "1")
-    outcome.assert_refused("search-policy", "holds a search with 2 trials, which are not made fewer", "--overwrite")
+    outcome.assert_refused("search-policy", "holds a search with 2 trials", "--overwrite")
     assert (finished.folder / "result.json").read_bytes() == result
 
 
@@ -326,16 +327,16 @@ def test_a_file_in_the_way(refused: Any, here: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_may_not_be_written(refused: Any, here: Path) -> None:
+def test_a_folder_without_write_permission(refused: Any, here: Path) -> None:
     (here / "locked").mkdir(mode=0o500)
     refused("cannot write to locked/out", "--output-dir", "locked/out")
 
 
 @pytest.mark.parametrize("arguments", [("--budget", "50%"), ("probe",)])
-def test_a_folder_that_another_process_works_in(
+def test_a_folder_that_another_process_is_using(
     command: Any, small: Small, here: Path, arguments: tuple[str, ...]
 ) -> None:
-    """Told at once, before a model is loaded; and what the owner wrote stays."""
+    """It is refused at once, before a model is loaded, and the owner's files stay."""
     reader, writer = os.pipe()
     owner = os.fork()
     if owner == 0:
@@ -379,9 +380,7 @@ def test_a_bug_keeps_its_traceback(command: Any, small: Small, here: Path, monke
         command("--budget", "50%", *small)
 
 
-def test_a_full_disk_is_said_in_one_line(
-    command: Any, small: Small, here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_one_line(command: Any, small: Small, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import errno
 
     def full(*_: Any) -> None:
@@ -394,12 +393,12 @@ def test_a_full_disk_is_said_in_one_line(
 
 
 def test_a_limit_on_the_size_of_a_file_is_one_line(process: Any, finished: Any, here: Path) -> None:
-    """As `ulimit -f` sets it, and as a memory stick has it; it is safetensors' own writer that hits it."""
+    """`ulimit -f` sets such a limit, and a memory stick has one. safetensors' own writer runs into it."""
     first = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     first += "import bitpolicy.cli.main; resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))"
     shutil.copytree(finished.folder / "work", here / "out" / "work")
     shutil.copy(finished.folder / "run.json", here / "out" / "run.json")
     outcome = process(*finished.arguments, "--output-dir", here / "out", first=first)
     assert outcome.code == 2, outcome.err[-2000:]
-    assert "takes no file of this size; mend that and run the same command again" in outcome.err.splitlines()[-1]
+    assert "file of this size; fix that and run the same command again" in outcome.err.splitlines()[-1]
     assert "Traceback" not in outcome.err

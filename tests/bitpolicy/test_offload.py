@@ -33,8 +33,8 @@ def test_scores_and_images_are_the_same(half_pipeline: Callable[[], Any]) -> Non
     assert torch.equal(*images)
 
 
-def test_every_streamed_layer_asks_for_its_weight_anew(half_pipeline: Callable[[], Any]) -> None:
-    """What is quantized while it is streamed shows at once."""
+def test_every_streamed_layer_reads_its_weight_at_each_call(half_pipeline: Callable[[], Any]) -> None:
+    """Quantizing a weight while it is streamed takes effect at once."""
     pipe = half_pipeline()
     stream_weights(pipe, Target.of(pipe, ["unet"]), torch.device("cpu"))
     x = torch.ones(1, 4, 8, 8)

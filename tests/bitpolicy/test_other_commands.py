@@ -1,4 +1,4 @@
-"""`bitpolicy probe`, `export`, `eval` and `inspect` on what a search left."""
+"""`bitpolicy probe`, `export`, `eval` and `inspect` on the results of a search."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CALL = ("--num-inference-steps", "2", "--guidance-scale", "1")
 
 @pytest.fixture(scope="module")
 def other_toy(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same pipeline but for one weight."""
+    """The same pipeline except for one weight."""
     folder = tmp_path_factory.mktemp("models") / "other"
     shutil.copytree(toy, folder)
     weights = load_file(folder / UNET)
@@ -60,7 +60,7 @@ def probe(command: Any, toy: Path, prompts: Path) -> Any:
     return lambda *more: command("probe", "--model", toy, "--prompts", prompts, *CALL, *sizes, *more)
 
 
-def test_probe_writes_the_table_and_says_the_worst(probe: Any, here: Path) -> None:
+def test_probe_writes_the_table_and_prints_the_worst_layers(probe: Any, here: Path) -> None:
     outcome = probe("--output-dir", "out")
     assert (outcome.code, outcome.err) == (0, "")
     table = read_table(here / "out" / "sensitivity.safetensors")
@@ -78,7 +78,7 @@ def test_probe_prints_json_and_nothing_else(probe: Any, here: Path) -> None:
     assert (result["layers"], result["probe"], result["output_dir"]) == (83, "adjoint", "out")
 
 
-def test_probe_goes_on_where_it_stopped(probe: Any, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_resumes_where_it_stopped(probe: Any, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     probe("--output-dir", "out")
     first = (here / "out" / "sensitivity.csv").read_bytes()
     monkeypatch.setattr(Trajectories, "differentiable_signal", lambda *_: pytest.fail("a sample was probed again"))
@@ -86,14 +86,14 @@ def test_probe_goes_on_where_it_stopped(probe: Any, here: Path, monkeypatch: pyt
     assert (here / "out" / "sensitivity.csv").read_bytes() == first
 
 
-def test_probe_takes_the_formats_that_are_asked(probe: Any, here: Path) -> None:
+def test_probe_takes_the_requested_formats(probe: Any, here: Path) -> None:
     assert probe("--formats", "int4-g32", "--probe", "weight", "--output-dir", "out").code == 0
     table = read_table(here / "out" / "sensitivity.safetensors")
     assert [format.name for format in table.formats] == ["int4-g32"]
     assert table.probe == "weight"
 
 
-def test_probe_says_that_a_file_is_in_the_way(probe: Any, here: Path) -> None:
+def test_probe_refuses_a_file_as_its_folder(probe: Any, here: Path) -> None:
     (here / "out").write_text("x")
     probe("--output-dir", "out").assert_refused("bitpolicy", "out")
 
@@ -102,7 +102,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_a_probe_never_replaces_what_a_search_found(probe: Any, finished: Any, here: Path) -> None:
+def test_a_probe_never_replaces_the_results_of_a_search(probe: Any, finished: Any, here: Path) -> None:
     shutil.copytree(finished.folder, here / "out")
     before = tree(here / "out")
     outcome = probe("--check", "--output-dir", "out")
@@ -113,7 +113,7 @@ def test_a_probe_never_replaces_what_a_search_found(probe: Any, finished: Any, h
     assert probe("--probe", "weight", "--output-dir", "out-probe").code == 0
 
 
-def test_a_search_never_replaces_what_a_probe_found_unless_it_is_told(
+def test_a_search_replaces_the_results_of_a_probe_only_with_overwrite(
     probe: Any, command: Any, small: tuple[str, ...], here: Path
 ) -> None:
     assert probe("--split", "--output-dir", "out").code == 0
@@ -124,12 +124,12 @@ def test_a_search_never_replaces_what_a_probe_found_unless_it_is_told(
     assert tree(here / "out") == before
     assert command(*search, "--overwrite").code == 0
     names = {path.name for path in (here / "out").iterdir()}
-    assert names.isdisjoint({"split.safetensors", "check.json"}), "they are of another table than that of the search"
+    assert names.isdisjoint({"split.safetensors", "check.json"}), "they belong to another table than the search's"
     assert names > {"policy.yaml", "checkpoint"}
 
 
 @pytest.mark.parametrize("arguments", [("--samples", "0"), ("--vectors", "0"), ("--probe", "magic")])
-def test_probe_refuses_what_makes_no_sense(probe: Any, here: Path, arguments: tuple[str, ...]) -> None:
+def test_probe_refuses_meaningless_options(probe: Any, here: Path, arguments: tuple[str, ...]) -> None:
     probe(*arguments).assert_refused("bitpolicy", arguments[0].strip("-"))
     assert list(here.iterdir()) == []
 
@@ -137,7 +137,7 @@ def test_probe_refuses_what_makes_no_sense(probe: Any, here: Path, arguments: tu
 # export
 
 
-def test_export_makes_the_checkpoint_that_the_search_made(command: Any, finished: Any, toy: Path, here: Path) -> None:
+def test_export_writes_the_checkpoint_that_the_search_wrote(command: Any, finished: Any, toy: Path, here: Path) -> None:
     outcome = command("export", "--policy", finished.folder / "policy.yaml", "--model", toy, "--output-dir", "out")
     assert (outcome.code, outcome.err) == (0, "")
     assert f"{finished.outcome.result['policy_bytes']:,} bytes" in outcome.out
@@ -169,7 +169,7 @@ def test_another_process_with_other_threads_and_hashes_writes_the_same_bytes(
 
 
 def test_export_says_which_layers_cannot_be_packed(command: Any, here: Path) -> None:
-    """And counts them; a search says it, too."""
+    """It also counts them, and a search does the same."""
     torch.manual_seed(0)
     unet = ToyConvolutions()
     to_storage(unet, torch.float16)
@@ -193,7 +193,7 @@ def test_export_says_which_layers_cannot_be_packed(command: Any, here: Path) -> 
 
 
 def edited(finished: Any, folder: Path, **layers: Any) -> Path:
-    """The search's policy with entries changed by hand, beside its calibration."""
+    """The search's policy with entries changed by hand, and its calibration in the same folder."""
     folder.mkdir()
     shutil.copy(finished.folder / "calibration.safetensors", folder)
     policy = yaml.safe_load((finished.folder / "policy.yaml").read_text())
@@ -210,7 +210,7 @@ def test_export_follows_a_policy_that_was_edited(command: Any, finished: Any, to
 
 
 @pytest.mark.parametrize("more", [(), ("--target", "sdnq", "--requantize")])
-def test_an_edited_policy_over_its_budget_is_exported_with_a_word_that_says_both_sizes(
+def test_an_edited_policy_over_its_budget_is_exported_with_a_warning_that_has_both_sizes(
     command: Any, finished: Any, toy: Path, here: Path, more: tuple[str, ...]
 ) -> None:
     widest = {name: {"format": "fp16"} for name in ("mid_block__resnets__0__conv1", "mid_block__resnets__0__conv2")}
@@ -222,7 +222,7 @@ def test_an_edited_policy_over_its_budget_is_exported_with_a_word_that_says_both
     assert outcome.code == 0
     (line,) = outcome.err.splitlines()
     assert line.startswith("warning: the policy takes ")
-    assert f"over the budget that it records: 50%, which is {budget.bytes:,} bytes; it is exported all the same" in line
+    assert f"budget: 50%, which is {budget.bytes:,} bytes; it is exported anyway" in line
     if size is not None:
         assert f"takes {size[1]} bytes" in line
         assert int(size[1].replace(",", "")) > budget.bytes
@@ -251,9 +251,7 @@ def test_a_policy_is_over_its_budget_by_what_the_scope_counts(
     assert [w.category for w in said] == [BitPolicyWarning] * over
 
 
-def test_export_refuses_a_policy_with_a_layer_that_is_not_there(
-    command: Any, finished: Any, toy: Path, here: Path
-) -> None:
+def test_export_refuses_a_policy_with_an_unknown_layer(command: Any, finished: Any, toy: Path, here: Path) -> None:
     policy = edited(finished, here / "mine", conv_inn={"format": "int4"})
     outcome = command("export", "--policy", policy, "--model", toy, "--output-dir", "out")
     outcome.assert_refused("bitpolicy", "'conv_inn'", "did you mean 'conv_in'?")
@@ -268,10 +266,10 @@ def test_export_refuses_another_model(command: Any, finished: Any, other_toy: Pa
     assert list(here.iterdir()) == []
 
 
-def test_export_refuses_a_policy_whose_model_was_edited_as_its_codes_are_of_another(
+def test_export_refuses_a_policy_whose_model_was_edited(
     command: Any, finished: Any, toy: Path, other_toy: Path, here: Path
 ) -> None:
-    """gptq rounded the first model; what it made is the first model's weights."""
+    """gptq rounded the first model, so its codes are the first model's weights."""
     policy = edited(finished, here / "mine")
     hashes = {name: weights_hash(load_unet(folder), torch.float16) for name, folder in (("a", toy), ("b", other_toy))}
     text = policy.read_text()
@@ -314,7 +312,7 @@ def test_export_refuses_the_calibration_of_another_search(command: Any, finished
         (None, "cannot read policy"),
     ],
 )
-def test_export_refuses_what_is_no_policy(
+def test_export_refuses_anything_but_a_policy(
     command: Any, toy: Path, here: Path, content: str | None, needle: str
 ) -> None:
     if content is not None:
@@ -324,17 +322,17 @@ def test_export_refuses_what_is_no_policy(
     assert not (here / "out").exists()
 
 
-def test_export_replaces_a_folder_only_when_it_is_told(command: Any, finished: Any, toy: Path, here: Path) -> None:
+def test_export_replaces_a_folder_only_with_overwrite(command: Any, finished: Any, toy: Path, here: Path) -> None:
     (here / "out").mkdir()
     (here / "out" / "mine.txt").write_text("mine")
     arguments = ("export", "--policy", finished.folder / "policy.yaml", "--model", toy, "--output-dir", "out")
-    command(*arguments).assert_refused("bitpolicy", "out is there already", "--overwrite")
+    command(*arguments).assert_refused("bitpolicy", "out already exists", "--overwrite")
     assert [path.name for path in (here / "out").iterdir()] == ["mine.txt"]
     command(*arguments, "--overwrite").assert_refused("bitpolicy", "empty folder")
-    assert (here / "out" / "mine.txt").read_text() == "mine", "what is no pipeline is never replaced"
+    assert (here / "out" / "mine.txt").read_text() == "mine", "only a pipeline is ever replaced"
     (here / "out" / "mine.txt").unlink()
     assert command(*arguments).code == 0
-    command(*arguments).assert_refused("bitpolicy", "out is there already", "--overwrite")
+    command(*arguments).assert_refused("bitpolicy", "out already exists", "--overwrite")
     assert command(*arguments, "--overwrite").code == 0
     assert (here / "out" / UNET).is_file()
     assert [path.name for path in here.iterdir()] == ["out"]
@@ -343,7 +341,7 @@ def test_export_replaces_a_folder_only_when_it_is_told(command: Any, finished: A
 # eval
 
 
-def test_eval_measures_a_checkpoint_on_samples_of_its_own(
+def test_eval_measures_a_checkpoint_on_its_own_samples(
     command: Any, finished: Any, toy: Path, prompts: Path, here: Path
 ) -> None:
     arguments = ("eval", finished.folder / "checkpoint", "--model", toy, "--prompts", prompts, *CALL, "--images", "3")
@@ -367,7 +365,7 @@ def test_eval_of_the_unquantized_model_is_identical(
     assert command(*arguments).out == "all 2 images are identical\n"
 
 
-def test_eval_refuses_what_is_no_checkpoint(command: Any, toy: Path, here: Path) -> None:
+def test_eval_refuses_anything_but_a_checkpoint(command: Any, toy: Path, here: Path) -> None:
     command("eval", "nothing", "--model", toy).assert_refused("bitpolicy", "nothing", "empty or missing")
 
 
@@ -417,13 +415,13 @@ def test_inspect_prints_a_table_for_people(command: Any, finished: Any, toy: Pat
     assert "format" in outcome.out
 
 
-def test_inspect_refuses_what_is_neither(command: Any, here: Path) -> None:
+def test_inspect_refuses_anything_else(command: Any, here: Path) -> None:
     command("inspect", "nothing").assert_refused("bitpolicy", "nothing", "no such folder")
     (here / "notes.txt").write_text(json.dumps(["a"]))
     command("inspect", "notes.txt").assert_refused("bitpolicy", "notes.txt")
 
 
-def test_inspect_tells_which_kernel_each_packed_layer_gets(command: Any, finished: Any) -> None:
+def test_inspect_shows_the_kernel_of_each_packed_layer(command: Any, finished: Any) -> None:
     checkpoint = finished.folder / "checkpoint"
     found = command("inspect", checkpoint, "--kernels", "--json").result
     packed = [row for row in command("inspect", checkpoint, "--json").result["layers"] if row["format"] != "fp16"]
@@ -443,7 +441,7 @@ def test_inspect_shows_another_compute_and_a_forced_kernel(
     found = command("inspect", finished.folder / "checkpoint", "--kernels", "--compute", "int8", "--json").result
     assert {row["kernel"] for row in found["layers"]} <= {"int8-reference", "reference"}
     assert "int8-reference" in {row["kernel"] for row in found["layers"]}
-    assert {row["why"] for row in found["layers"]} == {"reference was asked for"}
+    assert {row["why"] for row in found["layers"]} == {"reference was requested"}
 
 
 @pytest.mark.parametrize(
@@ -454,7 +452,7 @@ def test_inspect_shows_another_compute_and_a_forced_kernel(
         (["{checkpoint}", "--kernels", "--device", "tpu"], ["unknown device 'tpu'"]),
     ],
 )
-def test_inspect_refuses_kernels_of_nothing(
+def test_inspect_kernels_refuses_wrong_arguments(
     command: Any, finished: Any, arguments: list[str], needles: list[str]
 ) -> None:
     given = [argument.format(checkpoint=finished.folder / "checkpoint") for argument in arguments]

@@ -1,4 +1,4 @@
-"""Prompts are read as people write them, and shared out so that no part sees what another saw."""
+"""Prompts are read as people write them, and split so that no part sees another part's samples."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_no_two_parts_share_a_sample(count: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("count", [8, 9, 10, 11, 32, 100])
-def test_from_eight_prompts_on_each_part_has_its_own(count: int) -> None:
+def test_with_eight_or_more_prompts_each_part_has_its_own(count: int) -> None:
     found = split([f"prompt {i}" for i in range(count)], 0, **dict.fromkeys(SIZES, 200))
     assert found.by_prompt
     calibration, search, held_out = (prompts_of(found, name) for name in ("calibration", "search", "held_out"))
@@ -44,14 +44,14 @@ def test_from_eight_prompts_on_each_part_has_its_own(count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 7])
-def test_below_eight_prompts_the_parts_share_them(count: int) -> None:
+def test_with_fewer_than_eight_prompts_the_parts_share_them(count: int) -> None:
     every = {f"prompt {i}" for i in range(count)}
     found = split(sorted(every), 0, **SIZES)
     assert not found.by_prompt
     assert all(prompts_of(found, name) == every for name in SIZES)
 
 
-def test_the_same_seed_shares_out_the_same_and_another_something_else() -> None:
+def test_the_seed_determines_the_split() -> None:
     prompts = [f"prompt {i}" for i in range(32)]
     assert split(prompts, 3, **SIZES) == split(prompts, 3, **SIZES)
     assert prompts_of(split(prompts, 3, **SIZES), "held_out") != prompts_of(split(prompts, 4, **SIZES), "held_out")
@@ -59,7 +59,7 @@ def test_the_same_seed_shares_out_the_same_and_another_something_else() -> None:
     assert seeds[0].isdisjoint(seeds[1])
 
 
-def test_a_file_is_read_a_prompt_a_line(tmp_path: Path) -> None:
+def test_a_file_has_one_prompt_per_line(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_bytes("  red heart \r\n\n pizza\ncafé ☕\npizza\n".encode())
     assert load_requests(tmp_path / "prompts.txt") == ["red heart", "pizza", "café ☕"]
 
@@ -75,5 +75,5 @@ def test_the_built_in_lists_have_enough_prompts_for_parts(toy_pipeline: Any, bun
 @pytest.mark.parametrize("content", [b"", b" \n\n", b"\xff\xfe\x00"])
 def test_a_file_without_prompts_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "prompts.txt").write_bytes(content)
-    with pytest.raises(BitPolicyError, match=r"--prompts .*prompts\.txt.* one.* a line"):
+    with pytest.raises(BitPolicyError, match=r"--prompts .*prompts\.txt.* one.* line"):
         load_requests(tmp_path / "prompts.txt")

@@ -1,4 +1,4 @@
-"""The report: its numbers follow from the table it is made of."""
+"""The report: its numbers follow from the table that it is made from."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ def table_of(error: torch.Tensor, probe: str = "adjoint", **changes: object) -> 
 
 
 def errors(int4: float = 1e-4, int8: float = 1e-6, **special: float) -> torch.Tensor:
-    """Every layer alike, but for the INT4 errors of layers named in `special` (dots as double underscores)."""
+    """The same errors for every layer, except the INT4 errors of layers named in `special` (dots as double
+    underscores)."""
     error = torch.tensor([[int4, int8]] * len(NAMES), dtype=torch.float64)
     for name, value in special.items():
         error[PLACE[name.replace("__", ".")], 0] = value
@@ -136,14 +137,14 @@ def save(probed: Probed, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def whole() -> Probed:
-    """Everything a probe can make; `conv_out` is far worse than the rest."""
+    """Everything that a probe can write; `conv_out` is far worse than the rest."""
     error = errors(conv_out=1e-2)
     return probed_of(error, split=split_of(error, (0.8, 0.2)), check=check_of(table_of(error)))
 
 
 @pytest.fixture(scope="module")
 def kept(whole: Probed, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that no test may change."""
+    """The folder, which no test may change."""
     return save(whole, tmp_path_factory.mktemp("kept") / "probe")
 
 
@@ -203,7 +204,7 @@ def test_a_layer_that_int4_leaves_alone_is_free_whatever_was_chosen() -> None:
 
 @pytest.mark.parametrize(("decibels", "verdict"), [(0.9, "between"), (1.1, "never")])
 def test_the_line_is_drawn_at_one_decibel(decibels: float, verdict: str) -> None:
-    """Bytes for all INT8 and no more: E = 8e-6, and an INT4 error that adds so many decibels to it."""
+    """The bytes of all INT8 and no more: E = 8e-6, and an INT4 error that adds this many decibels to it."""
     worse = 1e-6 + 8e-6 * (10 ** (decibels / 10) - 1)
     probed = probed_of(errors(mid_block__resnets__0__conv1=worse))
     lists = make_lists(probed, f"{probed.nbytes(INT8)}B")
@@ -242,9 +243,9 @@ def test_a_budget_that_holds_everything_leaves_nothing_to_list(whole: Probed) ->
     assert "there is nothing to compare" in listed(whole, "100%")
 
 
-def test_the_default_budget_is_said(whole: Probed) -> None:
-    assert "45% of FP16 (the default here" in listed(whole, None)
-    assert "the default here" not in listed(whole, "45%")
+def test_the_default_budget_is_named(whole: Probed) -> None:
+    assert "45% of FP16 (the default: " in listed(whole, None)
+    assert "the default: " not in listed(whole, "45%")
 
 
 def test_the_lists_are_in_the_page(whole: Probed, made: Report) -> None:
@@ -278,7 +279,7 @@ def test_shares_are_those_of_the_split(whole: Probed) -> None:
     assert "of the bias itself 25% stays" in correction_sentence(whole, whole.split)
 
 
-def test_a_layer_weighs_what_it_does(whole: Probed) -> None:
+def test_a_layer_counts_by_its_error(whole: Probed) -> None:
     """One layer that errs a hundred times as much decides the share of its role, and is one of many in the median."""
     assert whole.split is not None
     bias = whole.split.bias.clone()
@@ -303,13 +304,13 @@ def test_no_error_has_no_shares(whole: Probed) -> None:
         ((0.2, 0.8), "INT4 is a bias: refuted", "INT8 is a noise: refuted"),
     ],
 )
-def test_the_verdict_turns_with_the_numbers(bias: tuple[float, float], int4: str, int8: str) -> None:
+def test_the_verdict_follows_the_numbers(bias: tuple[float, float], int4: str, int8: str) -> None:
     error = errors()
     split = split_of(error, bias)
     probed = probed_of(error, split=split)
     text = text_of(composition(probed, Path("out")).body)
-    assert f"{int4}. With the layers' biases as they were, its error is {bias[0]:.0%} bias, 10% scale" in text
-    assert f"{int8}. With the layers' biases as they were, its error is {bias[1]:.0%} bias, 10% scale" in text
+    assert f"{int4}. Without bias correction, its error is {bias[0]:.0%} bias, 10% scale" in text
+    assert f"{int8}. Without bias correction, its error is {bias[1]:.0%} bias, 10% scale" in text
     assert [claim.holds for claim in claims(probed, split)] == ["confirmed" in int4, "confirmed" in int8]
 
 
@@ -321,7 +322,7 @@ def test_it_says_how_the_policy_was_chosen() -> None:
     assert "fresh seeds" not in text_of(overview(probed, Path("out")).body)
 
 
-def test_the_formats_are_told_by_their_bytes_not_by_their_place() -> None:
+def test_formats_are_ordered_by_their_bytes_not_by_their_column() -> None:
     error = errors().flip(1)
     layers = [layer(name, *place) for name, place in NAMES.items()]
     found = Probed(replace(table_of(error), formats=(INT8, INT4)), model_of(layers), split_of(error, (0.2, 0.8)))
@@ -332,7 +333,7 @@ def test_the_formats_are_told_by_their_bytes_not_by_their_place() -> None:
 # Steps
 
 
-def test_steps_that_agree_and_steps_that_know_nothing_of_each_other() -> None:
+def test_steps_that_agree_and_independent_steps() -> None:
     steps = torch.full((STEPS, 3), 2.0)
     agreeing = coherence(torch.cat([torch.full((1, 3), 2.0 * STEPS**2), steps]))
     independent = coherence(torch.cat([torch.full((1, 3), 2.0 * STEPS), steps]))
@@ -354,7 +355,7 @@ def test_amplification_and_entry_by_step(whole: Probed) -> None:
     assert np.sum(stages, 0) == pytest.approx(entering(whole, 0))
 
 
-def test_the_bias_that_was_better_is_the_one_that_is_shown(whole: Probed) -> None:
+def test_the_better_bias_is_shown(whole: Probed) -> None:
     corrected = whole.table.corrected.clone()
     corrected[0] = False
     found = replace(whole, table=replace(whole.table, corrected=corrected))
@@ -375,8 +376,8 @@ def test_groups_hold_every_layer_once(whole: Probed) -> None:
     assert (conv.total[0], conv.median[0]) == pytest.approx((4e-4, 1e-4))
 
 
-def test_of_8_bit_inputs_the_page_says_what_share_they_have(tmp_path: Path, made: Report) -> None:
-    """Half of INT8's error and a two-hundredth of INT4's, but for a layer of short rows, which has none."""
+def test_the_page_has_the_share_of_8_bit_inputs(tmp_path: Path, made: Report) -> None:
+    """Half of INT8's error and a two-hundredth of INT4's, except for a layer with short rows, which has none."""
     error = errors(int4=1e-4, int8=1e-6)
     inputs = torch.full_like(error, 5e-7)
     inputs[PLACE["conv_out"]] = 0
@@ -384,8 +385,8 @@ def test_of_8_bit_inputs_the_page_says_what_share_they_have(tmp_path: Path, made
     probed = replace(probed, table=replace(probed.table, inputs=inputs, compute=Compute.INT8))
     text = text_of(make_report(save(probed, tmp_path)).html)
     share = 0.5 * (1 - 1 / len(NAMES))
-    assert f"int8: rounding the inputs of packed layers makes 0% of the error of all int4, {share:.0%} of" in text
-    assert "int8 of it inputs" in text
+    assert f"int8: rounding the inputs of packed layers causes 0% of the summed int4 error, {share:.0%} of" in text
+    assert "int8 from inputs" in text
     by_name = {group.name: group for group in by_role(probed)}
     of_head = by_name["output_head"].inputs
     assert of_head is not None
@@ -393,7 +394,7 @@ def test_of_8_bit_inputs_the_page_says_what_share_they_have(tmp_path: Path, made
     others = by_name["conv"].inputs
     assert others is not None
     assert others.tolist() == pytest.approx([0.005, 0.5])
-    assert "of it inputs" not in text_of(made.html)
+    assert "from inputs" not in text_of(made.html)
 
 
 def test_what_an_encoder_adds_to_its_stream_goes_into_a_skip(whole: Probed) -> None:
@@ -429,7 +430,7 @@ def test_step_ticks_hold_the_ends_and_leave_room(steps: int) -> None:
 
 
 class _Balanced(HTMLParser):
-    """Every tag that opens is closed in its turn."""
+    """Checks that opened tags are closed in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -471,7 +472,7 @@ def test_the_page_stands_alone_and_holds_every_picture(made: Report) -> None:
 
 def test_the_page_says_what_was_probed_and_how_far_to_trust_it(made: Report) -> None:
     text = text_of(made.html)
-    assert "8 layers, each alone in INT4 and INT8" in text
+    assert "8 layers, each quantized alone to INT4 and INT8" in text
     assert "660 denoiser forwards (80 reference, 560 probe, 20 re-measured), 2.4x below ablation's 1,600" in text
     assert "all FP16 66,536 (" in text
     assert "int4 8 1.000 0.80 100%" in text  # pairs, Spearman, predicted / measured, within a factor of two
@@ -481,7 +482,7 @@ def test_the_page_says_what_was_probed_and_how_far_to_trust_it(made: Report) -> 
     assert "median of 4 random policies 50%" in text
 
 
-def test_the_worst_layers_come_in_their_order(made: Report) -> None:
+def test_the_worst_layers_are_in_order(made: Report) -> None:
     text = text_of(made.html)
     rows = text[text.index("The 8 worst layers Largest") :]
     assert rows.index("conv_out output_head ends 64×64 8,192 1.00e-02 c 1.00e-06 c adjoint") < rows.index(
@@ -502,7 +503,9 @@ def test_the_same_table_makes_the_same_bytes(made: Report, kept: Path) -> None:
         ("check.json", "bitpolicy probe --check --output-dir"),
     ],
 )
-def test_a_section_without_its_input_says_what_makes_it(made: Report, folder: Path, lost: str, remedy: str) -> None:
+def test_a_section_without_its_input_names_the_command_that_creates_it(
+    made: Report, folder: Path, lost: str, remedy: str
+) -> None:
     assert remedy not in text_of(made.html)
     (folder / lost).unlink()
     less = make_report(folder)
@@ -525,7 +528,7 @@ def test_in_the_folder_of_a_search_the_remedy_names_another_folder(
     of = "--model owner/model " if found == "policy.yaml" else ""
     assert f"bitpolicy probe --check {of}--output-dir {folder}-probe" in text_of(make_report(folder).html)
     (folder / "sensitivity.safetensors").unlink()
-    assert f"--output-dir {folder}-probe` makes it" in command(folder).err
+    assert f"--output-dir {folder}-probe`" in command(folder).err
 
 
 @pytest.mark.parametrize("probe", ["weight", "stepwise", "ablation"])
@@ -535,8 +538,8 @@ def test_a_probe_without_steps_or_images_draws_what_it_can(whole: Probed, tmp_pa
     made = make_report(save(found, tmp_path / "x"))
     parsed(made.html)
     text = text_of(made.html)
-    assert ("scores are no image error" in text) == (made.lists is None) == (probe != "ablation")
-    assert (f"The {probe} probe knows no steps" in text) == (probe != "stepwise")
+    assert ("probe are not image errors" in text) == (made.lists is None) == (probe != "ablation")
+    assert (f"The {probe} probe has no scores by step" in text) == (probe != "stepwise")
     assert "roles" in [p.name for p in made.pictures]
 
 
@@ -591,7 +594,7 @@ def test_names_cannot_break_the_page(tmp_path: Path) -> None:
     assert "script" not in {tag for tag, _ in page.seen}
 
 
-def test_text_between_backticks_is_code_and_numbers_stand_right() -> None:
+def test_text_between_backticks_is_code_and_numbers_are_right_aligned() -> None:
     assert paragraph("run `a < b` now") == "<p>run <code>a &lt; b</code> now</p>"
     assert table(["x", "y"], [("a", "1e-3"), ("b", "")]).count('class="n"') == 3
 
@@ -669,7 +672,7 @@ def test_a_folder_without_a_table_is_refused_with_the_remedy(
         (("--budget", "1%"), "below the smallest policy"),
     ],
 )
-def test_what_was_asked_wrongly_is_refused_and_nothing_is_written(
+def test_wrong_arguments_are_refused_and_nothing_is_written(
     command: Callable[..., Outcome],
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -688,7 +691,10 @@ def test_what_was_asked_wrongly_is_refused_and_nothing_is_written(
 def test_files_of_two_probes_are_refused(folder: Path, tmp_path: Path, name: str) -> None:
     other = save(replace(transformer(), check=check_of(transformer().table)), tmp_path / "other")
     (folder / name).write_bytes((other / name).read_bytes())
-    with pytest.raises(BitPolicyError, match=r"is of another probe than sensitivity\.safetensors beside it"):
+    with pytest.raises(
+        BitPolicyError,
+        match=r"another probe than sensitivity\.safetensors .*run `bitpolicy probe --(split|check)` again",
+    ):
         make_report(folder)
 
 
@@ -701,7 +707,7 @@ def test_a_damaged_file_is_named(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["sensitivity.safetensors", "split.safetensors", "check.json"])
 def test_a_file_with_another_number_is_refused(folder: Path, name: str) -> None:
-    """It reads as before."""
+    """The file still parses."""
     content = bytearray((folder / name).read_bytes())
     at = content.index(b'"forwards": ') + 12 if name == "check.json" else len(content) - 1
     content[at] ^= 1

@@ -1,4 +1,4 @@
-"""The report of a search's folder: its result, its images, what every layer got, and the trials."""
+"""The report on a search's folder: its result, its images, the format of every layer, and the trials."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_search_that_is_not_finished_says_so(folder: Path) -> None:
         folder / "policy.yaml"
     )
     report = make_report(folder)
-    assert "not measured; the search is not finished" in text_of(report.html)
+    assert "not measured; the search has not finished" in text_of(report.html)
     assert {"compare", "trials"}.isdisjoint(picture.name for picture in report.pictures)
 
 
@@ -91,12 +91,12 @@ def test_a_search_that_is_not_finished_says_so(folder: Path) -> None:
         ("the budget holds all of it unquantized", "Chosen: the budget holds all of it unquantized. No study ran."),
         (
             {"target": "45.00 dB", "fresh_seeds": "45.10 dB", "policies_measured": 7},
-            "7 policies of other sizes were drawn",
+            "7 policies of other sizes",
         ),
     ],
     ids=["no trials", "nothing to do", "a target"],
 )
-def test_what_ran_in_place_of_a_study_is_said(folder: Path, search: Any, said: str) -> None:
+def test_a_choice_without_a_study_is_explained(folder: Path, search: Any, said: str) -> None:
     (folder / "trials.csv").unlink()
     policy = Policy.load(folder / "policy.yaml")
     changed = policy.model_copy(update={"provenance": {**policy.provenance, "search": search}})
@@ -107,7 +107,7 @@ def test_what_ran_in_place_of_a_study_is_said(folder: Path, search: Any, said: s
 @pytest.mark.parametrize("name", ["result.json", "trials.csv"])
 def test_a_damaged_file_is_named(folder: Path, name: str) -> None:
     (folder / name).write_text("{,\n1,2\n")
-    with pytest.raises(BitPolicyError, match=f"cannot read .*{name}: .*; give the same search again"):
+    with pytest.raises(BitPolicyError, match=f"cannot read .*{name}: .*; .* the same search again"):
         make_report(folder)
 
 
@@ -115,7 +115,7 @@ def test_a_damaged_file_is_named(folder: Path, name: str) -> None:
 
 
 def strips(probed: Probed, formats: Any, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How many strips of which colour are drawn."""
+    """How many strips are drawn in each colour."""
     drawn: Counter[str] = Counter()
 
     def rectangle(*args: Any, facecolor: str, **kwargs: Any) -> Rectangle:
@@ -179,7 +179,7 @@ def test_a_search_writes_every_trial(finished: Any) -> None:
     assert [row.mse for row in rows] == values
 
 
-def test_the_table_of_trials_says_what_each_was(folder: Path) -> None:
+def test_the_table_of_trials_describes_each_one(folder: Path) -> None:
     save_trials(ROWS, folder / "trials.csv")
     text = text_of(make_report(folder).html)
     assert "0 the exact solution 0.0001 40.00 4" in text
@@ -192,7 +192,7 @@ def test_the_table_of_trials_says_what_each_was(folder: Path) -> None:
 
 
 def drawn_figures(monkeypatch: pytest.MonkeyPatch, module: Any) -> list[Figure]:
-    """Every figure that a module draws from now on, as it ends."""
+    """Every figure that a module draws from now on, in its final state."""
     figures: list[Figure] = []
     original = module.picture
 
@@ -236,7 +236,7 @@ def test_the_legend_of_the_map_is_whole_with_many_formats(probed: Probed, monkey
     assert_legends_are_whole(figures[0])
 
 
-def test_a_picture_of_trials_of_which_none_differs_is_drawn(probed: Probed) -> None:
+def test_a_picture_of_identical_trials_is_drawn(probed: Probed) -> None:
     assert probed.policy is not None
     same = [replace(row, psnr_db=None) for row in ROWS]
     assert chosen._trials(same, probed.policy).png.startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""What a packed pipeline holds in memory: the bytes of its file, and what kernels make of them, counted."""
+"""The memory of a packed pipeline: the bytes of its file, and the layouts that kernels prepare from them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_it_holds_the_bytes_of_its_file(loaded: Any, finished: Any) -> None:
     assert bitpolicy.resident_bytes(loaded.unet).layouts == 0  # exact kernels keep none
 
 
-def test_layouts_of_8_bit_kernels_are_counted_and_can_be_done_without(loaded: Any, finished: Any) -> None:
+def test_layouts_of_8_bit_kernels_are_counted_and_can_be_avoided(loaded: Any, finished: Any) -> None:
     loaded.to(torch.float32)
     layers = bitpolicy.set_compute(loaded, "int8")
     drawn(loaded)

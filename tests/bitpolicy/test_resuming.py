@@ -1,4 +1,4 @@
-"""A search that is stopped, by Ctrl-C or by a kill, goes on with the same command and ends as if it never was."""
+"""A search that is stopped by Ctrl-C or killed continues with the same command, and ends as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def assert_same_end(outcome: Any, finished: Any, folder: Path) -> None:
 
 
 def stopping(original: Callable[..., Any], calls: int) -> Callable[..., Any]:
-    """The same function with Ctrl-C after so many calls."""
+    """The same function with Ctrl-C after `calls` calls."""
     count = itertools.count()
 
     def until(*args: Any, **kwargs: Any) -> Any:
@@ -57,7 +57,7 @@ def stopping(original: Callable[..., Any], calls: int) -> Callable[..., Any]:
 
 @pytest.fixture
 def interrupted(command: Any, finished: Any, here: Path) -> Callable[..., Any]:
-    """`interrupted(owner, name, calls)`: the search that `finished` is, stopped after so many calls of a function."""
+    """`interrupted(owner, name, calls)`: the same search as `finished`, stopped after `calls` calls of a function."""
 
     def run(owner: Any, name: str, calls: int = 0) -> Any:
         with pytest.MonkeyPatch.context() as patched:
@@ -72,13 +72,13 @@ def interrupted(command: Any, finished: Any, here: Path) -> Callable[..., Any]:
     return run
 
 
-def test_a_stop_says_how_to_go_on(interrupted: Any) -> None:
+def test_a_stop_says_how_to_continue(interrupted: Any) -> None:
     outcome = interrupted(Records, "put")
-    assert outcome.err.strip() == "search-policy: stopped; the same command goes on where it was"
+    assert outcome.err.strip() == "search-policy: stopped; run the same command again to continue"
 
 
 @pytest.mark.parametrize("done", [1, 12])
-def test_the_probe_makes_only_the_pieces_that_are_missing(
+def test_the_probe_computes_only_the_missing_pieces(
     command: Any, finished: Any, here: Path, interrupted: Any, monkeypatch: pytest.MonkeyPatch, done: int
 ) -> None:
     interrupted(Records, "put", done)
@@ -97,10 +97,10 @@ def test_the_probe_makes_only_the_pieces_that_are_missing(
 
 
 @pytest.mark.parametrize("calls", [0, 1])
-def test_the_study_goes_on_after_the_trials_that_are_done(
+def test_the_study_continues_after_the_finished_trials(
     command: Any, finished: Any, here: Path, interrupted: Any, monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:
-    """The probe and the trials before are not done again."""
+    """The probe and the earlier trials are not repeated."""
     interrupted(Generations, "errors", calls)
     probed, tried = [], []
     errors = Generations.errors
@@ -121,12 +121,12 @@ def test_the_study_goes_on_after_the_trials_that_are_done(
     assert_same_end(outcome, finished, here / "out")
 
 
-def test_more_trials_go_on_and_end_as_if_they_had_been_asked_at_once(
+def test_more_trials_end_as_if_they_had_been_requested_at_once(
     command: Any, finished: Any, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(finished.folder, here / "out")
-    _probed_already(finished, here / "anew")
-    (here / "anew" / "run.json").unlink()
+    _probed_already(finished, here / "fresh")
+    (here / "fresh" / "run.json").unlink()
     tried, errors = [], Generations.errors
 
     def counted(this: Generations, choices: Any, samples: Any) -> Any:
@@ -137,11 +137,11 @@ def test_more_trials_go_on_and_end_as_if_they_had_been_asked_at_once(
     outcome = command(*arguments_for(finished, here / "out"), "--trials", "3")
     assert outcome.code == 0
     assert len(tried) <= 1 + len(_finalists(here / "out"))  # a third trial that repeats a policy draws nothing
-    whole = command(*arguments_for(finished, here / "anew"), "--trials", "3", "--overwrite")
+    whole = command(*arguments_for(finished, here / "fresh"), "--trials", "3", "--overwrite")
     assert without_seconds(outcome.result) == without_seconds(whole.result)
-    assert _csv(here / "out" / "trials.csv") == _csv(here / "anew" / "trials.csv")
+    assert _csv(here / "out" / "trials.csv") == _csv(here / "fresh" / "trials.csv")
     assert len(_csv(here / "out" / "trials.csv")) == 3
-    assert (here / "out" / "policy.yaml").read_bytes() == (here / "anew" / "policy.yaml").read_bytes()
+    assert (here / "out" / "policy.yaml").read_bytes() == (here / "fresh" / "policy.yaml").read_bytes()
 
 
 def _csv(path: Path) -> list[dict[str, str]]:
@@ -163,7 +163,7 @@ def _finalists(folder: Path) -> list[float]:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_every_later_stage_goes_on(
+def test_every_later_stage_resumes(
     command: Any, finished: Any, here: Path, interrupted: Any, owner: Any, name: str
 ) -> None:
     _probed_already(finished, here / "out")
@@ -173,7 +173,7 @@ def test_every_later_stage_goes_on(
 
 
 def _probed_already(finished: Any, folder: Path) -> None:
-    """What an interrupted search leaves after its probe: saves the tests the time to make it."""
+    """What an interrupted search leaves after its probe, copied to save time."""
     folder.mkdir()
     shutil.copy(finished.folder / "run.json", folder)
     shutil.copytree(finished.folder / "work", folder / "work")
@@ -198,7 +198,7 @@ def until(*args, **kwargs):
     [("sensitivity.records", "Records", "put", 7), ("search.generation", "Generations", "errors", 1)],
     ids=["in the probe", "in the study"],
 )
-def test_a_killed_search_goes_on(
+def test_a_killed_search_resumes(
     command: Any, process: Any, finished: Any, here: Path, module: str, owner: str, name: str, calls: int
 ) -> None:
     first = KILLER.format(module=module, owner=owner, name=name, calls=calls)
@@ -211,15 +211,15 @@ def test_a_killed_search_goes_on(
     assert_same_end(command(*arguments_for(finished, here / "out")), finished, here / "out")
 
 
-def test_a_damaged_piece_is_made_again(command: Any, finished: Any, here: Path) -> None:
+def test_a_damaged_piece_is_computed_again(command: Any, finished: Any, here: Path) -> None:
     _probed_already(finished, here / "out")
     for piece in itertools.islice(sorted((here / "out" / "work").rglob("sketch-3-*.safetensors")), 2):
         piece.write_bytes(piece.read_bytes()[:40])
     assert_same_end(command(*arguments_for(finished, here / "out")), finished, here / "out")
 
 
-def test_a_search_whose_journal_was_cut_short_goes_on(command: Any, finished: Any, here: Path) -> None:
-    """A full disk, or a power cut, inside the last line."""
+def test_a_search_whose_journal_was_cut_short_resumes(command: Any, finished: Any, here: Path) -> None:
+    """By a full disk or a power cut, inside the last line."""
     folder = here / "out"
     shutil.copytree(finished.folder, folder)
     for name in ("result.json", "policy.yaml"):
@@ -235,9 +235,7 @@ def test_a_search_whose_journal_was_cut_short_goes_on(command: Any, finished: An
 
 
 @pytest.mark.parametrize("damage", ["another number", "empty", "a folder", "of an older version"])
-def test_a_result_that_is_not_as_it_was_written_is_made_again(
-    command: Any, finished: Any, here: Path, damage: str
-) -> None:
+def test_a_damaged_result_is_written_again(command: Any, finished: Any, here: Path, damage: str) -> None:
     folder = here / "out"
     shutil.copytree(finished.folder, folder)
     path = folder / "result.json"

@@ -1,4 +1,4 @@
-"""`search-policy` from the command line: what it prints, what it writes, and what it does not do twice."""
+"""`search-policy` from the command line: what it prints, what it writes, and what it does not repeat."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 # What it prints
 
 
-def test_json_is_one_object_of_the_promised_shape_and_nothing_else(finished: Any) -> None:
+def test_json_is_one_object_of_the_documented_shape_and_nothing_else(finished: Any) -> None:
     assert finished.outcome.code == 0
     assert finished.outcome.err == ""
     result = finished.outcome.result
@@ -58,7 +58,7 @@ def test_json_is_one_object_of_the_promised_shape_and_nothing_else(finished: Any
     assert all(isinstance(seconds, float) and seconds >= 0 for seconds in result["seconds"].values())
 
 
-def test_json_says_what_is_on_disk(finished: Any, toy: Path) -> None:
+def test_json_matches_the_files(finished: Any, toy: Path) -> None:
     result = finished.outcome.result
     unet = load_file(finished.folder / "checkpoint" / "unet" / "diffusion_pytorch_model.safetensors")
     reference = load_file(toy / "unet" / "diffusion_pytorch_model.safetensors")
@@ -84,7 +84,7 @@ def test_the_budget_is_used(finished: Any) -> None:
     assert 0 < result["predicted_error"] < 1
 
 
-def test_people_get_a_table_on_stdout(command: Any, finished: Any) -> None:
+def test_without_json_a_table_is_printed_on_stdout(command: Any, finished: Any) -> None:
     outcome = command(*(argument for argument in finished.arguments if argument != "--json"))
     assert outcome.code == 0
     result = finished.outcome.result
@@ -98,7 +98,7 @@ def test_people_get_a_table_on_stdout(command: Any, finished: Any) -> None:
     ("formats", "identical", "said"),
     [("int4 int8 fp16", False, True), ("int4 int6 int8 fp16", False, False), ("int4 int8 fp16", True, False)],
 )
-def test_more_widths_are_named_where_there_are_more_to_have(
+def test_more_widths_are_suggested_if_they_can_help(
     finished: Any, formats: str, identical: bool, said: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = {**finished.outcome.result, "layers": dict.fromkeys(formats.split(), 1)}
@@ -108,7 +108,7 @@ def test_more_widths_are_named_where_there_are_more_to_have(
     assert ("--formats all" in capsys.readouterr().out) == said
 
 
-def test_the_process_prints_nothing_beside_the_json(process: Any, small: tuple[str, ...], here: Path) -> None:
+def test_the_process_prints_only_the_json(process: Any, small: tuple[str, ...], here: Path) -> None:
     """As a shell sees it: file descriptors, not Python's streams."""
     outcome = process("--budget", "99GB", *small, "--output-dir", "out", "--json")
     assert outcome.code == 0
@@ -138,7 +138,7 @@ def test_the_folder_holds_what_the_readme_promises(finished: Any) -> None:
 
 
 def test_the_picture_shows_the_reference_above_the_checkpoint(finished: Any, toy: Path) -> None:
-    """Each held-out sample as diffusers draws it, first with the model as it was, then with the checkpoint."""
+    """Each held-out sample as diffusers draws it, first with the original model, then with the checkpoint."""
     pipes = [DiffusionPipeline.from_pretrained(toy, dtype=torch.float32)]
     pipes.append(bitpolicy.load_pipeline(finished.folder / "checkpoint", torch.float32))
     held_out = split(PROMPTS, 0, 16, 16, 16, 16).held_out
@@ -165,7 +165,7 @@ def cell_at(sheet: np.ndarray, column: int, row: int) -> np.ndarray:
     return sheet[y : y + _CELL, x : x + _CELL]
 
 
-def test_the_policy_records_what_it_was_made_from(finished: Any, toy: Path) -> None:
+def test_the_policy_records_its_origin(finished: Any, toy: Path) -> None:
     policy = yaml.safe_load((finished.folder / "policy.yaml").read_text())
     result = finished.outcome.result
     assert policy["bitpolicy"] == 1
@@ -183,7 +183,7 @@ def test_the_checkpoint_carries_its_policy(finished: Any) -> None:
     checkpoint = finished.folder / "checkpoint"
     assert (checkpoint / "policy.yaml").read_bytes() == (finished.folder / "policy.yaml").read_bytes()
     assert yaml.safe_load((checkpoint / "policy.yaml").read_text())["defaults"]["quantizer"] == "gptq"
-    assert not (checkpoint / "calibration.safetensors").exists(), "what was rounded lies in the weights already"
+    assert not (checkpoint / "calibration.safetensors").exists(), "the weights already contain the rounded values"
     card = (finished.folder / "checkpoint" / "README.md").read_text()
     assert f"{finished.outcome.result['policy_bytes']:,}" in card
 
@@ -212,7 +212,7 @@ def test_the_same_command_again_prints_the_same_without_any_work(
     assert command(*finished.arguments, "--quiet").err == ""
 
 
-def test_a_dry_run_says_the_plan_and_writes_nothing(command: Any, small: tuple[str, ...], here: Path) -> None:
+def test_a_dry_run_prints_the_plan_and_writes_nothing(command: Any, small: tuple[str, ...], here: Path) -> None:
     outcome = command("--budget", "50%", *small, "--dry-run")
     assert outcome.code == 0
     for shown in ("83 layers", "smallest", "16 calibration", "nothing was written"):
@@ -220,7 +220,7 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(command: Any, small: tuple[s
     assert list(here.iterdir()) == []
 
 
-def test_without_an_output_folder_it_goes_here(command: Any, small: tuple[str, ...], here: Path) -> None:
+def test_the_default_output_folder_is_in_the_current_one(command: Any, small: tuple[str, ...], here: Path) -> None:
     assert command("--budget", "99GB", *small, "--json").result["output_dir"] == "bitpolicy-out"
     assert [path.name for path in here.iterdir()] == ["bitpolicy-out"]
 
@@ -264,20 +264,20 @@ def test_a_budget_of_exactly_the_smallest_policy_is_met(command: Any, small: tup
     assert result["predicted_error"] is None
 
 
-@pytest.mark.parametrize(("count", "told"), [(7, True), (8, False)])
-def test_fewer_than_eight_prompts_are_told(
-    command: Any, small: tuple[str, ...], here: Path, count: int, told: bool
+@pytest.mark.parametrize(("count", "reported"), [(7, True), (8, False)])
+def test_fewer_than_eight_prompts_are_reported(
+    command: Any, small: tuple[str, ...], here: Path, count: int, reported: bool
 ) -> None:
     (here / "few.txt").write_text("\n".join(f"word{i}" for i in range(count)))
     outcome = command("--budget", "99GB", *small, "--prompts", "few.txt", "--json")
     assert outcome.code == 0
-    assert ("fewer than 8 prompts" in outcome.err) is told
+    assert ("fewer than 8 prompts" in outcome.err) is reported
 
 
 # Folders that hold something
 
 
-def test_overwrite_replaces_a_search_and_keeps_what_is_not_ours(
+def test_overwrite_replaces_a_search_and_keeps_other_files(
     command: Any, small: tuple[str, ...], finished: Any, here: Path
 ) -> None:
     shutil.copytree(finished.folder, here / "out")
@@ -295,7 +295,7 @@ def test_overwrite_replaces_a_search_and_keeps_what_is_not_ours(
     assert not (here / "out" / "checkpoint" / "calibration.safetensors").exists()
 
 
-def test_overwrite_goes_into_a_folder_of_something_else(command: Any, small: tuple[str, ...], here: Path) -> None:
+def test_overwrite_accepts_a_folder_with_something_else(command: Any, small: tuple[str, ...], here: Path) -> None:
     (here / "out").mkdir()
     (here / "out" / "mine.txt").write_text("mine")
     assert command("--budget", "99GB", *small, "--output-dir", "out", "--overwrite", "--json").code == 0
@@ -303,17 +303,17 @@ def test_overwrite_goes_into_a_folder_of_something_else(command: Any, small: tup
     assert (here / "out" / "checkpoint" / "model_index.json").is_file()
 
 
-def test_no_resume_makes_the_result_anew(command: Any, small: tuple[str, ...], here: Path) -> None:
+def test_no_resume_runs_the_search_again(command: Any, small: tuple[str, ...], here: Path) -> None:
     arguments = ("--budget", "99GB", *small, "--output-dir", "out", "--json")
     command(*arguments)
     (here / "out" / "checkpoint" / "README.md").unlink()
-    anew = command(*arguments, "--no-resume")
-    assert anew.code == 0
-    assert "finished" not in anew.err
+    again = command(*arguments, "--no-resume")
+    assert again.code == 0
+    assert "finished" not in again.err
     assert (here / "out" / "checkpoint" / "README.md").is_file()
 
 
-def test_an_empty_folder_is_used_as_it_is(command: Any, small: tuple[str, ...], here: Path) -> None:
+def test_an_empty_folder_is_accepted(command: Any, small: tuple[str, ...], here: Path) -> None:
     (here / "out").mkdir()
     assert command("--budget", "99GB", *small, "--output-dir", "out", "--json").code == 0
 
@@ -321,7 +321,7 @@ def test_an_empty_folder_is_used_as_it_is(command: Any, small: tuple[str, ...], 
 # Same settings, same policy
 
 
-def test_equal_commands_in_two_folders_make_equal_files(
+def test_equal_commands_in_two_folders_write_equal_files(
     command: Any, small: tuple[str, ...], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ("--budget", "40%", *small, "--probe", "weight", "--trials", "1", "--json")
@@ -339,7 +339,7 @@ def test_equal_commands_in_two_folders_make_equal_files(
 
 @pytest.fixture
 def wild(half_pipeline: Any, here: Path) -> Path:
-    """A toy whose middle convolution is given 6e4 everywhere; the norm after it takes that off again."""
+    """A toy whose middle convolution gets the input 6e4 everywhere; the next norm removes that again."""
     pipe = half_pipeline()
     resnet = pipe.unet.mid_block.resnets[0]
     resnet.norm1.weight.data.zero_()
@@ -351,7 +351,7 @@ def wild(half_pipeline: Any, here: Path) -> Path:
     return here / "wild"
 
 
-def test_a_bias_that_float16_cannot_hold_stays_as_it_is_from_the_probe_to_the_checkpoint(
+def test_a_bias_that_float16_could_not_hold_is_not_corrected_from_the_probe_to_the_checkpoint(
     command: Any, small: tuple[str, ...], wild: Path, here: Path
 ) -> None:
     name = "mid_block.resnets.0.conv1"

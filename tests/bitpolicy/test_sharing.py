@@ -24,7 +24,8 @@ PROBE = ("-m", "bitpolicy", "probe", "--quiet")
 
 
 def arguments(small: Sequence[str], folder: Path) -> list[str]:
-    """Three samples with two vectors of their own and two in common: parts that three cannot share evenly."""
+    """Three samples with two vectors of their own and two shared ones: parts that three processes cannot share
+    evenly."""
     without_trials = list(small)[: list(small).index("--trials")]
     without_trials[without_trials.index("--guidance-scale") + 1] = "9"  # errors large enough to be measured again
     sizes = ("--samples", "3", "--vectors", "2", "--split", "--shared", "2", "--remeasure", "2")
@@ -37,21 +38,21 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def alone(small: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process makes without a stop."""
+    """What one process writes without a stop."""
     folder = tmp_path_factory.mktemp("alone") / "out"
     subprocess.run([sys.executable, *PROBE, *arguments(small, folder)], check=True, capture_output=True, timeout=200)
     return folder
 
 
 def launched(processes: int, *command: str) -> list[str]:
-    """The command under `accelerate launch`, on a port of its own; where there is no GPU its processes use the CPU."""
+    """The command under `accelerate launch`, on its own port; without a GPU, its processes use the CPU."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
     ports = ("--main_process_port", str(random.randint(20000, 40000)))
     settings = ("--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no")
     return [*launcher, *settings, *ports, *command]
 
 
-def test_two_processes_make_the_table_of_one(small: tuple[str, ...], alone: Path, tmp_path: Path) -> None:
+def test_two_processes_produce_the_table_of_one(small: tuple[str, ...], alone: Path, tmp_path: Path) -> None:
     line = launched(2, *PROBE, *arguments(small, tmp_path / "out"))
     done = subprocess.run(line, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -60,7 +61,7 @@ def test_two_processes_make_the_table_of_one(small: tuple[str, ...], alone: Path
     assert "2 processes" in done.stdout
 
 
-def test_processes_that_keep_folders_of_their_own_end_with_all_pieces(
+def test_processes_with_separate_folders_end_with_all_pieces(
     small: tuple[str, ...], alone: Path, tmp_path: Path
 ) -> None:
     """As on machines that share no disk: each process writes below its rank."""
@@ -77,7 +78,7 @@ def test_processes_that_keep_folders_of_their_own_end_with_all_pieces(
     assert len(of_one) > 10
 
 
-def test_a_killed_probe_ends_as_if_it_had_not_been(small: tuple[str, ...], alone: Path, tmp_path: Path) -> None:
+def test_a_killed_probe_ends_as_if_it_had_never_stopped(small: tuple[str, ...], alone: Path, tmp_path: Path) -> None:
     """SIGKILL at random moments after the first piece, three times, until a run gets through."""
     draw, kills = random.Random(0), 0
     line = [sys.executable, *PROBE, *arguments(small, tmp_path / "out")]
@@ -109,7 +110,7 @@ def _pieces(folder: Path) -> int:
     return len(list(folder.rglob("*.safetensors")))
 
 
-def test_the_table_tells_where_each_number_came_from(alone: Path) -> None:
+def test_the_table_records_the_source_of_each_number(alone: Path) -> None:
     table = read_table(alone / "sensitivity.safetensors")
     assert table.measured is not None
     count = int(table.measured.sum())

@@ -103,7 +103,7 @@ def test_a_line_that_is_not_an_object_is_named(lines: Callable[..., Path], line:
 
 @pytest.mark.parametrize("content", ["", "\n  \n"])
 def test_a_file_without_lines_is_refused(lines: Callable[..., Path], content: str) -> None:
-    with pytest.raises(BitPolicyError, match="has no prompt in it; write one a line"):
+    with pytest.raises(BitPolicyError, match="has no prompt in it; write one"):
         load_requests(lines(content))
 
 
