@@ -20,6 +20,7 @@ from bitpolicy.policies.storage.pipeline_files import read_json
 from bitpolicy.policies.storage.source import TensorSource
 from bitpolicy.policies.storage.source_converted import Converter, converted
 
+_COUNTS = ("layers", "depth", "blocks")  # the names of entries that are numbers of layers contain one of these
 MOST_MODULES = 200_000  # of a model or a pipeline; a large one has about ten thousand
 
 
@@ -39,16 +40,50 @@ def bounded() -> Iterator[None]:
         nonlocal built
         built += 1
         if built > MOST_MODULES:
-            raise BitPolicyError(
-                f"a config asks for a model of more than {MOST_MODULES:,} modules, so it is damaged or not a model's; "
-                "download it again"
-            )
+            raise _too_large("a config")
 
     counting = register_module_module_registration_hook(count)
     try:
         yield
     finally:
         counting.remove()
+
+
+def require_bounded(config: Mapping[str, Any], which: str) -> None:
+    """Refuse numbers of layers that no model has, before a constructor allocates a list of that length.
+
+    Args:
+        config: the content of a config.json.
+        which: name of the config for the message.
+
+    Raises:
+        BitPolicyError: it asks for more than `MOST_MODULES` layers.
+    """
+    for name, value in config.items():
+        if isinstance(value, dict):
+            require_bounded(value, which)
+        elif any(word in name for word in _COUNTS) and any(_counts_too_many(number) for number in _flat(value)):
+            raise _too_large(which)
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """The entries of nested lists."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _flat(item)
+    else:
+        yield value
+
+
+def _counts_too_many(value: Any) -> bool:
+    return isinstance(value, int | float) and value > MOST_MODULES
+
+
+def _too_large(which: str) -> BitPolicyError:
+    return BitPolicyError(
+        f"{which} asks for a model of more than {MOST_MODULES:,} modules, so it is damaged or not a model's; download "
+        "it again"
+    )
 
 
 @contextmanager
@@ -96,6 +131,7 @@ def skeleton(class_name: str, config: Path | Mapping[str, Any]) -> Any:
     which = f"the config in {config}" if isinstance(config, Path) else "the config"
     said = read_json(config / kind.config_name) if isinstance(config, Path) else dict(config)
     _require_numbers(kind, said, which)
+    require_bounded(said, which)
     with bounded(), init_empty_weights(), config_to_blame(class_name, which):
         model = kind.from_config(said)
     return model.eval()

@@ -51,10 +51,14 @@ def test_a_config_that_asks_for_billions_of_layers_is_refused_before_they_are_bu
     monkeypatch.setattr(diffusers_files, "MOST_MODULES", 2000)
     folder = saved(F16)
     change_config(folder / component / "config.json", **{entry: 2**31})
-    with pytest.raises(BitPolicyError, match="a config asks for a model of more than 2,000 modules"):
-        FolderParts(folder, [component])
-    with pytest.raises(BitPolicyError, match="a config asks for a model of more than 2,000 modules"):
-        open_pipeline(folder)
+    for build in (lambda: FolderParts(folder, [component]), lambda: open_pipeline(folder)):
+        with pytest.raises(BitPolicyError, match=f"{component} asks for a model of more than 2,000 modules"):
+            build()
+    with (
+        diffusers_files.bounded(),
+        pytest.raises(BitPolicyError, match="a config asks for a model of more than 2,000 modules"),
+    ):
+        torch.nn.ModuleList(torch.nn.Linear(1, 1, device="meta") for _ in range(2001))
 
 
 @pytest.mark.parametrize(
