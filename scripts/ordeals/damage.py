@@ -14,7 +14,7 @@ from ordeals.byte_damage import BYTES, header_damaged
 from ordeals.text_damage import json_damaged, yaml_damaged
 
 NOBODY = 65534  # a user without access to files that are closed to others
-_SYSTEM = ("/etc/passwd", "/dev/null", "/dev/zero", "/dev/full", "/proc/self/mem", "/no/such/file", "/")
+SYSTEM = ("/etc/passwd", "/dev/null", "/dev/zero", "/dev/full", "/proc/self/mem", "/no/such/file", "/")
 
 
 def damage(path: Path, draw: Random) -> str:
@@ -74,7 +74,7 @@ def _folder(path: Path, draw: Random) -> None:
 
 def _link(path: Path, draw: Random) -> None:
     path.unlink()
-    path.symlink_to(draw.choice((*_SYSTEM, path.name)))
+    path.symlink_to(draw.choice((*SYSTEM, path.name)))
 
 
 def _pipe(path: Path, draw: Random) -> None:

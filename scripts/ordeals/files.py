@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,12 +16,15 @@ from random import Random
 
 from ordeals import operations as do
 from ordeals.artefacts import Artefacts
-from ordeals.damage import NOBODY, damage
+from ordeals.damage import NOBODY, SYSTEM, damage
 from ordeals.judge import SAME, Values, Verdict, judged
 from ordeals.values import loaded_by_diffusers
 
 Operation = Callable[[Path], Values]
 """An operation on a copy of an artefact's folder."""
+
+
+OUTSIDE = [path for path in SYSTEM if not path.startswith("/proc")]  # inodes change by themselves there
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Files:
         self._made, self._seed, self._work = made, seed, work
         self.kinds = kinds(made)
         self._expected: dict[tuple[str, str, str], Values] = {}
+        self._outside = _identities(OUTSIDE)
 
     def case(self, number: int) -> Case:
         """Run one case."""
@@ -85,8 +89,15 @@ class Files:
         done = damage(copy / file, draw)
         act = partial(self._act, kind, name, file, copy)
         verdict = judged(act, expected, as_nobody=done == "unreadable" and _open_to_all(copy))
+        self._require_untouched(number)
         _removed(copy.parent)
         return Case(number, kind.name, str(file), done, name, verdict)
+
+    def _require_untouched(self, number: int) -> None:
+        """Stop at once if a case replaced a file of the system that a link leads to: root can."""
+        now = _identities(OUTSIDE)
+        if changed := [path for path, identity in self._outside.items() if now[path] != identity]:
+            raise RuntimeError(f"case {number} replaced {', '.join(changed)}, to which a damaged file is a link")
 
     def cases(self, first: int, count: int) -> Iterator[Case]:
         for number in range(first, count):
@@ -118,6 +129,19 @@ class Files:
             for path in (copy.parent, copy, *copy.rglob("*")):
                 os.chown(path, NOBODY, NOBODY)
         return copy
+
+
+def _identities(paths: Iterable[str]) -> dict[str, tuple[int, int] | None]:
+    """The type and inode of what is at each path; None if there is nothing."""
+    found: dict[str, tuple[int, int] | None] = {}
+    for path in paths:
+        try:
+            state = os.stat(path)
+        except OSError:
+            found[path] = None
+        else:
+            found[path] = (state.st_mode, state.st_ino)
+    return found
 
 
 def _open_to_all(folder: Path) -> bool:
