@@ -89,7 +89,7 @@ def test_each_line_is_a_request_with_paths_relative_to_the_file(lines: Callable[
 
 @pytest.mark.parametrize("line", ["a red heart", "{'prompt': 'a cat'}", '{"prompt": "a cat"', '{"prompt": }'])
 def test_a_line_that_is_not_json_is_named(lines: Callable[..., Path], line: str) -> None:
-    with pytest.raises(BitPolicyError, match=r"^--prompts .*requests\.jsonl, line 3 is no JSON: "):
+    with pytest.raises(BitPolicyError, match=r"^--prompts .*requests\.jsonl, line 3 is not JSON: "):
         load_requests(lines({"prompt": "a cat"}, "", line))
 
 

@@ -307,7 +307,7 @@ def test_the_record_has_what_its_scope_needs_and_survives_the_file(
 @pytest.mark.parametrize("name", sorted(PEAK_RECORD.keys() - {"asked", "bytes", "scope"}))
 def test_a_record_without_what_its_scope_needs_is_refused(name: str) -> None:
     BudgetRecord.model_validate(PEAK_RECORD)
-    with pytest.raises(ValidationError, match=f"scope 'peak' goes with {name}"):
+    with pytest.raises(ValidationError, match=f"scope 'peak' needs {name}"):
         BudgetRecord.model_validate({**PEAK_RECORD, name: None})
-    with pytest.raises(ValidationError, match=f"scope 'weights' goes without {name}"):
+    with pytest.raises(ValidationError, match=f"scope 'weights' does not allow {name}"):
         BudgetRecord.model_validate({"asked": "5MB", "bytes": 5_000_000, name: PEAK_RECORD[name]})
