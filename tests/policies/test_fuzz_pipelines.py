@@ -100,8 +100,8 @@ def test_a_shard_that_is_a_path_is_refused(source: Path, tmp_path: Path, name: s
 @pytest.mark.parametrize(
     ("file", "entries", "complaint"),
     [
-        ("unet/config.json", {"quantization_config": {"storage_dtype": "load"}}, "storage_dtype is 'load', needed one"),
-        ("unet/config.json", {"quantization_config": [1]}, "quantization_config is list, needed a mapping"),
+        ("unet/config.json", {"quantization_config": {"storage_dtype": "load"}}, "storage_dtype is 'load', expected"),
+        ("unet/config.json", {"quantization_config": [1]}, "quantization_config is list, expected a mapping"),
         ("model_index.json", {"unet": ["diffusers"]}, ""),
     ],
     ids=["a dtype that is none", "a list", "half an entry"],
