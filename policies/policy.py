@@ -281,7 +281,8 @@ class Policy(_Strict):
         try:
             found = cls.model_validate(data)
         except ValidationError as error:
-            first = error.errors()[0]
+            errors = error.errors()
+            first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])  # a misspelled entry
             where = ".".join(str(part) for part in first["loc"])
             raise PolicyError(f"{path}: {where}: {first['msg']}; fix that entry or make the policy again") from error
         found._path = Path(path)

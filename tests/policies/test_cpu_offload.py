@@ -33,7 +33,7 @@ def checkpoint(
         to_storage(getattr(pipe, name), torch.float16)
     together = MemoryParts(pipe, list(MODELS)).target
     choices = {name: Choice(choice.format) for name, choice in every_format_in_turn(together).items()}
-    export_pipeline(pipe, ["", ""].join(MODELS), policy_of(together, choices), Calibration(), folder)
+    export_pipeline(pipe, list(MODELS), policy_of(together, choices), Calibration(), folder)
     return folder
 
 
