@@ -29,10 +29,8 @@ from pathlib import Path
 import torch
 from peers.entry import MODEL, ROOT
 from peers.own_model import OUTPUT, call
-from peers.samples import HELD_OUT, plan_of, write_samples
+from peers.samples import captions_shown, plan_of, write_samples
 from safetensors.torch import load_file
-from scene_judge import shipped_judge, shown
-from scenes import unseen_captions
 
 from bitpolicy.kernels.formats.format import Format
 from bitpolicy.policies.apply import quantized
@@ -171,12 +169,8 @@ def finished(
 
 
 def _shown(plan: Plan, pictures: torch.Tensor) -> list[bool] | None:
-    """Whether each image shows its caption; None if the prompts are not captions."""
-    scenes = {scene.caption: scene for scene in unseen_captions(HELD_OUT)}
-    prompts = [sample.prompt for sample in plan.split.held_out[: len(pictures)]]
-    if any(prompt not in scenes for prompt in prompts):
-        return None
-    return shown(shipped_judge(), pictures * 2 - 1, [scenes[prompt] for prompt in prompts])
+    """Whether each held-out image shows its caption; None if the prompts are not captions."""
+    return captions_shown([sample.prompt for sample in plan.split.held_out], pictures)
 
 
 def decibels(ratio: torch.Tensor) -> float:

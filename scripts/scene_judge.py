@@ -76,22 +76,24 @@ def shipped_judge() -> Judge:
 @torch.no_grad()
 def shown(judge: Judge, pictures: torch.Tensor, scenes: list[Scene]) -> list[bool]:
     """Whether each picture, float32 in [-1, 1] of shape (B, 3, 64, 64), shows its scene's things and ground."""
-    cells, ground = judge(pictures)
-    here, colour = labels(scenes)
-    things = ((cells.amax(dim=(2, 3)) > 0).cpu() == (here > 0)).all(dim=1)
-    return (things & (ground.argmax(1).cpu() == colour)).tolist()
+    things, grounds = _seen(*judge(pictures), scenes)
+    return (things & grounds).tolist()
 
 
 @torch.no_grad()
 def score(judge: Judge, pictures: torch.Tensor, scenes: list[Scene]) -> Score:
     """The share of pictures, float32 in [-1, 1] of shape (B, 3, 64, 64), that show their scenes."""
     cells, ground = judge(pictures)
-    here, colour = labels(scenes)
-    things = ((cells.amax(dim=(2, 3)) > 0).cpu() == (here > 0)).all(dim=1)
-    grounds = ground.argmax(1).cpu() == colour
+    things, grounds = _seen(cells, ground, scenes)
     placed = torch.tensor([_in_place(each, scene) for each, scene in zip(cells.cpu(), scenes, strict=True)])
     each = (things, grounds, things & grounds, things & grounds & placed)
     return Score(*(part.float().mean().item() for part in each))
+
+
+def _seen(cells: torch.Tensor, ground: torch.Tensor, scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether the judge sees each scene's things and no others, and its ground, bool, shape (B,) each."""
+    here, colour = labels(scenes)
+    return ((cells.amax(dim=(2, 3)) > 0).cpu() == (here > 0)).all(dim=1), ground.argmax(1).cpu() == colour
 
 
 def _in_place(cells: torch.Tensor, scene: Scene) -> bool:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import inspect
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from benchmark_policies import usually_kept
 from peers.entry import MODEL
 from peers.own_model import OUTPUT
 from safetensors.torch import save_file
+from scene_judge import shipped_judge, shown
 from scenes import draw_scene, unseen_captions
 from shipped_models import CALLS
 from torch import nn
@@ -67,6 +69,20 @@ def drawn_captions(count: int) -> tuple[str, ...]:
     while len(found) < count:
         found[draw_scene(stream).caption] = None
     return tuple(found)
+
+
+def captions_shown(prompts: Sequence[str], images: torch.Tensor) -> list[bool] | None:
+    """Whether each image shows its held-out caption; None if the prompts are not captions of scenes.
+
+    Args:
+        prompts: of the images, or more.
+        images: float32 in [0, 1], shape (B, 3, 64, 64).
+    """
+    scenes = {scene.caption: scene for scene in unseen_captions(HELD_OUT)}
+    asked = prompts[: len(images)]
+    if any(prompt not in scenes for prompt in asked):
+        return None
+    return shown(shipped_judge(), images * 2 - 1, [scenes[prompt] for prompt in asked])
 
 
 def held_out(plan: Plan, names: list[str]) -> tuple[Sample, ...]:

@@ -13,15 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from peers.entry import MODEL, SHARES, Entry, read_entries
 from peers.metrics import measured
 from peers.plot import draw_all, draw_six, read_points
-from peers.samples import HELD_OUT
+from peers.samples import captions_shown
 from peers.scoring import REFERENCE, Scores, decibels
 from peers.selection import read_selection
-from scene_judge import shipped_judge, shown
-from scenes import unseen_captions
 
 _DRAWS = 10_000
 
@@ -111,7 +108,9 @@ def _evenly(errors: list[float], scores: Scores) -> list[float]:
 def _row(scores: Scores, work: Path, share: float, entry: Entry, errors: list[float]) -> Row:
     exact, pictures = (scores.images(name, "held_out", len(errors)) for name in (REFERENCE, entry.name))
     found = measured(exact, pictures, MODEL, work / "metrics" / f"{scores.key(entry.name)}-{len(errors)}.json")
-    values = {"psnr": decibels(errors), **_small(found.per_image), **_right(scores.prompts("held_out"), pictures)}
+    values = {"psnr": decibels(errors), **_small(found.per_image)}
+    if (shows := captions_shown(scores.prompts("held_out"), pictures)) is not None:
+        values["right"] = [float(each) for each in shows]
     return Row(share, entry, values, found.per_set, found.missing, scores.prompts("held_out"))
 
 
@@ -121,15 +120,6 @@ def _small(per_image: dict[str, list[float]]) -> dict[str, list[float]]:
         ("1 - ssim" if name == "ssim" else name): [1 - value for value in values] if name == "ssim" else values
         for name, values in per_image.items()
     }
-
-
-def _right(prompts: Sequence[str], images: torch.Tensor) -> dict[str, list[float]]:
-    """Whether each image shows what its caption asks for, 0 or 1; empty if the prompts are not captions of scenes."""
-    scenes = {scene.caption: scene for scene in unseen_captions(HELD_OUT)}
-    if any(prompt not in scenes for prompt in prompts[: len(images)]):
-        return {}
-    asked = [scenes[prompt] for prompt in prompts[: len(images)]]
-    return {"right": [float(each) for each in shown(shipped_judge(), images * 2 - 1, asked)]}
 
 
 def _section(share: float, rows: list[Row], reference: int) -> list[str]:
