@@ -8,21 +8,19 @@ The policy records the hash of the calibration, so an export uses exactly what w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 
 from bitpolicy.policies.choice import Choice
 from bitpolicy.policies.finite import is_finite
 from bitpolicy.policies.identity import tensors_digest
+from bitpolicy.policies.lazy import Lazy, layer_prefix, within_component
 
 _MADE_FROM = "made from"  # name of the tensor that holds the hash of the weights; no layer's name has a space
-K = TypeVar("K")
-S = TypeVar("S")
-T = TypeVar("T")
 
 
 class RoundedKey(NamedTuple):
@@ -85,7 +83,7 @@ class Calibration:
         keys = {key: name for name in tensors if (key := RoundedKey.read(name)) is not None}
         layers = {name: name for name in tensors if "/" not in name and name != _MADE_FROM}
         made_from = bytes(tensors[_MADE_FROM].tolist()).decode() if _MADE_FROM in tensors else None
-        return cls(_renamed(tensors, layers), _renamed(tensors, keys), made_from)
+        return cls(Lazy.renamed(tensors, layers), Lazy.renamed(tensors, keys), made_from)
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
         """All tensors under the names that they have in the file, looked up lazily."""
@@ -94,7 +92,7 @@ class Calibration:
         read |= {str(key): partial(self.rounded.__getitem__, key) for key in self.rounded}
         if self.made_from is not None:
             read[_MADE_FROM] = partial(_ascii, self.made_from)
-        return _Lazy(read)
+        return Lazy(read)
 
     def __bool__(self) -> bool:
         """Whether it has any entries."""
@@ -132,16 +130,16 @@ class Calibration:
         Args:
             components: all that the calibration covers. If there is only one, layer names have no prefix.
         """
-        if len(components) == 1:
+        start = layer_prefix(component, components)
+        if not start:
             return self
-        start = f"{component}."
-        means = {name.removeprefix(start): name for name in self.input_means if name.startswith(start)}
         keys = {
             key._replace(layer=key.layer.removeprefix(start)): key
             for key in self.rounded
             if key.layer.startswith(start)
         }
-        return replace(self, input_means=_renamed(self.input_means, means), rounded=_renamed(self.rounded, keys))
+        means = within_component(self.input_means, start)
+        return replace(self, input_means=means, rounded=Lazy.renamed(self.rounded, keys))
 
     @property
     def sha256(self) -> str:
@@ -161,31 +159,3 @@ def digest_of(tensors: Mapping[str, torch.Tensor], dtypes: bool = True) -> str:
 def _ascii(value: str) -> torch.Tensor:
     """The characters, uint8."""
     return torch.frombuffer(bytearray(value.encode()), dtype=torch.uint8)
-
-
-class _Lazy(Mapping[K, T]):
-    """A mapping that reads a value on each lookup and does not keep it."""
-
-    def __init__(self, read: Mapping[K, Callable[[], T]]) -> None:
-        self._read = read
-
-    def __getitem__(self, key: K) -> T:
-        return self._read[key]()
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._read
-
-    def __iter__(self) -> Iterator[K]:
-        return iter(self._read)
-
-    def __len__(self) -> int:
-        return len(self._read)
-
-
-def _renamed(entries: Mapping[S, T], keys: Mapping[K, S]) -> Mapping[K, T]:
-    """A lazy view of some entries under other keys.
-
-    Args:
-        keys: new key -> key in `entries`.
-    """
-    return _Lazy({new: partial(entries.__getitem__, key) for new, key in keys.items()})

@@ -18,6 +18,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.layers import PackedLayer, Quantizable, packed_layers, quantizable_layers
 from bitpolicy.policies.components import ALL, DENOISERS, denoisers_of, lacks, runs_in_loop, takes_timestep
 from bitpolicy.policies.identity import config_hash, weights_hash
+from bitpolicy.policies.lazy import layer_prefix, within_component
 
 T = TypeVar("T")
 _NEVER_STUDIED = ("safety_checker",)  # it checks images and does not make them
@@ -172,31 +173,6 @@ def loop_denoisers(pipe: DiffusionPipeline, target: Target) -> list[nn.Module]:
     if not names:
         raise lacks(pipe, f"component named {' or '.join(DENOISERS)}")
     return [getattr(pipe, name) for name in names]
-
-
-def layer_prefix(component: str, components: Sequence[str]) -> str:
-    """The prefix of a component's layer names when `components` are under study."""
-    return "" if len(components) == 1 else f"{component}."
-
-
-def within_component(by_layer: Mapping[str, T], prefix: str) -> Mapping[str, T]:
-    """The entries whose names begin with `prefix`, by the rest of the name, looked up lazily."""
-    return _Within(by_layer, prefix) if prefix else by_layer
-
-
-class _Within(Mapping[str, T]):
-    def __init__(self, by_layer: Mapping[str, T], prefix: str) -> None:
-        self._by_layer = by_layer
-        self._names = {name.removeprefix(prefix): name for name in by_layer if name.startswith(prefix)}
-
-    def __getitem__(self, name: str) -> T:
-        return self._by_layer[self._names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def _every_denoiser(pipe: DiffusionPipeline) -> Iterable[str]:
