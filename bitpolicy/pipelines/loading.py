@@ -27,7 +27,7 @@ from bitpolicy.policies.checkpoints.manifest import verify
 from bitpolicy.policies.checkpoints.parts import MemoryParts, Parts, require_no_adapter
 from bitpolicy.policies.components import ALL, DENOISERS, to_text
 from bitpolicy.policies.identity import config_hash, weights_hash
-from bitpolicy.policies.loading.diffusers_files import bounded, require_bounded
+from bitpolicy.policies.loading.diffusers_files import bounded
 from bitpolicy.policies.loading.named_classes import require_known_classes
 from bitpolicy.policies.loading.nothing_missing import nothing_missing
 from bitpolicy.policies.loading.packed_config import METHOD
@@ -224,12 +224,12 @@ def open_pipeline(
     files = PipelineFiles(folder, variant)
     for name in files.components:
         files.weights(name)  # refuses pickles
-        if (folder / name / "config.json").is_file():
-            require_bounded(read_json(folder / name / "config.json"), f"the config in {folder / name}")
+    parts = [folder / name for name in files.components if (folder / name / "config.json").is_file()]
+    configs = {f"the config in {part}": read_json(part / "config.json") for part in parts}
     dtypes: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     usual = torch.get_default_dtype()
     try:
-        with bounded(), nothing_missing():
+        with bounded(configs), nothing_missing():
             return DiffusionPipeline.from_pretrained(
                 str(folder), variant=variant, local_files_only=True, use_safetensors=True, **dtypes
             )

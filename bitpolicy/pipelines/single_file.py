@@ -21,7 +21,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.pipelines.hub import download_configs
 from bitpolicy.policies.checkpoints.parts import MemoryParts
 from bitpolicy.policies.components import DENOISERS, to_text
-from bitpolicy.policies.loading.diffusers_files import bounded, fitted, require_bounded, skeleton
+from bitpolicy.policies.loading.diffusers_files import bounded, fitted, skeleton
 from bitpolicy.policies.loading.named_classes import class_named, require_known_classes
 from bitpolicy.policies.loading.nothing_missing import nothing_missing
 from bitpolicy.policies.storage.file_source import FileSource
@@ -141,9 +141,8 @@ class SingleFile:
             )
         kind = class_named(*self.configs.kind(name), self.configs.folder / "model_index.json")
         folder = self.configs.folder / name
-        require_bounded(read_json(folder / "config.json"), f"the config in {folder}")
-        with bounded(), nothing_missing():
-            return kind.from_pretrained(self.configs.folder / name, dtype=dtype, local_files_only=True)
+        with bounded({f"the config in {folder}": read_json(folder / "config.json")}), nothing_missing():
+            return kind.from_pretrained(folder, dtype=dtype, local_files_only=True)
 
     def parts(self, dtype: torch.dtype) -> MemoryParts:
         """The parts to export: the denoiser stays in the file, everything else is loaded."""

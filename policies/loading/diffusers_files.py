@@ -25,15 +25,20 @@ MOST_MODULES = 200_000  # of a model or a pipeline; a large one has about ten th
 
 
 @contextmanager
-def bounded() -> Iterator[None]:
+def bounded(configs: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
     """Limit how many modules can be built while the block runs.
 
     A config can ask for billions, and building them would fill the memory long before anything is compared with the
-    weights.
+    weights. A constructor may even allocate a list of that length first, so the numbers of layers are checked before.
+
+    Args:
+        configs: the name of each config, for the message -> the content of its config.json.
 
     Raises:
-        BitPolicyError: in the block, when there are more than `MOST_MODULES`.
+        BitPolicyError: a config asks for more than `MOST_MODULES` layers, or the block builds more modules.
     """
+    for which, config in configs.items():
+        _require_bounded(config, which)
     built = 0
 
     def count(*_: Any) -> None:
@@ -49,19 +54,11 @@ def bounded() -> Iterator[None]:
         counting.remove()
 
 
-def require_bounded(config: Mapping[str, Any], which: str) -> None:
-    """Refuse numbers of layers that no model has, before a constructor allocates a list of that length.
-
-    Args:
-        config: the content of a config.json.
-        which: name of the config for the message.
-
-    Raises:
-        BitPolicyError: it asks for more than `MOST_MODULES` layers.
-    """
+def _require_bounded(config: Mapping[str, Any], which: str) -> None:
+    """Refuse numbers of layers that no model has."""
     for name, value in config.items():
         if isinstance(value, dict):
-            require_bounded(value, which)
+            _require_bounded(value, which)
         elif any(word in name for word in _COUNTS) and any(_counts_too_many(number) for number in _flat(value)):
             raise _too_large(which)
 
@@ -131,8 +128,7 @@ def skeleton(class_name: str, config: Path | Mapping[str, Any]) -> Any:
     which = f"the config in {config}" if isinstance(config, Path) else "the config"
     said = read_json(config / kind.config_name) if isinstance(config, Path) else dict(config)
     _require_numbers(kind, said, which)
-    require_bounded(said, which)
-    with bounded(), init_empty_weights(), config_to_blame(class_name, which):
+    with bounded({which: said}), init_empty_weights(), config_to_blame(class_name, which):
         model = kind.from_config(said)
     return model.eval()
 

@@ -15,7 +15,7 @@ import transformers
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.format import TensorSpec
-from bitpolicy.policies.loading.diffusers_files import bounded, config_to_blame, require_bounded
+from bitpolicy.policies.loading.diffusers_files import bounded, config_to_blame
 from bitpolicy.policies.storage.pipeline_files import read_json
 from bitpolicy.policies.storage.source import TensorSource
 
@@ -35,12 +35,13 @@ def text_encoder_skeleton(class_name: str, folder: Path) -> Any:
             f"transformers {transformers.__version__} has no model {class_name}; load the pipeline and export it "
             "from memory: bitpolicy.export(pipe, policy, folder)"
         )
-    require_bounded(read_json(folder / "config.json"), f"the config in {folder}")
-    with config_to_blame(class_name, f"the config in {folder}"):
-        config = kind.config_class.from_pretrained(folder, local_files_only=True)
-    # accelerate's way to build without values would separate weights that two layers share
-    with bounded(), torch.device("meta"), config_to_blame(class_name, f"the config in {folder}"):
-        model = kind(config)
+    which = f"the config in {folder}"
+    with bounded({which: read_json(folder / "config.json")}):
+        with config_to_blame(class_name, which):
+            config = kind.config_class.from_pretrained(folder, local_files_only=True)
+        # accelerate's way to build without values would separate weights that two layers share
+        with torch.device("meta"), config_to_blame(class_name, which):
+            model = kind(config)
     return model.eval()
 
 

@@ -55,7 +55,7 @@ def test_a_config_that_asks_for_billions_of_layers_is_refused_before_they_are_bu
         with pytest.raises(BitPolicyError, match=f"{component} asks for a model of more than 2,000 modules"):
             build()
     with (
-        diffusers_files.bounded(),
+        diffusers_files.bounded({}),
         pytest.raises(BitPolicyError, match="a config asks for a model of more than 2,000 modules"),
     ):
         torch.nn.ModuleList(torch.nn.Linear(1, 1, device="meta") for _ in range(2001))
