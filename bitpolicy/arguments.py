@@ -74,7 +74,7 @@ def python_call(*kinds: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
     Raises (the decorated function, in addition to its own errors):
         BitPolicyError: there is no argument of that name, or its type is wrong.
     """
-    options = {name: one for name, one in _options().items() if any(one in declared_options(kind) for kind in kinds)}
+    options = _options(*kinds)
 
     def decorated(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function, eval_str=True)
@@ -161,7 +161,7 @@ def settings_for(options: Mapping[str, Any], model: str | None) -> Settings:
     """
     found: dict[str, Any] = {"model": model}
     for name, value in options.items():
-        declared = _options()[name]
+        declared = _options(Settings)[name]
         checked = checked_value(name, value, str if declared.choices else declared.python)
         found[declared.name] = _READ[declared.name](checked) if declared.name in _READ else checked
     return Settings(**found)
@@ -209,9 +209,9 @@ def _in_python_words(names: Sequence[str]) -> Iterator[None]:
 
 
 @cache
-def _options() -> dict[str, Declared]:
-    """The search options under each name that Python accepts."""
-    declared = [one for one in declared_options(Settings) if one.name != "model"]
+def _options(*kinds: type) -> dict[str, Declared]:
+    """The options of these groups under each name that Python accepts."""
+    declared = [one for kind in kinds for one in declared_options(kind) if one.name != "model"]
     return {one.name: one for one in declared} | {one.keyword: one for one in declared}
 
 
@@ -240,7 +240,7 @@ def _short(value: Any) -> str:
 @cache
 def _is_flag(name: str) -> bool:
     """Whether this option is a flag, which takes no value."""
-    return name in ("overwrite", "requantize") or (name in _options() and _options()[name].is_flag)
+    return name in ("overwrite", "requantize") or (name in _options(Settings) and _options(Settings)[name].is_flag)
 
 
 _READ: dict[str, Callable[[Any], Any]] = {

@@ -60,6 +60,11 @@ class Option:
         return self.allowed or f"at least {self.least:g}"
 
 
+def seed_option(help: str) -> Option:
+    """The description of a seed that every random generator accepts."""
+    return Option(help, least=0, most=MOST_SEED, allowed=f"a whole number from 0 to {MOST_SEED}")
+
+
 @dataclass(frozen=True)
 class AimOptions:
     """What is asked for: a size or a quality, and what the search may choose."""
@@ -285,15 +290,7 @@ class ProbeOptions:
             least=0,
         ),
     ] = 8
-    seed: Annotated[
-        int,
-        Option(
-            "Seed of samples, split and sampler. The same seed gives the same policy.",
-            least=0,
-            most=MOST_SEED,
-            allowed=f"a whole number from 0 to {MOST_SEED}",
-        ),
-    ] = 0
+    seed: Annotated[int, seed_option("Seed of samples, split and sampler. The same seed gives the same policy.")] = 0
 
 
 @dataclass(frozen=True)
@@ -357,7 +354,7 @@ class Settings(
                 "or --frontier"
             )
         for declared in declared_options(Settings):
-            declared.check(getattr(self, declared.name))
+            declared.checked(getattr(self, declared.name))
 
 
 @dataclass(frozen=True)
@@ -397,15 +394,17 @@ class Declared:
         """Its type in the Python interface."""
         return self.kind if self.option.python is None else self.option.python
 
-    def check(self, value: Any) -> None:
-        """
+    def checked(self, value: Any) -> Any:
+        """The value itself.
+
         Raises:
-            BitPolicyError: the value is not allowed.
+            BitPolicyError: it is not allowed.
         """
         if self.choices and value not in self.choices:
             raise BitPolicyError(f"unknown {self.name} {value!r}; write any of {', '.join(self.choices)}")
         if isinstance(value, int | float) and not self.is_flag and not self.option.holds(value):
             raise BitPolicyError(f"--{self.keyword.replace('_', '-')} is {value}; give {self.option.needed}")
+        return value
 
 
 @cache
@@ -426,11 +425,3 @@ def _group(kind: type, name: str) -> str:
     """The group of the class that declares the field."""
     owner: Any = next(base for base in kind.__mro__ if name in vars(base).get("__annotations__", {}))
     return owner.group
-
-
-def require_seed(seed: int) -> None:
-    """
-    Raises:
-        BitPolicyError: not every random generator accepts it.
-    """
-    next(one for one in declared_options(Settings) if one.name == "seed").check(seed)

@@ -15,6 +15,7 @@ from bitpolicy.settings import (
     HubOptions,
     ModelOptions,
     Option,
+    seed_option,
 )
 
 
@@ -127,7 +128,7 @@ class EvalOptions(ProgressOptions, QualityOptions, DeviceOptions, HubOptions, Re
             "records."
         ),
     ] = None
-    seed: Annotated[int, Option("Seed of the images. The same seed draws the same images.", least=0)] = 0
+    seed: Annotated[int, seed_option("Seed of the images. The same seed draws the same images.")] = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -120,14 +120,10 @@ def _parameter(declared: Declared) -> inspect.Parameter:
     default = inspect.Parameter.empty if declared.default is MISSING else declared.default
     if isinstance(default, tuple):
         default = ",".join(default) if kind is str else None
-    about: Any = _argument(option) if option.positional else _option(declared)
+    about: Any = typer.Argument(help=option.help) if option.positional else _option(declared)
     return inspect.Parameter(
         declared.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, about]
     )
-
-
-def _argument(option: Option) -> Any:
-    return typer.Argument(help=option.help)
 
 
 def _option(declared: Declared) -> Any:
@@ -137,20 +133,10 @@ def _option(declared: Declared) -> Any:
     return typer.Option(
         switch,
         help=option.help,
-        callback=_checked(declared),
+        callback=declared.checked,  # at once, before anything heavy is imported
         metavar=option.metavar,
         rich_help_panel=declared.group,
     )
-
-
-def _checked(declared: Declared) -> Callable[[Any], Any]:
-    """Refuses a value at once, before anything heavy is imported."""
-
-    def check(value: Any) -> Any:
-        declared.check(value)
-        return value
-
-    return check
 
 
 def _named_value(text: str) -> tuple[str, Any]:

@@ -23,7 +23,6 @@ from bitpolicy.search.quality.psnr import Psnr
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.samples import Sample, split_samples
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
-from bitpolicy.settings import require_seed
 from bitpolicy.workflow.compare import save_comparison
 from bitpolicy.workflow.decision import networks_for
 from bitpolicy.workflow.plan import default_call, warn_of_idle_arguments
@@ -36,7 +35,6 @@ def run(options: EvalOptions) -> None:
     """Run the command with these options."""
     asked = _asked(options.metrics, options.features, options.real_images)
     wanted = None if options.compute is None else parse_compute(options.compute)
-    require_seed(options.seed)
     source = load_reference(
         options.checkpoint,
         options.model,
