@@ -19,8 +19,7 @@ import torch
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.grid import GridFormat
 from bitpolicy.kernels.formats.row_chunks import quantize_in_chunks
-from bitpolicy.kernels.quantizers.hqq import hqq
-from bitpolicy.kernels.quantizers.range_search import mse
+from bitpolicy.kernels.quantizers.range_search import hqq, mse
 
 RTN = "rtn"
 AUTO = "auto"

@@ -1,10 +1,14 @@
-"""`mse`: narrower grids, where clipping a few weights rounds all the others better.
+"""`mse` and `hqq`: narrower grids, where clipping a few weights rounds all the others better.
 
 Among grids that span [a low, b high], with a and b in (0, 1], each group takes the one with the least weighted error
 
     sum_k d_k |w_k - q_k|^p,
 
-where p is 2, and d is 1 or the diagonal of a Hessian (as in GPTQ's act-order and AWQ's salience). Data-free without d.
+where d is 1 or the diagonal of a Hessian (as in GPTQ's act-order and AWQ's salience). Data-free without d.
+
+`mse` has p = 2. `hqq` has p = 0.7, which accepts a few large errors for many near zero. This is the loss of Badri and
+Shaji 2023, "HQQ", who move a real-valued zero point by half-quadratic splitting. Here zero points are stored as whole
+codes, so moving one only changes which weights are clipped, and the range is searched instead.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import torch
 from bitpolicy.kernels.formats.grid import Grid, GridFormat
 
 _SHRINK = [1 - 0.05 * i for i in range(9)]  # 1.0 down to 0.6 of an extreme
+_HQQ_POWER = 0.7  # the published value
 
 
 def searched_grid(
@@ -46,8 +51,17 @@ def searched_grid(
 
 def mse(format: GridFormat, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """The stored tensors of `weight` on the grids with least squared error."""
+    return _nearest(format, weight, 2.0)
+
+
+def hqq(format: GridFormat, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The stored tensors of `weight` on the grids with least sum |w - q|^0.7."""
+    return _nearest(format, weight, _HQQ_POWER)
+
+
+def _nearest(format: GridFormat, weight: torch.Tensor, power: float) -> dict[str, torch.Tensor]:
     rows = format.rows(weight)
-    grid = searched_grid(format, rows)
+    grid = searched_grid(format, rows, power=power)
     return format.store(format.nearest(rows, grid), grid, weight.shape)
 
 

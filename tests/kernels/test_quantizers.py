@@ -15,9 +15,8 @@ from bitpolicy.kernels.errors import BitPolicyError, FormatError
 from bitpolicy.kernels.formats.grid import Grid, GridFormat
 from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.quantizers.gptq import Curvature, gptq
-from bitpolicy.kernels.quantizers.hqq import hqq
 from bitpolicy.kernels.quantizers.named import AUTO, HESSIANS, QUANTIZERS, parse_quantizer, quantize_data_free
-from bitpolicy.kernels.quantizers.range_search import mse, searched_grid
+from bitpolicy.kernels.quantizers.range_search import hqq, mse, searched_grid
 
 GRIDS = [format for format in KINDS if isinstance(format, GridFormat)]
 SMALL = [format_named(name) for name in "int2 int3-channel-sym int4 int4-g32 int5-g32-rot nf4 fp8 int8".split()]

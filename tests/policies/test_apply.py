@@ -12,8 +12,7 @@ from torch import nn
 from bitpolicy.kernels.errors import BitPolicyError, FormatError
 from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.kernels.layers import PackedLayer, quantizable_layers
-from bitpolicy.kernels.quantizers.hqq import hqq
-from bitpolicy.kernels.quantizers.range_search import mse
+from bitpolicy.kernels.quantizers.range_search import hqq, mse
 from bitpolicy.policies.apply import pack, quantize_layer, quantized, to_storage
 from bitpolicy.policies.calibration import Calibration, RoundedKey
 from bitpolicy.policies.policy import Choice
