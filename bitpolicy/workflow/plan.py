@@ -19,10 +19,9 @@ from bitpolicy.pipelines.prompting import Split, default_requests, split
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.model_card import Card
-from bitpolicy.policies.components import asked_components, to_text
+from bitpolicy.policies.components import asked_components
 from bitpolicy.policies.exporters.targets import exporter_named
 from bitpolicy.policies.measured_compute import measured_compute
-from bitpolicy.policies.target import Target
 from bitpolicy.search.budget import Budget, Scope, read
 from bitpolicy.search.constraints import not_held, pinned, shared_qkv
 from bitpolicy.search.problem import PolicySpace, Problem
@@ -304,11 +303,6 @@ def warn_of_idle_arguments(
             f"the call argument {name}={given[name]} changes nothing: the images are the same without it; some "
             "arguments count only together, such as height and width"
         )
-
-
-def class_name(target: Target) -> str:
-    """The classes of its models, each once."""
-    return to_text(dict.fromkeys(target.class_names))
 
 
 def default_call(pipe: DiffusionPipeline, bundled: bool) -> dict[str, Any]:

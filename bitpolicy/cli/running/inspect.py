@@ -6,27 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
-from bitpolicy.api import load_pipeline
 from bitpolicy.cli.command_options import InspectOptions
 from bitpolicy.cli.running.tables import print_table
-from bitpolicy.kernel_choices import watching
-from bitpolicy.kernels.compute.setting import resident_bytes, set_compute
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.format import Format
 from bitpolicy.kernels.formats.named import FP16
-from bitpolicy.pipelines.loading import DTYPES, device_named, load_source, open_pipeline, packed_components
-from bitpolicy.pipelines.prompting import default_requests, load_requests
+from bitpolicy.pipelines.loading import load_source, open_pipeline, packed_components
 from bitpolicy.policies.accounting import ByteAccount
-from bitpolicy.policies.components import asked_components
+from bitpolicy.policies.components import asked_components, to_text
 from bitpolicy.policies.policy import Policy
 from bitpolicy.policies.target import Target
 from bitpolicy.sensitivity.inventory import inventory
-from bitpolicy.sensitivity.samples import Sample
-from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
-from bitpolicy.workflow.plan import class_name, short_call
 
 
 def run(options: InspectOptions) -> None:
@@ -39,7 +31,9 @@ def run(options: InspectOptions) -> None:
                 f"--kernels needs a checkpoint, and {what or 'the bundled pipeline'} is not one; give the folder that "
                 "search-policy or export wrote"
             )
-        rows, title = _kernels(options, Path(str(what)))
+        from bitpolicy.cli.running.kernels_in_use import kernels_in_use  # imports all of the library
+
+        rows, title = kernels_in_use(options, Path(str(what)))
         shown = [{key: value for key, value in row.items() if options.as_json or key != "passed over"} for row in rows]
         _print(shown, title, options.as_json)
         return
@@ -66,29 +60,6 @@ def _print(rows: list[dict[str, Any]], title: str, as_json: bool) -> None:
     print_table(table)
 
 
-def _kernels(options: InspectOptions, folder: Path) -> tuple[list[dict[str, Any]], str]:
-    """Draw one image with a checkpoint to see which kernels its layers use."""
-    device = device_named(options.device)
-    dtype = DTYPES.get(options.dtype) or (torch.float32 if device.type == "cpu" else None)
-    pipe = load_pipeline(folder, dtype, device)
-    target = Target.chosen(pipe, asked_components(options.component) or packed_components(folder))
-    if options.compute is not None or options.low_memory:
-        set_compute(target, options.compute, options.low_memory)
-    asked = load_requests(options.prompts) if options.prompts else default_requests(pipe, bundled=False)
-    sample = Sample.of(asked[0], 0)
-    trajectories = Trajectories(pipe, target.names, {**short_call(pipe), **options.arguments})
-    trajectories.learn(sample)
-    with watching(target) as seen:
-        next(trajectories.images([sample]))
-    held = [resident_bytes(model) for model in target.models]
-    stored, layouts = sum(part.stored for part in held), sum(part.layouts for part in held)
-    title = (
-        f"{folder}: {len(seen)} packed layers on {device}; {stored:,} bytes as stored, "
-        f"{layouts:,} bytes of layouts that kernels prepared"
-    )
-    return [choice.as_row() for choice in seen.values()], title
-
-
 def _of_model(
     what: str | None, component: str | None, revision: str | None, variant: str | None
 ) -> tuple[list[dict[str, Any]], str]:
@@ -101,7 +72,7 @@ def _of_model(
     ]
     return (
         rows,
-        f"{source.id}: {class_name(source.target)}, {len(rows)} layers, {account.reference:,} bytes at FP16",
+        f"{source.id}: {_classes(source.target)}, {len(rows)} layers, {account.reference:,} bytes at FP16",
     )
 
 
@@ -121,7 +92,12 @@ def _of_checkpoint(folder: Path, component: str | None) -> tuple[list[dict[str, 
         format = formats[layer.name].format if layer.name in formats else FP16
         nbytes = packed_bytes.get(layer.name) or target.layers[layer.name].weight.nbytes
         rows.append(_row(layer.name, layer.role, layer.stage, layer.shape, format, nbytes))
-    return rows, f"{folder}: {class_name(target)}, {len(rows)} layers, {total:,} bytes"
+    return rows, f"{folder}: {_classes(target)}, {len(rows)} layers, {total:,} bytes"
+
+
+def _classes(target: Target) -> str:
+    """The classes of its models, each once."""
+    return to_text(dict.fromkeys(target.class_names))
 
 
 def _row(name: str, role: str, stage: str, shape: tuple[int, ...], format: Format, nbytes: int) -> dict[str, Any]:
