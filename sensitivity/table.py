@@ -109,9 +109,13 @@ class SensitivityTable:
         measured = torch.zeros_like(self.corrected) if self.measured is None else self.measured.clone()
         for place, value in errors.items():
             error[place], measured[place] = value, True
+        return replace(self.rescaled(error), measured=measured)
+
+    def rescaled(self, error: torch.Tensor) -> SensitivityTable:
+        """The table with other errors, float64, shape (L, F), and its sketches rescaled to match them."""
         scale = (error / self.error.clamp(min=torch.finfo(torch.float64).tiny)).float()
         sketches = None if self.sketches is None else self.sketches * scale.sqrt()
-        return replace(self, error=error, measured=measured, sketches=sketches)
+        return replace(self, error=error, sketches=sketches)
 
     def largest(self, count: int) -> list[tuple[int, int]]:
         """Up to `count` places (layer, column of the format) with errors too large for first order, worst first."""

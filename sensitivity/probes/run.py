@@ -30,7 +30,9 @@ from bitpolicy.sensitivity.probes.error_split import ErrorSplit
 from bitpolicy.sensitivity.probes.measurement import Ablations, Measured
 from bitpolicy.sensitivity.probes.named import probe_named
 from bitpolicy.sensitivity.probes.probe import ProbeInputs
+from bitpolicy.sensitivity.probes.shrinkage import can_shrink, shrunk
 from bitpolicy.sensitivity.probes.stepwise import StepwiseProbe
+from bitpolicy.sensitivity.probes.weight import weight_errors
 from bitpolicy.sensitivity.records import Piece, Records, settings_key
 from bitpolicy.sensitivity.rounding.candidates import candidates
 from bitpolicy.sensitivity.rounding.corrections import beyond_range
@@ -201,12 +203,25 @@ class ProbeRun:
                     f"{error}; using the stepwise probe instead, which does not see how the sampler amplifies errors"
                 )
                 table = StepwiseProbe(self._inputs(reference)).table()
+            if can_shrink(table):
+                table = shrunk(table, self._weight_errors(reference))
         self._warn_of_outliers(table)
         corrected = table.corrected.clone()
         corrected[[not self._correctable(layer, reference) for layer in self._inventory]] = False
         corrected = self._storable(replace(table, corrected=corrected), reference)
         cost = self._cost(table.probe, reference, 0)
         return replace(table, corrected=corrected, cost=cost, compute=self._settings.compute)
+
+    def _weight_errors(self, reference: ReferencePass) -> torch.Tensor:
+        """The relative weight error of every layer with every candidate."""
+        wanted = candidates(self._formats, self._settings.quantizers)
+
+        def make(names: Sequence[str]) -> Iterator[tuple[str, Piece]]:
+            for name in self._stages.track(names, "weight errors"):
+                found = weight_errors(self._trajectories.target, wanted, quantization=self._quantization(reference))
+                yield name, {"error": found}
+
+        return complete(self._records, ["weight-errors"], make)["weight-errors"]["error"]
 
     @staticmethod
     def _correctable(layer: Layer, reference: ReferencePass) -> bool:

@@ -17,8 +17,6 @@ a single half has (empirical Bayes with a normal prior: Efron and Morris 1975, "
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from bitpolicy.sensitivity.table import SensitivityTable
@@ -26,18 +24,26 @@ from bitpolicy.sensitivity.table import SensitivityTable
 _FEWEST = 8  # sketches, below which halves say too little
 
 
-def shrunk(table: SensitivityTable, weight_error: torch.Tensor) -> SensitivityTable:
-    """The table with shrunk errors. Its sketches and steps are rescaled to match.
+def can_shrink(table: SensitivityTable) -> bool:
+    """Whether there are enough sketches, and several formats. If layers round their inputs, there is nothing to shrink
+    towards, because that part of an error is not proportional to the weight's."""
+    enough = table.sketches is not None and len(table.sketches) >= _FEWEST
+    return enough and len(table.formats) > 1 and table.inputs is None
 
-    A table with fewer than `_FEWEST` sketches or a single format is returned as it is. So is one whose layers round
-    their inputs, because that part of an error is not proportional to the weight's.
+
+def shrunk(table: SensitivityTable, weight_error: torch.Tensor) -> SensitivityTable:
+    """The table with shrunk errors. Its sketches are rescaled to match.
 
     Args:
-        weight_error: |Q(W) - W|^2 / |W|^2 of the choice in each place, float64, shape (L, F).
+        table: one that `can_shrink`.
+        weight_error: |Q(W) - W|^2 / |W|^2 of every rounding method of the table, format by format, float64, shape (L, F
+            x methods); zero where a format does not fit.
     """
     sketches = table.sketches
-    if sketches is None or len(sketches) < _FEWEST or len(table.formats) < 2 or table.inputs is not None:
-        return table
+    assert sketches is not None
+    methods = weight_error.unflatten(1, (len(table.formats), -1))
+    chosen = torch.zeros(table.error.shape, dtype=torch.int64) if table.quantizer is None else table.quantizer.long()
+    weight_error = methods.gather(2, chosen[..., None])[..., 0]
     parts = [sketches[i::2].double().square().mean(0) for i in (0, 1)]
     known = (weight_error > 0) & (parts[0] > 0) & (parts[1] > 0)
     known &= (known.sum(1) > 1)[:, None]
@@ -47,8 +53,7 @@ def shrunk(table: SensitivityTable, weight_error: torch.Tensor) -> SensitivityTa
     share = kept_share(*halves)
     deviation = _deviation(table.error, weight_error, known)
     error = torch.where(known, table.error * ((share - 1) * deviation).exp(), table.error)
-    places = {(i, j): float(error[i, j]) for i, j in known.nonzero().tolist()}
-    return replace(table.remeasured(places), measured=table.measured)
+    return table.rescaled(error)
 
 
 def kept_share(first: torch.Tensor, second: torch.Tensor) -> float:

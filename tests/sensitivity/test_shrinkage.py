@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from bitpolicy.kernels.formats.named import parse_formats
-from bitpolicy.sensitivity.probes.shrinkage import kept_share, shrunk
+from bitpolicy.sensitivity.probes.shrinkage import can_shrink, kept_share, shrunk
 from bitpolicy.sensitivity.table import SensitivityTable
 
 FORMATS = parse_formats("int4,int4-g32,int5,int6,int8,fp16")[:-1]
@@ -29,8 +31,7 @@ def random_table(
     names = tuple(f"layer{i}" for i in range(LAYERS))
     error = drawn.double().square().mean(0)
     corrected = torch.zeros(error.shape, dtype=torch.bool)
-    by_step = torch.stack([drawn.square().mean(0)] * 3)
-    return SensitivityTable("adjoint", names, FORMATS, error, corrected, drawn, by_step), weight_error, true
+    return SensitivityTable("adjoint", names, FORMATS, error, corrected, drawn), weight_error, true
 
 
 def miss(error: torch.Tensor, true: torch.Tensor) -> float:
@@ -55,13 +56,11 @@ def test_a_layers_own_level_stays() -> None:
     assert not torch.allclose(found.error, table.error)
 
 
-def test_sketches_and_steps_match_the_shrunk_errors() -> None:
+def test_sketches_match_the_shrunk_errors() -> None:
     table, weight_error, _ = random_table(0.2, 0)
     found = shrunk(table, weight_error)
     assert found.sketches is not None
-    assert found.by_step is not None
     assert torch.allclose(found.sketches.double().square().mean(0), found.error, rtol=1e-5)
-    assert torch.allclose(found.by_step[0].double(), found.error, rtol=1e-5)
     assert found.measured is None
 
 
@@ -82,18 +81,23 @@ def test_places_without_an_error_stay_and_do_not_disturb_others() -> None:
     assert (found[7] != error[7]).all()
 
 
-def test_too_few_sketches_one_format_and_rounded_inputs_change_nothing() -> None:
-    few, weight_error, _ = random_table(0.0, 0, sketches=7)
-    assert shrunk(few, weight_error) is few
-    table, weight_error, _ = random_table(0.0, 0)
-    one = SensitivityTable(
-        "adjoint", table.layers, FORMATS[:1], table.error[:, :1], table.corrected[:, :1], table.sketches
-    )
-    assert shrunk(one, weight_error[:, :1]) is one
-    inputs = SensitivityTable(
-        "adjoint", table.layers, FORMATS, table.error, table.corrected, table.sketches, inputs=table.error
-    )
-    assert shrunk(inputs, weight_error) is inputs
+def test_the_error_of_each_layers_own_rounding_method_counts() -> None:
+    table, weight_error, _ = random_table(0.2, 0)
+    generator = torch.Generator().manual_seed(1)
+    chosen = torch.randint(2, table.error.shape, generator=generator, dtype=torch.uint8)
+    other = weight_error * torch.rand(weight_error.shape, generator=generator, dtype=torch.float64)
+    methods = torch.stack([torch.where(chosen == i, weight_error, other) for i in (0, 1)], 2).flatten(1)
+    two = replace(table, quantizers=("rtn", "gptq"), quantizer=chosen)
+    assert torch.equal(shrunk(two, methods).error, shrunk(table, weight_error).error)
+
+
+def test_only_several_formats_and_enough_sketches_can_be_shrunk_and_no_rounded_inputs() -> None:
+    table, _, _ = random_table(0.0, 0)
+    assert can_shrink(table)
+    assert not can_shrink(random_table(0.0, 0, sketches=7)[0])
+    assert not can_shrink(replace(table, formats=FORMATS[:1], error=table.error[:, :1]))
+    assert not can_shrink(replace(table, inputs=table.error))
+    assert not can_shrink(replace(table, sketches=None))
 
 
 def test_the_share_that_is_kept() -> None:
