@@ -20,7 +20,7 @@ import bitpolicy
 from bitpolicy import Policy
 from bitpolicy.cli.running.results import print_result
 from bitpolicy.pipelines.prompting import split
-from bitpolicy.workflow.compare import _CELL, _GAP, _LEFT, _LINE
+from bitpolicy.workflow.compare import _CELL, _GAP, _LINE, PICTURES
 
 PROMPTS = "cat dog pizza heart star moon tree ball".split()
 SCHEMA = {
@@ -34,6 +34,7 @@ SCHEMA = {
     "error_of": str,
     "compute": str,
     "psnr_db": dict,
+    "uniform": dict,
     "quality": dict,
     "seconds": dict,
     "output_dir": str,
@@ -161,7 +162,8 @@ def cell_of(pipe: Any, sample: Any) -> np.ndarray:
 
 
 def cell_at(sheet: np.ndarray, column: int, row: int) -> np.ndarray:
-    y, x = 2 * _LINE + row * (_CELL + _GAP), _LEFT + column * (_CELL + _GAP)
+    y = 2 * _LINE + row * (_CELL + _GAP) + max(row - 1, 0) * _LINE
+    x = sheet.shape[1] - (PICTURES - column) * (_CELL + _GAP)
     return sheet[y : y + _CELL, x : x + _CELL]
 
 
