@@ -90,9 +90,7 @@ def within_budget(
 def study_name(settings: Settings, plan: Plan) -> str:
     """The name of the study. A search with more trials, another time limit or another storage has the same name and
     continues it."""
-    asked = {
-        name: value for name, value in identity_of(settings).items() if name not in (*EXTENDABLE, "storage")
-    }
+    asked = {name: value for name, value in identity_of(settings).items() if name not in (*EXTENDABLE, "storage")}
     return settings_key({**asked, "weights": plan.source.everything_sha256})
 
 

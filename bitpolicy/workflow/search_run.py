@@ -6,7 +6,7 @@ If a run is killed, each stage continues where the run stopped.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -44,11 +44,11 @@ from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.table_files import ModelContext, write_table
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 from bitpolicy.settings import Settings
-from bitpolicy.workflow.compare import PICTURES, Row, save_comparison
+from bitpolicy.workflow.compare import Row, save_comparison
 from bitpolicy.workflow.curve import Point, file_name, points, save_picture, save_table
 from bitpolicy.workflow.decision import in_words, mean_db, networks_of, reaching_target, why_stopped, within_budget
 from bitpolicy.workflow.plan import Plan
-from bitpolicy.workflow.uniform import best_uniform
+from bitpolicy.workflow.uniform import drawn_uniform
 
 _QUALITY = ("ssim", "lpips", "fid")  # of the held-out images, in addition to PSNR, if the networks are available
 
@@ -260,7 +260,7 @@ class SearchRun:
             (reference, latents), (images, found) = zip(*before, strict=True), zip(*after, strict=True)
             psnr = Psnr.of(reference, images)
             own = Row.of("this policy", policy.result.policy_bytes, images, reference)
-            uniform = self._uniform(policy, own, reference)
+            uniform = self._searched and drawn_uniform(plan, *self._searched, policy, own, reference, self._stages)
             rows = [Row.of("original", plan.account.reference, reference), own, *([uniform[0]] if uniform else [])]
             save_comparison(self._folder / "compare.png", [sample.prompt for sample in samples], rows)
             measured = measure(
@@ -268,36 +268,6 @@ class SearchRun:
             )
         quality = {name: result.as_dict() for name, result in measured.items() if not isinstance(result, Unavailable)}
         return Evaluated(self._with_quality(policy, psnr), psnr, quality, uniform[1] if uniform else None)
-
-    def _uniform(
-        self, policy: Policy, own: Row, reference: Sequence[torch.Tensor]
-    ) -> tuple[Row, dict[str, Any]] | None:
-        """The row of compare.png that shows one format everywhere, in the policy's bytes, and its record. Only the
-        images of that row are drawn. None if the policy quantizes nothing, or if that format's images overflow.
-
-        Args:
-            own: the row of the policy.
-            reference: images of the held-out samples.
-        """
-        if self._searched is None:
-            return None
-        plan, (problem, generations) = self._plan, self._searched
-        formats = [format for format in plan.formats if format.name in plan.asked]
-        choices = policy.resolve(layer.name for layer in plan.layers)
-        uniform = best_uniform(problem, formats, plan.account, choices)
-        if uniform is None:
-            return None
-        shown = self._stages.track(plan.split.held_out[:PICTURES], "held-out, one format")
-        try:
-            images = generations.images(uniform.choices, shown)
-        except BitPolicyError as error:
-            self._stages.warn(f"compare.png has no row for {uniform.name}: {error}")
-            return None
-        row = Row.of(uniform.name, uniform.nbytes, images, reference)
-        if uniform.larger:
-            row = replace(row, label=(*row.label, "larger: none fits"))
-        assert row.psnr is not None and own.psnr is not None
-        return row, {**uniform.as_dict(), "psnr_db": row.psnr.as_dict(), "policy_psnr_db": own.psnr.as_dict()}
 
     def _with_quality(self, policy: Policy, psnr: Psnr) -> Policy:
         assert policy.result is not None

@@ -7,17 +7,23 @@ have for theirs.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
+from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.format import Format
 from bitpolicy.policies.accounting import ByteAccount
-from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.search.generation import Generations
 from bitpolicy.search.knapsack import Solution
 from bitpolicy.search.problem import Problem
+from bitpolicy.sensitivity.cost.progress import Stages
+from bitpolicy.workflow.compare import PICTURES, Row
+from bitpolicy.workflow.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -56,10 +62,48 @@ class Uniform:
         }
 
 
+def drawn_uniform(
+    plan: Plan,
+    problem: Problem,
+    generations: Generations,
+    policy: Policy,
+    own: Row,
+    reference: Sequence[torch.Tensor],
+    stages: Stages,
+) -> tuple[Row, dict[str, Any]] | None:
+    """The row of compare.png that shows one format everywhere, and its record as JSON. Only the images of that row are
+    drawn.
+
+    Args:
+        own: the row of the policy.
+        reference: images of the held-out samples, as in a `Row`.
+
+    Returns:
+        None if there is no such format, or if its images overflow.
+    """
+    formats = [format for format in plan.formats if format.name in plan.asked]
+    choices = policy.resolve(layer.name for layer in plan.layers)
+    uniform = best_uniform(problem, formats, plan.account, choices)
+    if uniform is None:
+        return None
+    shown = stages.track(plan.split.held_out[:PICTURES], "held-out, one format")
+    try:
+        images = generations.images(uniform.choices, shown)
+    except BitPolicyError as error:
+        stages.warn(f"compare.png has no row for {uniform.name}: {error}")
+        return None
+    row = Row.of(uniform.name, uniform.nbytes, images, reference)
+    if uniform.larger:
+        row = replace(row, label=(*row.label, "larger: none fits"))
+    assert row.psnr is not None
+    assert own.psnr is not None
+    return row, {**uniform.as_dict(), "psnr_db": row.psnr.as_dict(), "policy_psnr_db": own.psnr.as_dict()}
+
+
 def best_uniform(
     problem: Problem, formats: Collection[Format], account: ByteAccount, choices: Mapping[str, Choice]
 ) -> Uniform | None:
-    """The best assignment of one packed format that takes at most the bytes of a policy; if there is none, the smallest.
+    """The best assignment of one packed format that takes at most the bytes of a policy; otherwise the smallest one.
 
     Args:
         problem: the search problem that the policy solves.

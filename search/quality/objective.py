@@ -1,7 +1,7 @@
 """What the trials of a study minimise on finished images: the distance between an image and the reference's.
 
-Each objective is zero for identical images. Mean squared error, 1 - SSIM and LPIPS are all quadratic in a small error, so
-a ratio of two distances means about the same in each of them.
+Each objective is zero for identical images. Mean squared error, 1 - SSIM and LPIPS are all quadratic in a small error,
+so a ratio of two distances means about the same in each of them.
 """
 
 from __future__ import annotations

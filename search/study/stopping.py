@@ -1,14 +1,14 @@
 """Decides whether the trials that are left are worth their time.
 
-Let c_i be the incumbent's error divided by that of trial i on the same samples: 1 is a tie, more is a gain. With m and s
-the mean and the standard deviation of the k trials that a sampler suggested, the next one is predicted to be
+Let c_i be the incumbent's error divided by that of trial i on the same samples: 1 is a tie, more is a gain. With m and
+s the mean and the standard deviation of the k trials that a sampler suggested, the next one is predicted to be
 
     c = m + s sqrt(1 + 1 / k) T,    T from Student's t with k - 1 degrees of freedom
 
 (Gelman et al. 2013, section 3.2: a normal sample of unknown mean and variance). What a trial gains on average is the
 expected improvement E[max(c - 1, 0)], and n trials together gain at most n times that, whether or not they depend on
-each other. The study stops once this bound is below a tenth of a decibel. c is bounded below, and errors are not, so one
-terrible trial makes c spread less than errors or decibels, and says less about how good a trial can be.
+each other. The study stops once this bound is below a tenth of a decibel. A terrible trial says little about how good a
+trial can be, and it spreads c less than it would spread errors or decibels, because c is at least 0.
 
 The verdict depends on nothing but the finished trials, in the order of their turns. So a study that was killed, or that
 has several workers, comes to the same verdict wherever it is asked.
@@ -55,7 +55,7 @@ def expected_gain(ratios: Sequence[float], left: int) -> float:
     """A bound on what `left` more trials would gain together, on average, in dB.
 
     Args:
-        ratios: c_i of the trials so far, at least two.
+        ratios: c_i of the trials so far, at least three: with fewer, T has no mean.
     """
     count, mean = len(ratios), float(np.mean(ratios))
     scale = float(np.std(ratios, ddof=1)) * math.sqrt(1 + 1 / count)

@@ -2,10 +2,11 @@
 
 A trial suggests how to scale the errors of each group of layers, and the knapsack turns that into a policy, so every
 trial fits the budget (`bitpolicy.search.study.samplers`). A trial's score is its mean image error over the search
-samples, as the objective measures it, reported sample by sample. `WilcoxonPruner`, made for paired scores, stops losing trials early. The first
-trials are the exact solution and any other policies to start from, so on the samples that the study saw, the result is
-never worse than any of them. The study stops when more trials are not worth their time
-(`bitpolicy.search.study.stopping`). Any number of processes can run trials of one study (`bitpolicy.search.study.storage`).
+samples, as the objective measures it, reported sample by sample. `WilcoxonPruner`, made for paired scores, stops losing
+trials early. The first trials are the exact solution and any other policies to start from, so on the samples that the
+study saw, the result is never worse than any of them. The study stops when more trials are not worth their time
+(`bitpolicy.search.study.stopping`). Any number of processes can run trials of one study
+(`bitpolicy.search.study.storage`).
 """
 
 from __future__ import annotations
@@ -218,7 +219,9 @@ class Study:
                 if trial.should_prune():
                     break
         trial.set_user_attr("samples", len(scores))
-        return float(np.mean([score.distance for score in scores]))  # also for a stopped trial: an estimate that the sampler can learn from
+        return float(
+            np.mean([score.distance for score in scores])
+        )  # also for a stopped trial: an estimate that the sampler can learn from
 
     def _repeated(self, trial: Trial, twin: FrozenTrial) -> float:
         """The result of a finished trial of the same policy. Generations are deterministic, so none is repeated.

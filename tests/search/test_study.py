@@ -16,8 +16,10 @@ from optuna.trial import TrialState
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.policy import Choice
 from bitpolicy.search.budget import BudgetError
+from bitpolicy.search.generation import Score
 from bitpolicy.search.knapsack import Solution
 from bitpolicy.search.problem import Problem
+from bitpolicy.search.quality.objective import MSE
 from bitpolicy.search.study.journal import journal
 from bitpolicy.search.study.samplers import policy_key
 from bitpolicy.search.study.study import Study, open_storage
@@ -356,11 +358,13 @@ def test_images_with_nan_end_the_study(
     class Broken:
         tried = 0
 
-        def errors(self, _choices: Any, samples: Samples) -> Generator[float, None, None]:
+        objective = MSE
+
+        def scores(self, _choices: Any, samples: Samples) -> Generator[Score, None, None]:
             self.tried += 1
             if self.tried > 5:
                 raise RuntimeError("tried again and again")
-            return (float("nan") for _ in samples)
+            return (Score(float("nan"), float("nan")) for _ in samples)
 
     with pytest.raises(BitPolicyError):
         new_study(problem, Broken(), samples, tmp_path / "journal").run(1)
