@@ -137,7 +137,7 @@ def why_stopped(about: str | Mapping[str, Any]) -> str | None:
     if about["stopped"] == "timeout":
         return f"stopped after {ran} of {asked} trials: the time limit (--timeout)"
     seen = about["stopped_on"]
-    rest = f"the other {asked - seen['trials']} would gain {seen['expected_gain_db']:g} dB together, at most"
+    rest = f"the other {asked - ran} are expected to gain at most {seen['expected_gain_db']:g} dB together"
     return f"stopped after {ran} of {asked} trials: {_nearest(seen)}; {rest} (--all-trials runs them)"
 
 

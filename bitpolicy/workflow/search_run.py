@@ -97,11 +97,11 @@ class SearchRun:
             choices = {layer.name: Choice(FP16) for layer in plan.layers}
             about: dict[str, Any] = {"search": "the budget holds all of it unquantized"}
             return self._saved(self._policy(choices, 0.0, about, Calibration()))
+        objective = objective_named(settings.objective, networks_of(settings, plan))
         problem = self._probed()
         quantization = Quantization(
             calibration=self._measured, storage=plan.source.storage, compute=measured_compute(settings.compute)
         )
-        objective = objective_named(settings.objective, networks_of(settings, plan))
         generations = Generations(plan.trajectories, quantization=quantization, objective=objective)
         self._searched = (problem, generations)
         if settings.frontier:

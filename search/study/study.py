@@ -121,7 +121,7 @@ class Study:
             for _ in range(counted, len(self.finished)):
                 counted += 1
                 after_each()
-        return found
+        return found or (None if every_trial else self._verdict(trials))
 
     def _verdict(self, asked: int) -> Verdict | None:
         """The first verdict among the trials of the first turns. Those judged before are not judged again."""

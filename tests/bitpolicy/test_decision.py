@@ -56,18 +56,18 @@ def seen(nearest: float | None, trials: int = 9) -> dict[str, Any]:
         ),
         (
             seen(-0.87),
-            "stopped after 10 of 24 trials: none was within 0.8 dB of the exact solution; the other 15 would gain "
-            "0.083 dB together, at most (--all-trials runs them)",
+            "stopped after 10 of 24 trials: none was within 0.8 dB of the exact solution; the other 14 are "
+            "expected to gain at most 0.083 dB together (--all-trials runs them)",
         ),
         (
             seen(-0.02),
-            "stopped after 10 of 24 trials: none was clearly better than the exact solution; the other 15 would gain "
-            "0.083 dB together, at most (--all-trials runs them)",
+            "stopped after 10 of 24 trials: none was clearly better than the exact solution; the other 14 are "
+            "expected to gain at most 0.083 dB together (--all-trials runs them)",
         ),
         (
             seen(None),
-            "stopped after 10 of 24 trials: the exact solution draws the reference's images; the other 15 would gain "
-            "0.083 dB together, at most (--all-trials runs them)",
+            "stopped after 10 of 24 trials: the exact solution draws the reference's images; the other 14 are "
+            "expected to gain at most 0.083 dB together (--all-trials runs them)",
         ),
     ],
 )
