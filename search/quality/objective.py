@@ -14,7 +14,9 @@ import torch
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.search.quality.networks import Networks
-from bitpolicy.search.quality.psnr import Paired, Unavailable, mean_square, ssim
+from bitpolicy.search.quality.psnr import Images, Paired, Unavailable, mean_square, ssim
+
+Metric = Callable[[Images, Images], Paired | Unavailable]
 
 
 @dataclass(frozen=True)
@@ -46,20 +48,21 @@ def objective_named(name: str, networks: Networks) -> Objective:
         return MSE
     if name == "ssim":
         return Objective(name, "1 - SSIM", lambda a, b: max(1 - _one("ssim", ssim, a, b), 0.0))
-    network, own = networks.lpips, name
-    if isinstance(network, Unavailable):
-        if networks.small is None or networks.uncalibrated is None:
-            raise _unavailable(name, network)
-        network, own = networks.uncalibrated, f"{name}-{networks.small.name}"
-    return Objective(own, f"{own} distance", lambda a, b: _one(name, network, a, b))
+    own, metric = _perceptual(networks)
+    return Objective(own, f"{own} distance", lambda a, b: _one(name, metric, a, b))
 
 
-def _one(
-    name: str,
-    metric: Callable[[list[torch.Tensor], list[torch.Tensor]], Paired | Unavailable],
-    reference: torch.Tensor,
-    image: torch.Tensor,
-) -> float:
+def _perceptual(networks: Networks) -> tuple[str, Metric]:
+    """LPIPS if its network is here, otherwise the distance of the pipeline's own small network; and its name."""
+    network = networks.lpips
+    if not isinstance(network, Unavailable):
+        return "lpips", network
+    if networks.small is None or networks.uncalibrated is None:
+        raise _unavailable("lpips", network)
+    return f"lpips-{networks.small.name}", networks.uncalibrated
+
+
+def _one(name: str, metric: Metric, reference: torch.Tensor, image: torch.Tensor) -> float:
     """The metric of one pair.
 
     Raises:
