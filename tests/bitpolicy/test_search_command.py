@@ -22,6 +22,7 @@ from bitpolicy.cli.running.results import print_result
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.pipelines.prompting import split
 from bitpolicy.search.generation import Generations
+from bitpolicy.search.study.trials import load_trials
 from bitpolicy.workflow.compare import _CELL, _GAP, _LINE, PICTURES
 
 PROMPTS = "cat dog pizza heart star moon tree ball".split()
@@ -180,6 +181,18 @@ def test_the_third_row_shows_the_best_single_format(
         shown, expected = cell_at(sheets[0], column, 2), cell_at(sheets[1], column, 1)
         assert abs(shown - expected).max() <= 1, column
         assert abs(cell_at(sheets[0], column, 1) - expected).max() > 1, column
+
+
+def test_trials_minimise_the_objective(command: Any, small: tuple[str, ...], here: Path) -> None:
+    """Scores are those of SSIM, not of squared errors, and the policy says so."""
+    outcome = command("--budget", "50%", *small, "--quantizer", "rtn", "--objective", "ssim", "--output-dir", "out")
+    assert outcome.code == 0, outcome.err
+    about = Policy.load(Path("out/policy.yaml")).provenance["search"]
+    assert about["objective"] == "ssim"
+    (first, *_) = load_trials(Path("out/trials.csv"))
+    assert first.psnr_db is not None
+    assert first.score > 10 * 10 ** (-first.psnr_db / 10)  # 1 - SSIM of small errors is far above their squares
+    assert 0 < min(about["finalists"]) < 0.5
 
 
 def test_a_format_that_overflows_has_no_row(
