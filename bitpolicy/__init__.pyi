@@ -74,6 +74,8 @@ def search(
     remeasure: int = ...,
     seed: int = ...,
     trials: int = ...,
+    all_trials: bool = ...,
+    objective: Literal["mse", "ssim", "lpips"] = ...,
     sampler: Literal["tpe", "gp", "cmaes", "nsga2", "random"] = ...,
     space: Literal["group", "layer"] = ...,
     timeout: float | None = ...,

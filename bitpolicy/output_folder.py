@@ -26,7 +26,7 @@ _OURS = (
     *("checkpoint", "work", "report.html"),
 )
 _PROBED = ("split.safetensors", "check.json")  # files of a probe that no search writes
-EXTENDABLE = ("trials", "timeout", "probe_memory")  # more trials, another time limit or memory continue a search
+EXTENDABLE = ("trials", "timeout", "all_trials", "probe_memory")  # with other values of these, a search continues
 
 
 def identity_of(settings: Settings) -> dict[str, Any]:
@@ -159,12 +159,16 @@ def _difference(held: dict[str, Any], asked: dict[str, Any]) -> str:
     if changed := ", ".join(sorted(k for k in asked if held.get(k) != asked[k] and k not in EXTENDABLE)):
         return f"a different {changed}"
     trials = held.get("trials")
+    if isinstance(trials, int) and held.get("all_trials") and trials <= asked["trials"]:
+        return "--all-trials, and their number cannot be reduced"
     return f"{trials} trials, and their number cannot be reduced" if isinstance(trials, int) else "a damaged run.json"
 
 
 def _same_study(held: dict[str, Any], asked: dict[str, Any]) -> bool:
     """Whether the request continues the folder's search: the same one, with at least as many trials."""
     if any(held.get(name) != value for name, value in asked.items() if name not in EXTENDABLE):
+        return False
+    if held.get("all_trials") and not asked["all_trials"]:
         return False
     return isinstance(held.get("trials"), int) and held["trials"] <= asked["trials"]
 

@@ -318,8 +318,22 @@ class StudyOptions:
     group: ClassVar = "Study"
 
     trials: Annotated[
-        int, Option("Optuna trials, each on real generations; 0 keeps the exact solution of the knapsack.", least=0)
+        int,
+        Option(
+            "Optuna trials at most, each on real generations; the study stops earlier if more are unlikely to improve "
+            "anything. 0 keeps the exact solution of the knapsack.",
+            least=0,
+        ),
     ] = 24
+    all_trials: Annotated[bool, Option("Run all --trials, even if they are unlikely to improve anything.")] = False
+    objective: Annotated[
+        Literal["mse", "ssim", "lpips"],
+        Option(
+            "What trials minimise on finished images: mse, ssim (1 - SSIM) or lpips. The probe's scores and the exact "
+            "solution are for squared errors with each of them.",
+            metavar="NAME",
+        ),
+    ] = "mse"
     sampler: Annotated[
         Literal["tpe", "gp", "cmaes", "nsga2", "random"],
         Option("Optuna sampler: tpe, gp, cmaes (pip install 'bitpolicy[cmaes]'), nsga2 or random.", metavar="NAME"),

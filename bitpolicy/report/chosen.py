@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from bitpolicy.report.page import Section, figure, folded, heading, paragraph, t
 from bitpolicy.report.policy_map import policy_map
 from bitpolicy.search.study.trials import FILE as TRIALS
 from bitpolicy.search.study.trials import TrialRow, load_trials
-from bitpolicy.workflow.decision import in_words
+from bitpolicy.workflow.decision import in_words, why_stopped
 
 _COMPARISON, _CURVE = "compare.png", "frontier/frontier.png"
 
@@ -42,9 +43,14 @@ def chosen(probed: Probed, policy: Policy, folder: Path) -> Section:
         body.append(figure(drawn, caption))
 
     if (folder / _COMPARISON).is_file():
-        alt = "Held-out images: the reference's above, the checkpoint's below, with the PSNR of each pair."
+        alt = (
+            "Held-out images: the reference's above, the checkpoint's below, then those of one format in every layer, "
+            "with the PSNR of each."
+        )
         caption = (
-            "Reference above, policy below, for the same prompts and seeds. Neither the probe nor the search used them."
+            "The same prompts and seeds; neither the probe nor the search used them. Top: the reference. Middle: the "
+            "policy. Bottom: the best single format for every layer in at most the policy's bytes, with the same "
+            "rounding method and bias correction."
         )
         show(Picture("compare", (folder / _COMPARISON).read_bytes(), alt), caption)
     body.append(heading("The format of every layer"))
@@ -61,7 +67,7 @@ def chosen(probed: Probed, policy: Policy, folder: Path) -> Section:
             "PSNR of each trial's images over the search samples that it used. Filled: scored on all of them; hollow: "
             "stopped early because it was losing. Line: the best so far.",
         )
-        body.append(folded("The numbers", table(_COLUMNS, [_row(row) for row in rows])))
+        body.append(folded("The numbers", table(_columns(policy), [_row(row) for row in rows])))
     if (folder / _CURVE).is_file():
         body.append(heading("The curve"))
         alt = "Quality of the best policy at every size."
@@ -109,7 +115,8 @@ def _choice_sentence(policy: Policy) -> str:
         return f"Chosen: {words}. No study ran: {about['policies_measured']} policies of other sizes were measured."
     if isinstance(about, str) or not about.get("trials"):
         return f"Chosen: {words}. No study ran."
-    return f"Chosen: {words}."
+    study = why_stopped(about)
+    return f"Chosen: {words}." if study is None else f"Chosen: {words}. The study: {study}."
 
 
 def _trials(rows: Sequence[TrialRow], policy: Policy) -> Picture:
@@ -145,20 +152,26 @@ def _trials(rows: Sequence[TrialRow], policy: Policy) -> Picture:
 
 
 def _draw_best(axes: Axes, whole: Sequence[TrialRow]) -> None:
-    """Draw the best result so far as a staircase."""
+    """Draw the best result so far, by the study's objective, as a staircase."""
     numbers: list[int] = []
     best: list[float] = []
+    lowest = math.inf
     for row in whole:
         numbers.append(row.number)
-        best.append(max([*best[-1:], row.psnr_db or 0.0]))
+        best.append(row.psnr_db or 0.0 if row.score < lowest else best[-1])
+        lowest = min(lowest, row.score)
     if numbers:
         axes.step(numbers, best, where="post", color=FAINT, lw=1.0, zorder=0, label="best so far")
 
 
-_COLUMNS = ("trial", "what", "mean squared error", "PSNR, dB", "samples")
+def _columns(policy: Policy) -> tuple[str, ...]:
+    about = policy.provenance.get("search")
+    objective = about.get("objective", "mse") if isinstance(about, Mapping) else "mse"
+    score = {"mse": "mean squared error", "ssim": "1 - SSIM"}.get(objective, objective)
+    return ("trial", "what", score, "PSNR, dB", "samples")
 
 
 def _row(row: TrialRow) -> tuple[str, ...]:
     what = row.start or ("" if row.repeats is None else f"the policy of trial {row.repeats}")
     psnr = "identical" if row.psnr_db is None else f"{row.psnr_db:.2f}"
-    return (str(row.number), what, f"{row.mse:.4g}", psnr, f"{row.samples}{', stopped' if row.stopped else ''}")
+    return (str(row.number), what, f"{row.score:.4g}", psnr, f"{row.samples}{', stopped' if row.stopped else ''}")

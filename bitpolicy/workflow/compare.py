@@ -1,5 +1,5 @@
-"""compare.png: the reference above, the quantized pipeline below, for the same prompts and seeds, with PSNR below each
-pair.
+"""compare.png: one column per prompt and seed. The reference is above; every row below it shows another version of the
+pipeline, with the PSNR of each image.
 
 An image of any size and any number of channels fills a square cell. A video is shown as a few frames. A sound is shown
 as its spectrogram, in dB below the loudest value in the column.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import ceil, sqrt
 from pathlib import Path
 
@@ -18,8 +19,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from bitpolicy.policies.storage.atomic import written_aside
+from bitpolicy.search.quality.psnr import Psnr
 
-_CELL, _GAP, _LEFT, _LINE = 160, 12, 96, 16  # pixels
+PICTURES = 8  # columns, at most
+_CELL, _GAP, _LINE = 160, 12, 16  # pixels
 _THINNEST, _BETWEEN = 12, 2  # pixels: the short side of a very long image, and between the tiles of a cell
 _INK, _PAPER = "#1f2328", "white"
 _FRAMES, _CHANNELS = 4, 9  # limits for a video and for an image of many channels
@@ -29,38 +32,98 @@ _LONGEST = 1000  # characters of a prompt that are measured; enough to fill a ce
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-def save_comparison(
-    path: Path,
-    captions: Sequence[str],
-    rows: Sequence[tuple[str, Sequence[torch.Tensor]]],
-    psnr: Sequence[float | None],
-) -> None:
+@dataclass(frozen=True)
+class Row:
+    """One row of the grid.
+
+    Attributes:
+        label: text to its left, in lines.
+        results: one per column: an image, float (C, H, W) in [0, 1], a video, (frames, C, H, W), or a sound, (samples)
+            or (channels, samples).
+        psnr: against the first row; None for the first row itself.
+    """
+
+    label: Sequence[str]
+    results: Sequence[torch.Tensor]
+    psnr: Psnr | None = None
+
+    @classmethod
+    def of(
+        cls, name: str, nbytes: int, results: Sequence[torch.Tensor], reference: Sequence[torch.Tensor] | None = None
+    ) -> Row:
+        """At most `PICTURES` results, with the size and, against a reference, the mean PSNR of those results in the
+        label."""
+        shown, size = results[:PICTURES], f"{nbytes / 1e6:.3g} MB"
+        if reference is None:
+            return cls((name, size), shown)
+        psnr = Psnr.of(reference[:PICTURES], shown)
+        return cls((name, size, in_db(psnr.mean)), shown, psnr)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where things are, in pixels.
+
+    Attributes:
+        left: width of the labels.
+        tops: upper edge of each row's cells.
+        height: of the whole sheet.
+    """
+
+    left: int
+    tops: tuple[int, ...]
+    height: int
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], length: Callable[[str], float]) -> _Layout:
+        left = 2 * _GAP + ceil(max(length(line) for row in rows for line in row.label))
+        tops, top = [], 2 * _LINE
+        for row in rows:
+            tops.append(top)
+            top += _CELL + _GAP + (_LINE if row.psnr else 0)
+        return cls(left, tuple(tops), top)
+
+    def x(self, column: int) -> int:
+        return self.left + column * (_CELL + _GAP)
+
+
+def save_comparison(path: Path, captions: Sequence[str], rows: Sequence[Row]) -> None:
     """Write the grid.
 
     Args:
         captions: text above each column, e.g. the prompt.
-        rows: (label, results); the first row is the reference. A result is an image, float (C, H, W) in [0, 1], a
-            video, (frames, C, H, W), or a sound, (samples) or (channels, samples).
-        psnr: dB below each column; None if the pair is identical.
+        rows: the first one is the reference.
     """
     font = ImageFont.load_default(size=13)
-    width = _LEFT + len(captions) * (_CELL + _GAP)
-    height = 2 * _LINE + _GAP + len(rows) * (_CELL + _GAP) + 2 * _LINE
-    sheet = Image.new("RGB", (width, height), _PAPER)
+    captions = captions[: len(rows[0].results)]
+    place = _Layout.of(rows, font.getlength)
+    sheet = Image.new("RGB", (place.x(len(captions)), place.height), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    for row, (label, _) in enumerate(rows):
-        middle = 2 * _LINE + row * (_CELL + _GAP) + _CELL // 2
-        draw.text((_GAP, middle), label, _INK, font=font, anchor="lm")
+    for row, top in zip(rows, place.tops, strict=True):
+        _draw_label(draw, row.label, top + _CELL // 2, font)
     for column, caption in enumerate(captions):
-        x = _LEFT + column * (_CELL + _GAP)
-        draw.text((x + _CELL // 2, _GAP), fitted(caption, font.getlength), _INK, font=font, anchor="mt")
-        below = "identical" if psnr[column] is None else f"{psnr[column]:.1f} dB"
-        draw.text((x + _CELL // 2, height - 2 * _LINE), below, _INK, font=font, anchor="mt")
-        for row, picture in enumerate(_pictures([results[column] for _, results in rows])):
-            y = 2 * _LINE + row * (_CELL + _GAP)
-            sheet.paste(picture, (x + (_CELL - picture.width) // 2, y + (_CELL - picture.height) // 2))
+        x = place.x(column)
+        middle = x + _CELL // 2
+        draw.text((middle, _GAP), fitted(caption, font.getlength), _INK, font=font, anchor="mt")
+        pictures = _pictures([row.results[column] for row in rows])
+        for row, top, picture in zip(rows, place.tops, pictures, strict=True):
+            sheet.paste(picture, (x + (_CELL - picture.width) // 2, top + (_CELL - picture.height) // 2))
+            if row.psnr is not None:
+                below = in_db(row.psnr.per_image[column])
+                draw.text((middle, top + _CELL + _LINE // 4), below, _INK, font=font, anchor="mt")
     with written_aside(path) as aside:
         sheet.save(aside, format="PNG")
+
+
+def in_db(psnr: float | None) -> str:
+    """A PSNR in words; None means that the images are identical."""
+    return "identical" if psnr is None else f"{psnr:.1f} dB"
+
+
+def _draw_label(draw: ImageDraw.ImageDraw, lines: Sequence[str], middle: int, font: Font) -> None:
+    top = middle - len(lines) * (_LINE + 2) // 2
+    for place, line in enumerate(lines):
+        draw.text((_GAP, top + place * (_LINE + 2)), line, _INK, font=font, anchor="lt")
 
 
 def _pictures(results: Sequence[torch.Tensor]) -> list[Image.Image]:

@@ -17,10 +17,12 @@ from bitpolicy.search.generation import Generations
 from bitpolicy.search.problem import Problem
 from bitpolicy.search.quality.metrics import perceptual_distance
 from bitpolicy.search.quality.networks import Networks
+from bitpolicy.search.quality.objective import Objective
 from bitpolicy.search.quality.psnr import Unavailable
 from bitpolicy.search.study.finalists import Confirmed, confirm
 from bitpolicy.search.study.journal import journal
 from bitpolicy.search.study.starts import repaired
+from bitpolicy.search.study.stopping import Verdict
 from bitpolicy.search.study.study import Study
 from bitpolicy.search.study.trials import FILE as TRIALS
 from bitpolicy.search.study.trials import save_trials
@@ -35,6 +37,7 @@ _FINALISTS = 3
 _TIGHTER = 3  # attempts; each raises the target because fresh seeds fell short
 _SMALLEST_ERROR = 1e-9  # relative to the smallest policy's: the most accurate policy to look for
 _IDENTICAL = 1e-20  # squared error of identical images
+_LEVEL = 0.1  # dB below which two trials count as level
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def within_budget(
     exact = problem.solve()
     gap = float(f"{exact.gap:.2g}")
     if settings.trials == 0:
-        about = {"exact_gap": gap, "trials": 0, "finalists_mse": [], "won": "the exact solution"}
+        about = {"exact_gap": gap, "trials": 0, "finalists": [], "won": "the exact solution"}
         return Decision(problem.choices(exact), about)
     start = repaired(problem, exact, settings.vectors)
     study = Study(
@@ -75,11 +78,13 @@ def within_budget(
     with stages.bar(settings.trials, "search trials") as advance:
         for _ in study.finished:
             advance()
-        study.run(settings.trials, after_each=advance)
+        verdict = study.run(settings.trials, after_each=advance, every_trial=settings.all_trials)
     save_trials(study.rows, folder / TRIALS)
     finalists = stages.track(study.best(_FINALISTS), "confirming on fresh seeds")
     found = confirm(finalists, generations, plan.split.confirm)
-    return Decision(found.choices, {"exact_gap": gap, **_study_record(study, found, repaired=start is not None)})
+    names = {"start 1": "the repaired solution"} if start is not None else {}
+    about = _study_record(study, found, generations.objective, names)
+    return Decision(found.choices, {"exact_gap": gap, **about, **_stop_record(study, settings.trials, verdict, names)})
 
 
 def study_name(settings: Settings, plan: Plan) -> str:
@@ -89,14 +94,60 @@ def study_name(settings: Settings, plan: Plan) -> str:
     return settings_key({**asked, "weights": plan.source.everything_sha256})
 
 
-def _study_record(study: Study, found: Confirmed, repaired: bool) -> dict[str, Any]:
+def _study_record(study: Study, found: Confirmed, objective: Objective, names: Mapping[str, str]) -> dict[str, Any]:
     origin = study.origin(found.choices)
     return {
         "trials": len(study.finished),
-        "finalists_mse": [float(f"{error:.5g}") for error in found.error],
-        "won": "the repaired solution" if repaired and origin == "start 1" else origin,
+        "objective": objective.name,
+        "finalists": [float(f"{error:.5g}") for error in found.error],
+        "won": names.get(origin, origin),
         "best_of_study_held": found.held,
     }
+
+
+def _stop_record(study: Study, asked: int, verdict: Verdict | None, names: Mapping[str, str]) -> dict[str, Any]:
+    """How many trials were asked for and, if the study ran fewer, why."""
+    if verdict is None:
+        late = {} if len(study.finished) >= asked else {"stopped": "timeout"}
+        return {"trials_asked": asked, **late}
+    origin, nearest = study.origin_of(verdict.best), verdict.nearest_db
+    return {
+        "trials_asked": asked,
+        "stopped": "unlikely to improve",
+        "stopped_on": {
+            "trials": verdict.trials,
+            "best": names.get(origin, origin),
+            "nearest_db": None if nearest is None else round(nearest, 2),
+            "expected_gain_db": float(f"{verdict.gain_db:.2g}"),
+        },
+    }
+
+
+def why_stopped(about: str | Mapping[str, Any]) -> str | None:
+    """Why a study ran fewer trials than were asked for, in a sentence; or that it ran them all. None if no study ran.
+
+    Args:
+        about: a decision's record from the policy file.
+    """
+    if isinstance(about, str) or not about.get("trials") or "trials_asked" not in about:
+        return None
+    ran, asked = about["trials"], about["trials_asked"]
+    if "stopped" not in about:
+        return f"all {ran} trials ran"
+    if about["stopped"] == "timeout":
+        return f"stopped after {ran} of {asked} trials: the time limit (--timeout)"
+    seen = about["stopped_on"]
+    rest = f"the other {asked - ran} are expected to gain at most {seen['expected_gain_db']:g} dB together"
+    return f"stopped after {ran} of {asked} trials: {_nearest(seen)}; {rest} (--all-trials runs them)"
+
+
+def _nearest(seen: Mapping[str, Any]) -> str:
+    best, nearest = seen["best"], seen["nearest_db"]
+    if nearest is None:
+        return f"{best} draws the reference's images"
+    if nearest > -_LEVEL:
+        return f"none was clearly better than {best}"
+    return f"none was within {math.floor(-nearest * 10) / 10:g} dB of {best}"
 
 
 def in_words(about: str | Mapping[str, Any]) -> str:

@@ -36,6 +36,7 @@ from bitpolicy.sensitivity.rounding.rounding import announced, needs_gradients, 
 from bitpolicy.sensitivity.rounding.rounding_pass import HESSIAN_SAMPLES
 from bitpolicy.sensitivity.trajectory.checkpointed_calls import is_large
 from bitpolicy.settings import Settings
+from bitpolicy.workflow.compare import PICTURES
 from bitpolicy.workflow.plan import Plan, memory_of
 
 _FINALISTS = 4  # three from the study, and the exact solution
@@ -146,9 +147,14 @@ class Forecast:
         settings = self._settings
         return any(aim is not None for aim in (settings.budget, settings.target_psnr, settings.target_lpips))
 
+    @property
+    def _unquantized(self) -> bool:
+        """Whether the budget holds everything in FP16, so that nothing is probed."""
+        return self._settings.budget is not None and self._plan.fits_unquantized and not self._settings.frontier
+
     def _decision(self) -> Iterator[tuple[str, float]]:
         settings, plan = self._settings, self._plan
-        if settings.budget is not None and plan.fits_unquantized and not settings.frontier:
+        if self._unquantized:
             return
         yield from self._scores()
         if settings.frontier and settings.trials:
@@ -164,6 +170,8 @@ class Forecast:
         yield "writing the checkpoint", self._requantized(1)
         for pipeline in ("reference", "checkpoint"):
             yield f"held-out, {pipeline}", len(self._plan.split.held_out) * self._each
+        if not self._unquantized:
+            yield "held-out, one format", len(self._plan.split.held_out[:PICTURES]) * self._each
 
     def _probe(self) -> Iterator[tuple[str, float]]:
         settings, samples = self._settings, len(self._plan.split.calibration)

@@ -239,6 +239,11 @@ def _require_sound(settings: Settings) -> str:
     read(asked)
     memory_of(settings)
     require_one_quantizer(settings.probe, parse_quantizer(settings.quantizer))
+    if settings.objective != "mse" and (settings.budget is None or not settings.trials):
+        raise BitPolicyError(
+            f"--objective {settings.objective} is what a study's trials minimise, and only a search with --budget and "
+            "at least one of --trials has a study; leave it out"
+        )
     compute = measured_compute(settings.compute)
     if settings.scope == "peak" and settings.offload:
         raise BitPolicyError("--scope peak needs the whole model on its device; leave out --offload")

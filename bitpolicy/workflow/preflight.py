@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.storage.disk_space import free_bytes
 from bitpolicy.search.budget import decimal
+from bitpolicy.search.quality.objective import objective_named
 from bitpolicy.search.quality.psnr import Unavailable
 from bitpolicy.search.study.study import open_storage
 from bitpolicy.settings import Settings
@@ -21,10 +23,16 @@ def require_quality(settings: Settings, plan: Plan) -> None:
     """Check that the requested quality can be measured here.
 
     Raises:
-        BitPolicyError: a network for --target-lpips is missing, or --features contains none.
+        BitPolicyError: a network for --target-lpips or --objective is missing, --features contains none, or the
+            pipeline's results are no images that the objective can compare.
     """
     networks = networks_of(settings, plan)
     networks.require()
+    if settings.objective != "mse":
+        distance = objective_named(settings.objective, networks).distance
+        with closing(plan.trajectories.images(plan.split.search[:1])) as images:
+            for image, _ in images:
+                distance(image, image)
     if settings.target_lpips is None or networks.uncalibrated is not None:
         return
     if isinstance(networks.lpips, Unavailable):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from bitpolicy.search.closeness import beyond_first_order, close_choices
 from bitpolicy.search.generation import Generations
 from bitpolicy.search.problem import Problem
 from bitpolicy.search.quality.metrics import Comparison, measure
+from bitpolicy.search.quality.objective import objective_named
 from bitpolicy.search.quality.psnr import Psnr, Unavailable
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import Layer
@@ -43,13 +44,30 @@ from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.table_files import ModelContext, write_table
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 from bitpolicy.settings import Settings
-from bitpolicy.workflow.compare import save_comparison
+from bitpolicy.workflow.compare import Row, save_comparison
 from bitpolicy.workflow.curve import Point, file_name, points, save_picture, save_table
-from bitpolicy.workflow.decision import in_words, mean_db, networks_of, reaching_target, within_budget
+from bitpolicy.workflow.decision import in_words, mean_db, networks_of, reaching_target, why_stopped, within_budget
 from bitpolicy.workflow.plan import Plan
+from bitpolicy.workflow.uniform import drawn_uniform
 
-_PICTURES = 8  # columns of compare.png
 _QUALITY = ("ssim", "lpips", "fid")  # of the held-out images, in addition to PSNR, if the networks are available
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What the held-out samples say.
+
+    Attributes:
+        policy: with its PSNR.
+        psnr: of every held-out sample.
+        quality: the other measures of quality that are available here, as JSON.
+        uniform: the best uniform format in the policy's bytes, as JSON; None if the policy quantizes nothing.
+    """
+
+    policy: Policy
+    psnr: Psnr
+    quality: dict[str, Any]
+    uniform: dict[str, Any] | None
 
 
 class SearchRun:
@@ -64,6 +82,7 @@ class SearchRun:
         self._settings, self._plan, self._folder, self._stages = settings, plan, folder, stages
         self._measured = Calibration()  # for every candidate
         self._never_called = 0  # layers that stay FP16 because no sample calls them
+        self._searched: tuple[Problem, Generations] | None = None  # set by `decide`, unless nothing is quantized
         self.calibration = Calibration()
         self.points: list[Point] = []
 
@@ -78,11 +97,13 @@ class SearchRun:
             choices = {layer.name: Choice(FP16) for layer in plan.layers}
             about: dict[str, Any] = {"search": "the budget holds all of it unquantized"}
             return self._saved(self._policy(choices, 0.0, about, Calibration()))
+        objective = objective_named(settings.objective, networks_of(settings, plan))
         problem = self._probed()
         quantization = Quantization(
             calibration=self._measured, storage=plan.source.storage, compute=measured_compute(settings.compute)
         )
-        generations = Generations(plan.trajectories, quantization=quantization)
+        generations = Generations(plan.trajectories, quantization=quantization, objective=objective)
+        self._searched = (problem, generations)
         if settings.frontier:
             self._write_curve(problem, generations)
         if settings.budget is None and settings.target_psnr is None and settings.target_lpips is None:
@@ -225,15 +246,12 @@ class SearchRun:
                 advance()
             return sum(checkpoint_bytes(folder / name) for name in source.components)
 
-    def evaluate(self, policy: Policy) -> tuple[Policy, Psnr, dict[str, Any]]:
+    def evaluate(self, policy: Policy) -> Evaluated:
         """Reload the checkpoint, compare it on held-out samples, write compare.png, and record the measured PSNR in the
-        policy.
-
-        Returns:
-            The policy, the PSNR, and the other measures of quality that are available here, as JSON.
-        """
+        policy."""
         plan, source = self._plan, self._plan.source
         samples = plan.split.held_out
+        assert policy.result is not None
         with self._stages.timed("evaluate"):
             before = list(plan.trajectories.images(self._stages.track(samples, "held-out, reference")))
             with swapped_components(source, self._folder / "checkpoint"):
@@ -241,15 +259,15 @@ class SearchRun:
                 after = list(reloaded.images(self._stages.track(samples, "held-out, checkpoint")))
             (reference, latents), (images, found) = zip(*before, strict=True), zip(*after, strict=True)
             psnr = Psnr.of(reference, images)
-            label = f"{policy.result.policy_bytes / 1e6:.3g} MB" if policy.result else "quantized"
-            rows = [(f"{plan.account.reference / 1e6:.3g} MB", reference[:_PICTURES]), (label, images[:_PICTURES])]
-            captions = [sample.prompt for sample in samples[:_PICTURES]]
-            save_comparison(self._folder / "compare.png", captions, rows, psnr.per_image)
+            own = Row.of("this policy", policy.result.policy_bytes, images, reference)
+            uniform = self._searched and drawn_uniform(plan, *self._searched, policy, own, reference, self._stages)
+            rows = [Row.of("original", plan.account.reference, reference), own, *([uniform[0]] if uniform else [])]
+            save_comparison(self._folder / "compare.png", [sample.prompt for sample in samples], rows)
             measured = measure(
                 _QUALITY, Comparison(reference, images, (latents, found)), networks_of(self._settings, plan)
             )
         quality = {name: result.as_dict() for name, result in measured.items() if not isinstance(result, Unavailable)}
-        return self._with_quality(policy, psnr), psnr, quality
+        return Evaluated(self._with_quality(policy, psnr), psnr, quality, uniform[1] if uniform else None)
 
     def _with_quality(self, policy: Policy, psnr: Psnr) -> Policy:
         assert policy.result is not None
@@ -316,10 +334,12 @@ def run_search(settings: Settings, plan: Plan, output: OutputFolder, stages: Sta
         output.finish(result)
         return result
     nbytes = run.export(policy)
-    policy, psnr, quality = run.evaluate(policy)
+    found = run.evaluate(policy)
+    policy = found.policy
     assert policy.result is not None
     choices = policy.resolve(layer.name for layer in plan.layers)
     counts = Counter(choice.format.name for choice in choices.values())
+    study = why_stopped(policy.provenance["search"])
     result = {
         **({} if settings.budget or policy.budget is None else {"target": policy.budget.asked}),
         "budget_bytes": plan.budget.total if settings.budget else policy.result.policy_bytes,
@@ -328,11 +348,13 @@ def run_search(settings: Settings, plan: Plan, output: OutputFolder, stages: Sta
         "reference_bytes": plan.account.reference,
         "layers": {format.name: counts[format.name] for format in plan.formats},
         "chosen": in_words(policy.provenance["search"]),
+        **({} if study is None else {"study": study}),
         "predicted_error": policy.result.predicted_error,
         "error_of": "image" if plan.trajectories.draws else "latent",
         "compute": policy.compute,
-        "psnr_db": psnr.as_dict(),
-        "quality": quality,
+        "psnr_db": found.psnr.as_dict(),
+        **({} if found.uniform is None else {"uniform": found.uniform}),
+        "quality": found.quality,
         **curve,
         "seconds": stages.seconds,
         "output_dir": str(output.path),

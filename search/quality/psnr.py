@@ -143,7 +143,12 @@ def ssim(reference: Images, images: Images) -> Paired | Unavailable:
 
 def latent_mse(reference: Images, latents: Images) -> Paired:
     """Mean squared difference of final latents of any shape, in the denoiser's units."""
-    return Paired("latent", _each(_mean_square, reference, latents), "lower")
+    return Paired("latent", _each(mean_square, reference, latents), "lower")
+
+
+def mean_square(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Mean squared difference of two tensors of one shape, in float64."""
+    return float((a.double() - b.double()).square().mean())
 
 
 def frames(image: torch.Tensor) -> torch.Tensor:
@@ -174,10 +179,6 @@ def _each(
 
 def _psnr(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(peak_signal_noise_ratio(b.double(), a.double(), data_range=1.0))
-
-
-def _mean_square(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.double() - b.double()).square().mean())
 
 
 def _ssim(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -16,7 +16,7 @@ class Confirmed:
 
     Attributes:
         choices: layer name -> choice.
-        error: mean squared image error of each finalist on the fresh seeds, in the order given, which is the study's
+        error: mean of the objective of each finalist on the fresh seeds, in the order given, which is the study's
             ranking.
         won: index of `choices` among the finalists.
     """
@@ -47,6 +47,8 @@ def confirm(
         samples: ones that the study did not use.
     """
     listed = list(finalists)
-    scores = [sum(generations.errors(choices, samples)) / len(samples) for choices in listed]
+    scores = [
+        sum(score.distance for score in generations.scores(choices, samples)) / len(samples) for choices in listed
+    ]
     won = min(range(len(listed)), key=lambda i: scores[i])
     return Confirmed(listed[won], tuple(scores), won)

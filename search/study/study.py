@@ -2,9 +2,11 @@
 
 A trial suggests how to scale the errors of each group of layers, and the knapsack turns that into a policy, so every
 trial fits the budget (`bitpolicy.search.study.samplers`). A trial's score is its mean image error over the search
-samples, reported sample by sample. `WilcoxonPruner`, made for paired scores, stops losing trials early. The first
-trials are the exact solution and any other policies to start from, so on the samples that the study saw, the result is
-never worse than any of them. Any number of processes can run trials of one study (`bitpolicy.search.study.storage`).
+samples, as the objective measures it, reported sample by sample. `WilcoxonPruner`, made for paired scores, stops losing
+trials early. The first trials are the exact solution and any other policies to start from, so on the samples that the
+study saw, the result is never worse than any of them. The study stops when more trials are not worth their time
+(`bitpolicy.search.study.stopping`). Any number of processes can run trials of one study
+(`bitpolicy.search.study.storage`).
 """
 
 from __future__ import annotations
@@ -26,11 +28,12 @@ from optuna.storages import BaseStorage, GrpcStorageProxy
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.search.generation import Generations
+from bitpolicy.search.generation import Generations, Score
 from bitpolicy.search.knapsack import Solution
 from bitpolicy.search.problem import Problem
 from bitpolicy.search.study.journal import journal
 from bitpolicy.search.study.samplers import Choices, Space, formats_of, policy_key, require_sampler
+from bitpolicy.search.study.stopping import Verdict, in_turn, verdict
 from bitpolicy.search.study.storage import Crew
 from bitpolicy.search.study.trials import TrialRow
 from bitpolicy.sensitivity.samples import Sample
@@ -85,11 +88,13 @@ class Study:
                 direction="minimize",
                 pruner=WilcoxonPruner(p_threshold=0.1, n_startup_steps=4),
             )
-            self._study.set_metric_names(["mean squared image error"])
-        self._crew = Crew(self._study)
+            self._study.set_metric_names([generations.objective.title])
+        self._crew, self._judged = Crew(self._study), 0
         self._describe_study(name, space)
 
-    def run(self, trials: int, after_each: Callable[[], None] = lambda: None) -> None:
+    def run(
+        self, trials: int, after_each: Callable[[], None] = lambda: None, every_trial: bool = True
+    ) -> Verdict | None:
         """Run until `trials` trials are finished in total, including those of earlier runs and other workers.
 
         Waits for the last trials of other workers, so that every worker ends with the same study.
@@ -97,20 +102,36 @@ class Study:
         Args:
             trials: how many.
             after_each: called once for each trial that finishes during the call, in any worker.
+            every_trial: whether to run all of them, even if it is unlikely that they improve anything.
+
+        Returns:
+            Why the study stopped before the last trial; None if it did not, or if it ran out of time.
         """
         end = math.inf if self._timeout is None else time.monotonic() + self._timeout
-        counted = len(self.finished)
+        counted, self._judged, found = len(self.finished), 0, None
         while time.monotonic() < end:
             others, done = self._crew.others(), len(self.finished)
-            if done >= trials and not others:
+            found = found or (None if every_trial else self._verdict(trials))
+            if (found or done >= trials) and not others:
                 break
-            if done + others < trials:
+            if not found and done + others < trials:
                 self._run_one()
             else:
                 time.sleep(_POLL)
             for _ in range(counted, len(self.finished)):
                 counted += 1
                 after_each()
+        return found or (None if every_trial else self._verdict(trials))
+
+    def _verdict(self, asked: int) -> Verdict | None:
+        """The first verdict among the trials of the first turns. Those judged before are not judged again."""
+        trials = in_turn(self.finished)
+        for count in range(self._judged + 1, len(trials) + 1):
+            found = verdict(trials[:count], len(self._space.starts), len(self._samples), asked)
+            if found is not None:
+                return found
+        self._judged = len(trials)
+        return None
 
     @property
     def finished(self) -> list[FrozenTrial]:
@@ -149,6 +170,11 @@ class Study:
             return _start_name(starts.index(key))
         return f"trial {min(trial.number for trial in self._ranked() if trial.user_attrs['policy'] == key)}"
 
+    def origin_of(self, number: int) -> str:
+        """The same for the policy of a finished trial."""
+        key = next(trial.user_attrs["policy"] for trial in self.finished if trial.number == number)
+        return self.origin(self._space.choices(formats_of(key)))
+
     def _ranked(self) -> list[FrozenTrial]:
         """Finished trials that were scored on every sample, best first."""
         whole = [trial for trial in self.finished if trial.user_attrs.get("samples") == len(self._samples)]
@@ -178,22 +204,24 @@ class Study:
     def _measured(self, trial: Trial, formats: np.ndarray, turn: int) -> float:
         order = list(range(len(self._samples)))
         random.Random(turn).shuffle(order)
-        scores: list[float] = []
+        scores: list[Score] = []
         wanted = [self._samples[index] for index in order]
         # Closed explicitly: a stopped trial must not leave its weights in the model.
-        with closing(self._generations.errors(self._space.choices(formats), wanted)) as errors:
-            for index, error in zip(order, errors, strict=True):
-                if not np.isfinite(error):
+        with closing(self._generations.scores(self._space.choices(formats), wanted)) as found:
+            for index, score in zip(order, found, strict=True):
+                if not np.isfinite(score.distance):
                     raise BitPolicyError(
                         "a policy's images have NaN or Inf; keep layers that overflow at fp16 with --keep 'GLOB=fp16'"
                     )
-                scores.append(error)
-                trial.report(error, index)
-                trial.set_user_attr("psnr_db", _psnr(scores))
+                scores.append(score)
+                trial.report(score.distance, index)
+                trial.set_user_attr("psnr_db", _psnr([score.mse for score in scores]))
                 if trial.should_prune():
                     break
         trial.set_user_attr("samples", len(scores))
-        return float(np.mean(scores))  # also for a stopped trial: an estimate that the sampler can learn from
+        return float(
+            np.mean([score.distance for score in scores])
+        )  # also for a stopped trial: an estimate that the sampler can learn from
 
     def _repeated(self, trial: Trial, twin: FrozenTrial) -> float:
         """The result of a finished trial of the same policy. Generations are deterministic, so none is repeated.
@@ -221,6 +249,7 @@ class Study:
             "layers": len(self._problem.inventory),
             "formats": [format.name for format in self._problem.formats],
             "samples": len(self._samples),
+            "objective": self._generations.objective.name,
             "starts": [policy_key(formats) for formats in self._space.starts],
         }
         for key, value in described.items():

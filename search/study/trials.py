@@ -21,7 +21,8 @@ class TrialRow:
     Attributes:
         number: of the trial; trials are numbered in the order in which they began.
         start: the start that it tries unchanged, e.g. "the exact solution"; empty for all other trials.
-        mse: mean squared image error over the search samples that it was scored on.
+        score: mean of the objective over the search samples that it was scored on; mean squared image error, unless
+            another objective was given.
         psnr_db: mean dB of those images that differ from the reference; None if none differ.
         samples: number of search samples it was scored on.
         stopped: whether it was stopped before it was scored on all of them.
@@ -30,7 +31,7 @@ class TrialRow:
 
     number: int
     start: str
-    mse: float
+    score: float
     psnr_db: float | None
     samples: int
     stopped: bool
@@ -59,6 +60,6 @@ def load_trials(path: Path) -> list[TrialRow]:
         raise BitPolicyError(f"cannot read {path}: {error}; run the same search again to write it") from error
 
 
-def _row(number: str, start: str, mse: str, psnr_db: str, samples: str, stopped: str, repeats: str) -> TrialRow:
+def _row(number: str, start: str, score: str, psnr_db: str, samples: str, stopped: str, repeats: str) -> TrialRow:
     psnr, twin = float(psnr_db) if psnr_db else None, int(repeats) if repeats else None
-    return TrialRow(int(number), start, float(mse), psnr, int(samples), stopped == "True", twin)
+    return TrialRow(int(number), start, float(score), psnr, int(samples), stopped == "True", twin)

@@ -151,7 +151,7 @@ def test_without_trials_the_policy_is_the_exact_solution(half_pipeline: NewPipel
     assert found.provenance["search"] == {
         "trials": 0,
         "exact_gap": found.provenance["search"]["exact_gap"],
-        "finalists_mse": [],
+        "finalists": [],
         "won": "the exact solution",
     }
     assert found.provenance["search"]["exact_gap"] <= 1e-3

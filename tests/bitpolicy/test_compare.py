@@ -1,4 +1,4 @@
-"""compare.png: one column per prompt, the reference above, PSNR below."""
+"""compare.png: one column per prompt, the reference above, other versions below it, each with its PSNR."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from bitpolicy.workflow.compare import _CELL, _GAP, _LEFT, _LINE, fitted, save_comparison
+from bitpolicy.search.quality.psnr import Psnr
+from bitpolicy.workflow.compare import _CELL, _GAP, _LINE, Row, fitted, save_comparison
 
 
 def constant(red: float, green: float, blue: float, size: int = 16) -> torch.Tensor:
@@ -21,21 +22,42 @@ def pixels(path: Path) -> np.ndarray:
         return np.asarray(picture.convert("RGB"))
 
 
-def middle(sheet: np.ndarray, column: int, row: int) -> list[int]:
-    y = 2 * _LINE + row * (_CELL + _GAP) + _CELL // 2
-    return sheet[y, _LEFT + column * (_CELL + _GAP) + _CELL // 2].tolist()
+def pair(first: list[torch.Tensor], second: list[torch.Tensor], *psnr: float | None) -> list[Row]:
+    """Two rows. Without `psnr`, all pairs are called identical."""
+    return [Row(("a",), first), Row(("b",), second, Psnr(psnr or (None,) * len(first)))]
+
+
+def left(sheet: np.ndarray, columns: int) -> int:
+    """Width of the labels."""
+    return sheet.shape[1] - columns * (_CELL + _GAP)
+
+
+def top(row: int) -> int:
+    """Upper edge of a row: every row but the first has a line of text below it."""
+    return 2 * _LINE + row * (_CELL + _GAP) + max(row - 1, 0) * _LINE
+
+
+def middle(sheet: np.ndarray, columns: int, column: int, row: int) -> list[int]:
+    x = left(sheet, columns) + column * (_CELL + _GAP)
+    return sheet[top(row) + _CELL // 2, x + _CELL // 2].tolist()
+
+
+def is_written(part: np.ndarray) -> bool:
+    """Whether there is dark text on the paper."""
+    return bool(part.min() < 100)
 
 
 @pytest.mark.parametrize("size", [16, 64, 512])
 def test_each_image_is_in_its_place(tmp_path: Path, size: int) -> None:
     reference = [constant(1, 0, 0, size), constant(0, 1, 0, size)]
     images = [constant(0, 0, 1, size), constant(1, 1, 1, size)]
-    rows = [("8 MB", reference), ("3 MB", images)]
-    save_comparison(tmp_path / "compare.png", ["cat", "dog"], rows, [12.3, None])
+    others = [constant(0, 1, 1, size), constant(1, 1, 0, size)]
+    rows = [*pair(reference, images, 12.3, None), Row(("c", "INT4 everywhere"), others, Psnr((5.0, 6.0)))]
+    save_comparison(tmp_path / "compare.png", ["cat", "dog"], rows)
     sheet = pixels(tmp_path / "compare.png")
-    assert middle(sheet, 0, 0) == [255, 0, 0]
-    assert middle(sheet, 1, 0) == [0, 255, 0]
-    assert middle(sheet, 0, 1) == [0, 0, 255]
+    assert [middle(sheet, 2, column, 0) for column in (0, 1)] == [[255, 0, 0], [0, 255, 0]]
+    assert middle(sheet, 2, 0, 1) == [0, 0, 255]
+    assert [middle(sheet, 2, column, 2) for column in (0, 1)] == [[0, 255, 255], [255, 255, 0]]
     assert [path.name for path in tmp_path.iterdir()] == ["compare.png"]
 
 
@@ -43,8 +65,7 @@ def test_a_picture_has_one_column_per_prompt(tmp_path: Path) -> None:
     image = constant(0.5, 0.5, 0.5)
     widths = []
     for count in (1, 2, 8):
-        rows = [("a", [image] * count), ("b", [image] * count)]
-        save_comparison(tmp_path / "compare.png", ["cat"] * count, rows, [None] * count)
+        save_comparison(tmp_path / "compare.png", ["cat"] * count, pair([image] * count, [image] * count))
         widths.append(pixels(tmp_path / "compare.png").shape[1])
     assert widths[1] - widths[0] == (widths[2] - widths[1]) / 6 == _CELL + _GAP
 
@@ -52,25 +73,60 @@ def test_a_picture_has_one_column_per_prompt(tmp_path: Path) -> None:
 def test_captions_of_any_length_and_script_are_drawn(tmp_path: Path) -> None:
     image = constant(0, 0, 0)
     captions = ["", "a very long prompt that would never fit above a picture of this width", "café ☕ 猫"]
-    save_comparison(tmp_path / "compare.png", captions, [("a", [image] * 3), ("b", [image] * 3)], [1.0, None, 99.9])
+    save_comparison(tmp_path / "compare.png", captions, pair([image] * 3, [image] * 3, 1.0, None, 99.9))
     sheet = pixels(tmp_path / "compare.png")
-    above = sheet[: 2 * _LINE, _LEFT:].min(axis=(0, 2))  # darkest in each column of pixels
+    above = sheet[: 2 * _LINE, left(sheet, 3) :].min(axis=(0, 2))  # darkest in each column of pixels
     between = above[_CELL : _CELL + _GAP].tolist() + above[2 * _CELL + _GAP : 2 * (_CELL + _GAP)].tolist()
     assert min(between) == 255  # no caption runs into its neighbour's column
 
 
 def test_values_outside_the_range_are_clipped(tmp_path: Path) -> None:
-    rows = [("a", [constant(2.0, -1.0, 0.0)]), ("b", [constant(0, 0, 0)])]
-    save_comparison(tmp_path / "compare.png", ["cat"], rows, [None])
-    assert middle(pixels(tmp_path / "compare.png"), 0, 0) == [255, 0, 0]
+    rows = pair([constant(2.0, -1.0, 0.0)], [constant(0, 0, 0)])
+    save_comparison(tmp_path / "compare.png", ["cat"], rows)
+    assert middle(pixels(tmp_path / "compare.png"), 1, 0, 0) == [255, 0, 0]
+
+
+@pytest.mark.parametrize("label", ["b", "INT4 in 1,234 of 5,678 layers"])
+def test_every_label_and_every_number_is_whole(tmp_path: Path, label: str) -> None:
+    """On white images, all that is dark is text. None of it touches an edge or a cell."""
+    white = [constant(1, 1, 1)] * 2
+    rows = [Row(("original", "8 MB"), white)]
+    rows += [Row((label, "3 MB", "12.3 dB", "larger"), white, Psnr((12.3, None))) for _ in range(2)]
+    save_comparison(tmp_path / "compare.png", ["cat", "dog"], rows)
+    sheet = pixels(tmp_path / "compare.png")
+    start = left(sheet, 2)
+    for row in range(3):
+        beside = sheet[top(row) : top(row) + _CELL]
+        assert is_written(beside[:, _GAP : start - _GAP])
+        assert not is_written(np.concatenate([beside[:8], beside[-8:]]))
+        assert not is_written(np.concatenate([beside[:, : _GAP - 1], beside[:, start - _GAP // 2 :]], axis=1))
+        below = sheet[top(row) + _CELL : top(row) + _CELL + _LINE + 4, start:]
+        for column in range(2):
+            x = column * (_CELL + _GAP)
+            assert is_written(below[:, x : x + _CELL]) == (row > 0)
+            assert not is_written(below[:, x + _CELL : x + _CELL + _GAP])
+    assert not is_written(sheet[-4:])
+
+
+def test_a_row_says_what_it_shows() -> None:
+    """At most eight images; their mean PSNR, of which the others are no part."""
+    black = [constant(0, 0, 0)] * 10
+    grey = [constant(0.1, 0.1, 0.1)] * 8 + [constant(1, 1, 1)] * 2  # 20 dB from black
+    row = Row.of("this policy", 5_000_000, grey, black)
+    assert row.label == ("this policy", "5 MB", "20.0 dB")
+    assert len(row.results) == 8
+    assert row.psnr is not None
+    assert row.psnr.per_image == pytest.approx([20.0] * 8)
+    assert Row.of("original", 11_473_000, black).label == ("original", "11.5 MB")
+    assert Row.of("a copy", 1, black, black).label[-1] == "identical"
 
 
 def drawn(folder: Path, reference: torch.Tensor, found: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """The two cells of one column, each uint8 (160, 160, 3)."""
-    save_comparison(folder / "compare.png", ["cat"], [("a", [reference]), ("b", [found])], [None])
+    save_comparison(folder / "compare.png", ["cat"], pair([reference], [found]))
     sheet = pixels(folder / "compare.png")
-    tops = [2 * _LINE + row * (_CELL + _GAP) for row in range(2)]
-    first, second = (sheet[top : top + _CELL, _LEFT : _LEFT + _CELL] for top in tops)
+    x = left(sheet, 1)
+    first, second = (sheet[top(row) : top(row) + _CELL, x : x + _CELL] for row in range(2))
     return first, second
 
 
@@ -103,8 +159,9 @@ def test_with_more_channels_each_is_a_tile(tmp_path: Path, channels: int) -> Non
 )
 def test_an_image_of_any_size_is_visible_and_stays_in_its_cell(tmp_path: Path, size: tuple[int, int]) -> None:
     black = torch.zeros(3, *size)
-    save_comparison(tmp_path / "compare.png", ["", ""], [("", [black] * 2), ("", [black] * 2)], [None, None])
-    sheet = pixels(tmp_path / "compare.png")[2 * _LINE : 2 * _LINE + 2 * _CELL + _GAP, _LEFT:]
+    save_comparison(tmp_path / "compare.png", ["", ""], pair([black] * 2, [black] * 2))
+    sheet = pixels(tmp_path / "compare.png")
+    sheet = sheet[2 * _LINE : 2 * _LINE + 2 * _CELL + _GAP, left(sheet, 2) :]
     dark = (sheet == 0).all(2)
     assert dark[:_CELL, :_CELL].any(0).sum() >= 12
     assert dark[:_CELL, :_CELL].any(1).sum() >= 12
@@ -182,6 +239,8 @@ def test_a_caption_of_25000_characters_takes_few_measurements() -> None:
 
 def test_a_very_long_prompt_is_drawn(tmp_path: Path) -> None:
     image = constant(0, 0, 0)
-    rows = [("a", [image]), ("b", [image])]
-    save_comparison(tmp_path / "compare.png", ["a prompt without end\n" * 1250], rows, [None])
-    assert pixels(tmp_path / "compare.png").shape[1] == _LEFT + _CELL + _GAP
+    widths = []
+    for caption in ("cat", "a prompt without end\n" * 1250):
+        save_comparison(tmp_path / "compare.png", [caption], pair([image], [image]))
+        widths.append(pixels(tmp_path / "compare.png").shape[1])
+    assert widths[0] == widths[1]

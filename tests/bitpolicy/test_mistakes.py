@@ -402,3 +402,26 @@ def test_a_limit_on_the_size_of_a_file_is_one_line(process: Any, finished: Any, 
     assert outcome.code == 2, outcome.err[-2000:]
     assert "file of this size; fix that and run the same command again" in outcome.err.splitlines()[-1]
     assert "Traceback" not in outcome.err
+
+
+# The objective
+
+
+def test_an_objective_that_cannot_be_measured(refused: Any) -> None:
+    """The network of LPIPS is not here, and the toy pipeline has none of its own."""
+    refused(("--objective lpips cannot be measured", "--features"), "--objective", "lpips")
+    refused("unknown objective 'psnr'; write any of mse, ssim, lpips", "--objective", "psnr")
+
+
+def test_an_objective_without_a_study(command: Any, small: Small, refused: Any, here: Path) -> None:
+    refused(("--objective ssim", "leave it out"), "--objective", "ssim", "--trials", "0")
+    outcome = command("--target-psnr", "40", *small, "--objective", "ssim")
+    outcome.assert_refused("search-policy", "--objective ssim", "--budget")
+
+
+def test_another_objective_in_a_folder(command: Any, finished: Any, here: Path) -> None:
+    shutil.copytree(finished.folder, here / "out")
+    before = names(here)
+    outcome = command(*finished.arguments, "--output-dir", str(here / "out"), "--objective", "ssim")
+    outcome.assert_refused("search-policy", "a different objective", "--overwrite")
+    assert names(here) == before

@@ -178,7 +178,7 @@ def test_a_search_writes_every_trial(finished: Any) -> None:
     assert all(row.samples == 16 for row in rows if not row.stopped)
     journal = [json.loads(line) for line in (finished.folder / "study.journal").read_text().splitlines()]
     values = [entry["values"][0] for entry in journal if entry.get("values")]
-    assert [row.mse for row in rows] == values
+    assert [row.score for row in rows] == values
 
 
 def test_the_table_of_trials_describes_each_one(folder: Path) -> None:

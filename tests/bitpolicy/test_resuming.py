@@ -101,19 +101,19 @@ def test_the_study_continues_after_the_finished_trials(
     command: Any, finished: Any, here: Path, interrupted: Any, monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:
     """The probe and the earlier trials are not repeated."""
-    interrupted(Generations, "errors", calls)
+    interrupted(Generations, "scores", calls)
     probed, tried = [], []
-    errors = Generations.errors
+    scores = Generations.scores
 
     def no_probe(this: Trajectories, *args: Any) -> Any:
         probed.append(args)
 
     def counted(this: Generations, choices: Any, samples: Any) -> Any:
         tried.append(len(samples))
-        return errors(this, choices, samples)
+        return scores(this, choices, samples)
 
     monkeypatch.setattr(Trajectories, "differentiable_signal", no_probe)
-    monkeypatch.setattr(Generations, "errors", counted)
+    monkeypatch.setattr(Generations, "scores", counted)
     outcome = command(*arguments_for(finished, here / "out"))
     assert probed == []
     finalists = len(_finalists(here / "out"))
@@ -127,13 +127,13 @@ def test_more_trials_end_as_if_they_had_been_requested_at_once(
     shutil.copytree(finished.folder, here / "out")
     _probed_already(finished, here / "fresh")
     (here / "fresh" / "run.json").unlink()
-    tried, errors = [], Generations.errors
+    tried, scores = [], Generations.scores
 
     def counted(this: Generations, choices: Any, samples: Any) -> Any:
         tried.append(len(samples))
-        return errors(this, choices, samples)
+        return scores(this, choices, samples)
 
-    monkeypatch.setattr(Generations, "errors", counted)
+    monkeypatch.setattr(Generations, "scores", counted)
     outcome = command(*arguments_for(finished, here / "out"), "--trials", "3")
     assert outcome.code == 0
     assert len(tried) <= 1 + len(_finalists(here / "out"))  # a third trial that repeats a policy draws nothing
@@ -150,7 +150,7 @@ def _csv(path: Path) -> list[dict[str, str]]:
 
 
 def _finalists(folder: Path) -> list[float]:
-    return yaml.safe_load((folder / "policy.yaml").read_text())["provenance"]["search"]["finalists_mse"]
+    return yaml.safe_load((folder / "policy.yaml").read_text())["provenance"]["search"]["finalists"]
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,11 @@ from safetensors.torch import load_file
 import bitpolicy
 from bitpolicy import Policy
 from bitpolicy.cli.running.results import print_result
+from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.pipelines.prompting import split
-from bitpolicy.workflow.compare import _CELL, _GAP, _LEFT, _LINE
+from bitpolicy.search.generation import Generations
+from bitpolicy.search.study.trials import load_trials
+from bitpolicy.workflow.compare import _CELL, _GAP, _LINE, PICTURES
 
 PROMPTS = "cat dog pizza heart star moon tree ball".split()
 SCHEMA = {
@@ -30,10 +33,12 @@ SCHEMA = {
     "reference_bytes": int,
     "layers": dict,
     "chosen": str,
+    "study": str,
     "predicted_error": float,
     "error_of": str,
     "compute": str,
     "psnr_db": dict,
+    "uniform": dict,
     "quality": dict,
     "seconds": dict,
     "output_dir": str,
@@ -92,6 +97,8 @@ def test_without_json_a_table_is_printed_on_stdout(command: Any, finished: Any) 
     assert result["chosen"][:20] in outcome.out
     for shown in ("bitpolicy", f"{result['policy_bytes']:,}", "(equal)", "input_stem", "bitpolicy.load_pipeline"):
         assert shown in outcome.out
+    assert "the study: all 2 trials ran" in outcome.out.splitlines()[-5:]
+    assert "INT4 everywhere" in outcome.out
 
 
 @pytest.mark.parametrize(
@@ -153,6 +160,59 @@ def test_the_picture_shows_the_reference_above_the_checkpoint(finished: Any, toy
             assert own.sum() < other.sum() / 4, (column, row)
 
 
+def test_the_third_row_shows_the_best_single_format(
+    finished: Any, command: Any, small: tuple[str, ...], here: Path
+) -> None:
+    """A search with exactly its bytes can only choose that format, and shows the same images in its second row."""
+    uniform = finished.outcome.result["uniform"]
+    assert (uniform["name"], uniform["format"], uniform["larger"]) == ("INT4 everywhere", "int4", False)
+    assert uniform["policy_bytes"] <= finished.outcome.result["policy_bytes"]
+    assert uniform["policy_psnr_db"]["mean"] > uniform["psnr_db"]["mean"] + 3
+    bytes_alone = ("--budget", str(uniform["policy_bytes"]), *small[:-1], "0", "--json")
+    result = command(*bytes_alone, "--output-dir", "int4").result
+    assert result["layers"] == {"int4": sum(result["layers"].values()), "int8": 0, "fp16": 0}
+    assert result["policy_bytes"] == uniform["policy_bytes"]
+    assert result["uniform"]["policy_psnr_db"]["mean"] == pytest.approx(uniform["psnr_db"]["mean"], abs=0.01)
+    sheets = []
+    for folder in (finished.folder, here / "int4"):
+        with Image.open(folder / "compare.png") as picture:
+            sheets.append(np.asarray(picture.convert("RGB")).astype(int))
+    for column in (0, 7):
+        shown, expected = cell_at(sheets[0], column, 2), cell_at(sheets[1], column, 1)
+        assert abs(shown - expected).max() <= 1, column
+        assert abs(cell_at(sheets[0], column, 1) - expected).max() > 1, column
+
+
+def test_trials_minimise_the_objective(command: Any, small: tuple[str, ...], here: Path) -> None:
+    """Scores are those of SSIM, not of squared errors, and the policy says so."""
+    outcome = command("--budget", "50%", *small, "--quantizer", "rtn", "--objective", "ssim", "--output-dir", "out")
+    assert outcome.code == 0, outcome.err
+    about = Policy.load(Path("out/policy.yaml")).provenance["search"]
+    assert about["objective"] == "ssim"
+    (first, *_) = load_trials(Path("out/trials.csv"))
+    assert first.psnr_db is not None
+    assert first.score != pytest.approx(10 ** (-first.psnr_db / 10), rel=0.5)
+    assert 0 < min(about["finalists"]) < 0.5
+
+
+def test_a_format_that_overflows_has_no_row(
+    command: Any, small: tuple[str, ...], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The search is otherwise complete."""
+
+    def overflow(*_: Any) -> Any:
+        raise BitPolicyError("the decoded image has NaN or Inf")
+
+    monkeypatch.setattr(Generations, "images", overflow)
+    outcome = command("--budget", "50%", *small[:-1], "0", "--quantizer", "rtn", "--json", "--output-dir", "out")
+    assert outcome.code == 0
+    assert "uniform" not in outcome.result
+    (line,) = outcome.err.splitlines()
+    assert line == "warning: compare.png has no row for INT4 everywhere: the decoded image has NaN or Inf"
+    with Image.open("out/compare.png") as picture:
+        assert picture.height == 2 * _LINE + 2 * (_CELL + _GAP) + _LINE
+
+
 def cell_of(pipe: Any, sample: Any) -> np.ndarray:
     pipe.set_progress_bar_config(disable=True)
     seeded = torch.Generator().manual_seed(sample.seed)
@@ -161,7 +221,8 @@ def cell_of(pipe: Any, sample: Any) -> np.ndarray:
 
 
 def cell_at(sheet: np.ndarray, column: int, row: int) -> np.ndarray:
-    y, x = 2 * _LINE + row * (_CELL + _GAP), _LEFT + column * (_CELL + _GAP)
+    y = 2 * _LINE + row * (_CELL + _GAP) + max(row - 1, 0) * _LINE
+    x = sheet.shape[1] - (PICTURES - column) * (_CELL + _GAP)
     return sheet[y : y + _CELL, x : x + _CELL]
 
 

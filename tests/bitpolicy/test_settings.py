@@ -59,6 +59,8 @@ def test_every_setting_counts() -> None:
         sampler="random",
         space="layer",
         timeout=1.0,
+        all_trials=True,
+        objective="ssim",
         features="f",
     )
     ours, theirs = identity_of(SETTINGS), identity_of(other)

@@ -20,7 +20,9 @@ from optuna.trial import TrialState
 from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.policy import Choice
+from bitpolicy.search.generation import Score
 from bitpolicy.search.problem import Problem
+from bitpolicy.search.quality.objective import MSE, Objective
 from bitpolicy.search.study.study import open_storage
 from bitpolicy.sensitivity.inventory import Layer
 from bitpolicy.sensitivity.samples import Sample
@@ -44,6 +46,10 @@ class ScriptedGenerations:
     true_error: torch.Tensor
     asked: list[tuple[dict[str, Choice], list[Sample]]] = field(default_factory=list)
     stop_after: float = float("inf")
+    objective: Objective = MSE
+
+    def scores(self, choices: Mapping[str, Choice], samples: Sequence[Sample]) -> Generator[Score, None, None]:
+        return (Score(error, error) for error in self.errors(choices, samples))
 
     def errors(self, choices: Mapping[str, Choice], samples: Sequence[Sample]) -> Generator[float, None, None]:
         taken: list[Sample] = []
@@ -106,14 +112,14 @@ def samples() -> list[Sample]:
     return [Sample("cat", seed) for seed in range(8)]
 
 
-# A process that works on study "s": conftest.py, storage, trials, seconds per sample. It prints the best policy
-# and the number of finished trials.
+# A process that works on study "s": conftest.py, storage, trials, seconds per sample, whether it runs all trials. It
+# prints the best policy and the number of finished trials.
 WORKER = """
 import importlib.util, sys, time
 from bitpolicy.search.study.study import Study
 from bitpolicy.sensitivity.samples import Sample
 
-path, storage, trials, seconds = sys.argv[1:]
+path, storage, trials, seconds, every = sys.argv[1:]
 spec = importlib.util.spec_from_file_location("scripted", path)
 scripted = sys.modules["scripted"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(scripted)
@@ -130,7 +136,7 @@ generations.errors = slow
 print("ready", flush=True)
 sys.stdin.readline()
 study = Study(problem, generations, [Sample("cat", seed) for seed in range(8)], storage, "s", 0)
-study.run(int(trials))
+study.run(int(trials), every_trial=every == "True")
 print("-".join(choice.format.name for choice in study.best(1)[0].values()), len(study.finished))
 """
 
@@ -141,8 +147,10 @@ def new_workers() -> Iterator[Callable[..., list[subprocess.Popen[str]]]]:
     once each has finished its imports, however long that takes."""
     started: list[subprocess.Popen[str]] = []
 
-    def new(url: str, count: int = 1, trials: int = 1, seconds: float = 0.05) -> list[subprocess.Popen[str]]:
-        line = [sys.executable, "-c", WORKER, __file__, url, str(trials), str(seconds)]
+    def new(
+        url: str, count: int = 1, trials: int = 1, seconds: float = 0.05, every_trial: bool = True
+    ) -> list[subprocess.Popen[str]]:
+        line = [sys.executable, "-c", WORKER, __file__, url, str(trials), str(seconds), str(every_trial)]
         pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         workers = [subprocess.Popen(line, text=True, **pipes) for _ in range(count)]
         started.extend(workers)

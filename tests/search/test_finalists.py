@@ -9,7 +9,7 @@ import pytest
 
 from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.policies.policy import Choice
-from bitpolicy.search.generation import Generations
+from bitpolicy.search.generation import Generations, Score
 from bitpolicy.search.study.finalists import confirm
 from bitpolicy.sensitivity.samples import Sample
 
@@ -24,10 +24,10 @@ class Scripted:
         self._errors = {c["layer"].format.name: e for c, e in zip(FINALISTS, errors, strict=False)}
         self.asked: list[tuple[str, list[Sample]]] = []
 
-    def errors(self, choices: Mapping[str, Choice], samples: Sequence[Sample]) -> Iterator[float]:
+    def scores(self, choices: Mapping[str, Choice], samples: Sequence[Sample]) -> Iterator[Score]:
         name = choices["layer"].format.name
         self.asked.append((name, list(samples)))
-        yield from self._errors[name]
+        yield from (Score(error, -1.0) for error in self._errors[name])  # the squared error decides nothing
 
 
 def confirmed(generations: Any) -> Any:

@@ -16,6 +16,7 @@ from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.policy import Choice
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.search.generation import Generations
+from bitpolicy.search.quality.objective import Objective
 from bitpolicy.sensitivity.samples import split_samples
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
@@ -157,3 +158,18 @@ def test_weights_are_put_back_after_an_interruption(
     with pytest.raises(KeyboardInterrupt):
         list(generations.errors(choices, SAMPLES))
     assert_untouched(pipe, before)
+
+
+def test_scores_are_the_objectives_distances_next_to_squared_errors(
+    trajectories: Trajectories, calibration: dict[str, torch.Tensor], choices: Choices
+) -> None:
+    """The objective gets the reference first."""
+    quantization = Quantization(calibration=Calibration(calibration))
+    signed = Objective("signed", "mean difference", lambda reference, image: float((image - reference).mean()))
+    generations = Generations(trajectories, quantization=quantization, objective=signed)
+    found = list(generations.scores(choices, SAMPLES))
+    images, references = generations.images(choices, SAMPLES), generations.references(SAMPLES)
+    expected = [float((image - reference).mean()) for image, reference in zip(images, references, strict=True)]
+    assert [score.distance for score in found] == expected
+    assert [score.mse for score in found] == list(generations.errors(choices, SAMPLES))
+    assert min(score.mse for score in found) > 0

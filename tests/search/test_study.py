@@ -16,8 +16,10 @@ from optuna.trial import TrialState
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.policy import Choice
 from bitpolicy.search.budget import BudgetError
+from bitpolicy.search.generation import Score
 from bitpolicy.search.knapsack import Solution
 from bitpolicy.search.problem import Problem
+from bitpolicy.search.quality.objective import MSE, Objective
 from bitpolicy.search.study.journal import journal
 from bitpolicy.search.study.samplers import policy_key
 from bitpolicy.search.study.study import Study, open_storage
@@ -192,6 +194,16 @@ def test_a_trial_describes_its_policy(
     assert shown.user_attrs["budget_bytes"] == problem.budget
 
 
+def test_a_study_is_named_after_its_objective(
+    problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path
+) -> None:
+    objective = Objective("ssim", "1 - SSIM", lambda a, b: 0.0)
+    new_study(problem, new_generations(objective=objective), samples, tmp_path / "journal")
+    shown = optuna.load_study(study_name="s", storage=journal(str(tmp_path / "journal")))
+    assert shown.metric_names == ["1 - SSIM"]
+    assert shown.user_attrs["objective"] == "ssim"
+
+
 # What it keeps
 
 
@@ -356,11 +368,13 @@ def test_images_with_nan_end_the_study(
     class Broken:
         tried = 0
 
-        def errors(self, _choices: Any, samples: Samples) -> Generator[float, None, None]:
+        objective = MSE
+
+        def scores(self, _choices: Any, samples: Samples) -> Generator[Score, None, None]:
             self.tried += 1
             if self.tried > 5:
                 raise RuntimeError("tried again and again")
-            return (float("nan") for _ in samples)
+            return (Score(float("nan"), float("nan")) for _ in samples)
 
     with pytest.raises(BitPolicyError):
         new_study(problem, Broken(), samples, tmp_path / "journal").run(1)

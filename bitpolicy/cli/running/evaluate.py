@@ -16,6 +16,8 @@ from bitpolicy.kernels.kernel import Compute, parse_compute
 from bitpolicy.pipelines.loading import BUNDLED, Source
 from bitpolicy.pipelines.origin import load_reference
 from bitpolicy.pipelines.prompting import default_requests, load_requests
+from bitpolicy.policies.accounting import ByteAccount
+from bitpolicy.policies.checkpoints.checkpoint import checkpoint_bytes
 from bitpolicy.search.quality.features import require_pictures
 from bitpolicy.search.quality.metrics import Comparison, measure, parse_metrics
 from bitpolicy.search.quality.networks import Networks
@@ -23,7 +25,7 @@ from bitpolicy.search.quality.psnr import Psnr
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.samples import Sample, split_samples
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
-from bitpolicy.workflow.compare import save_comparison
+from bitpolicy.workflow.compare import Row, save_comparison
 from bitpolicy.workflow.decision import networks_for
 from bitpolicy.workflow.plan import default_call, warn_of_idle_arguments
 from bitpolicy.workflow.search_run import swapped_components
@@ -53,8 +55,7 @@ def run(options: EvalOptions) -> None:
     comparison, used = _drawn(source, options.checkpoint, wanted, arguments, samples, options.real_images, stages)
     psnr = Psnr.of(comparison.reference, comparison.images)
     if options.picture is not None:
-        rows = [("reference", comparison.reference[:8]), ("checkpoint", comparison.images[:8])]
-        save_comparison(options.picture, [sample.prompt for sample in samples[:8]], rows, psnr.per_image)
+        save_comparison(options.picture, [sample.prompt for sample in samples], _rows(source, options, comparison))
     if not asked:
         _print_psnr(psnr, used, options.as_json)
         return
@@ -64,6 +65,17 @@ def run(options: EvalOptions) -> None:
         print_json({"psnr_db": psnr.as_dict(), "compute": used, "metrics": found})
     else:
         print_metrics(results, options.images)
+
+
+def _rows(source: Source, options: EvalOptions, images: Comparison) -> list[Row]:
+    """The reference and the checkpoint. A checkpoint has no rounding for formats that it does not use, so there is no
+    row for them."""
+    before = ByteAccount.of(source.target, source.storage).reference
+    after = sum(checkpoint_bytes(options.checkpoint / name) for name in source.components)
+    return [
+        Row.of("original", before, images.reference),
+        Row.of("this checkpoint", after, images.images, images.reference),
+    ]
 
 
 def _asked(metrics: str | None, features: Path | None, real_images: Path | None) -> tuple[str, ...]:

@@ -41,11 +41,13 @@ def print_result(result: Mapping[str, Any]) -> None:
     if result.get("roles"):
         print_table(_layers(result["roles"], list(result["layers"])))
     console.print(
-        f"{folder}/compare.png shows both, {folder}/policy.yaml has every choice; load {folder}/checkpoint with",
+        f"{folder}/compare.png shows the images, {folder}/policy.yaml has every choice; load {folder}/checkpoint with",
         soft_wrap=True,
     )
     for line in LOADING.splitlines():
         console.print("  " + line.format(folder=f"{folder}/checkpoint"), soft_wrap=True, highlight=False)
+    if "study" in result:
+        console.print(f"the study: {result['study']}", soft_wrap=True, highlight=False)
     if set(result["layers"]) == set(DEFAULT_FORMATS) and result["psnr_db"]["mean"] is not None:
         console.print(
             "--formats all chooses among all widths from 2 to 8 bits: closer images in the same bytes, but it takes a "
@@ -92,12 +94,25 @@ def _bytes_and_quality(result: Mapping[str, Any]) -> Table:
         ),
         *([("compute", words)] if (words := _COMPUTES.get(result.get("compute", ""))) else []),
         ("held-out PSNR", f"{quality} over {psnr['n']} images{same_images}"),
+        *([(result["uniform"]["name"], _uniform(result["uniform"]))] if "uniform" in result else []),
         *((name, _one_line(found)) for name, found in result.get("quality", {}).items()),
         ("seconds", ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in result["seconds"].items())),
     ]
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _uniform(found: Mapping[str, Any]) -> str:
+    """The best uniform format, on the images of compare.png."""
+    one, own = (_mean_db(found[key]) for key in ("psnr_db", "policy_psnr_db"))
+    larger = " (larger: no single format fits)" if found["larger"] else ""
+    count = found["psnr_db"]["n"]
+    return f"{found['policy_bytes']:,} bytes{larger}: {one}; this policy has {own} on these {count} images"
+
+
+def _mean_db(psnr: Mapping[str, Any]) -> str:
+    return "identical" if psnr["mean"] is None else f"mean {psnr['mean']:.2f} dB"
 
 
 def _one_line(found: Mapping[str, Any]) -> str:
