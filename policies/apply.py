@@ -1,6 +1,6 @@
 """Apply a policy to a model in memory, as packed layers or as ordinary layers with dequantized weights.
 
-Both compute the same bits; under INT8 and FP8 compute they agree up to the rounding of sums. Search and probes use
+Both compute the same bits; under activation quantization they agree up to the rounding of sums. Search and probes use
 ordinary layers, which are fast and can be restored at once.
 """
 
@@ -16,7 +16,7 @@ from torch import nn
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.format import Format
 from bitpolicy.kernels.formats.grid import GridFormat
-from bitpolicy.kernels.formats.row_chunks import each_chunk
+from bitpolicy.kernels.formats.row_chunks import each_chunk, of_rows
 from bitpolicy.kernels.layers import (
     HasModules,
     Quantizable,
@@ -122,8 +122,7 @@ def _mean_error(
     shift = torch.empty(weight.shape[0], device=weight.device)
 
     def work(rows: slice) -> None:
-        part = {suffix: tensor[rows] for suffix, tensor in tensors.items()}
-        delta = format.dequantize(part, weight[rows].shape, torch.float32) - weight[rows].float()
+        delta = format.dequantize(of_rows(tensors, rows), weight[rows].shape, torch.float32) - weight[rows].float()
         shift[rows] = bias_shift(layer, delta, patch)
 
     each_chunk(work, weight.shape, weight.device)
