@@ -2,9 +2,9 @@
 
     y = Q(x) W_q^T + b,    Q(x) = s_x (x_q - z),    W_q = s_w w_q
 
-with the codes and scales of `bitpolicy.kernels.compute.int8`, or of `fp8` or `block_scaled`, where z = 0. Results equal those of
-a kernel of that compute mode up to the rounding of float sums. Where that moves a later input across a tie, one of its
-codes differs.
+with the codes and scales of `bitpolicy.kernels.compute.int8`, or of `fp8` or `block_scaled` there, where z = 0. Results
+equal those of a kernel of that compute mode up to the rounding of float sums. Where that moves a later input across a
+tie, one of its codes differs.
 """
 
 from __future__ import annotations

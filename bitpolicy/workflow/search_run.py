@@ -276,8 +276,8 @@ def swapped_components(source: Source, checkpoint: Path, compute: Compute | None
     reloaded = open_pipeline(checkpoint, dtype, everything=True)
     if compute is not None and not set_compute(reloaded, compute) and compute is not Compute.EXACT:
         raise BitPolicyError(
-            f"no layer of {checkpoint} can use compute {compute}: fp8, mxfp8 and nvfp4 are for layers in those formats, "
-            "and all of them for layers with at least 32 weights per row; give another compute"
+            f"no layer of {checkpoint} can use compute {compute}: fp8, mxfp8 and nvfp4 are for layers in those "
+            "formats, and int8 for layers with at least 32 weights per row; give another compute"
         )
     packed = Target.of(reloaded, source.components).packed_layers.values()
     used = next((layer.compute for layer in packed), Compute.EXACT)

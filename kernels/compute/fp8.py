@@ -10,9 +10,9 @@ other values. An all-zero set has s_x = 1; a set with a NaN or an infinite value
 the largest value at 448: Micikevicius et al. 2022, "FP8 formats for deep learning", section 3. Products of two codes
 are exact in float32.
 
-Only weights stored as `fp8` or `fp8-tensor` are multiplied this way. Other formats would have to be rounded again, to three bits of
-mantissa; for `int8` that error is several times its own. `suits` leaves them, and layers whose shape does not suit
-8-bit inputs, in FLOAT.
+Only weights stored as `fp8` or `fp8-tensor` are multiplied this way. Other formats would have to be rounded again, to
+three bits of mantissa; for `int8` that error is several times its own. `suits` leaves them, and layers whose shape does
+not suit 8-bit inputs, in FLOAT.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class Int8Reference(Kernel):
 
 
 class Fp8Reference(Kernel):
-    """The definition of FP8 for `fp8` and `fp8-tensor` weights: slow, for tests and for devices without a kernel of their own."""
+    """The definition of FP8 for layers in `fp8` and `fp8-tensor`: slow, for tests and devices without a kernel."""
 
     name = "fp8-reference"
     compute = Compute.FP8

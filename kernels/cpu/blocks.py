@@ -20,6 +20,7 @@ from bitpolicy.kernels.compute.int8 import multiply
 from bitpolicy.kernels.cpu import dequantize as cpu_dequantize
 from bitpolicy.kernels.cpu.exact import whole
 from bitpolicy.kernels.cpu.scratch import scratch_tensor
+from bitpolicy.kernels.formats.row_chunks import of_rows
 from bitpolicy.kernels.kernel import Compute, Kernel, PackedWeight, Prepared, recorded
 
 _MIB = 2**20
@@ -87,9 +88,9 @@ class CpuBlocks(Kernel):
 
 
 def _rows_of(weight: PackedWeight, rows: slice) -> PackedWeight:
-    """A slice of a weight's output channels, which are the first dimension of all its stored tensors."""
+    """A slice of a weight's output channels."""
     shape = (rows.stop - rows.start, *weight.shape[1:])
-    return PackedWeight(weight.format, shape, {n: t[rows] for n, t in weight.tensors.items()}, weight.geometry)
+    return PackedWeight(weight.format, shape, of_rows(weight.tensors, rows), weight.geometry)
 
 
 def _may_lie_channels_last(x: torch.Tensor) -> bool:

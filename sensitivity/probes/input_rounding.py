@@ -6,8 +6,8 @@ Under activation quantization, a layer multiplies with Q(x) instead of x. Let an
 
 with g the gradient of <v, x_0> at the input of this one layer. To first order, this is the effect of all its calls
 together, whatever the packed format of its weight; under FP8, MXFP8 and NVFP4 compute, only the formats that they
-multiply have it. Each layer has its own amount. So when several layers share an input (q, k and v), each of them counts only its own use of that input. An
-amount collects its gradient as a weight does, call by call.
+multiply have it. Each layer has its own amount. So when several layers share an input (q, k and v), each of them counts
+only its own use of that input. An amount collects its gradient as a weight does, call by call.
 """
 
 from __future__ import annotations

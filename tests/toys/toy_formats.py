@@ -21,6 +21,9 @@ KINDS: tuple[Format, ...] = tuple(
 
 PACKED: tuple[Format, ...] = tuple(format for format in KINDS if format.packed)
 
+WITHOUT_CPP = ("nvfp4", "mxfp4", "mxfp8")
+"""Formats that only plain torch code dequantizes."""
+
 FEW: tuple[Format, ...] = tuple(
     format_named(name)
     for names in ("int4 int4-g32 int4-g128 int5-sym int3-channel int6-rot nf4 fp8 int8", _HARDWARE, "fp16")
