@@ -25,6 +25,7 @@ from bitpolicy.kernels.formats.elements import E4M3
 from bitpolicy.kernels.formats.named import FP8, FP8_TENSOR
 from bitpolicy.kernels.kernel import PackedWeight
 
+CODE = torch.float8_e4m3fn
 FORMATS = (FP8, FP8_TENSOR)
 
 

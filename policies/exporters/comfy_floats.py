@@ -15,12 +15,12 @@ from collections.abc import Mapping
 import torch
 from torch.nn.functional import pad
 
-from bitpolicy.kernels.formats.format import TensorSpec
+from bitpolicy.kernels.formats.format import Format, TensorSpec
 from bitpolicy.kernels.formats.named import FP8_TENSOR, MXFP8, NVFP4
 from bitpolicy.policies.exporters.exporter import Layer
 
-_MULTIPLE = {FP8_TENSOR: 1, MXFP8: 32, NVFP4: 16}
-_NAMES = {FP8_TENSOR: "float8_e4m3fn", MXFP8: "mxfp8", NVFP4: "nvfp4"}
+_MULTIPLE: dict[Format, int] = {FP8_TENSOR: 1, MXFP8: 32, NVFP4: 16}
+_NAMES: dict[Format, str] = {FP8_TENSOR: "float8_e4m3fn", MXFP8: "mxfp8", NVFP4: "nvfp4"}
 
 
 def holds_float(layer: Layer) -> bool:
