@@ -171,8 +171,8 @@ def export(
         revision, variant: of a pipeline on the hub or in a folder.
         config: folder or hub id with the configs for a single file.
         push_to_hub: OWNER/NAME of the model repository to upload the folder to.
-        compute: compute mode of the packed layers once the checkpoint is loaded, "exact", "int8" or "fp8"; None means
-            the policy's own.
+        compute: compute mode of the packed layers once the checkpoint is loaded, "exact", "int8", "fp8", "mxfp8" or
+            "nvfp4"; None means the policy's own.
         overwrite: replace a pipeline in `output_dir` once the new one is complete.
 
     Returns:

@@ -261,8 +261,10 @@ class QuantizationOptions:
         str,
         Option(
             "Activation quantization of packed layers: exact (none; weights are dequantized), int8 (inputs are rounded "
-            "to 8 bits: faster on CPUs with VNNI and on GPUs) or fp8 (inputs of fp8 layers are rounded to float8, for "
-            "GPUs from Ada on). Its error is part of every score."
+            "to 8 bits: faster on CPUs with VNNI and on GPUs), fp8 (inputs of fp8 and fp8-tensor layers are rounded to "
+            "float8, for GPUs from Ada on), mxfp8 (inputs of mxfp8 and mxfp4 layers, to float8 in blocks) or nvfp4 "
+            "(inputs of nvfp4 layers, to 4 bits in blocks; both for GPUs from Blackwell on). Its error is part of "
+            "every score."
         ),
     ] = "exact"
 

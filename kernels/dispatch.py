@@ -23,9 +23,10 @@ from weakref import ref
 import torch
 
 from bitpolicy.kernels import micro_probe
+from bitpolicy.kernels.compute import block_scaled
 from bitpolicy.kernels.compute import fp8 as fp8_compute
 from bitpolicy.kernels.compute import int8 as int8_compute
-from bitpolicy.kernels.compute.reference import Fp8Reference, Int8Reference, Reference
+from bitpolicy.kernels.compute.reference import Fp8Reference, Int8Reference, Mxfp8Reference, Nvfp4Reference, Reference
 from bitpolicy.kernels.cpu.blocks import CpuBlocks
 from bitpolicy.kernels.cpu.exact import CpuDequantize
 from bitpolicy.kernels.cpu.float import CpuFloat
@@ -33,6 +34,7 @@ from bitpolicy.kernels.cpu.int8 import CpuInt8
 from bitpolicy.kernels.cpu.onednn import OneDnnInt8
 from bitpolicy.kernels.cpu.scratch import release_scratch
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.formats.format import Format
 from bitpolicy.kernels.kernel import Compute, Kernel, PackedWeight, Prepared
 from bitpolicy.kernels.triton.kernels import TritonDequantize, TritonFloat, TritonFp8, TritonInt8
 
@@ -78,8 +80,13 @@ TABLE: tuple[Row, ...] = (
     Row("cuda", _EVERY, "int4* int8*", TritonDequantize()),
     Row("any", _EVERY, "*", Reference()),
     Row("any", _EVERY, "*", Int8Reference()),
-    Row("any", _EVERY, "fp8", Fp8Reference()),
+    Row("any", _EVERY, "fp8 fp8-tensor", Fp8Reference()),
+    Row("any", _EVERY, "mxfp8 mxfp4", Mxfp8Reference()),
+    Row("any", _EVERY, "nvfp4", Nvfp4Reference()),
 )
+
+ROUNDED: Mapping[Compute, tuple[Format, ...]] = {Compute.FP8: fp8_compute.FORMATS, **block_scaled.FORMATS}
+"""The compute modes that round the inputs of layers in certain formats only, and these formats."""
 
 
 def kernels(compute: Compute) -> list[Row]:
@@ -93,6 +100,8 @@ def effective(compute: Compute, weight: PackedWeight) -> Compute:
     if compute is Compute.INT8 and not int8_compute.suits(weight):
         return Compute.EXACT
     if compute is Compute.FP8 and not fp8_compute.suits(weight):
+        return Compute.FLOAT
+    if compute in block_scaled.FORMATS and not block_scaled.suits(weight, compute):
         return Compute.FLOAT
     return compute
 

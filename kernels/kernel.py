@@ -22,25 +22,32 @@ import torch
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.format import Format
+from bitpolicy.kernels.formats.row_chunks import of_rows
 
 
 class Compute(StrEnum):
-    """What a product may round in addition to the weight. INT8 and FP8 are activation quantization.
+    """What a product may round in addition to the weight. All but the first two are activation quantization.
 
     EXACT: nothing; bit for bit the result of an ordinary layer with the dequantized weight.
     FLOAT: nothing, but sums may run in another order.
     INT8: inputs, to 8 bits (`bitpolicy.kernels.compute.int8`); sums are of integers.
-    FP8: inputs of `fp8` layers, to float8 (`bitpolicy.kernels.compute.fp8`); other layers compute as under FLOAT.
+    FP8: inputs of layers in `fp8` and `fp8-tensor`, to float8 (`bitpolicy.kernels.compute.fp8`).
+    MXFP8: inputs of layers in `mxfp8` and `mxfp4`, to float8 in blocks (`bitpolicy.kernels.compute.block_scaled`).
+    NVFP4: inputs of layers in `nvfp4`, to 4 bits in blocks (the same file).
+
+    Under the last three, layers in other formats compute as under FLOAT.
     """
 
     EXACT = "exact"
     FLOAT = "float"
     INT8 = "int8"
     FP8 = "fp8"
+    MXFP8 = "mxfp8"
+    NVFP4 = "nvfp4"
 
     @property
     def rounds_inputs(self) -> bool:
-        return self in (Compute.INT8, Compute.FP8)
+        return self not in (Compute.EXACT, Compute.FLOAT)
 
 
 def parse_compute(name: str) -> Compute:
@@ -115,10 +122,9 @@ class PackedWeight:
         return other
 
     def rows(self, rows: slice) -> PackedWeight:
-        """Some of the output channels, which are the first dimension of all stored tensors."""
+        """Some of the output channels."""
         shape = (len(range(*rows.indices(self.shape[0]))), *self.shape[1:])
-        tensors = {name: tensor[rows] for name, tensor in self.tensors.items()}
-        return PackedWeight(self.format, shape, tensors, self.geometry, self.low_memory)
+        return PackedWeight(self.format, shape, of_rows(self.tensors, rows), self.geometry, self.low_memory)
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight, shape `shape`, contiguous, computed with plain torch code."""

@@ -1,6 +1,6 @@
 """Apply a policy to a model in memory, as packed layers or as ordinary layers with dequantized weights.
 
-Both compute the same bits; under INT8 and FP8 compute they agree up to the rounding of sums. Search and probes use
+Both compute the same bits; under activation quantization they agree up to the rounding of sums. Search and probes use
 ordinary layers, which are fast and can be restored at once.
 """
 

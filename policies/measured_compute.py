@@ -7,7 +7,7 @@ from typing import Final
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.kernel import Compute
 
-MEASURED: Final = (Compute.EXACT, Compute.INT8, Compute.FP8)
+MEASURED: Final = tuple(compute for compute in Compute if compute is not Compute.FLOAT)
 
 
 def measured_compute(name: str) -> Compute:
@@ -18,5 +18,5 @@ def measured_compute(name: str) -> Compute:
     """
     wanted = name.strip().lower()
     if wanted not in MEASURED:
-        raise BitPolicyError(f"compute {name!r} cannot be measured and recorded; write exact, int8 or fp8")
+        raise BitPolicyError(f"compute {name!r} cannot be measured and recorded; write any of {', '.join(MEASURED)}")
     return Compute(wanted)

@@ -19,8 +19,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 from torch import nn
 
+from bitpolicy.kernels.dispatch import ROUNDED
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats.named import FP8, format_named, from_parameters
+from bitpolicy.kernels.formats.named import format_named, from_parameters
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.quantizers.named import QUANTIZERS
 from bitpolicy.policies.calibration import Calibration
@@ -192,7 +193,7 @@ class Policy(_Strict):
     model: ModelReference
     budget: BudgetRecord | None = None
     storage_dtype: Literal["float16", "bfloat16"] = "float16"
-    compute: Literal["exact", "int8", "fp8"] = "exact"
+    compute: Literal["exact", "int8", "fp8", "mxfp8", "nvfp4"] = "exact"
     formats: dict[str, dict[str, Any]] = Field(default_factory=dict)
     defaults: LayerSettings = Field(
         default_factory=lambda: LayerSettings(format="fp16", quantizer="rtn", bias_correction=False)
@@ -251,10 +252,11 @@ class Policy(_Strict):
         if compute == self.compute:
             return self
         named = {entry.format for entry in (self.defaults, *self.rules, *self.layers.values())}
-        if compute is Compute.FP8 and FP8.name not in named:
+        multiplied = [format.name for format in ROUNDED.get(compute, ())]
+        if multiplied and named.isdisjoint(multiplied):
             raise PolicyError(
-                "compute fp8 rounds the inputs of fp8 layers, but the policy has none; keep the policy's compute, or "
-                "search with fp8 among the formats"
+                f"compute {compute} rounds the inputs of {' and '.join(multiplied)} layers, but the policy has none; "
+                f"keep the policy's compute, or search with {multiplied[0]} among the formats"
             )
         result = None if self.result is None else Result(policy_bytes=self.result.policy_bytes)
         return self.model_copy(update={"compute": compute.value, "result": result})

@@ -19,7 +19,7 @@ class Quantization:
         calibration: mean inputs for bias correction, and the weights that were rounded in advance.
         storage: dtype of everything that is not packed, torch.float16 or torch.bfloat16. The unquantized weight in
             this dtype is the reference for errors.
-        compute: activation quantization of packed layers: none, INT8 or FP8.
+        compute: activation quantization of packed layers.
     """
 
     calibration: Calibration = field(default_factory=Calibration)

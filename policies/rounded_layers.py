@@ -1,10 +1,10 @@
-"""INT8 and FP8 compute on ordinary layers: they multiply the values that packed layers would, in floats.
+"""Activation quantization on ordinary layers: they multiply the values that packed layers would, in floats.
 
     y = Q(x) W_q^T + b,    Q(x) = s_x (x_q - z),    W_q = s_w w_q
 
-with the codes and scales of `bitpolicy.kernels.compute.int8`, or of `fp8_compute`, where z = 0. Results equal those of
-a kernel of that compute mode up to the rounding of float sums. Where that moves a later input across a tie, one of its
-codes differs.
+with the codes and scales of `bitpolicy.kernels.compute.int8`, or of `fp8` or `block_scaled` there, where z = 0. Results
+equal those of a kernel of that compute mode up to the rounding of float sums. Where that moves a later input across a
+tie, one of its codes differs.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bitpolicy.kernels.compute import fp8 as fp8_compute
 from bitpolicy.kernels.compute import int8 as int8_compute
+from bitpolicy.kernels.compute.block_scaled import rounded_input
 from bitpolicy.kernels.compute.int8 import shared
 from bitpolicy.kernels.cpu.dequantize import unpacked
 from bitpolicy.kernels.dispatch import effective
@@ -27,11 +28,11 @@ from bitpolicy.kernels.formats.named import INT8
 from bitpolicy.kernels.kernel import Compute, PackedWeight
 from bitpolicy.kernels.layers import Quantizable, slides
 
-_ROUNDING = {Compute.INT8: int8_compute.quantize_input, Compute.FP8: fp8_compute.quantize_input}
+_WITH_ONE_SCALE = {Compute.INT8: int8_compute.quantize_input, Compute.FP8: fp8_compute.quantize_input}
 
 
 def rounds_inputs(layer: Quantizable, format: Format, compute: Compute) -> bool:
-    """Whether the layer multiplies 8-bit inputs once it is packed. `compute`, its shape and its format decide."""
+    """Whether the layer rounds its inputs once it is packed. `compute`, its shape and its format decide."""
     return format.packed and effective(compute, packed_weight(layer, format, {})).rounds_inputs
 
 
@@ -45,24 +46,28 @@ def multiplied_weight(weight: PackedWeight, dtype: torch.dtype, compute: Compute
     return unpacked(weight, dtype)
 
 
-def seen_input(layer: Quantizable, x: torch.Tensor, compute: Compute) -> tuple[torch.Tensor, torch.Tensor]:
-    """x_q - z and s_x of the layer's input, float32, as `quantize_input` of that compute mode returns them.
+def seen_input(layer: Quantizable, x: torch.Tensor, compute: Compute) -> torch.Tensor:
+    """Q(x) of the layer's input, float32.
 
     Args:
         x: (..., in) for a linear layer, (B, in, *spatial) for a convolution, or one sample without B.
     """
     single = not isinstance(layer, nn.Linear) and x.ndim == 1 + len(layer.stride)
     batch = x[None] if single else x
-    steps, scale = _ROUNDING[compute](batch, shared(batch.ndim, layer.weight.shape, slides(layer)))
-    return (steps[0], scale[0]) if single else (steps, scale)
+    geometry = slides(layer)
+    if quantize := _WITH_ONE_SCALE.get(compute):
+        steps, scale = quantize(batch, shared(batch.ndim, layer.weight.shape, geometry))
+        seen = steps.mul_(scale)
+    else:
+        seen = rounded_input(batch, geometry, compute)
+    return seen[0] if single else seen
 
 
 def round_inputs(layer: Quantizable, compute: Compute) -> RemovableHandle:
     """Round the layer's inputs as `compute` does, until the handle is removed."""
 
     def rounded(x: torch.Tensor) -> torch.Tensor:
-        codes, scale = seen_input(layer, x, compute)
-        return codes.mul_(scale).to(x.dtype)
+        return seen_input(layer, x, compute).to(x.dtype)
 
     return change_inputs(layer, rounded)
 

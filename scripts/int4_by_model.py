@@ -3,8 +3,10 @@ and on what the image shows.
 
     python scripts/int4_by_model.py                                 the bundled model and all of scripts/trained
     python scripts/int4_by_model.py --models scripts/trained/mmdit --images 64
+    python scripts/int4_by_model.py --formats nvfp4 mxfp4 int4-g32 --compute nvfp4 --roundings nearest
 
-Every layer has the same format: INT4 in groups of 64, INT4 with one scale per output channel, or INT8. Weights are
+Every layer has the same format: by default INT4 in groups of 64, INT4 with one scale per output channel, or INT8. Under
+--compute, layers in a format of that activation quantization round their inputs as well. Weights are
 rounded to nearest, rounded to nearest with corrected biases, or rounded by GPTQ with corrected biases. The columns:
 
     call          error of the denoiser's output at the reference's own latents, relative to the output's power, in dB:
@@ -23,7 +25,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -33,8 +37,10 @@ from peers.samples import captions_shown, plan_of, write_samples
 from safetensors.torch import load_file
 
 from bitpolicy.kernels.formats.format import Format
+from bitpolicy.kernels.kernel import Compute
 from bitpolicy.policies.apply import quantized
 from bitpolicy.policies.choice import Choice
+from bitpolicy.policies.measured_compute import MEASURED
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.search.quality.psnr import Psnr
 from bitpolicy.sensitivity.cost.progress import Stages
@@ -85,22 +91,37 @@ class Reference:
     shows: list[bool] | None
 
 
-def measured(folder: Path, work: Path, images: int, done: Collection[tuple[str, str]]) -> Iterator[Row]:
+@dataclass(frozen=True)
+class Wanted:
+    """What is measured of each model: every format with every rounding.
+
+    Attributes:
+        images: the number of held-out images.
+    """
+
+    formats: tuple[str, ...] = FORMATS
+    roundings: tuple[str, ...] = ROUNDINGS
+    compute: Compute = Compute.EXACT
+    images: int = 32
+
+
+def measured(folder: Path, work: Path, wanted: Wanted, done: Collection[tuple[str, str]]) -> Iterator[Row]:
     """The rows of one model, except for (format, rounding) pairs that are done."""
-    plan = plan_of(folder, (*FORMATS, "fp16"))
+    plan = plan_of(folder, (*wanted.formats, "fp16"))
     if not (work / "calls.safetensors").is_file():
         write_samples(plan, work)
-    reference = referenced(plan, work, images)
-    for rounding in ROUNDINGS:
-        if all((format, rounding) in done for format in FORMATS):
+    reference = referenced(plan, work, wanted.images)
+    for rounding in wanted.roundings:
+        if all((format, rounding) in done for format in wanted.formats):
             continue
         quantization, choices = uniform(plan, rounding, work)
+        quantization = replace(quantization, compute=wanted.compute)
         for format, of_format in choices.items():
             if (format.name, rounding) in done:
                 continue
             with quantized(plan.trajectories.denoisers[0], of_format, quantization=quantization):
                 errors = call_errors(plan, reference)
-                drawn = list(plan.trajectories.images(plan.split.held_out[:images]))
+                drawn = list(plan.trajectories.images(plan.split.held_out[: wanted.images]))
             share = plan.account.total({name: choice.format for name, choice in of_format.items()})
             found = finished(plan, reference, drawn)
             yield Row(folder.name, format.name, rounding, share / plan.account.reference, **errors, **found)
@@ -186,8 +207,8 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
     return "\n".join(lines)
 
 
-def _order(row: Mapping[str, object]) -> tuple[object, ...]:
-    return row["model"], FORMATS.index(str(row["format"])), ROUNDINGS.index(str(row["rounding"]))
+def _order(wanted: Wanted, row: Mapping[str, object]) -> tuple[object, ...]:
+    return row["model"], wanted.formats.index(str(row["format"])), wanted.roundings.index(str(row["rounding"]))
 
 
 def _cell(name: str, value: object) -> str:
@@ -202,6 +223,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     every = [MODEL, *sorted(path for path in (ROOT / "scripts" / "trained").iterdir() if path.is_dir())]
     parser.add_argument("--models", type=Path, nargs="+", default=every, help="pipeline folders")
+    parser.add_argument("--formats", nargs="+", default=FORMATS, help="names of formats")
+    parser.add_argument("--roundings", nargs="+", choices=ROUNDINGS, default=ROUNDINGS)
+    parser.add_argument("--compute", choices=[c.value for c in MEASURED], default="exact", help="what inputs become")
     parser.add_argument("--images", type=int, default=32, help="number of held-out images")
     parser.add_argument(
         "--work", type=Path, default=Path("build/int4-by-model"), help="folder for recorded calls, probes and results"
@@ -209,17 +233,20 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    kept = args.work / f"rows-{args.images}.json"
+    wanted = Wanted(tuple(args.formats), tuple(args.roundings), Compute(args.compute), args.images)
+    about = str(args.images) if wanted.compute is Compute.EXACT else f"{args.images}-{args.compute}"
+    kept = args.work / f"rows-{about}.json"
     rows: list[dict[str, object]] = json.loads(kept.read_text()) if kept.is_file() else []
     for folder in args.models:
         done = {(str(row["format"]), str(row["rounding"])) for row in rows if row["model"] == folder.name}
-        if len(done) == len(FORMATS) * len(ROUNDINGS):
+        if done.issuperset(product(wanted.formats, wanted.roundings)):
             continue
-        for row in measured(folder.resolve(), args.work / folder.name, args.images, done):
+        for row in measured(folder.resolve(), args.work / folder.name, wanted, done):
             rows.append(asdict(row))
             print(" ".join(f"{name}={_cell(name, value)}" for name, value in rows[-1].items()), flush=True)
             kept.write_text(json.dumps(rows, indent=1) + "\n")
-    (args.work / "table.md").write_text(table(sorted(rows, key=_order)) + "\n")
+    asked = [row for row in rows if row["format"] in wanted.formats and row["rounding"] in wanted.roundings]
+    (args.work / "table.md").write_text(table(sorted(asked, key=partial(_order, wanted))) + "\n")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers, and the processes that t
 import numpy as np
 import pytest
 import scipy.linalg
-from toy_formats import NF4_LEVELS
+from toy_formats import E2M1_LEVELS, NF4_LEVELS
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -176,6 +176,10 @@ def read_wire() -> WireReader:
             return np.stack([row * scale for row, scale in zip(values, tensors["weight_scale"], strict=True)])
         if name == "fp16":
             return tensors["weight"].astype(np.float32)
+        if name == "fp8-tensor":
+            return np.vectorize(_e4m3, otypes=[np.float32])(tensors["weight_packed"]) * tensors["weight_scale"]
+        if name in ("mxfp8", "mxfp4", "nvfp4"):
+            return _from_stream(tensors, shape, 8 if name == "mxfp8" else 4, _scaled_float_levels(name, tensors))
         if name == "nf4":
             return _from_stream(tensors, shape, 4, _nf4_levels(tensors))
         return _read_affine(name, tensors, shape)
@@ -190,6 +194,18 @@ def _e4m3(byte: int) -> float:
         return float("nan")
     size = mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (int(exponent) - 7)
     return -size if sign else size
+
+
+def _scaled_float_levels(name: str, tensors: Mapping[str, np.ndarray]) -> Levels:
+    """Small floats times the power of two of 32 weights, or the e4m3 number of 16 weights and the tensor's float32."""
+
+    def level(code: int, row: int, k: int) -> np.float32:
+        value = np.float32(_e4m3(code) if name == "mxfp8" else E2M1_LEVELS[code])
+        if name == "nvfp4":
+            return value * (np.float32(_e4m3(tensors["weight_scale"][row, k // 16])) * tensors["weight_scale_2"])
+        return value * np.float32(2.0 ** (int(tensors["weight_scale"][row, k // 32]) - 127))
+
+    return level
 
 
 def _nf4_levels(tensors: Mapping[str, np.ndarray]) -> Levels:

@@ -78,8 +78,9 @@ class ExportOptions(PrintOptions, ConfigOptions, HubOptions, ModelOptions):
         str | None,
         Option(
             "Record another activation quantization than the policy's: exact, int8 (inputs rounded to 8 bits: faster "
-            "on CPUs with VNNI and on GPUs; `bitpolicy eval` measures the error) or fp8 (inputs of fp8 layers rounded "
-            "to float8)."
+            "on CPUs with VNNI and on GPUs; `bitpolicy eval` measures the error), fp8 (inputs of fp8 and fp8-tensor "
+            "layers rounded to float8), mxfp8 (those of mxfp8 and mxfp4 layers, in blocks) or nvfp4 (those of nvfp4 "
+            "layers, to 4 bits in blocks)."
         ),
     ] = None
     overwrite: Annotated[bool, Option("Replace the folder once the new one is complete.")] = False
@@ -130,8 +131,9 @@ class EvalOptions(ProgressOptions, QualityOptions, DeviceOptions, HubOptions, Re
         str | None,
         Option(
             "Activation quantization: exact (none), float (none; sums in another order), int8 (inputs rounded to 8 "
-            "bits: faster, less accurate) or fp8 (inputs of fp8 layers rounded to float8). Default: as the checkpoint "
-            "records."
+            "bits: faster, less accurate), fp8 (inputs of fp8 and fp8-tensor layers rounded to float8), mxfp8 (those "
+            "of mxfp8 and mxfp4 layers, in blocks) or nvfp4 (those of nvfp4 layers, to 4 bits in blocks). Default: as "
+            "the checkpoint records."
         ),
     ] = None
     seed: Annotated[int, seed_option("Seed of the images. The same seed draws the same images.")] = 0
@@ -155,7 +157,7 @@ class InspectOptions(PrintOptions, DeviceOptions, HubOptions, ComponentOptions, 
     ] = False
     compute: Annotated[
         str | None,
-        Option("With --kernels: exact, float, int8 or fp8, in place of what the checkpoint records."),
+        Option("With --kernels: exact, float, int8, fp8, mxfp8 or nvfp4, in place of what the checkpoint records."),
     ] = None
     low_memory: Annotated[bool, Option("With --kernels: kernels keep no layouts of their own.")] = False
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from bitpolicy.kernels.dispatch import ROUNDED
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.format import Format
-from bitpolicy.kernels.formats.named import FP8, parse_formats
+from bitpolicy.kernels.formats.named import parse_formats
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.quantizers.named import parse_quantizer
 from bitpolicy.pipelines.loading import BUNDLED, Source, load_source
@@ -282,11 +283,12 @@ def _require_formats_of(compute: Compute, formats: Sequence[Format]) -> None:
     """Raises:
     BitPolicyError: no candidate would ever be multiplied so.
     """
-    if compute is Compute.FP8 and FP8 not in formats:
+    multiplied = ROUNDED.get(compute, ())
+    if multiplied and set(multiplied).isdisjoint(formats):
         names = ", ".join(format.name for format in formats)
         raise BitPolicyError(
-            f"--compute fp8 rounds the inputs of layers in fp8, and the candidates are {names}; add fp8 to --formats, "
-            "or take --compute exact"
+            f"--compute {compute} rounds the inputs of layers in {' and '.join(f.name for f in multiplied)}, and the "
+            f"candidates are {names}; add {multiplied[0].name} to --formats, or take --compute exact"
         )
 
 

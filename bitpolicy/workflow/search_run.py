@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from bitpolicy.kernels.compute.setting import set_compute
+from bitpolicy.kernels.dispatch import ROUNDED
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import FP16
 from bitpolicy.kernels.kernel import Compute
@@ -293,9 +294,10 @@ def swapped_components(source: Source, checkpoint: Path, compute: Compute | None
     dtype = source.target.dtype
     reloaded = open_pipeline(checkpoint, dtype, everything=True)
     if compute is not None and not set_compute(reloaded, compute) and compute is not Compute.EXACT:
+        multiplied = " and ".join(format.name for format in ROUNDED.get(compute, ()))
+        wanted = f"in {multiplied}" if multiplied else "with at least 32 weights per row"
         raise BitPolicyError(
-            f"no layer of {checkpoint} can use compute {compute}: fp8 is for layers in fp8, and int8 for layers with "
-            "at least 32 weights per row; give another compute"
+            f"no layer of {checkpoint} can use compute {compute}, which is for layers {wanted}; give another compute"
         )
     packed = Target.of(reloaded, source.components).packed_layers.values()
     used = next((layer.compute for layer in packed), Compute.EXACT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from bitpolicy.kernels.compute.block_scaled import block_scaled_product
 from bitpolicy.kernels.compute.fp8 import fp8_product
 from bitpolicy.kernels.compute.int8 import int8_product, multiply
 from bitpolicy.kernels.kernel import Compute, Kernel, PackedWeight, Prepared
@@ -42,7 +43,7 @@ class Int8Reference(Kernel):
 
 
 class Fp8Reference(Kernel):
-    """The definition of FP8 for `fp8` weights: slow, for tests and for devices without a kernel of their own."""
+    """The definition of FP8 for layers in `fp8` and `fp8-tensor`: slow, for tests and devices without a kernel."""
 
     name = "fp8-reference"
     compute = Compute.FP8
@@ -55,3 +56,28 @@ class Fp8Reference(Kernel):
     ) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return fp8_product(x, weight, bias)
+
+
+class _BlockScaledReference(Kernel):
+    def refuses(self, x: torch.Tensor, weight: PackedWeight) -> str | None:
+        return None
+
+    def __call__(
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
+    ) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return block_scaled_product(x, weight, bias, self.compute)
+
+
+class Mxfp8Reference(_BlockScaledReference):
+    """The definition of MXFP8 for `mxfp8` and `mxfp4` weights: slow, and so far the only kernel with this compute."""
+
+    name = "mxfp8-reference"
+    compute = Compute.MXFP8
+
+
+class Nvfp4Reference(_BlockScaledReference):
+    """The definition of NVFP4 for `nvfp4` weights: slow, and so far the only kernel with this compute."""
+
+    name = "nvfp4-reference"
+    compute = Compute.NVFP4

@@ -19,13 +19,14 @@ def set_compute(model: Any, compute: str | Compute | None, low_memory: bool | No
     Args:
         model: a pipeline, a module with packed layers, or several modules by name.
         compute: "exact" (nothing), "float" (nothing, but sums may be taken in another order), "int8" (inputs, to 8
-            bits: faster where the processor multiplies integers, with some loss) or "fp8" (inputs of `fp8` layers, to
-            float8; other layers compute as under "float"); None leaves the setting unchanged.
+            bits: faster where the processor multiplies integers, with some loss), "fp8" (inputs of layers in `fp8` and
+            `fp8-tensor`, to float8), "mxfp8" (of those in `mxfp8` and `mxfp4`, to float8 in blocks) or "nvfp4" (of
+            those in `nvfp4`, to 4 bits in blocks); None leaves the setting unchanged.
         low_memory: kernels may keep no layouts of their own, which costs time; None leaves the setting unchanged.
 
     Returns:
         Names of the layers that now compute this way; none under "exact". Short and grouped layers never round their
-            inputs, and under "fp8" neither do layers in other formats.
+            inputs, and under the last three modes neither do layers in other formats. They compute as under "float".
 
     Raises:
         BitPolicyError: there is no such mode, or the model has no packed layer.

@@ -12,10 +12,11 @@ from bitpolicy.kernels.cpu import extension as cpu_extension
 from bitpolicy.kernels.formats.affine import Affine
 from bitpolicy.kernels.formats.float_codes import _NF4, Float8, NormalFloat4
 from bitpolicy.kernels.formats.int8 import Int8
+from bitpolicy.kernels.formats.tensor_scaled import TensorFloat8
 from bitpolicy.kernels.kernel import PackedWeight
 
 _LONGEST_ROTATION = 128
-_IN_BYTES = (Int8, Float8)  # one byte per code and no groups
+_IN_BYTES = (Int8, Float8, TensorFloat8)  # one byte per code and no groups
 
 
 def refuses(weight: PackedWeight, dtype: torch.dtype) -> str | None:
@@ -24,7 +25,7 @@ def refuses(weight: PackedWeight, dtype: torch.dtype) -> str | None:
         return reason
     if cpu_extension.dtype_code(dtype) is None:
         return f"not for {dtype}"
-    if not isinstance(weight.format, Affine | Int8 | Float8 | NormalFloat4):
+    if not isinstance(weight.format, (Affine, NormalFloat4, *_IN_BYTES)):
         return f"not for {weight.format.name}"
     if isinstance(weight.format, Affine) and weight.format.rotated and (weight.format.group or 0) > _LONGEST_ROTATION:
         return f"for rotations of at most {_LONGEST_ROTATION} weights"
@@ -54,9 +55,9 @@ def unpacked(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _from_bytes(weight: PackedWeight, to: torch.Tensor) -> None:
-    codes, scale = weight.tensors["weight_packed"], weight.tensors["weight_scale"]
-    values = _float8_values().data_ptr() if isinstance(weight.format, Float8) else None
-    out = weight.shape[0]
+    out, codes = weight.shape[0], weight.tensors["weight_packed"]
+    scale = weight.tensors["weight_scale"].expand(out).contiguous()
+    values = None if isinstance(weight.format, Int8) else _float8_values().data_ptr()
     cpu_extension.library().bitpolicy_dequantize_bytes(  # type: ignore[union-attr]
         codes.data_ptr(),
         scale.data_ptr(),

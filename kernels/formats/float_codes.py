@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from bitpolicy.kernels.errors import FormatError
+from bitpolicy.kernels.formats.elements import E4M3
 from bitpolicy.kernels.formats.format import Shape, TensorSpec
 from bitpolicy.kernels.formats.grid import Grid, GridFormat, unless_flat
 from bitpolicy.kernels.formats.packing import from_rows, pack_bits, packed_length, row_length, to_rows, unpack_bits
 
-LARGEST = 448.0  # of e4m3
 _NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
@@ -44,18 +44,16 @@ class Float8(GridFormat):
         return length
 
     def grid(self, low: torch.Tensor, high: torch.Tensor) -> Grid:
-        return Grid(unless_flat(torch.maximum(high, -low) / LARGEST))
+        return Grid(unless_flat(torch.maximum(high, -low) / E4M3.largest))
 
     def encode(self, rows: torch.Tensor, grid: Grid) -> torch.Tensor:
-        scaled = (rows / grid.scale).clamp_(-LARGEST, LARGEST)  # larger values would become NaN
-        return scaled.to(torch.float8_e4m3fn).float()
+        return E4M3.nearest(rows / grid.scale)
 
     def decode(self, codes: torch.Tensor, grid: Grid) -> torch.Tensor:
         return codes * grid.scale
 
     def store(self, codes: torch.Tensor, grid: Grid, shape: Shape) -> dict[str, torch.Tensor]:
-        packed = from_rows(codes, shape).to(torch.float8_e4m3fn)
-        return {"weight_packed": packed, "weight_scale": grid.scale[:, 0].clone()}
+        return {"weight_packed": E4M3.packed(from_rows(codes, shape)), "weight_scale": grid.scale[:, 0].clone()}
 
     def load(self, tensors: Mapping[str, torch.Tensor], shape: Shape) -> tuple[torch.Tensor, Grid]:
         return to_rows(tensors["weight_packed"].float()), Grid(tensors["weight_scale"][:, None])

@@ -67,6 +67,14 @@ class GridFormat(Format):
     def load(self, tensors: Mapping[str, torch.Tensor], shape: Shape) -> tuple[torch.Tensor, Grid]:
         """Codes, float32, shape (out, K), and the grid of every group."""
 
+    def settled(self, weight: torch.Tensor) -> GridFormat:
+        """This format with what all groups of `weight` share, for formats that store such a scale; otherwise itself.
+
+        Args:
+            weight: the whole one, any shape and float dtype. Ignored by a format that is settled already.
+        """
+        return self
+
     def rows(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight as the grid sees it, float32, shape (out, K).
 
@@ -108,7 +116,8 @@ class GridFormat(Format):
         return self.encode(self.grouped(rows), grid.wide).flatten(1)[:, : rows.shape[1]]
 
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        return quantize_in_chunks(self, self._to_nearest, weight)
+        format = self.settled(weight)
+        return quantize_in_chunks(format, format._to_nearest, weight)
 
     def _to_nearest(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         rows = self.rows(weight)

@@ -6,6 +6,7 @@ int2 ... int8   integer codes; int8 has one scale per output channel and no zero
 -sym -asym                  without or with a zero point, if that differs from the default
 -rot                        each group of weights rotated first, for layers whose row length it divides
 nf4, fp8, fp16
+fp8-tensor fp8-row mxfp8 mxfp4 nvfp4    those that processors multiply; fp8-row is fp8; the others are not part of "all"
 int4-convrot int8-convrot   rotated as in ComfyUI, in blocks of 256; -convrot64 in blocks of 64; not part of "all"
 """
 
@@ -17,10 +18,13 @@ from collections.abc import Sequence
 from bitpolicy.kernels.errors import FormatError
 from bitpolicy.kernels.formats.affine import Affine
 from bitpolicy.kernels.formats.convrot import ConvRot
+from bitpolicy.kernels.formats.elements import E2M1, E4M3
 from bitpolicy.kernels.formats.float_codes import Float8, NormalFloat4
 from bitpolicy.kernels.formats.format import Format
 from bitpolicy.kernels.formats.int8 import Int8
+from bitpolicy.kernels.formats.microscaling import Microscaled
 from bitpolicy.kernels.formats.plain import Plain
+from bitpolicy.kernels.formats.tensor_scaled import NvFloat4, TensorFloat8
 from bitpolicy.kernels.names import DEFAULT_FORMATS, WRITE
 
 FP16 = Plain("fp16")
@@ -30,7 +34,11 @@ _OTHERS: dict[str, Format] = {f.name: f for f in (FP16, INT8, NormalFloat4("nf4"
 CONVROT: tuple[Format, ...] = tuple(
     ConvRot(f"int{bits}-convrot{'' if size == 256 else size}", bits, size) for bits in (4, 8) for size in (256, 64)
 )
-_OTHERS |= {f.name: f for f in CONVROT}
+FP8_TENSOR = TensorFloat8("fp8-tensor")
+MXFP8, MXFP4 = Microscaled("mxfp8", E4M3), Microscaled("mxfp4", E2M1)
+NVFP4 = NvFloat4("nvfp4")
+HARDWARE: tuple[Format, ...] = (NVFP4, MXFP4, FP8_TENSOR, MXFP8)
+_OTHERS |= {f.name: f for f in (*CONVROT, *HARDWARE)} | {"fp8-row": FP8}
 _AFFINE = re.compile(r"int([2-8])(?:-(g32|g64|g128|channel))?(?:-(a?sym))?(-rot)?")
 _BITS = (2, 3, 4, 5, 6, 7, 8)
 _GROUPS = (32, 64, 128, None)
@@ -70,7 +78,8 @@ def affine(bits: int, group: int | None, symmetric: bool, rotated: bool = False)
 
 
 def all_formats() -> tuple[Format, ...]:
-    """Every format except those of ComfyUI (`CONVROT`), narrow ones first, FP16 last."""
+    """Every format except those of particular programs and processors (`CONVROT`, `HARDWARE`), narrow ones first, FP16
+    last."""
     plain = [affine(bits, group, symmetric) for bits in _BITS for group in _GROUPS for symmetric in (True, False)]
     rotated = [affine(bits, group, True, rotated=True) for bits in _BITS for group in _GROUPS if group]
     rotated += [affine(bits, group, False, rotated=True) for bits in _BITS for group in _GROUPS if group]

@@ -7,7 +7,7 @@ some twenty times per chunk, which on a busy machine is ten times slower than on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from math import prod
@@ -49,13 +49,19 @@ def _single_threaded() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def of_rows(tensors: Mapping[str, torch.Tensor], rows: slice) -> dict[str, torch.Tensor]:
+    """The stored tensors of some rows of a weight. A tensor without dimensions belongs to all rows."""
+    return {suffix: tensor[rows] if tensor.ndim else tensor for suffix, tensor in tensors.items()}
+
+
 def quantize_in_chunks(
     format: Format, quantize: Callable[[torch.Tensor], dict[str, torch.Tensor]], weight: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """The result of `quantize(weight)`, for a rounding method that treats each row on its own.
 
     Args:
-        quantize: returns the stored tensors of `format`, whose first dimension is the weight's.
+        quantize: returns the stored tensors of `format`, whose first dimension is the weight's; those without
+            dimensions are the same for all rows.
         weight: shape (out, in/groups, *kernel).
     """
     if weight.numel() <= _CHUNK:
@@ -66,7 +72,7 @@ def quantize_in_chunks(
 
     def work(rows: slice) -> None:
         for name, tensor in quantize(weight[rows]).items():
-            stored[name][rows] = tensor
+            (stored[name][rows] if tensor.ndim else stored[name]).copy_(tensor)
 
     each_chunk(work, weight.shape, weight.device)
     return stored

@@ -82,7 +82,7 @@ def gptq(format: GridFormat, weight: torch.Tensor, curvature: Curvature) -> dict
     Args:
         curvature: of H in wire order, from `format.rotated_hessian`.
     """
-    rows = format.rows(weight)
+    format, rows = format.settled(weight), format.rows(weight)
     grid = searched_grid(format, rows, curvature.of_rows(*rows.shape))
     group = torch.arange(rows.shape[1], device=rows.device) // format.run(rows.shape[1])
     scale = curvature.split(grid.scale[:, group])

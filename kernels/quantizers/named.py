@@ -49,4 +49,5 @@ def parse_quantizer(name: str) -> tuple[str, ...]:
 
 def quantize_data_free(quantizer: str, format: GridFormat, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """The stored tensors of `weight` by a data-free rounding method."""
+    format = format.settled(weight)
     return quantize_in_chunks(format, partial(_DATA_FREE[quantizer], format), weight)

@@ -60,7 +60,7 @@ def hqq(format: GridFormat, weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def _nearest(format: GridFormat, weight: torch.Tensor, power: float) -> dict[str, torch.Tensor]:
-    rows = format.rows(weight)
+    format, rows = format.settled(weight), format.rows(weight)
     grid = searched_grid(format, rows, power=power)
     return format.store(format.nearest(rows, grid), grid, weight.shape)
 

@@ -53,6 +53,8 @@ _COMPUTES = {
     "exact": "with dequantized weights (`compute: exact`)",
     "int8": "with 8-bit inputs and weights (`compute: int8`), as for PSNR and error below",
     "fp8": "with float8 inputs where weights are fp8 (`compute: fp8`), as for PSNR and error below",
+    "mxfp8": "with mxfp8 inputs where weights are mxfp8 or mxfp4 (`compute: mxfp8`), as for PSNR and error below",
+    "nvfp4": "with nvfp4 inputs where weights are nvfp4 (`compute: nvfp4`), as for PSNR and error below",
 }
 
 

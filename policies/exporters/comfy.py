@@ -3,12 +3,13 @@
     int8_tensorwise   W = scale[out] code, optionally rotated (`convrot`)
     convrot_w4a4      the same with 4-bit codes, always rotated
     awq_w4a16         W = (code - 8) scale + zero of each group of inputs, code in [0, 15]
+    float8_e4m3fn, mxfp8, nvfp4    as in `bitpolicy.policies.exporters.comfy_floats`
 
 as ComfyUI's comfy/ops.py (`_load_quantized_module`) and comfy-kitchen's tensor classes read them. Only linear layers
 can be quantized there; convolutions stay in FP16. The markers say `full_precision_matrix_mult`: ComfyUI then
 dequantizes and multiplies in its compute dtype, which is what a policy was searched for. The target `comfy-int8` omits
-that entry. ComfyUI then quantizes the inputs of int8 and rotated layers to 8 bits, too, which is faster and adds an
-error of its own.
+that entry. ComfyUI then quantizes the inputs of int8 and rotated layers to 8 bits, too, and those of layers in small
+floats to the same floats, which is faster and adds an error of its own.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from bitpolicy.kernels.formats.convrot import ConvRot
 from bitpolicy.kernels.formats.format import TensorSpec
 from bitpolicy.kernels.formats.int8 import Int8
 from bitpolicy.kernels.formats.packing import pack_bits, row_length, unpack_bits
+from bitpolicy.kernels.formats.tensor_scaled import NvFloat4
+from bitpolicy.policies.exporters.comfy_floats import converted_float, float_name, float_specs, holds_float
 from bitpolicy.policies.exporters.comfy_names import comfy_namer
 from bitpolicy.policies.exporters.exporter import Layer, Source, without_rotation
 from bitpolicy.policies.exporters.translation import write_translated
@@ -56,7 +59,7 @@ class Comfy:
     def holds(self, layer: Layer) -> bool:
         if not layer.format.packed:
             return True
-        known = layer.kind == "Linear" and (_is_awq(layer) or _is_row_scaled(layer))
+        known = layer.kind == "Linear" and (_is_awq(layer) or _is_row_scaled(layer) or holds_float(layer))
         return known and not (_is_halved(layer) and _MEASURED.search(layer.name))
 
     def write(self, source: Source, folder: Path) -> int:
@@ -76,6 +79,8 @@ class Comfy:
             return {"format": "awq_w4a16", "group_size": layer.run}
         whole: dict[str, Any] = {} if self.quantize_inputs else {"full_precision_matrix_mult": True}
         format = layer.format
+        if holds_float(layer):
+            return {"format": float_name(layer), **whole}
         if not isinstance(format, ConvRot):
             return {"format": "int8_tensorwise", **whole}
         if format.bits == 8:
@@ -85,6 +90,8 @@ class Comfy:
     def specs(self, layer: Layer, storage: torch.dtype) -> dict[str, TensorSpec]:
         out, columns = layer.shape
         marker = {MARKER: TensorSpec(torch.uint8, (len(self._text(layer)),))}
+        if holds_float(layer):
+            return {**float_specs(layer), **marker}
         if _is_awq(layer):
             groups = TensorSpec(storage, (columns // layer.run, out))
             nibbles = TensorSpec(torch.int8, (out, columns // 2))
@@ -97,7 +104,10 @@ class Comfy:
     def convert(
         self, layer: Layer, tensors: Mapping[str, torch.Tensor], storage: torch.dtype
     ) -> dict[str, torch.Tensor]:
-        made = _awq(layer, tensors, storage) if _is_awq(layer) else _row_scaled(layer, tensors)
+        if holds_float(layer):
+            made = converted_float(layer, tensors)
+        else:
+            made = _awq(layer, tensors, storage) if _is_awq(layer) else _row_scaled(layer, tensors)
         return {**made, MARKER: torch.frombuffer(bytearray(self._text(layer)), dtype=torch.uint8)}
 
     def _text(self, layer: Layer) -> bytes:
@@ -113,7 +123,8 @@ def _is_awq(layer: Layer) -> bool:
 
 def _is_halved(layer: Layer) -> bool:
     """Whether two codes share a byte."""
-    return _is_awq(layer) or (isinstance(layer.format, ConvRot) and layer.format.bits == 4)
+    rotated = isinstance(layer.format, ConvRot) and layer.format.bits == 4
+    return _is_awq(layer) or rotated or isinstance(layer.format, NvFloat4)
 
 
 def _is_row_scaled(layer: Layer) -> bool:

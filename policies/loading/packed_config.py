@@ -50,7 +50,8 @@ class BitPolicyConfig(QuantizationConfigMixin, TransformersConfigMixin):
         storage_dtype: dtype of everything that is not packed: "float16", "bfloat16" or, if nothing is packed,
             "float32".
         written_by: version of bitpolicy that wrote the checkpoint.
-        compute: "exact", "int8" or "fp8": compute mode of the packed layers after loading. A policy has its own.
+        compute: "exact", "int8", "fp8", "mxfp8" or "nvfp4": compute mode of the packed layers after loading. A policy
+            has its own.
         checksums: CRC-32 of every tensor's bytes, 8 hex digits each, in the order of their names; empty if the model
             was saved again.
 

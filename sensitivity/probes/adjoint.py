@@ -101,7 +101,7 @@ class AdjointSketches:
     Args:
         trajectories: the pipeline with its call arguments.
         candidates: packed formats to score, each with its rounding method.
-        quantization: under INT8 and FP8 compute, the error of a layer includes the rounding of its inputs.
+        quantization: under activation quantization, the error of a layer includes the rounding of its inputs.
         recompute_inside: also checkpoint inside the denoiser, block by block. This takes less memory and one more
             forward.
         memory: what is summed and kept.

@@ -1,13 +1,13 @@
 """What rounding a layer's inputs does to the final latent. This part of its error is not in the weight's gradient.
 
-Under INT8 and FP8 compute, a layer multiplies with Q(x) instead of x. Let an amount a lead from one to the other,
+Under activation quantization, a layer multiplies with Q(x) instead of x. Let an amount a lead from one to the other,
 
     x' = x + a (Q(x) - x),    a = 0,    d<v, x_0> / da = sum over calls <g, Q(x) - x>,
 
 with g the gradient of <v, x_0> at the input of this one layer. To first order, this is the effect of all its calls
-together, whatever the packed format of its weight; under FP8 compute, only format `fp8` has it. Each layer has its own
-amount. So when several layers share an input (q, k and v), each of them counts only its own use of that input. An
-amount collects its gradient as a weight does, call by call.
+together, whatever the packed format of its weight; under FP8, MXFP8 and NVFP4 compute, only the formats that they
+multiply have it. Each layer has its own amount. So when several layers share an input (q, k and v), each of them counts
+only its own use of that input. An amount collects its gradient as a weight does, call by call.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bitpolicy.sensitivity.rounding.candidates import Candidate
 
 
 class InputRounding:
-    """The amounts of the layers that multiply with 8-bit inputs when packed in some candidate's format.
+    """The amounts of the layers that round their inputs when packed in some candidate's format.
 
     Attributes:
         amounts: layer name -> a, float32, shape (), on the device of its weight; empty under exact compute.
@@ -76,7 +76,6 @@ class _Rounded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, None]:
         (x,) = ctx.saved_tensors
-        codes, scale = ctx.seen(x)
-        change = codes.mul_(scale).sub_(x)
+        change = ctx.seen(x).sub_(x)
         product = torch.dot(change.flatten(), gradient.float().flatten()).to(ctx.device)
         return gradient if ctx.needs_input_grad[0] else None, product, None

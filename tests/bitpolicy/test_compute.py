@@ -169,10 +169,10 @@ def test_a_search_under_fp8_compute_is_measured_and_recorded_as_fp8(
     ("arguments", "needles"),
     [
         (("search", "--budget", "50%", "--compute", "fp8"), ("int4, int8, fp16", "add fp8 to --formats")),
-        (("probe", "--compute", "int4"), ("'int4'", "exact, int8 or fp8")),
-        (("search", "--budget", "50%", "--compute", "fast"), ("'fast'", "exact, int8 or fp8")),
+        (("probe", "--compute", "int4"), ("'int4'", "exact, int8, fp8, mxfp8, nvfp4")),
+        (("search", "--budget", "50%", "--compute", "fast"), ("'fast'", "exact, int8, fp8, mxfp8, nvfp4")),
         (("search", "--budget", "50%", "--compute", "int8", "--scope", "peak"), ("--scope peak", "--compute exact")),
-        (("eval", "CHECKPOINT", "--compute", "fast"), ("'fast'", "exact, float, int8, fp8")),
+        (("eval", "CHECKPOINT", "--compute", "fast"), ("'fast'", "exact, float, int8, fp8, mxfp8, nvfp4")),
         (("eval", "CHECKPOINT", "--compute", "fp8"), ("no layer of", "compute fp8", "layers in fp8")),
         (
             ("export", "--policy", "POLICY", "--output-dir", "new", "--compute", "fp8"),
@@ -180,7 +180,7 @@ def test_a_search_under_fp8_compute_is_measured_and_recorded_as_fp8(
         ),
         (
             ("export", "--policy", "POLICY", "--output-dir", "new", "--compute", "fast"),
-            ("'fast'", "exact, int8 or fp8"),
+            ("'fast'", "exact, int8, fp8, mxfp8, nvfp4"),
         ),
         (
             ("export", "--policy", "POLICY", "--output-dir", "new", "--compute", "int8", "--target", "comfy"),
@@ -227,5 +227,5 @@ def test_compute_from_python(half_pipeline: Any, tmp_path: Path) -> None:
     for folder, expected in (("as it is", Compute.INT8), ("exact", Compute.EXACT)):
         layers = packed_layers(bitpolicy.load_pipeline(tmp_path / folder).unet)
         assert {layer.compute for _, layer in layers} == {expected}
-    with pytest.raises(bitpolicy.BitPolicyError, match="exact, int8 or fp8"):
+    with pytest.raises(bitpolicy.BitPolicyError, match="exact, int8, fp8, mxfp8, nvfp4"):
         bitpolicy.export(pipe, policy, tmp_path / "other", compute="float")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from toy_formats import KINDS, NF4_LEVELS, PACKED
+from toy_formats import E2M1_LEVELS, KINDS, NF4_LEVELS, PACKED
 
 from bitpolicy.kernels.errors import FormatError
 from bitpolicy.kernels.formats.format import Format
@@ -39,6 +39,8 @@ SHAPES = {
 RELATIVE = {2: 0.75, 3: 0.35, 4: 0.16, 5: 0.08, 6: 0.04, 7: 0.02, 8: 0.01, 16: 2**-11}
 """Bound on |error| / |weight| of the rows of a normal weight, by bits."""
 OF_FLOAT8 = 0.035
+OF_FLOATS = {"e4m3": 1 / 16, "e2m1": 1 / 5}
+"""The same where the scale is not made for the row: the widest gap between levels, relative to them."""
 WireReader = Callable[[str, Mapping[str, np.ndarray], tuple[int, ...]], np.ndarray]
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 ROTATED = [format for format in PACKED if "rotation" in format.parameters()]
@@ -71,6 +73,11 @@ def normal(shape: tuple[int, ...], dtype: torch.dtype = torch.float16) -> torch.
     return weight.to(dtype)
 
 
+def of_powers(format: Format) -> bool:
+    """Whether its scales are powers of two."""
+    return format.parameters().get("scale") == "e8m0"
+
+
 def restored(format: Format, weight: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return format.dequantize(format.quantize(weight), weight.shape, dtype)
 
@@ -80,12 +87,15 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def relative_bound(format: Format) -> float:
-    return OF_FLOAT8 if format.name == "fp8" else RELATIVE[format.parameters()["bits"]]
+    parameters = format.parameters()
+    if format.name == "fp8":
+        return OF_FLOAT8
+    return OF_FLOATS[parameters["variant"]] if "variant" in parameters else RELATIVE[parameters["bits"]]
 
 
 def as_bytes(tensor: torch.Tensor) -> np.ndarray:
     """As bytes for numpy, which has no float8."""
-    return (tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor).numpy()
+    return (tensor.view(torch.uint8) if tensor.is_floating_point() and tensor.itemsize == 1 else tensor).numpy()
 
 
 def rows_of(format: Format, weight: torch.Tensor) -> torch.Tensor:
@@ -101,17 +111,26 @@ def rows_of(format: Format, weight: torch.Tensor) -> torch.Tensor:
 def along_rows(format: Format, part: torch.Tensor, length: int) -> torch.Tensor:
     """Scales or zero points, repeated for each weight of a row; float64, shape (out, length)."""
     group = format.parameters()["group"]
-    run = length if group == "channel" else group
-    return part.double().reshape(len(part), -1).repeat_interleave(run, 1)[:, :length]
+    run = group if isinstance(group, int) else length
+    of_rows = part.float().double().reshape(len(part) if part.ndim else 1, -1)
+    return of_rows.repeat_interleave(run, 1)[:, :length]
+
+
+def scales(format: Format, stored: Mapping[str, torch.Tensor], length: int) -> torch.Tensor:
+    """The scale of each weight; float64, shape (out, length), or (1, length) if all rows share it."""
+    scale = stored["weight_scale"].float() * stored.get("weight_scale_2", torch.tensor(1.0))
+    return along_rows(format, scale, length)
 
 
 def levels(format: Format, stored: Mapping[str, torch.Tensor], length: int) -> torch.Tensor:
     """The possible values of each weight with the stored scales; float64, shape (out, length, levels)."""
-    scale = along_rows(format, stored["weight_scale"], length)[..., None]
+    scale = scales(format, stored, length)[..., None]
     parameters = format.parameters()
     if format.name == "int8":
         return torch.arange(-127, 128) * scale
-    if format.name == "fp8":
+    if parameters.get("variant") == "e2m1":
+        return torch.tensor(E2M1_LEVELS).double() * scale
+    if parameters.get("variant") == "e4m3":
         values = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).double()
         return values[values.isfinite()] * scale
     if format.name == "nf4":
@@ -128,12 +147,14 @@ def bounds(format: Format, stored: Mapping[str, torch.Tensor], rows: torch.Tenso
     Within the grid, the bound is half a step. The rounding of the float16 scale shortens the grid at the extremes, once
     per step up to there; a symmetric grid also ends one step short on the side opposite to its extreme.
     """
-    scale = along_rows(format, stored["weight_scale"], rows.shape[1])
+    scale = scales(format, stored, rows.shape[1])
     step, bits = scale.abs(), format.parameters()["bits"]
     if format.name == "int8":
         return step * 0.50001
-    if format.name == "fp8":
-        return torch.maximum(rows.abs() / 16, step * 2.0**-10) * 1.00001
+    if "variant" in format.parameters():
+        mantissa, least = {"e4m3": (3, 2.0**-9), "e2m1": (1, 0.5)}[format.parameters()["variant"]]
+        finest = 6 * stored.get("weight_scale_2", torch.tensor(0.0)).double() * 2.0**-10  # of a rounded e4m3 scale
+        return torch.maximum(rows.abs() / 2 ** (mantissa + 1), step * least / 2) * 1.00001 + finest
     half_step = 2.0**-11 * step + 2.0**-25  # the largest rounding error of a float16
     if format.name == "nf4":
         return step * (1 - 0.6961928) / 2 + half_step
@@ -226,9 +247,11 @@ def zero_stays_zero(held: Held) -> None:
 
 
 def a_constant_weight_is_restored(held: Held) -> None:
+    """With a scale that is a power of two: within half a step."""
     for value in (0.0, 0.37, -2.5, 1000.0):
         weight = torch.full(held.shape, value, dtype=torch.float16)
-        torch.testing.assert_close(restored(held.format, weight), weight.float(), rtol=1.01 * 2**-11, atol=0)
+        bound = relative_bound(held.format) if of_powers(held.format) else 1.01 * 2**-11
+        torch.testing.assert_close(restored(held.format, weight), weight.float(), rtol=bound, atol=0)
 
 
 def each_weight_is_restored_within_half_a_step(held: Held) -> None:
@@ -247,8 +270,10 @@ def every_restored_weight_is_a_level(held: Held) -> None:
 
 
 def a_group_of_zeros_has_scale_one(held: Held) -> None:
+    """Or, where a scale is a power of two, the smallest one."""
     stored = held.format.quantize(torch.zeros(held.shape))
-    assert (stored["weight_scale"] == 1).all()
+    assert (stored["weight_scale"].float() == (2.0**-127 if of_powers(held.format) else 1)).all()
+    assert stored.get("weight_scale_2", 1) == 1
     assert (stored.get("weight_zero", torch.zeros(1)) == 0).all()
     assert (held.format.dequantize(stored, held.shape, torch.float32) == 0).all()
 
@@ -322,7 +347,7 @@ def test_weights_too_small_for_their_scale_err_by_at_most_its_rounding(format: F
         weight = normal(large_enough(format), torch.float32).clamp(-2, 2) * size
         stored = format.quantize(weight)
         rows, back = (rows_of(format, w) for w in (weight, format.dequantize(stored, weight.shape, torch.float32)))
-        underflown = along_rows(format, stored["weight_scale"], rows.shape[1]) == 1  # every code is the zero code
+        underflown = (scales(format, stored, rows.shape[1]) == 1).expand_as(back)  # every code is the zero code
         assert torch.isfinite(back).all(), size
         assert not back[underflown].any(), size
         # float16 has a spacing of 2^-24 near zero, so a scale errs by 2^-25, and the end of a grid by that per step
@@ -341,10 +366,11 @@ def test_the_largest_float16_values_stay_finite_and_close(format: Format) -> Non
 
 @every_packed_format
 def test_values_beyond_the_range_of_a_scale_are_refused_or_stored(format: Format) -> None:
-    """Formats with a float16 scale refuse; formats with a float32 scale store them."""
+    """Formats with a float16 scale refuse; formats with a float32 scale store them; those with a power of two refuse
+    where the largest level would be infinite."""
     for values in ([3e38, 1.0, -1e38], [2e38, 2e38, 2e38]):
         given = torch.tensor([values * 128 if format in ROTATED else values]).bfloat16()
-        if format.name in ("int8", "fp8"):
+        if format.name in ("int8", "fp8", "fp8-tensor", "nvfp4") or (format.name[:2], values[0]) == ("mx", 2e38):
             assert relative_error(restored(format, given), given) <= relative_bound(format), values
         else:
             with pytest.raises(FormatError):

@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from toy_formats import WITHOUT_CPP
 from toy_products import DTYPES_OF, FORMATS, SHAPES, bias_of, input_of, layouts, weight_of
 
+from bitpolicy.kernels.compute import block_scaled
 from bitpolicy.kernels.compute import fp8 as fp8_compute
 from bitpolicy.kernels.compute import int8 as int8_compute
 from bitpolicy.kernels.compute.fp8 import fp8_product
 from bitpolicy.kernels.compute.int8 import int8_product, multiply, shared, weight_codes
 from bitpolicy.kernels.cpu.blocks import CpuBlocks
-from bitpolicy.kernels.dispatch import TABLE, Row, prepared, run
+from bitpolicy.kernels.dispatch import ROUNDED, TABLE, Row, prepared, run
 from bitpolicy.kernels.kernel import Compute, PackedWeight
 
 NAMES = [format.name for format in FORMATS]
@@ -24,7 +26,13 @@ ROUNDING = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # r
 SMALL_BLOCKS = CpuBlocks(least=0, block=1, channels=16)  # the one in the table is for larger weights than these
 AWKWARD = 4.0  # how much larger the error of a single value may be, relative to the largest
 READ_WORDS = ("cpu-float", "cpu-blocks", "cpu-dequantize")  # they need contiguous stored tensors
-REFERENCES = ("reference", "int8-reference", "fp8-reference")
+REFERENCES = ("reference", "int8-reference", "fp8-reference", "mxfp8-reference", "nvfp4-reference")
+OF_FORMATS = {
+    Compute.FP8: ("fp8", "fp8-tensor"),
+    Compute.MXFP8: ("mxfp8", "mxfp4"),
+    Compute.NVFP4: ("nvfp4",),
+}
+"""Compute modes that are for layers in certain formats."""
 
 # The purpose of each kernel, repeated here, since otherwise a kernel that refuses everything would pass.
 
@@ -37,8 +45,8 @@ def is_for(kernel: str, shape: str, format: str, dtype: torch.dtype = torch.floa
     few_rows = call.geometry is None and prod(call.input[:-1]) <= 16
     return {
         "cpu-float": few_rows and (in_words or format == "nf4"),
-        "cpu-blocks": call.weight[0] % 16 == 0 and call.weight[0] > 16 and one_group,
-        "cpu-dequantize": True,
+        "cpu-blocks": call.weight[0] % 16 == 0 and call.weight[0] > 16 and one_group and format not in WITHOUT_CPP,
+        "cpu-dequantize": format not in WITHOUT_CPP,
         "cpu-int8": one_group,
         "onednn-int8": one_group,
         "triton-int8": one_group,
@@ -47,7 +55,9 @@ def is_for(kernel: str, shape: str, format: str, dtype: torch.dtype = torch.floa
         "triton-dequantize": in_words,
         "reference": True,
         "int8-reference": one_group,
-        "fp8-reference": one_group and format == "fp8",
+        "fp8-reference": one_group and format in OF_FORMATS[Compute.FP8],
+        "mxfp8-reference": one_group and format in OF_FORMATS[Compute.MXFP8],
+        "nvfp4-reference": one_group and format in OF_FORMATS[Compute.NVFP4],
     }[kernel]
 
 
@@ -92,7 +102,7 @@ def given(
 
     The weight is in that format, or in the only one that the kernel's compute mode supports.
     """
-    format = "fp8" if row.kernel.compute is Compute.FP8 else format
+    format = OF_FORMATS.get(row.kernel.compute, (format,))[0]
     dtype = dtype_for(row)
     if not is_for(row.kernel.name, shape, format, dtype):
         return None
@@ -136,7 +146,9 @@ def expected(row: Row, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor
 def in_float64(compute: Compute, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """The product of the decoded input and weight."""
     seen, w = x.double(), weight.dequantize(torch.float32).double()
-    if compute.rounds_inputs:
+    if compute in block_scaled.FORMATS:
+        seen = block_scaled.rounded_input(x, weight.geometry, compute).double()
+    elif compute.rounds_inputs:
         quantize_input = (fp8_compute if compute is Compute.FP8 else int8_compute).quantize_input
         steps, s_x = quantize_input(x, shared(x.ndim, weight.shape, weight.geometry))
         seen = steps.double() * s_x.double()
@@ -188,7 +200,7 @@ def test_it_gives_the_right_product_in_every_format(row: Row, device: str, shape
             x, bias = input_of(shape, dtype).to(device), bias_of(shape, dtype).to(device)
             require(row, x, weight)
             assert_right(row, x, weight, bias, (name, dtype))
-            if name in ("int8", "fp8"):
+            if name in ("int8", "fp8", "nvfp4"):
                 assert_right(row, x, weight, None, (name, dtype, "no bias"))
 
 
@@ -266,6 +278,8 @@ def test_low_memory_keeps_nothing_and_gives_the_same_result(row: Row, device: st
 def test_stored_codes_may_be_channels_last(row: Row, device: str) -> None:
     """As `model.to(memory_format=torch.channels_last)` makes the codes of `int8` and `fp8`: accepted, or refused."""
     format, reads_words = ("fp8" if row.kernel.compute is Compute.FP8 else "int8"), row.kernel.name in READ_WORDS
+    if row.kernel.compute in block_scaled.FORMATS:
+        pytest.skip("its codes are stored as rows")
     weight = weight_of("conv2d 3x3", format)
     assert weight is not None
     codes = weight.tensors["weight_packed"].contiguous(memory_format=torch.channels_last)
@@ -294,9 +308,8 @@ def test_names_are_unique() -> None:
 
 
 def test_the_references_are_last_and_take_everything() -> None:
-    assert {row.kernel.name: row.formats for row in TABLE[-3:]} == {
-        "reference": "*",
-        "int8-reference": "*",
-        "fp8-reference": "fp8",  # no other format gets that compute mode
-    }
-    assert {row.device for row in TABLE[-3:]} == {"any"}
+    last = TABLE[-len(REFERENCES) :]
+    of_formats = {f"{compute}-reference": " ".join(names) for compute, names in OF_FORMATS.items()}
+    assert {row.kernel.name: row.formats for row in last} == {"reference": "*", "int8-reference": "*", **of_formats}
+    assert {row.device for row in last} == {"any"}
+    assert {compute: tuple(f.name for f in formats) for compute, formats in ROUNDED.items()} == OF_FORMATS

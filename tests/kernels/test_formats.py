@@ -11,6 +11,7 @@ import torch
 from bitpolicy.kernels.errors import BitPolicyError, FormatError
 from bitpolicy.kernels.formats.named import (
     FP16,
+    HARDWARE,
     INT8,
     affine,
     all_formats,
@@ -32,6 +33,7 @@ from bitpolicy.kernels.names import DEFAULT_FORMATS
         ("int4,int4,int8,int4", ["int4", "int8", "fp16"]),
         ("int4-g64-asym,int4,int4-g64,int4-asym", ["int4", "fp16"]),
         (["int8", "int4"], ["int8", "int4", "fp16"]),
+        ("nvfp4,int8,fp8-row,mxfp4", ["nvfp4", "int8", "fp8", "mxfp4", "fp16"]),
         ("nf4,fp8,int3-channel-sym,int6-rot", ["nf4", "fp8", "int3-channel-sym", "int6-rot", "fp16"]),
         (DEFAULT_FORMATS, ["int4", "int8", "fp16"]),
         ("fp16", ["fp16"]),
@@ -53,7 +55,7 @@ def test_an_empty_list_is_refused_with_an_example(text: str | list[str]) -> None
 
 
 def test_every_format_is_found_by_its_own_name_and_its_parameters() -> None:
-    for format in all_formats():
+    for format in (*all_formats(), *HARDWARE):
         assert format_named(format.name) == format
         assert format_named(format.name.upper()).name == format.name
         assert from_parameters(format.name, format.parameters()) == format
@@ -62,6 +64,7 @@ def test_every_format_is_found_by_its_own_name_and_its_parameters() -> None:
 def test_every_combination_of_width_group_symmetry_and_rotation_exists_once() -> None:
     formats = all_formats()
     assert formats[-1] is FP16
+    assert set(formats).isdisjoint(HARDWARE)
     assert len({format.name for format in formats}) == len(formats)
     parameters = [tuple(sorted(format.parameters().items())) for format in formats]
     assert len(set(parameters)) == len(formats)
@@ -107,6 +110,7 @@ def _meaning(name: str) -> Any:
         ("int8-channel-asym", "int8-asym"),
         ("int8-g64-sym", "int8-g64"),
         ("int8-g64-sym-rot", "int8-g64-rot"),
+        ("fp8-row", "fp8"),
         (" Int8-G128-Asym ", "int8-g128-asym"),
     ],
 )
@@ -126,6 +130,13 @@ def test_defaults_may_be_written_out(written: str, name: str) -> None:
         ("int6-rot", {"kind": "affine", "bits": 6, "group": 64, "symmetric": False, "rotation": "hadamard"}),
         ("nf4", {"kind": "codebook", "bits": 4, "codebook": "nf4", "group": 64}),
         ("fp8", {"kind": "float", "bits": 8, "variant": "e4m3", "group": "channel"}),
+        ("fp8-tensor", {"kind": "float", "bits": 8, "variant": "e4m3", "group": "tensor"}),
+        ("mxfp8", {"kind": "float", "bits": 8, "variant": "e4m3", "group": 32, "scale": "e8m0"}),
+        ("mxfp4", {"kind": "float", "bits": 4, "variant": "e2m1", "group": 32, "scale": "e8m0"}),
+        (
+            "nvfp4",
+            {"kind": "float", "bits": 4, "variant": "e2m1", "group": 16, "scale": "e4m3", "tensor_scale": "float32"},
+        ),
         ("fp16", {"kind": "float", "bits": 16}),
     ],
 )
@@ -203,4 +214,8 @@ def test_bytes_grow_with_the_width_and_shrink_with_the_group_size() -> None:
     assert affine(3, None, True).nbytes(shape, half) == 64 * (162 + 2)
     assert format_named("nf4").nbytes(shape, half) == 64 * (216 + 7 * 2)
     assert format_named("fp8").nbytes(shape, half) == format_named("int8").nbytes(shape, half) == 64 * (432 + 4)
+    assert format_named("fp8-tensor").nbytes(shape, half) == 64 * 432 + 4
+    assert format_named("mxfp8").nbytes(shape, half) == 64 * (432 + 14)
+    assert format_named("mxfp4").nbytes(shape, half) == 64 * (216 + 14)
+    assert format_named("nvfp4").nbytes(shape, half) == 64 * (216 + 27) + 4
     assert FP16.nbytes(shape, half) == 64 * 432 * 2

@@ -10,7 +10,7 @@ from bitpolicy.kernels.formats import row_chunks
 from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.quantizers.named import quantize_data_free
 
-NAMES = ["int4", "int8", "int5-g32", "int3-channel", "int4-rot", "nf4", "fp8"]
+NAMES = ["int4", "int8", "int5-g32", "int3-channel", "int4-rot", "nf4", "fp8", "nvfp4", "mxfp4", "mxfp8", "fp8-tensor"]
 
 
 @pytest.fixture
@@ -33,7 +33,9 @@ def test_the_bits_do_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch, n
         monkeypatch.setattr(row_chunks, "_CHUNK", chunk)
         found = quantize_data_free(quantizer, format, weight)  # type: ignore[arg-type]
         assert found.keys() == whole.keys()
-        as_bytes = {key: (tensor.view(torch.uint8), whole[key].view(torch.uint8)) for key, tensor in found.items()}
+        as_bytes = {
+            key: [each.flatten().view(torch.uint8) for each in (tensor, whole[key])] for key, tensor in found.items()
+        }
         assert [key for key, (one, other) in as_bytes.items() if not torch.equal(one, other)] == [], chunk
 
 

@@ -57,6 +57,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv2d": (lambda: nn.Conv2d(5, 9, 3, stride=2, padding=1, dilation=2), (3, 5, 13, 10)),
     "conv2d, one sample": (lambda: nn.Conv2d(5, 9, 3, padding="same"), (5, 8, 9)),
     "conv2d, mirrored": (lambda: nn.Conv2d(5, 9, 3, padding=1, padding_mode="reflect"), (2, 5, 8, 9)),
+    "conv2d, 32 channels": (lambda: nn.Conv2d(32, 9, 3, padding=1), (32, 6, 7)),
     "conv3d": (lambda: nn.Conv3d(4, 6, 3, padding=1), (2, 4, 3, 5, 6)),
 }
 
@@ -83,23 +84,37 @@ def test_an_ordinary_layer_gives_what_the_packed_one_gives(kind: str, format: An
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("format", [FP8, INT4], ids=lambda format: format.name)
-def test_the_same_holds_under_fp8_compute_and_only_fp8_layers_round_inputs(kind: str, format: Any) -> None:
+@pytest.mark.parametrize(
+    ("compute", "name", "rounds"),
+    [
+        (Compute.FP8, "fp8", True),
+        (Compute.FP8, "fp8-tensor", True),
+        (Compute.FP8, "int4", False),
+        (Compute.MXFP8, "mxfp4", True),
+        (Compute.NVFP4, "nvfp4", True),
+        (Compute.NVFP4, "mxfp8", False),
+    ],
+)
+def test_the_same_holds_under_compute_for_certain_formats_and_only_these_round_inputs(
+    kind: str, compute: Compute, name: str, rounds: bool
+) -> None:
     torch.manual_seed(0)
     new, shape = LAYERS[kind]
     model = Alone(to_half(new()))
-    choices, x = {"layer": Choice(format)}, torch.randn(shape) * torch.linspace(0.1, 10, shape[-1])
+    in_blocks = compute is not Compute.FP8
+    rounds = rounds and not (in_blocks and model.layer.weight.ndim > 2 and model.layer.weight.shape[1] % 32)
+    choices, x = {"layer": Choice(format_named(name))}, torch.randn(shape) * torch.linspace(0.1, 10, shape[-1])
     with torch.no_grad():
         with quantized(model, choices, quantization=Quantization()):
             exact = model(x)
-        with quantized(model, choices, quantization=Quantization(compute=Compute.FP8)):
+        with quantized(model, choices, quantization=Quantization(compute=compute)):
             found = model(x)
         pack(model, choices, quantization=Quantization())
-        assert set_compute(model, "fp8") == (["layer"] if format is FP8 else [])
+        assert set_compute(model, compute) == (["layer"] if rounds else [])
         expected = model(x)
     largest = expected.abs().max()
     assert (found - expected).abs().max() < 3e-6 * largest
-    assert ((found - exact).abs().max() > 1e-3 * largest) == (format is FP8)
+    assert ((found - exact).abs().max() > 1e-3 * largest) == rounds
 
 
 def to_half(layer: nn.Module) -> nn.Module:
@@ -188,7 +203,7 @@ def test_streamed_weights_change_nothing(new_toy_pipeline: Any, every_format_in_
 # In the policy
 
 
-@pytest.mark.parametrize("compute", ["int8", "fp8"])
+@pytest.mark.parametrize("compute", ["int8", "fp8", "nvfp4"])
 def test_a_policy_file_records_the_compute_unless_it_is_exact(tmp_path: Path, compute: str) -> None:
     policy = Policy(model=ABOUT)
     assert "compute" not in policy.to_yaml()
@@ -204,7 +219,7 @@ def test_a_policy_file_records_the_compute_unless_it_is_exact(tmp_path: Path, co
 def test_a_policy_with_an_unknown_compute_is_refused_with_a_list_of_the_known_ones(tmp_path: Path, value: str) -> None:
     path = tmp_path / "policy.yaml"
     path.write_text(Policy(model=ABOUT).to_yaml().replace("...\n", f"compute: {value}\n...\n"))
-    with pytest.raises(PolicyError, match=r"policy.yaml: compute: .*'exact', 'int8' or 'fp8'"):
+    with pytest.raises(PolicyError, match=r"policy.yaml: compute: .*'exact', 'int8', 'fp8', 'mxfp8' or 'nvfp4'"):
         Policy.load(path)
 
 
@@ -233,6 +248,8 @@ def test_fp8_compute_is_for_policies_with_fp8(entries: dict[str, Any]) -> None:
     without = Policy(model=ABOUT, defaults=LayerSettings(format="int8"))
     with pytest.raises(PolicyError, match="the policy has none"):
         without.under(Compute.FP8)
+    with pytest.raises(PolicyError, match=r"inputs of mxfp8 and mxfp4 layers.* search with mxfp8 among"):
+        Policy(model=ABOUT, **entries).under(Compute.MXFP8)
 
 
 def test_a_model_card_says_how_layers_compute() -> None:
@@ -241,6 +258,8 @@ def test_a_model_card_says_how_layers_compute() -> None:
         ("exact", "dequantized weights (`compute: exact`)"),
         ("int8", "(`compute: int8`)"),
         ("fp8", "(`compute: fp8`)"),
+        ("mxfp8", "(`compute: mxfp8`)"),
+        ("nvfp4", "(`compute: nvfp4`)"),
     ):
         text = model_card(Policy(model=ABOUT, compute=compute), Target({"unet": model}), {"0": Choice(INT8)})
         (row,) = (line for line in text.splitlines() if line.startswith("| packed layers compute |"))
@@ -302,7 +321,8 @@ def test_a_checkpoint_with_an_unknown_compute_is_refused(folder: Path, tmp_path:
         BitPolicyConfig.from_dict(config)
     if value == "int2":
         with pytest.raises(
-            BitPolicyError, match=r"'int2'.*write exact, int8 or fp8.*or install the bitpolicy that wrote"
+            BitPolicyError,
+            match=r"'int2'.*write any of exact, int8, fp8, mxfp8, nvfp4.*or install the bitpolicy that wrote",
         ):
             BitPolicyConfig.from_dict(config)
 

@@ -59,7 +59,10 @@ def test_the_bytes_of_the_file_are_those_of_the_account(exported: Any) -> None:
 
 
 @pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["int4", "int4-g32", "int5-sym", "int3-channel", "nf4", "fp8", "int8", "fp16"])
+@pytest.mark.parametrize(
+    "name",
+    ["int4", "int4-g32", "int5-sym", "int3-channel", "nf4", "fp8", "nvfp4", "mxfp8", "fp8-tensor", "int8", "fp16"],
+)
 def test_the_account_is_exact_for_every_format_and_storage(
     toy_unet: Any, tmp_path: Path, name: str, storage: torch.dtype
 ) -> None:
@@ -95,7 +98,7 @@ def test_a_second_reader_finds_every_weight_as_its_format_has_it(exported: Any, 
 
 def as_bytes(tensor: torch.Tensor) -> np.ndarray:
     """For numpy, which has no float8."""
-    return (tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor).numpy()
+    return (tensor.view(torch.uint8) if tensor.is_floating_point() and tensor.itemsize == 1 else tensor).numpy()
 
 
 def test_tensors_that_are_not_packed_are_the_models_in_the_storage_dtype(exported: Any) -> None:

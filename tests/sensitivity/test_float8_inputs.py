@@ -1,16 +1,20 @@
-"""FP8 compute in the adjoint probe: the error that float8 inputs cause, and the candidates that have it."""
+"""FP8, MXFP8 and NVFP4 compute in the adjoint probe: the error that rounded inputs cause, and the candidates that have
+it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 
-from bitpolicy.kernels.formats.named import FP8, format_named
+from bitpolicy.kernels.formats.format import Format
+from bitpolicy.kernels.formats.named import FP8, MXFP4, NVFP4, format_named
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.policy import Choice
 from bitpolicy.policies.quantization import Quantization
+from bitpolicy.policies.rounded_layers import rounds_inputs
 from bitpolicy.sensitivity.probes.adjoint import AdjointSketches
 from bitpolicy.sensitivity.probes.directions import Random
 from bitpolicy.sensitivity.probes.measurement import References, ablate
@@ -29,41 +33,53 @@ SOME = (
 )
 
 
-def test_only_format_fp8_has_an_error_from_inputs(new_trajectories: NewTrajectories) -> None:
+@pytest.mark.parametrize(
+    ("compute", "multiplied"), [(Compute.FP8, FP8), (Compute.NVFP4, NVFP4), (Compute.MXFP8, MXFP4)], ids=str
+)
+def test_only_formats_that_it_multiplies_have_an_error_from_inputs(
+    new_trajectories: NewTrajectories, compute: Compute, multiplied: Format
+) -> None:
     trajectories = new_trajectories()
 
     def of_inputs(*formats: object) -> torch.Tensor | None:
-        probe = AdjointSketches(trajectories, candidates(formats), quantization=Quantization(compute=Compute.FP8))
+        probe = AdjointSketches(trajectories, candidates(formats), quantization=Quantization(compute=compute))
         (found,) = probe.sketches(SAMPLES[0], [Random(4)])
         return found.inputs
 
-    found = of_inputs(INT4, FP8, INT8)
+    found = of_inputs(INT4, multiplied, INT8)
     assert found is not None
     assert not found[..., [0, 2]].any()
-    short = torch.tensor([layer.weight[0].numel() < 32 for _, layer in quantizable_layers(trajectories.target)])
-    assert 0 < int(short.sum()) < len(short)
-    assert torch.equal(found[..., 1].abs().sum(0) == 0, short)
+    layers = [layer for _, layer in quantizable_layers(trajectories.target)]
+    exact = torch.tensor([not rounds_inputs(layer, multiplied, compute) for layer in layers])
+    assert all(exact[i] for i, layer in enumerate(layers) if layer.weight[0].numel() < 32)
+    assert 0 < int(exact.sum()) < len(exact)
+    assert torch.equal(found[..., 1].abs().sum(0) == 0, exact)
     assert of_inputs(INT4, INT8) is None
 
 
-def test_the_predicted_error_with_inputs_agrees_with_the_measured_error(new_trajectories: NewTrajectories) -> None:
+@pytest.mark.parametrize(("compute", "format"), [(Compute.FP8, FP8), (Compute.NVFP4, NVFP4)], ids=str)
+def test_the_predicted_error_with_inputs_agrees_with_the_measured_error(
+    new_trajectories: NewTrajectories, compute: Compute, format: Format
+) -> None:
     """For single layers. Without the inputs, the prediction would be far too small."""
     trajectories = new_trajectories(num_inference_steps=2, guidance_scale=1.0)
-    names = [name for name, _ in quantizable_layers(trajectories.target)]
+    layers = dict(quantizable_layers(trajectories.target))
+    names, some = list(layers), [name for name in SOME if rounds_inputs(layers[name], format, compute)]
+    assert len(some) >= 4
     power = ReferencePass.of(trajectories, SAMPLES).latent_power
-    probe = AdjointSketches(trajectories, candidates([FP8]), quantization=Quantization(compute=Compute.FP8))
+    probe = AdjointSketches(trajectories, candidates([format]), quantization=Quantization(compute=compute))
     sketches = [s for sample in SAMPLES for s in probe.sketches(sample, [Random(k) for k in range(16)])]
-    table = SensitivityTable.from_sketches(names, candidates([FP8]), sketches, power)
+    table = SensitivityTable.from_sketches(names, candidates([format]), sketches, power)
     references = References.of(trajectories, SAMPLES, images=False)
 
     def measured(name: str, compute: Compute) -> float:
         found = ablate(
-            trajectories, {name: Choice(FP8)}, SAMPLES, references, quantization=Quantization(compute=compute)
+            trajectories, {name: Choice(format)}, SAMPLES, references, quantization=Quantization(compute=compute)
         )
         return float(found.power.mean()) / power
 
-    truth = torch.tensor([measured(name, Compute.FP8) for name in SOME])
-    exact = torch.tensor([measured(name, Compute.EXACT) for name in SOME])
-    predicted = torch.tensor([float(table.error[names.index(name), 0]) for name in SOME])
+    truth = torch.tensor([measured(name, compute) for name in some])
+    exact = torch.tensor([measured(name, Compute.EXACT) for name in some])
+    predicted = torch.tensor([float(table.error[names.index(name), 0]) for name in some])
     assert 0.7 < (predicted / truth).median() < 1.4
     assert (exact / truth).median() < 0.7

@@ -57,7 +57,8 @@ DTYPES_OF: dict[str, tuple[torch.dtype, ...]] = dict.fromkeys(SHAPES, (torch.flo
 """Dtypes of the input of each shape; `interpreted_triton`, where a product takes seconds, leaves fewer."""
 
 _GROUPED = "int4 int4-g32 int4-g128-sym int4-channel int8-g64-asym int3 int6-channel-sym int4-rot"
-FORMATS = tuple(format_named(name) for name in (*_GROUPED.split(), "int8", "nf4", "fp8"))
+_FLOATS = "nf4 fp8 fp8-tensor mxfp4 mxfp8 nvfp4"
+FORMATS = tuple(format_named(name) for name in f"{_GROUPED} int8 {_FLOATS}".split())
 
 
 def weight_of(name: str, format_name: str, low_memory: bool = False) -> PackedWeight | None:

@@ -83,6 +83,10 @@ def _comfy_weight(layer: str, marker: Any, stored: Weights, shape: tuple[int, ..
     from comfy_kitchen import tensor as kitchen
 
     scale = stored[f"{layer}.weight_scale"]
+    if marker["format"] == "nvfp4":
+        blocks, scale = scale, stored[f"{layer}.weight_scale_2"]
+    elif marker["format"] == "mxfp8":
+        scale = scale.view(torch.float8_e8m0fnu)
     common = {"scale": scale, "orig_dtype": torch.float32, "orig_shape": shape}
     rotation = {key: marker[key] for key in ("convrot", "convrot_groupsize") if key in marker}
     if marker["format"] == "int8_tensorwise":
@@ -91,6 +95,12 @@ def _comfy_weight(layer: str, marker: Any, stored: Weights, shape: tuple[int, ..
         more = {"quant_group_size": 64, "linear_dtype": marker.get("linear_dtype", "int4")}
         params = kitchen.TensorCoreConvRotW4A4Layout.Params(**common, **rotation, **more)
         name = "TensorCoreConvRotW4A4Layout"
+    elif marker["format"] == "nvfp4":
+        name, params = "TensorCoreNVFP4Layout", kitchen.TensorCoreNVFP4Layout.Params(**common, block_scale=blocks)
+    elif marker["format"] == "mxfp8":
+        name, params = "TensorCoreMXFP8Layout", kitchen.TensorCoreMXFP8Layout.Params(**common)
+    elif marker["format"] == "float8_e4m3fn":
+        name, params = "TensorCoreFP8Layout", kitchen.TensorCoreFP8Layout.Params(**common)
     else:
         assert marker["format"] == "awq_w4a16"
         zeros = {"zeros": stored[f"{layer}.weight_zeros"], "group_size": marker["group_size"]}

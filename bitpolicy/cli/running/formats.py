@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bitpolicy.kernels.formats.format import Format
-from bitpolicy.kernels.formats.named import CONVROT, all_formats
+from bitpolicy.kernels.formats.named import CONVROT, HARDWARE, all_formats
 from bitpolicy.policies.exporters.exporter import Exporter, Layer
 from bitpolicy.policies.exporters.targets import exporter_named
 
@@ -19,7 +19,7 @@ _WHERE = {
 def run(target: str | None) -> None:
     """Print the formats: all of them, or those that a target can hold."""
     if target is None:
-        print(",".join(format.name for format in (*CONVROT, *all_formats())))
+        print(",".join(format.name for format in _every()))
         return
     exporter = exporter_named(target)
     for where, layer in _WHERE.items():
@@ -28,6 +28,10 @@ def run(target: str | None) -> None:
 
 
 def _held(exporter: Exporter, layer: Layer) -> Iterator[Format]:
-    for format in (*CONVROT, *all_formats()):
+    for format in _every():
         if format.fits(layer.shape) and exporter.holds(layer.stored_as(format)):
             yield format
+
+
+def _every() -> tuple[Format, ...]:
+    return (*CONVROT, *HARDWARE, *all_formats())

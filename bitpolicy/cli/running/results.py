@@ -15,7 +15,9 @@ from bitpolicy.search.budget import readable
 
 _COMPUTES = {
     "int8": "int8: inputs of packed layers are also rounded",
-    "fp8": "fp8: inputs of layers in fp8 are also rounded",
+    "fp8": "fp8: inputs of layers in fp8 and fp8-tensor are also rounded",
+    "mxfp8": "mxfp8: inputs of layers in mxfp8 and mxfp4 are also rounded",
+    "nvfp4": "nvfp4: inputs of layers in nvfp4 are also rounded",
 }
 LOADING = 'import bitpolicy\npipe = bitpolicy.load_pipeline("{folder}")'
 _PRIVATE = ("roles",)  # in result.json and the table, not in --json

@@ -20,8 +20,8 @@ from bitpolicy.policies.exporters.exporter import Exporter, Layer
 from bitpolicy.policies.policy import Choice
 
 MANY = (
-    "int4 int8 int4-convrot int4-g32 int8-convrot64 int3 int4-channel-sym int5-channel-sym int2-g128 int6 fp8 "
-    "int4-g32-sym int5 int7-sym int8-g64 int8-asym int4-sym fp16 nf4 int6-rot"
+    "int4 int8 int4-convrot nvfp4 int4-g32 int8-convrot64 mxfp8 fp8-tensor int3 int4-channel-sym int5-channel-sym "
+    "int2-g128 int6 fp8 int4-g32-sym int5 int7-sym int8-g64 int8-asym int4-sym fp16 nf4 int6-rot"
 ).split()
 """Formats of many kinds, of which each target gets those that it holds."""
 

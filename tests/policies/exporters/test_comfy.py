@@ -136,12 +136,15 @@ MARKERS = {
     "int4-convrot64": {"format": "convrot_w4a4", "convrot_groupsize": 64, "linear_dtype": "int8"},
     "int4": {"format": "awq_w4a16", "group_size": 64},
     "int3-channel": {"format": "awq_w4a16", "group_size": 512},
+    "fp8-tensor": {"format": "float8_e4m3fn"},
+    "mxfp8": {"format": "mxfp8"},
+    "nvfp4": {"format": "nvfp4"},
 }
 
 
 @pytest.mark.parametrize("name", MARKERS)
 def test_a_marker_gives_format_and_rotation_and_whether_inputs_are_quantized(name: str) -> None:
-    layer = Layer("a", "Linear", (8, 512), format_named(name))
+    layer = Layer("a", "Linear", (32, 512), format_named(name))
     whole = {} if MARKERS[name]["format"] == "awq_w4a16" else {"full_precision_matrix_mult": True}
     assert Comfy().marker(layer) == {**MARKERS[name], **whole}
     assert Comfy("comfy-int8", quantize_inputs=True).marker(layer) == MARKERS[name]
@@ -159,6 +162,14 @@ def test_a_marker_gives_format_and_rotation_and_whether_inputs_are_quantized(nam
         ("int5", (8, 128), False),
         ("int4-rot", (8, 128), False),
         ("fp8", (8, 128), False),
+        ("fp8-tensor", (8, 97), True),
+        ("mxfp8", (32, 96), True),
+        ("mxfp8", (16, 128), False),
+        ("mxfp8", (32, 96, 1, 1), False),
+        ("mxfp4", (32, 96), False),
+        ("nvfp4", (16, 48), True),
+        ("nvfp4", (8, 128), False),
+        ("nvfp4", (16, 40), False),
         ("nf4", (8, 128), False),
         ("int8", (8, 16, 3, 3), False),
         ("int8", (8, 16, 1, 1), False),
@@ -186,34 +197,44 @@ def test_comfy_holds_what_its_kernels_support(name: str, shape: tuple[int, ...],
 )
 def test_layers_whose_width_identifies_the_model_keep_their_width(name: str, halved: bool) -> None:
     held = {
-        f: Comfy().holds(Layer(name, "Linear", (8, 256), format_named(f))) for f in ("int8", "int4", "int4-convrot")
+        f: Comfy().holds(Layer(name, "Linear", (32, 256), format_named(f)))
+        for f in ("int8", "int4", "int4-convrot", "nvfp4", "mxfp8")
     }
-    assert held == {"int8": True, "int4": halved, "int4-convrot": halved}
+    assert held == {"int8": True, "int4": halved, "int4-convrot": halved, "nvfp4": halved, "mxfp8": True}
 
 
 def in_kitchen(made: dict[str, torch.Tensor], shape: tuple[int, ...], storage: torch.dtype) -> Any:
     """The tensors that we wrote for one layer, as comfy-kitchen's own tensor class."""
     kitchen = pytest.importorskip("comfy_kitchen.tensor", reason="pip install comfy-kitchen")
     marker = json.loads(bytes(made["comfy_quant"].numpy()))
-    kind = {"int8_tensorwise": "TensorWiseINT8Layout", "convrot_w4a4": "TensorCoreConvRotW4A4Layout"}
+    kind = {
+        "int8_tensorwise": "TensorWiseINT8Layout",
+        "convrot_w4a4": "TensorCoreConvRotW4A4Layout",
+        "float8_e4m3fn": "TensorCoreFP8Layout",
+        "mxfp8": "TensorCoreMXFP8Layout",
+        "nvfp4": "TensorCoreNVFP4Layout",
+    }
     layout = kind.get(marker.pop("format"), "TensorCoreAWQW4A16Layout")
-    zeros = {"zeros": made["weight_zeros"]} if "weight_zeros" in made else {}
-    params = getattr(kitchen, layout).Params(
-        scale=made["weight_scale"], orig_dtype=storage, orig_shape=shape, **marker, **zeros
-    )
+    more = {"zeros": made["weight_zeros"]} if "weight_zeros" in made else {}
+    scale = made["weight_scale"]
+    if "weight_scale_2" in made:
+        scale, more = made["weight_scale_2"], {"block_scale": scale}
+    elif layout == "TensorCoreMXFP8Layout":
+        scale = scale.view(torch.float8_e8m0fnu)
+    params = getattr(kitchen, layout).Params(scale=scale, orig_dtype=storage, orig_shape=shape, **marker, **more)
     return kitchen.QuantizedTensor(made["weight"], layout, params)
 
 
 @pytest.mark.parametrize("name", MARKERS)
 def test_comfys_own_tensors_keep_our_codes_through_its_own_operations(name: str) -> None:
-    weight, format = torch.randn(48, 512, generator=torch.Generator().manual_seed(1)), format_named(name)
+    weight, format = torch.randn(64, 512, generator=torch.Generator().manual_seed(1)), format_named(name)
     made = Comfy("comfy-int8", quantize_inputs=True).convert(
-        Layer("a", "Linear", (48, 512), format), format.quantize(weight), torch.float16
+        Layer("a", "Linear", (64, 512), format), format.quantize(weight), torch.float16
     )
-    tensor = in_kitchen(made, (48, 512), torch.float16)
+    tensor = in_kitchen(made, (64, 512), torch.float16)
     stored = tensor.state_dict("weight")
     assert stored.keys() == made.keys() - {"comfy_quant"}
-    assert all(torch.equal(stored[key], made[key]) for key in stored)
+    assert all(torch.equal(*(t.flatten().view(torch.uint8) for t in (stored[key], made[key]))) for key in stored)
     expected = tensor.dequantize()
     assert expected.shape == weight.shape
     for same in (tensor.detach(), tensor.clone(), tensor.contiguous(), tensor.to("cpu")):
@@ -232,17 +253,17 @@ def test_comfys_own_multiplication_equals_ours_within_its_rounding(name: str, st
     """Inputs of 8 bits cost a hundredth; comfy-kitchen's plain code gives `convrot_w4a4` inputs of 4 bits, whatever the
     marker says; where inputs stay whole, the storage dtype rounds."""
     draw = torch.Generator().manual_seed(1)
-    weight, inputs = torch.randn(48, 512, generator=draw), torch.randn(5, 512, generator=draw)
-    layer, format = Layer("a", "Linear", (48, 512), format_named(name)), format_named(name)
+    weight, inputs = torch.randn(64, 512, generator=draw), torch.randn(5, 512, generator=draw)
+    layer, format = Layer("a", "Linear", (64, 512), format_named(name)), format_named(name)
     tensors = format.quantize(weight)
     made = Comfy("comfy-int8", quantize_inputs=True).convert(layer, tensors, storage)
     specs = Comfy("comfy-int8", quantize_inputs=True).specs(layer, storage)
     assert {n: (t.dtype, tuple(t.shape)) for n, t in made.items()} == {n: (s.dtype, s.shape) for n, s in specs.items()}
-    tensor = in_kitchen(made, (48, 512), storage)
+    tensor = in_kitchen(made, (64, 512), storage)
     theirs = torch.nn.functional.linear(inputs.to(storage), tensor)
     expected = inputs @ format.dequantize(tensors, weight.shape, torch.float32).mT
     share = float((theirs.float() - expected).norm() / expected.norm())
-    whole = "weight_zeros" in made  # inputs stay whole
+    whole = "weight_zeros" in made or "variant" in format.parameters()  # inputs stay whole
     rotated = tensor._layout_cls == "TensorCoreConvRotW4A4Layout"
     bound = 0.15 if rotated else 0.012 if storage == torch.bfloat16 or not whole else 0.002
     assert share < bound
