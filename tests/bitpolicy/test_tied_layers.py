@@ -52,7 +52,7 @@ def test_a_search_for_comfy_gives_merged_layers_one_format(
 
     def mixed(policy: Policy) -> list[list[str]]:
         choices = policy.resolve(Target.chosen(flux).layers)
-        assert len({choice.format for choice in choices.values()}) == 3
+        assert len({choice.format for choice in choices.values()}) > 1
         return [group for group in groups if len({choices[name].format for name in group}) > 1]
 
     assert mixed(search(trials=0)) != []

@@ -101,15 +101,45 @@ class Family:
 
     def _match(self, name: str) -> tuple[str, tuple[str, ...]] | None:
         """Name in the original checkpoint, and names of all parts in diffusers, by the longest rule that matches."""
-        matches = [(found, target) for pattern, target in self._compiled if (found := pattern.match(name))]
+        matches = [(found, rule) for rule in self._rules if (found := rule.pattern.match(name))]
         if not matches:
             return (name, (name,)) if self.same else None
-        found, target = max(matches, key=lambda match: match[0].end())
-        return _filled(target, found) + name[found.end() :], _parts(found, name)
+        found, rule = max(matches, key=lambda match: match[0].end())
+        return rule.original(found), rule.siblings(found)
 
     @cached_property
-    def _compiled(self) -> list[tuple[re.Pattern[str], str]]:
-        return [(regex(pattern), target) for pattern, target in self.rules.items()]
+    def _rules(self) -> list[_Rule]:
+        return [_Rule(regex(key), target, _listed(key)) for key, target in self.rules.items()]
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """One rule of a table.
+
+    Attributes:
+        pattern: matches the beginning of a name in diffusers.
+        target: the beginning of the name in the original checkpoint, with placeholders.
+        parts: of a merged layer, in order; empty if it is not merged.
+    """
+
+    pattern: re.Pattern[str]
+    target: str
+    parts: tuple[str, ...]
+
+    def original(self, found: re.Match[str]) -> str:
+        """The name in the original checkpoint."""
+        part = self.pattern.groupindex.get("part")
+        values = iter(value for i, value in enumerate(found.groups(), start=1) if i != part)
+        filled = "".join(next(values) if token in _WILD else token for token in _TOKENS.findall(self.target))
+        return filled + found.string[found.end() :]
+
+    def siblings(self, found: re.Match[str]) -> tuple[str, ...]:
+        """The names in diffusers of all parts of the merged layer, or the one name."""
+        name = found.string
+        if not self.parts:
+            return (name,)
+        start, end = found.span("part")
+        return tuple(name[:start] + part + name[end:] for part in self.parts)
 
 
 def within(old: str, new: str, rules: Mapping[str, str]) -> dict[str, str]:
@@ -123,29 +153,15 @@ def regex(pattern: str, start: str = "", end: str = r"(?=\.|$)") -> re.Pattern[s
 
 
 def _piece(token: str) -> str:
-    if token.startswith("{"):
-        return f"(?P<part>{'|'.join(map(re.escape, _listed(token)))})"
+    if parts := _listed(token):
+        return f"(?P<part>{'|'.join(map(re.escape, parts))})"
     return _WILD.get(token) or re.escape(token)
 
 
-def _listed(braces: str) -> list[str]:
-    return braces[1:-1].split(",")
-
-
-def _filled(target: str, found: re.Match[str]) -> str:
-    """The target with its placeholders filled in."""
-    part = found.re.groupindex.get("part")
-    values = iter(value for i, value in enumerate(found.groups(), start=1) if i != part)
-    return "".join(next(values) if token in _WILD else token for token in _TOKENS.findall(target))
-
-
-def _parts(found: re.Match[str], name: str) -> tuple[str, ...]:
-    """The names that differ from `name` in the merged part only."""
-    if "part" not in found.re.groupindex:
-        return (name,)
-    listed = re.findall(r"\(\?P<part>(.*?)\)", found.re.pattern)[0].replace("\\", "").split("|")
-    start, end = found.span("part")
-    return tuple(name[:start] + part + name[end:] for part in listed)
+def _listed(pattern: str) -> tuple[str, ...]:
+    """What the braces of a pattern list, if it has any."""
+    braces = re.search(r"\{(.*)\}", pattern)
+    return tuple(braces[1].split(",")) if braces else ()
 
 
 def _last(pattern: str, names: Iterable[str]) -> str:

@@ -130,6 +130,50 @@ def test_diffusers_finds_every_row_of_the_real_model_where_it_was(original: Orig
     assert [name for name, numbers in rows.items() if not torch.equal(found[name], numbers)] == []
 
 
+RECOGNIZED = {
+    "AuraFlowTransformer2DModel": "double_layers.0.attn.w1q.weight positional_encoding cond_seq_linear.weight",
+    "ChromaTransformer2DModel": "double_blocks.0.img_attn.norm.key_norm.scale distilled_guidance_layer.norms.0.scale",
+    "CosmosTransformer3DModel": "blocks.block0.blocks.0.block.attn.to_q.0.weight x_embedder.proj.1.weight",
+    "CosmosTransformer3DModel-2": "blocks.0.mlp.layer1.weight x_embedder.proj.1.weight",
+    "Flux2Transformer2DModel": "double_blocks.0.img_attn.norm.key_norm.scale double_stream_modulation_img.lin.weight",
+    "FluxTransformer2DModel": "double_blocks.0.img_attn.norm.key_norm.scale img_in.weight guidance_in.in_layer.weight",
+    "HiDreamImageTransformer2DModel": "caption_projection.0.linear.weight",
+    "HunyuanImageTransformer2DModel": "txt_in.individual_token_refiner.blocks.0.norm1.weight byt5_in.fc1.weight",
+    "HunyuanVideo15Transformer3DModel": "img_in.proj.weight vision_in.proj.0.weight cond_type_embedding.weight",
+    "HunyuanVideoTransformer3DModel": "txt_in.individual_token_refiner.blocks.0.norm1.weight img_in.proj.weight",
+    "LTX2VideoTransformer3DModel": "adaln_single.emb.timestep_embedder.linear_1.bias audio_adaln_single.linear.weight",
+    "LTXVideoTransformer3DModel": "adaln_single.emb.timestep_embedder.linear_1.bias",
+    "Lumina2Transformer2DModel": "cap_embedder.1.weight noise_refiner.0.attention.k_norm.weight",
+    "MochiTransformer3DModel": "t5_yproj.weight",
+    "PixArtTransformer2DModel": "t_block.1.weight",
+    "PixArtTransformer2DModel-alpha": "t_block.1.weight ar_embedder.mlp.0.weight",
+    "QwenImageTransformer2DModel": "txt_norm.weight img_in.weight",
+    "SD3Transformer2DModel": "joint_blocks.0.context_block.attn.qkv.weight x_embedder.proj.weight pos_embed",
+    "WanTransformer3DModel": "head.modulation head.head.weight blocks.0.ffn.0.weight patch_embedding.weight",
+    "WanTransformer3DModel-I2V": "head.modulation img_emb.proj.0.bias",
+    "WanVACETransformer3DModel": "head.modulation vace_patch_embedding.weight vace_blocks.0.before_proj.weight",
+    "ZImageTransformer2DModel": "cap_embedder.1.weight noise_refiner.0.attention.k_norm.weight cap_pad_token",
+}
+"""Tensors by which ComfyUI recognizes a model (comfy/model_detection.py, `detect_unet_config`)."""
+
+
+@EACH
+def test_a_model_has_the_tensors_by_which_comfy_recognizes_it(original: Original) -> None:
+    model = on_meta(original)
+    places = layout_of(config_of(model)).places(model.state_dict())
+    assert set(RECOGNIZED[original.name].split()) <= {place.name for place in places.values()}
+
+
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "Flux2Transformer2DModel", "ChromaTransformer2DModel"])
+def test_merged_layers_of_flux_have_their_published_names(name: str) -> None:
+    """Flux.2's converter accepts any name that contains `qkv`."""
+    model = on_meta(next(original for original in ORIGINALS if original.name == name))
+    places = layout_of(config_of(model)).places(model.state_dict())
+    found = {place.name for place in places.values() if len(place.parts) > 1 and place.name.endswith("weight")}
+    single = set() if name.startswith("Flux2") else {"single_blocks.0.linear1.weight"}
+    assert found == {"double_blocks.0.img_attn.qkv.weight", "double_blocks.0.txt_attn.qkv.weight", *single}
+
+
 @EACH
 def test_diffusers_reads_back_exactly_the_weights_that_were_exported(
     original: Original, policy_of: Any, parts_of: Any, tmp_path: Path
