@@ -1,5 +1,5 @@
 """What users fix in advance: formats of some layers (`--keep`), layers that share a format (`--share-qkv`), and a
-program that must hold the result (`--target`)."""
+program that must hold the result (`--target`), which may store several layers as one."""
 
 from __future__ import annotations
 
@@ -65,6 +65,35 @@ def shared_qkv(layers: Sequence[Layer]) -> list[list[str]]:
         for leaves in _PROJECTIONS
     ]
     return [group for group in found if len(group) > 1]
+
+
+def joined(groups: Iterable[Sequence[str]]) -> list[list[str]]:
+    """Groups of layers that share a format, with those that overlap made one."""
+    found: list[list[str]] = []
+    for group in groups:
+        touching = [other for other in found if not set(other).isdisjoint(group)]
+        found = [other for other in found if other not in touching]
+        found.append(list(dict.fromkeys(name for one in (*touching, group) for name in one)))
+    return found
+
+
+def require_one_pin(groups: Iterable[Sequence[str]], kept: Mapping[str, Format]) -> None:
+    """Check that no two layers that share a format are kept at different ones.
+
+    Args:
+        kept: from `pinned`.
+
+    Raises:
+        BitPolicyError: two are.
+    """
+    for group in groups:
+        there = {kept[name]: name for name in group if name in kept}
+        if len(there) > 1:
+            (one, first), (other, second), *_ = there.items()
+            raise BitPolicyError(
+                f"{first} and {second} must share a format, because of --share-qkv or --target, and --keep gives them "
+                f"{one.name} and {other.name}; keep them at the same format"
+            )
 
 
 def not_held(

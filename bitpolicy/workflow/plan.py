@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.model_card import Card
 from bitpolicy.policies.components import asked_components
 from bitpolicy.policies.exporters.targets import exporter_named
+from bitpolicy.policies.exporters.tied import tied_layers
 from bitpolicy.policies.measured_compute import measured_compute
+from bitpolicy.policies.target import Target
 from bitpolicy.search.budget import Budget, Scope, read, read_bytes
-from bitpolicy.search.constraints import not_held, pinned, shared_qkv
+from bitpolicy.search.constraints import joined, not_held, pinned, require_one_pin, shared_qkv
 from bitpolicy.search.problem import PolicySpace, Problem
 from bitpolicy.sensitivity.calls.signature import STEPS, Signature
 from bitpolicy.sensitivity.cost.peak_memory import observe
@@ -186,6 +188,8 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
     warn_of_unsupported(source.target)
     useful = useful_formats(source.target, parse_formats(settings.formats), source.storage)
     kept = pinned(settings.keep, layers)
+    tied = joined(_tied(settings, source.target, layers))
+    require_one_pin(tied, kept)
     formats = (*dict.fromkeys(f for f in kept.values() if f not in useful), *useful)
     _require_formats_of(measured_compute(settings.compute), formats)
     call = {**default_call(source.pipe, bundled), **dict(settings.call)}
@@ -214,7 +218,7 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
         split=parts,
         trajectories=trajectories,
         pinned=kept,
-        tied=shared_qkv(layers) if settings.share_qkv else [],
+        tied=tied,
         asked=frozenset(format.name for format in useful),
         barred=not_held(settings.target, layers, formats, kept) if settings.target else frozenset(),
         bundled=bundled,
@@ -222,6 +226,14 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
     )
     plan.require_budget(plan.smallest)
     return plan
+
+
+def _tied(settings: Settings, target: Target, layers: Sequence[Layer]) -> Iterator[Sequence[str]]:
+    """Groups of layers that share a format; they may overlap."""
+    if settings.share_qkv:
+        yield from shared_qkv(layers)
+    if settings.target:
+        yield from tied_layers(exporter_named(settings.target), target)
 
 
 def _require_sound(settings: Settings) -> str:

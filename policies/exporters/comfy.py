@@ -10,13 +10,15 @@ can be quantized there; convolutions stay in FP16. The markers say `full_precisi
 dequantizes and multiplies in its compute dtype, which is what a policy was searched for. The target `comfy-int8` omits
 that entry. ComfyUI then quantizes the inputs of int8 and rotated layers to 8 bits, too, and those of layers in small
 floats to the same floats, which is faster and adds an error of its own.
+
+ComfyUI reads models in the layout of their original checkpoints (`bitpolicy.policies.exporters.original`). It also
+knows some of diffusers' names, but then it drops every tensor that is not a weight or a bias, including the markers.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,16 +32,12 @@ from bitpolicy.kernels.formats.int8 import Int8
 from bitpolicy.kernels.formats.packing import pack_bits, row_length, unpack_bits
 from bitpolicy.kernels.formats.tensor_scaled import NvFloat4
 from bitpolicy.policies.exporters.comfy_floats import converted_float, float_name, float_specs, holds_float
-from bitpolicy.policies.exporters.comfy_names import comfy_namer
 from bitpolicy.policies.exporters.exporter import Layer, Source, without_rotation
+from bitpolicy.policies.exporters.original.families import is_measured, layout_of
+from bitpolicy.policies.exporters.original.rearranged import in_original_layout
 from bitpolicy.policies.exporters.translation import write_translated
 
 MARKER = "comfy_quant"
-_MEASURED = re.compile(
-    r"(?:^|\.)(?:(?:add|class)_embedding\.linear_1|img_in"
-    r"|down_blocks\.\d+\.attentions\.0\.transformer_blocks\.0\.attn2\.to_k)$"
-)
-"""Layers whose stored width tells ComfyUI which model it is (comfy/model_detection.py); two codes per byte halve it."""
 
 
 @dataclass(frozen=True)
@@ -60,18 +58,18 @@ class Comfy:
         if not layer.format.packed:
             return True
         known = layer.kind == "Linear" and (_is_awq(layer) or _is_row_scaled(layer) or holds_float(layer))
-        return known and not (_is_halved(layer) and _MEASURED.search(layer.name))
+        return known and not (_is_halved(layer) and is_measured(layer.name))
+
+    def tied(self, config: Mapping[str, Any], layers: Iterable[str]) -> list[list[str]]:
+        return layout_of(config).tied(layers)
 
     def write(self, source: Source, folder: Path) -> int:
-        rename = comfy_namer(source)
-        markers = {
-            rename(f"{name}.{MARKER}").removesuffix(f".{MARKER}"): self.marker(layer)
-            for name, layer in source.packed.items()
-        }
+        source = in_original_layout(source)
+        markers = {name: self.marker(layer) for name, layer in source.packed.items()}
         listing = {"format_version": "1.0", "layers": dict(sorted(markers.items()))}
         metadata = {"_quantization_metadata": json.dumps(listing, separators=(",", ":"))}
         metadata |= {"bitpolicy": json.dumps(dict(source.origin), sort_keys=True)}
-        return write_translated(source, folder / f"{source.component}.safetensors", self, rename, metadata)
+        return write_translated(source, folder / f"{source.component}.safetensors", self, metadata)
 
     def marker(self, layer: Layer) -> dict[str, Any]:
         """The content of a layer's marker, which tells ComfyUI how to read it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +13,16 @@ import torch
 from diffusers import ModelMixin
 
 from bitpolicy.kernels.errors import BitPolicyError
+from bitpolicy.kernels.formats.format import Format
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import as_stored, choices_for
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.checkpoint import packed_specs, packed_tensors
 from bitpolicy.policies.checkpoints.parts import Parts
-from bitpolicy.policies.exporters.exporter import Exporter, Layer, Source
+from bitpolicy.policies.exporters.exporter import Exporter, Layer, Source, config_of
 from bitpolicy.policies.exporters.requantize import Requantized, refuse, requantized
 from bitpolicy.policies.exporters.targets import exporter_named
+from bitpolicy.policies.exporters.tied import apart, common, refuse_apart, tied_layers
 from bitpolicy.policies.policy import Choice, Policy
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.storage.atomic import folder_written_aside, write_text
@@ -98,17 +99,26 @@ def _requantized(
     quantization: Quantization,
     allowed: bool,
 ) -> tuple[Requantized, ...]:
-    """The layers that the exporter does not hold, rounded to another format; an error if that is not allowed."""
+    """The layers that the exporter does not hold, or stores as one with a layer in another format, rounded to another
+    format; an error if that is not allowed."""
     modules, source = parts.target.layers, joined(parts.sources)
-    layers = [Layer.of(name, modules[name], choice.format) for name, choice in choices.items()]
-    unheld = {layer.name: layer for layer in layers if not exporter.holds(layer)}
+    layers = {name: Layer.of(name, modules[name], choice.format) for name, choice in choices.items()}
+    groups = tied_layers(exporter, parts.target)
+    unheld = {name: layer for name, layer in layers.items() if not exporter.holds(layer)}
     if not allowed:
         refuse(exporter, unheld)
-    weights = (as_stored(f"{name}.weight", source.read(f"{name}.weight"), quantization.storage) for name in unheld)
-    return tuple(
-        requantized(exporter, layer, weight, choices[name], quantization.calibration)
-        for (name, layer), weight in zip(unheld.items(), weights, strict=True)
-    )
+        refuse_apart(exporter, groups, layers)
+
+    def rounded(name: str, format: Format | None = None) -> Requantized:
+        weight = as_stored(f"{name}.weight", source.read(f"{name}.weight"), quantization.storage)
+        return requantized(exporter, layers[name], weight, choices[name], quantization.calibration, format)
+
+    changed = {name: rounded(name) for name in unheld}
+    now = layers | {name: layers[name].stored_as(one.after.format) for name, one in changed.items()}
+    for group in apart(groups, now):
+        format = common(exporter, [now[name] for name in group])
+        changed |= {name: rounded(name, format) for name in group if now[name].format != format}
+    return tuple(changed.values())
 
 
 def _source(
@@ -131,7 +141,7 @@ def _source(
     others = {name: spec for name, spec in packed_specs(model, choices, storage).items() if name not in ours}
     return Source(
         component=component,
-        config={key: value for key, value in json.loads(model.to_json_string()).items() if key != "_name_or_path"},
+        config=config_of(model),
         storage=storage,
         layers=layers,
         others=others,

@@ -8,13 +8,15 @@ weight, so bias correction and other quantizers have no effect there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import gcd
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from diffusers import ModelMixin
 
 from bitpolicy.kernels.formats.affine import Affine
 from bitpolicy.kernels.formats.format import Format, TensorSpec
@@ -114,12 +116,33 @@ class Exporter(Protocol):
     def holds(self, layer: Layer) -> bool:
         """Whether the target can hold this layer in its format; always true for FP16."""
 
-    def write(self, source: Source, folder: Path) -> int:
-        """Write the files of one component into an existing folder, and return their tensor bytes.
+    def tied(self, config: Mapping[str, Any], layers: Iterable[str]) -> list[list[str]]:
+        """Groups of layers that the target stores as one, so that they must have one format.
+
+        Args:
+            config: of the model, as in `Source`.
+            layers: names of its quantizable layers.
 
         Raises:
             BitPolicyError: the target does not know this class of model.
         """
+
+    def write(self, source: Source, folder: Path) -> int:
+        """Write the files of one component into an existing folder, and return their tensor bytes.
+
+        Args:
+            source: tied layers have one format.
+
+        Raises:
+            BitPolicyError: the target does not know this class of model.
+        """
+
+
+def config_of(model: Any) -> dict[str, Any]:
+    """A model's config as in its config.json, including `_class_name`, but not the folder that it was loaded from."""
+    entries = json.loads(model.to_json_string()) if isinstance(model, ModelMixin) else {}
+    entries.pop("_name_or_path", None)
+    return {**entries, "_class_name": type(model).__name__}
 
 
 def without_rotation(format: Format) -> bool:

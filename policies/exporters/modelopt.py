@@ -9,6 +9,7 @@ the group size divides the number of channels.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ class ModelOpt:
         if not isinstance(format, Affine) or not without_rotation(format) or not format.symmetric or format.bits < 3:
             return False
         return format.group is None or layer.shape[1] % format.group == 0
+
+    def tied(self, config: Mapping[str, Any], layers: Iterable[str]) -> list[list[str]]:
+        return []
 
     def write(self, source: Source, folder: Path) -> int:
         off = {"quantizer_name": "*", "enable": False}

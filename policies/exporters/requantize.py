@@ -88,13 +88,15 @@ def requantized(
     weight: torch.Tensor,
     choice: Choice,
     calibration: Calibration,
+    format: Format | None = None,
 ) -> Requantized:
     """One layer, rounded to another format for a target that does not hold its own.
 
     Args:
         weight: the original one, in the storage dtype.
+        format: the other format; None is the nearest one.
     """
-    format = nearest(exporter, layer, weight)
+    format = format or nearest(exporter, layer, weight)
     quantizer = "mse" if choice.quantizer in HESSIANS else choice.quantizer
     after = Choice(format, choice.bias_correction, quantizer) if format.packed else Choice(format)
     errors = [

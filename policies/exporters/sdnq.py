@@ -13,7 +13,7 @@ same weight, bit for bit.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -49,6 +49,9 @@ class Sdnq:
         known = isinstance(format, Int8 | Float8) or without_rotation(format)
         whole = prod(layer.shape) % codes_per_block(_bits(layer)) == 0
         return known and whole
+
+    def tied(self, config: Mapping[str, Any], layers: Iterable[str]) -> list[list[str]]:
+        return []
 
     def write(self, source: Source, folder: Path) -> int:
         place = folder / source.component

@@ -9,6 +9,7 @@ convolutions have one scale per output channel (torchao/quantization/quant_api.p
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ class TorchAo:
         if not isinstance(format, Affine) or not without_rotation(format):
             return False
         return format.group is None or (layer.kind == "Linear" and layer.shape[1] % format.group == 0)
+
+    def tied(self, config: Mapping[str, Any], layers: Iterable[str]) -> list[list[str]]:
+        return []
 
     def write(self, source: Source, folder: Path) -> int:
         layers = {name: self.config(layer) for name, layer in sorted(source.packed.items())}

@@ -6,7 +6,7 @@ packed layer, passes them to the exporter, and writes the result to its place in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -31,30 +31,24 @@ class Translation(Protocol):
         """Those tensors, made from bitpolicy's own, by suffix."""
 
 
-def as_it_is(name: str) -> str:
-    return name
-
-
 def write_translated(
     source: Source,
     path: Path,
     translation: Translation,
-    rename: Callable[[str], str] = as_it_is,
     metadata: Mapping[str, str] | None = None,
 ) -> int:
     """Write every tensor of `source`, with packed layers translated, and return the tensor bytes.
 
     Args:
-        rename: a tensor's name in the target, given its name in the source.
         metadata: entries for the file's header.
 
     Raises:
         BitPolicyError: the disk is full, or the target's layout of a layer would be NaN or Inf.
     """
     packed, storage = source.packed, source.storage
-    specs = {rename(name): spec for name, spec in source.others.items()}
+    specs = dict(source.others)
     for name, layer in packed.items():
-        specs |= {rename(f"{name}.{suffix}"): spec for suffix, spec in translation.specs(layer, storage).items()}
+        specs |= {f"{name}.{suffix}": spec for suffix, spec in translation.specs(layer, storage).items()}
     nbytes = sum(spec.nbytes for spec in specs.values())
     require_space(path.parent, nbytes)
     with SafetensorsWriter(path, specs, metadata) as writer:
@@ -62,7 +56,7 @@ def write_translated(
         for name, tensor in source.tensors():
             owner, _, suffix = name.rpartition(".")
             if name in source.others:
-                writer.write(rename(name), tensor)
+                writer.write(name, tensor)
                 continue
             parts = gathered.setdefault(owner, {})
             parts[suffix] = tensor
@@ -71,5 +65,5 @@ def write_translated(
                 made = {f"{owner}.{own}": value for own, value in converted.items()}
                 require_finite(owner, made)
                 for own, value in made.items():
-                    writer.write(rename(own), value)
+                    writer.write(own, value)
     return nbytes

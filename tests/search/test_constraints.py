@@ -6,7 +6,7 @@ import pytest
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import FP16, format_named
-from bitpolicy.search.constraints import not_held, pinned, shared_qkv
+from bitpolicy.search.constraints import joined, not_held, pinned, require_one_pin, shared_qkv
 from bitpolicy.sensitivity.inventory import Layer
 
 
@@ -78,3 +78,15 @@ def test_keeping_a_format_the_program_cannot_hold_is_refused() -> None:
     layers, int8 = [layer("conv", (64, 64, 3, 3))], format_named("int8")
     with pytest.raises(BitPolicyError, match=r"--keep conv=int8: ComfyUI cannot hold that; `bitpolicy formats --tar"):
         not_held("comfy", layers, [int8], {"conv": int8})
+
+
+def test_groups_that_overlap_become_one() -> None:
+    assert joined([["a", "b"], ["c"], ["d", "e"], ["e", "b", "f"]]) == [["c"], ["a", "b", "d", "e", "f"]]
+    assert joined([]) == []
+
+
+def test_layers_that_share_a_format_cannot_be_kept_at_two() -> None:
+    int8 = format_named("int8")
+    require_one_pin([["a", "b", "c"]], {"a": int8, "c": int8, "d": FP16})
+    with pytest.raises(BitPolicyError, match=r"a and c must share a format, .* --keep gives them int8 and fp16"):
+        require_one_pin([["a", "b", "c"]], {"a": int8, "c": FP16})

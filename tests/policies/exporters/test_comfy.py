@@ -8,22 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from toy_readers import named
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats.format import TensorSpec
 from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.exporters.comfy import Comfy
-from bitpolicy.policies.exporters.comfy_names import comfy_namer
 from bitpolicy.policies.exporters.export import export_to
-from bitpolicy.policies.exporters.exporter import Layer, Source
+from bitpolicy.policies.exporters.exporter import Layer, config_of
+from bitpolicy.policies.exporters.original.families import layout_of
 from bitpolicy.policies.policy import Choice
 from bitpolicy.policies.target import Target
 
-F16 = torch.float16
 SMALL = {"sample_size": 8, "cross_attention_dim": 16, "attention_head_dim": 8, "norm_num_groups": 4}
 SHAPES: dict[str, dict[str, Any]] = {
     "stable diffusion 1": {
@@ -46,13 +43,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def source_of(model: Any, **formats: str) -> Source:
-    layers = {
-        name: Layer.of(name, layer, format_named(formats.get(name.replace(".", "_"), "fp16")))
-        for name, layer in quantizable_layers(model)
-    }
-    others = {name: TensorSpec(F16, tuple(t.shape)) for name, t in model.state_dict().items()}
-    return Source("unet", json.loads(model.to_json_string()), F16, layers, others, lambda: iter(()), {})
+def original_names(model: Any, *more: str) -> dict[str, str]:
+    """Name in diffusers -> in the original checkpoint."""
+    places = layout_of(config_of(model)).places([*model.state_dict(), *more])
+    return {name: place.name for name, place in places.items()}
 
 
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
@@ -62,8 +56,7 @@ def test_names_of_u_nets_are_those_of_the_original_code(config: dict[str, Any]) 
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SMALL, **config)
-    rename = comfy_namer(source_of(unet))
-    names = {name: rename(name) for name in unet.state_dict()}
+    names = original_names(unet)
     assert len(set(names.values())) == len(names)
     assert named(unet, list(names.values())) == names
 
@@ -87,12 +80,12 @@ def test_names_match_published_checkpoints(model: str, name: str, expected: str)
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SMALL, **SHAPES[model])
-    assert comfy_namer(source_of(unet))(name) == expected
+    assert original_names(unet)[name] == expected
 
 
 def test_a_name_without_a_place_in_comfy_is_an_error(toy_unet: Any) -> None:
     with pytest.raises(BitPolicyError, match=r"no place for encoder_hid_proj\.weight"):
-        comfy_namer(source_of(toy_unet))("encoder_hid_proj.weight")
+        original_names(toy_unet, "encoder_hid_proj.weight")
 
 
 def test_a_class_with_unknown_names_is_refused(policy_of: Any, parts_of: Any, tmp_path: Path) -> None:
@@ -100,24 +93,9 @@ def test_a_class_with_unknown_names_is_refused(policy_of: Any, parts_of: Any, tm
 
     model = DiTTransformer2DModel(num_layers=1, num_attention_heads=2, attention_head_dim=8, norm_num_groups=4)
     policy = policy_of(model, {name: Choice(FP16) for name, _ in quantizable_layers(model)})
-    with pytest.raises(BitPolicyError, match=r"it knows UNet2DConditionModel.* --target sdnq"):
+    with pytest.raises(BitPolicyError, match=r"it knows AuraFlow.*, UNet2DConditionModel.* --target sdnq"):
         export_to("comfy", parts_of(transformer=model), policy, Calibration(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_transformer_with_the_same_names_keeps_them(policy_of: Any, parts_of: Any, tmp_path: Path) -> None:
-    from diffusers import QwenImageTransformer2DModel
-
-    model = QwenImageTransformer2DModel(
-        patch_size=2, in_channels=16, out_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=4
-    )
-    choices = {name: Choice(format_named("int8")) for name, _ in quantizable_layers(model)}
-    export_to("comfy", parts_of(transformer=model), policy_of(model, choices), Calibration(), tmp_path / "out")
-    with safe_open(tmp_path / "out" / "transformer.safetensors", "pt") as file:
-        names = set(file.keys())
-    assert model.state_dict().keys() < names
-    extra = {f"{name}.{suffix}" for name in choices for suffix in ("weight_scale", "comfy_quant")}
-    assert names - model.state_dict().keys() == extra
 
 
 def test_several_denoisers_get_a_file_each(even_unet: Any, policy_of: Any, parts_of: Any, tmp_path: Path) -> None:

@@ -1,23 +1,19 @@
-"""The names that ComfyUI needs for tensors.
+"""The original layout of U-Nets: the names of the latent diffusion code.
 
-ComfyUI reads U-Nets under the names of the original latent diffusion code. It also knows diffusers' names, but then it
-drops every tensor that is not a weight or a bias, including the markers of quantization. The original code numbers the
-blocks across all levels: with L layers per level, `down_blocks.1.resnets.0` is `input_blocks.(1 + L + 1).0`
-(comfy/utils.py, `unet_to_diffusers`; diffusers/loaders/single_file_utils.py, `convert_ldm_unet_checkpoint`).
+It numbers the blocks across all levels: with L layers per level, `down_blocks.1.resnets.0` is
+`input_blocks.(1 + L + 1).0` (comfy/utils.py, `unet_to_diffusers`; diffusers/loaders/single_file_utils.py,
+`convert_ldm_unet_checkpoint`). Nothing is merged or swapped.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
 from itertools import accumulate
+from typing import Any
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.policies.exporters.exporter import Source
-from bitpolicy.policies.exporters.translation import as_it_is
-
-SAME_NAMES = ("QwenImageTransformer2DModel",)
-"""Classes whose tensors have the same names in ComfyUI."""
+from bitpolicy.policies.exporters.original.layout import Place
 
 _TOP = {
     "conv_in": "input_blocks.0.0",
@@ -42,37 +38,44 @@ _BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|
 _MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 
 
-def comfy_namer(source: Source) -> Callable[[str], str]:
-    """The function that renames a tensor of this model for ComfyUI.
+class UNet:
+    """The layout of one U-Net, which depends on the number of layers in each level.
 
-    Raises:
-        BitPolicyError: bitpolicy does not know ComfyUI's names for this class.
+    Args:
+        config: of diffusers' model.
     """
-    if source.class_name in SAME_NAMES:
-        return as_it_is
-    if source.class_name != "UNet2DConditionModel":
-        raise BitPolicyError(
-            f"ComfyUI has other names, and often merged layers, for {source.class_name}, which bitpolicy does not know "
-            f"(it knows UNet2DConditionModel, {', '.join(SAME_NAMES)}); export it with --target sdnq or without "
-            "--target"
-        )
-    return _UNet(source).rename
 
+    measured = (
+        "add_embedding.linear_1",
+        "class_embedding.linear_1",
+        "down_blocks.*.attentions.0.transformer_blocks.0.attn2.to_k",
+    )
+    marks: Mapping[str, str] = {}
 
-class _UNet:
-    """The names for one U-Net, which depend on the number of layers in each level."""
-
-    def __init__(self, source: Source) -> None:
-        levels = len(source.config["block_out_channels"])
-        given = source.config["layers_per_block"]
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        levels = len(config["block_out_channels"])
+        given = config["layers_per_block"]
         layers = [given] * levels if isinstance(given, int) else list(given)
         self._down = list(accumulate((n + 1 for n in layers), initial=1))
         self._up = list(accumulate((n + 1 for n in reversed(layers)), initial=0))
-        found = [match for name in source.layers if (match := _BLOCK.match(name))]
-        self._attending = {match[2] for match in found if (match[1], match[3]) == ("up", "attentions")}
+        self._attending: set[str] = set()
 
-    def rename(self, name: str) -> str:
-        """A tensor's name in ComfyUI, given its name in diffusers."""
+    def places(self, names: Iterable[str]) -> dict[str, Place]:
+        """The place of every tensor of the model, by name in diffusers.
+
+        Raises:
+            BitPolicyError: the original code has no place for a tensor.
+        """
+        names = list(names)
+        found = [match for name in names if (match := _BLOCK.match(name))]
+        self._attending = {match[2] for match in found if (match[1], match[3]) == ("up", "attentions")}
+        return {name: Place(self._name(name), (name,)) for name in names}
+
+    def tied(self, layers: Iterable[str]) -> list[list[str]]:
+        """No layers are merged."""
+        return []
+
+    def _name(self, name: str) -> str:
         if found := _BLOCK.fullmatch(name):
             side, block, kind, index, rest = found.groups()
             return self._in_block(side, int(block), kind, int(index), rest)
@@ -100,6 +103,6 @@ class _UNet:
 
 
 def _within(kind: str, rest: str) -> str:
-    """The part of a name within a block: residual blocks have other names in ComfyUI, attention the same."""
+    """The part of a name within a block: residual blocks have other names, attention the same."""
     module, _, leaf = rest.partition(".")
     return f"{_IN_RESNET[module]}.{leaf}" if kind == "resnets" else rest
