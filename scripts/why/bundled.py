@@ -1,20 +1,15 @@
 """Measurements for docs/why-int4-hurts.md that no probe makes, on the bundled pipeline.
 
-    sampler     the coefficients of every DDIM step, and the later effect of a small error of the latent after it
-    steps       the error of all INT8 by the number of sampling steps; it falls as 1/T for independent errors
-    models      error, bias share and PSNR of all INT4 and all INT8, with unchanged and with corrected biases
-    round-off   the share of a layer's own error that is a mean, by what feeds the layer; before and after correction
-    groupnorm   the share of an error of `conv1` that passes the normalization after it
-    skips       how an error of the encoder reaches the output: through skips or from below
-
-Prints one table and writes JSON.
-
-    python scripts/why_int4_hurts.py
+sampler     the coefficients of every DDIM step, and the later effect of a small error of the latent after it
+steps       the error of all INT8 by the number of sampling steps; it falls as 1/T for independent errors
+models      error, bias share and PSNR of all INT4 and all INT8, with unchanged and with corrected biases
+round-off   the share of a layer's own error that is a mean, by what feeds the layer; before and after correction
+groupnorm   the share of an error of `conv1` that passes the normalization after it
+skips       how an error of the encoder reaches the output: through skips or from below
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections import defaultdict
@@ -48,26 +43,28 @@ AFTER_NORM = re.compile(r"(proj_in|attn\d\.to_q|attn1\.to_[kv]|ff\.net\.0\.proj)
 ENCODER = re.compile(r"(down_blocks\.|conv_in$)")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=16, help="samples for whole trajectories")
-    parser.add_argument("--few", type=int, default=4, help="held-out samples for measurements inside the denoiser")
-    parser.add_argument("--work", type=Path, default=Path("build/benchmark"), help="folder for records and JSON")
-    args = parser.parse_args()
+def bundled(work: Path, samples: int = 16, few: int = 4) -> None:
+    """Measure everything, print one table and write JSON.
+
+    Args:
+        work: folder for records and results.
+        samples: for whole trajectories.
+        few: held-out samples for measurements inside the denoiser.
+    """
     stages = Stages()
-    plan, reference = _plan(args.samples, 20, args.work, stages)
-    inside = plan.split.held_out[: args.few]
+    plan, reference = _plan(samples, 20, work, stages)
+    inside = plan.split.held_out[:few]
     found = {
         "sampler": sampler(plan, inside),
-        "steps": {steps: steps_error(args.samples, steps, args.work, stages) for steps in STEPS},
-        "models": whole_models(plan, reference, args.samples, args.work, stages),
+        "steps": {steps: steps_error(samples, steps, work, stages) for steps in STEPS},
+        "models": whole_models(plan, reference, samples, work, stages),
         "round-off": round_off(plan, reference, inside),
         "groupnorm": group_norm(plan, inside),
         "skips": skips(plan, reference, inside),
     }
     for name, numbers in found.items():
         _show(name, numbers)
-    (args.work / "why-int4-hurts.json").write_text(json.dumps(found, indent=1) + "\n")
+    (work / "why-int4-hurts.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _plan(samples: int, steps: int, work: Path, stages: Stages) -> tuple[Plan, ReferencePass]:
@@ -324,7 +321,3 @@ def _show(name: str, numbers: Any, indent: str = "") -> None:
         print(f"{indent}{name:<30} {' '.join(f'{value:.3g}' for value in numbers)}")
     else:
         print(f"{indent}{name:<30} {numbers if isinstance(numbers, int) else f'{numbers:.4g}'}")
-
-
-if __name__ == "__main__":
-    main()
