@@ -10,6 +10,8 @@
     forgetting  whether the sampler amplifies or forgets an error
     iteration   other numbers of steps, other guidance
     rules       rules of thumb against the exact solution at the same bytes
+    lists       layers that are never INT4, and layers that are free at INT4, by role
+    prior       how well the layers' roles, stages and shapes alone choose, learned from the other models
     language    the same formats in a small GPT
     bundled     layer by layer, in the bundled pipeline only
 
@@ -19,6 +21,7 @@ Each part writes a Markdown table and JSON to --work. If it is interrupted, the 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ from peers.entry import ROOT
 from why.bundled import bundled
 from why.injected import denoiser_blocks, operators
 from why.language import language, language_blocks
+from why.lists import lists, prior, whole_prior
 from why.rules import rules
 from why.sampler import forgetting, iteration
 from why.subjects import EVERY, FORMATS, Rows, Subject
@@ -71,6 +75,15 @@ def of_blocks(args: argparse.Namespace, kept: Rows) -> None:
         kept.add({"model": LANGUAGE.name, **language_blocks(LANGUAGE)})
 
 
+def of_prior(args: argparse.Namespace, kept: Rows) -> None:
+    subjects = [Subject(folder.resolve(), args.work / folder.name) for folder in args.models]
+    kept.rows.clear()
+    for row in prior(subjects):
+        kept.add(row)
+    learned = whole_prior(subjects).coefficients
+    (args.work / "prior-coefficients.json").write_text(json.dumps(learned, indent=1) + "\n")
+
+
 PARTS: dict[str, Part] = {
     "uniform": of_uniform,
     "injected": of_blocks,
@@ -78,6 +91,8 @@ PARTS: dict[str, Part] = {
     "forgetting": each_model(lambda subject, _: iter([forgetting(subject)])),
     "iteration": each_model(lambda subject, _: iteration(subject)),
     "rules": each_model(lambda subject, args: rules(subject, args.images)),
+    "lists": each_model(lambda subject, args: lists(subject, args.work / "lists")),
+    "prior": of_prior,
     "language": of_language,
 }
 
