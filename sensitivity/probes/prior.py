@@ -1,28 +1,29 @@
-"""The prior probe: the weight error of a layer, times what an error of that size did in other models.
+"""The prior probe: a layer's weight error, times what a weight error of that size did to such layers of other models.
 
 It runs nothing. For a layer l in format f,
 
     score = |Q(W) - W|^2 / |W|^2 * exp(b . x_l),
 
-where x_l describes the layer: its role, stage, kernel, inputs and depth. The coefficients b are a ridge regression of
-log(adjoint score / relative weight error) on x_l over five small trained models (`scripts/why_int4_hurts.py prior`).
-Only ratios between layers of one model mean anything.
+where x_l describes the layer: its role, its stage, the length of its rows and its share of the weights. b is a ridge
+regression of log(adjoint score / relative weight error) on x_l over small trained models: three U-Nets and two
+transformers (`scripts/why_int4_hurts.py prior`). Only the ratios between layers of one model mean anything.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
 from bitpolicy.sensitivity.inventory import Layer
+from bitpolicy.sensitivity.probes.probe import Probe
+from bitpolicy.sensitivity.probes.weight import weight_errors
+from bitpolicy.sensitivity.table import SensitivityTable
 
-_RIDGE = 4.0  # observations' worth of evidence against each coefficient
-_FILE = Path(__file__).with_name("prior.json")
+_RIDGE = 4.0  # layers' worth of evidence for a coefficient of zero
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,6 @@ class Prior:
     """Coefficients by the name of what they multiply. A name that they lack counts as zero."""
 
     coefficients: Mapping[str, float]
-
-    @classmethod
-    def shipped(cls) -> Prior:
-        """The prior that comes with the package."""
-        return cls(json.loads(_FILE.read_text(encoding="utf-8")))
 
     def log_effects(self, layers: Sequence[Layer]) -> torch.Tensor:
         """log of the error that a relative weight error of 1 is expected to cause, up to a constant, float64, shape
@@ -73,24 +69,40 @@ def fitted(models: Iterable[tuple[Sequence[Layer], torch.Tensor]]) -> Prior:
 
 
 def _described(layers: Sequence[Layer]) -> list[dict[str, float]]:
+    """Named numbers that describe each layer."""
     total = sum(math.prod(layer.shape) for layer in layers)
-    last = max(len(layers) - 1, 1)
-    return [_description(layer, place / last, total) for place, layer in enumerate(layers)]
+    return [
+        {
+            f"role {layer.role}": 1.0,
+            f"stage {layer.stage}": 1.0,
+            "log row length": math.log(math.prod(layer.shape[1:])),
+            "log share of weights": math.log(math.prod(layer.shape) / total),
+        }
+        for layer in layers
+    ]
 
 
-def _description(layer: Layer, depth: float, total: int) -> dict[str, float]:
-    """Named numbers that describe a layer.
+LEARNED = Prior(MappingProxyType({}))
 
-    Args:
-        depth: its place among the layers, from 0 to 1.
-        total: weights of all layers.
-    """
-    inputs = math.prod(layer.shape[1:])
-    return {
-        f"role {layer.role}": 1.0,
-        f"stage {layer.stage}": 1.0,
-        "log inputs": math.log(inputs),
-        "log share of weights": math.log(math.prod(layer.shape) / total),
-        "depth": depth,
-        "depth^2": depth**2,
-    }
+
+class PriorProbe(Probe):
+    """Scores layers by their weight errors and by what they are, and runs nothing."""
+
+    name = "prior"
+    chooses_quantizer = False
+    outside_loop = False
+    takes_gradients = False
+    data_free = True
+
+    def table(self) -> SensitivityTable:
+        """The scores, with every bias corrected."""
+        inputs = self._inputs
+        with inputs.stages.bar(1, "prior probe") as advance:
+            error = weight_errors(inputs.trajectories.target, inputs.candidates, quantization=inputs.quantization)
+            advance()
+        error *= LEARNED.log_effects(inputs.inventory).exp()[:, None]
+        corrected = torch.ones_like(error, dtype=torch.bool)
+        return SensitivityTable(self.name, inputs.names, inputs.formats, error, corrected, quantizers=inputs.quantizers)
+
+    def forwards(self) -> int:
+        return 0
