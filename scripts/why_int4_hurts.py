@@ -80,8 +80,7 @@ def of_prior(args: argparse.Namespace, kept: Rows) -> None:
     kept.rows.clear()
     for row in prior(subjects):
         kept.add(row)
-    learned = whole_prior(subjects).coefficients
-    (args.work / "prior-coefficients.json").write_text(json.dumps(learned, indent=1) + "\n")
+    print(json.dumps(whole_prior(subjects).coefficients, indent=4))  # sensitivity/probes/prior.py has them
 
 
 PARTS: dict[str, Part] = {

@@ -5,7 +5,7 @@ solution's choice would cost more than 1 dB of the final latent; it is free if I
 with FP16 (`bitpolicy.report.lists`). The layers of each model are written to CSV files, too.
 
 `prior` predicts each layer's effect, the error of the final latent divided by the relative error of its weight, from
-its role, stage, shape and depth: a ridge regression of the logarithm, fitted to the other models only. A policy that is
+its role, stage and shape: a ridge regression of the logarithm, fitted to the other models only. A policy that is
 optimal under (prior x weight error), and one that is optimal under the weight error, are then judged by the probe's own
 errors: how many dB worse they are than the exact solution.
 """
@@ -32,6 +32,7 @@ from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.table_files import ModelContext
 
 SIZES = ("30%", "38%", "45%")
+RELATED = ("unet", "lcm")  # one was distilled from the other, so neither may learn from the other
 
 
 def lists(subject: Subject, folder: Path) -> Iterator[dict[str, Any]]:
@@ -83,7 +84,8 @@ def prior(subjects: Sequence[Subject]) -> Iterator[dict[str, Any]]:
     """One row per model, whose prior is fitted to the others."""
     probes = {subject.name: Probes.of(subject) for subject in subjects}
     for name, probe in probes.items():
-        others = [(p.problem.inventory, p.effect) for other, p in probes.items() if other != name]
+        related = RELATED if name in RELATED else (name,)
+        others = [(p.problem.inventory, p.effect) for other, p in probes.items() if other not in related]
         learned = fitted(others)
         yield {"left out": name, **_judged(probe, learned)}
 
