@@ -276,10 +276,11 @@ class ProbeOptions:
     group: ClassVar = "Probe"
 
     probe: Annotated[
-        Literal["adjoint", "stepwise", "ablation", "weight"],
+        Literal["adjoint", "stepwise", "ablation", "weight", "prior"],
         Option(
             "How layers are scored: adjoint (backward through the whole sampling loop), stepwise (each step alone), "
-            "ablation (quantize one layer at a time and draw; slow) or weight (weight error only; no image).",
+            "ablation (quantize one layer at a time and draw; slow), weight (weight error only; no image) or prior "
+            "(weight error, times what such layers did in other models; no image).",
             metavar="NAME",
         ),
     ] = "adjoint"

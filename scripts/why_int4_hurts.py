@@ -1,329 +1,132 @@
-"""Measurements for docs/why-int4-hurts.md that no probe makes, on the bundled pipeline.
+"""Why INT4 costs a language model little and a diffusion U-Net much: one experiment over small trained models.
 
-    sampler     the coefficients of every DDIM step, and the later effect of a small error of the latent after it
-    steps       the error of all INT8 by the number of sampling steps; it falls as 1/T for independent errors
-    models      error, bias share and PSNR of all INT4 and all INT8, with unchanged and with corrected biases
-    round-off   the share of a layer's own error that is a mean, by what feeds the layer; before and after correction
-    groupnorm   the share of an error of `conv1` that passes the normalization after it
-    skips       how an error of the encoder reaches the output: through skips or from below
+    python scripts/why_int4_hurts.py                                   every part on every model
+    python scripts/why_int4_hurts.py uniform --images 64               one part
+    python scripts/why_int4_hurts.py rules --models scripts/trained/mmdit
+    python scripts/why_int4_hurts.py uniform --formats nvfp4 mxfp4 int4-g32 --compute nvfp4 --roundings nearest
 
-Prints one table and writes JSON.
+    uniform     all layers in one format: errors of one call, of the latents and of the image, and their bias
+    injected    what blocks and normalizations do to an error that is put in
+    operators   convolutions against linear layers, at weight errors of the same relative size
+    forgetting  whether the sampler amplifies or forgets an error
+    iteration   other numbers of steps, other guidance
+    rules       rules of thumb against the exact solution at the same bytes
+    lists       layers that are never INT4, and layers that are free at INT4, by role
+    prior       how well the layers' roles, stages and shapes alone choose, learned from the other models
+    language    the same formats in a small GPT
+    bundled     layer by layer, in the bundled pipeline only
 
-    python scripts/why_int4_hurts.py
+Each part writes a Markdown table and JSON to --work. If it is interrupted, the same command continues it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import re
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from peers.entry import ROOT
+from why.bundled import bundled
+from why.injected import denoiser_blocks, operators
+from why.language import language, language_blocks
+from why.lists import lists, prior, whole_prior
+from why.rules import rules
+from why.sampler import forgetting, iteration
+from why.subjects import EVERY, FORMATS, Rows, Subject
+from why.uniform import ROUNDINGS, Wanted, uniform
 
-from bitpolicy.kernels.formats.format import Format
-from bitpolicy.kernels.formats.named import format_named
-from bitpolicy.kernels.layers import Quantizable, quantizable_layers
-from bitpolicy.kernels.quantizers.bias_correction import bias_shift
-from bitpolicy.policies.apply import quantized
-from bitpolicy.policies.policy import Choice
-from bitpolicy.policies.quantization import Quantization
-from bitpolicy.sensitivity.cost.progress import Stages
-from bitpolicy.sensitivity.samples import Sample
-from bitpolicy.sensitivity.trajectory.reference import ReferencePass
-from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
-from bitpolicy.settings import Settings
-from bitpolicy.workflow.plan import BUNDLED_CALL, Plan, make_plan
+from bitpolicy.kernels.kernel import Compute
+from bitpolicy.policies.measured_compute import MEASURED
 
-FORMATS = (format_named("int4"), format_named("int8"))
-STEPS = (5, 10, 20, 40)
-SMALL = 1e-3  # size of a perturbation, relative to the latent
-AFTER_SILU = re.compile(r"(resnets\.\d+\.(conv[12]|time_emb_proj)|conv_out|time_embedding\.linear_2)$")
-AFTER_NORM = re.compile(r"(proj_in|attn\d\.to_q|attn1\.to_[kv]|ff\.net\.0\.proj)$")
-ENCODER = re.compile(r"(down_blocks\.|conv_in$)")
+LANGUAGE = ROOT / "scripts" / "trained" / "gpt"
+Part = Callable[[argparse.Namespace, Rows], None]
+
+
+def each_model(measure: Callable[[Subject, argparse.Namespace], Iterator[dict[str, Any]]]) -> Part:
+    """A part that measures all rows of one model after another and keeps those of finished models."""
+
+    def part(args: argparse.Namespace, kept: Rows) -> None:
+        for folder in args.models:
+            subject = Subject(folder.resolve(), args.work / folder.name)
+            if not kept.has(model=subject.name):
+                for row in [*measure(subject, args)]:
+                    kept.add({"model": subject.name, **row})
+
+    return part
+
+
+def of_uniform(args: argparse.Namespace, kept: Rows) -> None:
+    wanted = Wanted(tuple(args.roundings), Compute(args.compute), args.images)
+    for folder in args.models:
+        subject = Subject(folder.resolve(), args.work / folder.name, tuple(args.formats))
+        done = {(row["format"], row["rounding"]) for row in kept.rows if row["model"] == subject.name}
+        if not done.issuperset(itertools.product(subject.formats, wanted.roundings)):
+            for row in uniform(subject, wanted, lambda *key, done=done: key in done):
+                kept.add({"model": subject.name, **row})
+
+
+def of_language(args: argparse.Namespace, kept: Rows) -> None:
+    if not kept.rows:
+        for row in language(LANGUAGE, FORMATS):
+            kept.add({"model": LANGUAGE.name, **row})
+
+
+def of_blocks(args: argparse.Namespace, kept: Rows) -> None:
+    each_model(lambda subject, _: iter([denoiser_blocks(subject)]))(args, kept)
+    if LANGUAGE.is_dir() and not kept.has(model=LANGUAGE.name):
+        kept.add({"model": LANGUAGE.name, **language_blocks(LANGUAGE)})
+
+
+def of_prior(args: argparse.Namespace, kept: Rows) -> None:
+    subjects = [Subject(folder.resolve(), args.work / folder.name) for folder in args.models]
+    kept.rows.clear()
+    for row in prior(subjects):
+        kept.add(row)
+    print(json.dumps(whole_prior(subjects).coefficients, indent=4))  # sensitivity/probes/prior.py has them
+
+
+PARTS: dict[str, Part] = {
+    "uniform": of_uniform,
+    "injected": of_blocks,
+    "operators": each_model(lambda subject, _: iter(operators(subject))),
+    "forgetting": each_model(lambda subject, _: iter([forgetting(subject)])),
+    "iteration": each_model(lambda subject, _: iteration(subject)),
+    "rules": each_model(lambda subject, args: rules(subject, args.images)),
+    "lists": each_model(lambda subject, args: lists(subject, args.work / "lists")),
+    "prior": of_prior,
+    "language": of_language,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=16, help="samples for whole trajectories")
-    parser.add_argument("--few", type=int, default=4, help="held-out samples for measurements inside the denoiser")
-    parser.add_argument("--work", type=Path, default=Path("build/benchmark"), help="folder for records and JSON")
+    parser.add_argument("parts", nargs="*", metavar="PART", default=[*PARTS, "bundled"], help="default: all")
+    parser.add_argument("--models", type=Path, nargs="+", default=EVERY, help="pipeline folders")
+    parser.add_argument("--images", type=int, default=32, help="uniform, rules: number of held-out images")
+    parser.add_argument("--formats", nargs="+", default=FORMATS, help="uniform: names of formats")
+    parser.add_argument("--roundings", nargs="+", choices=ROUNDINGS, default=ROUNDINGS, help="uniform")
+    parser.add_argument(
+        "--compute", choices=[c.value for c in MEASURED], default="exact", help="uniform: activation quantization"
+    )
+    parser.add_argument("--work", type=Path, default=Path("build/why-int4-hurts"), help="folder for probes and results")
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    stages = Stages()
-    plan, reference = _plan(args.samples, 20, args.work, stages)
-    inside = plan.split.held_out[: args.few]
-    found = {
-        "sampler": sampler(plan, inside),
-        "steps": {steps: steps_error(args.samples, steps, args.work, stages) for steps in STEPS},
-        "models": whole_models(plan, reference, args.samples, args.work, stages),
-        "round-off": round_off(plan, reference, inside),
-        "groupnorm": group_norm(plan, inside),
-        "skips": skips(plan, reference, inside),
-    }
-    for name, numbers in found.items():
-        _show(name, numbers)
-    (args.work / "why-int4-hurts.json").write_text(json.dumps(found, indent=1) + "\n")
-
-
-def _plan(samples: int, steps: int, work: Path, stages: Stages) -> tuple[Plan, ReferencePass]:
-    settings = _settings(samples, steps)
-    plan = make_plan(settings)
-    return plan, plan.probe(settings, work, stages).reference()
-
-
-def _settings(samples: int, steps: int) -> Settings:
-    call = tuple({**BUNDLED_CALL, "num_inference_steps": steps}.items())
-    return Settings(budget="100%", quantizer="rtn", calibration_samples=samples, call=call)
-
-
-def _all(plan: Plan, name: str, corrected: bool) -> dict[str, Choice]:
-    return {layer.name: Choice(format_named(name), corrected) for layer in plan.layers}
-
-
-# The effect of the sampler on an error
-
-
-def sampler(plan: Plan, samples: Sequence[Sample]) -> dict[str, list[float]]:
-    """For each step, a and b of x' = a x + b e, and the gain |dx_0| / |dx'| of a small random error after it."""
-    scheduler: Any = plan.source.pipe.scheduler
-    scheduler.set_timesteps(BUNDLED_CALL["num_inference_steps"])
-    one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
-    a = [float(scheduler.step(zero, t, one).prev_sample) for t in scheduler.timesteps]
-    b = [float(scheduler.step(one, t, zero).prev_sample) for t in scheduler.timesteps]
-    clean = torch.stack(list(plan.trajectories.latents(samples)))
-    gains = []
-    for step in range(len(a) - 1):
-        sizes: list[torch.Tensor] = []
-        call = {**plan.trajectories.call, "callback_on_step_end": _nudge(step, sizes)}
-        found = torch.stack(list(Trajectories(plan.source.pipe, plan.source.components, call).latents(samples)))
-        gains.append(float((found - clean).norm() / torch.cat(sizes).norm()))
-    return {"a": a, "b": b, "gain": [*gains, 1.0]}
-
-
-def _nudge(at: int, sizes: list[torch.Tensor]) -> Callable[..., dict[str, Any]]:
-    def nudge(_pipe: Any, step: int, _t: Any, found: dict[str, Any]) -> dict[str, Any]:
-        if step == at:
-            x = found["latents"]
-            z = torch.randn(x.shape, generator=torch.Generator().manual_seed(1000 + at))
-            sizes.append(SMALL * x.norm() / z.norm() * z)
-            found["latents"] = x + sizes[-1]
-        return found
-
-    return nudge
-
-
-def steps_error(samples: int, steps: int, work: Path, stages: Stages) -> dict[str, float]:
-    """Error and bias share of all INT8 with corrected biases."""
-    plan, reference = _plan(samples, steps, work, stages)
-    found = plan.probe(_settings(samples, steps), work, stages).measure(
-        {"all-int8-corrected": _all(plan, "int8", True)}, reference, f"{steps} steps", images=True
-    )[0]
-    return {"error": float(found.power.mean()) / reference.latent_power, "bias": found.bias_share}
-
-
-def whole_models(plan: Plan, reference: ReferencePass, samples: int, work: Path, stages: Stages) -> dict[str, Any]:
-    """Error, bias share, scale share and PSNR with every layer in one format."""
-    kinds = {f"all-{f.name}-{word}": (f.name, word == "corrected") for f in FORMATS for word in ("plain", "corrected")}
-    choices = {name: _all(plan, *kind) for name, kind in kinds.items()}
-    run = plan.probe(_settings(samples, 20), work, stages)
-    return {
-        name: {
-            "error": float(m.power.mean()) / reference.latent_power,
-            "bias": m.bias_share,
-            "scale": m.parallel_share,
-            "psnr": m.psnr_db,
-        }
-        for name, m in zip(choices, run.measure(choices, reference, "whole models", images=True), strict=True)
-    }
-
-
-# The parts of a layer's own error
-
-
-@contextmanager
-def _inputs(layers: Mapping[str, Quantizable], look: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
-    """Call `look` with every layer's input while the block runs."""
-    handles = [
-        layer.register_forward_pre_hook(lambda _module, given, name=name: look(name, given[0]))
-        for name, layer in layers.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _change(layer: Quantizable, format: Format, storage: torch.dtype) -> torch.Tensor:
-    """dW, float32, shape of the weight."""
-    weight = layer.weight.detach().to(storage)
-    return format.dequantize(format.quantize(weight), weight.shape, torch.float32) - weight.float()
-
-
-def _err(layer: Quantizable, change: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """dW x, channels last, shape (places, out)."""
-    if isinstance(layer, nn.Linear):
-        return nn.functional.linear(x, change).flatten(0, -2)
-    return layer._conv_forward(x, change, None).movedim(1, -1).flatten(0, -2)
-
-
-def round_off(plan: Plan, reference: ReferencePass, samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
-    """Medians over layers of the mean's share of the error, overall and at each step, before and after correction."""
-    layers = plan.trajectories.target.layers
-    changes = {name: [_change(one, f, plan.source.storage) for f in FORMATS] for name, one in layers.items()}
-    sums: dict[tuple[str, int, int], list[torch.Tensor]] = defaultdict(list)
-    level: dict[str, list[float]] = defaultdict(list)
-
-    def look(name: str, x: torch.Tensor) -> None:
-        dims = tuple(i for i in range(x.ndim) if i != (1 if isinstance(layers[name], nn.Conv2d) else x.ndim - 1))
-        level[name].append(float(x.mean(dims).square().sum() / x.square().mean(dims).sum()))
-        for column, change in enumerate(changes[name]):
-            err = _err(layers[name], change, x).double()
-            sums[name, column, plan.trajectories.steps].append(torch.stack([err.mean(0), err.square().mean(0)]))
-
-    with torch.no_grad(), _inputs(layers, look):
-        list(plan.trajectories.latents(samples))
-    steps = range(plan.trajectories.steps)
-    rows: dict[str, list[dict[str, float]]] = defaultdict(list)
-    for name, layer in layers.items():
-        kind = "after SiLU" if AFTER_SILU.search(name) else "after a norm" if AFTER_NORM.search(name) else "other"
-        for column, format in enumerate(FORMATS):
-            by_step = torch.stack([torch.stack(sums[name, column, step]).mean(0) for step in steps])  # T, 2, out
-            corrected = layer.bias is not None
-            shift = (
-                bias_shift(layer, changes[name][column], reference.calibration.input_means[name]) if corrected else None
-            )
-            row = {"input mean": sum(level[name]) / len(level[name]), **_mean_shares(by_step, shift)}
-            rows[f"{format.name}, {kind}"].append(row)
-    return {kind: {"layers": len(found), **_medians(found)} for kind, found in sorted(rows.items())}
-
-
-def _mean_shares(by_step: torch.Tensor, shift: torch.Tensor | None) -> dict[str, float]:
-    mean, power = by_step[:, 0], by_step[:, 1].mean(0).sum()
-    shares = {
-        "mean": float(mean.mean(0).square().sum() / power),
-        "mean of each step": float(mean.square().mean(0).sum() / power),
-    }
-    if shift is not None:
-        shift = shift.double()
-        after = power + (2 * shift * mean.mean(0) + shift.square()).sum()
-        shares["power left"] = float(after / power)
-        shares["corrected: mean"] = float((mean.mean(0) + shift).square().sum() / after)
-        shares["corrected: mean of each step"] = float((mean + shift).square().mean(0).sum() / after)
-    return shares
-
-
-def _medians(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: float(torch.tensor([row[name] for row in rows if name in row]).median()) for name in names}
-
-
-def group_norm(plan: Plan, samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
-    """|GN(h + d) - GN(h)|^2 / |(gain / sigma) d|^2 for the INT4 error d of `conv1`, and for its channels' means."""
-    denoiser = plan.trajectories.pipe.unet
-    layers = {n: layer for n, layer in quantizable_layers(denoiser) if re.search(r"resnets\.\d+\.conv1$", n)}
-    changes = {name: _change(one, FORMATS[0], plan.source.storage) for name, one in layers.items()}
-    held: dict[str, torch.Tensor] = {}
-    power: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(2, 2))
-
-    def look(name: str, x: torch.Tensor) -> None:
-        held[name] = layers[name]._conv_forward(x, changes[name], None)
-
-    def normed(name: str, norm: nn.GroupNorm, h: torch.Tensor) -> None:
-        sigma = h.unflatten(1, (norm.num_groups, -1)).flatten(2).var(-1, correction=0).add(norm.eps).sqrt()
-        gain = norm.weight[None] / sigma.repeat_interleave(h.shape[1] // norm.num_groups, 1)
-        for i, d in enumerate((held[name], held[name].mean((2, 3), keepdim=True).expand_as(h))):
-            through = norm.forward(h + d) - norm.forward(h)
-            power[name][i] += torch.stack([through.square().sum(), (gain[..., None, None] * d).square().sum()])
-
-    with torch.no_grad(), ExitStack() as stack:
-        stack.enter_context(_inputs(layers, look))
-        for name in layers:
-            norm = denoiser.get_submodule(name.replace("conv1", "norm2"))
-            hook = norm.register_forward_pre_hook(lambda module, given, name=name: normed(name, module, given[0]))
-            stack.callback(hook.remove)
-        list(plan.trajectories.latents(samples))
-    passed = torch.stack([p[:, 0] / p[:, 1] for p in power.values()])
-    kinds = {"whole error": passed[:, 0], "means of the channels": passed[:, 1]}
-    return {k: {"least": float(v.min()), "median": float(v.median()), "most": float(v.max())} for k, v in kinds.items()}
-
-
-# How an error of the encoder reaches the output
-
-
-def skips(plan: Plan, reference: ReferencePass, samples: Sequence[Sample]) -> dict[str, float]:
-    """Error power of the denoiser's output with an INT4 encoder, by path, relative to that with all paths open."""
-    unet: Any = plan.trajectories.pipe.unet
-    choices = {layer.name: Choice(FORMATS[0], True) for layer in plan.layers if ENCODER.match(layer.name)}
-    power: dict[str, float] = defaultdict(float)
-
-    def compare(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        with _recorded(unet) as clean:
-            unet.forward(*args, **kwargs)
-        for way, closed in {"every way": (), "skips only": ("below",), "from below only": ("skips",)}.items():
-            with (
-                quantized(
-                    unet,
-                    choices,
-                    quantization=Quantization(calibration=reference.calibration, storage=plan.source.storage),
-                ),
-                _replaced(unet, clean, closed),
-            ):
-                power[way] += float((unet.forward(*args, **kwargs)[0] - output[0]).square().sum())
-
-    handle = unet.register_forward_hook(compare, with_kwargs=True)
-    try:
-        with torch.no_grad():
-            list(plan.trajectories.latents(samples))
-    finally:
-        handle.remove()
-    return {way: found / power["every way"] for way, found in power.items()}
-
-
-@contextmanager
-def _recorded(unet: Any) -> Iterator[dict[str, Any]]:
-    """Record the input of the middle block, and the skips that enter each block of the decoder."""
-    clean: dict[str, Any] = {}
-    with ExitStack() as stack:
-        _hook(stack, unet.mid_block, lambda args, kwargs: clean.update(below=args[0]))
-        for i, block in enumerate(unet.up_blocks):
-            _hook(
-                stack, block, lambda args, kwargs, i=i: clean.update({f"skips-{i}": kwargs["res_hidden_states_tuple"]})
-            )
-        yield clean
-
-
-@contextmanager
-def _replaced(unet: Any, clean: Mapping[str, Any], closed: Sequence[str]) -> Iterator[None]:
-    """Put clean tensors on the closed paths while the block runs."""
-    with ExitStack() as stack:
-        if "below" in closed:
-            _hook(stack, unet.mid_block, lambda args, kwargs: ((clean["below"], *args[1:]), kwargs))
-        for i, block in enumerate(unet.up_blocks if "skips" in closed else ()):
-            given = {"res_hidden_states_tuple": clean[f"skips-{i}"]}
-            _hook(stack, block, lambda args, kwargs, given=given: (args, {**kwargs, **given}))
-        yield
-
-
-def _hook(stack: ExitStack, module: nn.Module, act: Callable[[Any, Any], Any]) -> None:
-    handle = module.register_forward_pre_hook(lambda _module, args, kwargs: act(args, kwargs), with_kwargs=True)
-    stack.callback(handle.remove)
-
-
-def _show(name: str, numbers: Any, indent: str = "") -> None:
-    if isinstance(numbers, dict):
-        print(f"{indent}{name}")
-        for key, value in numbers.items():
-            _show(key, value, f"{indent}  ")
-    elif isinstance(numbers, list):
-        print(f"{indent}{name:<30} {' '.join(f'{value:.3g}' for value in numbers)}")
-    else:
-        print(f"{indent}{name:<30} {numbers if isinstance(numbers, int) else f'{numbers:.4g}'}")
+    if unknown := {*args.parts} - {*PARTS, "bundled"}:
+        parser.error(f"no part is named {', '.join(sorted(unknown))}; choose from {', '.join([*PARTS, 'bundled'])}")
+    torch.set_num_threads(args.threads)
+    for name in args.parts:
+        if name == "bundled":
+            bundled(args.work / "bundled")
+            continue
+        images = f"-{args.images}" if name in ("uniform", "rules") else ""
+        images += f"-{args.compute}" if name == "uniform" and args.compute != "exact" else ""
+        kept = Rows(args.work / f"{name}{images}.json")
+        PARTS[name](args, kept)
+        kept.path.with_suffix(".md").write_text(kept.table() + "\n")
 
 
 if __name__ == "__main__":

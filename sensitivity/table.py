@@ -17,7 +17,7 @@ from bitpolicy.sensitivity.probes.sketch import Sketch
 from bitpolicy.sensitivity.rounding.candidates import Candidate
 from bitpolicy.sensitivity.rounding.quantizer_choice import chosen
 
-NO_IMAGE_ERROR = ("stepwise", "weight")  # probes whose numbers rank layers but are not errors of the image
+NO_IMAGE_ERROR = ("stepwise", "weight", "prior")  # probes whose numbers rank layers but are not errors of the image
 FIRST_ORDER = 1e-3  # relative error of the final latent up to which a first-order prediction is trusted
 
 
@@ -26,7 +26,7 @@ class SensitivityTable:
     """Scores of every layer in every packed format. FP16 is the reference and scores zero.
 
     Attributes:
-        probe: "adjoint", "stepwise", "ablation" or "weight".
+        probe: "adjoint", "stepwise", "ablation", "weight" or "prior".
         layers: names, length L.
         formats: the packed formats, length F.
         error: E|dx_0|^2 / E|x_0|^2 when only this layer is quantized, with the better bias, float64, shape (L, F),

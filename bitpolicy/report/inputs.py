@@ -118,7 +118,7 @@ class Probed:
     def measure(self) -> str:
         """What the table's errors are errors of."""
         signal = "image" if self.draws else "final latent"
-        return {"stepwise": "denoiser's output", "weight": "weight"}.get(self.table.probe, signal)
+        return {"stepwise": "denoiser's output", "weight": "weight", "prior": "weight"}.get(self.table.probe, signal)
 
     def nbytes(self, format: Format) -> int:
         """Bytes of the studied components with every layer in `format`."""

@@ -7,11 +7,12 @@ from types import MappingProxyType
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.sensitivity.probes.ablation import AblationProbe
 from bitpolicy.sensitivity.probes.adjoint import AdjointProbe
+from bitpolicy.sensitivity.probes.prior import PriorProbe
 from bitpolicy.sensitivity.probes.probe import Probe
 from bitpolicy.sensitivity.probes.stepwise import StepwiseProbe
 from bitpolicy.sensitivity.probes.weight import WeightProbe
 
-_ALL: tuple[type[Probe], ...] = (AdjointProbe, StepwiseProbe, AblationProbe, WeightProbe)
+_ALL: tuple[type[Probe], ...] = (AdjointProbe, StepwiseProbe, AblationProbe, WeightProbe, PriorProbe)
 PROBES = MappingProxyType({probe.name: probe for probe in _ALL})
 """Name -> probe, the default first."""
 

@@ -157,7 +157,7 @@ def test_a_model_without_weights_is_one_line_in_a_process_too(process: Any, toy:
         ("--component", "scheduler", ("'scheduler'",)),
         ("--device", "tpu", ("'tpu'", "auto, cpu or cuda")),
         ("--dtype", "int8", ("'int8'", "auto, float16, bfloat16, float32")),
-        ("--probe", "magic", ("'magic'", "adjoint, stepwise, ablation, weight")),
+        ("--probe", "magic", ("'magic'", "adjoint, stepwise, ablation, weight, prior")),
         ("--compute", "int2", ("'int2'", "exact, int8, fp8, mxfp8, nvfp4")),
         ("--variant", "fp16", ("variant=fp16",)),
     ],

@@ -94,5 +94,5 @@ def test_several_quantizers_need_a_probe_that_can_choose(name: str) -> None:
 
 
 def test_the_error_for_an_unknown_probe_names_all_probes() -> None:
-    with pytest.raises(BitPolicyError, match="unknown probe 'nose'; write any of adjoint, stepwise, ablation, weight"):
+    with pytest.raises(BitPolicyError, match=f"unknown probe 'nose'; write any of {', '.join(PROBES)}"):
         probe_named("nose")

@@ -357,7 +357,7 @@ def test_fp16_alone_leaves_nothing_to_score(new_trajectories: NewTrajectories, t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("magic", SAMPLES, 2), "unknown probe 'magic'; write any of adjoint, stepwise, ablation, weight"),
+        (("magic", SAMPLES, 2), "unknown probe 'magic'; write any of adjoint, stepwise, ablation, weight, prior"),
         (("adjoint", (), 2), "got 0 samples, 2 vectors"),
         (("adjoint", SAMPLES, 0), "got 3 samples, 0 vectors"),
     ],
