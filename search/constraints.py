@@ -3,7 +3,7 @@ program that must hold the result (`--target`), which may store several layers a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from bitpolicy.kernels.errors import BitPolicyError
@@ -97,13 +97,18 @@ def require_one_pin(groups: Iterable[Sequence[str]], kept: Mapping[str, Format])
 
 
 def not_held(
-    program: str, layers: Sequence[Layer], formats: Iterable[Format], kept: Mapping[str, Format]
+    program: str,
+    layers: Sequence[Layer],
+    formats: Iterable[Format],
+    kept: Mapping[str, Format],
+    merged: Container[str] = (),
 ) -> frozenset[tuple[str, Format]]:
     """The (layer name, format) pairs that another program cannot hold.
 
     Args:
         program: its name, one of `bitpolicy.policies.exporters.targets.NAMES`.
         kept: from `pinned`.
+        merged: names of layers that the program stores as one with others.
 
     Raises:
         BitPolicyError: there is no such program, or `kept` has a format that it cannot hold.
@@ -113,7 +118,7 @@ def not_held(
         (layer.name, format)
         for layer in layers
         for format in formats
-        if not exporter.holds(ExportedLayer(layer.name, layer.kind, layer.shape, format))
+        if not exporter.holds(ExportedLayer(layer.name, layer.kind, layer.shape, format, layer.name in merged))
     )
     for name, format in kept.items():
         if (name, format) in found:

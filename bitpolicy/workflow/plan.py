@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from bitpolicy.policies.components import asked_components
 from bitpolicy.policies.exporters.targets import exporter_named
 from bitpolicy.policies.exporters.tied import tied_layers
 from bitpolicy.policies.measured_compute import measured_compute
-from bitpolicy.policies.target import Target
 from bitpolicy.search.budget import Budget, Scope, read, read_bytes
 from bitpolicy.search.constraints import joined, not_held, pinned, require_one_pin, shared_qkv
 from bitpolicy.search.problem import PolicySpace, Problem
@@ -188,7 +187,8 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
     warn_of_unsupported(source.target)
     useful = useful_formats(source.target, parse_formats(settings.formats), source.storage)
     kept = pinned(settings.keep, layers)
-    tied = joined(_tied(settings, source.target, layers))
+    merged = tied_layers(exporter_named(settings.target), source.target) if settings.target else []
+    tied = joined([*merged, *(shared_qkv(layers) if settings.share_qkv else [])])
     require_one_pin(tied, kept)
     formats = (*dict.fromkeys(f for f in kept.values() if f not in useful), *useful)
     _require_formats_of(measured_compute(settings.compute), formats)
@@ -220,7 +220,7 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
         pinned=kept,
         tied=tied,
         asked=frozenset(format.name for format in useful),
-        barred=not_held(settings.target, layers, formats, kept) if settings.target else frozenset(),
+        barred=_barred(settings.target, layers, formats, kept, merged),
         bundled=bundled,
         program=settings.target,
     )
@@ -228,12 +228,17 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
     return plan
 
 
-def _tied(settings: Settings, target: Target, layers: Sequence[Layer]) -> Iterator[Sequence[str]]:
-    """Groups of layers that share a format; they may overlap."""
-    if settings.share_qkv:
-        yield from shared_qkv(layers)
-    if settings.target:
-        yield from tied_layers(exporter_named(settings.target), target)
+def _barred(
+    program: str | None,
+    layers: Sequence[Layer],
+    formats: Sequence[Format],
+    kept: Mapping[str, Format],
+    merged: Iterable[Sequence[str]],
+) -> frozenset[tuple[str, Format]]:
+    """What another program cannot hold, if there is one."""
+    if program is None:
+        return frozenset()
+    return not_held(program, layers, formats, kept, {name for group in merged for name in group})
 
 
 def _require_sound(settings: Settings) -> str:

@@ -30,7 +30,7 @@ from bitpolicy.kernels.formats.convrot import ConvRot
 from bitpolicy.kernels.formats.format import TensorSpec
 from bitpolicy.kernels.formats.int8 import Int8
 from bitpolicy.kernels.formats.packing import pack_bits, row_length, unpack_bits
-from bitpolicy.kernels.formats.tensor_scaled import NvFloat4
+from bitpolicy.kernels.formats.tensor_scaled import NvFloat4, TensorScaled
 from bitpolicy.policies.exporters.comfy_floats import converted_float, float_name, float_specs, holds_float
 from bitpolicy.policies.exporters.exporter import Layer, Source, without_rotation
 from bitpolicy.policies.exporters.original.families import is_measured, layout_of
@@ -58,7 +58,8 @@ class Comfy:
         if not layer.format.packed:
             return True
         known = layer.kind == "Linear" and (_is_awq(layer) or _is_row_scaled(layer) or holds_float(layer))
-        return known and not (_is_halved(layer) and is_measured(layer.name))
+        one_scale = isinstance(layer.format, TensorScaled)  # layers that are merged would need the same one
+        return known and not (layer.merged and one_scale) and not (_is_halved(layer) and is_measured(layer.name))
 
     def tied(self, config: Mapping[str, Any], layers: Iterable[str]) -> list[list[str]]:
         return layout_of(config).tied(layers)

@@ -102,8 +102,9 @@ def _requantized(
     """The layers that the exporter does not hold, or stores as one with a layer in another format, rounded to another
     format; an error if that is not allowed."""
     modules, source = parts.target.layers, joined(parts.sources)
-    layers = {name: Layer.of(name, modules[name], choice.format) for name, choice in choices.items()}
     groups = tied_layers(exporter, parts.target)
+    merged = {name for group in groups for name in group}
+    layers = {name: Layer.of(name, modules[name], choice.format, name in merged) for name, choice in choices.items()}
     unheld = {name: layer for name, layer in layers.items() if not exporter.holds(layer)}
     if not allowed:
         refuse(exporter, unheld)

@@ -35,16 +35,18 @@ class Layer:
         kind: "Linear", "Conv1d", "Conv2d" or "Conv3d".
         shape: of its weight, (out, in/groups, *kernel).
         format: how the policy stores it.
+        merged: whether the other program stores it as one with other layers.
     """
 
     name: str
     kind: str
     shape: tuple[int, ...]
     format: Format
+    merged: bool = False
 
     @classmethod
-    def of(cls, name: str, layer: Quantizable, format: Format) -> Layer:
-        return cls(name, type(layer).__name__, tuple(layer.weight.shape), format)
+    def of(cls, name: str, layer: Quantizable, format: Format, merged: bool = False) -> Layer:
+        return cls(name, type(layer).__name__, tuple(layer.weight.shape), format, merged)
 
     def stored_as(self, format: Format) -> Layer:
         """The same layer in another format."""

@@ -1,7 +1,7 @@
 """All layers in one format: the effect on one denoiser call, on the finished latents and on the image.
 
-The formats are by default INT4 in groups of 64, INT4 with one scale per output channel, and INT8. Weights are rounded to
-nearest, rounded to nearest with corrected biases, or rounded by GPTQ with corrected biases. Under an activation
+By default, the formats are INT4 in groups of 64, INT4 with one scale per output channel, and INT8. Weights are rounded
+to nearest, to nearest with corrected biases, or by GPTQ with corrected biases. Under an activation
 quantization, layers in a format of its kind round their inputs as well. The columns:
 
     call          error of the denoiser's output at the reference's own latents, relative to the output's power, in dB:

@@ -1,7 +1,8 @@
 """A source in the layout of the model's original checkpoint: tensors renamed, merged and swapped.
 
-In every format, the first dimension of a stored tensor counts output channels. Codes, scales, zero points, FP16 weights
-and biases are therefore all rearranged in the same way, and nothing is rounded.
+The first dimension of a stored tensor counts output channels. Codes, scales, zero points, FP16 weights and biases are
+therefore all rearranged in the same way, and nothing is rounded. The scale of a whole tensor stays as it is; no merged
+layer has one.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def _rearranged(
     waiting: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in source.tensors():
         place = places[name]
-        rows = torch.cat(tensor.chunk(2)[::-1]) if place.swapped else tensor
+        rows = torch.cat(tensor.chunk(2)[::-1]) if place.swapped and tensor.ndim else tensor
         if len(place.parts) == 1:
             yield place.name, rows
             continue
