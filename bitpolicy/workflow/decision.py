@@ -117,7 +117,7 @@ def _stop_record(study: Study, asked: int, verdict: Verdict | None, names: Mappi
         "stopped_on": {
             "trials": verdict.trials,
             "best": names.get(origin, origin),
-            "nearest_db": None if nearest is None else round(nearest, 2),
+            "nearest_db": None if nearest is None else round(nearest, 3),
             "expected_gain_db": float(f"{verdict.gain_db:.2g}"),
         },
     }

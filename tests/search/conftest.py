@@ -112,8 +112,8 @@ def samples() -> list[Sample]:
     return [Sample("cat", seed) for seed in range(8)]
 
 
-# A process that works on study "s": conftest.py, storage, trials, seconds per sample, whether it runs all trials. It
-# prints the best policy and the number of finished trials.
+# A process that works on study "s": conftest.py, storage, trials, seconds per sample, whether it runs all trials. If
+# not, the table is right, and the study can stop early. It prints the best policy and the number of finished trials.
 WORKER = """
 import importlib.util, sys, time
 from bitpolicy.search.study.study import Study
@@ -125,6 +125,8 @@ scripted = sys.modules["scripted"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(scripted)
 problem = scripted.new_problem()
 generations = scripted.scripted_generations(problem)
+if every != "True":
+    generations.true_error = problem.table.error
 errors = generations.errors
 
 def slow(*args):
