@@ -245,6 +245,7 @@ def _is_flag(name: str) -> bool:
 
 _READ: dict[str, Callable[[Any], Any]] = {
     "budget": _budget,
+    "probe_memory": lambda size: None if size is None else str(size),
     "formats": canonical_names,
     "prompts": _requests,
     "call": _call,

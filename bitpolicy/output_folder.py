@@ -26,7 +26,7 @@ _OURS = (
     *("checkpoint", "work", "report.html"),
 )
 _PROBED = ("split.safetensors", "check.json")  # files of a probe that no search writes
-_EXTENDABLE = ("trials", "timeout")  # more trials or another time limit continue a search
+EXTENDABLE = ("trials", "timeout", "probe_memory")  # more trials, another time limit or memory continue a search
 
 
 def identity_of(settings: Settings) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def _claimed(path: Path, identity: dict[str, Any], overwrite: bool) -> dict[str,
 
 def _difference(held: dict[str, Any], asked: dict[str, Any]) -> str:
     """How the folder's search differs from the requested one."""
-    if changed := ", ".join(sorted(k for k in asked if held.get(k) != asked[k] and k not in _EXTENDABLE)):
+    if changed := ", ".join(sorted(k for k in asked if held.get(k) != asked[k] and k not in EXTENDABLE)):
         return f"a different {changed}"
     trials = held.get("trials")
     return f"{trials} trials, and their number cannot be reduced" if isinstance(trials, int) else "a damaged run.json"
@@ -164,7 +164,7 @@ def _difference(held: dict[str, Any], asked: dict[str, Any]) -> str:
 
 def _same_study(held: dict[str, Any], asked: dict[str, Any]) -> bool:
     """Whether the request continues the folder's search: the same one, with at least as many trials."""
-    if any(held.get(name) != value for name, value in asked.items() if name not in _EXTENDABLE):
+    if any(held.get(name) != value for name, value in asked.items() if name not in EXTENDABLE):
         return False
     return isinstance(held.get("trials"), int) and held["trials"] <= asked["trials"]
 

@@ -290,6 +290,15 @@ class ProbeOptions:
             least=0,
         ),
     ] = 8
+    probe_memory: Annotated[
+        str | None,
+        Option(
+            "Memory for the adjoint and the stepwise probe beyond the model and one step, e.g. 8GB: 4 bytes for each "
+            "weight, and its candidates' codes. With less, the scores take longer. Default: half of what is free.",
+            python=int | str | None,
+            metavar="SIZE",
+        ),
+    ] = None
     seed: Annotated[int, seed_option("Seed of samples, split and sampler. The same seed gives the same policy.")] = 0
 
 

@@ -114,6 +114,12 @@ class PackedWeight:
         known["tensors"] = tensors
         return other
 
+    def rows(self, rows: slice) -> PackedWeight:
+        """Some of the output channels, which are the first dimension of all stored tensors."""
+        shape = (len(range(*rows.indices(self.shape[0]))), *self.shape[1:])
+        tensors = {name: tensor[rows] for name, tensor in self.tensors.items()}
+        return PackedWeight(self.format, shape, tensors, self.geometry, self.low_memory)
+
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight, shape `shape`, contiguous, computed with plain torch code."""
         return self.format.dequantize(self.tensors, self.shape, dtype)

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from bitpolicy.kernels.cpu.dequantize import unpacked
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.kernels.formats.format import Format
 from bitpolicy.kernels.formats.grid import GridFormat
 from bitpolicy.kernels.formats.row_chunks import each_chunk
+from bitpolicy.kernels.kernel import PackedWeight
 from bitpolicy.kernels.layers import (
     HasModules,
     Quantizable,
@@ -31,7 +32,7 @@ from bitpolicy.policies.calibration import Calibration, RoundedKey
 from bitpolicy.policies.finite import is_finite
 from bitpolicy.policies.policy import Choice, Policy
 from bitpolicy.policies.quantization import Quantization
-from bitpolicy.policies.rounded_layers import multiplied_weight, round_inputs, rounds_inputs
+from bitpolicy.policies.rounded_layers import multiplied_weight, packed_weight, round_inputs, rounds_inputs
 from bitpolicy.policies.target import Target
 
 
@@ -104,26 +105,30 @@ def quantize_tensors(
             f"layer {name}: bias correction needs its mean input, which the calibration does not have; run the search "
             "again to measure it"
         )
-    shift = _mean_error(layer, weight, choice.format, tensors, calibration.input_means[name])
+    packed = packed_weight(layer, choice.format, tensors)
+    shift = mean_error(layer, weight, packed, calibration.input_means[name])
     corrected = corrected_bias(plain, shift, weight.dtype)
     return QuantizedLayer(tensors, plain if corrected is None else corrected, left_as_it_was=corrected is None)
 
 
-def _mean_error(
-    layer: Quantizable, weight: torch.Tensor, format: Format, tensors: Mapping[str, torch.Tensor], patch: torch.Tensor
-) -> torch.Tensor:
-    """The mean error of the layer's output, for which the bias is corrected, float32, shape (out).
+def mean_error(layer: Quantizable, weight: torch.Tensor, packed: PackedWeight, patch: torch.Tensor) -> torch.Tensor:
+    """What corrects the layer's bias: minus the mean error of its output, float32, shape (out).
 
     It is computed a few rows at a time, so that no float64 copy of a layer exists.
+
+    Args:
+        layer: gives the kind of layer; its own tensors are not read.
+        weight: in the storage dtype.
+        packed: the same weight as it is stored.
+        patch: E[x] from `mean_patch`.
     """
     groups = 1 if isinstance(layer, nn.Linear) else layer.groups
     if groups > 1:
-        return bias_shift(layer, format.dequantize(tensors, weight.shape, torch.float32) - weight.float(), patch)
+        return bias_shift(layer, unpacked(packed, torch.float32) - weight.float(), patch)
     shift = torch.empty(weight.shape[0], device=weight.device)
 
     def work(rows: slice) -> None:
-        part = {suffix: tensor[rows] for suffix, tensor in tensors.items()}
-        delta = format.dequantize(part, weight[rows].shape, torch.float32) - weight[rows].float()
+        delta = unpacked(packed.rows(rows), torch.float32) - weight[rows].float()
         shift[rows] = bias_shift(layer, delta, patch)
 
     each_chunk(work, weight.shape, weight.device)
@@ -189,7 +194,8 @@ def quantized(
             if choice is None or not choice.format.packed:
                 continue
             stored = quantize_layer(name, layer, choice, quantization=quantization)
-            weight = multiplied_weight(layer, choice.format, stored.tensors, layer.weight.dtype, compute)
+            packed = packed_weight(layer, choice.format, stored.tensors)
+            weight = multiplied_weight(packed, layer.weight.dtype, compute)
             before.append((layer.weight, layer.weight.data))
             layer.weight.data = weight
             if layer.bias is not None and stored.bias is not None:

@@ -10,6 +10,7 @@ codes differs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from torch.utils.hooks import RemovableHandle
 
 from bitpolicy.kernels.compute import fp8 as fp8_compute
 from bitpolicy.kernels.compute import int8 as int8_compute
-from bitpolicy.kernels.compute.int8 import shared, weight_codes
+from bitpolicy.kernels.compute.int8 import shared
+from bitpolicy.kernels.cpu.dequantize import unpacked
 from bitpolicy.kernels.dispatch import effective
 from bitpolicy.kernels.formats.format import Format
 from bitpolicy.kernels.formats.named import INT8
@@ -30,22 +32,17 @@ _ROUNDING = {Compute.INT8: int8_compute.quantize_input, Compute.FP8: fp8_compute
 
 def rounds_inputs(layer: Quantizable, format: Format, compute: Compute) -> bool:
     """Whether the layer multiplies 8-bit inputs once it is packed. `compute`, its shape and its format decide."""
-    return format.packed and effective(compute, _packed(layer, format, {})).rounds_inputs
+    return format.packed and effective(compute, packed_weight(layer, format, {})).rounds_inputs
 
 
-def multiplied_weight(
-    layer: Quantizable, format: Format, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, compute: Compute
-) -> torch.Tensor:
-    """The weight that the layer multiplies with once `tensors` are packed into it, shape (out, in/groups, *kernel).
+def multiplied_weight(weight: PackedWeight, dtype: torch.dtype, compute: Compute) -> torch.Tensor:
+    """The weight that a layer multiplies with once `weight` is packed into it, shape (out, in/groups, *kernel).
 
-    Args:
-        layer: gives the kind of layer; its own tensors are not read.
+    Each output channel depends on its own codes alone.
     """
-    shape = tuple(layer.weight.shape)
-    if compute is not Compute.INT8 or not rounds_inputs(layer, format, compute):
-        return format.dequantize(tensors, shape, dtype)
-    codes, scale = weight_codes(_packed(layer, format, tensors))
-    return INT8.dequantize({"weight_packed": codes, "weight_scale": scale}, shape, dtype)
+    if compute is Compute.INT8 and weight.format != INT8 and effective(compute, weight).rounds_inputs:
+        weight = replace(weight, format=INT8, tensors=INT8.quantize(unpacked(weight, torch.float32)))
+    return unpacked(weight, dtype)
 
 
 def seen_input(layer: Quantizable, x: torch.Tensor, compute: Compute) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,5 +79,6 @@ def change_inputs(layer: Quantizable, change: Callable[[torch.Tensor], torch.Ten
     return layer.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _packed(layer: Quantizable, format: Format, tensors: Mapping[str, torch.Tensor]) -> PackedWeight:
+def packed_weight(layer: Quantizable, format: Format, tensors: Mapping[str, torch.Tensor]) -> PackedWeight:
+    """The layer's weight, stored as `tensors`. The layer gives the shape and the kind; its own tensors are not read."""
     return PackedWeight(format, tuple(layer.weight.shape), tensors, slides(layer))

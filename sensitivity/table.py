@@ -35,8 +35,6 @@ class SensitivityTable:
         corrected: whether bias correction gave `error`, bool, shape (L, F).
         sketches: s with that bias, divided by sqrt(E|x_0|^2), float32, shape (R, L, F), so that the mean of squares
             over R is `error`; None if the probe has no sketches.
-        by_step: E|dx_0|^2 / E|x_0|^2 from the error that enters at each scheduler step alone, float32, shape
-            (T, L, F); None if the probe has no sketches. Steps may add up or cancel, so their sum is not `error`.
         measured: where `error` was re-measured by ablation, bool, shape (L, F); None if it was not.
         cost: the cost of the probe; None if it was not counted.
         quantizers: the rounding methods tried. Without `quantizer`, the first one applies everywhere.
@@ -52,7 +50,6 @@ class SensitivityTable:
     error: torch.Tensor
     corrected: torch.Tensor
     sketches: torch.Tensor | None = None
-    by_step: torch.Tensor | None = None
     measured: torch.Tensor | None = None
     cost: Cost | None = None
     quantizers: tuple[str, ...] = (RTN,)
@@ -88,15 +85,14 @@ class SensitivityTable:
         usual = quantizers.index(DEFAULT_QUANTIZER) if DEFAULT_QUANTIZER in quantizers else 0
         best = chosen(of_candidate.unflatten(2, (len(formats), len(quantizers))), usual)
         column = best + torch.arange(len(formats)) * len(quantizers)
-        by_step = torch.where(corrected, fixed, plain).gather(3, column.expand(*plain.shape[:2], *column.shape))
+        whole = torch.where(corrected, fixed.sum(1), plain.sum(1)).gather(2, column.expand(len(plain), *column.shape))
         return cls(
             probe,
             tuple(layers),
             tuple(formats),
             of_candidate.mean(0).gather(1, column),
             corrected.gather(1, column),
-            by_step.sum(1),
-            by_step.square().mean(0),
+            whole,
             quantizers=tuple(quantizers),
             quantizer=best.to(torch.uint8) if len(quantizers) > 1 else None,
             inputs=_of_inputs(sketches, column, latent_power),
@@ -105,7 +101,7 @@ class SensitivityTable:
     def remeasured(self, errors: Mapping[tuple[int, int], float]) -> SensitivityTable:
         """The table with the errors at some places (layer, column of the format) replaced by measured ones.
 
-        Sketches and steps are rescaled to match the measured errors.
+        Sketches are rescaled to match the measured errors.
         """
         if not errors:
             return self
@@ -115,8 +111,7 @@ class SensitivityTable:
             error[place], measured[place] = value, True
         scale = (error / self.error.clamp(min=torch.finfo(torch.float64).tiny)).float()
         sketches = None if self.sketches is None else self.sketches * scale.sqrt()
-        by_step = None if self.by_step is None else self.by_step * scale
-        return replace(self, error=error, measured=measured, sketches=sketches, by_step=by_step)
+        return replace(self, error=error, measured=measured, sketches=sketches)
 
     def largest(self, count: int) -> list[tuple[int, int]]:
         """Up to `count` places (layer, column of the format) with errors too large for first order, worst first."""
@@ -129,7 +124,7 @@ class SensitivityTable:
         if self.sketches is None or len(self.sketches) < 2:
             return None
         parts = self.sketches[: len(self.sketches) // 2], self.sketches[len(self.sketches) // 2 :]
-        first, second = (replace(self, sketches=s, error=s.double().square().mean(0), by_step=None) for s in parts)
+        first, second = (replace(self, sketches=s, error=s.double().square().mean(0)) for s in parts)
         return first, second
 
     def inputs_share(self, layer: int, column: int) -> float | None:

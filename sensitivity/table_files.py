@@ -30,7 +30,7 @@ from bitpolicy.sensitivity.cost.forwards import Cost
 from bitpolicy.sensitivity.inventory import Layer
 from bitpolicy.sensitivity.table import SensitivityTable
 
-_TENSORS = ("error", "corrected", "sketches", "by_step", "measured", "quantizer", "inputs")
+_TENSORS = ("error", "corrected", "sketches", "measured", "quantizer", "inputs")
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def read_table(path: Path) -> SensitivityTable:
             facts["probe"],
             tuple(facts["layers"]),
             tuple(format_named(name) for name in facts["formats"]),
-            **tensors,
+            **{name: tensor for name, tensor in tensors.items() if name in _TENSORS},
             cost=Cost(**facts["cost"]) if facts.get("cost") else None,
             quantizers=tuple(facts.get("quantizers", (RTN,))),
             compute=Compute(facts.get("compute", Compute.EXACT)),

@@ -44,7 +44,13 @@ class ProbeRunOptions(ProgressOptions):
     output_dir: Annotated[
         Path, Option("Receives sensitivity.safetensors and .csv, split.safetensors and check.json.")
     ] = Path("bitpolicy-probe")
-    split: Annotated[bool, Option("Also separate bias, scale error and noise, step by step.")] = False
+    split: Annotated[
+        bool,
+        Option(
+            "Also separate bias, scale error and noise, and say at which step errors enter. It takes a sketch more for "
+            "each of --shared and the stepwise probe, and every format is multiplied with every gradient at each step."
+        ),
+    ] = False
     check_it: Annotated[
         bool, Option("Compare with the truth: every layer alone, and random policies. Slow.", name="check")
     ] = False

@@ -159,37 +159,33 @@ def _stack(axes: Axes, by_role: Mapping[str, Shares]) -> None:
     axes.tick_params(axis="y", length=0)
 
 
-def through_the_sampler(probed: Probed, split: ErrorSplit | None) -> Picture:
-    """Amplification by step and stage (if there is a split), and the error that enters at each step, by stage."""
+def through_the_sampler(probed: Probed, split: ErrorSplit) -> Picture:
+    """Amplification by step and stage, and the error that enters at each step, by stage."""
     stages = [stage for stage in by_stage(probed) if stage.name not in OUTSIDE]
     small = probed.formats[0]
     column = probed.column(small)
 
     def draw(figure: Figure) -> None:
-        panels = list(figure.subplots(1, 3 if split is not None else 1, squeeze=False)[0])
-        if split is not None:
-            for i, format in enumerate(probed.formats):
-                values = amplification(probed, split, probed.column(format))
-                _line(panels[0], values, format_color(i), "--" if i else "-", format.name)
-            panels[0].legend(loc="upper left", handlelength=2.6)
-            _finish(panels.pop(0), "amplification, median layer", "|dx$_0$| / |de$_t$|")
-            lines = [amplification(probed, split, column, stage) for stage in stages]
-            _stage_lines(panels.pop(0), stages, lines, f"amplification by stage, {small.name}", "|dx$_0$| / |de$_t$|")
-        lines = [entering(probed, column, stage) for stage in stages]
-        _stage_lines(panels[0], stages, lines, f"error entering, {small.name}", "relative power, sum over layers")
-        _legend_below(figure, panels[0], 0.5 if split is None else 2 / 3, 3.5)
+        panels = figure.subplots(1, 3, squeeze=False)[0]
+        for i, format in enumerate(probed.formats):
+            values = amplification(probed, split, probed.column(format))
+            _line(panels[0], values, format_color(i), "--" if i else "-", format.name)
+        panels[0].legend(loc="upper left", handlelength=2.6)
+        _finish(panels[0], "amplification, median layer", "|dx$_0$| / |de$_t$|")
+        lines = [amplification(probed, split, column, stage) for stage in stages]
+        _stage_lines(panels[1], stages, lines, f"amplification by stage, {small.name}", "|dx$_0$| / |de$_t$|")
+        lines = [entering(probed, split, column, stage) for stage in stages]
+        _stage_lines(panels[2], stages, lines, f"error entering, {small.name}", "relative power, sum over layers")
+        _legend_below(figure, panels[2], 2 / 3, 3.5)
 
-    panels = 3 if split is not None else 1
-    alt = "Lines over sampling steps: " + (
-        "amplification of an error from its step to the final latent, for the median layer and by stage; and "
-        if split is not None
-        else ""
+    alt = (
+        "Lines over sampling steps: amplification of an error from its step to the final latent, for the median layer "
+        f"and by stage; and the error that enters at each step in {small.name}, by stage."
     )
-    alt += f"the error that enters at each step in {small.name}, by stage."
-    return picture("steps", alt, draw, 3.75 * panels + 0.4, 3.5)
+    return picture("steps", alt, draw, 11.65, 3.5)
 
 
-def skips(probed: Probed, split: ErrorSplit | None) -> Picture:
+def skips(probed: Probed, split: ErrorSplit) -> Picture:
     """For a U-Net: errors of encoder layers that write into a skip, compared with those of other layers."""
     groups = by_path(probed)
     error = probed.table.error.double().numpy()
@@ -197,7 +193,7 @@ def skips(probed: Probed, split: ErrorSplit | None) -> Picture:
     column = probed.column(small)
 
     def draw(figure: Figure) -> None:
-        panels = figure.subplots(1, 3 if split is not None else 2, squeeze=False)[0]
+        panels = figure.subplots(1, 3, squeeze=False)[0]
         panels[0].set(xlim=log_limits([error]), xscale="log")
         thick = 0.8 / len(probed.formats)
         for i, format in enumerate(probed.formats):
@@ -209,17 +205,16 @@ def skips(probed: Probed, split: ErrorSplit | None) -> Picture:
         panels[0].set_xlabel(f"error of the {probed.measure}")
         panels[0].tick_params(axis="y", length=0)
         panels[0].legend(loc="upper left", handletextpad=0.1, borderaxespad=0.1)
-        lines = [entering(probed, column, g) / len(g.members) for g in groups]
+        lines = [entering(probed, split, column, g) / len(g.members) for g in groups]
         _stage_lines(panels[1], groups, lines, f"error entering, {small.name}", "relative power, mean layer")
-        if split is not None:
-            lines = [local_error(probed, split, column, g) for g in groups]
-            title = f"error of the denoiser's output, {small.name}"
-            _stage_lines(panels[2], groups, lines, title, "relative power, median layer")
-        _legend_below(figure, panels[1], 0.68 if split is not None else 0.75, 3.7)
+        lines = [local_error(probed, split, column, g) for g in groups]
+        title = f"error of the denoiser's output, {small.name}"
+        _stage_lines(panels[2], groups, lines, title, "relative power, median layer")
+        _legend_below(figure, panels[1], 0.68, 3.7)
 
     names = ", ".join(f"{g.name} {g.median[column]:.1e}" for g in groups)
     alt = f"Errors of layers by their place in the U-Net; medians in {small.name}: {names}."
-    return picture("skips", alt, draw, 12.4 if split is not None else 9.0, 3.7)
+    return picture("skips", alt, draw, 12.4, 3.7)
 
 
 def _spread(axes: Axes, places: np.ndarray, values: Sequence[np.ndarray], color: str, label: str) -> None:

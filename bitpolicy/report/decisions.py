@@ -110,13 +110,14 @@ def worst(probed: Probed) -> Section:
     error = probed.table.error[:, probed.column(small)]
     order = error.argsort(descending=True, stable=True)[:_WORST].tolist()
     columns = ["layer", "role", "stage", "shape", "bytes at FP16", *(f.name for f in probed.formats), "source"]
-    columns += [] if probed.table.by_step is None else ["worst step"]
+    columns += [] if probed.split is None else ["worst step"]
     rows = [_worst_row(probed, place) for place in order]
     what = (
         f"Largest error in {small.name} first: relative power of the {probed.measure}'s error with only this layer "
         "quantized and the better of its two biases (c: the corrected one). Source: the probe, or a measurement where "
-        "first order is not accurate enough. Worst step: the step at which most of the error enters."
+        "first order is not accurate enough."
     )
+    what += "" if probed.split is None else " Worst step: the step at which most of the error enters."
     return Section("worst", f"The {len(rows)} worst layers", f"{paragraph(what)}\n{table(columns, rows)}")
 
 
@@ -128,5 +129,7 @@ def _worst_row(probed: Probed, place: int) -> list[str]:
         mark = " c" if layer.has_bias and bool(found.corrected[place, column]) else ""
         row.append(f"{float(found.error[place, column]):.2e}{mark}")
     row.append(found.source(place, probed.column(probed.formats[0])))
-    step = largest_step(probed, place, probed.column(probed.formats[0]))
-    return row if step is None else [*row, str(step) if step else "outside the loop"]
+    if probed.split is None:
+        return row
+    step = largest_step(probed, probed.split, place, probed.column(probed.formats[0]))
+    return [*row, str(step) if step else "outside the loop"]

@@ -80,7 +80,7 @@ def make_report(folder: Path, budget: str | None = None) -> Report:
         sections.roles(probed),
         sections.composition(probed, folder),
         sections.sampler(probed, folder),
-        sections.paths(probed),
+        sections.paths(probed, folder),
         decisions.decisions(probed, lists, folder),
         decisions.worst(probed),
     ]

@@ -14,7 +14,9 @@ from matplotlib.figure import Figure
 from bitpolicy.report.drawing import FAINT, INK, RULE, Picture, picture, step_ticks
 from bitpolicy.report.groups import running_order
 from bitpolicy.report.inputs import Probed
+from bitpolicy.report.steps import by_step
 from bitpolicy.sensitivity.inventory import Layer
+from bitpolicy.sensitivity.probes.error_split import ErrorSplit
 
 _TALLEST, _ROW = 24.0, 0.125  # inches: all rows at most, and one row if there is room
 _NAMED = 0.11  # rows of this height show the layer's name; lower ones show the name of their block
@@ -28,12 +30,12 @@ _BANDS |= {"conditioning": "#44BB99", "autoencoder": "#FFAABB"}
 _SPAN = 1e-8  # the faintest colour is this fraction of the strongest, or the first percentile
 
 
-def heat_map(probed: Probed) -> Picture:
-    """Error that enters at each step, for every layer in every packed format; needs `by_step`."""
-    assert probed.table.by_step is not None
+def heat_map(probed: Probed, split: ErrorSplit) -> Picture:
+    """Error that enters at each step, for every layer in every packed format."""
     order = running_order(probed.layers)
     layers = [probed.layers[place] for place in order]
-    maps = [probed.table.by_step[:, order, probed.column(f)].double().numpy().T for f in probed.formats]
+    values = by_step(probed, split)
+    maps = [values[:, order, probed.column(f)].double().numpy().T for f in probed.formats]
     height = min(_ROW, _TALLEST / len(layers)) * len(layers)
     labels = _labels(layers, height / len(layers))
     names = 0.1 + _LETTER * max(len(label) for _, label in labels)

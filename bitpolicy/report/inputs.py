@@ -29,9 +29,9 @@ class Probed:
     """One probe's results.
 
     Attributes:
-        table: L layers, F formats and T steps, and one more row, `lead`, if something outside the loop is studied.
+        table: of L layers and F formats.
         model: description of the denoiser, or of the studied components.
-        split: what the errors consist of; None if the probe ran without --split.
+        split: what the errors consist of, step by step; None if the probe ran without --split.
         check: the probe compared with measurements; None if it ran without --check.
         policy: what a search chose; None in a probe's folder.
     """

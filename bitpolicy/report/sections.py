@@ -38,8 +38,8 @@ def overview(probed: Probed, folder: Path) -> Section:
     how = [found.probe]
     if found.sketches is not None:
         how.append(f"{len(found.sketches)} sketches")
-    if found.by_step is not None:
-        how.append(f"{len(found.by_step) - probed.lead} sampling steps")
+    if probed.split is not None:
+        how.append(f"{len(probed.split.error[0]) - 1 - probed.lead} sampling steps")
     if found.measured is not None:
         how.append(f"{int(found.measured.sum())} of {found.error.numel()} scores re-measured by ablation")
     chosen = probed.policy.provenance.get("search") if probed.policy else None
@@ -108,10 +108,11 @@ def _null(check: Check) -> str:
 def heat(probed: Probed, folder: Path) -> Section:
     """Error by layer and step."""
     title = "Every layer at every step"
-    if probed.table.by_step is None:
-        command = probed.command("--probe adjoint", folder)
-        return Section("heat", title, missing(f"The {probed.table.probe} probe has no scores by step.", command))
-    drawn = heat_map(probed)
+    split = probed.split
+    if split is None:
+        command = probed.command("--split", folder)
+        return Section("heat", title, missing("This folder has no errors by step.", command))
+    drawn = heat_map(probed, split)
     caption = (
         "Each row is a layer, in the model's order with the middle block between encoder and decoder; the grey marks "
         f"show its role. Each column is a sampling step. Colour: the error of the {probed.measure} that enters at that "
@@ -210,24 +211,20 @@ def _measured_bias(probed: Probed, split: ErrorSplit) -> list[str]:
 def sampler(probed: Probed, folder: Path) -> Section:
     """Amplification, entry and coherence."""
     title = "What the sampler does to the errors"
-    if probed.table.by_step is None:
-        command = probed.command("--probe adjoint --split", folder)
-        return Section("sampler", title, missing(f"The {probed.table.probe} probe has no scores by step.", command))
+    split = probed.split
+    if split is None:
+        command = probed.command("--split", folder)
+        return Section("sampler", title, missing("This folder has no errors by step.", command))
     if not probed.in_loop:
         return Section("sampler", title, paragraph("The sampling loop calls none of the studied layers."))
-    split = probed.split
     drawn = charts.through_the_sampler(probed, split)
     caption = (
         "Amplification is the size of the final latent's error divided by the size of the error of the denoiser's "
         "output that caused it, |dx₀| / |deₜ|. Above 1, the rest of the sampling enlarges the error; below 1, it "
         "shrinks it. Error entering: as in the heat map, summed over the layers of a stage."
     )
-    body = [paragraph(_entry_sentence(probed)), figure(drawn, caption)]
-    if split is None:
-        command = probed.command("--split", folder)
-        body.append(missing("Amplification needs the error of the denoiser's output at each step.", command))
-    else:
-        body = [paragraph(_amplification_sentence(probed, split), "verdict"), *body, *_coherence(probed, split)]
+    body = [paragraph(_amplification_sentence(probed, split), "verdict"), paragraph(_entry_sentence(probed, split))]
+    body += [figure(drawn, caption), *_coherence(probed, split)]
     return Section("sampler", title, "\n".join(body), (drawn,))
 
 
@@ -242,10 +239,10 @@ def _amplification_sentence(probed: Probed, split: ErrorSplit) -> str:
     )
 
 
-def _entry_sentence(probed: Probed) -> str:
+def _entry_sentence(probed: Probed, split: ErrorSplit) -> str:
     said = []
     for format in probed.formats:
-        values = entering(probed, probed.column(format))
+        values = entering(probed, split, probed.column(format))
         last = max(1, round(len(values) / 10))
         share = values[-last:].sum() / max(values.sum(), np.finfo(float).tiny)
         said.append(f"{share:.0%} of {format.name.upper()}'s error enters in the last {last} of {len(values)} steps")
@@ -274,19 +271,21 @@ def _coherence(probed: Probed, split: ErrorSplit) -> list[str]:
     ]
 
 
-def paths(probed: Probed) -> Section:
+def paths(probed: Probed, folder: Path) -> Section:
     """Encoder, skips and decoder."""
     title = "Encoder, skips and decoder"
-    if not probed.unet or probed.table.by_step is None:
-        why = "has no encoder and decoder" if not probed.unet else "was probed without steps"
-        return Section("skips", title, paragraph(f"This denoiser {why}: there is nothing to compare."))
+    if not probed.unet:
+        why = "This denoiser has no encoder and decoder: there is nothing to compare."
+        return Section("skips", title, paragraph(why))
+    if probed.split is None:
+        command = probed.command("--split", folder)
+        return Section("skips", title, missing("This folder has no errors by step.", command))
     drawn = charts.skips(probed, probed.split)
     caption = (
         "Layers that write into a skip are the first convolution and, in the encoder, the last layer of each resnet, "
         "shortcuts, output projections of attention, and downsamplers: their output is copied to the decoder. Left: "
-        "the error of each layer alone. Then: the error that enters at each step for the mean layer and, if there is a "
-        "split, the error of the denoiser's own output at that step for the median layer, before the sampler acts on "
-        "it."
+        "the error of each layer alone. Then: the error that enters at each step for the mean layer, and the error of "
+        "the denoiser's own output at that step for the median layer, before the sampler acts on it."
     )
     body = [paragraph(_paths_sentence(probed)), figure(drawn, caption)]
     columns = ["layers", "number", *_group_columns(probed)]

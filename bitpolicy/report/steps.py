@@ -33,10 +33,15 @@ def local_error(probed: Probed, split: ErrorSplit, column: int, group: Group) ->
     return probed.better_bias(split.local)[probed.lead :, list(group.members), column].double().median(1).values.numpy()
 
 
-def entering(probed: Probed, column: int, group: Group | None = None) -> np.ndarray:
+def by_step(probed: Probed, split: ErrorSplit) -> torch.Tensor:
+    """E|dx_0|^2 / E|x_0|^2 from the error that enters at each step alone, with each layer's better bias, float32, shape
+    (lead + T, L, F). Steps may add up or cancel, so their sum is not the layer's error."""
+    return probed.better_bias(split.error)[1:]
+
+
+def entering(probed: Probed, split: ErrorSplit, column: int, group: Group | None = None) -> np.ndarray:
     """Sum over layers of the error that enters at each step, float64, shape (T)."""
-    assert probed.table.by_step is not None
-    values = probed.table.by_step[probed.lead :, :, column].double()
+    values = by_step(probed, split)[probed.lead :, :, column].double()
     return (values if group is None else values[:, list(group.members)]).sum(1).numpy()
 
 
@@ -68,9 +73,6 @@ def coherence(part: torch.Tensor) -> Coherence | None:
     return Coherence(float(whole / apart), float(steps.sqrt().sum(0).square().sum() / apart))
 
 
-def largest_step(probed: Probed, layer: int, column: int) -> int | None:
-    """The step, counted from 1, at which most of a layer's error enters; 0 for outside the loop; None if the probe has
-    no scores by step."""
-    if probed.table.by_step is None:
-        return None
-    return int(probed.table.by_step[:, layer, column].argmax()) + 1 - probed.lead
+def largest_step(probed: Probed, split: ErrorSplit, layer: int, column: int) -> int:
+    """The step, counted from 1, at which most of a layer's error enters; 0 for outside the loop."""
+    return int(by_step(probed, split)[:, layer, column].argmax()) + 1 - probed.lead

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.output_folder import identity_of
+from bitpolicy.output_folder import EXTENDABLE, identity_of
 from bitpolicy.pipelines.loading import BUNDLED_FOLDER, Source
 from bitpolicy.policies.policy import Choice
 from bitpolicy.search.generation import Generations
@@ -83,11 +83,9 @@ def within_budget(
 
 
 def study_name(settings: Settings, plan: Plan) -> str:
-    """The name of the study. A search with more trials, another time limit or another storage has the same name and
+    """The name of the study. A search with more trials, another time limit, memory or storage has the same name and
     continues it."""
-    asked = {
-        name: value for name, value in identity_of(settings).items() if name not in ("trials", "timeout", "storage")
-    }
+    asked = {name: value for name, value in identity_of(settings).items() if name not in (*EXTENDABLE, "storage")}
     return settings_key({**asked, "weights": plan.source.everything_sha256})
 
 

@@ -1,15 +1,15 @@
 """Predict how long a search will take and how much memory and disk it needs, from a few measured steps.
 
-The time of a stage is its number of sampling steps times the time of one step, measured just before. The time of
-rounding is scaled up from a few layers by the work of `gptq`, K^3 + out K^2 for a weight of shape (out, K). The study
-stops losing trials early, so its time is an upper bound. Disk is exact, or an upper bound where it depends on the
-policy.
+The time of a stage is its number of sampling steps times the time of one step, measured just before. The products at
+the end of a sketch are scaled up from a layer of median size. The time of rounding is scaled up from a few layers by
+the work of `gptq`, K^3 + out K^2 for a weight of shape (out, K). The study stops losing trials early, so its time is an
+upper bound. Disk is exact, or an upper bound where it depends on the policy.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,15 +26,17 @@ from bitpolicy.sensitivity.cost.forwards import BACKWARD
 from bitpolicy.sensitivity.cost.step_cost import Timing, peak_of_step, time_plain, time_probed
 from bitpolicy.sensitivity.probes.adjoint import AdjointProbe
 from bitpolicy.sensitivity.probes.named import PROBES
+from bitpolicy.sensitivity.probes.probe_memory import ProbeMemory, default_memory, sum_bytes
 from bitpolicy.sensitivity.probes.run import SHARED
 from bitpolicy.sensitivity.probes.stepwise import LocalSketches, StepwiseProbe
+from bitpolicy.sensitivity.probes.weight_changes import WeightChanges
 from bitpolicy.sensitivity.rounding.candidates import Candidate, candidates
 from bitpolicy.sensitivity.rounding.hessians import Moments, hessian_shape
 from bitpolicy.sensitivity.rounding.rounding import announced, needs_gradients, needs_hessian, parts, rounded
 from bitpolicy.sensitivity.rounding.rounding_pass import HESSIAN_SAMPLES
 from bitpolicy.sensitivity.trajectory.checkpointed_calls import is_large
 from bitpolicy.settings import Settings
-from bitpolicy.workflow.plan import Plan
+from bitpolicy.workflow.plan import Plan, memory_of
 
 _FINALISTS = 4  # three from the study, and the exact solution
 _TRIED = 3  # layers that are rounded to measure the time
@@ -46,12 +48,14 @@ class Memory:
 
     Attributes:
         weights: all models of the pipeline, as they are in memory.
-        probe: in addition, while the probe runs; if nothing is differentiated, while the reference runs.
-        rounding: in addition, while layers are rounded.
+        probe: in addition, during a step of the probe; if nothing is differentiated, of the reference.
+        sums: in addition, while the probe runs: the sums of gradients, and the packed weights that it keeps.
+        rounding: in addition to the weights, while layers are rounded.
     """
 
     weights: int
     probe: int
+    sums: int
     rounding: int
 
 
@@ -118,8 +122,10 @@ class Forecast:
         samples = len(self._plan.split.calibration)
         if split:
             shared = self._settings.shared + 1
-            stages[SHARED] = samples * self._sample_seconds(AdjointProbe.name, shared)
-            stages["stepwise probe"] = samples * self._sample_seconds(StepwiseProbe.name, self._settings.vectors)
+            stages[SHARED] = samples * self._sample_seconds(AdjointProbe.name, shared, self._by_step)
+            stages["stepwise probe"] = samples * self._sample_seconds(
+                StepwiseProbe.name, self._settings.vectors, self._by_step
+            )
         if policies:
             stages[LAYERS] = (len(self._layers) * len(self._candidates) + 1) * samples * self._each
             stages[POLICIES] = (policies + 2) * samples * self._each
@@ -162,7 +168,8 @@ class Forecast:
     def _probe(self) -> Iterator[tuple[str, float]]:
         settings, samples = self._settings, len(self._plan.split.calibration)
         if self._kind.takes_gradients:
-            yield f"{settings.probe} probe", samples * self._sample_seconds(settings.probe, settings.vectors)
+            each = self._sample_seconds(settings.probe, settings.vectors, self._summed)
+            yield f"{settings.probe} probe", samples * each
         elif self._kind.data_free:
             yield f"{settings.probe} probe", self._requantized(len(self._candidates))
         else:
@@ -170,22 +177,63 @@ class Forecast:
             biases = sum(1 + layer.has_bias for layer in self._plan.layers)
             yield f"{settings.probe} probe", (biases * packed + 1) * samples * self._each
 
-    def _sample_seconds(self, probe: str, vectors: int) -> float:
-        """Seconds that the adjoint or the stepwise probe takes per sample."""
+    def _sample_seconds(self, probe: str, vectors: int, each: float) -> float:
+        """Seconds that the adjoint or the stepwise probe takes per sample.
+
+        Args:
+            each: seconds for each vector to differentiate every call of a trajectory alone.
+        """
         if probe == StepwiseProbe.name:
-            return vectors * self._probed.trajectory
+            return vectors * each
         inside = self._alone.trajectory if self._large else 0.0
-        return self._alone.trajectory + vectors * (self._probed.trajectory + inside)
+        return self._alone.trajectory + vectors * (each + inside)
 
     @cached_property
-    def _probed(self) -> Timing:
-        return time_probed(self._plan.trajectories, self._stepwise(), self._sample)
+    def _summed(self) -> float:
+        """Seconds to differentiate every call of a trajectory alone, for one sketch of the whole trajectory."""
+        step = time_probed(self._plan.trajectories, self._stepwise(self._memory), self._sample)
+        return step.steps * step.step + self._products(self._memory.summed or ())
 
-    def _stepwise(self) -> LocalSketches:
+    @cached_property
+    def _by_step(self) -> float:
+        """The same for a sketch by step. The first step also rounds the candidates that stay packed in memory."""
+        step = time_probed(self._plan.trajectories, self._stepwise(ProbeMemory(None, self._bytes)), self._sample)
+        return step.steps * step.step
+
+    @cached_property
+    def _bytes(self) -> int:
+        asked = memory_of(self._settings)
+        return default_memory(self._plan.trajectories.target.device) if asked is None else asked
+
+    @cached_property
+    def _memory(self) -> ProbeMemory:
+        return ProbeMemory.summing(self._layers, self._bytes)
+
+    def _stepwise(self, memory: ProbeMemory) -> LocalSketches:
         """Scores of all candidates, rounded to nearest, because the files with `gptq`'s weights do not exist yet."""
-        alike = [Candidate(candidate.format) for candidate in self._candidates]
-        quantization = Quantization(storage=self._plan.source.storage, compute=measured_compute(self._settings.compute))
-        return LocalSketches(self._plan.trajectories, alike, quantization=quantization)
+        return LocalSketches(self._plan.trajectories, self._alike, quantization=self._quantization, memory=memory)
+
+    @property
+    def _alike(self) -> list[Candidate]:
+        return [Candidate(candidate.format) for candidate in self._candidates]
+
+    @property
+    def _quantization(self) -> Quantization:
+        return Quantization(storage=self._plan.source.storage, compute=measured_compute(self._settings.compute))
+
+    def _products(self, names: Collection[str]) -> float:
+        """Seconds of the products with the sums of these layers, once for a sketch."""
+        ranked = sorted(names, key=lambda name: self._layers[name].weight.numel())
+        if not ranked:
+            return 0.0
+        name = ranked[len(ranked) // 2]
+        weight, room = self._layers[name].weight.detach(), 2**63
+        changes = WeightChanges(self._layers, self._alike, quantization=self._quantization, room=room)
+        changes.weight_products(name, weight)  # rounds it
+        start = time.perf_counter()
+        changes.weight_products(name, weight)
+        each = (time.perf_counter() - start) / weight.numel()
+        return each * sum(self._layers[name].weight.numel() for name in names)
 
     def _rounding(self) -> float:
         """Seconds of the rounding pass: the trajectories for Hessians, and the rounding of each layer."""
@@ -237,12 +285,22 @@ class Forecast:
         """The peak bytes. It runs one more step, and torch counts the allocations."""
         trajectories = self._plan.trajectories
         if self._kind.takes_gradients:
-            probe = self._stepwise()
+            probe = self._stepwise(ProbeMemory())
             most = peak_of_step(trajectories, lambda: probe.first_steps(self._sample, 1))
         else:
             part = next(trajectories.parts(self._plan.split.calibration))
             most = peak_of_step(trajectories, lambda: next(trajectories.latents(part)))
-        return Memory(loaded_bytes(trajectories.pipe), most, self._hessians())
+        return Memory(loaded_bytes(trajectories.pipe), most, self._held(), self._hessians())
+
+    def _held(self) -> int:
+        """Bytes of the probe's sums and of the packed weights that it keeps, at most."""
+        if not self._kind.takes_gradients:
+            return 0
+        sums = sum(sum_bytes(self._layers[name]) for name in self._memory.summed or ())
+        kept = [candidate.format for candidate in self._candidates if candidate.quantizer == RTN]  # others are mapped
+        shapes, storage = [layer.weight.shape for layer in self._layers.values()], self._plan.source.storage
+        packed = sum(format.nbytes(shape, storage) for format in kept for shape in shapes if format.fits(shape))
+        return sums + min(packed, self._memory.packed)
 
     def _hessians(self) -> int:
         if self._quantizers == (RTN,) or not needs_hessian(self._quantizers):
@@ -270,7 +328,7 @@ class Forecast:
         means = sum(1 for _ in split) * sum(8 * (layer.weight[0].numel() + 1) for layer in self._layers.values())
         if not self._kind.takes_gradients:
             return means
-        numbers = self._alone.steps * len(self._layers) * len(self._candidates)
+        numbers = len(self._layers) * len(self._candidates)
         return means + 2 * 4 * len(samples) * self._settings.vectors * numbers
 
 

@@ -22,7 +22,7 @@ from bitpolicy.policies.checkpoints.model_card import Card
 from bitpolicy.policies.components import asked_components
 from bitpolicy.policies.exporters.targets import exporter_named
 from bitpolicy.policies.measured_compute import measured_compute
-from bitpolicy.search.budget import Budget, Scope, read
+from bitpolicy.search.budget import Budget, Scope, read, read_bytes
 from bitpolicy.search.constraints import not_held, pinned, shared_qkv
 from bitpolicy.search.problem import PolicySpace, Problem
 from bitpolicy.sensitivity.calls.signature import STEPS, Signature
@@ -102,6 +102,7 @@ class Plan:
             shared=settings.shared,
             quantizers=parse_quantizer(settings.quantizer),
             compute=measured_compute(settings.compute),
+            memory=memory_of(settings),
         )
         weights, storage = self.source.everything_sha256, self.source.storage
         return ProbeRun(self.trajectories, self.layers, self.formats, storage, weights, wanted, folder, stages)
@@ -236,6 +237,7 @@ def _require_sound(settings: Settings) -> str:
         exporter_named(settings.target)
     asked = "100%" if settings.budget is None else settings.budget
     read(asked)
+    memory_of(settings)
     require_one_quantizer(settings.probe, parse_quantizer(settings.quantizer))
     compute = measured_compute(settings.compute)
     if settings.scope == "peak" and settings.offload:
@@ -248,6 +250,15 @@ def _require_sound(settings: Settings) -> str:
     if settings.scope != "peak" and (settings.height or settings.width or settings.batch_size != 1):
         raise BitPolicyError("--height, --width and --batch-size describe the call of a peak; add --scope peak")
     return asked
+
+
+def memory_of(settings: Settings) -> int | None:
+    """`--probe-memory` in bytes.
+
+    Raises:
+        BitPolicyError: it is not a size.
+    """
+    return None if settings.probe_memory is None else read_bytes(settings.probe_memory, "--probe-memory")
 
 
 def _require_steps(trajectories: Trajectories, call: Mapping[str, Any]) -> None:

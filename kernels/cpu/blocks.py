@@ -69,7 +69,7 @@ class CpuBlocks(Kernel):
         y: torch.Tensor | None = None
         for start in range(0, out, rows):
             here = slice(start, min(start + rows, out))
-            part = _rows_of(weight, here)
+            part = weight.rows(here)
             w = cpu_dequantize.dequantize(part, scratch_tensor(part.shape, x.dtype))
             found = multiply(x, w, weight.geometry, None if bias is None else bias[here])
             if y is None:
@@ -84,12 +84,6 @@ class CpuBlocks(Kernel):
         """The number of output channels in a block."""
         one = self._channels * weight.row_length * dtype.itemsize
         return self._channels * max(1, round(self._block / one))
-
-
-def _rows_of(weight: PackedWeight, rows: slice) -> PackedWeight:
-    """A slice of a weight's output channels, which are the first dimension of all its stored tensors."""
-    shape = (rows.stop - rows.start, *weight.shape[1:])
-    return PackedWeight(weight.format, shape, {n: t[rows] for n, t in weight.tensors.items()}, weight.geometry)
 
 
 def _may_lie_channels_last(x: torch.Tensor) -> bool:

@@ -46,6 +46,13 @@ def dequantize(weight: PackedWeight, to: torch.Tensor) -> torch.Tensor:
     return to
 
 
+def unpacked(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """The weight, shape `weight.shape`, contiguous: by C++ if it takes this weight, else by plain torch code."""
+    if refuses(weight, dtype):
+        return weight.dequantize(dtype)
+    return dequantize(weight, torch.empty(weight.shape, dtype=dtype))
+
+
 def _from_bytes(weight: PackedWeight, to: torch.Tensor) -> None:
     codes, scale = weight.tensors["weight_packed"], weight.tensors["weight_scale"]
     values = _float8_values().data_ptr() if isinstance(weight.format, Float8) else None

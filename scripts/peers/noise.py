@@ -17,11 +17,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
+import torch
 from peers.entry import SHARES
 from peers.rivals import Rivals
 
 from bitpolicy.kernels.formats.format import Format
 from bitpolicy.search.problem import Problem
+from bitpolicy.sensitivity.probes.error_split import ErrorSplit
 from bitpolicy.sensitivity.table import SensitivityTable
 
 _HEADS = ("of FP16", "halves", "one step on halves", "plain", "weighted")
@@ -31,16 +33,14 @@ def noise_lines(rivals: Rivals) -> list[str]:
     """The table in Markdown."""
     halves, steps = rivals.ours.halves(), rivals.probed("stepwise")
     assert halves is not None
-    rows = [_row(rivals, share, halves, steps, weighted(rivals.ours, steps)) for share in SHARES]
+    rows = [_row(rivals, share, halves, steps, weighted(rivals.ours, steps, rivals.split())) for share in SHARES]
     return ["| " + " | ".join(cells) + " |" for cells in (_HEADS, ["---"] * len(_HEADS), *rows)]
 
 
-def weighted(ours: SensitivityTable, steps: SensitivityTable) -> SensitivityTable:
+def weighted(ours: SensitivityTable, steps: SensitivityTable, split: ErrorSplit) -> SensitivityTable:
     """Errors of single steps, summed with the sampler's weights."""
-    assert ours.by_step is not None
-    assert steps.by_step is not None
-    alone = steps.by_step.double()
-    factor = ours.by_step.double().sum((1, 2)) / alone.sum((1, 2))
+    error, local = (torch.where(ours.corrected, part[1], part[0]).double() for part in (split.error, split.local))
+    factor, alone = error[1:].sum((1, 2)) / local.sum((1, 2)), local
     return replace(steps, error=(factor[:, None, None] * alone).sum(0))
 
 

@@ -22,6 +22,7 @@ from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.probes.ablation import alone_name
+from bitpolicy.sensitivity.probes.error_split import ErrorSplit
 from bitpolicy.sensitivity.probes.run import ProbeRun
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.settings import Settings
@@ -101,6 +102,11 @@ class Rivals:
         """Another probe's scores, on the calibration samples."""
         run = self._run(probe)
         return run.table(run.reference())
+
+    def split(self) -> ErrorSplit:
+        """The errors of our own probe and of single steps, step by step."""
+        run = self._run("adjoint")
+        return run.split(run.reference())
 
     def ablated(self) -> SensitivityTable:
         """Measured errors of the final latent with one layer quantized, with the bias that all assignments get."""

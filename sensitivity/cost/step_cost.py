@@ -61,7 +61,7 @@ def time_plain(trajectories: Trajectories, samples: Sequence[Sample]) -> Timing:
 
 
 def time_probed(trajectories: Trajectories, probe: LocalSketches, sample: Sample) -> Timing:
-    """The time of a pipeline call that differentiates each denoiser call and scores every candidate."""
+    """The time of a pipeline call that differentiates each denoiser call, for one sketch, without what ends it."""
     trajectories.learn(sample)
     return _timed(trajectories, lambda: probe.first_steps(sample, _TIMED))
 

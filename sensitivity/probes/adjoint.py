@@ -8,8 +8,9 @@ the whole sampling loop gives G_l = J_l^T v for every layer at once, and
                                                         E_v[s(l, f) s(l', f')]  = <dx_0(l, f), dx_0(l', f')>.
 
 This is the adjoint method applied to the sampler, with Hutchinson's estimator (1990) of the norm. A sketch s costs one
-dot product per format. Each layer's gradient is used and freed as soon as it is complete, step by step. The same pass
-measures the effect of 8-bit inputs (`bitpolicy.sensitivity.probes.input_rounding`).
+dot product per format, and the gradient G_l is summed over the calls of the trajectory before it is multiplied
+(`bitpolicy.sensitivity.probes.probe_memory`). The same pass measures the effect of 8-bit inputs
+(`bitpolicy.sensitivity.probes.input_rounding`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from bitpolicy.sensitivity.probes.compute_range import advice
 from bitpolicy.sensitivity.probes.directions import Direction, Random, signal_of
 from bitpolicy.sensitivity.probes.input_rounding import InputRounding
 from bitpolicy.sensitivity.probes.probe import Probe
+from bitpolicy.sensitivity.probes.probe_memory import BY_STEP, ProbeMemory
 from bitpolicy.sensitivity.probes.sketch import Sketch, SketchRecorder, equally_long, only_these_require_grad
 from bitpolicy.sensitivity.probes.weight_changes import WeightChanges
 from bitpolicy.sensitivity.records import Piece
@@ -49,7 +51,7 @@ class AdjointProbe(Probe):
     def table(self) -> SensitivityTable:
         """The scores, with the sketches that they are computed from."""
         inputs = self._inputs
-        of_samples = self.sketches([Random(k) for k in range(inputs.vectors)])
+        of_samples = self.sketches([Random(k) for k in range(inputs.vectors)], inputs.memory_of_sums())
         sketches = [sketch for of_sample in of_samples for sketch in of_sample]
         return SensitivityTable.from_sketches(inputs.names, inputs.candidates, sketches, inputs.reference.latent_power)
 
@@ -58,11 +60,15 @@ class AdjointProbe(Probe):
         of_sample = adjoint_forwards(inputs.reference.calls, inputs.vectors, inputs.recompute_inside)
         return len(inputs.samples) * of_sample
 
-    def sketches(self, directions: Sequence[Direction], label: str = "adjoint probe") -> list[list[Sketch]]:
+    def sketches(
+        self, directions: Sequence[Direction], memory: ProbeMemory, label: str = "adjoint probe"
+    ) -> list[list[Sketch]]:
         """The sketches of each sample in turn, one per probe vector.
 
         Args:
-            directions: the probe vectors.
+            directions: the probe vectors. Random ones are for sketches of the whole trajectory, the others for sketches
+                by step: records are named after the direction.
+            memory: decides between the two.
             label: of the progress bar.
         """
         inputs = self._inputs
@@ -71,6 +77,7 @@ class AdjointProbe(Probe):
             inputs.candidates,
             recompute_inside=inputs.recompute_inside,
             quantization=inputs.quantization,
+            memory=memory,
         )
         work = {f"sketch-{i}-{d.name}": (i, d) for i, d in itertools.product(range(len(inputs.samples)), directions)}
 
@@ -97,6 +104,7 @@ class AdjointSketches:
         quantization: under INT8 and FP8 compute, the error of a layer includes the rounding of its inputs.
         recompute_inside: also checkpoint inside the denoiser, block by block. This takes less memory and one more
             forward.
+        memory: what is summed and kept.
     """
 
     def __init__(
@@ -106,13 +114,14 @@ class AdjointSketches:
         *,
         quantization: Quantization,
         recompute_inside: bool = False,
+        memory: ProbeMemory = BY_STEP,
     ) -> None:
         self._trajectories, self._recompute_inside = trajectories, recompute_inside
         self._layers = trajectories.target.layers
         self._inputs = InputRounding(self._layers, candidates, quantization.compute)
-        changes = WeightChanges(self._layers, candidates, quantization=quantization)
+        changes = WeightChanges(self._layers, candidates, quantization=quantization, room=memory.packed)
         outside, amounts = trajectories.outside_layers, self._inputs.amounts
-        self._recorder = SketchRecorder(self._layers, changes, len(candidates), outside, amounts)
+        self._recorder = SketchRecorder(self._layers, changes, len(candidates), memory.summed, outside, amounts)
 
     def sketches(self, sample: Sample, directions: Sequence[Direction]) -> Iterator[Sketch]:
         """One sketch per probe vector, all from one forward trajectory.
@@ -152,9 +161,8 @@ class AdjointSketches:
             if where is None:
                 return self._recorder.sketch(scale, along=float((v * signal_of(signal)).sum()))
         assert where is not None
-        place = f"step {where[0] + 1}" if where[0] >= 0 else "outside the loop"
         remedy = advice(self._trajectories.target.dtype)
-        raise BitPolicyError(f"{place}: the gradient of {where[1]} is NaN or Inf; {remedy}, or use --probe ablation")
+        raise BitPolicyError(f"{where}; {remedy}, or use --probe ablation")
 
 
 def require_reached(missed: set[str]) -> None:

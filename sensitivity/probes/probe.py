@@ -7,21 +7,27 @@ order; the result is the same to the bit.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
+
+import torch
 
 from bitpolicy.kernels.formats.format import Format
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import Layer
 from bitpolicy.sensitivity.probes.measurement import Ablations
-from bitpolicy.sensitivity.records import Records
+from bitpolicy.sensitivity.probes.probe_memory import ProbeMemory, default_memory, sum_bytes
+from bitpolicy.sensitivity.records import Piece, Records
 from bitpolicy.sensitivity.rounding.candidates import Candidate, candidates
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.trajectory.reference import ReferencePass
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
+from bitpolicy.sensitivity.workers import complete
+
+_SUMMED = "summed-layers"  # the name of the piece
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class ProbeInputs:
         records: stores finished pieces.
         stages: shows progress and warnings.
         recompute_inside: whether models are also checkpointed inside, block by block.
+        memory: bytes for sums of gradients and packed weights; None for half of what is free.
     """
 
     trajectories: Trajectories
@@ -55,6 +62,7 @@ class ProbeInputs:
     records: Records
     stages: Stages
     recompute_inside: bool
+    memory: int | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -65,6 +73,33 @@ class ProbeInputs:
     def candidates(self) -> tuple[Candidate, ...]:
         """Every format with every rounding method, format by format."""
         return candidates(self.formats, self.quantizers)
+
+    def memory_of_sums(self) -> ProbeMemory:
+        """The use of memory for sketches of the whole trajectory.
+
+        Sums of gradients are not rounded as the products of each call are. So that all sketches are made alike, the
+        layers to sum are a piece of the probe, unless the given memory decides them.
+        """
+        layers, nbytes = self.trajectories.target.layers, self._memory_bytes
+        found = ProbeMemory.summing(layers, nbytes)
+        if self.memory is not None:
+            return found
+
+        def make(names: Sequence[str]) -> Iterator[tuple[str, Piece]]:
+            for name in names:
+                yield name, {"summed": torch.tensor([layer in (found.summed or ()) for layer in layers])}
+
+        flags = complete(self.records, [_SUMMED], make)[_SUMMED]["summed"].tolist()
+        summed = frozenset(name for name, flag in zip(layers, flags, strict=True) if flag)
+        return ProbeMemory(summed, max(nbytes - sum(sum_bytes(layers[name]) for name in summed), 0))
+
+    def memory_by_step(self) -> ProbeMemory:
+        """The use of memory for sketches by step."""
+        return ProbeMemory(None, self._memory_bytes)
+
+    @property
+    def _memory_bytes(self) -> int:
+        return default_memory(self.trajectories.target.device) if self.memory is None else self.memory
 
     @property
     def trajectory_forwards(self) -> int:

@@ -59,6 +59,7 @@ class ProbeSettings:
         shared: probe vectors common to all samples, for `ProbeRun.split`.
         quantizers: rounding methods; if there are several, the best by score is kept for each layer and format.
         compute: activation quantization of packed layers. If it rounds inputs, their error includes that.
+        memory: bytes for sums of gradients and packed weights; None for half of what is free.
     """
 
     probe: str
@@ -67,6 +68,7 @@ class ProbeSettings:
     shared: int = 8
     quantizers: tuple[str, ...] = (RTN,)
     compute: Compute = Compute.EXACT
+    memory: int | None = None
 
     def __post_init__(self) -> None:
         require_one_quantizer(self.probe, self.quantizers)
@@ -177,6 +179,7 @@ class ProbeRun:
             records=self._records,
             stages=self._stages,
             recompute_inside=self._large,
+            memory=self._settings.memory,
         )
 
     def _quantization(self, reference: ReferencePass) -> Quantization:
@@ -239,9 +242,10 @@ class ProbeRun:
         with self._stages.timed("split"):
             inputs = replace(self._inputs(reference), quantizers=self._settings.quantizers[:1])
             directions: list[Direction] = [Shared(k) for k in range(self._settings.shared)]
-            found = AdjointProbe(inputs).sketches([*directions, Signal()], SHARED)
+            memory = inputs.memory_by_step()
+            found = AdjointProbe(inputs).sketches([*directions, Signal()], memory, SHARED)
             shared, signal = [of_sample[:-1] for of_sample in found], [of_sample[-1] for of_sample in found]
-            return ErrorSplit.of(shared, signal, StepwiseProbe(inputs).sketches(), reference.latent_power)
+            return ErrorSplit.of(shared, signal, StepwiseProbe(inputs).sketches(memory), reference.latent_power)
 
     def measure(
         self, policies: Mapping[str, Mapping[str, Choice]], reference: ReferencePass, label: str, images: bool = False

@@ -1,10 +1,14 @@
-"""Sketches: dot products of gradients with weight changes, taken during a backward pass that frees each gradient."""
+"""Sketches: dot products of gradients with weight changes, taken during or right after a backward pass.
+
+Each gradient is freed as soon as it is multiplied, or added to the sum of its layer's gradients.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -25,8 +29,8 @@ class Sketch:
     """The result of one backward pass: every layer's error along one probe vector.
 
     Attributes:
-        weight: <G_W, dW>, float32, shape (rows, layers, candidates), one row per scheduler step. If models outside the
-            loop are studied, their row comes first.
+        weight: <G_W, dW>, float32, shape (rows, layers, candidates). A sketch of the whole trajectory has one row. A
+            sketch by step has one per scheduler step and, if models outside the loop are studied, one for them before.
         bias: <G_b, db> of the corrected bias, same shape; zero for a layer without a bias.
         along: <v, x_0> / |x_0|, the component of the probe vector along the signal.
         inputs: <g, Q(x) - x> of the layers whose inputs are rounded, same shape, equal for all candidates that fit and
@@ -78,15 +82,17 @@ def equally_long(sketches: Sequence[Sketch]) -> list[Sketch]:
 
 
 class SketchRecorder:
-    """Fills sketches from the gradients of a backward pass. It frees each gradient as soon as it is used.
+    """Fills sketches from the gradients of a backward pass.
 
     Attributes:
         step: the scheduler step that gradients now belong to. The code that runs the backward pass sets it.
         reached: steps at which a gradient arrived.
         reached_outside: components outside the loop at which a gradient arrived.
-        lead: rows before that of the first step: 1 if a component outside the loop is studied, else 0.
+        lead: in sketches by step, rows before that of the first step: 1 if a component outside the loop is studied,
+            else 0.
 
     Args:
+        summed: the layers whose weights' gradients are summed before they are multiplied; None for sketches by step.
         outside: layer name -> component, for the layers outside the loop.
         amounts: layer name -> the amount of input rounding, for the layers that have one.
     """
@@ -96,6 +102,7 @@ class SketchRecorder:
         layers: Mapping[str, Quantizable],
         changes: WeightChanges,
         candidates: int,
+        summed: Collection[str] | None,
         outside: Mapping[str, str],
         amounts: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ) -> None:
@@ -104,29 +111,39 @@ class SketchRecorder:
         self.reached: set[int] = set()
         self.reached_outside: set[str] = set()
         self.lead = int(bool(outside))
-        self._outside = outside
+        self._outside, self._summed = outside, summed
+        self._sums: dict[str, torch.Tensor] = {}
         self._weight = self._bias = self._inputs = torch.empty(0)
 
     @contextmanager
     def recording(self, steps: int, device: torch.device) -> Iterator[None]:
-        """While the block runs, complete gradients go into a new sketch of `steps` steps."""
-        self._weight = torch.zeros(self.lead + steps, len(self._layers), self._candidates, device=device)
+        """While the block runs, complete gradients go into a new sketch of `steps` steps. It is whole afterwards."""
+        rows = 1 if self._summed is not None else self.lead + steps
+        self._weight = torch.zeros(rows, len(self._layers), self._candidates, device=device)
         self._bias, self._inputs = torch.zeros_like(self._weight), torch.zeros_like(self._weight)
         self.reached, self.reached_outside = set(), set()
         handles = list(self._hooks())
         try:
             yield
+            for index, name in enumerate(self._layers):
+                if name in self._sums:
+                    products = self._changes.weight_products(name, self._sums.pop(name))
+                    self._weight[0, index] += products.to(device)
         finally:
+            self._sums.clear()
             for handle in handles:
                 handle.remove()
 
-    def not_finite(self) -> tuple[int, str] | None:
-        """The step (-1 outside the loop) and the layer where the backward pass first met NaN or Inf, or None."""
+    def not_finite(self) -> str | None:
+        """Where the backward pass first met NaN or Inf, in words; None if it did not."""
         bad = ~torch.isfinite(torch.stack([self._weight, self._bias, self._inputs])).all(0).all(-1)
         if not bad.any():
             return None
-        step, layer = max(bad.nonzero().tolist())  # the backward pass starts at the last step and the last layer
-        return int(step) - self.lead, list(self._layers)[int(layer)]
+        row, layer = max(bad.nonzero().tolist())  # the backward pass starts at the last step and the last layer
+        found = f"the gradient of {list(self._layers)[layer]} is NaN or Inf"
+        if self._summed is not None:
+            return found
+        return f"{'outside the loop' if row < self.lead else f'step {row - self.lead + 1}'}: {found}"
 
     def sketch(self, scale: float = 1.0, along: float = 0.0) -> Sketch:
         """What was recorded, divided by `scale`, on the CPU."""
@@ -136,7 +153,10 @@ class SketchRecorder:
     def _hooks(self) -> Iterator[Any]:
         for index, (name, layer) in enumerate(self._layers.items()):
             changes = self._changes
-            yield self._hook(layer.weight, changes.weight_products, self._weight, index, name)
+            if name in (self._summed or ()):
+                yield layer.weight.register_post_accumulate_grad_hook(partial(self._add, name))
+            else:
+                yield self._hook(layer.weight, changes.weight_products, self._weight, index, name)
             if layer.bias is not None:
                 yield self._hook(layer.bias, changes.bias_products, self._bias, index, name)
             if name in self._amounts:
@@ -151,13 +171,23 @@ class SketchRecorder:
 
         return leaf.register_post_accumulate_grad_hook(use_and_free)
 
+    def _add(self, name: str, weight: torch.Tensor) -> None:
+        gradient = weight.grad
+        assert gradient is not None
+        self._row(name)
+        if name in self._sums:
+            self._sums[name].add_(gradient)
+        else:
+            self._sums[name] = gradient.float()
+        weight.grad = None
+
     def _row(self, name: str) -> int:
         """The row for a gradient of the layer that arrives now."""
         if name in self._outside:
             self.reached_outside.add(self._outside[name])
             return 0
         self.reached.add(self.step)
-        return self.lead + self.step
+        return self.lead + self.step if self._summed is None else 0
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from bitpolicy.sensitivity.probes.compute_range import advice
 from bitpolicy.sensitivity.probes.directions import stream
 from bitpolicy.sensitivity.probes.input_rounding import InputRounding
 from bitpolicy.sensitivity.probes.probe import Probe
+from bitpolicy.sensitivity.probes.probe_memory import BY_STEP, ProbeMemory
 from bitpolicy.sensitivity.probes.sketch import Sketch, SketchRecorder, equally_long, only_these_require_grad
 from bitpolicy.sensitivity.probes.weight_changes import WeightChanges
 from bitpolicy.sensitivity.records import Piece
@@ -44,8 +45,10 @@ class LocalSketch:
     """A sketch of the denoiser calls of one trajectory.
 
     Attributes:
-        sketch: <v_t, de_t> by scheduler step; a step with two calls adds both. Models outside the loop contribute none.
-        power: |e_t|^2 of the denoiser's output, float32, shape (rows of `sketch`).
+        sketch: <v_t, de_t>, summed over the calls or by scheduler step; a step with two calls adds both. Models outside
+            the loop contribute none.
+        power: |e_t|^2 of the denoiser's output by scheduler step, float32, shape (steps), with a row for models outside
+            the loop as in a sketch by step.
     """
 
     sketch: Sketch
@@ -62,7 +65,7 @@ class StepwiseProbe(Probe):
 
     def table(self) -> SensitivityTable:
         """The scores, with the sketches that they are computed from."""
-        inputs, local = self._inputs, self.sketches()
+        inputs, local = self._inputs, self.sketches(self._inputs.memory_of_sums())
         power = float(torch.stack([s.power.sum() for s in local]).double().mean())
         sketches = [s.sketch for s in local]
         return SensitivityTable.from_sketches(inputs.names, inputs.candidates, sketches, power, self.name)
@@ -71,12 +74,13 @@ class StepwiseProbe(Probe):
         inputs = self._inputs
         return len(inputs.samples) * stepwise_forwards(inputs.reference.calls, inputs.vectors)
 
-    def sketches(self) -> list[LocalSketch]:
+    def sketches(self, memory: ProbeMemory) -> list[LocalSketch]:
         """Every local sketch, in sample order."""
         inputs = self._inputs
-        maker = LocalSketches(inputs.trajectories, inputs.candidates, quantization=inputs.quantization)
+        maker = LocalSketches(inputs.trajectories, inputs.candidates, quantization=inputs.quantization, memory=memory)
         numbers = itertools.product(range(len(inputs.samples)), range(inputs.vectors))
-        work = {f"local-{i}-{k}": (i, k) for i, k in numbers}
+        kind = "local-steps" if memory.summed is None else "local"
+        work = {f"{kind}-{i}-{k}": (i, k) for i, k in numbers}
 
         def make(names: Sequence[str]) -> Iterator[tuple[str, Piece]]:
             for name in inputs.stages.track(names, "stepwise probe"):
@@ -99,13 +103,14 @@ class LocalSketches:
         candidates: Sequence[Candidate],
         *,
         quantization: Quantization,
+        memory: ProbeMemory = BY_STEP,
     ) -> None:
         self._trajectories = trajectories
         self._layers = trajectories.target.layers
         self._inputs = InputRounding(self._layers, candidates, quantization.compute)
-        changes = WeightChanges(self._layers, candidates, quantization=quantization)
+        changes = WeightChanges(self._layers, candidates, quantization=quantization, room=memory.packed)
         outside, amounts = trajectories.outside_layers, self._inputs.amounts
-        self._recorder = SketchRecorder(self._layers, changes, len(candidates), outside, amounts)
+        self._recorder = SketchRecorder(self._layers, changes, len(candidates), memory.summed, outside, amounts)
         self._lead = self._recorder.lead
 
     def sketches(self, sample: Sample, vectors: Sequence[int]) -> Iterator[LocalSketch]:
@@ -116,11 +121,8 @@ class LocalSketches:
             power = self._followed(sample, index, rows)
             where = self._recorder.not_finite()
             if where is not None:
-                dtype = self._trajectories.target.dtype
-                raise BitPolicyError(
-                    f"step {where[0] + 1}: the gradient of {where[1]} is NaN or Inf; {advice(dtype)}, or use "
-                    "--probe ablation"
-                )
+                remedy = advice(self._trajectories.target.dtype)
+                raise BitPolicyError(f"{where}; {remedy}, or use --probe ablation")
             used = self._lead + max(steps, max(self._recorder.reached, default=0) + 1)
             yield LocalSketch(self._recorder.sketch().rows(itemgetter(slice(used))), power[:used].cpu())
 

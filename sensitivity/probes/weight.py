@@ -13,7 +13,7 @@ from bitpolicy.kernels.layers import HasModules, quantizable_layers
 from bitpolicy.policies.apply import stored_weight
 from bitpolicy.policies.policy import Choice
 from bitpolicy.policies.quantization import Quantization
-from bitpolicy.policies.rounded_layers import multiplied_weight
+from bitpolicy.policies.rounded_layers import multiplied_weight, packed_weight
 from bitpolicy.sensitivity.probes.probe import Probe
 from bitpolicy.sensitivity.rounding.candidates import Candidate
 from bitpolicy.sensitivity.table import SensitivityTable
@@ -62,6 +62,7 @@ def weight_errors(
                 stored = stored_weight(
                     name, weight, Choice(candidate.format, False, candidate.quantizer), quantization.calibration
                 )
-                back = multiplied_weight(layer, candidate.format, stored, torch.float32, quantization.compute)
+                packed = packed_weight(layer, candidate.format, stored)
+                back = multiplied_weight(packed, torch.float32, quantization.compute)
                 found[i, j] = (back.double() - weight.double()).square().sum() / power
     return found

@@ -2,33 +2,38 @@
 
 Q(W) is what the layer multiplies with. Under INT8 compute, that is the stored weight after requantization. The bias is
 stored and corrects the stored weight, whatever the compute.
+
+dW never exists as a whole. A product with it takes a few rows at a time: they are unpacked from the candidate's codes,
+compared with the weight and multiplied while they are in the processor's cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from bitpolicy.kernels.kernel import Compute
+from bitpolicy.kernels.formats.row_chunks import each_chunk
+from bitpolicy.kernels.kernel import PackedWeight
 from bitpolicy.kernels.layers import Quantizable
-from bitpolicy.kernels.quantizers.bias_correction import bias_shift, corrected_bias
-from bitpolicy.policies.apply import stored_weight
+from bitpolicy.kernels.quantizers.bias_correction import corrected_bias
+from bitpolicy.policies.apply import mean_error, stored_weight
 from bitpolicy.policies.policy import Choice
 from bitpolicy.policies.quantization import Quantization
-from bitpolicy.policies.rounded_layers import multiplied_weight, rounds_inputs
+from bitpolicy.policies.rounded_layers import multiplied_weight, packed_weight, rounds_inputs
 from bitpolicy.sensitivity.rounding.candidates import Candidate
 
-_CACHE_BYTES = 2**27  # of float32 dW kept in memory, per candidate; other dW are recomputed at each use
-_MOST = 2**31  # for all candidates together, so that many formats take no more memory than sixteen
+_Packed = list[PackedWeight | None]  # one per candidate; None where a format does not fit the layer
 
 
 class WeightChanges:
-    """dW and db of every layer for every candidate; zero where a format does not fit the layer.
+    """Products with dW and db of every layer, for every candidate; zero where a format does not fit the layer.
 
     Args:
         quantization: changes are relative to the weight in the storage dtype. A layer whose E[x] is missing in the
             calibration is not corrected: some models use a layer's weight without calling the layer.
+        room: bytes of packed weights that stay in memory. The others are rounded, or read from their files, at each
+            use.
     """
 
     def __init__(
@@ -37,17 +42,30 @@ class WeightChanges:
         candidates: Sequence[Candidate],
         *,
         quantization: Quantization,
+        room: int = 0,
     ) -> None:
         self._layers, self._candidates, self._compute = layers, candidates, quantization.compute
         self._calibration, self._storage = quantization.calibration, quantization.storage
         self._biases: dict[str, torch.Tensor] = {}
-        self._kept: dict[str, list[torch.Tensor]] = {}
-        self._room = min(_CACHE_BYTES * len(candidates), _MOST)
+        self._kept: dict[str, _Packed] = {}
+        self._room = room
 
     def weight_products(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
         """<G_W, dW> for each candidate, float32, shape (candidates)."""
-        flat = gradient.float().flatten()
-        return torch.stack([torch.dot(delta, flat) for delta in self._deltas(name)])
+        whole, candidates = self._layers[name].weight.detach(), self._packed(name)
+        products: dict[int, list[torch.Tensor]] = {}
+
+        def work(rows: slice) -> None:
+            weight, along = whole[rows].to(self._storage).float(), gradient[rows].float().flatten()
+            zero = along.new_zeros(())
+            products[rows.start] = [
+                zero if packed is None else torch.dot(self._delta(packed.rows(rows), weight).flatten(), along)
+                for packed in candidates
+            ]
+
+        each_chunk(work, whole.shape, whole.device)
+        parts = [torch.stack(products[start]) for start in sorted(products)]
+        return torch.stack(parts).double().sum(0).float()
 
     def bias_products(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
         """<G_b, db> for each candidate, float32, shape (candidates)."""
@@ -66,40 +84,38 @@ class WeightChanges:
         rounded = (f.fits(layer.weight.shape) and rounds_inputs(layer, f, compute) for f in formats)
         return torch.stack([gradient * each for each in rounded])
 
-    def _deltas(self, name: str) -> Iterator[torch.Tensor]:
-        """dW of each candidate, float32, flat."""
+    def _delta(self, packed: PackedWeight, weight: torch.Tensor) -> torch.Tensor:
+        """dW of the same rows, float32."""
+        return multiplied_weight(packed, torch.float32, self._compute).sub_(weight)
+
+    def _packed(self, name: str) -> _Packed:
+        """The layer as each candidate stores it."""
         if name in self._kept:
-            yield from self._kept[name]
-            return
-        nbytes = self._layers[name].weight.numel() * len(self._candidates) * 4
-        if nbytes > self._room:
-            yield from self._made(name, self._compute)
-            return
-        self._room -= nbytes
-        self._kept[name] = list(self._made(name, self._compute))
-        yield from self._kept[name]
-
-    def _made(self, name: str, compute: Compute) -> Iterator[torch.Tensor]:
-        return (self._delta(name, candidate, compute) for candidate in self._candidates)
-
-    def _delta(self, name: str, candidate: Candidate, compute: Compute) -> torch.Tensor:
-        layer, format = self._layers[name], candidate.format
+            return self._kept[name]
+        layer = self._layers[name]
         weight = layer.weight.detach().to(self._storage)
-        if not format.fits(weight.shape):
-            return torch.zeros(weight.numel(), device=weight.device)
-        stored = stored_weight(name, weight, Choice(format, quantizer=candidate.quantizer), self._calibration)
-        return multiplied_weight(layer, format, stored, torch.float32, compute).sub_(weight).flatten()
+        found: _Packed = []
+        for candidate in self._candidates:
+            fits = candidate.format.fits(weight.shape)
+            choice = Choice(candidate.format, quantizer=candidate.quantizer)
+            stored = stored_weight(name, weight, choice, self._calibration) if fits else None
+            found.append(None if stored is None else packed_weight(layer, candidate.format, stored))
+        nbytes = sum(tensor.nbytes for packed in found if packed for tensor in packed.tensors.values())
+        if nbytes <= self._room:
+            self._room -= nbytes
+            self._kept[name] = found
+        return found
 
     def _shifts(self, name: str) -> torch.Tensor:
         """db of each candidate, float32, shape (candidates, out); zero where the storage dtype cannot hold b + db."""
         layer = self._layers[name]
-        if name not in self._calibration.input_means:
-            return torch.zeros(len(self._candidates), layer.weight.shape[0], device=layer.weight.device)
-        requantized = self._compute is Compute.INT8
-        deltas = self._made(name, Compute.EXACT) if requantized else self._deltas(name)
-        shaped = (delta.view(layer.weight.shape) for delta in deltas)
-        shifts = (bias_shift(layer, delta, self._calibration.input_means[name]) for delta in shaped)
-        return torch.stack([self._applied(layer, shift) for shift in shifts])
+        weight = layer.weight.detach().to(self._storage)
+        shifts = torch.zeros(len(self._candidates), len(weight), device=weight.device)
+        if (mean := self._calibration.input_means.get(name)) is not None:
+            for shift, packed in zip(shifts, self._packed(name), strict=True):
+                if packed is not None:
+                    shift += self._applied(layer, mean_error(layer, weight, packed, mean))
+        return shifts
 
     def _applied(self, layer: Quantizable, shift: torch.Tensor) -> torch.Tensor:
         """`shift`, or zeros if the storage dtype cannot hold the corrected bias."""

@@ -97,11 +97,13 @@ def test_time_is_counted_in_steps(
 ) -> None:
     monkeypatch.setattr(forecast, "time_plain", lambda _, samples: Timing(2.0 * len(samples), 1.0 * len(samples), 5))
     monkeypatch.setattr(forecast, "time_probed", lambda *_: Timing(20.0, 10.0, 5))
+    monkeypatch.setattr(forecast.Forecast, "_products", lambda *_: products)
     options = ("--budget", "50%", "--quantizer", "rtn", "--trials", "6", "--dry-run", "--json")
     seconds = command(*small, *options, "--output-dir", tmp_path / "out").result["seconds"]
-    trajectory, probed = 2 + 4 * 1, 20 + 4 * 10
+    products = 3
+    trajectory, probed = 2 + 4 * 1, 5 * 10
     assert seconds["reference"] == seconds["held-out, checkpoint"] == 16 * trajectory
-    assert seconds["adjoint probe"] == 16 * (trajectory + 2 * probed)
+    assert seconds["adjoint probe"] == 16 * (trajectory + 2 * (probed + products))
     assert seconds["search trials"] == (6 + 1) * 16 * trajectory
 
 

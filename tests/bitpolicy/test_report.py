@@ -74,13 +74,11 @@ def model_of(layers: Sequence[Layer]) -> ModelContext:
 
 
 def table_of(error: torch.Tensor, probe: str = "adjoint", **changes: object) -> SensitivityTable:
-    """Errors that enter in equal parts at four steps."""
     names = tuple(f"layer.{i}" for i in range(len(error))) if len(error) != len(NAMES) else tuple(NAMES)
     error = error.double()
-    by_step = (error / STEPS).float().expand(STEPS, *error.shape).clone()
     sketches = error.sqrt().float().expand(3, *error.shape).clone()
     corrected = torch.ones_like(error, dtype=torch.bool)
-    found = SensitivityTable(probe, names, FORMATS[: error.shape[1]], error, corrected, sketches, by_step)
+    found = SensitivityTable(probe, names, FORMATS[: error.shape[1]], error, corrected, sketches)
     return replace(found, cost=Cost(80, 560, 20, 1600), **changes)  # type: ignore[arg-type]
 
 
@@ -96,7 +94,8 @@ def errors(int4: float = 1e-4, int8: float = 1e-6, **special: float) -> torch.Te
 def split_of(
     error: torch.Tensor, bias: tuple[float, float], scale: float = 0.1, kept: float = 0.25, steps: int = STEPS
 ) -> ErrorSplit:
-    """Shares `bias` of INT4 and INT8, equal for all layers; correction leaves `kept` of the bias and all the rest."""
+    """Errors that enter in equal parts at all steps. Shares `bias` of INT4 and INT8, equal for all layers; correction
+    leaves `kept` of the bias and all the rest."""
     plain = error.float().expand(1 + steps, *error.shape).clone()
     plain[1:] /= steps
     shares = torch.tensor(bias[: error.shape[1]])
@@ -350,9 +349,10 @@ def test_steps_that_agree_and_independent_steps() -> None:
 def test_amplification_and_entry_by_step(whole: Probed) -> None:
     assert whole.split is not None
     assert amplification(whole, whole.split, 0) == pytest.approx(np.linspace(0.5, 2, STEPS))
-    assert entering(whole, 0).sum() == pytest.approx(float(whole.table.error[:, 0].sum()), rel=1e-5)
-    stages = [entering(whole, 0, stage) for stage in by_stage(whole)]
-    assert np.sum(stages, 0) == pytest.approx(entering(whole, 0))
+    in_all = entering(whole, whole.split, 0)
+    assert in_all == pytest.approx(whole.split.error[1, 1:, :, 0].sum(1).numpy(), rel=1e-5)  # biases are corrected
+    stages = [entering(whole, whole.split, 0, stage) for stage in by_stage(whole)]
+    assert np.sum(stages, 0) == pytest.approx(in_all)
 
 
 def test_the_better_bias_is_shown(whole: Probed) -> None:
@@ -533,13 +533,14 @@ def test_in_the_folder_of_a_search_the_remedy_names_another_folder(
 
 @pytest.mark.parametrize("probe", ["weight", "stepwise", "ablation"])
 def test_a_probe_without_steps_or_images_draws_what_it_can(whole: Probed, tmp_path: Path, probe: str) -> None:
-    changes = {} if probe == "stepwise" else {"by_step": None, "sketches": None}
+    changes = {} if probe == "stepwise" else {"sketches": None}
     found = replace(whole, split=None, check=None, table=replace(whole.table, probe=probe, cost=None, **changes))
     made = make_report(save(found, tmp_path / "x"))
     parsed(made.html)
     text = text_of(made.html)
     assert ("probe are not image errors" in text) == (made.lists is None) == (probe != "ablation")
-    assert (f"The {probe} probe has no scores by step" in text) == (probe != "stepwise")
+    assert text.count("This folder has no errors by step") == 3
+    assert "worst step" not in text
     assert "roles" in [p.name for p in made.pictures]
 
 
@@ -563,7 +564,7 @@ def large() -> Probed:
     stages = ["encoder"] * 400 + ["decoder"] * 400
     layers = [layer(name, "attention_qkv", stage) for name, stage in zip(names, stages, strict=True)]
     error = torch.logspace(-9, -3, 800)[:, None] * torch.tensor([[1.0, 0.01]])
-    return Probed(replace(table_of(error), layers=tuple(names)), model_of(layers))
+    return Probed(replace(table_of(error), layers=tuple(names)), model_of(layers), split_of(error, (0.8, 0.2)))
 
 
 def no_error() -> Probed:
@@ -580,7 +581,9 @@ def test_other_denoisers(make: Callable[[], Probed], tmp_path: Path) -> None:
 
 
 def test_the_heat_map_of_a_large_model_is_no_taller_than_a_few_screens() -> None:
-    image = Image.open(io.BytesIO(heat_map(large()).png))
+    found = large()
+    assert found.split is not None
+    image = Image.open(io.BytesIO(heat_map(found, found.split).png))
     assert image.height < 3100
     assert image.width < 1400
 

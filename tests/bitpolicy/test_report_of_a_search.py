@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -22,6 +23,7 @@ from bitpolicy.report import charts, chosen, policy_map
 from bitpolicy.report.document import make_report
 from bitpolicy.report.inputs import Probed
 from bitpolicy.search.study.trials import TrialRow, load_trials, save_trials
+from bitpolicy.sensitivity.probes.error_split import ErrorSplit
 
 
 @pytest.fixture(scope="module")
@@ -220,10 +222,12 @@ def assert_legends_are_whole(figure: Figure) -> None:
         assert overlaps == []
 
 
-def test_legends_of_skips_and_steps_are_whole_without_a_split(probed: Probed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_legends_of_skips_and_steps_are_whole(probed: Probed, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = drawn_figures(monkeypatch, charts)
-    charts.skips(probed, None)
-    charts.through_the_sampler(probed, None)
+    parts = torch.rand(2, 1 + 3, *probed.table.error.shape)
+    split = ErrorSplit(parts, parts, parts, parts, parts[:, 1:], parts[:, 1:])
+    charts.skips(probed, split)
+    charts.through_the_sampler(probed, split)
     assert len(figures) == 2
     for figure in figures:
         assert_legends_are_whole(figure)

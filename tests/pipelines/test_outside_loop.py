@@ -23,6 +23,7 @@ from bitpolicy.sensitivity.inventory import inventory
 from bitpolicy.sensitivity.probes.adjoint import AdjointSketches
 from bitpolicy.sensitivity.probes.directions import Random
 from bitpolicy.sensitivity.probes.measurement import References, ablate
+from bitpolicy.sensitivity.probes.probe_memory import BY_STEP, ProbeMemory
 from bitpolicy.sensitivity.probes.sketch import Sketch
 from bitpolicy.sensitivity.rounding.candidates import candidates
 from bitpolicy.sensitivity.samples import Sample
@@ -151,6 +152,21 @@ def test_scores_agree_with_ablation_in_rank_and_size(name: str, new_subject: Any
     assert len(kept) > 15
     assert spearmanr(predicted, truth).statistic > 0.9
     assert 0.7 < float(ratio) < 1.4
+
+
+def test_a_sketch_of_the_whole_has_the_layers_outside_the_loop_too(new_subject: Any) -> None:
+    subject = new_subject("StableDiffusionPipeline", components="all", num_inference_steps=2)
+    steps, whole = (
+        next(
+            AdjointSketches(
+                subject.trajectories, candidates([INT4]), quantization=Quantization(), memory=memory
+            ).sketches(subject.samples[0], [Random(0)])
+        ).weight
+        for memory in (BY_STEP, ProbeMemory.summing(subject.trajectories.target.layers, 2**40))
+    )
+    assert len(steps) == 3
+    assert steps[0].any()
+    torch.testing.assert_close(whole, steps.sum(0, keepdim=True), rtol=1e-5, atol=1e-6 * float(steps.abs().max()))
 
 
 # Precision, and pipelines that encode without gradients

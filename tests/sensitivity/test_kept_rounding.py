@@ -164,24 +164,23 @@ def test_rounding_to_many_formats_holds_no_more_memory_than_to_few(
         assert grown < 1.5 * layer.weight.numel() + 10_000, f"{name}: more than one rounding of it"
 
 
-def test_reading_holds_no_memory_and_weight_changes_are_cached_up_to_a_limit(
-    trajectories: Trajectories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_reading_holds_no_memory_and_packed_weights_stay_up_to_a_limit(
+    trajectories: Trajectories, tmp_path: Path
 ) -> None:
     layers = dict(some_layers(trajectories.target))
     weights = sum(layer.weight.numel() for layer in layers.values())
-    monkeypatch.setattr("bitpolicy.sensitivity.probes.weight_changes._MOST", 8 * weights)
     grown = {}
-    for formats in (FEW, MANY):
+    for formats, room in ((FEW, 0), (FEW, weights), (MANY, weights)):
         rounding = rounding_of(trajectories, formats, tmp_path / formats)
         kept = KeptRounding(rounding.files())
         before = reachable()
         changes = WeightChanges(
-            layers, rounding.candidates, quantization=Quantization(calibration=Calibration(rounded=kept))
+            layers, rounding.candidates, quantization=Quantization(calibration=Calibration(rounded=kept)), room=room
         )
         for _ in range(2):
             for name, layer in layers.items():
                 changes.weight_products(name, layer.weight)
-        grown[formats] = reachable() - before
+        grown[formats, room] = reachable() - before
         assert RoundedKey("conv_in", rounding.candidates[0].format.name, "gptq", "weight_packed") in kept
-    assert 0 < grown[FEW] <= 8 * weights
-    assert grown[MANY] <= 8 * weights
+    assert grown[FEW, 0] == 0 < grown[FEW, weights] <= weights
+    assert grown[MANY, weights] <= weights

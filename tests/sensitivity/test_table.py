@@ -70,12 +70,13 @@ def test_the_mean_of_the_squared_sketches_is_the_error(table: SensitivityTable) 
     torch.testing.assert_close(table.sketches.double().square().mean(0), table.error, rtol=1e-5, atol=0)
 
 
-def test_by_step_holds_the_error_that_enters_at_each_step_alone(
+def test_sketches_by_step_give_the_table_of_sketches_of_the_whole_trajectory(
     table: SensitivityTable, sketches: list[Sketch]
 ) -> None:
-    assert table.by_step is not None
-    without_bias = torch.stack([s.weight[:, 3] for s in sketches]).square().mean(0) / POWER
-    torch.testing.assert_close(table.by_step[:, 3], without_bias)
+    whole = [sketch.rows(lambda rows: rows.sum(0, keepdim=True)) for sketch in sketches]
+    found = SensitivityTable.from_sketches(["a", "b", "c", "d"], candidates([INT4, INT8]), whole, POWER)
+    torch.testing.assert_close(found.error, table.error)
+    assert torch.equal(found.corrected, table.corrected)
 
 
 def test_measured_errors_replace_predictions(table: SensitivityTable) -> None:
@@ -154,9 +155,7 @@ def test_a_layer_takes_the_common_quantizer_unless_another_is_better_beyond_doub
             steps = torch.stack([s.weight + s.bias if biases[layer, best] else s.weight for s in sketches])
             steps = steps[:, :, layer, place]
             assert table.sketches is not None
-            assert table.by_step is not None
             torch.testing.assert_close(table.sketches[:, layer, column], steps.sum(1) / POWER**0.5)
-            torch.testing.assert_close(table.by_step[:, layer, column], steps.square().mean(0) / POWER)
     assert {(left, least) for left, least, _ in taken} == {(True, True), (True, False), (False, True)}
     assert {corrected for _, _, corrected in taken} == {True, False}
 
@@ -263,8 +262,8 @@ def test_layers_that_no_gradient_reached_score_zero() -> None:
     nothing = [Sketch(torch.zeros(3, 2, 1), torch.zeros(3, 2, 1))]
     table = SensitivityTable.from_sketches(["a", "b"], candidates([INT4]), nothing, POWER)
     assert table.error.tolist() == [[0.0], [0.0]]
-    assert table.by_step is not None
-    assert torch.equal(table.by_step, torch.zeros(3, 2, 1))
+    assert table.sketches is not None
+    assert not table.sketches.any()
     assert table.vector_error([INT4, INT4]) == 0.0
 
 
@@ -332,7 +331,7 @@ def test_a_saved_table_loads_unchanged(saved: tuple[SensitivityTable, Path]) -> 
     table, folder = saved
     found = read_table(folder / "sensitivity.safetensors")
     assert (found.probe, found.layers, found.formats) == (table.probe, table.layers, table.formats)
-    for name in ("error", "corrected", "sketches", "by_step"):
+    for name in ("error", "corrected", "sketches"):
         assert torch.equal(getattr(found, name), getattr(table, name)), name
         assert getattr(found, name).dtype == getattr(table, name).dtype
 
@@ -344,7 +343,7 @@ def test_a_table_without_sketches_loads_without_sketches(toy_unet: Any, tmp_path
     table = SensitivityTable("ablation", names, (INT8,), error, torch.ones(len(layers), 1, dtype=torch.bool))
     write_table(table, tmp_path, ModelContext(layers, ByteAccount.of(Target({"unet": toy_unet}), torch.float16)))
     found = read_table(tmp_path / "sensitivity.safetensors")
-    assert (found.probe, found.sketches, found.by_step) == ("ablation", None, None)
+    assert (found.probe, found.sketches) == ("ablation", None)
     assert torch.equal(found.error, error)
 
 

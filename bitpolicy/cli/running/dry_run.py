@@ -57,11 +57,12 @@ def _costs(plan: Mapping[str, Any]) -> list[str]:
         f"{name} {'at most ' if name in _BOUNDS else ''}{in_words(each)}" for name, each in seconds.items() if each >= 1
     )
     rounding = f", or {decimal(memory['rounding'])} while layers are rounded" if memory["rounding"] else ""
-    most = memory["weights"] + max(memory["probe"], memory["rounding"])
+    most = memory["weights"] + max(memory["probe"] + memory["sums"], memory["rounding"])
+    sums = f" and {decimal(memory['sums'])} for its sums (--probe-memory)" if memory["sums"] else ""
     return [
         f"time        about {in_words(sum(seconds.values()))}: {', '.join(stages)}",
         f"memory      {decimal(most)}: {decimal(memory['weights'])} for the models, plus "
-        f"{decimal(memory['probe'])} during a step{rounding}",
+        f"{decimal(memory['probe'])} during a step{sums}{rounding}",
         f"disk        up to {decimal(disk['checkpoint'] + disk['work'])}: {decimal(disk['checkpoint'])} for the "
         f"checkpoint, {decimal(disk['work'])} in work/",
     ]
