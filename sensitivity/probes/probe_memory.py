@@ -59,9 +59,11 @@ def sum_bytes(layer: Quantizable) -> int:
 
 
 def default_memory(device: torch.device) -> int:
-    """The bytes that a probe on `device` takes unless it is told: half of what is free."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_bytes()
-    return int(_SHARE * free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """The bytes that a probe on `device` takes unless it is told: half of what is free. Processes on one machine share
+    its main memory."""
+    if device.type == "cuda":
+        return int(_SHARE * torch.cuda.mem_get_info(device)[0])
+    return int(_SHARE * _free_bytes()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _free_bytes() -> int:

@@ -58,9 +58,10 @@ def assert_equal_sums(whole: Sketch, steps: Sketch) -> None:
         if expected is None:
             assert found is None
             continue
-        size = expected.double().square().sum(0).sqrt()  # steps may cancel
+        size = expected.double().square().sum(0).sqrt()  # steps may cancel, as may the terms of a product
         assert found.shape == (1, *expected.shape[1:])
-        assert ((found[0] - expected.double().sum(0)).abs() <= 2e-6 * size + 1e-7 * size.max()).all(), part
+        excess = (found[0] - expected.double().sum(0)).abs() - 5e-6 * size - 1e-6 * size.max()
+        assert float(excess.max()) <= 0, part
     assert whole.along == steps.along
 
 
