@@ -135,7 +135,8 @@ def test_products_do_not_depend_on_the_rows_taken_at_a_time(
     to_storage(layer, torch.float16)
     gradient, formats = torch.randn_like(layer.weight), parse_formats("int4,int8,int5-channel-sym,nf4,int4-g32-rot")
     wanted = candidates(formats)
-    mean = {"layer": torch.randn(layer.weight.shape[1:])}
+    inputs = layer.weight.shape[1] * getattr(layer, "groups", 1)
+    mean = {"layer": torch.randn(inputs, *layer.weight.shape[2:])}
     found = []
     for chunk in (2**20, 100):
         monkeypatch.setattr(row_chunks, "_CHUNK", chunk)
