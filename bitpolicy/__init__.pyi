@@ -38,6 +38,7 @@ def probe(
     probe: Literal["adjoint", "stepwise", "ablation", "weight"] = ...,
     vectors: int = ...,
     remeasure: int = ...,
+    probe_memory: int | str | None = ...,
     seed: int = ...,
     samples: int = ...,
 ) -> SensitivityTable: ...
@@ -72,6 +73,7 @@ def search(
     probe: Literal["adjoint", "stepwise", "ablation", "weight"] = ...,
     vectors: int = ...,
     remeasure: int = ...,
+    probe_memory: int | str | None = ...,
     seed: int = ...,
     trials: int = ...,
     sampler: Literal["tpe", "gp", "cmaes", "nsga2", "random"] = ...,
