@@ -97,11 +97,10 @@ def test_time_is_counted_in_steps(
 ) -> None:
     monkeypatch.setattr(forecast, "time_plain", lambda _, samples: Timing(2.0 * len(samples), 1.0 * len(samples), 5))
     monkeypatch.setattr(forecast, "time_probed", lambda *_: Timing(20.0, 10.0, 5))
-    monkeypatch.setattr(forecast.Forecast, "_products", lambda *_: products)
+    monkeypatch.setattr(forecast.Forecast, "_products", lambda *_: 3.0)
     options = ("--budget", "50%", "--quantizer", "rtn", "--trials", "6", "--dry-run", "--json")
     seconds = command(*small, *options, "--output-dir", tmp_path / "out").result["seconds"]
-    products = 3
-    trajectory, probed = 2 + 4 * 1, 5 * 10
+    trajectory, probed, products = 2 + 4 * 1, 5 * 10, 3
     assert seconds["reference"] == seconds["held-out, checkpoint"] == 16 * trajectory
     assert seconds["adjoint probe"] == 16 * (trajectory + 2 * (probed + products))
     assert seconds["search trials"] == (6 + 1) * 16 * trajectory
@@ -141,6 +140,9 @@ def test_memory_counts_the_weights_a_step_and_the_rounding(command: Any, small: 
     plain, probed, rounded = memory("--probe", "weight", "--quantizer", "rtn"), memory("--quantizer", "rtn"), memory()
     assert plain["weights"] == probed["weights"] == rounded["weights"] > 0
     assert 0 < plain["probe"] < probed["probe"]
+    assert (
+        plain["sums"] == 0 == memory("--probe-memory", "0")["sums"] < memory("--probe-memory", "100kB")["sums"] <= 10**5
+    )
     assert plain["rounding"] == probed["rounding"] == 0 < rounded["rounding"]
 
 
@@ -188,3 +190,8 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(command: Any, small: tuple[
         assert line.startswith("search-policy: ")
         assert len(line.splitlines()) == 1
     assert [path.name for path in here.iterdir()] == ["full"]
+
+
+def test_a_memory_that_is_no_size_is_refused(command: Any, small: tuple[str, ...], here: Path) -> None:
+    outcome = command(*small, "--budget", "50%", "--probe-memory", "8Gb", "--dry-run")
+    outcome.assert_refused("search-policy", "--probe-memory '8Gb' is in bits; write 8GB for bytes")

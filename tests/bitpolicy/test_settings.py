@@ -43,6 +43,7 @@ def test_every_setting_counts() -> None:
         shared=1,
         remeasure=1,
         remeasure_close=1,
+        probe_memory="1GB",
         search_samples=1,
         confirm_samples=1,
         held_out_samples=1,
