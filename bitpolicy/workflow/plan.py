@@ -23,6 +23,7 @@ from bitpolicy.policies.components import asked_components
 from bitpolicy.policies.exporters.targets import exporter_named
 from bitpolicy.policies.exporters.tied import tied_layers
 from bitpolicy.policies.measured_compute import measured_compute
+from bitpolicy.policies.target import Target
 from bitpolicy.search.budget import Budget, Scope, read
 from bitpolicy.search.constraints import joined, not_held, pinned, require_one_pin, shared_qkv
 from bitpolicy.search.problem import PolicySpace, Problem
