@@ -46,13 +46,13 @@ from bitpolicy.policies.quantization import Quantization
 from bitpolicy.search.budget import read_bytes
 from bitpolicy.sensitivity.cost.forwards import adjoint_forwards
 from bitpolicy.sensitivity.probes.adjoint import AdjointSketches
-from bitpolicy.sensitivity.probes.directions import Random
-from bitpolicy.sensitivity.probes.probe_memory import ProbeMemory
-from bitpolicy.sensitivity.probes.weight_changes import WeightChanges
 from bitpolicy.sensitivity.rounding.candidates import Candidate, candidates
 from bitpolicy.sensitivity.rounding.kept_rounding import KeptRounding, write_rounded
 from bitpolicy.sensitivity.rounding.rounding import announced
 from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.sketches.directions import Random
+from bitpolicy.sensitivity.sketches.probe_memory import ProbeMemory
+from bitpolicy.sensitivity.sketches.weight_changes import WeightChanges
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
 MODELS = ("stable-diffusion-v1-5", "stable-diffusion-xl-base-1.0", "DiT-XL-2-256")

@@ -13,9 +13,9 @@ from bitpolicy.kernels.names import DEFAULT_QUANTIZER
 from bitpolicy.kernels.quantizers.named import RTN
 from bitpolicy.policies.policy import Choice
 from bitpolicy.sensitivity.cost.forwards import Cost
-from bitpolicy.sensitivity.probes.sketch import Sketch
 from bitpolicy.sensitivity.rounding.candidates import Candidate
 from bitpolicy.sensitivity.rounding.quantizer_choice import chosen
+from bitpolicy.sensitivity.sketches.sketch import Sketch
 
 NO_IMAGE_ERROR = ("stepwise", "weight", "prior")  # probes whose numbers rank layers but are not errors of the image
 FIRST_ORDER = 1e-3  # relative error of the final latent up to which a first-order prediction is trusted

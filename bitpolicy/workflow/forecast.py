@@ -26,14 +26,14 @@ from bitpolicy.sensitivity.cost.forwards import BACKWARD
 from bitpolicy.sensitivity.cost.step_cost import Timing, peak_of_step, time_plain, time_probed
 from bitpolicy.sensitivity.probes.adjoint import AdjointProbe
 from bitpolicy.sensitivity.probes.named import PROBES
-from bitpolicy.sensitivity.probes.probe_memory import ProbeMemory, default_memory, sum_bytes
 from bitpolicy.sensitivity.probes.run import SHARED
 from bitpolicy.sensitivity.probes.stepwise import LocalSketches, StepwiseProbe
-from bitpolicy.sensitivity.probes.weight_changes import WeightChanges
 from bitpolicy.sensitivity.rounding.candidates import Candidate, candidates
 from bitpolicy.sensitivity.rounding.hessians import Moments, hessian_shape
 from bitpolicy.sensitivity.rounding.rounding import announced, needs_gradients, needs_hessian, parts, rounded
 from bitpolicy.sensitivity.rounding.rounding_pass import HESSIAN_SAMPLES
+from bitpolicy.sensitivity.sketches.probe_memory import ProbeMemory, default_memory, sum_bytes
+from bitpolicy.sensitivity.sketches.weight_changes import WeightChanges
 from bitpolicy.sensitivity.trajectory.checkpointed_calls import is_large
 from bitpolicy.settings import Settings
 from bitpolicy.workflow.compare import PICTURES

@@ -9,8 +9,8 @@ the whole sampling loop gives G_l = J_l^T v for every layer at once, and
 
 This is the adjoint method applied to the sampler, with Hutchinson's estimator (1990) of the norm. A sketch s costs one
 dot product per format, and the gradient G_l is summed over the calls of the trajectory before it is multiplied
-(`bitpolicy.sensitivity.probes.probe_memory`). The same pass measures the effect of 8-bit inputs
-(`bitpolicy.sensitivity.probes.input_rounding`).
+(`bitpolicy.sensitivity.sketches.probe_memory`). The same pass measures the effect of 8-bit inputs
+(`bitpolicy.sensitivity.sketches.input_rounding`).
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.cost.forwards import adjoint_forwards
 from bitpolicy.sensitivity.probes.compute_range import advice
-from bitpolicy.sensitivity.probes.directions import Direction, Random, signal_of
-from bitpolicy.sensitivity.probes.input_rounding import InputRounding
 from bitpolicy.sensitivity.probes.probe import Probe
-from bitpolicy.sensitivity.probes.probe_memory import BY_STEP, ProbeMemory
-from bitpolicy.sensitivity.probes.sketch import Sketch, SketchRecorder, equally_long, only_these_require_grad
-from bitpolicy.sensitivity.probes.weight_changes import WeightChanges
 from bitpolicy.sensitivity.records import Piece
 from bitpolicy.sensitivity.rounding.candidates import Candidate
 from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.sketches.directions import Direction, Random, signal_of
+from bitpolicy.sensitivity.sketches.input_rounding import InputRounding
+from bitpolicy.sensitivity.sketches.probe_memory import BY_STEP, ProbeMemory
+from bitpolicy.sensitivity.sketches.sketch import Sketch, SketchRecorder, equally_long, only_these_require_grad
+from bitpolicy.sensitivity.sketches.weight_changes import WeightChanges
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.trajectory.checkpointed_calls import CheckpointedCalls
 from bitpolicy.sensitivity.trajectory.scaled_backward import backward, scales_for

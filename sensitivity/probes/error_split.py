@@ -28,8 +28,8 @@ from bitpolicy.policies.storage.atomic import written_aside
 from bitpolicy.policies.storage.file_source import open_tensors
 from bitpolicy.policies.storage.sealed import sealed, unsealed
 from bitpolicy.sensitivity.probes.measurement import pairs_mean
-from bitpolicy.sensitivity.probes.sketch import Sketch
 from bitpolicy.sensitivity.probes.stepwise import LocalSketch
+from bitpolicy.sensitivity.sketches.sketch import Sketch
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import Layer
 from bitpolicy.sensitivity.probes.measurement import Ablations
-from bitpolicy.sensitivity.probes.probe_memory import ProbeMemory, default_memory, sum_bytes
 from bitpolicy.sensitivity.records import Piece, Records
 from bitpolicy.sensitivity.rounding.candidates import Candidate, candidates
 from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.sketches.probe_memory import ProbeMemory, default_memory, sum_bytes
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.trajectory.reference import ReferencePass
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories

@@ -25,12 +25,10 @@ from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import Layer
 from bitpolicy.sensitivity.probes.ablation import alone_name, choice_at
 from bitpolicy.sensitivity.probes.adjoint import AdjointProbe
-from bitpolicy.sensitivity.probes.directions import Direction, Shared, Signal
 from bitpolicy.sensitivity.probes.error_split import ErrorSplit
 from bitpolicy.sensitivity.probes.measurement import Ablations, Measured
 from bitpolicy.sensitivity.probes.named import probe_named
 from bitpolicy.sensitivity.probes.probe import ProbeInputs
-from bitpolicy.sensitivity.probes.shrinkage import can_shrink, shrunk
 from bitpolicy.sensitivity.probes.stepwise import StepwiseProbe
 from bitpolicy.sensitivity.probes.weight import weight_errors
 from bitpolicy.sensitivity.records import Piece, Records, settings_key
@@ -39,6 +37,8 @@ from bitpolicy.sensitivity.rounding.corrections import beyond_range
 from bitpolicy.sensitivity.rounding.kept_rounding import KeptRounding
 from bitpolicy.sensitivity.rounding.rounding_pass import HESSIAN_SAMPLES, RoundingPass
 from bitpolicy.sensitivity.samples import Sample, fingerprint
+from bitpolicy.sensitivity.sketches.directions import Direction, Shared, Signal
+from bitpolicy.sensitivity.sketches.shrinkage import can_shrink, shrunk
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.trajectory.checkpointed_calls import is_large
 from bitpolicy.sensitivity.trajectory.reference import ReferencePass, reference_part

@@ -25,15 +25,15 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.cost.forwards import stepwise_forwards
 from bitpolicy.sensitivity.probes.compute_range import advice
-from bitpolicy.sensitivity.probes.directions import stream
-from bitpolicy.sensitivity.probes.input_rounding import InputRounding
 from bitpolicy.sensitivity.probes.probe import Probe
-from bitpolicy.sensitivity.probes.probe_memory import BY_STEP, ProbeMemory
-from bitpolicy.sensitivity.probes.sketch import Sketch, SketchRecorder, equally_long, only_these_require_grad
-from bitpolicy.sensitivity.probes.weight_changes import WeightChanges
 from bitpolicy.sensitivity.records import Piece
 from bitpolicy.sensitivity.rounding.candidates import Candidate
 from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.sketches.directions import stream
+from bitpolicy.sensitivity.sketches.input_rounding import InputRounding
+from bitpolicy.sensitivity.sketches.probe_memory import BY_STEP, ProbeMemory
+from bitpolicy.sensitivity.sketches.sketch import Sketch, SketchRecorder, equally_long, only_these_require_grad
+from bitpolicy.sensitivity.sketches.weight_changes import WeightChanges
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.trajectory.decoding import replaced_method
 from bitpolicy.sensitivity.trajectory.trajectories import LoopError, Trajectories

@@ -33,9 +33,9 @@ from torch.nn.functional import pad
 from bitpolicy.kernels.layers import Quantizable
 from bitpolicy.kernels.quantizers.bias_correction import patches
 from bitpolicy.sensitivity.probes.adjoint import require_uncut
-from bitpolicy.sensitivity.probes.directions import Random, stream
-from bitpolicy.sensitivity.probes.sketch import only_these_require_grad
 from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.sketches.directions import Random, stream
+from bitpolicy.sensitivity.sketches.sketch import only_these_require_grad
 from bitpolicy.sensitivity.trajectory.checkpointed_calls import CheckpointedCalls
 from bitpolicy.sensitivity.trajectory.scaled_backward import backward, scales_for
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories

@@ -27,8 +27,8 @@ from bitpolicy.kernels.layers import Quantizable
 from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.components import asked_components
 from bitpolicy.policies.target import Target
-from bitpolicy.sensitivity.probes.directions import Random
 from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.sketches.directions import Random
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
 Moves = Mapping[nn.Parameter, torch.Tensor]

@@ -14,10 +14,10 @@ from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.probes.adjoint import AdjointSketches
-from bitpolicy.sensitivity.probes.directions import Random
-from bitpolicy.sensitivity.probes.sketch import Sketch
 from bitpolicy.sensitivity.probes.stepwise import LocalSketches
 from bitpolicy.sensitivity.rounding.candidates import candidates
+from bitpolicy.sensitivity.sketches.directions import Random
+from bitpolicy.sensitivity.sketches.sketch import Sketch
 
 INT4 = format_named("int4")
 STEPS, VECTOR = 3, 4

@@ -27,12 +27,12 @@ from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.probes.adjoint import AdjointSketches
-from bitpolicy.sensitivity.probes.directions import Random
-from bitpolicy.sensitivity.probes.sketch import Sketch
 from bitpolicy.sensitivity.probes.stepwise import LocalSketches
 from bitpolicy.sensitivity.rounding.candidates import candidates
 from bitpolicy.sensitivity.rounding.hessians import Moments, measure_moments
 from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.sketches.directions import Random
+from bitpolicy.sensitivity.sketches.sketch import Sketch
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.trajectory.reference import ReferencePass
 from bitpolicy.sensitivity.trajectory.trajectories import LoopError, Trajectories

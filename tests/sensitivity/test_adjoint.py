@@ -21,10 +21,10 @@ from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.probes.adjoint import AdjointSketches
-from bitpolicy.sensitivity.probes.directions import Random, Shared, Signal
-from bitpolicy.sensitivity.probes.sketch import Sketch
 from bitpolicy.sensitivity.rounding.candidates import candidates
 from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.sketches.directions import Random, Shared, Signal
+from bitpolicy.sensitivity.sketches.sketch import Sketch
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
 Means = dict[str, torch.Tensor]

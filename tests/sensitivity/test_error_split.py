@@ -14,13 +14,13 @@ from bitpolicy.kernels.formats.named import parse_formats
 from bitpolicy.policies.policy import Choice
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import inventory
-from bitpolicy.sensitivity.probes.directions import Random, Shared, Signal
 from bitpolicy.sensitivity.probes.error_split import ErrorSplit
 from bitpolicy.sensitivity.probes.measurement import pairs_mean
 from bitpolicy.sensitivity.probes.run import ProbeRun, ProbeSettings
-from bitpolicy.sensitivity.probes.sketch import Sketch
 from bitpolicy.sensitivity.probes.stepwise import LocalSketch
 from bitpolicy.sensitivity.samples import Sample, split_samples
+from bitpolicy.sensitivity.sketches.directions import Random, Shared, Signal
+from bitpolicy.sensitivity.sketches.sketch import Sketch
 
 DIMS, SAMPLES, SHARED, STEPS = 400, 24, 600, 2
 

@@ -16,10 +16,10 @@ from bitpolicy.policies.policy import Choice
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.rounded_layers import rounds_inputs
 from bitpolicy.sensitivity.probes.adjoint import AdjointSketches
-from bitpolicy.sensitivity.probes.directions import Random
 from bitpolicy.sensitivity.probes.measurement import References, ablate
 from bitpolicy.sensitivity.rounding.candidates import candidates
 from bitpolicy.sensitivity.samples import split_samples
+from bitpolicy.sensitivity.sketches.directions import Random
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.trajectory.reference import ReferencePass
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories

@@ -11,11 +11,11 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from torch import nn
 
 from bitpolicy.kernels.layers import Quantizable, quantizable_layers
-from bitpolicy.sensitivity.probes.directions import Random
-from bitpolicy.sensitivity.probes.sketch import only_these_require_grad
 from bitpolicy.sensitivity.rounding import hessians
 from bitpolicy.sensitivity.rounding.hessians import Moments, drawn_inputs, hessian_shape, measure_moments
 from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.sketches.directions import Random
+from bitpolicy.sensitivity.sketches.sketch import only_these_require_grad
 from bitpolicy.sensitivity.trajectory import scaled_backward
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 

@@ -30,14 +30,14 @@ from bitpolicy.policies.rounded_layers import seen_input
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import inventory
 from bitpolicy.sensitivity.probes.adjoint import AdjointSketches
-from bitpolicy.sensitivity.probes.directions import Random, stream
 from bitpolicy.sensitivity.probes.measurement import References, ablate
 from bitpolicy.sensitivity.probes.run import ProbeRun, ProbeSettings
-from bitpolicy.sensitivity.probes.sketch import Sketch
 from bitpolicy.sensitivity.probes.stepwise import LocalSketches
-from bitpolicy.sensitivity.probes.weight_changes import WeightChanges
 from bitpolicy.sensitivity.rounding.candidates import candidates
 from bitpolicy.sensitivity.samples import Sample, split_samples
+from bitpolicy.sensitivity.sketches.directions import Random, stream
+from bitpolicy.sensitivity.sketches.sketch import Sketch
+from bitpolicy.sensitivity.sketches.weight_changes import WeightChanges
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.trajectory.reference import ReferencePass
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
@@ -221,7 +221,7 @@ def test_a_gradient_overflow_at_an_input_is_detected(
         return seen_input(layer, x, compute) * (torch.inf if next(calls) == 0 else 1)
 
     expected = of_inputs(sketch(trajectories))
-    monkeypatch.setattr("bitpolicy.sensitivity.probes.input_rounding.seen_input", once)
+    monkeypatch.setattr("bitpolicy.sensitivity.sketches.input_rounding.seen_input", once)
     monkeypatch.setattr("bitpolicy.sensitivity.probes.adjoint.scales_for", lambda *_: [4.0, 1.0])
     torch.testing.assert_close(of_inputs(sketch(trajectories)), expected)
 

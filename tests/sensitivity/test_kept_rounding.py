@@ -20,11 +20,11 @@ from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.storage.safetensors_writer import SafetensorsWriter
 from bitpolicy.policies.target import Target
 from bitpolicy.sensitivity.cost.progress import Stages
-from bitpolicy.sensitivity.probes.weight_changes import WeightChanges
 from bitpolicy.sensitivity.rounding.candidates import candidates
 from bitpolicy.sensitivity.rounding.kept_rounding import KeptRounding, is_whole, write_rounded
 from bitpolicy.sensitivity.rounding.rounding_pass import RoundingPass
 from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.sketches.weight_changes import WeightChanges
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
 NewTrajectories = Callable[..., Trajectories]

@@ -19,17 +19,18 @@ from bitpolicy.policies.footprint import most_allocated
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import inventory
-from bitpolicy.sensitivity.probes import probe, probe_memory
+from bitpolicy.sensitivity.probes import probe
 from bitpolicy.sensitivity.probes.adjoint import AdjointSketches
-from bitpolicy.sensitivity.probes.directions import Random
-from bitpolicy.sensitivity.probes.probe_memory import BY_STEP, ProbeMemory, default_memory
 from bitpolicy.sensitivity.probes.run import ProbeRun, ProbeSettings
-from bitpolicy.sensitivity.probes.sketch import Sketch
 from bitpolicy.sensitivity.probes.stepwise import LocalSketches
-from bitpolicy.sensitivity.probes.weight_changes import WeightChanges
 from bitpolicy.sensitivity.records import Records
 from bitpolicy.sensitivity.rounding.candidates import candidates
 from bitpolicy.sensitivity.samples import Sample
+from bitpolicy.sensitivity.sketches import probe_memory
+from bitpolicy.sensitivity.sketches.directions import Random
+from bitpolicy.sensitivity.sketches.probe_memory import BY_STEP, ProbeMemory, default_memory
+from bitpolicy.sensitivity.sketches.sketch import Sketch
+from bitpolicy.sensitivity.sketches.weight_changes import WeightChanges
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 

@@ -25,13 +25,13 @@ from bitpolicy.policies.quantization import Quantization
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import inventory
 from bitpolicy.sensitivity.probes.run import ProbeRun, ProbeSettings
-from bitpolicy.sensitivity.probes.weight_changes import WeightChanges
 from bitpolicy.sensitivity.rounding import hessians, rounding, rounding_pass
 from bitpolicy.sensitivity.rounding.candidates import Candidate, candidates
 from bitpolicy.sensitivity.rounding.hessians import Moments, measure_moments
 from bitpolicy.sensitivity.rounding.kept_rounding import write_rounded
 from bitpolicy.sensitivity.rounding.rounding import announced, needs_hessian, parts, rounded
 from bitpolicy.sensitivity.samples import split_samples
+from bitpolicy.sensitivity.sketches.weight_changes import WeightChanges
 from bitpolicy.sensitivity.trajectory import scaled_backward
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 

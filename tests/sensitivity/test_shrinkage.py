@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bitpolicy.kernels.formats.named import parse_formats
-from bitpolicy.sensitivity.probes.shrinkage import can_shrink, kept_share, shrunk
+from bitpolicy.sensitivity.sketches.shrinkage import can_shrink, kept_share, shrunk
 from bitpolicy.sensitivity.table import SensitivityTable
 
 FORMATS = parse_formats("int4,int4-g32,int5,int6,int8,fp16")[:-1]

@@ -18,9 +18,9 @@ from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.policy import Choice
 from bitpolicy.policies.target import Target
 from bitpolicy.sensitivity.inventory import inventory
-from bitpolicy.sensitivity.probes.sketch import Sketch
 from bitpolicy.sensitivity.rounding.candidates import candidates
 from bitpolicy.sensitivity.rounding.quantizer_choice import chosen
+from bitpolicy.sensitivity.sketches.sketch import Sketch
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.table_files import ModelContext, read_table, write_table
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.functional import pad
 
 from bitpolicy.kernels.layers import Quantizable
-from bitpolicy.sensitivity.probes.weight_changes import WeightChanges
+from bitpolicy.sensitivity.sketches.weight_changes import WeightChanges
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
 Products = Callable[[str, torch.Tensor], torch.Tensor]
