@@ -32,7 +32,7 @@ import torch
 from peers.entry import ROOT
 from why.bundled import bundled
 from why.injected import denoiser_blocks, operators
-from why.language import language, language_blocks
+from why.language import language, language_blocks, language_operators
 from why.lists import lists, prior, whole_prior
 from why.rules import rules
 from why.sampler import forgetting, iteration
@@ -89,10 +89,16 @@ def of_prior(args: argparse.Namespace, kept: Rows) -> None:
     print(json.dumps(whole_prior(subjects).coefficients, indent=4))  # sensitivity/probes/prior.py has them
 
 
+def of_operators(args: argparse.Namespace, kept: Rows) -> None:
+    each_model(lambda subject, _: iter(operators(subject)))(args, kept)
+    if LANGUAGE.is_dir() and not kept.has(model=LANGUAGE.name):
+        kept.add({"model": LANGUAGE.name, **language_operators(LANGUAGE)})
+
+
 PARTS: dict[str, Part] = {
     "uniform": of_uniform,
     "injected": of_blocks,
-    "operators": each_model(lambda subject, _: iter(operators(subject))),
+    "operators": of_operators,
     "forgetting": each_model(lambda subject, _: iter([forgetting(subject)])),
     "iteration": each_model(lambda subject, _: iteration(subject)),
     "rules": each_model(lambda subject, args: rules(subject, args.images)),

@@ -14,7 +14,7 @@ convolution and a linear layer get relative errors of the same size, which no fo
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -127,7 +127,7 @@ def operators(subject: Subject) -> list[dict[str, Any]]:
         for kind, names in chosen.items():
             if not names:
                 continue
-            with _noisy({name: layers[name] for name in names}):
+            with noisy({name: layers[name] for name in names}):
                 once = sum(relative(run(), output) for run, output in zip(runs, exact, strict=True)) / len(runs)
                 finished = relative(_latents(subject, samples), latents)
             share = sum(layers[n].weight.numel() for n in names) / sum(one.weight.numel() for one in layers.values())
@@ -140,7 +140,7 @@ def _latents(subject: Subject, samples: Any) -> torch.Tensor:
 
 
 @contextmanager
-def _noisy(layers: dict[str, Any]) -> Iterator[None]:
+def noisy(layers: Mapping[str, Any]) -> Iterator[None]:
     """Perturb the weights by Gaussian noise relative to each output channel."""
     generator = torch.Generator().manual_seed(0)
     kept = {name: layer.weight.detach().clone() for name, layer in layers.items()}

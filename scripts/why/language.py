@@ -28,8 +28,8 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
-from why.injected import CALL_ROWS, Run, blocks
-from why.subjects import decibels
+from why.injected import CALL_ROWS, Run, blocks, noisy
+from why.subjects import decibels, relative
 
 from bitpolicy.kernels.formats.format import Format
 from bitpolicy.kernels.formats.grid import GridFormat
@@ -199,3 +199,12 @@ def language_blocks(folder: Path) -> dict[str, float]:
     runs: list[Run] = [lambda part=part: text.logits(part) for part in text.test[: 6 * CALL_ROWS].split(CALL_ROWS)]
     with torch.no_grad():
         return blocks(text.model, runs)
+
+
+def language_operators(folder: Path) -> dict[str, Any]:
+    """`why.injected.operators` of the language model, which has linear layers only: the error of the logits in dB."""
+    text = Language(folder)
+    exact = text.logits(text.test)
+    with noisy(text.layers):
+        error = relative(text.logits(text.test), exact)
+    return {"layers": "all", "weights": 1.0, "one call": decibels(error)}
