@@ -11,6 +11,7 @@ code with an even last bit, values beyond the largest to the largest. Zeros keep
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 
@@ -48,6 +49,7 @@ class Element(ABC):
         """The inverse of `packed`, float32."""
 
 
+@dataclass(frozen=True)  # equal to its copies
 class _E4M3(Element):
     name, bits, largest = "e4m3", 8, 448.0
 
@@ -64,6 +66,7 @@ class _E4M3(Element):
         return stored.float()
 
 
+@dataclass(frozen=True)
 class _E2M1(Element):
     name, bits, largest = "e2m1", 4, 6.0
     _SIZES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

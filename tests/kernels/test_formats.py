@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from bitpolicy.kernels.errors import BitPolicyError, FormatError
 from bitpolicy.kernels.formats.named import (
+    CONVROT,
     FP16,
     HARDWARE,
     INT8,
@@ -219,3 +221,10 @@ def test_bytes_grow_with_the_width_and_shrink_with_the_group_size() -> None:
     assert format_named("mxfp4").nbytes(shape, half) == 64 * (216 + 14)
     assert format_named("nvfp4").nbytes(shape, half) == 64 * (216 + 27) + 4
     assert FP16.nbytes(shape, half) == 64 * 432 * 2
+
+
+def test_a_format_equals_its_copies_and_names_no_address() -> None:
+    for format in (*all_formats(), *HARDWARE, *CONVROT):
+        copied = copy.deepcopy(format)
+        assert (copied, hash(copied)) == (format, hash(format)), format.name
+        assert " at 0x" not in repr(format)

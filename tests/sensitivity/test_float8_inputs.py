@@ -4,6 +4,7 @@ it."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 
 import pytest
 import torch
@@ -34,7 +35,9 @@ SOME = (
 
 
 @pytest.mark.parametrize(
-    ("compute", "multiplied"), [(Compute.FP8, FP8), (Compute.NVFP4, NVFP4), (Compute.MXFP8, MXFP4)], ids=str
+    ("compute", "multiplied"),
+    [(Compute.FP8, FP8), (Compute.NVFP4, NVFP4), (Compute.MXFP8, MXFP4)],
+    ids=attrgetter("name"),
 )
 def test_only_formats_that_it_multiplies_have_an_error_from_inputs(
     new_trajectories: NewTrajectories, compute: Compute, multiplied: Format
@@ -57,7 +60,7 @@ def test_only_formats_that_it_multiplies_have_an_error_from_inputs(
     assert of_inputs(INT4, INT8) is None
 
 
-@pytest.mark.parametrize(("compute", "format"), [(Compute.FP8, FP8), (Compute.NVFP4, NVFP4)], ids=str)
+@pytest.mark.parametrize(("compute", "format"), [(Compute.FP8, FP8), (Compute.NVFP4, NVFP4)], ids=attrgetter("name"))
 def test_the_predicted_error_with_inputs_agrees_with_the_measured_error(
     new_trajectories: NewTrajectories, compute: Compute, format: Format
 ) -> None:
