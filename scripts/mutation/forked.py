@@ -22,6 +22,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ Message = dict[str, Any]
 Send = Callable[[Message], None]
 
 _MORE_MEMORY = 8 * 1024**3  # bytes a child may map beyond its parent's
+_PATIENCE = 15.0
 _PARENT_DIED = 1  # PR_SET_PDEATHSIG in linux/prctl.h
 _UNFORKABLE = ("grpc", "psycopg")  # their threads or connections do not survive a fork
 
@@ -54,7 +56,8 @@ def forked(work: Callable[[Send], None], wait: float) -> Iterator[Message]:
     """What a child says that runs `work(send)`: the messages that it sends, then one with its `end`.
 
     Args:
-        wait: seconds without a message after which the child is killed. A message may hold another `wait`.
+        wait: CPU seconds without a message after which the child is killed. A message may hold another `wait`. A child
+            that sleeps is killed after `_PATIENCE` times as many seconds.
 
     Yields:
         messages. The last one has the key `end`: "done", "hang", "died", or the traceback of an exception.
@@ -68,15 +71,18 @@ def forked(work: Callable[[Send], None], wait: float) -> Iterator[Message]:
         _live(work, write, folder)
     os.close(write)
     try:
-        unread = b""
+        unread, cpu, since = b"", 0.0, time.monotonic()
         while True:
-            if not select.select([read], [], [], wait)[0]:
-                yield {"end": "hang"}
-                return
+            if not select.select([read], [], [], 0.5)[0]:
+                if _cpu_seconds(child) > cpu + wait or time.monotonic() > since + _PATIENCE * wait:
+                    yield {"end": "hang"}
+                    return
+                continue
             part = os.read(read, 1 << 20)
             if not part:
                 yield {"end": "died"}
                 return
+            cpu, since = _cpu_seconds(child), time.monotonic()
             *lines, unread = (unread + part).split(b"\n")
             for message in map(json.loads, lines):
                 wait = message.get("wait", wait)
@@ -90,6 +96,12 @@ def forked(work: Callable[[Send], None], wait: float) -> Iterator[Message]:
                 kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _cpu_seconds(process: int) -> float:
+    """Of a process and of those that it has waited for."""
+    fields = Path(f"/proc/{process}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def _live(work: Callable[[Send], None], write: int, folder: str) -> None:
@@ -120,12 +132,15 @@ def _live(work: Callable[[Send], None], write: int, folder: str) -> None:
         os._exit(0)
 
 
-def run_pytest(root: Path, files: Sequence[str], plugin: object) -> None:
+def run_pytest(root: Path, files: Sequence[str], plugin: object) -> int:
     """Run test files of the tree `root` in this process, with the tree's own settings but without workers.
 
     Args:
         files: paths relative to `root`.
         plugin: an object with pytest's hooks.
+
+    Returns:
+        pytest's exit code.
     """
     import pytest
 
@@ -137,7 +152,7 @@ def run_pytest(root: Path, files: Sequence[str], plugin: object) -> None:
     sys.path.insert(0, str(root))
     options = ["-o", "addopts=", "--import-mode=importlib", "-p", "no:cacheprovider", "-p", "no:xdist", "-q"]
     seed = ["--hypothesis-seed=0"] if importlib.util.find_spec("hypothesis") else []
-    pytest.main([*options, *seed, "--rootdir", str(root), *files], plugins=[plugin])
+    return int(pytest.main([*options, *seed, "--rootdir", str(root), *files], plugins=[plugin]))
 
 
 class Changed(importlib.abc.MetaPathFinder):

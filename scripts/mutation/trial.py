@@ -12,10 +12,11 @@ import pytest
 from mutation.covering import module_name
 from mutation.forked import Changed, Send, forked, run_pytest
 
-_START = 120.0  # seconds until the first test starts
-_SILENT = 30.0  # seconds that a test may take more than _TIMES its usual time
-_TIMES = 10.0
-_UNKNOWN = 10.0  # seconds of a test that was not measured
+_START = 30.0  # CPU seconds until the first test starts
+_SILENT = 5.0  # CPU seconds that a test may take more than _TIMES its usual time
+_TIMES = 5.0
+_UNREPORTED = (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.INTERNAL_ERROR)
+_UNKNOWN = 20.0  # CPU seconds of a test that was not measured
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def trial(root: Path, file: str, text: str, tests: Mapping[str, float], limit: f
     """Run tests, in order, against the tree `root` with `text` in place of one of its files.
 
     Args:
-        tests: each test's usual seconds.
+        tests: each test's usual CPU seconds.
         limit: CPU seconds after which no further test starts.
 
     Raises:
@@ -49,6 +50,8 @@ def trial(root: Path, file: str, text: str, tests: Mapping[str, float], limit: f
     if not tests:
         return Outcome("not covered")
     files = dict.fromkeys(test.partition("::")[0] for test in tests)
+    if gone := [test_file for test_file in files if not (root / test_file).exists()]:
+        raise RuntimeError(f"{gone[0]} is gone; measure the tests again")
     outcome = trial_of_files(root, file, text, list(files), limit, tests)
     if outcome.status == "survived" and outcome.of != len(tests):
         raise RuntimeError(f"{len(tests) - outcome.of} of {len(tests)} tests are gone; measure the tests again")
@@ -62,7 +65,9 @@ def trial_of_files(
 
     def work(send: Send) -> None:
         sys.meta_path.insert(0, Changed(module_name(file), root / file, text))
-        run_pytest(root, test_files, _Trial(tests, limit, send))
+        code = run_pytest(root, test_files, _Trial(tests, limit, send))
+        if code in _UNREPORTED:  # a conftest.py that cannot be imported is reported by no hook
+            send({"failed": "import", "why": f"pytest's exit code is {code}"})
 
     ran, of, running = 0, 0, "import"
     for message in forked(work, wait=_START):

@@ -33,14 +33,12 @@ class Measured:
         parallel: <dx_0, x_0> / |x_0| of each sample, float64, shape (N).
         mean: |E dx_0|^2, the part that is a bias. The estimate over pairs of samples is unbiased, so it may be slightly
             negative. NaN for one sample.
-        rest_mean: the same without each sample's parallel part.
         image_mse: mean squared error of each sample's decoded image, float64, shape (N); empty without images.
     """
 
     power: torch.Tensor
     parallel: torch.Tensor
     mean: float
-    rest_mean: float
     image_mse: torch.Tensor
 
     @classmethod
@@ -49,9 +47,7 @@ class Measured:
         dx, x = errors.double().flatten(1), reference.double().flatten(1)
         unit = x / x.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
         parallel = (dx * unit).sum(1)
-        rest = dx - parallel[:, None] * unit
-        mean, rest_mean = (float(pairs_mean(values).sum()) for values in (dx, rest))
-        return cls(dx.square().sum(1), parallel, mean, rest_mean, image_mse.double())
+        return cls(dx.square().sum(1), parallel, float(pairs_mean(dx).sum()), image_mse.double())
 
     @property
     def bias_share(self) -> float:
@@ -76,13 +72,12 @@ class Measured:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors of a record."""
-        bias = torch.tensor([self.mean, self.rest_mean], dtype=torch.float64)
+        bias = torch.tensor([self.mean], dtype=torch.float64)
         return {"power": self.power, "parallel": self.parallel, "bias": bias, "image_mse": self.image_mse}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Measured:
-        mean, rest = tensors["bias"].tolist()
-        return cls(tensors["power"], tensors["parallel"], mean, rest, tensors["image_mse"])
+        return cls(tensors["power"], tensors["parallel"], float(tensors["bias"][0]), tensors["image_mse"])
 
 
 def pairs_mean(values: torch.Tensor) -> torch.Tensor:

@@ -14,9 +14,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="the trials are forks, which Linux ends with the parent"
-)
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the trials are forks that Linux ends")
 
 CODE = '''"""× in a docstring, 1 + 2."""
 

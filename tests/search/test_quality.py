@@ -177,3 +177,6 @@ def test_frames_of_images_videos_and_grey() -> None:
     assert frames(torch.rand(3, 4, 5)).shape == (1, 3, 4, 5)
     assert frames(torch.rand(7, 3, 4, 5)).shape == (7, 3, 4, 5)
     assert frames(torch.rand(1, 4, 5)).shape == (1, 3, 4, 5)
+    grey, transparent = torch.rand(2, 1, 4, 5), torch.rand(1, 4, 4, 5)
+    assert torch.equal(frames(grey), torch.cat([grey] * 3, dim=1))
+    assert torch.equal(frames(transparent), transparent[:, :3])

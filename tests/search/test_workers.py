@@ -139,11 +139,13 @@ def test_a_stopped_process_thought_dead_loses_its_trial_and_continues(
     assert ended(sleeper)[1] == "4"
 
 
+@pytest.mark.parametrize("wanted", [1, 2])
 def test_the_last_trial_of_another_worker_is_waited_for(
-    problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path
+    problem: Problem, new_generations: NewGenerations, samples: Samples, tmp_path: Path, wanted: int
 ) -> None:
     """Every worker ends with the same best policy, and no further trial starts in the meantime."""
     slow, path = new_generations(), str(tmp_path / "journal")
+    Study(problem, new_generations(), samples, journal(path), "s", 0).run(1)
     release = threading.Event()
     errors = slow.errors
 
@@ -153,15 +155,16 @@ def test_the_last_trial_of_another_worker_is_waited_for(
 
     slow.errors = held
     other = Study(problem, slow, samples, journal(path), "s", 0)
-    thread = threading.Thread(target=other.run, args=(1,))
+    thread = threading.Thread(target=other.run, args=(2,))
     thread.start()
     wait_for(lambda: any("turn" in t.user_attrs for t in trials(f"journal:///{path}", TrialState.RUNNING)))
     threading.Timer(0.5, release.set).start()
     study = Study(problem, new_generations(), samples, journal(path), "s", 0)
     ticks: list[int] = []
-    study.run(1, after_each=lambda: ticks.append(1))
-    assert [trial.user_attrs["turn"] for trial in study.finished] == [0]
-    assert len(trials(f"journal:///{path}")) == len(ticks) == 1
+    study.run(wanted, after_each=lambda: ticks.append(1))
+    assert [trial.user_attrs["turn"] for trial in study.finished] == [0, 1]
+    assert len(trials(f"journal:///{path}")) == 2
+    assert len(ticks) == 1
     thread.join()
 
 
