@@ -21,6 +21,7 @@ import pytest
 from mutation.forked import Message, Send, forked, libraries, run_pytest
 
 _SILENT = 300.0  # seconds that one test may take while it is measured
+_QUICK = 0.3  # CPU seconds
 Lines = dict[str, dict[str, list[int]]]
 """File, then test, then the lines it runs; the test "" stands for the import."""
 
@@ -195,10 +196,12 @@ class Covering:
         return [other for other in self.lines if line in (self.root / other).read_text(encoding="utf-8")]
 
     def _fastest_first(self, tests: Iterable[str]) -> list[str]:
-        files: dict[str, list[str]] = defaultdict(list)
+        """Quick tests of every file before slow ones of any: those check one thing, where slow ones run everything."""
+        groups: dict[tuple[bool, str], list[str]] = defaultdict(list)
         for test in sorted(set(tests) - {""}, key=lambda t: (self.seconds[t], t)):
-            files[test.partition("::")[0]].append(test)
-        return [t for group in sorted(files.values(), key=lambda g: sum(self.seconds[t] for t in g)) for t in group]
+            groups[self.seconds[test] > _QUICK, test.partition("::")[0]].append(test)
+        in_order = sorted(groups.items(), key=lambda item: (item[0][0], sum(self.seconds[t] for t in item[1])))
+        return [test for _, group in in_order for test in group]
 
 
 def module_name(file: str) -> str:

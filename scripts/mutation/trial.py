@@ -13,7 +13,7 @@ from mutation.covering import module_name
 from mutation.forked import Changed, Send, forked, run_pytest
 
 _START = 30.0  # CPU seconds until the first test starts
-_SILENT = 5.0  # CPU seconds that a test may take more than _TIMES its usual time
+_SILENT = 30.0  # CPU seconds that a test may take more than _TIMES its usual time: it may be the one to make a fixture
 _TIMES = 5.0
 _UNREPORTED = (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.INTERNAL_ERROR)
 _UNKNOWN = 20.0  # CPU seconds of a test that was not measured
