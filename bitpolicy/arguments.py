@@ -23,6 +23,7 @@ from diffusers import DiffusionPipeline
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from bitpolicy.command import in_a_command
+from bitpolicy.declared import Declared, declared_options
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import canonical_names
 from bitpolicy.kernels.kernel import Compute
@@ -30,7 +31,7 @@ from bitpolicy.kernels.quantizers.named import QUANTIZERS
 from bitpolicy.pipelines.prompting import requests_of
 from bitpolicy.policies.exporters.names import NAMES as TARGETS
 from bitpolicy.policies.policy import Policy
-from bitpolicy.settings import Declared, Settings, declared_options
+from bitpolicy.settings import Settings
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import bitpolicy
-from bitpolicy.settings import Declared, Settings, declared_options
+from bitpolicy.declared import Declared, declared_options
+from bitpolicy.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = ROOT / "docs" / "options.md"

@@ -7,16 +7,9 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from bitpolicy.cli.options import RUN, CallOptions, PrintOptions, ProgressOptions
+from bitpolicy.declared import Option, seed_option
 from bitpolicy.policies.exporters.names import NAMES
-from bitpolicy.settings import (
-    ComponentOptions,
-    ConfigOptions,
-    DeviceOptions,
-    HubOptions,
-    ModelOptions,
-    Option,
-    seed_option,
-)
+from bitpolicy.settings import ComponentOptions, ConfigOptions, DeviceOptions, HubOptions, ModelOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ from typing import Annotated, Any, ClassVar
 import typer
 
 from bitpolicy import __version__
+from bitpolicy.declared import Declared, Option, declared_options
 from bitpolicy.kernels.errors import BitPolicyError
-from bitpolicy.settings import Declared, Option, declared_options
 
 RUN = "Run"
 

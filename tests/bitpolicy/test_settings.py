@@ -10,13 +10,14 @@ from typer.main import get_command
 
 import bitpolicy
 from bitpolicy.cli import main
+from bitpolicy.declared import declared_options
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.output_folder import identity_of
 from bitpolicy.pipelines.loading import DTYPES
 from bitpolicy.search.budget import SCOPES
 from bitpolicy.search.study.samplers import SAMPLERS, SPACES
 from bitpolicy.sensitivity.probes.named import PROBES
-from bitpolicy.settings import Settings, declared_options
+from bitpolicy.settings import Settings
 
 SETTINGS = Settings("5MB", prompts=("cat", "dog"), call=(("num_inference_steps", 2),))
 
