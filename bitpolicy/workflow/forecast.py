@@ -33,6 +33,7 @@ from bitpolicy.sensitivity.rounding.hessians import Moments, hessian_shape
 from bitpolicy.sensitivity.rounding.rounding import announced, needs_gradients, needs_hessian, parts, rounded
 from bitpolicy.sensitivity.rounding.rounding_pass import HESSIAN_SAMPLES
 from bitpolicy.sensitivity.sketches.probe_memory import ProbeMemory, default_memory, sum_bytes
+from bitpolicy.sensitivity.sketches.shrinkage import can_shrink
 from bitpolicy.sensitivity.sketches.weight_changes import WeightChanges
 from bitpolicy.sensitivity.trajectory.checkpointed_calls import is_large
 from bitpolicy.settings import Settings
@@ -178,6 +179,9 @@ class Forecast:
         if self._kind.takes_gradients:
             each = self._sample_seconds(settings.probe, settings.vectors, self._summed)
             yield f"{settings.probe} probe", samples * each
+            packed = sum(1 for format in self._plan.formats if format.packed)
+            if can_shrink(samples * settings.vectors, packed, measured_compute(settings.compute).rounds_inputs):
+                yield "weight errors", self._requantized(len(self._candidates))
         elif self._kind.data_free:
             yield f"{settings.probe} probe", self._requantized(len(self._candidates))
         else:

@@ -203,7 +203,8 @@ class ProbeRun:
                     f"{error}; using the stepwise probe instead, which does not see how the sampler amplifies errors"
                 )
                 table = StepwiseProbe(self._inputs(reference)).table()
-            if can_shrink(table):
+            sketches = 0 if table.sketches is None else len(table.sketches)
+            if can_shrink(sketches, len(table.formats), table.inputs is not None):
                 table = shrunk(table, self._weight_errors(reference))
         self._warn_of_outliers(table)
         corrected = table.corrected.clone()

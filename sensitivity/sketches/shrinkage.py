@@ -24,18 +24,17 @@ from bitpolicy.sensitivity.table import SensitivityTable
 _FEWEST = 8  # sketches, below which halves say too little
 
 
-def can_shrink(table: SensitivityTable) -> bool:
-    """Whether there are enough sketches, and several formats. If layers round their inputs, there is nothing to shrink
-    towards, because that part of an error is not proportional to the weight's."""
-    enough = table.sketches is not None and len(table.sketches) >= _FEWEST
-    return enough and len(table.formats) > 1 and table.inputs is None
+def can_shrink(sketches: int, formats: int, rounds_inputs: bool) -> bool:
+    """Whether there are enough sketches, and several packed formats. If layers round their inputs, there is nothing to
+    shrink towards, because that part of an error is not proportional to the weight's."""
+    return sketches >= _FEWEST and formats > 1 and not rounds_inputs
 
 
 def shrunk(table: SensitivityTable, weight_error: torch.Tensor) -> SensitivityTable:
     """The table with shrunk errors. Its sketches are rescaled to match.
 
     Args:
-        table: one that `can_shrink`.
+        table: one with sketches, for which `can_shrink` holds.
         weight_error: |Q(W) - W|^2 / |W|^2 of every rounding method of the table, format by format, float64, shape (L, F
             x methods); zero where a format does not fit.
     """

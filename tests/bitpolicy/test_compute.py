@@ -176,7 +176,7 @@ def test_a_search_under_fp8_compute_is_measured_and_recorded_as_fp8(
         (("eval", "CHECKPOINT", "--compute", "fp8"), ("no layer of", "compute fp8", "layers in fp8")),
         (
             ("export", "--policy", "POLICY", "--output-dir", "new", "--compute", "fp8"),
-            ("fp8 layers", "the policy has none", "search with fp8 among the formats"),
+            ("fp8-tensor layers", "the policy has none", "search with fp8 among the formats"),
         ),
         (
             ("export", "--policy", "POLICY", "--output-dir", "new", "--compute", "fast"),

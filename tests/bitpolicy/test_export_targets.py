@@ -85,5 +85,5 @@ def test_formats_lists_what_a_program_can_hold(command: Any, exporter: Any) -> N
 
 def test_formats_without_a_program_lists_them_all(command: Any) -> None:
     names = command("formats").out.strip().split(",")
-    assert {"int4", "int8", "fp16", "nf4", "int8-convrot"} < set(names)
-    assert len(names) == len(set(names)) == 105
+    assert {"int4", "int8", "fp16", "nf4", "int8-convrot", "nvfp4"} < set(names)
+    assert len(names) == len(set(names)) == 109

@@ -21,7 +21,7 @@ from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 from bitpolicy.workflow import decision
 from bitpolicy.workflow import search_run as workflow
 
-PIECES = 4 + 16 * 2  # the reference, four samples a call, and two sketches for each calibration sample
+PIECES = 4 + 16 * 2 + 2  # the reference, four samples a call; two sketches a sample; summed layers, weight errors
 
 
 def without_seconds(result: dict[str, Any]) -> dict[str, Any]:
@@ -195,14 +195,14 @@ def until(*args, **kwargs):
 
 @pytest.mark.parametrize(
     ("module", "owner", "name", "calls"),
-    [("sensitivity.records", "Records", "put", 7), ("search.generation", "Generations", "errors", 1)],
+    [("sensitivity.records", "Records", "put", 7), ("search.generation", "Generations", "scores", 1)],
     ids=["in the probe", "in the study"],
 )
 def test_a_killed_search_resumes(
     command: Any, process: Any, finished: Any, here: Path, module: str, owner: str, name: str, calls: int
 ) -> None:
     first = KILLER.format(module=module, owner=owner, name=name, calls=calls)
-    if name == "errors":
+    if name == "scores":
         _probed_already(finished, here / "out")
     killed = process(*arguments_for(finished, here / "out"), first=first)
     assert killed.code == -9

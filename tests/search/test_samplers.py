@@ -15,6 +15,7 @@ import pytest
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.policy import Choice
+from bitpolicy.search.generation import Score
 from bitpolicy.search.problem import Problem
 from bitpolicy.search.study.journal import journal
 from bitpolicy.search.study.samplers import SAMPLERS, SPACES, Space, formats_of, policy_key, require_sampler
@@ -119,9 +120,10 @@ def test_a_sampler_learns_from_the_trials(new_study: NewStudy, new_generations: 
     class Reversed:
         def __init__(self) -> None:
             self.scripted = new_generations()
+            self.objective = self.scripted.objective
 
-        def errors(self, choices: Any, samples: Samples) -> Any:
-            return (1 / error for error in self.scripted.errors(choices, samples))
+        def scores(self, choices: Any, samples: Samples) -> Any:
+            return (Score(1 / score.distance, score.mse) for score in self.scripted.scores(choices, samples))
 
     one, other = new_study("one", sampler=sampler), new_study("other", sampler=sampler, generations=Reversed())
     for study in (one, other):

@@ -92,12 +92,10 @@ def test_the_error_of_each_layers_own_rounding_method_counts() -> None:
 
 
 def test_only_several_formats_and_enough_sketches_can_be_shrunk_and_no_rounded_inputs() -> None:
-    table, _, _ = random_table(0.0, 0)
-    assert can_shrink(table)
-    assert not can_shrink(random_table(0.0, 0, sketches=7)[0])
-    assert not can_shrink(replace(table, formats=FORMATS[:1], error=table.error[:, :1]))
-    assert not can_shrink(replace(table, inputs=table.error))
-    assert not can_shrink(replace(table, sketches=None))
+    assert can_shrink(8, 2, rounds_inputs=False)
+    assert not can_shrink(7, 2, rounds_inputs=False)
+    assert not can_shrink(8, 1, rounds_inputs=False)
+    assert not can_shrink(8, 2, rounds_inputs=True)
 
 
 def test_the_share_that_is_kept() -> None:
