@@ -74,6 +74,12 @@ def test_formats_a_program_cannot_hold_are_barred_per_layer() -> None:
     assert {(name, f.name) for name, f in not_held("sdnq", layers, formats, {})} == {("to_q", "nf4"), ("conv", "nf4")}
 
 
+def test_merged_layers_take_no_format_with_one_scale_for_the_whole_tensor() -> None:
+    layers, formats = [layer("to_q"), layer("proj")], [format_named(name) for name in ("nvfp4", "fp8-tensor", "mxfp8")]
+    found = {(name, format.name) for name, format in not_held("comfy", layers, formats, {}, merged={"to_q"})}
+    assert found == {("to_q", "nvfp4"), ("to_q", "fp8-tensor")}
+
+
 def test_keeping_a_format_the_program_cannot_hold_is_refused() -> None:
     layers, int8 = [layer("conv", (64, 64, 3, 3))], format_named("int8")
     with pytest.raises(BitPolicyError, match=r"--keep conv=int8: ComfyUI cannot hold that; `bitpolicy formats --tar"):

@@ -225,6 +225,30 @@ def test_a_policy_that_stores_merged_layers_apart_is_refused_with_their_names(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_merged_layers_cannot_have_a_scale_of_the_whole_tensor_and_others_can(
+    policy_of: Any, parts_of: Any, tmp_path: Path
+) -> None:
+    """One scale would have to serve all of them. The swapped halves of a final layer may share one."""
+    model = FLUX.model()
+    to_storage(model, torch.float16)
+    names = [name for name, _ in quantizable_layers(model)]
+    choices = {name: Choice(format_named("fp8-tensor")) for name in names}
+    with pytest.raises(TargetError) as refused:
+        export_to("comfy", parts_of(transformer=model), policy_of(model, choices), Calibration(), tmp_path / "out")
+    assert IMAGE[0] in str(refused.value)
+    assert "norm_out" not in str(refused.value)
+
+    alone = {name: Choice(format_named("fp8-tensor" if name == "norm_out.linear" else "int8")) for name in names}
+    export_to("comfy", parts_of(transformer=model), policy_of(model, alone), Calibration(), tmp_path / "out")
+    with safe_open(tmp_path / "out" / "transformer.safetensors", "pt") as file:
+        layer = "final_layer.adaLN_modulation.1"
+        back = file.get_tensor(f"{layer}.weight").float() * file.get_tensor(f"{layer}.weight_scale")
+    weight = dict(model.named_modules())["norm_out.linear"].weight.detach().half()
+    format = format_named("fp8-tensor")
+    rounded = format.dequantize(format.quantize(weight), weight.shape, torch.float32)
+    assert torch.equal(back, torch.cat(rounded.chunk(2)[::-1]))
+
+
 def test_requantizing_gives_merged_layers_the_widest_of_their_formats(
     policy_of: Any, parts_of: Any, tmp_path: Path
 ) -> None:
