@@ -176,16 +176,15 @@ class Forecast:
 
     def _probe(self) -> Iterator[tuple[str, float]]:
         settings, samples = self._settings, len(self._plan.split.calibration)
+        packed = sum(1 for format in self._plan.formats if format.packed)
         if self._kind.takes_gradients:
             each = self._sample_seconds(settings.probe, settings.vectors, self._summed)
             yield f"{settings.probe} probe", samples * each
-            packed = sum(1 for format in self._plan.formats if format.packed)
             if can_shrink(samples * settings.vectors, packed, measured_compute(settings.compute).rounds_inputs):
                 yield "weight errors", self._requantized(len(self._candidates))
         elif self._kind.data_free:
             yield f"{settings.probe} probe", self._requantized(len(self._candidates))
         else:
-            packed = sum(1 for format in self._plan.formats if format.packed)
             biases = sum(1 + layer.has_bias for layer in self._plan.layers)
             yield f"{settings.probe} probe", (biases * packed + 1) * samples * self._each
 

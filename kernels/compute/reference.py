@@ -3,6 +3,8 @@ kernel is tested against them."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 
 from bitpolicy.kernels.compute.block_scaled import block_scaled_product
@@ -26,47 +28,46 @@ class Reference(Kernel):
         return multiply(x, weight.dequantize(x.dtype), weight.geometry, bias)
 
 
-class Int8Reference(Kernel):
+class _RoundingReference(Kernel):
+    """Takes every call. Under autocast, too: sums must stay integer or float32."""
+
+    def refuses(self, x: torch.Tensor, weight: PackedWeight) -> str | None:
+        return None
+
+    def __call__(
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
+    ) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return self._product(x, weight, bias)
+
+    @abstractmethod
+    def _product(self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+        """The product as its compute mode defines it."""
+
+
+class Int8Reference(_RoundingReference):
     """The definition of INT8: slow, for tests and for devices without a kernel of their own."""
 
     name = "int8-reference"
     compute = Compute.INT8
 
-    def refuses(self, x: torch.Tensor, weight: PackedWeight) -> str | None:
-        return None
-
-    def __call__(
-        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
-    ) -> torch.Tensor:
-        with torch.autocast(x.device.type, enabled=False):  # sums must stay integer or float32
-            return int8_product(x, weight, bias)
+    def _product(self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+        return int8_product(x, weight, bias)
 
 
-class Fp8Reference(Kernel):
+class Fp8Reference(_RoundingReference):
     """The definition of FP8 for layers in `fp8` and `fp8-tensor`: slow, for tests and devices without a kernel."""
 
     name = "fp8-reference"
     compute = Compute.FP8
 
-    def refuses(self, x: torch.Tensor, weight: PackedWeight) -> str | None:
-        return None
-
-    def __call__(
-        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
-    ) -> torch.Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return fp8_product(x, weight, bias)
+    def _product(self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+        return fp8_product(x, weight, bias)
 
 
-class _BlockScaledReference(Kernel):
-    def refuses(self, x: torch.Tensor, weight: PackedWeight) -> str | None:
-        return None
-
-    def __call__(
-        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, prepared: Prepared
-    ) -> torch.Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return block_scaled_product(x, weight, bias, self.compute)
+class _BlockScaledReference(_RoundingReference):
+    def _product(self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+        return block_scaled_product(x, weight, bias, self.compute)
 
 
 class Mxfp8Reference(_BlockScaledReference):

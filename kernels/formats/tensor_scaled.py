@@ -14,6 +14,7 @@ All blocks share g, so it is taken from the whole weight (`settled`) before any 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,9 +47,9 @@ class TensorScaled(GridFormat):
         low, high = torch.aminmax(weight.detach())
         return replace(self, shared=float(self.scale_of(torch.maximum(high, -low).float())))
 
+    @abstractmethod
     def scale_of(self, top: torch.Tensor) -> torch.Tensor:
         """g for the largest magnitude of a weight, float32, shape ()."""
-        raise NotImplementedError
 
     def of_all(self, like: torch.Tensor) -> torch.Tensor:
         """g, float32, shape (), on the device of `like`."""

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
 
 from bitpolicy.sensitivity.inventory import Layer
-from bitpolicy.sensitivity.probes.probe import Probe
-from bitpolicy.sensitivity.probes.weight import weight_errors
+from bitpolicy.sensitivity.probes.weight import WeightProbe
 from bitpolicy.sensitivity.table import SensitivityTable
 
 _RIDGE = 4.0  # layers' worth of evidence for a coefficient of zero
@@ -112,24 +111,13 @@ LEARNED = Prior(
 )
 
 
-class PriorProbe(Probe):
+class PriorProbe(WeightProbe):
     """Scores layers by their weight errors and by what they are, and runs nothing."""
 
     name = "prior"
-    chooses_quantizer = False
     outside_loop = False
-    takes_gradients = False
-    data_free = True
 
     def table(self) -> SensitivityTable:
         """The scores, with every bias corrected."""
-        inputs = self._inputs
-        with inputs.stages.bar(1, "prior probe") as advance:
-            error = weight_errors(inputs.trajectories.target, inputs.candidates, quantization=inputs.quantization)
-            advance()
-        error *= LEARNED.log_effects(inputs.inventory).exp()[:, None]
-        corrected = torch.ones_like(error, dtype=torch.bool)
-        return SensitivityTable(self.name, inputs.names, inputs.formats, error, corrected, quantizers=inputs.quantizers)
-
-    def forwards(self) -> int:
-        return 0
+        found = super().table()
+        return replace(found, error=found.error * LEARNED.log_effects(self._inputs.inventory).exp()[:, None])

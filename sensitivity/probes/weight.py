@@ -31,7 +31,7 @@ class WeightProbe(Probe):
     def table(self) -> SensitivityTable:
         """The weight errors, with every bias corrected."""
         inputs = self._inputs
-        with inputs.stages.bar(1, "weight probe") as advance:
+        with inputs.stages.bar(1, f"{self.name} probe") as advance:
             error = weight_errors(inputs.trajectories.target, inputs.candidates, quantization=inputs.quantization)
             advance()
         corrected = torch.ones_like(error, dtype=torch.bool)
