@@ -27,6 +27,7 @@ class Toy:
         takes: what a sample has to name: a prompt, a class label, or nothing.
         extra: arguments of one sample beyond that, e.g. the image that Stable Video Diffusion animates.
         gives_latents: whether it takes output_type="latent"; some that take it give images all the same.
+        refused: words of the error with which bitpolicy refuses this class; empty for one that works.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Toy:
     takes: Literal["prompt", "class_labels", "nothing"] = "prompt"
     extra: dict[str, Any] = field(default_factory=dict)
     gives_latents: bool = True
+    refused: str = ""
 
 
 def reproducible(build: Callable[[], DiffusionPipeline]) -> Callable[[], DiffusionPipeline]:
