@@ -101,11 +101,15 @@ def _missing_anywhere(missing: list[str], order: Sequence[str]) -> list[str]:
 
 
 def _share(names: list[str]) -> list[str]:
-    """This process's share of the names. Neighbours stay together."""
+    """This process's share of the names. Neighbours stay together.
+
+    accelerate's own `split_between_processes` is made for padding: it gives the last name to every process that would
+    get none, and two processes would then write the same file.
+    """
     if not launched():
         return names
-    with _state().split_between_processes(names) as mine:
-        return list(mine)
+    rank, processes = _state().process_index, _state().num_processes
+    return names[len(names) * rank // processes : len(names) * (rank + 1) // processes]
 
 
 def _gathered(items: list[T]) -> list[T]:

@@ -13,10 +13,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from bitpolicy.sensitivity import workers
 from bitpolicy.sensitivity.table_files import read_table
 
 RESULTS = ("sensitivity.safetensors", "sensitivity.csv", "split.safetensors")
@@ -123,3 +125,16 @@ def test_the_table_records_the_source_of_each_number(alone: Path) -> None:
     assert (table.cost.reference, table.cost.measured) == (once, count * once)
     assert table.cost.probe == 3 * 2 * (1 + 2 * 3)
     assert table.cost.ablation == once * 83 * 2
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_every_name_has_one_process(monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
+    """Also where there are fewer names than processes: two that make one piece would write the same file."""
+    monkeypatch.setattr(workers, "launched", lambda: True)
+    for count in range(10):
+        names, shared = [str(i) for i in range(count)], []
+        for rank in range(processes):
+            state = SimpleNamespace(process_index=rank, num_processes=processes)
+            monkeypatch.setattr(workers, "_state", lambda state=state: state)
+            shared += workers._share(names)
+        assert shared == names
