@@ -16,177 +16,30 @@ from typing import Any, Final, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
-from torch import nn
+from pydantic import Field, PrivateAttr, ValidationError
 
 from bitpolicy.kernels.dispatch import ROUNDED
-from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import format_named, from_parameters
 from bitpolicy.kernels.kernel import Compute
-from bitpolicy.kernels.quantizers.named import QUANTIZERS
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.choice import Choice
-from bitpolicy.policies.components import from_text, to_text
-from bitpolicy.policies.identity import config_hash
+from bitpolicy.policies.policy_records import (
+    BudgetRecord,
+    LayerSettings,
+    ModelReference,
+    PolicyError,
+    Result,
+    Rule,
+    Strict,
+)
 from bitpolicy.policies.storage.atomic import write_text
 from bitpolicy.policies.storage.calibration_file import FILE, load_calibration, save_calibration
 from bitpolicy.policies.storage.plain_yaml import YamlError, read_yaml
-from bitpolicy.policies.target import Target
 
 SCHEMA: Final = 1
 
 
-class PolicyError(BitPolicyError):
-    """A policy file that cannot be read, or that does not fit the model."""
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
-
-
-class ModelReference(_Strict):
-    """The model that a policy was made for.
-
-    Every field except `id` and `revision` has one entry per component, separated by commas as in the file; the
-    properties split them. `sha256` is the hash of the tensors in the storage dtype, `config` the hash of the config
-    without the defaults of its class (`bitpolicy.policies.identity`). Older files have no `config`.
-    """
-
-    id: str
-    revision: str | None = None
-    component: str
-    class_name: str = Field(alias="class")
-    sha256: str
-    config: str | None = None
-
-    @model_validator(mode="after")
-    def _has_an_entry_for_each_component(self) -> ModelReference:
-        lists = ("component", "class_name", "sha256", *(("config",) if self.config is not None else ()))
-        counts = {name: len(from_text(getattr(self, name))) for name in lists}
-        if len(set(counts.values())) > 1:
-            found = ", ".join(f"{count} in {name}" for name, count in counts.items())
-            raise ValueError(f"needed one entry per component in component, class, sha256 and config, found {found}")
-        return self
-
-    @classmethod
-    def of(cls, target: Target, hashes: Mapping[str, str], id: str, revision: str | None = None) -> ModelReference:
-        """The record of the components under study.
-
-        Args:
-            hashes: component -> hash of its tensors, as `target.weights_hashes` gives them.
-        """
-        return cls.model_validate(
-            {
-                "id": id,
-                "revision": revision,
-                "component": to_text(target),
-                "class": to_text(target.class_names),
-                "sha256": to_text(hashes[name] for name in target),
-                "config": to_text(target.config_hashes().values()),
-            }
-        )
-
-    @property
-    def components(self) -> list[str]:
-        return from_text(self.component)
-
-    @property
-    def hashes(self) -> dict[str, str]:
-        """Component -> hash of its tensors."""
-        return dict(zip(self.components, from_text(self.sha256), strict=True))
-
-    @property
-    def configs(self) -> dict[str, str | None]:
-        """Component -> hash of its config; None if none is recorded."""
-        found = [None] * len(self.components) if self.config is None else from_text(self.config)
-        return dict(zip(self.components, found, strict=True))
-
-    def require_config(self, component: str, model: nn.Module) -> None:
-        """Refuse a model whose config differs from the one that the policy was made with.
-
-        Raises:
-            PolicyError: the hash of the config is not the recorded one.
-        """
-        wanted, found = self.configs[component], config_hash(model)
-        if wanted is not None and found != wanted:
-            raise PolicyError(
-                f"the policy was made for {self.id}, whose {component} had a config with sha256 {wanted[:12]}...; this "
-                f"config has {found[:12]}..., so its images differ; give the model with its original config, or run "
-                "search-policy on this one"
-            )
-
-    def components_of(self, class_name: str) -> list[str]:
-        """The components of this class."""
-        classes = zip(self.components, from_text(self.class_name), strict=True)
-        return [component for component, found in classes if found == class_name]
-
-
-class BudgetRecord(_Strict):
-    """The budget as the user wrote it, and in bytes of its scope.
-
-    Attributes:
-        scope: "weights" covers the components under study; "pipeline" also the other models; "peak" also the memory
-            that a call needs at once.
-        other_bytes: the part of `bytes` that the other models take; set with the scopes "pipeline" and "peak".
-        activation_bytes: the part of `bytes` kept free for activations; set with "peak", like all fields below.
-        height, width: of the image, in pixels.
-        batch_size: images per call.
-        device, compute_dtype: device and dtype of the observed call, e.g. "cuda" and "float16".
-    """
-
-    asked: str
-    bytes: int
-    scope: Literal["weights", "pipeline", "peak"] = "weights"
-    other_bytes: int | None = None
-    activation_bytes: int | None = None
-    height: int | None = None
-    width: int | None = None
-    batch_size: int | None = None
-    device: str | None = None
-    compute_dtype: str | None = None
-
-    @model_validator(mode="after")
-    def _has_what_its_scope_needs(self) -> BudgetRecord:
-        fields = dict(self)
-        peak = ("activation_bytes", "height", "width", "batch_size", "device", "compute_dtype")
-        wanted = {"weights": (), "pipeline": ("other_bytes",), "peak": ("other_bytes", *peak)}[self.scope]
-        for name in ("other_bytes", *peak):
-            if (fields[name] is not None) != (name in wanted):
-                raise ValueError(f"scope {self.scope!r} {'needs' if name in wanted else 'does not allow'} {name}")
-        return self
-
-
-class LayerSettings(_Strict):
-    """Settings of some layers; unset ones come from a more general entry."""
-
-    format: str | None = None
-    quantizer: str | None = None
-    bias_correction: bool | None = None
-
-    @field_validator("quantizer")
-    @classmethod
-    def _known(cls, name: str | None) -> str | None:
-        if name is not None and name not in QUANTIZERS:
-            raise ValueError(f"unknown quantizer {name!r}; write any of {', '.join(QUANTIZERS)}")
-        return name
-
-
-class Rule(LayerSettings):
-    """Settings of every layer whose name matches the glob `match`."""
-
-    match: str
-
-
-class Result(_Strict):
-    """What the search predicted and measured. `predicted_error` is E|dx_0|^2 / E|x_0|^2 of the final latents, or of the
-    images if the policy covers an autoencoder."""
-
-    policy_bytes: int
-    predicted_error: float | None = None
-    psnr_db: float | None = None
-
-
-class Policy(_Strict):
+class Policy(Strict):
     """A policy file, schema version 1. `compute` applies to the packed layers, and to the images that were measured."""
 
     bitpolicy: Literal[1] = SCHEMA

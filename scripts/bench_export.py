@@ -34,7 +34,8 @@ from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.pipelines.loading import BUNDLED_FOLDER, open_parts
 from bitpolicy.policies.checkpoints.checkpoint import export_diffusers_model
 from bitpolicy.policies.loading.diffusers_files import skeleton
-from bitpolicy.policies.policy import Choice, ModelReference, Policy
+from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.policies.policy_records import ModelReference
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.storage.source import source_hash
 

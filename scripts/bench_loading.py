@@ -47,7 +47,8 @@ from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.pipelines.loading import BUNDLED_FOLDER
 from bitpolicy.policies.identity import weights_hash
-from bitpolicy.policies.policy import Choice, ModelReference, Policy
+from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.policies.policy_records import ModelReference
 
 COLUMNS = {  # name -> unit in the table, and that unit in seconds or bytes
     "load": ("s", 1.0),

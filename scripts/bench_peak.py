@@ -33,7 +33,8 @@ from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.footprint import measured_peak
-from bitpolicy.policies.policy import Choice, ModelReference, Policy
+from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.policies.policy_records import ModelReference
 from bitpolicy.sensitivity.cost.peak_memory import PeakMemory, observe
 from bitpolicy.sensitivity.samples import Sample
 

@@ -27,7 +27,8 @@ from bitpolicy.kernels.layers import PackedLayer, quantizable_layers
 from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.choice import Choice
 from bitpolicy.policies.identity import weights_hash
-from bitpolicy.policies.policy import ModelReference, Policy
+from bitpolicy.policies.policy import Policy
+from bitpolicy.policies.policy_records import ModelReference
 
 ON_CPU = testing.torch_device == "cpu"
 if ON_CPU:  # the mixins require an accelerator because most quantization packages need one

@@ -44,7 +44,7 @@ TESTS = (
     "tests/sensitivity",
     "tests/search",
     *(f"tests/kernels/test_{name}.py" for name in ("every_format", "formats", "convrot", "properties", "row_chunks")),
-    *(f"tests/kernels/test_{name}.py" for name in ("wire_format", "quantizers")),
+    *(f"tests/kernels/test_{name}.py" for name in ("storage_layout", "quantizers")),
     *(f"tests/pipelines/test_{name}.py" for name in ("calls", "inputs")),
 )
 _IN_OTHER_PROCESSES = ("test_grpc.py", "test_postgresql.py", "test_workers.py")

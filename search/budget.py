@@ -26,7 +26,7 @@ from pydantic import ByteSize, TypeAdapter
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.format import Format
 from bitpolicy.policies.accounting import ByteAccount
-from bitpolicy.policies.policy import BudgetRecord
+from bitpolicy.policies.policy_records import BudgetRecord
 from bitpolicy.sensitivity.cost.peak_memory import PeakMemory, Room
 
 ScopeName = Literal["weights", "pipeline", "peak"]

@@ -155,16 +155,16 @@ def toy_pipeline(new_toy_pipeline: Callable[[], Any]) -> Any:
     return new_toy_pipeline()
 
 
-# A second reader of the wire format, weight by weight, which shares no code with ours.
+# A second reader of the storage layout, weight by weight, which shares no code with ours.
 
-WireReader = Callable[[str, Mapping[str, np.ndarray], tuple[int, ...]], np.ndarray]
+StoredReader = Callable[[str, Mapping[str, np.ndarray], tuple[int, ...]], np.ndarray]
 Levels = Callable[[int, int, int], np.float32]
 """The level that a code, a row and a place along it name."""
 
 
 @pytest.fixture(scope="session")
-def read_wire() -> WireReader:
-    """`read_wire("int4-g32", tensors, shape)`: the float32 weight that the stored tensors stand for.
+def read_stored() -> StoredReader:
+    """`read_stored("int4-g32", tensors, shape)`: the float32 weight that the stored tensors stand for.
 
     Tensors are numpy arrays, float8 ones by their bytes. Exact but for rotated weights, which are rotated in float64.
     """

@@ -12,7 +12,8 @@ from bitpolicy.kernels.errors import BitPolicyError, BitPolicyWarning
 from bitpolicy.pipelines.loading import Source, is_ours, load_source, locate, packed_components, require_pipeline
 from bitpolicy.policies.checkpoints.manifest import verify
 from bitpolicy.policies.identity import config_hash, weights_hash
-from bitpolicy.policies.policy import ModelReference, Policy
+from bitpolicy.policies.policy import Policy
+from bitpolicy.policies.policy_records import ModelReference
 
 
 def load_reference(

@@ -28,7 +28,8 @@ from bitpolicy.policies.checkpoints.checkpoint import checkpoint_bytes
 from bitpolicy.policies.checkpoints.pipeline import describe_checkpoint, export_parts
 from bitpolicy.policies.identity import configured
 from bitpolicy.policies.measured_compute import measured_compute
-from bitpolicy.policies.policy import BudgetRecord, Choice, ModelReference, Policy, Result
+from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.policies.policy_records import BudgetRecord, ModelReference, Result
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.storage.calibration_file import save_calibration
 from bitpolicy.policies.target import Target

@@ -24,7 +24,7 @@ from bitpolicy.kernels.formats.packing import pack_bits, packed_length, row_leng
 
 @dataclass(frozen=True)
 class Affine(GridFormat):
-    """One (scale, zero) for each group of weights along the wire order.
+    """One (scale, zero) for each group of weights along the storage order.
 
     Attributes:
         bits: per code, 2 to 8.

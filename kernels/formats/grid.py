@@ -98,7 +98,7 @@ class GridFormat(Format):
         return 0
 
     def rotated_hessian(self, hessian: torch.Tensor) -> torch.Tensor:
-        """A Hessian of the weights, shape (..., K, K) in wire order, as a Hessian of `rows`."""
+        """A Hessian of the weights, shape (..., K, K) in storage order, as a Hessian of `rows`."""
         return hessian
 
     def extremes(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

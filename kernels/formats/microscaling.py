@@ -29,7 +29,7 @@ _BIAS = 127  # of an e8m0 number
 
 @dataclass(frozen=True)
 class Microscaled(GridFormat):
-    """One power of two for each block along the wire order.
+    """One power of two for each block along the storage order.
 
     Attributes:
         element: of the codes.

@@ -1,4 +1,4 @@
-"""The wire order of packed weights (checkpoint `format_version: 1`).
+"""The storage layout of packed weights (checkpoint `format_version: 1`).
 
 A weight of shape (out, in/groups, *kernel) becomes rows (out, K) with K = prod(kernel) * in/groups, channels fastest:
 (out, kh, kw, in/groups). The codes of a row form one little-endian bit stream, with the lowest bit of the first code in

@@ -4,7 +4,7 @@
     nvfp4        w ~ (g s) code,    code an e2m1 number,    g = max|w| / (6 448),
                                     s = e4m3(max|w of the block| / 6 / g) in [2^-9, 448]
 
-`fp8-tensor` is ComfyUI's scaled FP8. `nvfp4` has blocks of 16 along the wire order and two levels of scales (NVIDIA
+`fp8-tensor` is ComfyUI's scaled FP8. `nvfp4` has blocks of 16 along the storage order and two levels of scales (NVIDIA
 2025, "Pretraining Large Language Models with NVFP4", section 2 and the appendix on its quantization). Scales are
 computed in the order of ComfyUI and torchao. A block of zeros has s = 1, a weight of zeros g = 1, and very small blocks
 have s = 2^-9, the smallest positive e4m3 number, as in NVIDIA's modelopt. ComfyUI stores 0 for all of these.

@@ -80,7 +80,7 @@ def gptq(format: GridFormat, weight: torch.Tensor, curvature: Curvature) -> dict
     """The stored tensors of `weight`, shape (out, in/groups, *kernel).
 
     Args:
-        curvature: of H in wire order, from `format.rotated_hessian`.
+        curvature: of H in storage order, from `format.rotated_hessian`.
     """
     format, rows = format.settled(weight), format.rows(weight)
     grid = searched_grid(format, rows, curvature.of_rows(*rows.shape))

@@ -216,7 +216,7 @@ class TritonFp8(_Product):
 
 
 def _prepared_rows(weight: PackedWeight) -> Prepared:
-    """Rows in wire order for an `int8` or `fp8` convolution, unless its codes have that order already."""
+    """Rows in storage order for an `int8` or `fp8` convolution, unless its codes have that order already."""
     if weight.format not in (INT8, FP8) or weight.low_memory:
         return {}
     from bitpolicy.kernels.triton.weights import byte_rows

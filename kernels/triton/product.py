@@ -52,7 +52,7 @@ _TILE = 256  # sums that one program of the second pass adds
 
 @dataclass(frozen=True)
 class Rows:
-    """A weight in the form that the kernel reads, rows (out, K) in wire order.
+    """A weight in the form that the kernel reads, rows (out, K) in storage order.
 
     Attributes:
         codes: int8 or float8 (out, K), or two 4-bit codes per byte, u8 (out, ceil(K / 2)).

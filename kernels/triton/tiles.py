@@ -1,6 +1,6 @@
 """Parts of Triton kernels: tiles of packed weights, and rounding as `bitpolicy.kernels.compute.int8` defines it.
 
-Every tile has rows of the weight (dimension 0) and positions k along them (dimension 1), in wire order. Codes become
+Every tile has rows of the weight (dimension 0) and positions k along them (dimension 1), in storage order. Codes become
 floats without a conversion instruction: the bits of 1024 + c in float16, or of 2^23 + c in float32, have c in their
 lowest byte. In the same way a float in [-127, 127] is rounded to nearest, ties to even, and cast: adding 1.5 * 2^23
 leaves its code in the lowest byte of the sum (Warren, "Hacker's Delight", section 17-1).

@@ -2,7 +2,7 @@
 times.
 
     dequantized    W = (code - zero) scale, in float32, rounded once: the bits of `Format.dequantize`
-    requantized    w_q = round(W / s_w), int8, rows in wire order: those of `int8_compute.weight_codes`
+    requantized    w_q = round(W / s_w), int8, rows in storage order: those of `int8_compute.weight_codes`
     channel_scales s_w = max|W| / 127 of each output channel, and sum_k w_q
 
 For integer formats of 4 and 8 bits without rotation. The functions named above are the references.
@@ -64,7 +64,7 @@ def channel_scales(format: Affine, tensors: Tensors, shape: Shape) -> tuple[torc
 
 
 def requantized(format: Affine, tensors: Tensors, shape: Shape, scales: torch.Tensor) -> torch.Tensor:
-    """w_q, int8, shape (out, K) in wire order, given the `channel_scales` of the same weight."""
+    """w_q, int8, shape (out, K) in storage order, given the `channel_scales` of the same weight."""
     out, length = shape[0], row_length(shape)
     codes = torch.empty((out, length), dtype=torch.int8, device=scales.device)
     _requantize[_grid(out, length)](
@@ -75,8 +75,8 @@ def requantized(format: Affine, tensors: Tensors, shape: Shape, scales: torch.Te
 
 
 def byte_rows(codes: torch.Tensor) -> torch.Tensor:
-    """One-byte codes, (out, in, *kernel), as rows in wire order. Does not copy for linear layers, convolutions of one
-    tap, and channels-last codes, as `model.to(memory_format=torch.channels_last)` makes them."""
+    """One-byte codes, (out, in, *kernel), as rows in storage order. Does not copy for linear layers, convolutions of
+    one tap, and channels-last codes, as `model.to(memory_format=torch.channels_last)` makes them."""
     return to_rows(codes).contiguous()
 
 

@@ -22,7 +22,8 @@ from bitpolicy.policies.apply import choices_for, quantize_layer
 from bitpolicy.policies.finite import require_finite, warn_of_biases
 from bitpolicy.policies.identity import tensors_hash
 from bitpolicy.policies.loading.packed_config import BitPolicyConfig
-from bitpolicy.policies.policy import ModelReference, Policy
+from bitpolicy.policies.policy import Policy
+from bitpolicy.policies.policy_records import ModelReference
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.storage.calibration_file import calibration_of
 

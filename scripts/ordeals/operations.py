@@ -75,7 +75,7 @@ def _read_independently(path: Path, names: Sequence[str]) -> dict[str, str]:
     """The same values, read with PyYAML alone, for a policy without rules."""
     import yaml
 
-    from bitpolicy.policies.policy import ModelReference
+    from bitpolicy.policies.policy_records import ModelReference
 
     data = yaml.safe_load(path.read_text())
     found = {"storage": data.get("storage_dtype") or "float16", "compute": data.get("compute") or "exact"}

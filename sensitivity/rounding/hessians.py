@@ -12,8 +12,8 @@ section 2). Few positions carry most of |g|^2, so the two Hessians are added at 
 steadier.
 
 A grouped convolution has one Hessian for each group, from the group's own inputs and outputs. For rows longer than
-`WIDEST`, only the blocks on the diagonal are computed. Each block covers the same number of consecutive inputs in wire
-order.
+`WIDEST`, only the blocks on the diagonal are computed. Each block covers the same number of consecutive inputs in
+storage order.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def hessian_shape(layer: Quantizable) -> tuple[int, int, int]:
 
 @dataclass
 class Moments:
-    """Second moments of one layer's inputs, in wire order.
+    """Second moments of one layer's inputs, in storage order.
 
     Attributes:
         inputs: sum of x x^T, float32, shape (groups, blocks, k, k).
@@ -157,7 +157,7 @@ def drawn_inputs(
         output: the layer's output for `x`.
 
     Returns:
-        The chosen inputs, shape (P, groups, K) in wire order, and a function that takes the same positions from a
+        The chosen inputs, shape (P, groups, K) in storage order, and a function that takes the same positions from a
         tensor like `output`, shape (P, out).
     """
     if isinstance(layer, nn.Linear):

@@ -29,7 +29,8 @@ from bitpolicy.kernels.formats.named import format_named
 from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.identity import weights_hash
-from bitpolicy.policies.policy import BudgetRecord, Choice, ModelReference, Policy
+from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.policies.policy_records import BudgetRecord, ModelReference
 from bitpolicy.policies.target import Target
 from bitpolicy.sensitivity.table_files import read_table
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories

@@ -30,7 +30,8 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.policies.accounting import ByteAccount
-from bitpolicy.policies.policy import ModelReference, Policy
+from bitpolicy.policies.policy import Policy
+from bitpolicy.policies.policy_records import ModelReference
 from bitpolicy.report.decisions import decisions
 from bitpolicy.report.document import Report, make_report
 from bitpolicy.report.drawing import step_ticks

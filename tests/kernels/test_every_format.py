@@ -41,7 +41,7 @@ RELATIVE = {2: 0.75, 3: 0.35, 4: 0.16, 5: 0.08, 6: 0.04, 7: 0.02, 8: 0.01, 16: 2
 OF_FLOAT8 = 0.035
 OF_FLOATS = {"e4m3": 1 / 16, "e2m1": 1 / 5}
 """The same where the scale is not made for the row: the widest gap between levels, relative to them."""
-WireReader = Callable[[str, Mapping[str, np.ndarray], tuple[int, ...]], np.ndarray]
+StoredReader = Callable[[str, Mapping[str, np.ndarray], tuple[int, ...]], np.ndarray]
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 ROTATED = [format for format in PACKED if "rotation" in format.parameters()]
 
@@ -170,7 +170,7 @@ class Held:
 
     format: Format
     shape: tuple[int, ...]
-    read_wire: WireReader
+    read_stored: StoredReader
 
     @cached_property
     def weight(self) -> torch.Tensor:
@@ -225,7 +225,7 @@ def the_weight_has_the_strides_of_an_ordinary_one(held: Held) -> None:
 
 def an_independent_reader_gives_the_same_weight(held: Held) -> None:
     back = held.back.numpy()
-    read = held.read_wire(held.format.name, {n: as_bytes(t) for n, t in held.stored.items()}, held.shape)
+    read = held.read_stored(held.format.name, {n: as_bytes(t) for n, t in held.stored.items()}, held.shape)
     if held.format in ROTATED:  # float32 butterflies versus a float64 product
         np.testing.assert_allclose(back, read, rtol=0, atol=1e-6 * np.abs(read).max())
     else:
@@ -304,9 +304,9 @@ OF_PACKED_ONES = (
 
 
 @on_every_shape_it_fits
-def test_a_format_keeps_its_promises(format: Format, shape: tuple[int, ...], read_wire: WireReader) -> None:
+def test_a_format_keeps_its_promises(format: Format, shape: tuple[int, ...], read_stored: StoredReader) -> None:
     """The error names every broken guarantee; the traceback is that of the first."""
-    held = Held(format, shape, read_wire)
+    held = Held(format, shape, read_stored)
     promises = [*OF_EVERY_FORMAT, *(OF_PACKED_ONES if format.packed else ())]
     if format not in ROTATED:
         promises.append(zero_stays_zero)

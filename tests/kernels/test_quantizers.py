@@ -56,14 +56,14 @@ def inputs_hessian(length: int, seed: int = 0, rows: int = 512) -> torch.Tensor:
     return (x.T @ x / rows).float()
 
 
-def wire_rows(weight: torch.Tensor) -> torch.Tensor:
+def storage_rows(weight: torch.Tensor) -> torch.Tensor:
     """(out, K), channels fastest, float64."""
     return weight.double().movedim(1, -1).flatten(1)
 
 
 def error_rows(format: GridFormat, stored: Stored, weight: torch.Tensor) -> torch.Tensor:
-    """Q(W) - W in wire order, float64, shape (out, K)."""
-    return wire_rows(format.dequantize(stored, weight.shape, torch.float32)) - wire_rows(weight)
+    """Q(W) - W in storage order, float64, shape (out, K)."""
+    return storage_rows(format.dequantize(stored, weight.shape, torch.float32)) - storage_rows(weight)
 
 
 def group_sums(format: GridFormat, values: torch.Tensor) -> torch.Tensor:
@@ -353,7 +353,7 @@ def test_a_low_rank_hessian_is_enough(format: GridFormat) -> None:
         error, nearest = (error_rows(format, s, weight) for s in (stored, format.quantize(weight)))
         assert torch.isfinite(error).all(), (shape, rank)
         assert weighted(error, hessian) <= weighted(nearest, hessian) * (1 + 1e-6) + 1e-12, (shape, rank)
-        assert error.norm() < 0.6 * wire_rows(weight).norm(), (shape, rank)  # all zeros would give 1.0
+        assert error.norm() < 0.6 * storage_rows(weight).norm(), (shape, rank)  # all zeros would give 1.0
 
 
 def test_an_input_that_is_always_zero_is_harmless() -> None:

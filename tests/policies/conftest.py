@@ -19,7 +19,8 @@ from bitpolicy.policies.apply import to_storage
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.components import to_text
-from bitpolicy.policies.policy import Choice, ModelReference, Policy
+from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.policies.policy_records import ModelReference
 from bitpolicy.policies.target import Target
 
 

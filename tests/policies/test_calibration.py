@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.policies.calibration import Calibration, RoundedKey
-from bitpolicy.policies.policy import Choice, ModelReference, Policy
+from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.policies.policy_records import ModelReference
 from bitpolicy.policies.storage.calibration_file import calibration_of, load_calibration, save_calibration
 
 MEANS = {"conv_in": torch.randn(4, 3, 3), "attn.to_q": torch.randn(16)}

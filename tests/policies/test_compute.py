@@ -25,7 +25,8 @@ from bitpolicy.policies.checkpoints.component import export_component
 from bitpolicy.policies.checkpoints.model_card import model_card
 from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.identity import weights_hash
-from bitpolicy.policies.policy import Choice, LayerSettings, ModelReference, PolicyError, Result, Rule
+from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.policy_records import LayerSettings, ModelReference, PolicyError, Result, Rule
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.target import Target
 

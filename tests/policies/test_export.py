@@ -30,7 +30,7 @@ from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.storage.calibration_file import load_calibration
 from bitpolicy.policies.target import Target
 
-WireReader = Callable[[str, Mapping[str, np.ndarray], tuple[int, ...]], np.ndarray]
+StoredReader = Callable[[str, Mapping[str, np.ndarray], tuple[int, ...]], np.ndarray]
 Policymaker = Callable[..., Policy]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 F16 = torch.float16
@@ -81,13 +81,13 @@ def test_the_account_is_exact_for_every_format_and_storage(
     assert floats == {storage}
 
 
-def test_a_second_reader_finds_every_weight_as_its_format_has_it(exported: Any, read_wire: WireReader) -> None:
+def test_a_second_reader_finds_every_weight_as_its_format_has_it(exported: Any, read_stored: StoredReader) -> None:
     seen = set()
     with safe_open(exported.folder / "unet" / WEIGHTS, "pt") as file:
         for name, layer in quantizable_layers(exported.pipe.unet):
             format, shape = exported.choices[name].format, tuple(layer.weight.shape)
             tensors = {suffix: file.get_tensor(f"{name}.{suffix}") for suffix in format.tensors(shape, F16)}
-            weight = read_wire(format.name, {suffix: as_bytes(tensor) for suffix, tensor in tensors.items()}, shape)
+            weight = read_stored(format.name, {suffix: as_bytes(tensor) for suffix, tensor in tensors.items()}, shape)
             expected = format.dequantize(format.quantize(layer.weight.detach()), shape, torch.float32).numpy()
             rotating = 1e-6 * float(np.abs(expected).max()) if "rotation" in format.parameters() else 0.0
             np.testing.assert_allclose(weight, expected, rtol=0, atol=rotating, err_msg=name)

@@ -19,7 +19,8 @@ from bitpolicy.policies.checkpoints.checkpoint import checkpoint_bytes
 from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.components import to_text
 from bitpolicy.policies.footprint import Span, loaded_bytes, measured_peak, metered, stored_others
-from bitpolicy.policies.policy import LayerSettings, ModelReference, Policy
+from bitpolicy.policies.policy import Policy
+from bitpolicy.policies.policy_records import LayerSettings, ModelReference
 from bitpolicy.policies.target import Target
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.checkpoints.folder_parts import FolderParts
 from bitpolicy.policies.identity import config_hash, configured
-from bitpolicy.policies.policy import ModelReference, PolicyError
+from bitpolicy.policies.policy_records import ModelReference, PolicyError
 
 
 def with_entry(unet: Any, **entries: Any) -> str:

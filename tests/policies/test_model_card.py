@@ -12,7 +12,8 @@ from torch import nn
 from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.checkpoints.model_card import PLAIN, Card, model_card
-from bitpolicy.policies.policy import BudgetRecord, Choice, Policy, Result
+from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.policies.policy_records import BudgetRecord, Result
 from bitpolicy.policies.target import Target
 
 BYTES = 2 * (4 + 2 * 4) + 8 + 3 * 2 * 2  # codes and scales of two layers, a plain one, biases

@@ -19,7 +19,8 @@ from bitpolicy.policies.checkpoints.checkpoint import checkpoint_bytes
 from bitpolicy.policies.identity import weights_hash
 from bitpolicy.policies.loading.packed_config import BitPolicyConfig
 from bitpolicy.policies.loading.packed_model import expected_tensors, make_shells
-from bitpolicy.policies.policy import Choice, ModelReference, Policy
+from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.policies.policy_records import ModelReference
 from bitpolicy.policies.storage.safetensors_writer import SafetensorsWriter
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures through Linux's /proc")

@@ -12,7 +12,8 @@ import yaml
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import FP16, format_named
-from bitpolicy.policies.policy import Choice, LayerSettings, Policy, PolicyError, Rule
+from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.policies.policy_records import LayerSettings, PolicyError, Rule
 
 TEXT = """
 bitpolicy: 1

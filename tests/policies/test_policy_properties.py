@@ -17,7 +17,8 @@ from bitpolicy.kernels.layers import quantizable_layers
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.checkpoints.checkpoint import write_packed
 from bitpolicy.policies.loading.packed_config import BitPolicyConfig
-from bitpolicy.policies.policy import Choice, ModelReference
+from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.policy_records import ModelReference
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.storage.source import ModuleSource
 from bitpolicy.policies.storage.stored_tensors import stored_tensors

@@ -14,7 +14,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.components import asked_components, from_text, to_text
 from bitpolicy.policies.identity import config_hash, weights_hash
 from bitpolicy.policies.lazy import layer_prefix, within_component
-from bitpolicy.policies.policy import ModelReference
+from bitpolicy.policies.policy_records import ModelReference
 from bitpolicy.policies.target import Target
 
 F16 = torch.float16

@@ -23,7 +23,8 @@ from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.component import export_component
 from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.identity import weights_hash
-from bitpolicy.policies.policy import Choice, ModelReference, Rule
+from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.policy_records import ModelReference, Rule
 from bitpolicy.policies.quantization import Quantization
 from bitpolicy.policies.storage.calibration_file import save_calibration
 from bitpolicy.policies.target import Target

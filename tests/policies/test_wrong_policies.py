@@ -15,7 +15,8 @@ from torch import nn
 from bitpolicy import BitPolicyError, Policy
 from bitpolicy.kernels.formats.named import FP16
 from bitpolicy.policies.apply import choices_for
-from bitpolicy.policies.policy import Choice, LayerSettings
+from bitpolicy.policies.policy import Choice
+from bitpolicy.policies.policy_records import LayerSettings
 from bitpolicy.policies.storage.plain_yaml import MAX_BYTES, read_yaml
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(

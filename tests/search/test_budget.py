@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import FP16, format_named
 from bitpolicy.policies.accounting import ByteAccount
-from bitpolicy.policies.policy import BudgetRecord, ModelReference, Policy
+from bitpolicy.policies.policy import Policy
+from bitpolicy.policies.policy_records import BudgetRecord, ModelReference
 from bitpolicy.search.budget import Budget, BudgetError, Scope, read_bytes, readable
 from bitpolicy.sensitivity.cost.peak_memory import LayerCall, PeakMemory
 

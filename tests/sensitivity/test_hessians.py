@@ -58,7 +58,7 @@ def of_whole_numbers(make: Callable[[], nn.Module], size: tuple[int, ...]) -> tu
     return layer, torch.randint(-9, 10, size, generator=draw).double()
 
 
-def wire_rows(weight: torch.Tensor) -> torch.Tensor:
+def storage_rows(weight: torch.Tensor) -> torch.Tensor:
     return weight.movedim(1, -1).flatten(1)
 
 
@@ -69,7 +69,7 @@ def test_drawn_inputs_times_the_weight_give_the_layers_output(
     layer, x = of_whole_numbers(make, size)
     output = layer(x)
     positions, groups = output.numel() // len(layer.weight), getattr(layer, "groups", 1)
-    of_group = wire_rows(layer.weight).unflatten(0, (groups, -1))
+    of_group = storage_rows(layer.weight).unflatten(0, (groups, -1))
     for count in (1, 5, 10_000):
         rows, taken = drawn_inputs(layer, x, output, count, torch.Generator().manual_seed(2))
         assert rows.shape == (min(count, positions), groups, layer.weight[0].numel())
@@ -163,7 +163,7 @@ def test_a_layer_with_only_zero_inputs_has_a_zero_hessian() -> None:
 
 
 def patches(layer: Quantizable, x: torch.Tensor) -> torch.Tensor:
-    """The layer's inputs at each position, in wire order, by torch's own im2col; float64, shape (P, K)."""
+    """The layer's inputs at each position, in storage order, by torch's own im2col; float64, shape (P, K)."""
     if isinstance(layer, nn.Linear):
         return x.reshape(-1, x.shape[-1]).double()
     columns = nn.functional.unfold(x.double(), layer.kernel_size, layer.dilation, layer.padding, layer.stride)

@@ -26,7 +26,8 @@ from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.pipeline import export_pipeline
 from bitpolicy.policies.components import to_text
 from bitpolicy.policies.footprint import loaded_bytes, measured_peak
-from bitpolicy.policies.policy import Choice, ModelReference, Policy
+from bitpolicy.policies.policy import Choice, Policy
+from bitpolicy.policies.policy_records import ModelReference
 from bitpolicy.policies.target import Target
 from bitpolicy.sensitivity.cost.peak_memory import LayerCall, PeakMemory, observe, unpacking_bytes
 from bitpolicy.sensitivity.samples import Sample
