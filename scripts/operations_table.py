@@ -24,6 +24,7 @@ INTRO = """\
 Each cell is one test in [test_operations.py](../tests/policies/test_operations.py). It runs on the CPU, on a toy model
 of the real class, with every format in turn on its layers. [operations.py](../tests/toys/operations.py) defines the
 operations, and [operations.yaml](../tests/policies/operations.yaml) the expected outcome of each cell.
+Some classes run by default, the others with `pytest -m every_pipeline tests/policies/test_operations.py`.
 `python scripts/operations_table.py --write` writes this page from that file, and a test checks that it is up to date.
 [test_cpu_offload.py](../tests/policies/test_cpu_offload.py) tests moving a model to a GPU and back, whole or offloaded;
 it runs where there is a GPU.

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from scipy.stats import spearmanr
-from toy_pipelines import TOYS
+from toy_pipelines import TOYS, every
 
 import bitpolicy
 from bitpolicy.kernels.formats.named import format_named
@@ -33,7 +33,7 @@ INT4, INT8 = format_named("int4"), format_named("int8")
 FORMATS = (INT4, INT8)
 VECTOR = 4
 ACCURACY = 5e-6  # sketches are kept in float32
-every_toy = pytest.fixture(scope="module", params=TOYS)
+every_toy = pytest.fixture(scope="module", params=every(TOYS))
 
 
 # The sketch against finite differences
@@ -255,19 +255,21 @@ def test_a_layer_that_is_never_called_has_no_bias_correction(probed: Probed) -> 
     assert not probed.table.corrected[silent].any()
 
 
-ROADS = [  # a class of denoiser each
-    "DDIMPipeline",
-    "StableDiffusionPipeline",
-    "DiTPipeline",
-    "PixArtSigmaPipeline",
-    "SanaPipeline",
-    "HunyuanDiTPipeline",
-    "StableDiffusion3Pipeline",
-    "FluxPipeline",
-    "AnimateDiffPipeline",
-    "CogVideoXPipeline",
-    "WanPipeline-2.2",
-]
+ROADS = every(  # a class of denoiser each
+    [
+        "DDIMPipeline",
+        "StableDiffusionPipeline",
+        "DiTPipeline",
+        "PixArtSigmaPipeline",
+        "SanaPipeline",
+        "HunyuanDiTPipeline",
+        "StableDiffusion3Pipeline",
+        "FluxPipeline",
+        "AnimateDiffPipeline",
+        "CogVideoXPipeline",
+        "WanPipeline-2.2",
+    ]
+)
 
 
 @pytest.fixture(scope="module", params=ROADS)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from toy_pipelines import TOYS
+from toy_pipelines import TOYS, every
 
 import bitpolicy
 from bitpolicy.cli.options import CallOptions
@@ -256,7 +256,7 @@ def test_a_class_can_be_given_in_a_file_of_json_lines(dit: Any, lines: Callable[
 # Default requests
 
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", every(TOYS))
 def test_default_requests_suit_the_kind_of_pipeline(name: str) -> None:
     toy = TOYS[name]
     pipe = toy.new()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from toy_pipelines import TOYS
+from toy_pipelines import TOYS, every
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import format_named
@@ -172,7 +172,7 @@ def test_a_measured_peak_is_the_models_plus_the_allocations() -> None:
     assert measured_peak(two_models(), chain) == 26 * 4 + 2 * MIB
 
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", every(TOYS))
 def test_the_other_models_have_the_bytes_that_their_files_have(name: str, tmp_path: Path) -> None:
     pipe: Any = TOYS[name].new()
     components = Target.chosen(pipe).names

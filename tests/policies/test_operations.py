@@ -1,7 +1,8 @@
 """Every class of model and pipeline through every operation of tests/toys/operations.py: a cell of the table, a test.
 
 tests/policies/operations.yaml says what a cell is expected to be. One that fails is an expected failure, strictly, with
-its reason; one that is not applicable is checked to lack what the operation calls.
+its reason; one that is not applicable is checked to lack what the operation calls. Rows that are not `by_default` run
+with `pytest -m every_pipeline`.
 """
 
 from __future__ import annotations
@@ -128,7 +129,9 @@ def _cells(rows: str, operations: str) -> Iterator[Any]:
     for row, about in TABLE[rows].items():
         for operation in TABLE[operations]:
             reason = about.get("fail", {}).get(operation)
-            marks = [pytest.mark.xfail(strict=True, reason=reason)] if reason else []
+            marks: list[Any] = [] if row in TABLE["by_default"] else [pytest.mark.every_pipeline]
+            if reason:
+                marks.append(pytest.mark.xfail(strict=True, reason=reason))
             yield pytest.param(row, operation, marks=marks, id=f"{row}-{operation}")
 
 
@@ -256,6 +259,7 @@ def test_every_operation_every_toy_and_every_kind_of_layer_is_in_the_table() -> 
 
 
 def test_the_entries_of_a_row_name_known_operations() -> None:
+    assert set(TABLE["by_default"]) <= {*TABLE["models"], *TABLE["pipelines"]}
     for rows, operations in (("models", "operations"), ("pipelines", "pipeline_operations")):
         for row, about in TABLE[rows].items():
             said = [*about.get("not_applicable", ()), *about.get("fail", ())]
