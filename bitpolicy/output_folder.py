@@ -23,7 +23,7 @@ RESULT = "result.json"
 _OURS = (
     *("run.json", "result.json", "policy.yaml", "calibration.safetensors", "sensitivity.safetensors"),
     *("sensitivity.csv", "frontier", "study.journal", "study.journal.torn", "trials.csv", "compare.png"),
-    *("checkpoint", "work", "report.html"),
+    *("compare-sounds", "checkpoint", "work", "report.html"),
 )
 _PROBED = ("split.safetensors", "check.json")  # files of a probe that no search writes
 EXTENDABLE = ("trials", "timeout", "all_trials", "probe_memory")  # with other values of these, a search continues

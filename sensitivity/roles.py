@@ -26,6 +26,7 @@ from torch import nn
 
 from bitpolicy.kernels.layers import Quantizable, quantizable_layers
 
+_CHANNELS = ("in_channels", "io_channels", "latent_dim")  # what configs call the number of channels of the sample
 _QUERY = re.compile(r"((to|img|img_attn)_)?(q|qkv|query)(_proj|_linear|_mlp_proj)?|wq")
 
 
@@ -192,13 +193,14 @@ def _named_for(role: str, names: list[str]) -> list[str]:
 def _sample_widths(model: nn.Module) -> tuple[set[int], set[int]]:
     """The possible numbers of values per position of the sample (channels x patch), on input and on output."""
     config = getattr(model, "config", None)
-    channels = config.get("in_channels") if isinstance(config, Mapping) else None
-    if not isinstance(config, Mapping) or not isinstance(channels, int):
+    known = config if isinstance(config, Mapping) else {}
+    channels = next((known[name] for name in _CHANNELS if isinstance(known.get(name), int)), None)
+    if channels is None:
         return set(), set()
-    patches = (value for key, value in config.items() if "patch_size" in key)
+    patches = (value for key, value in known.items() if "patch_size" in key)
     sides = {1, *(n for value in patches for n in (value if isinstance(value, list | tuple) else [value]) if n)}
     volumes = {prod(sizes) for sizes in product(sides, repeat=3)}
-    written = config.get("out_channels") or channels
+    written = known.get("out_channels") or channels
     return {channels * volume for volume in volumes}, {written * volume for volume in volumes}
 
 
@@ -216,13 +218,13 @@ def _widens(layer: Quantizable) -> bool:
 _WORDS = {
     "modulation": {"mod", "modulation", "modulations", "adaln", "norm"},
     "context_embedding": set("context caption cap text txt y prompt class label encoder image clip".split())
-    | {"cond", "condition", "control", "pose", "vace"},
-    "timestep_embedding": {"time", "timestep", "t", "guidance", "fps", "size"},
+    | {"cond", "condition", "control", "pose", "vace", "cross"},
+    "timestep_embedding": {"time", "timestep", "t", "guidance", "fps", "size", "global"},
 }
 _FIRST_PARTS = {
-    "output_head": r"(^|_)(proj|conv)_(out|to)|^final_|^out_layer|^controlnet_(\w+_)?blocks?$",
-    "input_stem": r"(^|_)(proj|conv|img)_in|^(x_embedder|visual_embed|input_proj|input_embed|pos_embed)|patch_embed",
-    "context_embedding": "^controlnet_",
+    "output_head": r"(^|_)(proj|conv)_(out|to)|^postprocess_|^final_|^out_layer|^controlnet_(\w+_)?blocks?$",
+    "input_stem": r"(^|_)(proj|conv|img)_in|^(preprocess_|x_embedder|visual_embed|input_|pos_embed)|patch_embed",
+    "context_embedding": "^(controlnet|latent)_",
 }
 
 

@@ -91,7 +91,7 @@ def _facts(policy: Policy, counts: Mapping[str, int], result: Mapping[str, Any])
     rows.append(("held-out PSNR", _psnr(policy, result)))
     for name, found in (result.get("quality") or {}).items():
         mean = found.get("mean", found.get("to_reference"))
-        rows.append((name, f"{mean:.6g}"))
+        rows.append((name, "identical" if mean is None else f"{mean:.6g} {found.get('unit', '')}".rstrip()))
     return rows
 
 

@@ -1,8 +1,9 @@
 """compare.png: one column per prompt and seed. The reference is above; every row below it shows another version of the
-pipeline, with the PSNR of each image.
+pipeline, with the PSNR of each image, or the mel distance of each sound.
 
 An image of any size and any number of channels fills a square cell. A video is shown as a few frames. A sound is shown
-as its spectrogram, in dB below the loudest value in the column.
+as its spectrogram, in dB below the loudest value in the column. The sounds of the first columns are also written as WAV
+files, in a folder beside the picture.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from scipy.io import wavfile
 
 from bitpolicy.policies.storage.atomic import written_aside
-from bitpolicy.search.quality.psnr import Psnr
+from bitpolicy.search.quality.psnr import Paired
+from bitpolicy.search.quality.sound import are_sounds, compared
 
 PICTURES = 8  # columns, at most
 _CELL, _GAP, _LINE = 160, 12, 16  # pixels
+_HEARD = 3  # columns whose sounds are written
 _THINNEST, _BETWEEN = 12, 2  # pixels: the short side of a very long image, and between the tiles of a cell
 _INK, _PAPER = "#1f2328", "white"
 _FRAMES, _CHANNELS = 4, 9  # limits for a video and for an image of many channels
@@ -40,24 +44,32 @@ class Row:
         label: text to its left, in lines.
         results: one per column: an image, float (C, H, W) in [0, 1], a video, (frames, C, H, W), or a sound, (samples)
             or (channels, samples).
-        psnr: against the first row; None for the first row itself.
+        closeness: to the first row; None for the first row itself.
     """
 
     label: Sequence[str]
     results: Sequence[torch.Tensor]
-    psnr: Psnr | None = None
+    closeness: Paired | None = None
 
     @classmethod
     def of(
-        cls, name: str, nbytes: int, results: Sequence[torch.Tensor], reference: Sequence[torch.Tensor] | None = None
+        cls,
+        name: str,
+        nbytes: int,
+        results: Sequence[torch.Tensor],
+        reference: Sequence[torch.Tensor] | None = None,
+        rate: int = 0,
     ) -> Row:
-        """At most `PICTURES` results, with the size and, against a reference, the mean PSNR of those results in the
-        label."""
+        """At most `PICTURES` results, with the size and, against a reference, their mean closeness in the label.
+
+        Args:
+            rate: samples a second of sounds.
+        """
         shown, size = results[:PICTURES], f"{nbytes / 1e6:.3g} MB"
         if reference is None:
             return cls((name, size), shown)
-        psnr = Psnr.of(reference[:PICTURES], shown)
-        return cls((name, size, in_db(psnr.mean)), shown, psnr)
+        found = compared(reference[:PICTURES], shown, rate)
+        return cls((name, size, in_words(found.mean, found)), shown, found)
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,7 @@ class _Layout:
         tops, top = [], 2 * _LINE
         for row in rows:
             tops.append(top)
-            top += _CELL + _GAP + (_LINE if row.psnr else 0)
+            top += _CELL + _GAP + (_LINE if row.closeness else 0)
         return cls(left, tuple(tops), top)
 
     def x(self, column: int) -> int:
@@ -108,16 +120,36 @@ def save_comparison(path: Path, captions: Sequence[str], rows: Sequence[Row]) ->
         pictures = _pictures([row.results[column] for row in rows])
         for row, top, picture in zip(rows, place.tops, pictures, strict=True):
             sheet.paste(picture, (x + (_CELL - picture.width) // 2, top + (_CELL - picture.height) // 2))
-            if row.psnr is not None:
-                below = in_db(row.psnr.per_image[column])
+            if row.closeness is not None:
+                below = in_words(row.closeness.per_image[column], row.closeness)
                 draw.text((middle, top + _CELL + _LINE // 4), below, _INK, font=font, anchor="mt")
     with written_aside(path) as aside:
         sheet.save(aside, format="PNG")
 
 
-def in_db(psnr: float | None) -> str:
-    """A PSNR in words; None means that the images are identical."""
-    return "identical" if psnr is None else f"{psnr:.1f} dB"
+def in_words(value: float | None, closeness: Paired) -> str:
+    """One value, or the mean, of `closeness`; None means that the results are identical."""
+    if value is None:
+        return "identical"
+    return f"{value:.1f} dB" if closeness.better == "higher" else f"differs by {value:.2g} dB"
+
+
+def save_sounds(path: Path, rows: Sequence[Row], rate: int) -> Path | None:
+    """Write the first sounds of each row as 16-bit WAV files, e.g. "1 original.wav"; returns their folder.
+
+    Args:
+        path: of the picture. The folder is beside it.
+        rate: samples a second.
+    """
+    if not are_sounds(rows[0].results):
+        return None
+    folder = path.with_name(f"{path.stem}-sounds")
+    folder.mkdir(exist_ok=True)
+    for row in rows:
+        for place, sound in enumerate(row.results[:_HEARD], 1):
+            whole = torch.nan_to_num(sound).clamp(-1, 1).mul(2**15 - 1).round().short().cpu()
+            wavfile.write(folder / f"{place} {row.label[0]}.wav", rate, whole.T.numpy())
+    return folder
 
 
 def _draw_label(draw: ImageDraw.ImageDraw, lines: Sequence[str], middle: int, font: Font) -> None:

@@ -40,19 +40,20 @@ from bitpolicy.search.problem import Problem
 from bitpolicy.search.quality.metrics import Comparison, measure
 from bitpolicy.search.quality.objective import objective_named
 from bitpolicy.search.quality.psnr import Psnr, Unavailable
+from bitpolicy.search.quality.sound import sampling_rate
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.inventory import Layer
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.table_files import ModelContext, write_table
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 from bitpolicy.settings import Settings
-from bitpolicy.workflow.compare import Row, save_comparison
+from bitpolicy.workflow.compare import Row, save_comparison, save_sounds
 from bitpolicy.workflow.curve import Point, file_name, points, save_picture, save_table
 from bitpolicy.workflow.decision import in_words, mean_db, networks_of, reaching_target, why_stopped, within_budget
 from bitpolicy.workflow.plan import Plan
 from bitpolicy.workflow.uniform import drawn_uniform
 
-_QUALITY = ("ssim", "lpips", "fid")  # of the held-out images, in addition to PSNR, if the networks are available
+_QUALITY = ("psnr", "ssim", "lpips", "fid")  # of the held-out results, if they can be measured here
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Evaluated:
     Attributes:
         policy: with its PSNR.
         psnr: of every held-out sample.
-        quality: the other measures of quality that are available here, as JSON.
+        quality: the other measures of quality that are available here, e.g. the mel distance of sounds, as JSON.
         uniform: the best uniform format in the policy's bytes, as JSON; None if the policy quantizes nothing.
     """
 
@@ -261,14 +262,17 @@ class SearchRun:
                 after = list(reloaded.images(self._stages.track(samples, "held-out, checkpoint")))
             (reference, latents), (images, found) = zip(*before, strict=True), zip(*after, strict=True)
             psnr = Psnr.of(reference, images)
-            own = Row.of("this policy", policy.result.policy_bytes, images, reference)
+            rate = sampling_rate(source.pipe)
+            own = Row.of("this policy", policy.result.policy_bytes, images, reference, rate)
             uniform = self._searched and drawn_uniform(plan, *self._searched, policy, own, reference, self._stages)
             rows = [Row.of("original", plan.account.reference, reference), own, *([uniform[0]] if uniform else [])]
             save_comparison(self._folder / "compare.png", [sample.prompt for sample in samples], rows)
+            save_sounds(self._folder / "compare.png", rows, rate)
             measured = measure(
-                _QUALITY, Comparison(reference, images, (latents, found)), networks_of(self._settings, plan)
+                _QUALITY, Comparison(reference, images, (latents, found), rate=rate), networks_of(self._settings, plan)
             )
-        quality = {name: result.as_dict() for name, result in measured.items() if not isinstance(result, Unavailable)}
+        quality = {name: found.as_dict() for name, found in measured.items() if not isinstance(found, Unavailable)}
+        del quality["psnr"]  # has a place of its own
         return Evaluated(self._with_quality(policy, psnr), psnr, quality, uniform[1] if uniform else None)
 
     def _with_quality(self, policy: Policy, psnr: Psnr) -> Policy:

@@ -21,6 +21,8 @@ from bitpolicy.policies.policy import Choice, Policy
 from bitpolicy.search.generation import Generations
 from bitpolicy.search.knapsack import Solution
 from bitpolicy.search.problem import Problem
+from bitpolicy.search.quality.psnr import Psnr
+from bitpolicy.search.quality.sound import sampling_rate
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.workflow.compare import PICTURES, Row
 from bitpolicy.workflow.plan import Plan
@@ -92,12 +94,18 @@ def drawn_uniform(
     except BitPolicyError as error:
         stages.warn(f"compare.png has no row for {uniform.name}: {error}")
         return None
-    row = Row.of(uniform.name, uniform.nbytes, images, reference)
+    row = Row.of(uniform.name, uniform.nbytes, images, reference, sampling_rate(plan.source.pipe))
     if uniform.larger:
         row = replace(row, label=(*row.label, "larger: none fits"))
-    assert row.psnr is not None
-    assert own.psnr is not None
-    return row, {**uniform.as_dict(), "psnr_db": row.psnr.as_dict(), "policy_psnr_db": own.psnr.as_dict()}
+    return row, {**uniform.as_dict(), **_measured("", row, reference), **_measured("policy_", own, reference)}
+
+
+def _measured(owner: str, row: Row, reference: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """The PSNR of a row's results, and the mel distance of sounds."""
+    found = {f"{owner}psnr_db": Psnr.of(reference[: len(row.results)], row.results).as_dict()}
+    if row.closeness is not None and row.closeness.name == "mel":
+        found[f"{owner}mel_db"] = row.closeness.as_dict()
+    return found
 
 
 def best_uniform(

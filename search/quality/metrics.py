@@ -1,8 +1,8 @@
 """Every measure of image quality behind one call. Each requested metric gives numbers, or the reason why it cannot.
 
-One metric can give two results. `fid` gives the distance in Inception's features and, if the pipeline comes with a
-small network of its own, also the distance in that network's features, as `fid-emoji`. Their scales differ, so their
-names do.
+One metric can give two results. `psnr` also gives the mel distance of sounds, as `mel`. `fid` gives the distance in
+Inception's features and, if the pipeline comes with a small network of its own, also the distance in that network's
+features, as `fid-emoji`. Their scales differ, so their names do.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from bitpolicy.search.quality.frechet import Features, frechet_distance
 from bitpolicy.search.quality.kernel_distance import kernel_distance, paired_kernel_distance
 from bitpolicy.search.quality.networks import Networks
 from bitpolicy.search.quality.psnr import Images, Paired, Unavailable, latent_mse, psnr, six_digits, ssim
+from bitpolicy.search.quality.sound import are_sounds, mel_distance
 
 METRICS = ("psnr", "ssim", "lpips", "latent", "fid", "kid", "clip")
 Distance = Callable[[Features, Features], float]
@@ -37,6 +38,7 @@ class Comparison:
         latents: final latents of both, if known.
         prompts: one per image; None if the pipeline takes no text.
         real: a folder of pictures to compare both with.
+        rate: samples a second, if the results are sounds, shape (samples) or (channels, samples).
     """
 
     reference: Images
@@ -44,6 +46,7 @@ class Comparison:
     latents: tuple[Images, Images] | None = None
     prompts: Sequence[str] | None = None
     real: Path | None = None
+    rate: int = 0
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,10 @@ def perceptual_distance(reference: Images, images: Images, networks: Networks) -
 def _of(metric: str, about: Comparison, networks: Networks, seen: _Seen) -> Iterator[tuple[str, Result]]:
     if metric == "psnr":
         yield metric, psnr(about.reference, about.images)
+        if are_sounds(about.reference):
+            yield "mel", mel_distance(about.reference, about.images, about.rate)
+    elif metric != "latent" and are_sounds(about.reference):
+        yield metric, Unavailable("it compares pictures, and the results are sounds", "take psnr, which includes mel")
     elif metric == "ssim":
         yield metric, ssim(about.reference, about.images)
     elif metric == "latent":

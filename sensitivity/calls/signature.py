@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.components import class_count
 from bitpolicy.sensitivity.calls.hints import fits, hints_of, in_words
-from bitpolicy.sensitivity.samples import takes_pictures
+from bitpolicy.sensitivity.samples import names_files
 
 STEPS = "num_inference_steps"
 _LABELS = re.compile(r"(class_)?labels?|class_ids?|classes")
@@ -79,13 +79,13 @@ class Signature:
     def _takes(self, name: str, value: Any) -> bool:
         """Whether the argument accepts the value.
 
-        None is always accepted. A string that names a picture is loaded before the call, and a string that each sample
-        needs may go into a list.
+        None is always accepted. A string that names a picture or a sound is loaded before the call, and a string that
+        each sample needs may go into a list.
         """
         hint = self.hints[name]
         return (
             value is None
-            or takes_pictures(name)
+            or names_files(name, value)
             or fits(value, hint)
             or (is_of_each_sample(name) and fits([value], hint))
         )

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.io import wavfile
 
-from bitpolicy.search.quality.psnr import Psnr
-from bitpolicy.workflow.compare import _CELL, _GAP, _LINE, Row, fitted, save_comparison
+from bitpolicy.search.quality.psnr import Paired
+from bitpolicy.workflow.compare import _CELL, _GAP, _LINE, Row, fitted, save_comparison, save_sounds
 
 
 def constant(red: float, green: float, blue: float, size: int = 16) -> torch.Tensor:
@@ -24,7 +25,11 @@ def pixels(path: Path) -> np.ndarray:
 
 def pair(first: list[torch.Tensor], second: list[torch.Tensor], *psnr: float | None) -> list[Row]:
     """Two rows. Without `psnr`, all pairs are called identical."""
-    return [Row(("a",), first), Row(("b",), second, Psnr(psnr or (None,) * len(first)))]
+    return [Row(("a",), first), Row(("b",), second, in_db(*(psnr or (None,) * len(first))))]
+
+
+def in_db(*psnr: float | None) -> Paired:
+    return Paired("psnr", psnr, "higher", "dB")
 
 
 def left(sheet: np.ndarray, columns: int) -> int:
@@ -52,7 +57,10 @@ def test_each_image_is_in_its_place(tmp_path: Path, size: int) -> None:
     reference = [constant(1, 0, 0, size), constant(0, 1, 0, size)]
     images = [constant(0, 0, 1, size), constant(1, 1, 1, size)]
     others = [constant(0, 1, 1, size), constant(1, 1, 0, size)]
-    rows = [*pair(reference, images, 12.3, None), Row(("c", "INT4 everywhere"), others, Psnr((5.0, 6.0)))]
+    rows = [
+        *pair(reference, images, 12.3, None),
+        Row(("c", "INT4 everywhere"), others, in_db(5.0, 6.0)),
+    ]
     save_comparison(tmp_path / "compare.png", ["cat", "dog"], rows)
     sheet = pixels(tmp_path / "compare.png")
     assert [middle(sheet, 2, column, 0) for column in (0, 1)] == [[255, 0, 0], [0, 255, 0]]
@@ -91,7 +99,7 @@ def test_every_label_and_every_number_is_whole(tmp_path: Path, label: str) -> No
     """On white images, all that is dark is text. None of it touches an edge or a cell."""
     white = [constant(1, 1, 1)] * 2
     rows = [Row(("original", "8 MB"), white)]
-    rows += [Row((label, "3 MB", "12.3 dB", "larger"), white, Psnr((12.3, None))) for _ in range(2)]
+    rows += [Row((label, "3 MB", "12.3 dB", "larger"), white, in_db(12.3, None)) for _ in range(2)]
     save_comparison(tmp_path / "compare.png", ["cat", "dog"], rows)
     sheet = pixels(tmp_path / "compare.png")
     start = left(sheet, 2)
@@ -115,8 +123,8 @@ def test_a_row_says_what_it_shows() -> None:
     row = Row.of("this policy", 5_000_000, grey, black)
     assert row.label == ("this policy", "5 MB", "20.0 dB")
     assert len(row.results) == 8
-    assert row.psnr is not None
-    assert row.psnr.per_image == pytest.approx([20.0] * 8)
+    assert row.closeness is not None
+    assert row.closeness.per_image == pytest.approx([20.0] * 8)
     assert Row.of("original", 11_473_000, black).label == ("original", "11.5 MB")
     assert Row.of("a copy", 1, black, black).label[-1] == "identical"
 
@@ -207,6 +215,20 @@ def test_both_sounds_of_a_column_share_one_scale(tmp_path: Path) -> None:
     noise = torch.randn(9000, generator=torch.Generator().manual_seed(0))
     loud, quiet = drawn(tmp_path, noise, noise / 100)
     assert quiet.astype(int).sum() < 0.6 * loud.astype(int).sum()
+
+
+def test_sounds_are_written_to_listen_to(tmp_path: Path) -> None:
+    sounds = [torch.linspace(-2, 2, 100).expand(2, -1) for _ in range(4)]
+    rows = [Row.of("original", 9, sounds), Row.of("this policy", 5, [sound / 2 for sound in sounds], sounds, 8000)]
+    assert rows[1].label[-1].startswith("differs by")
+    folder = save_sounds(tmp_path / "compare.png", rows, 8000)
+    assert folder == tmp_path / "compare-sounds"
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == sorted(f"{place} {name}.wav" for place in (1, 2, 3) for name in ("original", "this policy"))
+    rate, written = wavfile.read(folder / "1 original.wav")
+    assert (rate, written.shape, written.min(), written.max()) == (8000, (100, 2), -32767, 32767)
+    assert save_sounds(tmp_path / "other.png", pair([torch.zeros(3, 4, 4)], [torch.zeros(3, 4, 4)]), 8000) is None
+    assert not (tmp_path / "other-sounds").exists()
 
 
 class Font:

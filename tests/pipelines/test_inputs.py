@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from scipy.io import wavfile
 from toy_pipelines import TOYS, every
 
 import bitpolicy
@@ -151,6 +152,22 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path, content: bytes |
         list(new_trajectories(name).latents([Sample.of(request, 0)]))
     with pytest.raises(BitPolicyError, match=f"^cannot read the picture {path}"):
         bitpolicy.probe(TOYS[name].new(), call=TOYS[name].call, prompts=[request], samples=1, quiet=True)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "float32"])
+def test_a_sound_is_read_from_a_wav_file(tmp_path: Path, dtype: str) -> None:
+    expected = np.linspace(-0.9, 0.9, 50, dtype=np.float32)[:, None].repeat(2, 1)
+    scaled = {"uint8": expected * 128 + 128, "int16": expected * 32768, "float32": expected}[dtype]
+    wavfile.write(tmp_path / "hum.wav", 8000, scaled.astype(dtype))
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "a hum", "audio": "hum.wav", "audio_codes": "7 8"}')
+    (request,) = load_requests(tmp_path / "asked.jsonl")
+    given = Sample.of(request, 0).call_arguments()
+    assert given["audio"].shape == (1, 2, 50)
+    assert np.allclose(given["audio"][0].T, expected, atol=0.01)
+    assert given["audio_codes"] == "7 8"
+    (tmp_path / "hum.wav").write_bytes(b"no sound at all")
+    with pytest.raises(BitPolicyError, match=r"^cannot read the sound .*hum\.wav: .*; give a WAV file$"):
+        Sample.of(request, 0).call_arguments()
 
 
 def key_of(trajectories: Trajectories, sample: Sample, folder: Path) -> set[str]:

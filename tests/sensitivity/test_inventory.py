@@ -16,6 +16,7 @@ from diffusers import (
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
+    StableAudio3DiTModel,
     UNet2DModel,
     WanTransformer3DModel,
 )
@@ -513,6 +514,25 @@ def test_an_image_that_guides_a_video_is_context() -> None:
     assert roles["blocks.0.attn2.add_k_proj"] == "cross_attention_qkv"
     assert [name for name, role in roles.items() if role == "input_stem"] == ["patch_embedding"]
     assert "other" not in roles.values()
+
+
+def test_channels_of_a_sound_have_other_names() -> None:
+    """Stable Audio 3 has `io_channels`; its 1x1 convolutions at both ends and the length's embedding are no `other`."""
+    model = StableAudio3DiTModel(
+        io_channels=8,
+        embed_dim=32,
+        depth=1,
+        num_heads=4,
+        cond_token_dim=16,
+        global_cond_dim=16,
+        local_add_cond_dim=9,
+        timestep_features_dim=16,
+    )
+    roles = {layer.name: layer.role for layer in inventory(Target({"unet": model}))}
+    assert "other" not in roles.values()
+    assert {roles["preprocess_conv"], roles["proj_in"]} == {"input_stem"}
+    assert {roles["postprocess_conv"], roles["proj_out"]} == {"output_head"}
+    assert roles["to_global_embed.0"] == "timestep_embedding"
 
 
 def test_a_unet_that_scales_and_resamples_in_its_residual_blocks_has_no_other_layers() -> None:

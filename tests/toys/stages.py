@@ -16,6 +16,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from PIL import Image
+from scipy.io import wavfile
 from toy_recipe import Toy
 from toy_subject import Subject, made_up_means, subject_of
 
@@ -57,12 +58,22 @@ def run(toy: Toy, folder: Path) -> dict[str, str]:
         try:
             stage(toy, folder)
         except BitPolicyError as refusal:
-            return {**outcomes, name: str(refusal)}
+            return {**outcomes, name: _fails_alone(toy) or str(refusal)}
         except Exception as error:
             error.add_note(f"in stage {name!r} of {toy.name}")
             raise
         outcomes[name] = PASS
     return outcomes
+
+
+def _fails_alone(toy: Toy) -> str:
+    """Why the pipeline's own call fails without bitpolicy; empty if it does not."""
+    subject = subject_of(toy)
+    try:
+        subject.own_call(subject.samples[0], "np")
+    except Exception as error:  # noqa: BLE001 (whatever diffusers raises)
+        return f"diffusers' own call fails: {type(error).__name__}: {error}"
+    return ""
 
 
 def layers(toy: Toy, folder: Path) -> None:
@@ -155,7 +166,7 @@ def requests(subject: Subject) -> list[Any] | None:
 
 
 def _written(asked: list[Any], folder: Path) -> Path:
-    """A file of requests: one prompt a line, or JSON with pictures by path."""
+    """A file of requests: one prompt a line, or JSON with pictures and sounds by path."""
     if all(isinstance(request, str) for request in asked):
         path = folder / "prompts.txt"
         path.write_text("\n".join(asked), encoding="utf-8")
@@ -173,6 +184,9 @@ def _by_path(value: Any, path: Path) -> Any:
     if isinstance(value, Image.Image):
         value.save(path.with_suffix(".png"))
         return path.with_suffix(".png").name
+    if isinstance(value, torch.Tensor):
+        wavfile.write(path.with_suffix(".wav"), 2000, value[0].T.numpy())
+        return path.with_suffix(".wav").name
     if isinstance(value, list):
         return [_by_path(item, path.with_name(f"{path.name}-{i}")) for i, item in enumerate(value)]
     return value

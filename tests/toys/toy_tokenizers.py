@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from transformers import BertTokenizer, CLIPTokenizer, GemmaTokenizer, T5Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import BertTokenizer, CLIPTokenizer, GemmaTokenizer, Qwen2Tokenizer, RobertaTokenizer, T5Tokenizer
 
 _ASCII = [chr(code) for code in range(33, 127)]
+_BYTES = sorted(ByteLevel.alphabet())
 LENGTH = 16  # tokens of a prompt
 
 
@@ -31,3 +33,18 @@ def bert_tokenizer(length: int = LENGTH) -> BertTokenizer:
     """BERT's WordPiece, a letter a piece, without upper case."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *_ASCII, *(f"##{letter}" for letter in _ASCII)]
     return BertTokenizer(vocab={word: i for i, word in enumerate(words)}, model_max_length=length)
+
+
+def _numbered(*words: str) -> dict[str, int]:
+    return {word: i for i, word in enumerate(words)}
+
+
+def roberta_tokenizer(length: int = LENGTH) -> RobertaTokenizer:
+    """RoBERTa's byte-pair encoding with no merges: a byte is a token."""
+    vocab = _numbered("<s>", "<pad>", "</s>", "<unk>", "<mask>", *_BYTES)
+    return RobertaTokenizer(vocab=vocab, merges=[], model_max_length=length)
+
+
+def qwen_tokenizer(length: int = LENGTH) -> Qwen2Tokenizer:
+    """Qwen's byte-pair encoding with no merges: a byte is a token."""
+    return Qwen2Tokenizer(vocab=_numbered("<|endoftext|>", *_BYTES), merges=[], model_max_length=length)

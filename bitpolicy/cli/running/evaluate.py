@@ -21,11 +21,12 @@ from bitpolicy.policies.checkpoints.checkpoint import checkpoint_bytes
 from bitpolicy.search.quality.features import require_pictures
 from bitpolicy.search.quality.metrics import Comparison, measure, parse_metrics
 from bitpolicy.search.quality.networks import Networks
-from bitpolicy.search.quality.psnr import Psnr
+from bitpolicy.search.quality.psnr import Paired, Psnr
+from bitpolicy.search.quality.sound import compared, sampling_rate
 from bitpolicy.sensitivity.cost.progress import Stages
 from bitpolicy.sensitivity.samples import Sample, split_samples
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
-from bitpolicy.workflow.compare import Row, save_comparison
+from bitpolicy.workflow.compare import Row, save_comparison, save_sounds
 from bitpolicy.workflow.decision import networks_for
 from bitpolicy.workflow.plan import default_call, warn_of_idle_arguments
 from bitpolicy.workflow.search_run import swapped_components
@@ -55,9 +56,12 @@ def run(options: EvalOptions) -> None:
     comparison, used = _drawn(source, options.checkpoint, wanted, arguments, samples, options.real_images, stages)
     psnr = Psnr.of(comparison.reference, comparison.images)
     if options.picture is not None:
-        save_comparison(options.picture, [sample.prompt for sample in samples], _rows(source, options, comparison))
+        rows = _rows(source, options, comparison)
+        save_comparison(options.picture, [sample.prompt for sample in samples], rows)
+        save_sounds(options.picture, rows, comparison.rate)
     if not asked:
-        _print_psnr(psnr, used, options.as_json)
+        closeness = compared(comparison.reference, comparison.images, comparison.rate)
+        _print_closeness(closeness, psnr, used, options.as_json)
         return
     results = measure(asked, comparison, networks_for(source.id, bundled, options.features, source))
     if options.as_json:
@@ -74,7 +78,7 @@ def _rows(source: Source, options: EvalOptions, images: Comparison) -> list[Row]
     after = sum(checkpoint_bytes(options.checkpoint / name) for name in source.components)
     return [
         Row.of("original", before, images.reference),
-        Row.of("this checkpoint", after, images.images, images.reference),
+        Row.of("this checkpoint", after, images.images, images.reference, images.rate),
     ]
 
 
@@ -105,7 +109,7 @@ def _drawn(
     reference, before = _images(source, call, stages.track(samples, "reference"))
     takes_text = "prompt" in inspect.signature(type(source.pipe).__call__).parameters
     prompts = [sample.prompt for sample in samples] if takes_text else None
-    return Comparison(reference, images, (before, after), prompts, real), used
+    return Comparison(reference, images, (before, after), prompts, real, sampling_rate(source.pipe)), used
 
 
 def _images(
@@ -116,12 +120,16 @@ def _images(
     return [image for image, _ in both], [latent for _, latent in both]
 
 
-def _print_psnr(psnr: Psnr, compute: Compute, as_json: bool) -> None:
-    count = len(psnr.per_image)
+def _print_closeness(found: Paired, psnr: Psnr, compute: Compute, as_json: bool) -> None:
+    """The PSNR of images, or the mel distance of sounds."""
+    count, sounds = len(found.per_image), found.name == "mel"
     suffix = "" if compute is Compute.EXACT else f", compute {compute}"
     if as_json:
-        print_json({"psnr_db": psnr.as_dict(), "compute": compute})
-    elif psnr.mean is None:
-        print(f"all {count} images are identical{suffix}")
+        distance = {"mel_db": found.as_dict()} if sounds else {}
+        print_json({"psnr_db": psnr.as_dict(), **distance, "compute": compute})
+        return
+    title, things = ("mel distance", "sounds") if sounds else ("PSNR", "images")
+    if found.mean is None:
+        print(f"all {count} {things} are identical{suffix}")
     else:
-        print(f"PSNR mean {psnr.mean:.2f} dB, worst {psnr.min:.2f} dB over {count} images{suffix}")
+        print(f"{title} mean {found.mean:.2f} dB, worst {found.worst:.2f} dB over {count} {things}{suffix}")

@@ -20,6 +20,7 @@ _COMPUTES = {
     "nvfp4": "nvfp4: inputs of layers in nvfp4 are also rounded",
 }
 LOADING = 'import bitpolicy\npipe = bitpolicy.load_pipeline("{folder}")'
+_TITLES = {"mel": "held-out mel distance"}
 _PRIVATE = ("roles",)  # in result.json and the table, not in --json
 
 
@@ -42,8 +43,11 @@ def print_result(result: Mapping[str, Any]) -> None:
     print_table(_bytes_and_quality(result))
     if result.get("roles"):
         print_table(_layers(result["roles"], list(result["layers"])))
+    shown = "shows the images"
+    if "mel" in result.get("quality", {}):
+        shown = f"shows the sounds, {folder}/compare-sounds has some to listen to"
     console.print(
-        f"{folder}/compare.png shows the images, {folder}/policy.yaml has every choice; load {folder}/checkpoint with",
+        f"{folder}/compare.png {shown}, {folder}/policy.yaml has every choice; load {folder}/checkpoint with",
         soft_wrap=True,
     )
     for line in LOADING.splitlines():
@@ -80,7 +84,7 @@ def _bytes_and_quality(result: Mapping[str, Any]) -> Table:
     table = Table(show_header=False, title="bitpolicy", title_justify="left")
     share = result["policy_bytes"] / result["reference_bytes"]
     same = "equal" if result["policy_bytes"] == result["checkpoint_bytes"] else "NOT EQUAL"
-    psnr = result["psnr_db"]
+    psnr, sounds = result["psnr_db"], "mel" in result.get("quality", {})
     quality = f"mean {psnr['mean']:.2f} dB, worst {psnr['min']:.2f} dB" if psnr["mean"] is not None else "all identical"
     same_images = f", {psnr['identical']} identical" if psnr["identical"] else ""
     error = result["predicted_error"]
@@ -95,9 +99,9 @@ def _bytes_and_quality(result: Mapping[str, Any]) -> Table:
             "not predicted" if error is None else f"{error:.3g} (relative power)",
         ),
         *([("compute", words)] if (words := _COMPUTES.get(result.get("compute", ""))) else []),
-        ("held-out PSNR", f"{quality} over {psnr['n']} images{same_images}"),
+        *([] if sounds else [("held-out PSNR", f"{quality} over {psnr['n']} images{same_images}")]),
         *([(result["uniform"]["name"], _uniform(result["uniform"]))] if "uniform" in result else []),
-        *((name, _one_line(found)) for name, found in result.get("quality", {}).items()),
+        *((_TITLES.get(name, name), _one_line(found)) for name, found in result.get("quality", {}).items()),
         ("seconds", ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in result["seconds"].items())),
     ]
     for row in rows:
@@ -107,20 +111,27 @@ def _bytes_and_quality(result: Mapping[str, Any]) -> Table:
 
 def _uniform(found: Mapping[str, Any]) -> str:
     """The best uniform format, on the images of compare.png."""
-    one, own = (_mean_db(found[key]) for key in ("psnr_db", "policy_psnr_db"))
+    kind, things = ("mel_db", "sounds") if "mel_db" in found else ("psnr_db", "images")
+    one, own = (_mean_db(found[key]) for key in (kind, f"policy_{kind}"))
     larger = " (larger: no single format fits)" if found["larger"] else ""
     count = found["psnr_db"]["n"]
-    return f"{found['policy_bytes']:,} bytes{larger}: {one}; this policy has {own} on these {count} images"
+    return f"{found['policy_bytes']:,} bytes{larger}: {one}; this policy has {own} on these {count} {things}"
 
 
 def _mean_db(psnr: Mapping[str, Any]) -> str:
-    return "identical" if psnr["mean"] is None else f"mean {psnr['mean']:.2f} dB"
+    if psnr["mean"] is None:
+        return "identical"
+    return f"mean {psnr['mean']:.2f} dB" if "min" in psnr else f"mean {psnr['mean']:.3g} dB"
 
 
 def _one_line(found: Mapping[str, Any]) -> str:
     """One measure of quality."""
     if "to_reference" in found:
         return f"{found['to_reference']:.4g} to the reference's images"
+    if found["mean"] is None:
+        return "all identical"
+    if found.get("unit"):
+        return f"mean {found['mean']:.3g} {found['unit']}, worst {found['worst']:.3g} {found['unit']}"
     return f"mean {found['mean']:.6g}, worst {found['worst']:.6g}"
 
 
