@@ -16,6 +16,7 @@ import yaml
 from bitpolicy.output_folder import OutputFolder
 from bitpolicy.policies.checkpoints import pipeline as export
 from bitpolicy.search.generation import Generations
+from bitpolicy.search.study import storage
 from bitpolicy.sensitivity.records import Records
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 from bitpolicy.workflow import decision
@@ -218,8 +219,12 @@ def test_a_damaged_piece_is_computed_again(command: Any, finished: Any, here: Pa
     assert_same_end(command(*arguments_for(finished, here / "out")), finished, here / "out")
 
 
-def test_a_search_whose_journal_was_cut_short_resumes(command: Any, finished: Any, here: Path) -> None:
-    """By a full disk or a power cut, inside the last line."""
+def test_a_search_whose_journal_was_cut_short_resumes(
+    command: Any, finished: Any, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a full disk or a power cut, inside the last line. The trial whose end it held is signed by this very process,
+    which is alive, so it would be waited for."""
+    monkeypatch.setattr(storage, "_PATIENCE", 0.5)
     folder = here / "out"
     shutil.copytree(finished.folder, folder)
     for name in ("result.json", "policy.yaml"):
