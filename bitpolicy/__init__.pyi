@@ -50,6 +50,7 @@ def search(
     quiet: bool = ...,
     target_psnr: float | None = ...,
     target_lpips: float | None = ...,
+    policy: str | Path | None = ...,
     frontier: int = ...,
     scope: Literal["weights", "pipeline", "peak"] = ...,
     height: int | None = ...,

@@ -45,6 +45,7 @@ from bitpolicy.workflow.forecast import Forecast
 from bitpolicy.workflow.over_budget import warn_if_over_budget
 from bitpolicy.workflow.plan import Plan, make_plan
 from bitpolicy.workflow.search_run import SearchRun
+from bitpolicy.workflow.transfer import for_transfer
 
 
 @python_call(PipelineOptions, CallArguments, QuantizationOptions, ProbeOptions)
@@ -98,8 +99,8 @@ def search(
     Raises:
         BitPolicyError: an argument is invalid, or no policy fits the budget.
     """
-    settings = settings_for({"budget": budget, **options}, _name(pipe))
-    if settings.budget is None and settings.target_psnr is None and settings.target_lpips is None:
+    settings = for_transfer(settings_for({"budget": budget, **options}, _name(pipe)))
+    if not settings.aims:
         raise BitPolicyError("--frontier alone chooses no policy; add --budget or --target-psnr")
     stages = Stages(quiet)
     with stages.whole_run(), ExitStack() as stack:
@@ -329,7 +330,7 @@ def _require_model(policy: Policy, parts: Parts, storage: torch.dtype) -> None:
             raise BitPolicyError(
                 f"the policy was made for {model.id} ({model.class_name}, "
                 f"sha256 {wanted[:12]}...), but this {component} has sha256 {has[:12]}...; "
-                "give that model, or run search-policy on this one"
+                "give that model, or give this one the policy's formats: search-policy --policy policy.yaml --model ..."
             )
     for component, part in parts.target.items():
         model.require_config(component, part)

@@ -252,4 +252,5 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "call": _call,
     "keep": _rules,
     "features": _text,
+    "policy": _text,
 }

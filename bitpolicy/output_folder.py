@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import warnings
@@ -30,8 +31,12 @@ EXTENDABLE = ("trials", "timeout", "all_trials", "probe_memory")  # with other v
 
 
 def identity_of(settings: Settings) -> dict[str, Any]:
-    """JSON values that are equal for two runs exactly if the runs ask for the same."""
-    return json.loads(json.dumps(fingerprint(asdict(settings))))
+    """JSON values that are equal for two runs exactly if the runs ask for the same. Of a given policy, the content of
+    its file counts, not where it is."""
+    held = asdict(settings)
+    if settings.policy is not None:
+        held["policy"] = hashlib.sha256(Path(settings.policy).read_bytes()).hexdigest()
+    return json.loads(json.dumps(fingerprint(held)))
 
 
 class OutputFolder:

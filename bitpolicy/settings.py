@@ -16,6 +16,8 @@ from bitpolicy.kernels import names
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.exporters.names import NAMES as TARGETS
 
+AIMS = ("budget", "target_psnr", "target_lpips", "policy")
+
 
 @dataclass(frozen=True)
 class AimOptions:
@@ -47,6 +49,16 @@ class AimOptions:
             above=0,
             most=1,
             allowed="a distance above 0, at most 1, e.g. 0.01",
+        ),
+    ] = None
+    policy: Annotated[
+        str | None,
+        Option(
+            "Instead of a budget: the formats of this policy.yaml, made for a model with the same layers, such as the "
+            "one that this model was fine-tuned from. Weights are rounded and biases corrected again; nothing is "
+            "probed or searched.",
+            python=str | Path | None,
+            metavar="FILE",
         ),
     ] = None
     frontier: Annotated[
@@ -324,12 +336,16 @@ class Settings(
     """
 
     def __post_init__(self) -> None:
-        aims = [name for name in ("budget", "target_psnr", "target_lpips") if getattr(self, name) is not None]
-        if len(aims) > 1 or not (aims or self.frontier):
-            found = " and ".join(f"--{name.replace('_', '-')}" for name in aims) or "nothing"
+        if len(self.aims) > 1 or not (self.aims or self.frontier):
+            found = " and ".join(f"--{name.replace('_', '-')}" for name in self.aims) or "nothing"
             raise BitPolicyError(
                 f"asked for {found}; give one of --budget SIZE, --target-psnr DB, --target-lpips DISTANCE, "
-                "or --frontier"
+                "--policy FILE, or --frontier"
             )
         for declared in declared_options(Settings):
             declared.checked(getattr(self, declared.name))
+
+    @property
+    def aims(self) -> list[str]:
+        """What decides the policy: the options of `AIMS` that are given. Without any, only the curve is asked for."""
+        return [name for name in AIMS if getattr(self, name) is not None]

@@ -145,8 +145,7 @@ class Forecast:
     @property
     def _decides(self) -> bool:
         """Whether the run produces a policy, and not only the curve."""
-        settings = self._settings
-        return any(aim is not None for aim in (settings.budget, settings.target_psnr, settings.target_lpips))
+        return bool(self._settings.aims)
 
     @property
     def _unquantized(self) -> bool:
@@ -164,14 +163,14 @@ class Forecast:
             trials = (settings.trials + 1) * len(plan.split.search) * self._each
             yield "search trials", trials if settings.timeout is None else min(trials, settings.timeout)
             yield "confirming on fresh seeds", (_FINALISTS + 1) * len(plan.split.confirm) * self._each
-        elif settings.budget is None and self._decides:
+        elif settings.target_psnr is not None or settings.target_lpips is not None:
             yield "policies measured", (MEASUREMENTS + 1) * len(plan.split.search) * self._each
 
     def _evaluation(self) -> Iterator[tuple[str, float]]:
         yield "writing the checkpoint", self._requantized(1)
         for pipeline in ("reference", "checkpoint"):
             yield f"held-out, {pipeline}", len(self._plan.split.held_out) * self._each
-        if not self._unquantized:
+        if not self._unquantized and not self._plan.given:
             yield "held-out, one format", len(self._plan.split.held_out[:PICTURES]) * self._each
 
     def _probe(self) -> Iterator[tuple[str, float]]:

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from bitpolicy.kernels.dispatch import ROUNDED
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.format import Format
-from bitpolicy.kernels.formats.named import parse_formats
+from bitpolicy.kernels.formats.named import FP16, parse_formats
 from bitpolicy.kernels.kernel import Compute
 from bitpolicy.kernels.quantizers.named import parse_quantizer
 from bitpolicy.pipelines.loading import BUNDLED, Source, load_source
@@ -20,6 +20,7 @@ from bitpolicy.pipelines.prompting import Split, default_requests, split
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.calibration import Calibration
 from bitpolicy.policies.checkpoints.model_card import Card
+from bitpolicy.policies.choice import Choice
 from bitpolicy.policies.components import asked_components
 from bitpolicy.policies.exporters.targets import exporter_named
 from bitpolicy.policies.exporters.tied import tied_layers
@@ -39,6 +40,7 @@ from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 from bitpolicy.sensitivity.workers import is_main
 from bitpolicy.settings import Settings
+from bitpolicy.workflow.transfer import formats_of, transferred
 
 BUNDLED_CALL = {"num_inference_steps": 20, "guidance_scale": 3.0}
 DEFAULT_STEPS = 20  # where the pipeline is not the bundled one and no number is given
@@ -62,6 +64,7 @@ class Plan:
         barred: (layer name, format) that the program it is exported to cannot hold.
         bundled: whether it is the pipeline that comes with the package.
         program: the one that it is exported to, if it is another.
+        given: layer name -> choice of the policy whose formats are taken; empty if they are searched.
     """
 
     source: Source
@@ -77,6 +80,7 @@ class Plan:
     barred: frozenset[tuple[str, Format]] = frozenset()
     bundled: bool = False
     program: str | None = None
+    given: Mapping[str, Choice] = field(default_factory=dict)
 
     @property
     def model(self) -> str:
@@ -185,8 +189,13 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
         )
     layers = inventory(source.target)
     warn_of_unsupported(source.target)
+    account = ByteAccount.of(source.target, source.storage)
+    given = {} if settings.policy is None else transferred(settings.policy, source.target, account)
     useful = useful_formats(source.target, parse_formats(settings.formats), source.storage)
-    kept = pinned(settings.keep, layers)
+    kept = formats_of(given) or pinned(settings.keep, layers)
+    if given:
+        asked = f"{account.total(kept)}B"
+        useful = tuple(dict.fromkeys([*(format for format in kept.values() if format.packed), FP16]))
     merged = tied_layers(exporter_named(settings.target), source.target) if settings.target else []
     tied = joined([*merged, *(shared_qkv(layers) if settings.share_qkv else [])])
     require_one_pin(tied, kept)
@@ -207,7 +216,6 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
         arguments = Sample.of(request, 0).arguments
         trajectories.require(arguments)
         _require_steps(trajectories, arguments)
-    account = ByteAccount.of(source.target, source.storage)
     scope = _scope(settings, source, account, trajectories, parts.calibration[0], formats)
     plan = Plan(
         source=source,
@@ -223,6 +231,7 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
         barred=_barred(settings.target, layers, formats, kept, merged),
         bundled=bundled,
         program=settings.target,
+        given=given,
     )
     plan.require_budget(plan.smallest)
     return plan

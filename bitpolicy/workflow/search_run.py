@@ -49,8 +49,17 @@ from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 from bitpolicy.settings import Settings
 from bitpolicy.workflow.compare import Row, save_comparison, save_sounds
 from bitpolicy.workflow.curve import Point, file_name, points, save_picture, save_table
-from bitpolicy.workflow.decision import in_words, mean_db, networks_of, reaching_target, why_stopped, within_budget
+from bitpolicy.workflow.decision import (
+    Decision,
+    in_words,
+    mean_db,
+    networks_of,
+    reaching_target,
+    why_stopped,
+    within_budget,
+)
 from bitpolicy.workflow.plan import Plan
+from bitpolicy.workflow.transfer import corrected_as
 from bitpolicy.workflow.uniform import drawn_uniform
 
 _QUALITY = ("psnr", "ssim", "lpips", "fid")  # of the held-out results, if they can be measured here
@@ -109,19 +118,29 @@ class SearchRun:
         self._searched = (problem, generations)
         if settings.frontier:
             self._write_curve(problem, generations)
-        if settings.budget is None and settings.target_psnr is None and settings.target_lpips is None:
+        if not settings.aims:
             return None
         with self._stages.timed("search"):
-            if settings.budget is None:
+            if settings.budget is None and settings.policy is None:
                 found = reaching_target(settings, plan, problem, generations, self._stages)
             else:
                 found = within_budget(settings, plan, problem, generations, self._folder, self._stages)
+            if settings.policy is not None:
+                found = self._as_given(found, settings.policy)
         self.calibration = self._measured.needed_for(found.choices).stamped(plan.source.sha256)
         save_calibration(self.calibration, self._folder / "calibration.safetensors")
         formats = [found.choices[layer.name].format for layer in plan.layers]
         about = {"probe": self._about_probe(problem), "search": found.about}
         predicted = problem.table.additive_error(formats)
         return self._saved(self._policy(found.choices, predicted, about, self.calibration))
+
+    def _as_given(self, found: Decision, path: str) -> Decision:
+        """The formats and bias corrections of the given policy. No single format is drawn for comparison, because no
+        layer could have another."""
+        self._searched = None
+        model = Policy.load(path).model
+        about = {"won": f"the formats of the policy for {model.id}", "from": model.model_dump(exclude_none=True)}
+        return Decision(corrected_as(self._plan.given, found.choices), about)
 
     def _saved(self, policy: Policy) -> Policy:
         policy.save(self._folder / "policy.yaml")
@@ -237,6 +256,8 @@ class SearchRun:
             return BudgetRecord(asked=f"{settings.target_psnr:g} dB", bytes=nbytes)
         if settings.target_lpips is not None:
             return BudgetRecord(asked=f"LPIPS {settings.target_lpips:g}", bytes=nbytes)
+        if settings.policy is not None:
+            return BudgetRecord(asked=f"the formats of {settings.policy}", bytes=nbytes)
         return self._plan.budget.record
 
     def export(self, policy: Policy) -> int:
@@ -361,6 +382,7 @@ def run_search(settings: Settings, plan: Plan, output: OutputFolder, stages: Sta
         "compute": policy.compute,
         "psnr_db": found.psnr.as_dict(),
         **({} if found.uniform is None else {"uniform": found.uniform}),
+        **({} if settings.policy is None else {"given_policy": _measured_there(settings.policy)}),
         "quality": found.quality,
         **curve,
         "seconds": stages.seconds,
@@ -368,6 +390,12 @@ def run_search(settings: Settings, plan: Plan, output: OutputFolder, stages: Sta
     }
     output.finish({**result, "roles": _roles(plan.layers, choices)})
     return result
+
+
+def _measured_there(path: str) -> dict[str, Any]:
+    """What the given policy has in the model that it was made for."""
+    policy = Policy.load(path)
+    return {"model": policy.model.id, "psnr_db": None if policy.result is None else policy.result.psnr_db}
 
 
 def _roles(layers: list[Layer], choices: Mapping[str, Choice]) -> dict[str, dict[str, int]]:

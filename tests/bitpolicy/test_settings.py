@@ -66,7 +66,7 @@ def test_every_setting_counts() -> None:
         features="f",
     )
     ours, theirs = identity_of(SETTINGS), identity_of(other)
-    assert [name for name in ours if ours[name] == theirs[name]] == ["target_psnr", "target_lpips", "config"]
+    assert [name for name in ours if ours[name] == theirs[name]] == ["target_psnr", "target_lpips", "policy", "config"]
     for aim in ("target_psnr", "target_lpips"):
         assert identity_of(Settings(None, **{aim: 0.5}))[aim] == 0.5
 

@@ -98,6 +98,7 @@ def _bytes_and_quality(result: Mapping[str, Any]) -> Table:
             f"predicted {result.get('error_of', 'latent')} error",
             "not predicted" if error is None else f"{error:.3g} (relative power)",
         ),
+        *([("there", there)] if (there := _there(result.get("given_policy"))) else []),
         *([("compute", words)] if (words := _COMPUTES.get(result.get("compute", ""))) else []),
         *([] if sounds else [("held-out PSNR", f"{quality} over {psnr['n']} images{same_images}")]),
         *([(result["uniform"]["name"], _uniform(result["uniform"]))] if "uniform" in result else []),
@@ -116,6 +117,13 @@ def _uniform(found: Mapping[str, Any]) -> str:
     larger = " (larger: no single format fits)" if found["larger"] else ""
     count = found["psnr_db"]["n"]
     return f"{found['policy_bytes']:,} bytes{larger}: {one}; this policy has {own} on these {count} {things}"
+
+
+def _there(given: Mapping[str, Any] | None) -> str:
+    """The quality that a given policy has in the model that it was made for."""
+    if given is None or given["psnr_db"] is None:
+        return ""
+    return f"the policy has {given['psnr_db']:.2f} dB in {given['model']}"
 
 
 def _mean_db(psnr: Mapping[str, Any]) -> str:

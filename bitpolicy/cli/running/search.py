@@ -19,6 +19,7 @@ from bitpolicy.workflow.forecast import Forecast
 from bitpolicy.workflow.plan import Plan, make_plan
 from bitpolicy.workflow.preflight import require_disk, require_quality, require_storage
 from bitpolicy.workflow.search_run import run_search
+from bitpolicy.workflow.transfer import for_transfer
 
 
 def run(options: Mapping[str, Any]) -> None:
@@ -29,7 +30,7 @@ def run(options: Mapping[str, Any]) -> None:
     """
     output_dir, as_json, dry_run = options["output_dir"], options["as_json"], options["dry_run"]
     overwrite, resume = options["overwrite"], options["resume"]
-    settings = settings_of(options)
+    settings = for_transfer(settings_of(options))
     require_sampler(settings.sampler)
     stages = Stages(options["quiet"] or as_json)
     held = OutputFolder.peek(output_dir, settings, overwrite=overwrite, resume=resume)
