@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from bitpolicy.policies.exporters.exporter import Layer, Source, without_rotatio
 from bitpolicy.policies.exporters.original.families import is_measured, layout_of
 from bitpolicy.policies.exporters.original.rearranged import in_original_layout
 from bitpolicy.policies.exporters.translation import write_translated
+from bitpolicy.policies.storage.safetensors_writer import SafetensorsWriter
 
 MARKER = "comfy_quant"
 
@@ -70,7 +72,8 @@ class Comfy:
         listing = {"format_version": "1.0", "layers": dict(sorted(markers.items()))}
         metadata = {"_quantization_metadata": json.dumps(listing, separators=(",", ":"))}
         metadata |= {"bitpolicy": json.dumps(dict(source.origin), sort_keys=True)}
-        return write_translated(source, folder / f"{source.component}.safetensors", self, metadata)
+        writer = partial(SafetensorsWriter, metadata=metadata)
+        return write_translated(source, folder / f"{source.component}.safetensors", self, writer)
 
     def marker(self, layer: Layer) -> dict[str, Any]:
         """The content of a layer's marker, which tells ComfyUI how to read it."""

@@ -7,6 +7,7 @@ from typing import Final
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.exporters.comfy import Comfy
 from bitpolicy.policies.exporters.exporter import Exporter
+from bitpolicy.policies.exporters.gguf import Gguf
 from bitpolicy.policies.exporters.modelopt import ModelOpt
 from bitpolicy.policies.exporters.names import NAMES
 from bitpolicy.policies.exporters.sdnq import Sdnq
@@ -18,6 +19,7 @@ EXPORTERS: Final[tuple[Exporter, ...]] = (
     Sdnq(),
     TorchAo(),
     ModelOpt(),
+    Gguf(),
 )
 
 

@@ -1,4 +1,4 @@
-"""Write a safetensors file in another program's layout, one layer in memory at a time.
+"""Write a file in another program's layout, one layer in memory at a time.
 
 All exporters that write weights share this loop: it reads bitpolicy's own tensors one by one, collects those of a
 packed layer, passes them to the exporter, and writes the result to its place in the file.
@@ -6,7 +6,8 @@ packed layer, passes them to the exporter, and writes the result to its place in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -31,16 +32,23 @@ class Translation(Protocol):
         """Those tensors, made from bitpolicy's own, by suffix."""
 
 
+class Writer(AbstractContextManager["Writer"], Protocol):
+    """A file that takes one tensor at a time."""
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one of the tensors that the file was made for."""
+
+
 def write_translated(
     source: Source,
     path: Path,
     translation: Translation,
-    metadata: Mapping[str, str] | None = None,
+    writer: Callable[[Path, Mapping[str, TensorSpec]], Writer] = SafetensorsWriter,
 ) -> int:
     """Write every tensor of `source`, with packed layers translated, and return the tensor bytes.
 
     Args:
-        metadata: entries for the file's header.
+        writer: makes the file, given its path and what is going to be in it.
 
     Raises:
         BitPolicyError: the disk is full, or the target's layout of a layer would be NaN or Inf.
@@ -51,12 +59,12 @@ def write_translated(
         specs |= {f"{name}.{suffix}": spec for suffix, spec in translation.specs(layer, storage).items()}
     nbytes = sum(spec.nbytes for spec in specs.values())
     require_space(path.parent, nbytes)
-    with SafetensorsWriter(path, specs, metadata) as writer:
+    with writer(path, specs) as file:
         gathered: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in source.tensors():
             owner, _, suffix = name.rpartition(".")
             if name in source.others:
-                writer.write(name, tensor)
+                file.write(name, tensor)
                 continue
             parts = gathered.setdefault(owner, {})
             parts[suffix] = tensor
@@ -65,5 +73,5 @@ def write_translated(
                 made = {f"{owner}.{own}": value for own, value in converted.items()}
                 require_finite(owner, made)
                 for own, value in made.items():
-                    writer.write(own, value)
+                    file.write(own, value)
     return nbytes

@@ -77,7 +77,7 @@ def test_formats_lists_what_a_program_can_hold(command: Any, exporter: Any) -> N
     linear, conv, suggested = (line.partition(": ")[2] for line in outcome.out.splitlines())
     assert "int8" in linear.split(",")
     assert "fp16" in conv.split(",")
-    assert ("int8" in conv.split(",")) == (exporter.title != "ComfyUI")
+    assert ("int8" in conv.split(",")) == (exporter.title not in ("ComfyUI", "GGUF"))
     names = suggested.rpartition(" ")[2].split(",")
     assert set(names) <= set(linear.split(","))
     assert tuple(names) == exporter.suggested

@@ -150,10 +150,24 @@ def _whole_numbers(entry: dict[str, Any]) -> dict[Any, Any]:
     return {int(key) if key.isdigit() else key: value for key, value in entry.items()}
 
 
+def read_gguf(folder: Path, unet: Any) -> Reading:
+    """As the package gguf dequantizes each type. It has the shape of a tensor in the other order."""
+    gguf = pytest.importorskip("gguf", reason="pip install gguf")
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(folder / "unet.gguf").tensors}
+    values = {name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()) for name, t in found.items()}
+    ours, weights = named(unet, list(found)), {}
+    for name, parameter in unet.named_parameters():
+        parameter.data = values[ours[name]].float().reshape(parameter.shape)
+        if found[ours[name]].tensor_type.name.startswith("Q"):
+            weights[name.removesuffix(".weight")] = parameter.detach()
+    return Reading(weights, unet)
+
+
 READERS = {
     "comfy": Reader(read_comfy, exact=1e-3),
     "comfy-int8": Reader(read_comfy, exact=1e-3),
     "sdnq": Reader(read_sdnq, exact=0.0),
     "torchao": Reader(read_torchao, None, ("int2-g128", "int3", "int4", "int4-g32", "int5", "int6", "fp8")),
+    "gguf": Reader(read_gguf, exact=1e-3),
     "modelopt": Reader(read_modelopt, None, ("int8", "fp8")),
 }
