@@ -261,7 +261,9 @@ def _parts(
     storage = getattr(torch, policy.storage_dtype)
     if isinstance(pipe, str | Path):
         where = None if config is None else str(config)
-        parts = open_parts(str(pipe), policy.model.components, storage, revision, variant, where, policy.model.lora)
+        parts = open_parts(
+            str(pipe), policy.model.components, storage, revision, variant, where, policy.model.lora or ()
+        )
     else:
         _require_path(revision=revision is not None, variant=variant is not None, config=config is not None)
         parts = source_of(pipe, policy.model.components, storage).parts

@@ -161,8 +161,6 @@ class Policy(Strict):
                 del data[empty]
         if self.compute == "exact":
             del data["compute"]
-        if not self.model.lora:
-            del data["model"]["lora"]
         return yaml.dump(data, Dumper=_Readable, sort_keys=False, width=120, explicit_start=True, explicit_end=True)
 
     @classmethod

@@ -38,7 +38,7 @@ class ModelReference(Strict):
     class_name: str = Field(alias="class")
     sha256: str
     config: str | None = None
-    lora: tuple[str, ...] = ()
+    lora: tuple[str, ...] | None = None
 
     @model_validator(mode="after")
     def _has_an_entry_for_each_component(self) -> ModelReference:
@@ -71,7 +71,7 @@ class ModelReference(Strict):
                 "class": to_text(target.class_names),
                 "sha256": to_text(hashes[name] for name in target),
                 "config": to_text(target.config_hashes().values()),
-                "lora": tuple(lora),
+                "lora": tuple(lora) or None,
             }
         )
 
