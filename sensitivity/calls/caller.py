@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from bitpolicy.policies.components import runs_in_loop
 from bitpolicy.sensitivity.calls.form import Writing, arguments
 from bitpolicy.sensitivity.calls.outputs import first
 from bitpolicy.sensitivity.calls.signature import STEPS, Signature
@@ -60,6 +61,7 @@ class Caller:
         """
         undecorated: Callable[..., Any] = inspect.unwrap(type(self.pipe).__call__)
         given = arguments(self.pipe, self.signature, self.call, [sample], writing)
+        _complete(self.pipe)
         with self._watched(sample.seed, leave_after, decodes), torch.enable_grad():
             return first(undecorated(self.pipe, **given, **asked))
 
@@ -83,3 +85,11 @@ class Caller:
         watched = nullcontext() if self.decoding is None else self.decoding.watched(decodes)
         with watched, self.loop.watched(seed, leave_after):
             yield
+
+
+def _complete(pipe: DiffusionPipeline) -> None:
+    """Give models in the loop the switch that their forward looks at when there is a graph. Z-Image's ControlNet has
+    none."""
+    for model in pipe.components.values():
+        if runs_in_loop(model) and not hasattr(model, "gradient_checkpointing"):
+            model.gradient_checkpointing = False

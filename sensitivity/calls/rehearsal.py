@@ -25,6 +25,7 @@ REFUSALS = (
     AttributeError,
     ImportError,
     LookupError,
+    NameError,
     RuntimeError,
     TypeError,
     ValueError,

@@ -68,9 +68,11 @@ def run(toy: Toy, folder: Path) -> dict[str, str]:
 
 def _fails_alone(toy: Toy) -> str:
     """Why the pipeline's own call fails without bitpolicy; empty if it does not."""
-    subject = subject_of(toy)
     try:
+        subject = subject_of(toy)
         subject.own_call(subject.samples[0], "np")
+    except BitPolicyError:
+        return ""
     except Exception as error:  # noqa: BLE001 (whatever diffusers raises)
         return f"diffusers' own call fails: {type(error).__name__}: {error}"
     return ""

@@ -21,7 +21,9 @@ WIDTH = 16  # channels of a text encoder's output
 ClipClass = TypeVar("ClipClass", CLIPTextModel, CLIPTextModelWithProjection)
 
 
-def clip_text_encoder(tokenizer: PreTrainedTokenizerBase, kind: type[ClipClass] = CLIPTextModel) -> ClipClass:
+def clip_text_encoder(
+    tokenizer: PreTrainedTokenizerBase, kind: type[ClipClass] = CLIPTextModel, length: int = LENGTH
+) -> ClipClass:
     """Two layers, so that SDXL and SD3 can take the last but one. Output (B, LENGTH, WIDTH), pooled (B, WIDTH)."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -30,7 +32,7 @@ def clip_text_encoder(tokenizer: PreTrainedTokenizerBase, kind: type[ClipClass] 
         projection_dim=WIDTH,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=LENGTH,
+        max_position_embeddings=length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -63,11 +64,23 @@ def reproducible(build: Callable[[], DiffusionPipeline]) -> Callable[[], Diffusi
     return new
 
 
+def toy_of(name: str, parts: Callable[[], dict[str, Any]], call: dict[str, Any], **options: Any) -> Toy:
+    """The toy of a pipeline class, made of `parts()`.
+
+    Args:
+        name: of the class, with a suffix after "-" where a class comes in two forms.
+        options: further fields of `Toy`.
+    """
+    kind = getattr(diffusers, name.partition("-")[0])
+    return Toy(name, reproducible(lambda: kind(**parts())), call, **options)
+
+
 @torch.no_grad()
 def _wake(module: nn.Module) -> None:
-    """Give random values to every weight and bias that starts at zero and would hide the layers around it."""
-    for parameter in module.parameters():
-        if not parameter.any():
+    """Give random values to every weight and bias that starts at zero and would hide the layers around it, or that
+    starts as whatever the memory held, as Z-Image's tokens for padding do."""
+    for name, parameter in module.named_parameters():
+        if not parameter.any() or name.endswith("pad_token"):
             parameter.normal_(std=_WOKEN)
 
 
@@ -75,3 +88,14 @@ def picture(size: int = 16) -> Image.Image:
     """Two colours that run into each other, shape (size, size)."""
     ramp = Image.linear_gradient("L").resize((size, size))
     return Image.merge("RGB", (ramp, ramp.rotate(90), ramp.rotate(180)))
+
+
+def mask(size: int = 16) -> Image.Image:
+    """Black, which stays, and white in the right half, which is painted, shape (size, size)."""
+    found = Image.new("L", (size, size))
+    found.paste(255, (size // 2, 0, size, size))
+    return found
+
+
+IMAGE, MASK, CONTROL = {"image": picture()}, {"mask_image": mask()}, {"control_image": picture()}
+PART: dict[str, Any] = {"strength": 0.7, "num_inference_steps": 5}  # of the schedule, which leaves three steps
