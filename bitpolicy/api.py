@@ -124,7 +124,7 @@ def _plan(pipe: DiffusionPipeline | str | Path, settings: Settings) -> Plan:
     if not isinstance(pipe, DiffusionPipeline):
         return make_plan(settings)
     default = Settings(budget="100%")
-    names = ("dtype", "device", "offload", "revision", "variant", "config")
+    names = ("dtype", "device", "offload", "revision", "variant", "config", "lora")
     _require_path(**{name: getattr(settings, name) != getattr(default, name) for name in names})
     return make_plan(settings, source_of(pipe, asked_components(settings.component)))
 
@@ -161,8 +161,8 @@ def export(
 
     Args:
         pipe: the unquantized pipeline that the policy was made for: in memory, or a hub id, a folder or a single
-            .safetensors file. The last three are read layer by layer, without loading the pipeline. All of them write
-            the same bytes.
+            .safetensors file. The last three are read layer by layer, without loading the pipeline, unless the policy
+            names LoRAs, which are then merged first. All of them write the same bytes.
         policy: a policy, or the path of a policy.yaml with calibration.safetensors in the same folder.
         output_dir: the folder to write.
         component_dtype: dtype in which the other components are stored, torch.float16 or "float16"; None means the
@@ -261,7 +261,9 @@ def _parts(
     storage = getattr(torch, policy.storage_dtype)
     if isinstance(pipe, str | Path):
         where = None if config is None else str(config)
-        parts = open_parts(str(pipe), policy.model.components, storage, revision, variant, where)
+        parts = open_parts(
+            str(pipe), policy.model.components, storage, revision, variant, where, policy.model.lora or ()
+        )
     else:
         _require_path(revision=revision is not None, variant=variant is not None, config=config is not None)
         parts = source_of(pipe, policy.model.components, storage).parts

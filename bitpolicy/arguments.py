@@ -251,6 +251,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "prompts": _requests,
     "call": _call,
     "keep": _rules,
+    "lora": _rules,
     "features": _text,
     "policy": _text,
 }

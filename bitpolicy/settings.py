@@ -169,7 +169,25 @@ class ComponentOptions:
 
 
 @dataclass(frozen=True)
-class PipelineOptions(ComponentOptions, ConfigOptions, DeviceOptions, HubOptions, ModelOptions):
+class LoraOptions:
+    """What is merged into the model."""
+
+    group: ClassVar = "Model"
+
+    lora: Annotated[
+        tuple[str, ...],
+        Option(
+            "A LoRA to merge into the weights before anything else: a .safetensors file or a hub id, with a scale if "
+            "it is not 1. May be repeated.",
+            typed=list[str] | None,
+            python=Sequence[str] | str,
+            metavar="FILE[:SCALE]",
+        ),
+    ] = ()
+
+
+@dataclass(frozen=True)
+class PipelineOptions(ComponentOptions, ConfigOptions, DeviceOptions, LoraOptions, HubOptions, ModelOptions):
     """The unquantized pipeline."""
 
     group: ClassVar = "Model"

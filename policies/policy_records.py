@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -28,7 +28,8 @@ class ModelReference(Strict):
 
     Every field except `id` and `revision` has one entry per component, separated by commas as in the file; the
     properties split them. `sha256` is the hash of the tensors in the storage dtype, `config` the hash of the config
-    without the defaults of its class (`bitpolicy.policies.identity`). Older files have no `config`.
+    without the defaults of its class (`bitpolicy.policies.identity`). Older files have no `config`. `lora` names what
+    was merged into the weights, in order, each FILE or FILE:SCALE; the hashes are of the merged weights.
     """
 
     id: str
@@ -37,6 +38,7 @@ class ModelReference(Strict):
     class_name: str = Field(alias="class")
     sha256: str
     config: str | None = None
+    lora: tuple[str, ...] | None = None
 
     @model_validator(mode="after")
     def _has_an_entry_for_each_component(self) -> ModelReference:
@@ -48,7 +50,14 @@ class ModelReference(Strict):
         return self
 
     @classmethod
-    def of(cls, target: Target, hashes: Mapping[str, str], id: str, revision: str | None = None) -> ModelReference:
+    def of(
+        cls,
+        target: Target,
+        hashes: Mapping[str, str],
+        id: str,
+        revision: str | None = None,
+        lora: Sequence[str] = (),
+    ) -> ModelReference:
         """The record of the components under study.
 
         Args:
@@ -62,6 +71,7 @@ class ModelReference(Strict):
                 "class": to_text(target.class_names),
                 "sha256": to_text(hashes[name] for name in target),
                 "config": to_text(target.config_hashes().values()),
+                "lora": tuple(lora) or None,
             }
         )
 

@@ -19,6 +19,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.format import TensorSpec
 from bitpolicy.kernels.layers import packed_layers
 from bitpolicy.pipelines.hub import download
+from bitpolicy.pipelines.lora import merge
 from bitpolicy.pipelines.offload import stream_weights
 from bitpolicy.pipelines.single_file import SingleFile
 from bitpolicy.policies.apply import to_storage
@@ -57,6 +58,7 @@ class Source:
         revision: revision of a hub model.
         files: the folder that it was loaded from, if any.
         stamps: stamps of these files, taken before they were read.
+        lora: what was merged into the weights, as the user named it.
     """
 
     pipe: DiffusionPipeline
@@ -66,6 +68,7 @@ class Source:
     revision: str | None = None
     files: PipelineFiles | None = None
     stamps: Mapping[Path, tuple[int, int]] | None = None
+    lora: tuple[str, ...] = ()
 
     @property
     def target(self) -> Target:
@@ -116,6 +119,7 @@ def load_source(
     config: str | None = None,
     offload: bool = False,
     storage: torch.dtype | None = None,
+    lora: Sequence[str] = (),
 ) -> Source:
     """Load a diffusers pipeline for probing and search.
 
@@ -127,6 +131,7 @@ def load_source(
         device: "auto" is CUDA if available.
         offload: keep the weights in main memory and stream them to the device.
         storage: dtype to which the studied components are rounded; None is that of the files.
+        lora: LoRA files to merge into the weights, each FILE or FILE:SCALE.
 
     Raises:
         BitPolicyError: there is no such folder, repository, component, dtype or device, or it is not a diffusers
@@ -139,13 +144,16 @@ def load_source(
     if path.is_file():
         single = SingleFile.of(path, config, components)
         storage, components, files, stamps = storage or dtype_of_file(single), [single.component], None, None
-        pipe = single.open(storage)
+        pipe = single.open(torch.float32 if lora else storage)
     else:
         files = PipelineFiles(path, variant)
         require_pipeline(path)
         stamps = files.stamps()
         storage = storage or storage_dtype(path, components, variant)
-        pipe = open_pipeline(path, storage, variant)
+        pipe = open_pipeline(path, torch.float32 if lora else storage, variant)
+    if lora:
+        merge(pipe, lora)
+        files = stamps = None  # they hold other weights
     compute = DTYPES.get(dtype) or (torch.float32 if place.type == "cpu" else storage)
     target = Target.chosen(pipe, components)
     for name, studied in target.items():
@@ -157,7 +165,7 @@ def load_source(
     pipe.to(compute) if offload else pipe.to(place, compute)
     if offload:
         stream_weights(pipe, target, place)
-    return Source(pipe, target.names, storage, model or BUNDLED, revision, files, stamps)
+    return Source(pipe, target.names, storage, model or BUNDLED, revision, files, stamps, tuple(lora))
 
 
 def open_parts(
@@ -167,16 +175,24 @@ def open_parts(
     revision: str | None = None,
     variant: str | None = None,
     config: str | None = None,
+    lora: Sequence[str] = (),
 ) -> Parts:
     """The parts of a model to export, without loading it.
 
     Args:
         storage: dtype in which the components of a single file are loaded.
+        lora: LoRA files to merge into the weights; the model is then loaded.
 
     Raises:
         BitPolicyError: as for `load_source`; or the weights are pickles.
     """
     path = locate(model, revision, variant, config)
+    if lora:
+        source = load_source(
+            model, components, dtype="float32", device="cpu", config=config, storage=storage, lora=lora,
+            revision=revision, variant=variant,
+        )  # fmt: skip
+        return source.parts
     if path.is_file():
         return SingleFile.of(path, config, components).parts(storage)
     require_pipeline(path)

@@ -61,6 +61,7 @@ def load_reference(
         revision=revision,
         variant=variant,
         storage=getattr(torch, policy.storage_dtype),
+        lora=recorded.lora or (),
         **computing,
     )
     _compare(checkpoint, source, recorded, named=model is not None)

@@ -186,6 +186,7 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
             variant=settings.variant,
             config=settings.config,
             offload=settings.offload,
+            lora=settings.lora,
         )
     layers = inventory(source.target)
     warn_of_unsupported(source.target)

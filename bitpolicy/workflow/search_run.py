@@ -139,7 +139,7 @@ class SearchRun:
         layer could have another."""
         self._searched = None
         model = Policy.load(path).model
-        about = {"won": f"the formats of the policy for {model.id}", "from": model.model_dump(exclude_none=True)}
+        about = {"won": f"the formats of the policy for {model.id}", "from": model.model_dump(exclude_defaults=True)}
         return Decision(corrected_as(self._plan.given, found.choices), about)
 
     def _saved(self, policy: Policy) -> Policy:
@@ -233,7 +233,7 @@ class SearchRun:
         calibrated = any(choice.needs_calibration for choice in choices.values())
         return Policy.of(
             choices,
-            model=ModelReference.of(source.target, source.hashes, source.id, source.revision),
+            model=ModelReference.of(source.target, source.hashes, source.id, source.revision, source.lora),
             budget=self._budget_record(nbytes),
             storage_dtype=str(source.storage).removeprefix("torch."),
             compute=measured_compute(self._settings.compute).value,

@@ -8,13 +8,17 @@ importing bitpolicy costs nothing, whichever is imported first.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import MutableMapping, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from importlib.metadata import version
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
+
+from bitpolicy.kernels.errors import BitPolicyWarning
 
 METHOD = "bitpolicy"
 _CONFIG = ("bitpolicy.policies.loading.packed_config", "BitPolicyConfig")
@@ -37,8 +41,19 @@ def register() -> None:
 
 
 def _add_entries(module: ModuleType) -> None:
-    module.AUTO_QUANTIZER_MAPPING[METHOD] = _StandIn(*_QUANTIZERS[module.__name__])
-    module.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = _StandIn(*_CONFIG)
+    """Add both entries; warn if this version of the library keeps its quantizers elsewhere."""
+    entries = {"AUTO_QUANTIZER_MAPPING": _QUANTIZERS[module.__name__], "AUTO_QUANTIZATION_CONFIG_MAPPING": _CONFIG}
+    if missing := [name for name in entries if not isinstance(getattr(module, name, None), MutableMapping)]:
+        library = module.__name__.partition(".")[0]
+        warnings.warn(
+            f"{library} {version(library)} has no {' and no '.join(missing)} in {module.__name__}, where bitpolicy "
+            f"registers its checkpoints, so it cannot load them; install an older {library}, or a newer bitpolicy",
+            BitPolicyWarning,
+            stacklevel=2,
+        )
+        return
+    for name, place in entries.items():
+        getattr(module, name)[METHOD] = _StandIn(*place)
 
 
 class _StandIn:

@@ -64,6 +64,7 @@ def test_every_setting_counts() -> None:
         all_trials=True,
         objective="ssim",
         features="f",
+        lora=("l.safetensors",),
     )
     ours, theirs = identity_of(SETTINGS), identity_of(other)
     assert [name for name in ours if ours[name] == theirs[name]] == ["target_psnr", "target_lpips", "policy", "config"]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 from diffusers.quantizers import auto as diffusers_auto
 from transformers.quantizers import auto as transformers_auto
 
 import bitpolicy
+from bitpolicy.kernels.errors import BitPolicyWarning
+from bitpolicy.policies.loading import registration
 from bitpolicy.policies.loading.diffusers_quantizer import BitPolicyQuantizer
 from bitpolicy.policies.loading.registration import register
 from bitpolicy.policies.loading.transformers_quantizer import BitPolicyTransformersQuantizer
@@ -62,6 +65,15 @@ def test_registering_twice_changes_nothing() -> None:
     assert sys.meta_path == watching
     assert list(diffusers_auto.AUTO_QUANTIZER_MAPPING).count("bitpolicy") == 1
     assert transformers_auto.AUTO_QUANTIZER_MAPPING["bitpolicy"].is_trainable is not None  # a class's own attribute
+
+
+@pytest.mark.parametrize("library", ["diffusers", "transformers"])
+def test_a_version_that_keeps_its_quantizers_elsewhere_is_named(library: str) -> None:
+    module = ModuleType(f"{library}.quantizers.auto")
+    module.AUTO_QUANTIZER_MAPPING = {}  # type: ignore[attr-defined]
+    with pytest.warns(BitPolicyWarning, match=rf"^{library} \d.* has no AUTO_QUANTIZATION_CONFIG_MAPPING in"):
+        registration._add_entries(module)
+    assert module.AUTO_QUANTIZER_MAPPING == {}
 
 
 def test_search_is_the_function_in_any_order_of_imports() -> None:

@@ -100,7 +100,7 @@ def test_a_policy_records_an_entry_for_each_component() -> None:
     pipe = TOYS["StableDiffusionPipeline"].new()
     target = Target.of(pipe, ["unet", "vae"])
     reference = ModelReference.of(target, target.weights_hashes(F16), "toy", "main")
-    assert reference.model_dump(by_alias=True) == {
+    assert reference.model_dump(by_alias=True, exclude_none=True) == {
         "id": "toy",
         "revision": "main",
         "component": "unet,vae",

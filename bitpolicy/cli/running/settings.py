@@ -26,6 +26,6 @@ def settings_of(options: Mapping[str, Any], **more: Any) -> Settings:
         "formats": canonical_names(options["formats"]),
         "prompts": tuple(load_requests(given.prompts)) if given.prompts else None,
         "call": tuple(given.arguments.items()),
-        "keep": tuple(options.get("keep") or ()),
+        **{name: tuple(options.get(name) or ()) for name in ("keep", "lora")},
     }
     return Settings(**{name: value for name, value in {**options, **read, **more}.items() if name in known})
