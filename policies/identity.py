@@ -68,7 +68,7 @@ def configured(component: Any) -> dict[str, Any]:
     if isinstance(component, PreTrainedModel):
         said = _differing(component.config.to_dict(), _defaults_of_config(component.config))
     elif isinstance(component, ConfigMixin):
-        said = _differing(component.config, _defaults_of_class(type(component)))
+        said = _differing(getattr(component, "config", {}), _defaults_of_class(type(component)))
     elif isinstance(component, PreTrainedTokenizerBase):
         said = {"longest": component.model_max_length, "special": component.special_tokens_map}
         said["vocabulary"] = _of_json(component.get_vocab())

@@ -224,7 +224,7 @@ _WORDS = {
 _FIRST_PARTS = {
     "output_head": r"(^|_)(proj|conv)_(out|to)|^postprocess_|(^|_)final_|^out_layer|^controlnet_(\w+_)?blocks?$",
     "input_stem": r"(^|_)(proj|conv|img)_in|^(preprocess_|x_embedder|visual_embed|input_|pos_embed)|patch_embed",
-    "context_embedding": "^(controlnet|latent)_",
+    "context_embedding": "^(controlnet|latent)_|^embedding_proj",
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.utils import load_image
+from diffusers.utils import load_image, load_video
 from PIL import Image
 from scipy.io import wavfile
 
@@ -20,7 +20,11 @@ from bitpolicy.policies.identity import tensor_bytes
 Request = str | Mapping[str, Any]
 """A prompt, or a mapping of call arguments such as {"prompt": "a cat", "image": "photo.png"}."""
 
-_PICTURES = ("image", "video")  # an argument with one of these in its name takes pictures; a string there is a path
+_PICTURES = (
+    "image",
+    "video",
+    "mask",
+)  # an argument with one of these in its name takes pictures; a string there is a path
 _SOUNDS = ("audio", "waveform")  # one with one of these takes sound; a string there that ends in .wav is a path
 
 
@@ -52,7 +56,9 @@ class Sample:
         Raises:
             BitPolicyError: a picture or a sound cannot be read.
         """
-        return {name: _read(value) if names_files(name, value) else value for name, value in self.arguments.items()}
+        return {
+            name: _read(name, value) if names_files(name, value) else value for name, value in self.arguments.items()
+        }
 
     def identity(self) -> list[Any]:
         """JSON values that are equal for samples with the same trajectory. Pictures are compared by content."""
@@ -104,18 +110,17 @@ def beside(folder: Path, value: Any) -> Any:
     return str(folder / value) if isinstance(value, str) and "://" not in value else value
 
 
-def _read(value: Any) -> Any:
+def _read(name: str, value: Any) -> Any:
     if isinstance(value, list | tuple):
-        return [_read(item) for item in value]
+        return [_read("", item) for item in value]
     if not isinstance(value, str | Path):
         return value
     if str(value).lower().endswith(".wav"):
         return _sound(Path(value))
     try:
-        picture: Image.Image = load_image(str(value))
-    except (OSError, ValueError) as error:
+        return load_video(str(value)) if "video" in name else load_image(str(value))
+    except (OSError, ValueError, ImportError) as error:
         raise BitPolicyError(f"cannot read the picture {value}: {error}; give a path or URL of an image") from error
-    return picture
 
 
 def _sound(path: Path) -> torch.Tensor:

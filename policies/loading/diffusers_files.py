@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import pkgutil
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -110,6 +112,15 @@ def config_to_blame(class_name: str, config: str) -> Iterator[None]:
         ) from error
 
 
+def _of_a_pipeline(class_name: str) -> Any:
+    """The class of that name that a module of `diffusers.pipelines` keeps to itself; None if there is none."""
+    for module in pkgutil.iter_modules(diffusers.pipelines.__path__, "diffusers.pipelines."):
+        found = getattr(importlib.import_module(module.name), class_name, None) if module.ispkg else None
+        if isinstance(found, type):
+            return found
+    return None
+
+
 def skeleton(class_name: str, config: Path | Mapping[str, Any]) -> Any:
     """A diffusers model without values.
 
@@ -119,7 +130,7 @@ def skeleton(class_name: str, config: Path | Mapping[str, Any]) -> Any:
     Raises:
         BitPolicyError: there is no such class, it is not a model, or the config does not belong to it.
     """
-    kind: Any = getattr(diffusers, str(class_name), None)
+    kind: Any = getattr(diffusers, str(class_name), None) or _of_a_pipeline(str(class_name))
     if kind is None or diffusers.ModelMixin not in kind.__mro__:
         raise BitPolicyError(
             f"diffusers {diffusers.__version__} has no model {class_name}; load the pipeline and export it "

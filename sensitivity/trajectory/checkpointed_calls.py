@@ -142,7 +142,8 @@ def _checkpointed(original: Callable[..., Any], args: Any, kwargs: Any, at_start
 
     # at the first step nothing else requires grad, and the graph would be lost without the anchor
     anchor = torch.zeros((), requires_grad=True)
-    tensors = [leaves[i] for i in places]
+    # Some pipelines write the next sample into the same tensor, and the backward pass needs this one.
+    tensors = [leaves[i].clone() if i == places[0] else leaves[i] for i in places]
     outputs = checkpoint(run, anchor, *tensors, use_reentrant=True, preserve_rng_state=False)
     return pytree.tree_unflatten(list(outputs), structure[0])
 

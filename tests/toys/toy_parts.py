@@ -7,10 +7,17 @@ from typing import Any, TypeVar
 from diffusers import AutoencoderKL
 from toy_tokenizers import LENGTH
 from transformers import (
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
     PreTrainedTokenizerBase,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     T5Config,
     T5EncoderModel,
     UMT5Config,
@@ -18,6 +25,7 @@ from transformers import (
 )
 
 WIDTH = 16  # channels of a text encoder's output
+VisionClass = TypeVar("VisionClass", CLIPVisionModel, CLIPVisionModelWithProjection)
 ClipClass = TypeVar("ClipClass", CLIPTextModel, CLIPTextModelWithProjection)
 
 
@@ -61,6 +69,41 @@ def _t5_sizes(tokenizer: PreTrainedTokenizerBase, width: int) -> dict[str, Any]:
         "num_heads": 2,
         "feed_forward_proj": "gated-gelu",
     }
+
+
+def clip_image_encoder(kind: type[VisionClass] = CLIPVisionModel) -> VisionClass:
+    """Sees 8 x 8 pixels in 4 patches, as `clip_image_processor` makes them. Output (B, 5, WIDTH)."""
+    config = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    return kind(config)
+
+
+def clip_image_processor() -> CLIPImageProcessor:
+    return CLIPImageProcessor(crop_size=8, size=8)
+
+
+def siglip_encoder() -> SiglipVisionModel:
+    """Sees 8 x 8 pixels in 4 patches, as `siglip_processor` makes them. Output (B, 4, WIDTH)."""
+    config = SiglipVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    return SiglipVisionModel(config)
+
+
+def siglip_processor() -> SiglipImageProcessor:
+    return SiglipImageProcessor(size={"height": 8, "width": 8})
 
 
 def image_vae(channels: tuple[int, ...] = (8, 16), latent_channels: int = 4, **options: Any) -> AutoencoderKL:

@@ -28,6 +28,8 @@ class Toy:
         takes: what a sample has to name: a prompt, a class label, or nothing.
         extra: arguments of one sample beyond that, e.g. the image that Stable Video Diffusion animates.
         gives_latents: whether it takes output_type="latent"; some that take it give images all the same.
+        finished: the output type that gives finished results.
+        budget: of the searches: small enough that layers without effect, which go first, are not all that is quantized.
         refused: words of the error with which bitpolicy refuses this class; empty for one that works.
     """
 
@@ -37,6 +39,8 @@ class Toy:
     takes: Literal["prompt", "class_labels", "nothing"] = "prompt"
     extra: dict[str, Any] = field(default_factory=dict)
     gives_latents: bool = True
+    finished: str = "pt"
+    budget: str = "80%"
     refused: str = ""
 
 
@@ -82,6 +86,11 @@ def _wake(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if not parameter.any() or name.endswith("pad_token"):
             parameter.normal_(std=_WOKEN)
+
+
+def clip(frames: int = 5, size: int = 16) -> list[Image.Image]:
+    """The picture, turned a little further in every frame."""
+    return [picture(size).rotate(20 * i) for i in range(frames)]
 
 
 def picture(size: int = 16) -> Image.Image:

@@ -37,7 +37,7 @@ _AMOUNT = 1e-4
 
 
 class _Unrounded(TorchFunctionMode):
-    """Gives float64 wherever code requests float32, as most schedulers and some norms do."""
+    """Gives float64 wherever code requests float32, as most schedulers and some norms do, or bfloat16, as Kandinsky 5."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         func = torch.Tensor.double if func is torch.Tensor.float else func
@@ -45,7 +45,7 @@ class _Unrounded(TorchFunctionMode):
 
 
 def _widened(value: Any) -> Any:
-    return torch.float64 if value is torch.float32 else value
+    return torch.float64 if value in (torch.float32, torch.bfloat16) else value
 
 
 @contextmanager
@@ -113,7 +113,7 @@ class Subject:
         return self.trajectories.target.layers
 
     def own_call(self, sample: Sample, output_type: str) -> Any:
-        """The first output of the pipeline, called as a user calls it."""
+        """The first output of the pipeline, called as a user calls it; latents with those of the sound track."""
         takes = self.toy.takes
         asked = (
             {} if takes == "nothing" else {takes: [int(sample.prompt)] if takes == "class_labels" else sample.prompt}
@@ -121,7 +121,10 @@ class Subject:
         generator = torch.Generator().manual_seed(sample.seed)
         with torch.random.fork_rng():
             torch.manual_seed(sample.seed)
-            return self.pipe(**asked, **self.call, **sample.arguments, generator=generator, output_type=output_type)[0]
+            made = self.pipe(**asked, **self.call, **sample.arguments, generator=generator, output_type=output_type)
+        if output_type == "latent" and isinstance(getattr(made, "audio", None), torch.Tensor):
+            return torch.cat([part.flatten(1) / part.numel() ** 0.5 for part in (made[0], made.audio)], 1)
+        return made[0]
 
     def final_latent(self, sample: Sample, watch: Callable[[int], None] = lambda step: None) -> torch.Tensor:
         """The pipeline's output for "latent", or the result of its last scheduler step if it returns images.
@@ -152,19 +155,18 @@ class Subject:
 
     @contextmanager
     def _each_step(self, then: Callable[[Any], Any]) -> Iterator[None]:
-        original = self.pipe.scheduler.step
+        kind = type(self.pipe.scheduler)
+        original = kind.step
 
         @functools.wraps(original)  # pipelines look at its signature
-        def step(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            then(result)
+        def step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+            result = original(scheduler, *args, **kwargs)
+            if scheduler is self.pipe.scheduler:  # and not its copy for a sound track
+                then(result)
             return result
 
-        self.pipe.scheduler.step = step
-        try:
+        with patch.object(kind, "step", step):
             yield
-        finally:
-            del self.pipe.scheduler.step
 
     def slope(self, moves: Moves, vector: int, step: int | None = None) -> float:
         """(<v, x_0(W + a dW)> - <v, x_0(W - a dW)>) / 2a for the first sample; x_0 is the image if that is studied.
