@@ -37,7 +37,7 @@ _AMOUNT = 1e-4
 
 
 class _Unrounded(TorchFunctionMode):
-    """Gives float64 wherever code requests float32, as most schedulers and some norms do, or bfloat16, as Kandinsky 5."""
+    """Gives float64 wherever code requests float32, as most schedulers do, or bfloat16, as Kandinsky 5."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         func = torch.Tensor.double if func is torch.Tensor.float else func
