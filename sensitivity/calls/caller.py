@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 
-from bitpolicy.policies.components import runs_in_loop
 from bitpolicy.sensitivity.calls.form import Writing, arguments
-from bitpolicy.sensitivity.calls.outputs import first, latent
+from bitpolicy.sensitivity.calls.outputs import first
 from bitpolicy.sensitivity.calls.signature import STEPS, Signature
 from bitpolicy.sensitivity.calls.watched_loop import WatchedLoop
 from bitpolicy.sensitivity.samples import Sample
-from bitpolicy.sensitivity.trajectory.decoding import Decoding
+from bitpolicy.sensitivity.trajectory.decoding import Decoding, replaced_method
 
 _SHORT = 2  # steps of a trial run, which only shows how the pipeline can be called
 _SCHEDULES = ("timesteps", "sigmas")  # arguments that set the steps one by one
@@ -49,7 +48,7 @@ class Caller:
         """
         given = arguments(self.pipe, self.signature, self.call, samples, writing)
         with self._watched(samples[0].seed, leave_after), torch.no_grad():
-            return self._selected(self.pipe(**given, **asked), asked)
+            return first(self.pipe(**given, **asked))
 
     def run_with_graph(
         self, sample: Sample, writing: Writing, asked: Mapping[str, Any], leave_after: int, decodes: int
@@ -59,11 +58,10 @@ class Caller:
         Args:
             decodes: raise `Decoded` after this many calls of the autoencoder's `decode`; 0 means never.
         """
-        undecorated: Callable[..., Any] = inspect.unwrap(type(self.pipe).__call__)
         given = arguments(self.pipe, self.signature, self.call, [sample], writing)
-        _complete(self.pipe)
-        with self._watched(sample.seed, leave_after, decodes), torch.enable_grad():
-            return self._selected(undecorated(self.pipe, **given, **asked), asked)
+        undecorated: Callable[..., Any] = inspect.unwrap(type(self.pipe).__call__)
+        with self._undecorated_inside(), self._watched(sample.seed, leave_after, decodes), torch.enable_grad():
+            return first(undecorated(self.pipe, **given, **asked))
 
     def trial(
         self, samples: Sequence[Sample], writing: Writing, asked: Mapping[str, Any], *, whole: bool = False
@@ -73,11 +71,7 @@ class Caller:
         if not whole:
             given |= self._short(given)
         with self.loop.watched(samples[0].seed, finite=False), torch.no_grad():
-            return self._selected(self.pipe(**given, **asked), asked)
-
-    @staticmethod
-    def _selected(output: Any, asked: Mapping[str, Any]) -> Any:
-        return latent(output) if asked.get("output_type") == "latent" else first(output)
+            return first(self.pipe(**given, **asked))
 
     def _short(self, given: Mapping[str, Any]) -> dict[str, Any]:
         steps = given.get(STEPS, self.signature.defaults.get(STEPS))
@@ -85,15 +79,16 @@ class Caller:
         return {STEPS: _SHORT} if shorter and STEPS in self.signature else {}
 
     @contextmanager
+    def _undecorated_inside(self) -> Iterator[None]:
+        """While the block runs, pipelines that this one is made of let gradients pass, too."""
+        inside = {type(part) for part in vars(self.pipe).values() if isinstance(part, DiffusionPipeline)}
+        with ExitStack() as stack:
+            for kind in inside:
+                stack.enter_context(replaced_method(kind, "__call__", inspect.unwrap))
+            yield
+
+    @contextmanager
     def _watched(self, seed: int, leave_after: int, decodes: int = 0) -> Iterator[None]:
         watched = nullcontext() if self.decoding is None else self.decoding.watched(decodes)
         with watched, self.loop.watched(seed, leave_after):
             yield
-
-
-def _complete(pipe: DiffusionPipeline) -> None:
-    """Give models in the loop the switch that their forward looks at when there is a graph. Z-Image's ControlNet has
-    none."""
-    for model in pipe.components.values():
-        if runs_in_loop(model) and not hasattr(model, "gradient_checkpointing"):
-            model.gradient_checkpointing = False

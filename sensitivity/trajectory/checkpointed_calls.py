@@ -6,7 +6,7 @@ encoders and the decoder) are checkpointed as well: otherwise their activations 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,8 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 from bitpolicy.policies.components import is_autoencoder
 from bitpolicy.sensitivity.trajectory.decoding import replaced_method
-from bitpolicy.sensitivity.trajectory.graphless_methods import gradients_pass
-from bitpolicy.sensitivity.trajectory.opened_objects import opened
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
 _LARGE = 500_000_000  # parameters from which models are also checkpointed inside, block by block
@@ -47,6 +45,7 @@ class CheckpointedCalls:
         self.called: set[str] = set()
         self._all_steps: set[int] = set()
         self._redone: set[int] = set()
+        self._settings: dict[int, _Settings] = {}  # at the last call of each denoiser, by its id
 
     @property
     def not_redone(self) -> set[int]:
@@ -66,8 +65,7 @@ class CheckpointedCalls:
             for denoiser in self._trajectories.denoisers:
                 if recompute_inside:
                     stack.enter_context(_block_checkpoints(denoiser))
-                stack.enter_context(gradients_pass(denoiser))
-                wrap = self._in_loop(any(denoiser is model for model in studied))
+                wrap = self._in_loop(denoiser, any(denoiser is model for model in studied))
                 stack.enter_context(replaced_method(denoiser, "forward", wrap))
             for name, model in self._trajectories.outside.items():
                 if is_autoencoder(model):
@@ -76,13 +74,19 @@ class CheckpointedCalls:
                         stack.enter_context(_block_checkpoints(model))
                 method = "decode" if is_autoencoder(model) else "forward"
                 stack.enter_context(replaced_method(model, method, self._outside(name, model)))
-            yield
+            self._settings = {}
+            before = [_Settings.of(denoiser) for denoiser in self._trajectories.denoisers]
+            try:
+                yield
+            finally:
+                for settings in before:
+                    settings.restore()
 
     def new_backward(self) -> None:
         """Start a new backward pass."""
         self._redone = set()
 
-    def _in_loop(self, studied: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def _in_loop(self, denoiser: nn.Module, studied: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 step = self._trajectories.steps
@@ -95,17 +99,26 @@ class CheckpointedCalls:
                 self._all_steps.add(step)
                 if studied:
                     self.steps.add(step)
-                return _checkpointed(original, args, kwargs, lambda: self._redo(step))
+                settings = self._settings_now(denoiser)
+                return _checkpointed(original, args, kwargs, lambda: self._redo(step, settings))
 
             return forward
 
         return wrap
 
-    def _redo(self, step: int) -> None:
+    def _settings_now(self, denoiser: nn.Module) -> _Settings:
+        """The settings of a denoiser. Equal ones are kept once."""
+        found, known = _Settings.of(denoiser), self._settings.get(id(denoiser))
+        if known is None or not found.equals(known):
+            self._settings[id(denoiser)] = found
+        return self._settings[id(denoiser)]
+
+    def _redo(self, step: int, settings: _Settings) -> None:
         """Record that a call begins, for the first time or again in the backward pass."""
         self._on_step(step)
         if torch.is_grad_enabled():
             self._redone.add(step)
+            settings.restore()
 
     def _outside(self, name: str, model: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -119,14 +132,53 @@ class CheckpointedCalls:
         return wrap
 
 
+class _Settings:
+    """The attributes and children of every module in a model.
+
+    Some pipelines change them from call to call, or for the time of their loop: other attention processors (perturbed
+    attention), switches of layers (GLIGEN). A call that is computed again needs those of its first time.
+    """
+
+    def __init__(self, modules: list[tuple[nn.Module, dict[str, Any], dict[str, nn.Module | None]]]) -> None:
+        self._modules = modules
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Settings:
+        return cls([(module, _attributes(module), dict(module._modules)) for module in model.modules()])
+
+    def equals(self, other: _Settings) -> bool:
+        """Whether each attribute and child is the same object."""
+        if len(self._modules) != len(other._modules):
+            return False
+        pairs = zip(self._modules, other._modules, strict=True)
+        return all(a is b and _same(c, d) and _same(e, f) for (a, c, e), (b, d, f) in pairs)
+
+    def restore(self) -> None:
+        for module, attributes, children in self._modules:
+            for name in _attributes(module).keys() - attributes.keys():
+                del vars(module)[name]
+            vars(module).update(attributes)
+            if not _same(module._modules, children):
+                module._modules.clear()
+                module._modules.update(children)
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Those that are not torch's own."""
+    return {name: value for name, value in vars(module).items() if not name.startswith("_")}
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(one[name] is other[name] for name in one)
+
+
 def _any_requires_grad(arguments: Any) -> bool:
     return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves(arguments))
 
 
 def _checkpointed(original: Callable[..., Any], args: Any, kwargs: Any, at_start: Callable[[], None]) -> Any:
-    """`original(*args, **kwargs)`, keeping only its arguments. Every tensor in them becomes a separate argument, even
-    one that an object holds."""
-    leaves, arguments = pytree.tree_flatten(opened((args, kwargs)))
+    """`original(*args, **kwargs)`, keeping only its arguments. Every tensor in them becomes a separate argument."""
+    leaves, arguments = pytree.tree_flatten((args, kwargs))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
     structure: list[Any] = []
 
@@ -136,14 +188,13 @@ def _checkpointed(original: Callable[..., Any], args: Any, kwargs: Any, at_start
         for place, tensor in zip(places, tensors, strict=True):
             filled[place] = tensor
         positional, named = pytree.tree_unflatten(filled, arguments)
-        outputs, spec = pytree.tree_flatten(opened(original(*positional, **named)))
+        outputs, spec = pytree.tree_flatten(original(*positional, **named))
         structure[:] = [spec]
         return tuple(outputs)
 
     # at the first step nothing else requires grad, and the graph would be lost without the anchor
     anchor = torch.zeros((), requires_grad=True)
-    # Some pipelines write the next sample into the same tensor, and the backward pass needs this one.
-    tensors = [leaves[i].clone() if i == places[0] else leaves[i] for i in places]
+    tensors = [leaves[i] for i in places]
     outputs = checkpoint(run, anchor, *tensors, use_reentrant=True, preserve_rng_state=False)
     return pytree.tree_unflatten(list(outputs), structure[0])
 
