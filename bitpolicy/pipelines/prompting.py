@@ -16,7 +16,8 @@ from diffusers import DiffusionPipeline
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.components import class_count
 from bitpolicy.sensitivity.calls.signature import Signature
-from bitpolicy.sensitivity.samples import Request, Sample, beside, names_files, split_samples
+from bitpolicy.sensitivity.input_files import beside
+from bitpolicy.sensitivity.samples import Request, Sample, split_samples
 
 _DEFAULT_LABELS = 32
 _USUAL_CLASSES = 1000  # for a model that does not say how many it knows
@@ -92,7 +93,7 @@ def _call_arguments(path: Path, number: int, line: str) -> Request:
             f'--prompts {path}, line {number}: expected an object such as {{"prompt": "a cat"}}, '
             f"found {type(found).__name__}"
         )
-    return {name: beside(path.parent, value) if names_files(name, value) else value for name, value in found.items()}
+    return {name: beside(path.parent, name, value) for name, value in found.items()}
 
 
 def _different(requests: Sequence[Request]) -> list[Request]:

@@ -62,7 +62,7 @@ def arguments(
         BitPolicyError: a picture cannot be read, or there is no such class.
     """
     count, texts = len(samples), [sample.prompt for sample in samples]
-    own = samples[0].call_arguments() if count == 1 else {}
+    own = {name: _fitted(pipe, value) for name, value in samples[0].call_arguments().items()} if count == 1 else {}
     found = {
         name: _written([value] * count, writing) if isinstance(value, str) and is_of_each_sample(name) else value
         for name, value in {**call, **own}.items()
@@ -77,6 +77,15 @@ def arguments(
     if "batch_size" in signature:
         found["batch_size"] = count
     return found
+
+
+def _fitted(pipe: Any, value: Any) -> Any:
+    """A tensor in the dtype and on the device of the models, which files do not know; anything else as it is."""
+    if isinstance(value, list):
+        return [_fitted(pipe, item) for item in value]
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to(pipe._execution_device, pipe.dtype if value.is_floating_point() else None)
 
 
 def _written(values: list[Any], writing: Writing) -> Any:

@@ -15,21 +15,12 @@ import torch
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.sensitivity.calls.caller import Caller
+from bitpolicy.sensitivity.calls.example_request import example_line
 from bitpolicy.sensitivity.calls.form import Form, Writing, writings
 from bitpolicy.sensitivity.calls.outputs import drawn, in_range, rows
 from bitpolicy.sensitivity.samples import Sample
 
-REFUSALS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    NameError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+REFUSALS = Exception  # pipelines raise anything, even a bare Exception for an output type
 _IMAGE_DIMS = 4  # of a batch; a video has more, and gains nothing from sharing a call
 _PLAIN: dict[str, Any] = {}
 _FLOATS, _ARRAY, _LATENT = ({"output_type": name} for name in ("pt", "np", "latent"))
@@ -63,22 +54,7 @@ class Rehearsal:
         return replace(form, shares=may_share and not self._sample.arguments and self._shares(form))
 
     def _plain(self) -> tuple[Form, list[torch.Tensor]]:
-        """The first form that the pipeline accepts, and the images it gives. Some autoencoders decode tiles only."""
-        try:
-            return self._accepted()
-        except BitPolicyError as error:
-            if not isinstance(error.__cause__, NotImplementedError) or not self._enable_tiling():
-                raise
-        return self._accepted()
-
-    def _enable_tiling(self) -> bool:
-        """Let the autoencoders work on tiles; whether any of them did not do so before."""
-        whole = [part for part in self._caller.pipe.components.values() if getattr(part, "use_tiling", None) is False]
-        for autoencoder in whole:
-            autoencoder.enable_tiling()
-        return bool(whole)
-
-    def _accepted(self) -> tuple[Form, list[torch.Tensor]]:
+        """The first form that the pipeline accepts, and the images it gives."""
         refusals: list[Exception] = []
         for self._whole in (False, True):
             refusals.clear()
@@ -89,7 +65,7 @@ class Rehearsal:
                     if not is_refusal(error):
                         raise
                     refusals.append(error)
-        raise refused(self._caller.signature.pipeline, refusals[0]) from refusals[0]
+        raise refused(self._caller, refusals[0]) from refusals[0]
 
     def _finished(self, writing: Writing) -> tuple[Form, list[torch.Tensor]]:
         """The form of finished images, and the images. Floats in [0, 1] are best, then other floats, then 8 bits."""
@@ -173,12 +149,12 @@ def is_refusal(error: Exception) -> bool:
     return not isinstance(error, BitPolicyError | torch.OutOfMemoryError)
 
 
-def refused(pipeline: str, error: Exception) -> BitPolicyError:
-    """An error with the pipeline's own message on one line, and where to give missing arguments."""
+def refused(caller: Caller, error: Exception) -> BitPolicyError:
+    """An error with the pipeline's own message on one line, and where to give missing arguments, with an example."""
     said = " ".join(str(error).split()) or type(error).__name__
     return BitPolicyError(
-        f"{pipeline} refused the call: {said}; give other arguments than a prompt in --prompts FILE.jsonl, one JSON "
-        'object of call arguments per line: {"prompt": ..., "image": ...}'
+        f"{caller.signature.pipeline} refused the call: {said}; give other arguments than a prompt in --prompts "
+        f"FILE.jsonl, one JSON object of call arguments per line: {example_line(caller.signature, caller.call, error)}"
     )
 
 

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.components import class_count
 from bitpolicy.sensitivity.calls.hints import fits, hints_of, in_words
-from bitpolicy.sensitivity.samples import names_files
+from bitpolicy.sensitivity.input_files import names_files
 
 STEPS = "num_inference_steps"
 _LABELS = re.compile(r"(class_)?labels?|class_ids?|classes")
@@ -27,6 +27,7 @@ class Signature:
 
     Attributes:
         pipeline: name of the class.
+        file: where its call is defined.
         hints: argument name -> type hint, for all arguments; `Any` if the type is unknown.
         defaults: argument name -> default, for arguments that have one.
         labels: name of the argument that takes class labels; None if there is none, or if the argument is optional and
@@ -34,6 +35,7 @@ class Signature:
     """
 
     pipeline: str
+    file: str
     hints: Mapping[str, Any]
     defaults: Mapping[str, Any]
     labels: str | None
@@ -49,7 +51,8 @@ class Signature:
         defaults = {name: p.default for name, p in named.items() if p.default is not p.empty}
         known = hints_of(call)
         hints = {name: _widened(known.get(name, Any), defaults.get(name)) for name in named}
-        return cls(type(pipe).__name__, hints, defaults, _labels(pipe, hints, defaults))
+        file = inspect.unwrap(call).__code__.co_filename
+        return cls(type(pipe).__name__, file, hints, defaults, _labels(pipe, hints, defaults))
 
     def __contains__(self, name: object) -> bool:
         return name in self.hints
@@ -68,7 +71,7 @@ class Signature:
         unknown = [name for name in arguments if name not in self]
         if unknown:
             raise BitPolicyError(f"{self.pipeline} does not take {', '.join(unknown)}; leave it out")
-        ours = [name for name in arguments if _OURS.fullmatch(name) or _LABELS.fullmatch(name)]
+        ours = [name for name in arguments if is_set_by_samples(name)]
         if ours:
             raise BitPolicyError(f"{', '.join(ours)} cannot be given: every sample sets its own; leave it out")
         for name, value in arguments.items():
@@ -89,6 +92,11 @@ class Signature:
             or fits(value, hint)
             or (is_of_each_sample(name) and fits([value], hint))
         )
+
+
+def is_set_by_samples(name: str) -> bool:
+    """Whether every sample sets the argument of this name."""
+    return bool(_OURS.fullmatch(name) or _LABELS.fullmatch(name))
 
 
 def is_of_each_sample(name: str) -> bool:
