@@ -68,10 +68,16 @@ def class_count(pipe: DiffusionPipeline) -> int:
 
 
 def denoisers_of(pipe: DiffusionPipeline) -> list[str]:
-    """Names of the pipeline's own denoisers: the usual ones or, if it has none of these, all models that take a
-    timestep, such as unCLIP's."""
+    """Names of the pipeline's own denoisers: the usual ones or, if it has none of these, the unusual ones."""
     usual = [name for name in (*DENOISERS, *SECOND_DENOISERS) if isinstance(getattr(pipe, name, None), nn.Module)]
-    return usual or [name for name, model in pipe.components.items() if takes_timestep(model)]
+    return usual or unusual_denoisers(pipe)
+
+
+def unusual_denoisers(pipe: DiffusionPipeline) -> list[str]:
+    """Names of the models that take a timestep, such as unCLIP's, or else of all that work on latents: Wuerstchen's
+    call the timestep by another name."""
+    working = [name for name, model in pipe.components.items() if runs_in_loop(model)]
+    return [name for name in working if takes_timestep(pipe.components[name])] or working
 
 
 def lacks(pipe: DiffusionPipeline, wanted: str) -> BitPolicyError:

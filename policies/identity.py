@@ -68,6 +68,7 @@ def configured(component: Any) -> dict[str, Any]:
     if isinstance(component, PreTrainedModel):
         said = _differing(component.config.to_dict(), _defaults_of_config(component.config))
     elif isinstance(component, ConfigMixin):
+        # DeepFloyd's watermarker has no config, though its class says so
         said = _differing(getattr(component, "config", {}), _defaults_of_class(type(component)))
     elif isinstance(component, PreTrainedTokenizerBase):
         said = {"longest": component.model_max_length, "special": component.special_tokens_map}

@@ -10,13 +10,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 from transformers import PreTrainedModel
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.layers import PackedLayer, Quantizable, packed_layers, quantizable_layers
-from bitpolicy.policies.components import ALL, DENOISERS, denoisers_of, lacks, runs_in_loop, takes_timestep
+from bitpolicy.policies.components import ALL, DENOISERS, denoisers_of, lacks, runs_in_loop, unusual_denoisers
 from bitpolicy.policies.identity import config_hash, weights_hash
 from bitpolicy.policies.lazy import layer_prefix, within_component
 
@@ -45,11 +45,6 @@ class Target(Mapping[str, nn.Module]):
         Raises:
             BitPolicyError: the pipeline has no such component, it cannot be quantized, or there is no denoiser at all.
         """
-        if isinstance(pipe, ModularPipeline):
-            raise BitPolicyError(
-                f"{type(pipe).__name__} is a modular pipeline, whose blocks turn gradients off; search the model as a "
-                "DiffusionPipeline, and load its packed components into the blocks with update_components"
-            )
         if not components:
             return cls.of(pipe, _every_denoiser(pipe))
         if list(components) == [ALL]:
@@ -181,8 +176,8 @@ def loop_denoisers(pipe: DiffusionPipeline, target: Target) -> list[nn.Module]:
 
 
 def _every_denoiser(pipe: DiffusionPipeline) -> Iterable[str]:
-    """`unet` or `transformer`, otherwise the first model that takes a timestep; and the pipeline's other denoisers."""
-    candidates = [*DENOISERS, *(name for name, model in pipe.components.items() if takes_timestep(model))]
+    """`unet` or `transformer`, otherwise the first of the models that denoise; and the pipeline's other denoisers."""
+    candidates = [*DENOISERS, *unusual_denoisers(pipe)]
     first = next((name for name in candidates if runs_in_loop(getattr(pipe, name, None))), None)
     if first is None:
         raise lacks(pipe, f"component named {' or '.join(DENOISERS)}")

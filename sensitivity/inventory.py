@@ -128,7 +128,8 @@ def _stacked_blocks(denoiser: nn.Module) -> list[tuple[str, ...]]:
     Stacks follow one another: Flux has 19 double blocks, then 38 single blocks. The blocks of a stack contain
     attention. If no list of blocks does, as in models from other libraries, any list of modules counts as a stack.
     """
-    lists = {name: child for name, child in denoiser.named_children() if isinstance(child, nn.ModuleList)}
+    children = denoiser.named_children()
+    lists = {name: child for name, child in children if isinstance(child, nn.ModuleList) and None not in list(child)}
     attending = {name: blocks for name, blocks in lists.items() if all(map(_attends, blocks))}
     stacks = attending or {name: blocks for name, blocks in lists.items() if all(any(b.children()) for b in blocks)}
     return [(name, str(place)) for name, blocks in stacks.items() for place in range(len(blocks))]

@@ -26,7 +26,8 @@ from torch import nn
 
 from bitpolicy.kernels.layers import Quantizable, quantizable_layers
 
-_CHANNELS = ("in_channels", "io_channels", "latent_dim")  # what configs call the number of channels of the sample
+# what configs call the number of channels of the sample
+_CHANNELS = ("in_channels", "io_channels", "latent_dim", "embedding_dim", "c_in")
 _QUERY = re.compile(r"((to|img|img_attn)_)?(q|qkv|query)(_proj|_linear|_mlp_proj)?|wq")
 
 
@@ -95,7 +96,8 @@ def _sites(model: nn.Module, name: str, layer: Quantizable) -> Iterator[_Site]:
 
 
 def _context(site: _Site) -> str | None:
-    kinds = r"^(?!\w*Time(step)?(Text|Image))\w*(Text|Image|Caption|Hint|Label|Conditioning)(Time)?(Projection|Embed)"
+    what, rest = "(Text|Image|Caption|Hint|Label|Conditioning)", "(Time|Boundingbox)?(Projection|Embed)"
+    kinds = rf"^(?!\w*Time(step)?(Text|Image))\w*{what}{rest}"
     return "context_embedding" if site.typed(kinds) or site.typed("AttentionPool") else None
 
 
@@ -159,11 +161,26 @@ def _next_to_blocks(site: _Site) -> str | None:
     return "projection" if leads else None
 
 
+def _between_networks(site: _Site) -> str | None:
+    """The role of a layer that leads from one network to another inside a block, as `ctrl_to_base` of ControlNet-XS."""
+    return "projection" if re.search(r"[^\W_]_to_[^\W_]", site.below[0]) else None
+
+
 def _is_block(module: nn.Module) -> bool:
     return any(is_attention(child) for child in module.children())
 
 
-_RULES = (_context, _timestep, _attention, _residual, _resampling, _modulation, _in_attention_block, _next_to_blocks)
+_RULES = (
+    _context,
+    _timestep,
+    _attention,
+    _residual,
+    _resampling,
+    _modulation,
+    _in_attention_block,
+    _next_to_blocks,
+    _between_networks,
+)
 
 
 # Roles from the shape of the sample
@@ -174,7 +191,8 @@ def _ends(model: nn.Module, outside: Mapping[str, Quantizable], found: Mapping[s
     reads, writes = _sample_widths(model)
     free = {name: layer for name, layer in outside.items() if found[name] is None}
     writers = [name for name, layer in outside.items() if layer.weight.shape[0] in writes]
-    heads = _named_for("output_head", [name for name in reversed(writers) if name in free])
+    heads = [name for name in writers if name in free and name.startswith("proj_to_")]
+    heads = heads or _named_for("output_head", [name for name in reversed(writers) if name in free])
     # Lumina's head is part of its last normalization.
     heads = heads or [name for name in writers if found[name] == "modulation"][-1:]
     stems = _named_for("input_stem", [name for name, layer in free.items() if _fan_in(layer) in reads])
@@ -217,14 +235,16 @@ def _widens(layer: Quantizable) -> bool:
 
 _WORDS = {
     "modulation": {"mod", "modulation", "modulations", "adaln", "norm"},
-    "context_embedding": set("context caption cap text txt y prompt class label encoder image clip siglip".split())
-    | {"cond", "condition", "control", "pose", "vace", "cross"},
+    "context_embedding": set("context caption cap text txt y prompt class label encoder image clip".split())
+    | {"cond", "condition", "control", "pose", "vace", "cross", "effnet"},
     "timestep_embedding": {"time", "timestep", "t", "guidance", "fps", "size", "global"},
 }
 _FIRST_PARTS = {
-    "output_head": r"(^|_)(proj|conv)_(out|to)|^postprocess_|(^|_)final_|^out_layer|^controlnet_(\w+_)?blocks?$",
+    "output_head": r"(^|_)(proj|conv)_(out|to)|^(postprocess_|final_|out_layer|(out|clf)$)|^controlnet_(\w+_)?blocks?$",
     "input_stem": r"(^|_)(proj|conv|img)_in|^(preprocess_|x_embedder|visual_embed|input_|pos_embed)|patch_embed",
-    "context_embedding": "^(controlnet|latent)_|^embedding_proj",
+    "context_embedding": "^(controlnet|latent|embedding)_",
+    "resample": "(down|up)scalers$",
+    "projection": "_mappers$",
 }
 
 

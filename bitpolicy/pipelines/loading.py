@@ -276,11 +276,12 @@ def storage_dtype(folder: Path, components: Sequence[str] | None = None, variant
     """The dtype of most values in the safetensors files of the denoiser, or of the named components. It is float16 for
     float32 files, and if there are no files."""
     files = PipelineFiles(folder, variant)
-    specs: list[TensorSpec] = []
-    for name in DENOISERS if components is None or list(components) == [ALL] else components:
-        if files.has_weights(name):
-            specs += [spec for file in files.specs(name).values() for spec in file.values()]
-    return _commonest(specs)
+    asked = DENOISERS if components is None or list(components) == [ALL] else components
+    with_weights = [name for name in asked if files.has_weights(name)]
+    if asked is DENOISERS and not with_weights:  # those of a prior, for example, have other names
+        others = (name for name in files.components if files.kind(name)[0] != "transformers")
+        with_weights = [name for name in others if files.has_weights(name)]
+    return _commonest(spec for name in with_weights for file in files.specs(name).values() for spec in file.values())
 
 
 def dtype_of_file(single: SingleFile) -> torch.dtype:

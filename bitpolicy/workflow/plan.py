@@ -298,10 +298,10 @@ def _require_steps(trajectories: Trajectories, call: Mapping[str, Any]) -> None:
     """Raises:
     BitPolicyError: more sampling steps than the noise schedule has.
     """
-    scheduler = trajectories.pipe.scheduler
-    steps, trained = call.get("num_inference_steps"), scheduler.config.get("num_train_timesteps")
+    scheduler: Any = getattr(trajectories.pipe, "scheduler", None)
     if not hasattr(scheduler, "alphas_cumprod"):  # in continuous time, as with flow matching, any number will do
         return
+    steps, trained = call.get("num_inference_steps"), scheduler.config.get("num_train_timesteps")
     if isinstance(steps, int) and isinstance(trained, int) and steps > trained:
         raise BitPolicyError(
             f"num_inference_steps is {steps:,}; the pipeline's {type(scheduler).__name__} has "

@@ -107,7 +107,8 @@ class FolderParts:
         if not self._others[component] or "quantization_config" in config:
             return
         if "_class_name" in config:
-            write_config(skeleton(config["_class_name"], self._files.folder / component), {}, dtype, folder)
+            library, _ = self._files.kind(component)
+            write_config(skeleton(config["_class_name"], self._files.folder / component, library), {}, dtype, folder)
         elif not self._as_it_is(component, dtype):
             entry = {"dtype": str(dtype).removeprefix("torch.")}
             rewrite_json(folder / "config.json", leave_out=["torch_dtype"], **entry)
@@ -171,7 +172,7 @@ def _unquantized(files: PipelineFiles, name: str) -> tuple[Any, TensorSource]:
         return encoder, TextEncoderSource(FileSource(files.weights(name).values()), encoder, folder)
     if "_class_name" not in config:
         raise BitPolicyError(f"{folder} has no config.json that names a model class; download it again")
-    model = skeleton(config["_class_name"], folder)
+    model = skeleton(config["_class_name"], folder, library)
     return model, fitted(FileSource(files.weights(name).values()), model, folder)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from torch import nn
 
 from bitpolicy.kernels.errors import BitPolicyError
@@ -79,8 +79,8 @@ class MemoryParts:
                 _forget_last_call(other)
                 _require_range(name, other, dtype)
                 with _stored_as(other, dtype):
-                    other.save_pretrained(folder / name)
-                if isinstance(other, ModelMixin):
+                    other.save_pretrained(str(folder / name))
+                if isinstance(other, ModelMixin) and isinstance(other, ConfigMixin):
                     write_config(other, {}, dtype, folder / name)
 
 

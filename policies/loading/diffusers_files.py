@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.format import TensorSpec
+from bitpolicy.policies.loading.named_classes import found_class
 from bitpolicy.policies.storage.pipeline_files import read_json
 from bitpolicy.policies.storage.source import TensorSource
 from bitpolicy.policies.storage.source_converted import Converter, converted
@@ -112,25 +111,17 @@ def config_to_blame(class_name: str, config: str) -> Iterator[None]:
         ) from error
 
 
-def _of_a_pipeline(class_name: str) -> Any:
-    """The class of that name that a module of `diffusers.pipelines` keeps to itself; None if there is none."""
-    for module in pkgutil.iter_modules(diffusers.pipelines.__path__, "diffusers.pipelines."):
-        found = getattr(importlib.import_module(module.name), class_name, None) if module.ispkg else None
-        if isinstance(found, type):
-            return found
-    return None
-
-
-def skeleton(class_name: str, config: Path | Mapping[str, Any]) -> Any:
+def skeleton(class_name: str, config: Path | Mapping[str, Any], library: str = "diffusers") -> Any:
     """A diffusers model without values.
 
     Args:
+        library: "diffusers", or the module of `diffusers.pipelines` that has the class.
         config: the folder with its config.json, or the content of that file.
 
     Raises:
         BitPolicyError: there is no such class, it is not a model, or the config does not belong to it.
     """
-    kind: Any = getattr(diffusers, str(class_name), None) or _of_a_pipeline(str(class_name))
+    kind: Any = found_class(library, str(class_name))
     if kind is None or diffusers.ModelMixin not in kind.__mro__:
         raise BitPolicyError(
             f"diffusers {diffusers.__version__} has no model {class_name}; load the pipeline and export it "

@@ -31,18 +31,24 @@ def class_named(library: str, name: str, where: Path) -> type[Any]:
     Raises:
         BitPolicyError: it is another library, or the library has no such class of its own.
     """
-    module = _LIBRARIES.get(library) or _pipeline_module(library)
-    if module is None:
+    if _module(library) is None:
         raise BitPolicyError(
             f"{where} names {library}.{name}: only classes of diffusers and transformers are loaded; a pipeline with "
             "classes of its own can be passed to bitpolicy.search from Python"
         )
-    found = getattr(module, name, None) or getattr(module, _renamed(name), None)
-    if not isinstance(found, type) or found.__module__.partition(".")[0] not in _LIBRARIES:
+    found = found_class(library, name)
+    if found is None:
         raise BitPolicyError(
             f"{where} names {library}.{name}: the installed {library} has no such class; install a release that has it"
         )
     return found
+
+
+def found_class(library: str, name: str) -> type[Any] | None:
+    """The class of that name, as in `class_named`; None if there is none."""
+    module = _module(library)
+    found = getattr(module, name, None) or getattr(module, _renamed(name), None)
+    return found if isinstance(found, type) and found.__module__.partition(".")[0] in _LIBRARIES else None
 
 
 def require_known_classes(index: Mapping[str, Any], where: Path) -> None:
@@ -66,6 +72,8 @@ def _renamed(name: str) -> str:
     return str((known and known(name)) or name)
 
 
-def _pipeline_module(name: str) -> ModuleType | None:
+def _module(name: str) -> ModuleType | None:
+    if name in _LIBRARIES:
+        return _LIBRARIES[name]
     found = getattr(diffusers.pipelines, name, None) if name.isidentifier() else None
     return found if isinstance(found, ModuleType) and found.__name__.startswith("diffusers.pipelines.") else None

@@ -20,6 +20,7 @@ from bitpolicy.policies.storage.file_source import header
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
 _AGAIN = "download the model again"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_MOST_IN_ONE = 10  # models in one component
 _WEIGHTS = (".safetensors", *_PICKLES, ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb", ".gguf")
 
 
@@ -42,7 +43,8 @@ class PipelineFiles:
 
     @property
     def components(self) -> list[str]:
-        """The components that have a folder.
+        """The components that have a folder. Several ControlNets in one component have a folder each: `controlnet`,
+        `controlnet_1` and so on.
 
         Raises:
             BitPolicyError: a name is a path, which could lead out of the folder.
@@ -52,11 +54,13 @@ class PipelineFiles:
         ]
         for name in named:
             _require_plain(name, self.folder / "model_index.json")
-        return [name for name in named if (self.folder / name).is_dir()]
+        numbered = (f"{name}_{i}" for name in named for i in range(1, _MOST_IN_ONE))
+        return [name for name in dict.fromkeys([*named, *numbered]) if (self.folder / name).is_dir()]
 
     def kind(self, component: str) -> tuple[str, str]:
         """Library and class of a component, as model_index.json names them."""
-        named = self.index.get(component)
+        own = self.config(component).get("_class_name")
+        named = self.index.get(component, ["diffusers", own] if own else None)
         if not isinstance(named, list) or len(named) != 2:
             raise BitPolicyError(
                 f"{self.folder / 'model_index.json'}: {component} is {named!r}, needed a library and a class; {_AGAIN}"

@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from bitpolicy.policies.footprint import most_allocated
+from bitpolicy.sensitivity.calls.watched_loop import schedulers
 from bitpolicy.sensitivity.probes.stepwise import LocalSketches
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.trajectory.decoding import replaced_method
@@ -105,14 +106,23 @@ class _Watch:
 
 @contextmanager
 def _leaving_after(trajectories: Trajectories, count: int) -> Iterator[_Watch]:
-    """While the block runs, a sampling loop ends after `count` steps."""
-    scheduler, device = trajectories.pipe.scheduler, trajectories.target.device
-    watch = _Watch([])
+    """While the block runs, a sampling loop ends after `count` steps.
 
-    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+    Steps before the first call of a denoiser are those of another loop, such as a prior's, and do not count.
+    """
+    device = trajectories.target.device
+    watch = _Watch([])
+    begun: list[bool] = []
+
+    def begin(*_: Any) -> None:
+        begun[:] = [True]
+
+    def step_of(scheduler: Any, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def step(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
+            if not begun:
+                return result
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             watch.times.append(time.perf_counter())
@@ -125,8 +135,10 @@ def _leaving_after(trajectories: Trajectories, count: int) -> Iterator[_Watch]:
 
         return step
 
-    with replaced_method(scheduler, "step", wrap):
-        try:
-            yield watch
-        except _Enough:
-            return
+    with ExitStack() as stack:
+        for denoiser in trajectories.denoisers:
+            stack.enter_context(denoiser.register_forward_pre_hook(begin))
+        for scheduler in schedulers(trajectories.pipe):
+            stack.enter_context(replaced_method(scheduler, "step", functools.partial(step_of, scheduler)))
+        stack.enter_context(suppress(_Enough))
+        yield watch

@@ -36,7 +36,6 @@ from bitpolicy.sensitivity.sketches.sketch import Sketch, SketchRecorder, equall
 from bitpolicy.sensitivity.sketches.weight_changes import WeightChanges
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.trajectory.decoding import replaced_method
-from bitpolicy.sensitivity.trajectory.opened_objects import opened
 from bitpolicy.sensitivity.trajectory.trajectories import LoopError, Trajectories
 from bitpolicy.sensitivity.workers import complete
 
@@ -158,11 +157,12 @@ class LocalSketches:
 
         def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                step = self._recorder.step = self._trajectories.steps
+                # a caller that times the first steps has no row for each: those of a prior's loop may come before
+                step = self._recorder.step = min(self._trajectories.steps, len(power) - self._lead - 1)
                 with torch.inference_mode(False), torch.enable_grad():
                     given, kept = pytree.tree_map(_usable, (args, kwargs))
                     output = original(*given, **kept)
-                    leaves, spec = pytree.tree_flatten(opened(output))
+                    leaves, spec = pytree.tree_flatten(output)
                     graphs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
                     if not graphs:
                         raise LoopError("a denoiser's output has no gradient; use --probe ablation")

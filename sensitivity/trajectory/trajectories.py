@@ -244,9 +244,9 @@ class Trajectories:
             except Decoded:
                 assert self._decoding is not None
                 signal = rows(self._decoding.images(), 1)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:  # torch raises it for in-place changes and for numpy() on a graph
+            except REFUSALS as error:  # in-place changes, numpy() on a graph, attention that is kept only with a graph
+                if not is_refusal(error) or isinstance(error, NotFinite):
+                    raise
                 raise LoopError(f"the sampling loop of {self._class} cannot be differentiated: {error}") from error
         self.caller.loop.forget()
         if not isinstance(signal, torch.Tensor):
@@ -298,7 +298,7 @@ class Trajectories:
         except REFUSALS as error:
             if self.steps or not is_refusal(error):  # the loop had begun: the pipeline took the call
                 raise
-            raise refused(self._class, error) from error
+            raise refused(self.caller, error) from error
 
     def _located(self, part: Sequence[Sample], asked: Mapping[str, Any]) -> BitPolicyError:
         """An error that names the first layer to give NaN or Inf. It runs the part again and checks each layer."""
