@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import save_file
 from scipy.io import wavfile
 from toy_pipelines import TOYS, every
 
@@ -137,6 +138,35 @@ def test_the_error_for_a_missing_picture_says_where_to_give_one(name: str) -> No
     with pytest.raises(BitPolicyError, match=rf"^{name} refused the call: .* prompts FILE\.jsonl.*\"image\"") as error:
         bitpolicy.probe(TOYS[name].new(), call=new_trajectories(name).call, samples=1, vectors=1, quiet=True)
     assert "\n" not in str(error.value)
+
+
+def test_a_tensor_is_read_from_a_file_whatever_the_argument(lines: Callable[..., Path]) -> None:
+    path = lines({"hint": "h.npy", "image_embeds": "e.safetensors", "prompt": "of h.npy", "mask": ["m.png"]})
+    tensors = torch.randn(2, 3), torch.randn(1, 5).bfloat16()
+    np.save(path.parent / "h.npy", tensors[0].numpy())
+    save_file({"any": tensors[1]}, path.parent / "e.safetensors")
+    picture(path.parent / "m.png", "red")
+    sample = Sample.of(load_requests(path)[0], 0)
+    found = sample.call_arguments()
+    assert sample.prompt == "of h.npy"
+    assert torch.equal(found["hint"], tensors[0])
+    assert torch.equal(found["image_embeds"], tensors[1])
+    assert isinstance(found["mask"][0], Image.Image)
+
+
+@pytest.mark.parametrize("name", ["t.npy", "t.safetensors"])
+@pytest.mark.parametrize("content", [None, b"", b"no tensor at all"], ids=["missing", "empty", "text"])
+def test_a_tensor_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(BitPolicyError, match=rf"^cannot read the tensor {tmp_path / name}: .*; give a "):
+        Sample("", 0, {"hint": str(tmp_path / name)}).call_arguments()
+
+
+def test_a_file_of_several_tensors_is_refused(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "t.safetensors")
+    with pytest.raises(BitPolicyError, match=r"t\.safetensors holds 2 tensors; give a file with one$"):
+        Sample("", 0, {"hint": str(tmp_path / "t.safetensors")}).call_arguments()
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no picture at all"], ids=["missing", "empty", "text"])

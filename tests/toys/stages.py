@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-import io
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,9 +32,11 @@ from bitpolicy.sensitivity.inventory import inventory
 from bitpolicy.sensitivity.probes.adjoint import AdjointSketches
 from bitpolicy.sensitivity.rounding.candidates import candidates
 from bitpolicy.sensitivity.sketches.directions import Random
+from bitpolicy.sensitivity.trajectory.trajectories import LoopError
 
 PASS = "pass"
 _INT4 = format_named("int4")
+_BUDGET = "80%"
 _VECTOR = 4
 _ACCURACY = 5e-6  # of the largest slope that is possible; sketches are kept in float32
 _SIZES: dict[str, Any] = {"calibration_samples": 1, "vectors": 1, "trials": 0}
@@ -48,6 +49,8 @@ class StageFailed(Exception):
 def run(toy: Toy, folder: Path) -> dict[str, str]:
     """Every stage with its outcome; a stage after one that did not pass is left out.
 
+    The exception is a loop that cannot be differentiated: a search then probes step by step, and the later stages run.
+
     Args:
         folder: an empty folder for the pipeline, the policy and the checkpoint.
 
@@ -58,6 +61,9 @@ def run(toy: Toy, folder: Path) -> dict[str, str]:
     for name, stage in STAGES.items():
         try:
             stage(toy, folder)
+        except LoopError as refusal:
+            outcomes[name] = str(refusal)
+            continue
         except BitPolicyError as refusal:
             return {**outcomes, name: _fails_alone(toy) or str(refusal)}
         except Exception as error:
@@ -69,11 +75,9 @@ def run(toy: Toy, folder: Path) -> dict[str, str]:
 
 def _fails_alone(toy: Toy) -> str:
     """Why the pipeline's own call fails without bitpolicy; empty if it does not."""
+    subject = subject_of(toy)
     try:
-        subject = subject_of(toy)
-        subject.own_call(subject.samples[0], toy.finished)
-    except BitPolicyError:
-        return ""
+        subject.own_call(subject.samples[0], "np")
     except Exception as error:  # noqa: BLE001 (whatever diffusers raises)
         return f"diffusers' own call fails: {type(error).__name__}: {error}"
     return ""
@@ -85,6 +89,31 @@ def layers(toy: Toy, folder: Path) -> None:
     _require(len(found) > 5, f"only {len(found)} layers")
     roles = {layer.role for layer in found}
     _require(len(roles) > 1 and "other" not in roles, f"roles {sorted(roles)}")
+
+
+def inputs(toy: Toy, folder: Path) -> None:
+    """Where a call needs more than a prompt, the error shows a line of JSON that would do."""
+    subject = subject_of(toy)
+    try:
+        subject.trajectories.learn(replace(subject.samples[0], arguments={}))
+    except BitPolicyError as refusal:
+        shown = re.search(r"FILE\.jsonl, .* per line: (\{.*\})$", str(refusal))
+        if shown is None or "..." in shown[1]:
+            raise
+        example = {name: value for name, value in json.loads(shown[1]).items() if name != "prompt"}
+        unlike = {name: value for name, value in example.items() if not _is_like(toy.extra.get(name), value)}
+        _require(not unlike, f"the example has {unlike}")
+        arguments = {name: toy.extra[name] for name in example}
+        subject_of(toy).trajectories.learn(replace(subject.samples[0], arguments=arguments))
+
+
+def _is_like(value: Any, example: Any) -> bool:
+    """Whether an example stands for a value: for the name of a file or a list of names, or by its type."""
+    if isinstance(value, list) and isinstance(example, list):
+        return _is_like(value[0], example[0])
+    if isinstance(value, torch.Tensor):
+        return str(example).endswith((".png", ".safetensors"))
+    return str(example).endswith(".png") if isinstance(value, Image.Image) else type(value) is type(example)
 
 
 def probe(toy: Toy, folder: Path) -> None:
@@ -111,23 +140,20 @@ def probe(toy: Toy, folder: Path) -> None:
 def search(toy: Toy, folder: Path) -> None:
     """A policy within the budget, and its checkpoint: as large as predicted, drawing what the policy does in memory."""
     subject = subject_of(toy)
-    policy = bitpolicy.search(
-        subject.pipe, toy.budget, call=subject.call, prompts=requests(subject), quiet=True, **_SIZES
-    )
+    policy = bitpolicy.search(subject.pipe, _BUDGET, call=subject.call, prompts=requests(subject), quiet=True, **_SIZES)
     nbytes = bitpolicy.export(subject.pipe, policy, folder / "checkpoint", component_dtype=torch.float32)
     assert policy.result is not None
     assert policy.calibration is not None
     _require(nbytes == policy.result.policy_bytes <= policy.budget.bytes, f"{nbytes} bytes")
     target, sample = subject.trajectories.target, subject.samples[1]
-    plain = subject.own_call(sample, toy.finished)
+    plain = subject.own_call(sample, toy.image_type)
     with quantized(target, policy.resolve(subject.layers), quantization=Quantization(calibration=policy.calibration)):
-        expected = subject.own_call(sample, toy.finished)
+        expected = subject.own_call(sample, toy.image_type)
     _require(not _equal(expected, plain), "quantization changed nothing")
     reloaded = replace(subject, pipe=bitpolicy.load_pipeline(folder / "checkpoint", torch.float32))
-    if getattr(getattr(subject.pipe, "vae", None), "use_tiling", False):
-        reloaded.pipe.vae.enable_tiling()  # a pipeline does not save that
     _require(
-        _equal(reloaded.own_call(sample, toy.finished), expected), "the checkpoint draws something else than the policy"
+        _equal(reloaded.own_call(sample, toy.image_type), expected),
+        "the checkpoint draws something else than the policy",
     )
 
 
@@ -140,7 +166,7 @@ def command(toy: Toy, folder: Path) -> None:
         "--model",
         folder / "model",
         "--budget",
-        toy.budget,
+        _BUDGET,
         "--output-dir",
         folder / "out",
         "--quiet",
@@ -151,17 +177,17 @@ def command(toy: Toy, folder: Path) -> None:
     asked = requests(subject)
     if asked is not None:
         line += ["--prompts", _written(asked, folder)]
-    said = io.StringIO()
-    with patch.object(sys, "argv", [str(word) for word in line]), redirect_stderr(said):
+    with patch.object(sys, "argv", [str(word) for word in line]):
         try:
             command_line.search_policy()
         except SystemExit as ended:
-            _require(ended.code == 0, f"exit code {ended.code}: {said.getvalue()}")
+            _require(ended.code == 0, f"exit code {ended.code}")
     _require((folder / "out" / "compare.png").is_file(), "no compare.png")
 
 
 STAGES: Mapping[str, Callable[[Toy, Path], None]] = {
     "layers": layers,
+    "inputs": inputs,
     "probe": probe,
     "search": search,
     "command": command,
@@ -191,6 +217,9 @@ def _written(asked: list[Any], folder: Path) -> Path:
 
 
 def _by_path(value: Any, path: Path) -> Any:
+    if isinstance(value, torch.Tensor):
+        np.save(path.with_suffix(".npy"), value.numpy())
+        return path.with_suffix(".npy").name
     if isinstance(value, Image.Image):
         value.save(path.with_suffix(".png"))
         return path.with_suffix(".png").name

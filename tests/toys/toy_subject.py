@@ -8,10 +8,8 @@ gradients, and neither the trajectory code nor the sketches under test.
 from __future__ import annotations
 
 import functools
-import inspect
-import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -37,15 +35,18 @@ _AMOUNT = 1e-4
 
 
 class _Unrounded(TorchFunctionMode):
-    """Gives float64 wherever code requests float32, as most schedulers do, or bfloat16, as Kandinsky 5."""
+    """Gives float64 wherever code requests float32, as most schedulers and some norms do, or asks for no dtype."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         func = torch.Tensor.double if func is torch.Tensor.float else func
-        return func(*map(_widened, args), **{name: _widened(value) for name, value in (kwargs or {}).items()})
+        given = {name: _widened(value) for name, value in (kwargs or {}).items()}
+        if func is torch.randn and given.get("dtype") is None:
+            given["dtype"] = torch.float64
+        return func(*map(_widened, args), **given)
 
 
 def _widened(value: Any) -> Any:
-    return torch.float64 if value in (torch.float32, torch.bfloat16) else value
+    return torch.float64 if value is torch.float32 else value
 
 
 @contextmanager
@@ -61,20 +62,6 @@ def _unrounded(denoisers: Sequence[nn.Module], outside: Sequence[nn.Module] = ()
             method = "decode" if hasattr(model, "decode") else "forward"
             stack.enter_context(patch.object(model, method, _in_float64(getattr(model, method))))
         stack.enter_context(_Unrounded())
-        yield
-
-
-@contextmanager
-def _without_asserts(kind: type) -> Iterator[None]:
-    """While the block runs, the pipeline class asserts nothing. Z-Image's asserts that its latents are float32."""
-    source = textwrap.dedent(inspect.getsource(inspect.unwrap(kind.__call__)))
-    if "assert " not in source:
-        yield
-        return
-    found: dict[str, Any] = {}
-    code = compile(source, inspect.getfile(kind), "exec", dont_inherit=True, optimize=1)
-    exec(code, vars(inspect.getmodule(kind)), found)
-    with patch.object(kind, "__call__", found["__call__"]):
         yield
 
 
@@ -101,19 +88,16 @@ class Subject:
     trajectories: Trajectories
     samples: tuple[Sample, ...]
 
-    @contextmanager
-    def unrounded(self) -> Iterator[None]:
+    def unrounded(self) -> AbstractContextManager[None]:
         """While the block runs, a pipeline with float64 weights computes in float64 from the noise to the latent."""
-        models = self.trajectories.denoisers, list(self.trajectories.outside.values())
-        with _without_asserts(type(self.pipe)), _unrounded(*models):
-            yield
+        return _unrounded(self.trajectories.denoisers, list(self.trajectories.outside.values()))
 
     @property
     def layers(self) -> dict[str, Quantizable]:
         return self.trajectories.target.layers
 
     def own_call(self, sample: Sample, output_type: str) -> Any:
-        """The first output of the pipeline, called as a user calls it; latents with those of the sound track."""
+        """The first output of the pipeline, called as a user calls it."""
         takes = self.toy.takes
         asked = (
             {} if takes == "nothing" else {takes: [int(sample.prompt)] if takes == "class_labels" else sample.prompt}
@@ -121,10 +105,7 @@ class Subject:
         generator = torch.Generator().manual_seed(sample.seed)
         with torch.random.fork_rng():
             torch.manual_seed(sample.seed)
-            made = self.pipe(**asked, **self.call, **sample.arguments, generator=generator, output_type=output_type)
-        if output_type == "latent" and isinstance(getattr(made, "audio", None), torch.Tensor):
-            return torch.cat([part.flatten(1) / part.numel() ** 0.5 for part in (made[0], made.audio)], 1)
-        return made[0]
+            return self.pipe(**asked, **self.call, **sample.arguments, generator=generator, output_type=output_type)[0]
 
     def final_latent(self, sample: Sample, watch: Callable[[int], None] = lambda step: None) -> torch.Tensor:
         """The pipeline's output for "latent", or the result of its last scheduler step if it returns images.
@@ -135,15 +116,15 @@ class Subject:
         made: list[torch.Tensor] = []
         with self._each_step(lambda result: (made.append(result[0]), watch(len(made)))):
             watch(0)
-            output = self.own_call(sample, "latent" if self.toy.gives_latents else "pt")
+            output = self.own_call(sample, "latent" if self.toy.gives_latents else self.toy.image_type)
         if isinstance(output, torch.Tensor) and self.toy.gives_latents:
             return output
         return made[-1][:1]  # DiT holds every sample twice; take the half that becomes the image
 
     def image(self, sample: Sample, watch: Callable[[int], None] = lambda step: None) -> torch.Tensor:
-        """The pipeline's output for "pt", shape (1, ...). `watch` is called with 0 before it."""
+        """The pipeline's finished image, shape (1, ...). `watch` is called with 0 before it."""
         watch(0)
-        output = self.own_call(sample, "pt")
+        output = self.own_call(sample, self.toy.image_type)
         if isinstance(output, torch.Tensor):
             return output
         return torch.from_numpy(output).movedim(-1, -3)
@@ -155,18 +136,19 @@ class Subject:
 
     @contextmanager
     def _each_step(self, then: Callable[[Any], Any]) -> Iterator[None]:
-        kind = type(self.pipe.scheduler)
-        original = kind.step
+        original = self.pipe.scheduler.step
 
         @functools.wraps(original)  # pipelines look at its signature
-        def step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-            result = original(scheduler, *args, **kwargs)
-            if scheduler is self.pipe.scheduler:  # and not its copy for a sound track
-                then(result)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            then(result)
             return result
 
-        with patch.object(kind, "step", step):
+        self.pipe.scheduler.step = step
+        try:
             yield
+        finally:
+            del self.pipe.scheduler.step
 
     def slope(self, moves: Moves, vector: int, step: int | None = None) -> float:
         """(<v, x_0(W + a dW)> - <v, x_0(W - a dW)>) / 2a for the first sample; x_0 is the image if that is studied.
@@ -219,7 +201,8 @@ def subject_of(
     to_storage(target, torch.float16)
     if dtype != torch.float32:
         pipe.to(dtype)
-    samples = [Sample(text, 11 + i, toy.extra) for i, text in enumerate(REQUESTS[toy.takes])]
+    extra = {name: value.to(dtype) if isinstance(value, torch.Tensor) else value for name, value in toy.extra.items()}
+    samples = [Sample(text, 11 + i, extra) for i, text in enumerate(REQUESTS[toy.takes])]
     return Subject(toy, pipe, call, Trajectories(pipe, target.names, call), tuple(samples))
 
 

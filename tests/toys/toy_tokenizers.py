@@ -7,10 +7,10 @@ from transformers import (
     BertTokenizer,
     CLIPTokenizer,
     GemmaTokenizer,
-    LlamaTokenizer,
     Qwen2Tokenizer,
     RobertaTokenizer,
     T5Tokenizer,
+    XLMRobertaTokenizer,
 )
 
 _ASCII = [chr(code) for code in range(33, 127)]
@@ -30,17 +30,18 @@ def t5_tokenizer(length: int = LENGTH) -> T5Tokenizer:
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=length)
 
 
+def xlm_tokenizer(length: int = LENGTH) -> XLMRobertaTokenizer:
+    """XLM-RoBERTa's Unigram model, where every piece is a letter."""
+    pieces = [(name, 0.0) for name in ("<s>", "<pad>", "</s>", "<unk>")]
+    vocab = [*pieces, ("▁", -2.0), *((letter, -4.0) for letter in _ASCII), ("<mask>", 0.0)]
+    return XLMRobertaTokenizer(vocab=vocab, model_max_length=length)
+
+
 def gemma_tokenizer(length: int = LENGTH) -> GemmaTokenizer:
     """Gemma's byte-pair encoding with no merges; it puts <bos> first."""
     words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *_ASCII]
     vocab = {word: i for i, word in enumerate(words)}
     return GemmaTokenizer(vocab=vocab, merges=[], model_max_length=length, add_bos_token=True)
-
-
-def llama_tokenizer(length: int = LENGTH) -> LlamaTokenizer:
-    """Llama's byte-pair encoding with no merges, a letter a token."""
-    vocab = _numbered("<unk>", "<s>", "</s>", "<pad>", "<image>", "▁", *_ASCII)
-    return LlamaTokenizer(vocab=vocab, merges=[], model_max_length=length, pad_token="<pad>")
 
 
 def bert_tokenizer(length: int = LENGTH) -> BertTokenizer:

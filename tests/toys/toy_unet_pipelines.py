@@ -12,14 +12,15 @@ from toy_schedulers import SCHEDULERS
 from toy_tokenizers import clip_tokenizer
 from transformers import CLIPTextModelWithProjection
 
-_UNCHECKED: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+UNCHECKED: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
 # Pixels
 
 
-def _pixel_unet() -> Any:
+def pixel_unet(**options: Any) -> Any:
     return diffusers.UNet2DModel(
+        **options,
         sample_size=8,
         block_out_channels=(16, 32),
         layers_per_block=1,
@@ -32,13 +33,13 @@ def _pixel_unet() -> Any:
 def _ddim() -> DiffusionPipeline:
     """Without clipping. The noise is weak, or a random U-Net, which removes none, would leave pixels far off [0, 1]."""
     return diffusers.DDIMPipeline(
-        unet=_pixel_unet(), scheduler=diffusers.DDIMScheduler(clip_sample=False, beta_end=0.002)
+        unet=pixel_unet(), scheduler=diffusers.DDIMScheduler(clip_sample=False, beta_end=0.002)
     )
 
 
 def _ddpm() -> DiffusionPipeline:
     """Its scheduler clips the predicted image to [-1, 1] in each step, as the published DDPM models do."""
-    return diffusers.DDPMPipeline(unet=_pixel_unet(), scheduler=diffusers.DDPMScheduler(variance_type="fixed_large"))
+    return diffusers.DDPMPipeline(unet=pixel_unet(), scheduler=diffusers.DDPMScheduler(variance_type="fixed_large"))
 
 
 def _consistency() -> DiffusionPipeline:
@@ -62,7 +63,7 @@ def _consistency() -> DiffusionPipeline:
 # Stable Diffusion
 
 
-def _unet(**options: Any) -> Any:
+def conditional_unet(**options: Any) -> Any:
     """Two levels with cross attention in one of them, shortcuts and resampling; latents of 8 x 8."""
     return diffusers.UNet2DConditionModel(
         **{
@@ -79,62 +80,69 @@ def _unet(**options: Any) -> Any:
     )
 
 
-def _stable_diffusion_parts(scheduler: str = "PNDM", **unet_options: Any) -> dict[str, Any]:
+def stable_diffusion_parts(scheduler: str = "PNDM", **unet_options: Any) -> dict[str, Any]:
     tokenizer = clip_tokenizer()
     return {
         "vae": image_vae(),
         "text_encoder": clip_text_encoder(tokenizer),
         "tokenizer": tokenizer,
-        "unet": _unet(**unet_options),
+        "unet": conditional_unet(**unet_options),
         "scheduler": SCHEDULERS[scheduler](),
-        **_UNCHECKED,
+        **UNCHECKED,
     }
 
 
 def _stable_diffusion() -> DiffusionPipeline:
-    return diffusers.StableDiffusionPipeline(**_stable_diffusion_parts())
+    return diffusers.StableDiffusionPipeline(**stable_diffusion_parts())
 
 
 def _image_to_image() -> DiffusionPipeline:
-    return diffusers.StableDiffusionImg2ImgPipeline(**_stable_diffusion_parts("DDIM"))
+    return diffusers.StableDiffusionImg2ImgPipeline(**stable_diffusion_parts("DDIM"))
 
 
 def _controlnet() -> DiffusionPipeline:
     """The ControlNet starts from the U-Net's weights; its zero convolutions are woken like any zero weight."""
-    parts = _stable_diffusion_parts("UniPC")
+    parts = stable_diffusion_parts("UniPC")
     controlnet = diffusers.ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(8, 16))
     return diffusers.StableDiffusionControlNetPipeline(controlnet=controlnet, **parts)
 
 
 def _latent_consistency() -> DiffusionPipeline:
     """The U-Net is told the guidance scale, in place of a second call without the prompt."""
-    return diffusers.LatentConsistencyModelPipeline(**_stable_diffusion_parts("LCM", time_cond_proj_dim=16))
+    return diffusers.LatentConsistencyModelPipeline(**stable_diffusion_parts("LCM", time_cond_proj_dim=16))
+
+
+def stable_diffusion_xl_parts(scheduler: str = "Euler", sizes: int = 6, **unet_options: Any) -> dict[str, Any]:
+    """Two text encoders, several transformer blocks a level, and `sizes` numbers embedded with the time."""
+    size_channels = 8
+    first, second = clip_tokenizer(), clip_tokenizer()
+    return {
+        "vae": image_vae(),
+        "text_encoder": clip_text_encoder(first),
+        "text_encoder_2": clip_text_encoder(second, CLIPTextModelWithProjection),
+        "tokenizer": first,
+        "tokenizer_2": second,
+        "unet": conditional_unet(
+            **{
+                "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+                "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+                "transformer_layers_per_block": (1, 2),
+                "attention_head_dim": (2, 4),
+                "cross_attention_dim": 2 * WIDTH,
+                "use_linear_projection": True,
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": size_channels,
+                "projection_class_embeddings_input_dim": sizes * size_channels + WIDTH,
+                **unet_options,
+            }
+        ),
+        "scheduler": SCHEDULERS[scheduler](),
+        "add_watermarker": False,
+    }
 
 
 def _stable_diffusion_xl() -> DiffusionPipeline:
-    """Two text encoders, several transformer blocks a level, and sizes embedded with the time."""
-    sizes, size_channels = 6, 8
-    first, second = clip_tokenizer(), clip_tokenizer()
-    return diffusers.StableDiffusionXLPipeline(
-        vae=image_vae(),
-        text_encoder=clip_text_encoder(first),
-        text_encoder_2=clip_text_encoder(second, CLIPTextModelWithProjection),
-        tokenizer=first,
-        tokenizer_2=second,
-        unet=_unet(
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2),
-            attention_head_dim=(2, 4),
-            cross_attention_dim=2 * WIDTH,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=size_channels,
-            projection_class_embeddings_input_dim=sizes * size_channels + WIDTH,
-        ),
-        scheduler=SCHEDULERS["Euler"](),
-        add_watermarker=False,
-    )
+    return diffusers.StableDiffusionXLPipeline(**stable_diffusion_xl_parts())
 
 
 _PIXELS = {"num_inference_steps": 4}
