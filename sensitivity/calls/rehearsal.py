@@ -74,11 +74,12 @@ class Rehearsal:
         floats = self._tried(writing, _FLOATS)
         if floats is not None and all(map(in_range, floats)):
             return Form(writing, _FLOATS), floats
-        plain = self._drawn(writing, _PLAIN) if floats is None else floats
         array = self._tried(writing, _ARRAY)
         if array is not None and (floats is None or all(map(in_range, array))):
             return Form(writing, _ARRAY), array
-        return Form(writing, _PLAIN if floats is None else _FLOATS), plain
+        if floats is not None:
+            return Form(writing, _FLOATS), floats
+        return Form(writing, _PLAIN), self._drawn(writing, _PLAIN)
 
     def _drawn(self, writing: Writing, asked: Mapping[str, Any]) -> list[torch.Tensor]:
         return drawn(self._caller.trial([self._sample], writing, asked, whole=self._whole), 1)

@@ -41,7 +41,7 @@ def test_gradients_are_those_of_the_call(name: str, tmp_path: Path) -> None:
         "StableDiffusionControlNetXSPipeline",
         "StableCascadeDecoderPipeline",
         "WuerstchenPriorPipeline",
-        "WuerstchenDecoderPipeline",
+        "WuerstchenCombinedPipeline",
         "KandinskyV22PriorPipeline",
     ],
 )

@@ -70,7 +70,6 @@ TOYS = [
         ("AnimateDiffPAGPipeline", _animated, {**_SMALL, "pag_scale": 2.0}, {}),
         ("PIAPipeline", _pia, _SMALL, {"image": picture()}),
         ("VideoToVideoSDPipeline", text_to_video_parts, {**_GUIDED, "strength": 0.75}, _VIDEO),
-        ("TextToVideoZeroPipeline", lambda: stable_diffusion_parts("DDIM"), _ZERO, {}),
         ("TextToVideoZeroSDXLPipeline", lambda: stable_diffusion_xl_parts("DDIM"), _ZERO, {}),
     ]
 ]

@@ -130,7 +130,6 @@ TOYS = [
         ("StableCascadeDecoderPipeline", _decoder, _GUIDED, _LATENT, _UNKNOWN),
         ("StableCascadeCombinedPipeline", _combined(_decoder, _prior), _BOTH, {}, _UNKNOWN),
         ("WuerstchenPriorPipeline", _wuerstchen_prior, _PRIOR, {}, _UNKNOWN),
-        ("WuerstchenDecoderPipeline", _wuerstchen_decoder, _GUIDED, _LATENT, _UNKNOWN),
         ("WuerstchenCombinedPipeline", _combined(_wuerstchen_decoder, _wuerstchen_prior), _BOTH, {}, _UNKNOWN),
     ]
 ]

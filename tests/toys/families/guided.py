@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import diffusers
-import torch
 from families.controlnet import made
 from toy_parts import image_vae
 from toy_recipe import Toy
@@ -23,11 +21,6 @@ def _with_depth() -> Parts:
     return {**_sd(), "vae": image_vae(in_channels=6, out_channels=6), "image_encoder": None}
 
 
-def _with_inverse() -> Parts:
-    parts = _sd()
-    return {**parts, "inverse_scheduler": diffusers.DDIMInverseScheduler.from_config(parts["scheduler"].config)}
-
-
 def _gligen() -> Parts:
     """Layers that attend to boxes, for the first part of the loop."""
     return _sd(attention_type="gated", attention_head_dim=2)
@@ -35,7 +28,6 @@ def _gligen() -> Parts:
 
 _SMALL = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 16, "width": 16}
 _BOXES = {"gligen_phrases": ["a cat"], "gligen_boxes": [[0.1, 0.2, 0.6, 0.7]]}
-_INVERTED = {"image_latents": torch.linspace(-1, 1, 4 * 4 * 64).reshape(1, 4, 4, 8, 8)}
 _REFUSED = {
     "StableDiffusionPanoramaPipeline": "modified by an inplace operation",
     "LEditsPPPipelineStableDiffusion": "`invert` method has to be called beforehand",
@@ -47,6 +39,7 @@ TOYS = [
         made(name, parts),
         call,
         extra=extra,
+        gives_latents="LDM3D" not in name,
         image_type="np" if "LDM3D" in name else "pt",
         refused=_REFUSED.get(name, ""),
     )
@@ -55,13 +48,6 @@ TOYS = [
         ("StableDiffusionSAGPipeline", _sd, {**_SMALL, "sag_scale": 0.75}, {}),
         ("StableDiffusionLDM3DPipeline", _with_depth, _SMALL, {}),
         ("StableDiffusionGLIGENPipeline", _gligen, {**_SMALL, "gligen_scheduled_sampling_beta": 0.5}, _BOXES),
-        ("StableDiffusionAttendAndExcitePipeline", _sd, {**_SMALL, "attn_res": [8, 8]}, {"token_indices": [1, 2]}),
-        (
-            "StableDiffusionDiffEditPipeline",
-            _with_inverse,
-            {"num_inference_steps": 4, "guidance_scale": 3.0, "inpaint_strength": 1.0},
-            {"mask_image": torch.ones(1, 8, 8).triu(), **_INVERTED},
-        ),
         ("StableDiffusionPipelineSafe", _sd, _SMALL, {}),
         ("SemanticStableDiffusionPipeline", _sd, {**_SMALL, "edit_warmup_steps": 1}, {"editing_prompt": ["smiling"]}),
         ("LEditsPPPipelineStableDiffusion", _sd, {}, {"editing_prompt": ["smiling"]}),
