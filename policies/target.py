@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -45,6 +45,11 @@ class Target(Mapping[str, nn.Module]):
         Raises:
             BitPolicyError: the pipeline has no such component, it cannot be quantized, or there is no denoiser at all.
         """
+        if isinstance(pipe, ModularPipeline):
+            raise BitPolicyError(
+                f"{type(pipe).__name__} is a modular pipeline, whose blocks turn gradients off; search the model as a "
+                "DiffusionPipeline, and load its packed components into the blocks with update_components"
+            )
         if not components:
             return cls.of(pipe, _every_denoiser(pipe))
         if list(components) == [ALL]:

@@ -13,11 +13,14 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import subprocess
+import multiprocessing
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +29,6 @@ PAGE = ROOT / "docs" / "pipelines.md"
 sys.path.insert(0, str(ROOT / "tests" / "toys"))
 _LIMIT = 600  # seconds for one class
 _NO_TOY = "no toy yet"
-_ONE = """
-import json, sys, tempfile
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import stages
-from toy_pipelines import EVERY
-with tempfile.TemporaryDirectory() as folder:
-    outcomes = stages.run(EVERY[sys.argv[2]], Path(folder))
-print("\\n" + json.dumps(outcomes))
-"""
 INTRO = """\
 # Pipeline classes
 
@@ -57,34 +50,54 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], help="run the classes whose name contains one of these")
     parser.add_argument("--again", action="store_true", help="run all classes, known or not")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time, with one thread each")
     parser.add_argument("--known", type=Path, default=ROOT / "build" / "pipelines.json", help="file of the outcomes")
     args = parser.parse_args()
     from toy_pipelines import EVERY
 
     known: dict[str, dict[str, str]] = json.loads(args.known.read_text()) if args.known.is_file() else {}
-    for name in EVERY:
-        wanted = any(part in name for part in args.only) if args.only else args.again or name not in known
-        if wanted:
-            known[name] = outcomes(name)
-            args.known.parent.mkdir(parents=True, exist_ok=True)
+    missing = [name for name in EVERY if args.again or name not in known]
+    wanted = [name for name in EVERY if any(part in name for part in args.only)] if args.only else missing
+    args.known.parent.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("forkserver")  # whose processes have everything imported
+    context.set_forkserver_preload(["stages", "toy_pipelines"])
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for name, found in zip(wanted, pool.map(partial(outcomes, context), wanted), strict=True):
+            known[name] = found
             args.known.write_text(json.dumps(known, indent=1), encoding="utf-8")
-            print(name, known[name], flush=True)
+            print(name, found, flush=True)
     PAGE.write_text(page({name: known[name] for name in EVERY if name in known}), encoding="utf-8")
 
 
-def outcomes(name: str) -> dict[str, str]:
+def outcomes(context: Any, name: str) -> dict[str, str]:
     """The outcome of each stage for one toy, run in a process of its own."""
-    command = [sys.executable, "-c", _ONE, str(ROOT / "tests" / "toys"), name]
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_LIMIT)
-        except subprocess.TimeoutExpired:
+        process = context.Process(target=_run, args=(name, Path(folder)))
+        process.start()
+        process.join(_LIMIT)
+        if process.is_alive():
+            process.kill()
             return {"layers": f"FAILED: more than {_LIMIT} seconds"}
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        return {"layers": "FAILED: " + " ".join(lines[-2:])}
-    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
-    return found
+        written = Path(folder) / "outcomes.json"
+        if not written.is_file():
+            return {"layers": f"FAILED: the process ended with {process.exitcode}"}
+        found: dict[str, str] = json.loads(written.read_text())
+        return found
+
+
+def _run(name: str, folder: Path) -> None:
+    """Take one toy through the stages, silently, and write their outcomes."""
+    import stages
+    import torch
+    from toy_pipelines import EVERY
+
+    torch.set_num_threads(1)
+    with (folder / "output").open("w") as output, redirect_stdout(output), redirect_stderr(output):
+        try:
+            found = stages.run(EVERY[name], folder)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it belongs into the table
+            found = {"layers": " ".join(["FAILED:", type(error).__name__, *str(error).split(), *error.__notes__])}
+    (folder / "outcomes.json").write_text(json.dumps(found))
 
 
 def exported() -> Iterator[str]:

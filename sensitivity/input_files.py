@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.utils import load_image
+from diffusers.utils import load_image, load_video
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -21,6 +21,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 
 _TAKE_PICTURES = ("image", "video")  # parts of the names of arguments
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_VIDEOS = (".mp4", ".mov", ".webm", ".avi", ".mkv", ".gif")
 _SOUNDS = (".wav",)
 _TENSORS = (".safetensors", ".npy")
 
@@ -59,6 +60,8 @@ def loaded(name: str, value: Any) -> Any:
         return value
     if _ends(value, _SOUNDS):
         return _sound(Path(value))
+    if "video" in name and _ends(value, _VIDEOS):
+        return _video(value)
     return _tensor(Path(value)) if _ends(value, _TENSORS) else _picture(value)
 
 
@@ -72,6 +75,14 @@ def _picture(path: str | Path) -> Image.Image:
     except (OSError, ValueError) as error:
         raise BitPolicyError(f"cannot read the picture {path}: {error}; give a path or URL of an image") from error
     return picture
+
+
+def _video(path: str | Path) -> list[Image.Image]:
+    try:
+        frames: list[Image.Image] = load_video(str(path))
+    except (OSError, ValueError, ImportError) as error:
+        raise BitPolicyError(f"cannot read the video {path}: {error}; give a path or URL of a video") from error
+    return frames
 
 
 def _sound(path: Path) -> torch.Tensor:

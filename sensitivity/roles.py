@@ -235,12 +235,12 @@ def _widens(layer: Quantizable) -> bool:
 
 _WORDS = {
     "modulation": {"mod", "modulation", "modulations", "adaln", "norm"},
-    "context_embedding": set("context caption cap text txt y prompt class label encoder image clip".split())
+    "context_embedding": set("context caption cap text txt y prompt class label encoder image clip siglip".split())
     | {"cond", "condition", "control", "pose", "vace", "cross", "effnet"},
     "timestep_embedding": {"time", "timestep", "t", "guidance", "fps", "size", "global"},
 }
 _FIRST_PARTS = {
-    "output_head": r"(^|_)(proj|conv)_(out|to)|^(postprocess_|final_|out_layer|(out|clf)$)|^controlnet_(\w+_)?blocks?$",
+    "output_head": r"(^|_)((proj|conv)_(out|to)|final_)|^(postprocess_|out_layer|(out|clf)$|controlnet_(\w+_)?blocks?$)",
     "input_stem": r"(^|_)(proj|conv|img)_in|^(preprocess_|x_embedder|visual_embed|input_|pos_embed)|patch_embed",
     "context_embedding": "^(controlnet|latent|embedding)_",
     "resample": "(down|up)scalers$",

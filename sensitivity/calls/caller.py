@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from bitpolicy.policies.components import runs_in_loop
 from bitpolicy.sensitivity.calls.form import Writing, arguments
-from bitpolicy.sensitivity.calls.outputs import first
+from bitpolicy.sensitivity.calls.outputs import first, latent
 from bitpolicy.sensitivity.calls.signature import STEPS, Signature
 from bitpolicy.sensitivity.calls.watched_loop import WatchedLoop
 from bitpolicy.sensitivity.samples import Sample
@@ -48,7 +49,7 @@ class Caller:
         """
         given = arguments(self.pipe, self.signature, self.call, samples, writing)
         with self._watched(samples[0].seed, leave_after), torch.no_grad():
-            return first(self.pipe(**given, **asked))
+            return self._selected(self.pipe(**given, **asked), asked)
 
     def run_with_graph(
         self, sample: Sample, writing: Writing, asked: Mapping[str, Any], leave_after: int, decodes: int
@@ -60,8 +61,9 @@ class Caller:
         """
         given = arguments(self.pipe, self.signature, self.call, [sample], writing)
         undecorated: Callable[..., Any] = inspect.unwrap(type(self.pipe).__call__)
+        _complete(self.pipe)
         with self._undecorated_inside(), self._watched(sample.seed, leave_after, decodes), torch.enable_grad():
-            return first(undecorated(self.pipe, **given, **asked))
+            return self._selected(undecorated(self.pipe, **given, **asked), asked)
 
     def trial(
         self, samples: Sequence[Sample], writing: Writing, asked: Mapping[str, Any], *, whole: bool = False
@@ -71,7 +73,11 @@ class Caller:
         if not whole:
             given |= self._short(given)
         with self.loop.watched(samples[0].seed, finite=False), torch.no_grad():
-            return first(self.pipe(**given, **asked))
+            return self._selected(self.pipe(**given, **asked), asked)
+
+    @staticmethod
+    def _selected(output: Any, asked: Mapping[str, Any]) -> Any:
+        return latent(output) if asked.get("output_type") == "latent" else first(output)
 
     def _short(self, given: Mapping[str, Any]) -> dict[str, Any]:
         steps = given.get(STEPS, self.signature.defaults.get(STEPS))
@@ -92,3 +98,11 @@ class Caller:
         watched = nullcontext() if self.decoding is None else self.decoding.watched(decodes)
         with watched, self.loop.watched(seed, leave_after):
             yield
+
+
+def _complete(pipe: DiffusionPipeline) -> None:
+    """Give models in the loop the switch that their forward looks at when there is a graph. Z-Image's ControlNet has
+    none."""
+    for model in pipe.components.values():
+        if runs_in_loop(model) and not hasattr(model, "gradient_checkpointing"):
+            model.gradient_checkpointing = False

@@ -26,6 +26,15 @@ def first(output: Any) -> Any:
     return output[0] if isinstance(output, BaseOutput | tuple) else output
 
 
+def latent(output: Any) -> Any:
+    """The latents in a pipeline's output. Those of a video and of its sound track become one, and each counts the same
+    whatever its size: both are divided by the square root of the number of values."""
+    main, sound = first(output), getattr(output, "audio", None)
+    if not isinstance(main, torch.Tensor) or not isinstance(sound, torch.Tensor) or len(main) != len(sound):
+        return main
+    return torch.cat([part.flatten(1) / part[0].numel() ** 0.5 for part in (main, sound)], 1)
+
+
 def rows(found: torch.Tensor, count: int) -> torch.Tensor:
     """`found` with one row for each of `count` samples.
 

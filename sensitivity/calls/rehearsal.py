@@ -54,7 +54,22 @@ class Rehearsal:
         return replace(form, shares=may_share and not self._sample.arguments and self._shares(form))
 
     def _plain(self) -> tuple[Form, list[torch.Tensor]]:
-        """The first form that the pipeline accepts, and the images it gives."""
+        """The first form that the pipeline accepts, and the images it gives. Some autoencoders decode tiles only."""
+        try:
+            return self._accepted()
+        except BitPolicyError as error:
+            if not isinstance(error.__cause__, NotImplementedError) or not self._enable_tiling():
+                raise
+        return self._accepted()
+
+    def _enable_tiling(self) -> bool:
+        """Let the autoencoders work on tiles; whether any of them did not do so before."""
+        whole = [part for part in self._caller.pipe.components.values() if getattr(part, "use_tiling", None) is False]
+        for autoencoder in whole:
+            autoencoder.enable_tiling()
+        return bool(whole)
+
+    def _accepted(self) -> tuple[Form, list[torch.Tensor]]:
         refusals: list[Exception] = []
         for self._whole in (False, True):
             refusals.clear()

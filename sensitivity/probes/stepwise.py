@@ -36,6 +36,7 @@ from bitpolicy.sensitivity.sketches.sketch import Sketch, SketchRecorder, equall
 from bitpolicy.sensitivity.sketches.weight_changes import WeightChanges
 from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.trajectory.decoding import replaced_method
+from bitpolicy.sensitivity.trajectory.opened_objects import opened
 from bitpolicy.sensitivity.trajectory.trajectories import LoopError, Trajectories
 from bitpolicy.sensitivity.workers import complete
 
@@ -162,7 +163,7 @@ class LocalSketches:
                 with torch.inference_mode(False), torch.enable_grad():
                     given, kept = pytree.tree_map(_usable, (args, kwargs))
                     output = original(*given, **kept)
-                    leaves, spec = pytree.tree_flatten(output)
+                    leaves, spec = pytree.tree_flatten(opened(output))
                     graphs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
                     if not graphs:
                         raise LoopError("a denoiser's output has no gradient; use --probe ablation")

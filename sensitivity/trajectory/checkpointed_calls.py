@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from bitpolicy.policies.components import is_autoencoder
 from bitpolicy.sensitivity.trajectory.decoding import replaced_method
+from bitpolicy.sensitivity.trajectory.graphless_methods import gradients_pass
+from bitpolicy.sensitivity.trajectory.opened_objects import opened
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 
 _LARGE = 500_000_000  # parameters from which models are also checkpointed inside, block by block
@@ -65,6 +67,7 @@ class CheckpointedCalls:
             for denoiser in self._trajectories.denoisers:
                 if recompute_inside:
                     stack.enter_context(_block_checkpoints(denoiser))
+                stack.enter_context(gradients_pass(denoiser))
                 wrap = self._in_loop(denoiser, any(denoiser is model for model in studied))
                 stack.enter_context(replaced_method(denoiser, "forward", wrap))
             for name, model in self._trajectories.outside.items():
@@ -177,8 +180,9 @@ def _any_requires_grad(arguments: Any) -> bool:
 
 
 def _checkpointed(original: Callable[..., Any], args: Any, kwargs: Any, at_start: Callable[[], None]) -> Any:
-    """`original(*args, **kwargs)`, keeping only its arguments. Every tensor in them becomes a separate argument."""
-    leaves, arguments = pytree.tree_flatten((args, kwargs))
+    """`original(*args, **kwargs)`, keeping only its arguments. Every tensor in them becomes a separate argument, even
+    one that an object holds."""
+    leaves, arguments = pytree.tree_flatten(opened((args, kwargs)))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
     structure: list[Any] = []
 
@@ -188,13 +192,14 @@ def _checkpointed(original: Callable[..., Any], args: Any, kwargs: Any, at_start
         for place, tensor in zip(places, tensors, strict=True):
             filled[place] = tensor
         positional, named = pytree.tree_unflatten(filled, arguments)
-        outputs, spec = pytree.tree_flatten(original(*positional, **named))
+        outputs, spec = pytree.tree_flatten(opened(original(*positional, **named)))
         structure[:] = [spec]
         return tuple(outputs)
 
     # at the first step nothing else requires grad, and the graph would be lost without the anchor
     anchor = torch.zeros((), requires_grad=True)
-    tensors = [leaves[i] for i in places]
+    # Some pipelines write the next sample into the same tensor, and the backward pass needs this one.
+    tensors = [leaves[i].clone() if i == places[0] else leaves[i] for i in places]
     outputs = checkpoint(run, anchor, *tensors, use_reentrant=True, preserve_rng_state=False)
     return pytree.tree_unflatten(list(outputs), structure[0])
 

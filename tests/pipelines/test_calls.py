@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline, ImagePipelineOutput
+from diffusers.pipelines.ltx2.pipeline_output import LTX2PipelineOutput
 from diffusers.pipelines.pipeline_utils import AudioPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -19,7 +20,7 @@ import bitpolicy
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.pipelines.prompting import default_requests
 from bitpolicy.sensitivity.calls.hints import fits, in_words
-from bitpolicy.sensitivity.calls.outputs import drawn
+from bitpolicy.sensitivity.calls.outputs import drawn, latent
 from bitpolicy.sensitivity.samples import Sample
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 from bitpolicy.workflow.plan import default_call
@@ -268,6 +269,17 @@ def test_every_kind_of_output_becomes_one_tensor_per_sample() -> None:
     assert [one.shape for one in drawn(np.zeros((2, 1, 50)), 2)] == [(1, 50)] * 2  # sound
     assert [one.shape for one in drawn(torch.rand(4, 3, 4, 5), 2)] == [(2, 3, 4, 5)] * 2  # two images each
     assert drawn(Image.new("L", (5, 4), 255), 1)[0].eq(1).all()
+
+
+def test_the_latents_of_a_video_and_its_sound_track_count_the_same() -> None:
+    """Each part of the joined latent has the mean square of its values as squared norm, whatever its size."""
+    video, sound = torch.randn(2, 4, 3, 5, 6), torch.randn(2, 7, 8)
+    joined = latent(LTX2PipelineOutput(frames=video, audio=sound))
+    assert joined.shape == (2, 4 * 3 * 5 * 6 + 7 * 8)
+    power = video.square().flatten(1).mean(1) + sound.square().flatten(1).mean(1)
+    torch.testing.assert_close(joined.square().sum(1), power)
+    assert latent(LTX2PipelineOutput(frames=video, audio=None)) is video
+    assert latent((video,)) is video
 
 
 def test_results_that_cannot_be_divided_among_samples_are_refused() -> None:

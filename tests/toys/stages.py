@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,6 @@ from bitpolicy.sensitivity.trajectory.trajectories import LoopError
 
 PASS = "pass"
 _INT4 = format_named("int4")
-_BUDGET = "80%"
 _VECTOR = 4
 _ACCURACY = 5e-6  # of the largest slope that is possible; sketches are kept in float32
 _SIZES: dict[str, Any] = {"calibration_samples": 1, "vectors": 1, "trials": 0}
@@ -75,9 +76,11 @@ def run(toy: Toy, folder: Path) -> dict[str, str]:
 
 def _fails_alone(toy: Toy) -> str:
     """Why the pipeline's own call fails without bitpolicy; empty if it does not."""
-    subject = subject_of(toy)
     try:
-        subject.own_call(subject.samples[0], "np")
+        subject = subject_of(toy)
+        subject.own_call(subject.samples[0], toy.finished)
+    except BitPolicyError:
+        return ""
     except Exception as error:  # noqa: BLE001 (whatever diffusers raises)
         return f"diffusers' own call fails: {type(error).__name__}: {error}"
     return ""
@@ -140,20 +143,23 @@ def probe(toy: Toy, folder: Path) -> None:
 def search(toy: Toy, folder: Path) -> None:
     """A policy within the budget, and its checkpoint: as large as predicted, drawing what the policy does in memory."""
     subject = subject_of(toy)
-    policy = bitpolicy.search(subject.pipe, _BUDGET, call=subject.call, prompts=requests(subject), quiet=True, **_SIZES)
+    policy = bitpolicy.search(
+        subject.pipe, toy.budget, call=subject.call, prompts=requests(subject), quiet=True, **_SIZES
+    )
     nbytes = bitpolicy.export(subject.pipe, policy, folder / "checkpoint", component_dtype=torch.float32)
     assert policy.result is not None
     assert policy.calibration is not None
     _require(nbytes == policy.result.policy_bytes <= policy.budget.bytes, f"{nbytes} bytes")
     target, sample = subject.trajectories.target, subject.samples[1]
-    plain = subject.own_call(sample, toy.image_type)
+    plain = subject.own_call(sample, toy.finished)
     with quantized(target, policy.resolve(subject.layers), quantization=Quantization(calibration=policy.calibration)):
-        expected = subject.own_call(sample, toy.image_type)
+        expected = subject.own_call(sample, toy.finished)
     _require(not _equal(expected, plain), "quantization changed nothing")
     reloaded = replace(subject, pipe=bitpolicy.load_pipeline(folder / "checkpoint", torch.float32))
+    if getattr(getattr(subject.pipe, "vae", None), "use_tiling", False):
+        reloaded.pipe.vae.enable_tiling()  # a pipeline does not save that
     _require(
-        _equal(reloaded.own_call(sample, toy.image_type), expected),
-        "the checkpoint draws something else than the policy",
+        _equal(reloaded.own_call(sample, toy.finished), expected), "the checkpoint draws something else than the policy"
     )
 
 
@@ -166,7 +172,7 @@ def command(toy: Toy, folder: Path) -> None:
         "--model",
         folder / "model",
         "--budget",
-        _BUDGET,
+        toy.budget,
         "--output-dir",
         folder / "out",
         "--quiet",
@@ -177,11 +183,12 @@ def command(toy: Toy, folder: Path) -> None:
     asked = requests(subject)
     if asked is not None:
         line += ["--prompts", _written(asked, folder)]
-    with patch.object(sys, "argv", [str(word) for word in line]):
+    said = io.StringIO()
+    with patch.object(sys, "argv", [str(word) for word in line]), redirect_stderr(said):
         try:
             command_line.search_policy()
         except SystemExit as ended:
-            _require(ended.code == 0, f"exit code {ended.code}")
+            _require(ended.code == 0, f"exit code {ended.code}: {said.getvalue()}")
     _require((folder / "out" / "compare.png").is_file(), "no compare.png")
 
 

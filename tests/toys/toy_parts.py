@@ -12,8 +12,12 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPVisionConfig,
+    CLIPVisionModel,
     CLIPVisionModelWithProjection,
     PreTrainedTokenizerBase,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     T5Config,
     T5EncoderModel,
     UMT5Config,
@@ -21,10 +25,13 @@ from transformers import (
 )
 
 WIDTH = 16  # channels of a text encoder's output
+VisionClass = TypeVar("VisionClass", CLIPVisionModel, CLIPVisionModelWithProjection)
 ClipClass = TypeVar("ClipClass", CLIPTextModel, CLIPTextModelWithProjection)
 
 
-def clip_text_encoder(tokenizer: PreTrainedTokenizerBase, kind: type[ClipClass] = CLIPTextModel) -> ClipClass:
+def clip_text_encoder(
+    tokenizer: PreTrainedTokenizerBase, kind: type[ClipClass] = CLIPTextModel, length: int = LENGTH
+) -> ClipClass:
     """Two layers, so that SDXL and SD3 can take the last but one. Output (B, LENGTH, WIDTH), pooled (B, WIDTH)."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -33,7 +40,7 @@ def clip_text_encoder(tokenizer: PreTrainedTokenizerBase, kind: type[ClipClass] 
         projection_dim=WIDTH,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=LENGTH,
+        max_position_embeddings=length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -81,6 +88,41 @@ def _t5_sizes(tokenizer: PreTrainedTokenizerBase, width: int) -> dict[str, Any]:
         "num_heads": 2,
         "feed_forward_proj": "gated-gelu",
     }
+
+
+def clip_vision_encoder(kind: type[VisionClass] = CLIPVisionModel) -> VisionClass:
+    """Sees 8 x 8 pixels in 4 patches, as `clip_vision_processor` makes them. Output (B, 5, WIDTH)."""
+    config = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    return kind(config)
+
+
+def clip_vision_processor() -> CLIPImageProcessor:
+    return CLIPImageProcessor(crop_size=8, size=8)
+
+
+def siglip_encoder() -> SiglipVisionModel:
+    """Sees 8 x 8 pixels in 4 patches, as `siglip_processor` makes them. Output (B, 4, WIDTH)."""
+    config = SiglipVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    return SiglipVisionModel(config)
+
+
+def siglip_processor() -> SiglipImageProcessor:
+    return SiglipImageProcessor(size={"height": 8, "width": 8})
 
 
 def image_vae(channels: tuple[int, ...] = (8, 16), latent_channels: int = 4, **options: Any) -> AutoencoderKL:

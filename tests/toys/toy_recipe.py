@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -27,7 +28,8 @@ class Toy:
         takes: what a sample has to name: a prompt, a class label, or nothing.
         extra: arguments of one sample beyond that, e.g. the image that Stable Video Diffusion animates.
         gives_latents: whether it takes output_type="latent"; some that take it give images all the same.
-        image_type: output type of finished images: "pt", or "np" where the pipeline does not give tensors.
+        finished: the output type that gives finished results.
+        budget: of the searches: small enough that layers without effect, which go first, are not all that is quantized.
         refused: words of the error with which bitpolicy refuses this class; empty for one that works.
     """
 
@@ -37,7 +39,8 @@ class Toy:
     takes: Literal["prompt", "class_labels", "nothing"] = "prompt"
     extra: dict[str, Any] = field(default_factory=dict)
     gives_latents: bool = True
-    image_type: str = "pt"
+    finished: str = "pt"
+    budget: str = "80%"
     refused: str = ""
 
 
@@ -65,12 +68,29 @@ def reproducible(build: Callable[[], DiffusionPipeline]) -> Callable[[], Diffusi
     return new
 
 
+def toy_of(name: str, parts: Callable[[], dict[str, Any]], call: dict[str, Any], **options: Any) -> Toy:
+    """The toy of a pipeline class, made of `parts()`.
+
+    Args:
+        name: of the class, with a suffix after "-" where a class comes in two forms.
+        options: further fields of `Toy`.
+    """
+    kind = getattr(diffusers, name.partition("-")[0])
+    return Toy(name, reproducible(lambda: kind(**parts())), call, **options)
+
+
 @torch.no_grad()
 def _wake(module: nn.Module) -> None:
-    """Give random values to every weight and bias that starts at zero and would hide the layers around it."""
-    for parameter in module.parameters():
-        if not parameter.any():
+    """Give random values to every weight and bias that starts at zero and would hide the layers around it, or that
+    starts as whatever the memory held, as Z-Image's tokens for padding do."""
+    for name, parameter in module.named_parameters():
+        if not parameter.any() or name.endswith("pad_token"):
             parameter.normal_(std=_WOKEN)
+
+
+def clip(frames: int = 5, size: int = 16) -> list[Image.Image]:
+    """The picture, turned a little further in every frame."""
+    return [picture(size).rotate(20 * i) for i in range(frames)]
 
 
 def picture(size: int = 16) -> Image.Image:
@@ -84,3 +104,7 @@ def mask(size: int = 16) -> Image.Image:
     found = Image.new("L", (size, size))
     found.paste(255, (size // 2, 0, size, size))
     return found
+
+
+IMAGE, MASK, CONTROL = {"image": picture()}, {"mask_image": mask()}, {"control_image": picture()}
+PART: dict[str, Any] = {"strength": 0.7, "num_inference_steps": 5}  # of the schedule, which leaves three steps

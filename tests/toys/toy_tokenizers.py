@@ -7,6 +7,7 @@ from transformers import (
     BertTokenizer,
     CLIPTokenizer,
     GemmaTokenizer,
+    LlamaTokenizer,
     Qwen2Tokenizer,
     RobertaTokenizer,
     T5Tokenizer,
@@ -42,6 +43,12 @@ def gemma_tokenizer(length: int = LENGTH) -> GemmaTokenizer:
     words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *_ASCII]
     vocab = {word: i for i, word in enumerate(words)}
     return GemmaTokenizer(vocab=vocab, merges=[], model_max_length=length, add_bos_token=True)
+
+
+def llama_tokenizer(length: int = LENGTH) -> LlamaTokenizer:
+    """Llama's byte-pair encoding with no merges, a letter a token."""
+    vocab = _numbered("<unk>", "<s>", "</s>", "<pad>", "<image>", "▁", *_ASCII)
+    return LlamaTokenizer(vocab=vocab, merges=[], model_max_length=length, pad_token="<pad>")
 
 
 def bert_tokenizer(length: int = LENGTH) -> BertTokenizer:

@@ -7,25 +7,30 @@ from typing import Any
 import diffusers
 import transformers
 from diffusers import DiffusionPipeline
+from toy_chats import gemma2_text_encoder
 from toy_parts import WIDTH, clip_text_encoder, image_vae, t5_text_encoder
-from toy_recipe import Toy, reproducible
+from toy_recipe import Toy, reproducible, toy_of
 from toy_schedulers import FLOW_SCHEDULERS
 from toy_tokenizers import LENGTH, bert_tokenizer, clip_tokenizer, gemma_tokenizer, t5_tokenizer
 from transformers import CLIPTextModelWithProjection
 
-_LAYERS = 3  # an early, a middle and a late block
-_LATENT = 8  # sides of the latent
-_FLOW_VAE: dict[str, Any] = {"shift_factor": 0.06, "use_quant_conv": False, "use_post_quant_conv": False}
+LAYERS = 3  # an early, a middle and a late block
+LATENT = 8  # sides of the latent
+FLOW_VAE: dict[str, Any] = {"shift_factor": 0.06, "use_quant_conv": False, "use_post_quant_conv": False}
+GUIDED = {"num_inference_steps": 4, "guidance_scale": 3.0}
+SMALL = {**GUIDED, "height": 16, "width": 16}
+READ = {"max_sequence_length": LENGTH}
+EXACT = {"use_resolution_binning": False}
 
 
 def _dit() -> DiffusionPipeline:
     """Class-conditional: 1000 classes, and the empty one that the pipeline guides against."""
     return diffusers.DiTPipeline(
         transformer=diffusers.DiTTransformer2DModel(
-            num_layers=_LAYERS,
+            num_layers=LAYERS,
             num_attention_heads=2,
             attention_head_dim=8,
-            sample_size=_LATENT,
+            sample_size=LATENT,
             in_channels=4,
             out_channels=8,
         ),
@@ -34,61 +39,60 @@ def _dit() -> DiffusionPipeline:
     )
 
 
-def _pixart_sigma() -> DiffusionPipeline:
+def pixart_parts(**options: Any) -> dict[str, Any]:
+    """Cross attention to T5's states.
+
+    Args:
+        options: of the transformer.
+    """
     tokenizer = t5_tokenizer()
-    return diffusers.PixArtSigmaPipeline(
-        tokenizer=tokenizer,
-        text_encoder=t5_text_encoder(tokenizer),
-        vae=image_vae(),
-        transformer=diffusers.PixArtTransformer2DModel(
-            num_layers=_LAYERS,
-            num_attention_heads=2,
-            attention_head_dim=8,
-            cross_attention_dim=16,
-            caption_channels=WIDTH,
-            sample_size=_LATENT,
-            use_additional_conditions=False,
-        ),
-        scheduler=diffusers.DPMSolverMultistepScheduler(beta_schedule="linear", beta_start=0.0001, beta_end=0.02),
-    )
+    sizes: dict[str, Any] = {
+        "num_layers": LAYERS,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "cross_attention_dim": 16,
+        "caption_channels": WIDTH,
+        "sample_size": LATENT,
+        "use_additional_conditions": False,
+    }
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": t5_text_encoder(tokenizer),
+        "vae": image_vae(),
+        "transformer": diffusers.PixArtTransformer2DModel(**sizes | options),
+        "scheduler": diffusers.DPMSolverMultistepScheduler(beta_schedule="linear", beta_start=0.0001, beta_end=0.02),
+    }
 
 
-def _sana() -> DiffusionPipeline:
-    """Linear attention, and a feed-forward of convolutions."""
+def sana_parts(**options: Any) -> dict[str, Any]:
+    """Linear attention, and a feed-forward of convolutions.
+
+    Args:
+        options: of the transformer.
+    """
     tokenizer = gemma_tokenizer()
-    text = transformers.Gemma2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        query_pre_attn_scalar=8,
-        initializer_range=0.2,
-    )
-    transformer = diffusers.SanaTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_layers=_LAYERS,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=8,
-        cross_attention_dim=16,
-        caption_channels=WIDTH,
-        sample_size=_LATENT,
-    )
-    scheduler = diffusers.DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-    )
-    return diffusers.SanaPipeline(
-        tokenizer=tokenizer,
-        text_encoder=transformers.Gemma2Model(text),
-        vae=_deep_compression_vae(),
-        transformer=transformer,
-        scheduler=scheduler,
-    )
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": gemma2_text_encoder(tokenizer),
+        "vae": _deep_compression_vae(),
+        "transformer": diffusers.SanaTransformer2DModel(num_layers=LAYERS, **SANA_SIZES, **options),
+        "scheduler": diffusers.DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    }
+
+
+SANA_SIZES: dict[str, Any] = {  # of the transformer and its ControlNet
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "num_cross_attention_heads": 2,
+    "cross_attention_head_dim": 8,
+    "cross_attention_dim": 16,
+    "caption_channels": WIDTH,
+    "sample_size": LATENT,
+}
 
 
 def _deep_compression_vae() -> diffusers.AutoencoderDC:
@@ -109,7 +113,7 @@ def _deep_compression_vae() -> diffusers.AutoencoderDC:
     )
 
 
-def _hunyuan_dit() -> DiffusionPipeline:
+def hunyuan_dit_parts() -> dict[str, Any]:
     """Long skip connections. The pipeline fixes the lengths of its prompts: 77 tokens of BERT's and 256 of T5's."""
     bert, t5 = bert_tokenizer(77), t5_tokenizer(256)
     text = transformers.BertConfig(
@@ -120,102 +124,105 @@ def _hunyuan_dit() -> DiffusionPipeline:
         num_attention_heads=2,
         max_position_embeddings=77,
     )
-    return diffusers.HunyuanDiTPipeline(
-        vae=image_vae((4, 4, 8, 8)),
-        text_encoder=transformers.BertModel(text),
-        tokenizer=bert,
-        text_encoder_2=t5_text_encoder(t5),
-        tokenizer_2=t5,
-        transformer=diffusers.HunyuanDiT2DModel(
-            num_layers=4,
-            num_attention_heads=2,
-            attention_head_dim=8,
-            hidden_size=16,
-            mlp_ratio=2.0,
-            patch_size=2,
-            in_channels=4,
-            sample_size=_LATENT,
-            cross_attention_dim=WIDTH,
-            cross_attention_dim_t5=WIDTH,
-            pooled_projection_dim=WIDTH,
-            activation_fn="gelu-approximate",
-        ),
-        scheduler=diffusers.DDPMScheduler(
+    return {
+        "vae": image_vae((4, 4, 8, 8)),
+        "text_encoder": transformers.BertModel(text),
+        "tokenizer": bert,
+        "text_encoder_2": t5_text_encoder(t5),
+        "tokenizer_2": t5,
+        "transformer": diffusers.HunyuanDiT2DModel(num_layers=4, activation_fn="gelu-approximate", **HUNYUAN_DIT_SIZES),
+        "scheduler": diffusers.DDPMScheduler(
             beta_start=0.00085, beta_end=0.02, beta_schedule="scaled_linear", prediction_type="v_prediction"
         ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
 
 
-def _stable_diffusion_3() -> DiffusionPipeline:
+HUNYUAN_DIT_SIZES: dict[str, Any] = {  # of the transformer and its ControlNet
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "hidden_size": 16,
+    "mlp_ratio": 2.0,
+    "patch_size": 2,
+    "in_channels": 4,
+    "sample_size": LATENT,
+    "cross_attention_dim": WIDTH,
+    "cross_attention_dim_t5": WIDTH,
+    "pooled_projection_dim": WIDTH,
+}
+
+
+def sd3_parts(latent_channels: int = 4) -> dict[str, Any]:
     """Text and image in one attention; the first block has a second attention for the image, as in SD 3.5 medium."""
     first, second, third = clip_tokenizer(), clip_tokenizer(), t5_tokenizer()
-    return diffusers.StableDiffusion3Pipeline(
-        transformer=diffusers.SD3Transformer2DModel(
-            sample_size=_LATENT,
-            patch_size=2,
-            in_channels=4,
-            out_channels=4,
-            num_layers=_LAYERS,
-            num_attention_heads=2,
-            attention_head_dim=8,
-            caption_projection_dim=16,
-            joint_attention_dim=2 * WIDTH,
-            pooled_projection_dim=2 * WIDTH,
-            pos_embed_max_size=_LATENT,
-            dual_attention_layers=(0,),
-            qk_norm="rms_norm",
-        ),
-        scheduler=FLOW_SCHEDULERS["flow Euler"](),
-        vae=image_vae(**_FLOW_VAE),
-        text_encoder=clip_text_encoder(first, CLIPTextModelWithProjection),
-        tokenizer=first,
-        text_encoder_2=clip_text_encoder(second, CLIPTextModelWithProjection),
-        tokenizer_2=second,
-        text_encoder_3=t5_text_encoder(third, 2 * WIDTH),
-        tokenizer_3=third,
-    )
+    sizes = {**SD3_SIZES, "in_channels": latent_channels, "out_channels": latent_channels}
+    return {
+        "transformer": diffusers.SD3Transformer2DModel(num_layers=LAYERS, **sizes),
+        "scheduler": FLOW_SCHEDULERS["flow Euler"](),
+        "vae": image_vae(latent_channels=latent_channels, **FLOW_VAE),
+        "text_encoder": clip_text_encoder(first, CLIPTextModelWithProjection),
+        "tokenizer": first,
+        "text_encoder_2": clip_text_encoder(second, CLIPTextModelWithProjection),
+        "tokenizer_2": second,
+        "text_encoder_3": t5_text_encoder(third, 2 * WIDTH),
+        "tokenizer_3": third,
+    }
 
 
-def _flux() -> DiffusionPipeline:
-    """Blocks for text and image, then blocks for both at once; the guidance scale is an input, as in FLUX.1 dev."""
+SD3_SIZES: dict[str, Any] = {  # of the transformer and its ControlNet
+    "sample_size": LATENT,
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "caption_projection_dim": 16,
+    "joint_attention_dim": 2 * WIDTH,
+    "pooled_projection_dim": 2 * WIDTH,
+    "pos_embed_max_size": LATENT,
+    "dual_attention_layers": (0,),
+    "qk_norm": "rms_norm",
+}
+
+
+def flux_parts(extra_channels: int = 0, **vae: Any) -> dict[str, Any]:
+    """Blocks for text and image, then blocks for both at once; the guidance scale is an input, as in FLUX.1 dev.
+
+    Args:
+        extra_channels: of what the transformer reads beside the latent: a control image, or an image and a mask.
+        vae: options of the autoencoder.
+    """
     first, second = clip_tokenizer(), t5_tokenizer()
-    return diffusers.FluxPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=image_vae(**_FLOW_VAE),
-        text_encoder=clip_text_encoder(first),
-        tokenizer=first,
-        text_encoder_2=t5_text_encoder(second),
-        tokenizer_2=second,
-        transformer=diffusers.FluxTransformer2DModel(
-            in_channels=16,
-            num_layers=2,
-            num_single_layers=_LAYERS,
-            num_attention_heads=2,
-            attention_head_dim=16,
-            axes_dims_rope=(4, 6, 6),
-            joint_attention_dim=WIDTH,
-            pooled_projection_dim=WIDTH,
-            guidance_embeds=True,
+    return {
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        "vae": image_vae(**FLOW_VAE, **vae),
+        "text_encoder": clip_text_encoder(first),
+        "tokenizer": first,
+        "text_encoder_2": t5_text_encoder(second),
+        "tokenizer_2": second,
+        "transformer": diffusers.FluxTransformer2DModel(
+            in_channels=16 + extra_channels, out_channels=16, num_layers=2, num_single_layers=LAYERS, **FLUX_SIZES
         ),
-    )
+    }
 
 
-_GUIDED = {"num_inference_steps": 4, "guidance_scale": 3.0}
-_SMALL = {**_GUIDED, "height": 16, "width": 16}
-_READ = {"max_sequence_length": LENGTH}
-_EXACT = {"use_resolution_binning": False}
+FLUX_SIZES: dict[str, Any] = {  # of the transformer and its ControlNet
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "axes_dims_rope": (4, 6, 6),
+    "joint_attention_dim": WIDTH,
+    "pooled_projection_dim": WIDTH,
+    "guidance_embeds": True,
+}
+SANA_CALL = {**GUIDED, **READ, **EXACT, "height": 32, "width": 32, "complex_human_instruction": None}
+HUNYUAN_DIT_CALL = {**GUIDED, **EXACT, "height": 64, "width": 64}
 TRANSFORMER_TOYS = [
-    Toy("DiTPipeline", reproducible(_dit), _GUIDED, "class_labels"),
-    Toy("PixArtSigmaPipeline", reproducible(_pixart_sigma), {**_SMALL, **_READ, **_EXACT, "clean_caption": False}),
-    Toy(
-        "SanaPipeline",
-        reproducible(_sana),
-        {**_GUIDED, **_READ, **_EXACT, "height": 32, "width": 32, "complex_human_instruction": None},
-    ),
-    Toy("HunyuanDiTPipeline", reproducible(_hunyuan_dit), {**_GUIDED, **_EXACT, "height": 64, "width": 64}),
-    Toy("StableDiffusion3Pipeline", reproducible(_stable_diffusion_3), {**_SMALL, **_READ}),
-    Toy("FluxPipeline", reproducible(_flux), {**_SMALL, **_READ}),
+    Toy("DiTPipeline", reproducible(_dit), GUIDED, "class_labels"),
+    toy_of("PixArtSigmaPipeline", pixart_parts, {**SMALL, **READ, **EXACT, "clean_caption": False}),
+    toy_of("SanaPipeline", sana_parts, SANA_CALL),
+    toy_of("HunyuanDiTPipeline", hunyuan_dit_parts, HUNYUAN_DIT_CALL),
+    toy_of("StableDiffusion3Pipeline", sd3_parts, {**SMALL, **READ}),
+    toy_of("FluxPipeline", flux_parts, {**SMALL, **READ}),
 ]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import diffusers
 import transformers
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from toy_parts import WIDTH, clip_image_encoder, clip_text_encoder, image_vae, t5_text_encoder, umt5_text_encoder
 from toy_recipe import Toy, picture, reproducible
 from toy_schedulers import SCHEDULERS
 from toy_tokenizers import LENGTH, clip_tokenizer, t5_tokenizer
 from toy_unet_pipelines import UNCHECKED, stable_diffusion_parts
 
+WAN_LATENTS = 4  # channels
+Model = TypeVar("Model", bound=ModelMixin)
 _LAYERS = 3  # an early, a middle and a late block
 _UNET = {
     "sample_size": 8,
@@ -103,12 +105,14 @@ def _stable_video_diffusion() -> DiffusionPipeline:
 # Transformers
 
 
-def _cogvideox() -> DiffusionPipeline:
+def cogvideox_parts(
+    kind: type[Model] = diffusers.CogVideoXTransformer3DModel, in_channels: int = 4, **options: Any
+) -> dict[str, Any]:
     tokenizer = t5_tokenizer()
-    return diffusers.CogVideoXPipeline(
-        tokenizer=tokenizer,
-        text_encoder=t5_text_encoder(tokenizer),
-        vae=diffusers.AutoencoderKLCogVideoX(
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": t5_text_encoder(tokenizer),
+        "vae": diffusers.AutoencoderKLCogVideoX(
             block_out_channels=(8, 8),
             down_block_types=("CogVideoXDownBlock3D",) * 2,
             up_block_types=("CogVideoXUpBlock3D",) * 2,
@@ -117,11 +121,11 @@ def _cogvideox() -> DiffusionPipeline:
             norm_num_groups=4,
             temporal_compression_ratio=2,
         ),
-        transformer=diffusers.CogVideoXTransformer3DModel(
+        "transformer": kind(
             num_layers=_LAYERS,
             num_attention_heads=2,
             attention_head_dim=16,
-            in_channels=4,
+            in_channels=in_channels,
             out_channels=4,
             time_embed_dim=8,
             text_embed_dim=WIDTH,
@@ -131,48 +135,61 @@ def _cogvideox() -> DiffusionPipeline:
             sample_frames=5,
             temporal_compression_ratio=2,
             use_rotary_positional_embeddings=True,
+            **options,
         ),
-        scheduler=diffusers.CogVideoXDDIMScheduler(
+        "scheduler": diffusers.CogVideoXDDIMScheduler(
             prediction_type="v_prediction",
             clip_sample=False,
             timestep_spacing="trailing",
             rescale_betas_zero_snr=True,
             snr_shift_scale=1.0,
         ),
-    )
+    }
 
 
-def _wan_transformer() -> diffusers.WanTransformer3DModel:
-    return diffusers.WanTransformer3DModel(
+def _cogvideox() -> DiffusionPipeline:
+    return diffusers.CogVideoXPipeline(**cogvideox_parts())
+
+
+def wan_transformer(
+    kind: type[Model] = diffusers.WanTransformer3DModel, in_channels: int = WAN_LATENTS, **options: Any
+) -> Model:
+    return kind(
         num_layers=_LAYERS,
         num_attention_heads=2,
         attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
+        in_channels=in_channels,
+        out_channels=WAN_LATENTS,
         text_dim=WIDTH,
         freq_dim=16,
         ffn_dim=48,
         rope_max_seq_len=16,
+        **options,
     )
 
 
-def _wan_parts() -> dict[str, Any]:
+def wan_vae(levels: int = 1) -> diffusers.AutoencoderKLWan:
+    """Halves the sides and the number of frames once a level."""
+    return diffusers.AutoencoderKLWan(
+        base_dim=4,
+        z_dim=WAN_LATENTS,
+        dim_mult=[1, *([2] * levels)],
+        num_res_blocks=1,
+        temperal_downsample=[True] * levels,
+        latents_mean=[-0.8, -0.1, 0.5, 1.0],
+        latents_std=[2.8, 1.5, 2.3, 1.2],
+        scale_factor_temporal=2**levels,
+        scale_factor_spatial=2**levels,
+    )
+
+
+def wan_parts(transformer: ModelMixin | None = None) -> dict[str, Any]:
     tokenizer = t5_tokenizer()
     return {
         "tokenizer": tokenizer,
         "text_encoder": umt5_text_encoder(tokenizer),
-        "vae": diffusers.AutoencoderKLWan(
-            base_dim=4,
-            z_dim=4,
-            dim_mult=[1, 2],
-            num_res_blocks=1,
-            temperal_downsample=[True],
-            latents_mean=[-0.8, -0.1, 0.5, 1.0],
-            latents_std=[2.8, 1.5, 2.3, 1.2],
-            scale_factor_temporal=2,
-            scale_factor_spatial=2,
-        ),
-        "transformer": _wan_transformer(),
+        "vae": wan_vae(),
+        "transformer": transformer or wan_transformer(),
         "scheduler": diffusers.UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),
@@ -180,12 +197,12 @@ def _wan_parts() -> dict[str, Any]:
 
 
 def _wan() -> DiffusionPipeline:
-    return diffusers.WanPipeline(**_wan_parts())
+    return diffusers.WanPipeline(**wan_parts())
 
 
 def _wan_2_2() -> DiffusionPipeline:
     """Two transformers: `transformer` above the boundary of the noise, `transformer_2` below."""
-    return diffusers.WanPipeline(**_wan_parts(), transformer_2=_wan_transformer(), boundary_ratio=0.875)
+    return diffusers.WanPipeline(**wan_parts(), transformer_2=wan_transformer(), boundary_ratio=0.875)
 
 
 _GUIDED = {"num_inference_steps": 3, "guidance_scale": 3.0}

@@ -40,7 +40,7 @@ TOYS = [
         call,
         extra=extra,
         gives_latents="LDM3D" not in name,
-        image_type="np" if "LDM3D" in name else "pt",
+        finished="np" if "LDM3D" in name else "pt",
         refused=_REFUSED.get(name, ""),
     )
     for name, parts, call, extra in [
