@@ -124,7 +124,10 @@ def _is_cross(site: _Site) -> bool:
 
 
 def _residual(site: _Site) -> str | None:
-    """The role of a layer in a convolution block. A linear layer directly in the block takes in the timestep."""
+    """The role of a layer in a convolution block. A linear layer directly in the block takes in the timestep, but the
+    linear layers of a ConvNeXt block work on its channels, and the one for the condition shifts and scales them."""
+    if site.typed("ConvNext") and isinstance(site.layer, nn.Linear):
+        return "modulation" if "cond" in site.word else "feed_forward"
     if not site.typed(r"Resnet|Res(Net|Conv|idual\w*)?Block|TemporalConvLayer"):
         return None
     if isinstance(site.layer, nn.Linear):
@@ -240,11 +243,12 @@ _WORDS = {
     "timestep_embedding": {"time", "timestep", "t", "guidance", "fps", "size", "global"},
 }
 _FIRST_PARTS = {
-    "output_head": r"(^|_)((proj|conv)_(out|to)|final_)|^(postprocess_|out_layer|(out|clf)$|controlnet_(\w+_)?blocks?$)",
+    "output_head": r"(^|_)((proj|conv)_(out|to)|final_)"
+    r"|^(postprocess_|out_layer|mlm_layer|(out|clf)$|controlnet_(\w+_)?blocks?$)",
     "input_stem": r"(^|_)(proj|conv|img)_in|^(preprocess_|x_embedder|visual_embed|input_|pos_embed)|patch_embed",
     "context_embedding": "^(controlnet|latent|embedding)_",
     "resample": "(down|up)scalers$",
-    "projection": "_mappers$",
+    "projection": "_mappers$|^project_(to|from)_",
 }
 
 

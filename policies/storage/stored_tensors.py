@@ -90,8 +90,8 @@ def require_stored(
     Raises:
         BitPolicyError: a tensor is missing or unexpected, or has another shape or dtype.
     """
-    _require_names(stored, expected)
     packed = set(exact)
+    _require_names(stored, expected, beyond=not packed)
     for name, spec in expected.items():
         found = stored[name].spec
         allowed = {spec.dtype} if name in packed or not spec.dtype.is_floating_point else {storage, torch.float32}
@@ -108,10 +108,12 @@ def _require(stored: StoredTensor, what: str, found: object, allowed: Collection
         )
 
 
-def _require_names(stored: Mapping[str, StoredTensor], expected: Mapping[str, TensorSpec]) -> None:
+def _require_names(stored: Mapping[str, StoredTensor], expected: Mapping[str, TensorSpec], beyond: bool) -> None:
+    """Refuse files that lack tensors or, unless `beyond`, hold others. A ControlNet that borrows modules of the
+    transformer, as Z-Image's does, is saved with them, and borrows them again."""
     where = next(iter(stored.values())).file.parent if stored else "the checkpoint"
     for names, verb in ((expected.keys() - stored.keys(), "lacks"), (stored.keys() - expected.keys(), "has")):
-        if names:
+        if names and not (beyond and verb == "has"):
             unexpected = " that the model does not have" if verb == "has" else ""
             raise BitPolicyError(f"{where} {verb} {len(names)} tensors{unexpected}, e.g. {min(names)}; {_AGAIN}")
 

@@ -12,6 +12,7 @@ from toy_parts import WIDTH
 from toy_recipe import IMAGE, toy_of
 from toy_transformer_pipelines import LAYERS
 
+_GLYPHS = {"negative_prompt": 'the word "red"'}  # the second text encoder reads what is in quotation marks
 _CALL: dict[str, Any] = {"num_inference_steps": 4, "height": 16, "width": 16}
 _SIZES: dict[str, Any] = {
     "num_attention_heads": 2,
@@ -88,6 +89,6 @@ def _refiner() -> dict[str, Any]:
 
 
 TOYS = [
-    toy_of("HunyuanImagePipeline", _parts, _CALL),
+    toy_of("HunyuanImagePipeline", _parts, {**_CALL, **_GLYPHS}),
     toy_of("HunyuanImageRefinerPipeline", _refiner, _CALL, extra=IMAGE),
 ]

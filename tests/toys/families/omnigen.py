@@ -8,7 +8,7 @@ import diffusers
 from toy_parts import image_vae
 from toy_recipe import toy_of
 from toy_tokenizers import gemma_tokenizer
-from toy_transformer_pipelines import LAYERS, SMALL
+from toy_transformer_pipelines import GUIDED, LAYERS
 
 
 def _parts() -> dict[str, Any]:
@@ -28,9 +28,9 @@ def _parts() -> dict[str, Any]:
             rope_scaling={"long_factor": [1.0] * 4, "short_factor": [1.0] * 4},
         ),
         "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True, num_train_timesteps=1),
-        "vae": image_vae(),
+        "vae": image_vae((4, 4, 8, 8)),
         "tokenizer": tokenizer,
     }
 
 
-TOYS = [toy_of("OmniGenPipeline", _parts, SMALL)]
+TOYS = [toy_of("OmniGenPipeline", _parts, {**GUIDED, "height": 64, "width": 64})]

@@ -97,5 +97,6 @@ TOYS = [
         _layered,
         {"num_inference_steps": 4, "true_cfg_scale": 3.0, "layers": 2, **_NEGATIVE},
         extra={"image": picture().convert("RGBA")},
+        gives_latents=False,
     ),
 ]

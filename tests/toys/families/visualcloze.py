@@ -8,7 +8,6 @@ from toy_recipe import picture, toy_of
 from toy_transformer_pipelines import READ, flux_parts
 
 _CALL: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0, **READ}
-_UPSAMPLING = {**_CALL, "upsampling_height": 16, "upsampling_width": 16}
 _GRID = {
     "task_prompt": "red, then blue",
     "content_prompt": "a heart",
@@ -22,17 +21,10 @@ def _parts() -> dict[str, Any]:
 
 TOYS = [
     toy_of("VisualClozeGenerationPipeline", _parts, _CALL, takes="nothing", extra=_GRID),
-    toy_of(
+    toy_of(  # a second loop starts from the finished pictures of the first, which has no gradients
         "VisualClozePipeline",
         _parts,
-        {**_UPSAMPLING, "upsampling_strength": 0.0},
-        takes="nothing",
-        extra=_GRID,
-    ),
-    toy_of(  # a second loop starts from the finished pictures of the first
-        "VisualClozePipeline-upsampling",
-        _parts,
-        {**_UPSAMPLING, "upsampling_strength": 0.6},
+        {**_CALL, "upsampling_height": 16, "upsampling_width": 16, "upsampling_strength": 0.6},
         takes="nothing",
         extra=_GRID,
         refused="detaches its result",
