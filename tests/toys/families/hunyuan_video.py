@@ -167,6 +167,7 @@ def _image_to_video_1_5() -> DiffusionPipeline:
 _SIZE = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 3}
 _CALL = {**_SIZE, "max_sequence_length": LENGTH, "prompt_template": {"template": "{}", "crop_start": 0}}
 _SEEN = {**_CALL["prompt_template"], "image_emb_len": 4, "image_emb_start": 2, "image_emb_end": 6}
+_BELOW_IDLE = "28.3%"  # with INT4 in the wide embedders of images and quoted words, which do nothing here: 28.7%
 _PICTURE = {"image": picture()}
 TOYS = [
     Toy(
@@ -193,13 +194,13 @@ TOYS = [
         "HunyuanVideo15Pipeline",
         reproducible(lambda: diffusers.HunyuanVideo15Pipeline(**_parts_1_5("t2v"))),
         _SIZE,
-        budget="50%",
+        budget=_BELOW_IDLE,
     ),
     Toy(
         "HunyuanVideo15ImageToVideoPipeline",
         reproducible(_image_to_video_1_5),
         {"num_frames": 5, "num_inference_steps": 3},
         extra=_PICTURE,
-        budget="50%",
+        budget=_BELOW_IDLE,
     ),
 ]
