@@ -10,6 +10,7 @@ from bitpolicy.policies.storage.atomic import write_text, written_aside
 from bitpolicy.report import decisions, sections
 from bitpolicy.report.chosen import chosen
 from bitpolicy.report.drawing import Picture
+from bitpolicy.report.explorer import asset, explorer
 from bitpolicy.report.inputs import Probed
 from bitpolicy.report.lists import Lists, make_lists
 from bitpolicy.report.page import Section, page
@@ -73,6 +74,7 @@ def make_report(folder: Path, budget: str | None = None) -> Report:
     probed = Probed.load(folder)
     lists = None if probed.table.probe in NO_IMAGE_ERROR else make_lists(probed, budget)
     found: list[Section] = [
+        explorer(probed, folder),
         sections.overview(probed, folder),
         *([] if probed.policy is None else [chosen(probed, probed.policy, folder)]),
         sections.trust(probed, folder),
@@ -92,7 +94,7 @@ def make_report(folder: Path, budget: str | None = None) -> Report:
     )
     split = probed.split
     return Report(
-        page(title, lead, found),
+        page(title, lead, found, asset("explorer.css"), asset("explorer.js")),
         tuple(picture for section in found for picture in section.pictures),
         () if split is None else tuple(claims(probed, split)),
         lists,

@@ -18,7 +18,7 @@ from bitpolicy.report.inputs import Probed
 from bitpolicy.search.budget import readable
 from bitpolicy.sensitivity.inventory import Layer
 
-_BITS = {
+COLORS = {
     2: "#882255",
     3: "#CC79A7",
     4: "#D55E00",
@@ -76,7 +76,7 @@ def policy_map(probed: Probed, formats: Mapping[str, Format]) -> Picture:
         for place, block in enumerate(shown.blocks):
             text = " of ".join(readable(nbytes).partition(",")[0] for nbytes in shown.nbytes[block])
             axes.text(len(shown.roles) + 0.1, place + 0.5, text, va="center", fontsize=7, color=FAINT)
-        handles = [Patch(color=_BITS[bits], label=label) for bits, label in labels.items()]
+        handles = [Patch(color=COLORS[bits], label=label) for bits, label in labels.items()]
         figure.legend(handles=handles, loc="lower left", ncols=columns, bbox_to_anchor=(0.0, 0.0))
 
     counts: dict[str, int] = {}
@@ -128,11 +128,11 @@ def _draw_cell(axes: Axes, column: int, row: int, formats: Sequence[Format]) -> 
     wide, high = 0.94 / across, 0.84 / rows
     for i, format in enumerate(formats):
         corner = (column + 0.03 + i % across * wide, row + 0.08 + i // across * high)
-        color = _BITS[_bits(format)]
+        color = COLORS[bits_of(format)]
         axes.add_patch(Rectangle(corner, wide, high, facecolor=color, edgecolor="white", lw=0.5))
 
 
-def _bits(format: Format) -> int:
+def bits_of(format: Format) -> int:
     """Whole bits per weight, without scales and zero points."""
     if not format.packed:
         return 16
@@ -143,7 +143,7 @@ def _labels(formats: Iterable[Format]) -> dict[int, str]:
     """Bit width -> the formats of that width, as text."""
     found: dict[int, dict[str, None]] = {}
     for format in formats:
-        found.setdefault(_bits(format), {})[format.name] = None
+        found.setdefault(bits_of(format), {})[format.name] = None
     labels = {}
     for bits in sorted(found):
         names = sorted(found[bits])

@@ -20,6 +20,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from scipy.io import wavfile
 
+from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.policies.storage.atomic import written_aside
 from bitpolicy.search.quality.psnr import Paired
 from bitpolicy.search.quality.sound import are_sounds, compared
@@ -31,6 +32,7 @@ _THINNEST, _BETWEEN = 12, 2  # pixels: the short side of a very long image, and 
 _INK, _PAPER = "#1f2328", "white"
 _FRAMES, _CHANNELS = 4, 9  # limits for a video and for an image of many channels
 _WINDOW, _RANGE = 1024, 80  # samples, dB
+OWN = "this policy"  # label of the row that a search compares
 _LONGEST = 1000  # characters of a prompt that are measured; enough to fill a cell
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -125,6 +127,31 @@ def save_comparison(path: Path, captions: Sequence[str], rows: Sequence[Row]) ->
                 draw.text((middle, top + _CELL + _LINE // 4), below, _INK, font=font, anchor="mt")
     with written_aside(path) as aside:
         sheet.save(aside, format="PNG")
+
+
+def pairs_in(path: Path) -> list[tuple[Image.Image, Image.Image]]:
+    """The cells of the reference and of the row below it, column by column, in a picture that a search saved.
+
+    The labels' width is the only one that fits the picture's: it is less than a column wider than "this policy". A
+    picture of another height has no pairs.
+
+    Raises:
+        BitPolicyError: it is not a picture.
+    """
+    try:
+        sheet = Image.open(path).convert("RGB")
+    except OSError as error:
+        raise BitPolicyError(f"cannot read {path}: {error}; run the same search again") from error
+    column, (upper, lower) = _CELL + _GAP, (2 * _LINE, 2 * _LINE + _CELL + _GAP)
+    if sheet.height < lower + column or (sheet.height - lower) % (column + _LINE):
+        return []
+    narrowest = 2 * _GAP + ceil(ImageFont.load_default(size=13).getlength(OWN))
+    left = narrowest + (sheet.width - narrowest) % column
+
+    def cell(x: int, y: int) -> Image.Image:
+        return sheet.crop((x, y, x + _CELL, y + _CELL))
+
+    return [(cell(x, upper), cell(x, lower)) for x in range(left, sheet.width, column)]
 
 
 def in_words(value: float | None, closeness: Paired) -> str:

@@ -47,7 +47,7 @@ from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.sensitivity.table_files import ModelContext, write_table
 from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 from bitpolicy.settings import Settings
-from bitpolicy.workflow.compare import Row, save_comparison, save_sounds
+from bitpolicy.workflow.compare import OWN, Row, save_comparison, save_sounds
 from bitpolicy.workflow.curve import Point, file_name, points, save_picture, save_table
 from bitpolicy.workflow.decision import (
     Decision,
@@ -284,7 +284,7 @@ class SearchRun:
             (reference, latents), (images, found) = zip(*before, strict=True), zip(*after, strict=True)
             psnr = Psnr.of(reference, images)
             rate = sampling_rate(source.pipe)
-            own = Row.of("this policy", policy.result.policy_bytes, images, reference, rate)
+            own = Row.of(OWN, policy.result.policy_bytes, images, reference, rate)
             uniform = self._searched and drawn_uniform(plan, *self._searched, policy, own, reference, self._stages)
             rows = [Row.of("original", plan.account.reference, reference), own, *([uniform[0]] if uniform else [])]
             save_comparison(self._folder / "compare.png", [sample.prompt for sample in samples], rows)

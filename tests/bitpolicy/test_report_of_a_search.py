@@ -135,7 +135,7 @@ def test_the_map_has_a_strip_for_each_layer_in_the_colour_of_its_width(
     assert probed.policy is not None
     formats = {n: c.format for n, c in probed.policy.resolve(layer.name for layer in probed.layers).items()}
     widths = Counter({"int4": 4, "int8": 8, "fp16": 16}[format.name] for format in formats.values())
-    assert strips(probed, formats, monkeypatch) == {policy_map._BITS[bits]: n for bits, n in widths.items()}
+    assert strips(probed, formats, monkeypatch) == {policy_map.COLORS[bits]: n for bits, n in widths.items()}
 
 
 def test_every_format_has_a_colour(probed: Probed, monkeypatch: pytest.MonkeyPatch) -> None:
