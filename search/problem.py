@@ -15,7 +15,7 @@ from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.format import Format
 from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.policy import Choice
-from bitpolicy.search.frontier import frontier, smallest
+from bitpolicy.search.frontier import frontier, points, smallest
 from bitpolicy.search.knapsack import Solution, solve
 from bitpolicy.sensitivity.inventory import Layer
 from bitpolicy.sensitivity.table import SensitivityTable
@@ -141,6 +141,11 @@ class Problem(PolicySpace):
         """
         limits = [budget - self.account.fixed for budget in budgets]
         return [self.spread(found) for found in frontier(self.merged(self.errors()), self.merged(self.sizes()), limits)]
+
+    def corners(self) -> list[Solution]:
+        """The corners of the convex part of the frontier, smallest first: each is exact for its own bytes, and none had
+        to be solved for."""
+        return [self.spread(found) for found in points(self.merged(self.errors()), self.merged(self.sizes()))]
 
     def smallest_within(self, error: float) -> Solution:
         """The fewest bytes whose predicted error is at most `error`.

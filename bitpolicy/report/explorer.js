@@ -23,7 +23,7 @@
     parent.append(made);
     return made;
   };
-  const whole = (number) => number.toLocaleString("en");
+  const whole = new Intl.NumberFormat("en").format;
   const size = (bytes) => {
     const [unit, name] = bytes >= 1e9 ? [1e9, "GB"] : bytes >= 1e6 ? [1e6, "MB"] : [1e3, "kB"];
     return `${(bytes / unit).toPrecision(3)} ${name}`;
@@ -141,7 +141,7 @@
   }
 
   function firstLoss() {
-    const from = `Other PSNRs are estimated from that of ${data.measured}, which was measured: twice the predicted error costs 3 dB.`;
+    const from = `Other PSNRs are estimated from that of ${data.measured}, which was measured: twice the predicted error costs 3 dB. They may be a few dB off.`;
     const lost = points.findLast((point) => point.psnr !== null && point.psnr < 40);
     if (!lost) return `By the estimate, even the smallest policy stays above 40 dB, where differences start to show. ${from}`;
     const above = points[points.indexOf(lost) + 1] ?? lost;
@@ -202,7 +202,9 @@
   const legend = put(root, "ul", { class: "legend" });
   const map = put(root, "div", { class: "map" });
   const tip = put(root, "div", { class: "tip", role: "status", hidden: "" });
-  const largest = Math.max(...layers.map((layer) => layer.parameters));
+  // Widths follow the side of a square with as many weights, and shrink if there are many layers.
+  const sides = layers.map((layer) => Math.sqrt(layer.parameters));
+  const stretch = Math.max(8 / Math.max(...sides), Math.min(60 / Math.max(...sides), 6000 / sides.reduce((a, b) => a + b)));
   let row = null;
   const cells = layers.map((layer, index) => {
     if (layer.stage !== layers[index - 1]?.stage) {
@@ -211,7 +213,7 @@
       row = put(stage, "div", { class: "cells" });
     }
     const cell = put(row, "button", { class: "cell", type: "button", tabindex: index ? -1 : 0 });
-    cell.style.width = `${20 + 60 * Math.sqrt(layer.parameters / largest)}px`;
+    cell.style.width = `${20 + stretch * sides[index]}px`;
     cell.addEventListener("pointerenter", () => showTip(index));
     cell.addEventListener("focus", () => showTip(index));
     cell.addEventListener("pointerleave", hideTip);
@@ -241,8 +243,8 @@
       const here = layers.flatMap((layer, place) => (choice(place).format === index ? [layer.bytes[index]] : []));
       const entry = put(legend, "li");
       paint(put(entry, "span", { class: "swatch" }), format);
-      const count = `${here.length} ${here.length === 1 ? "layer" : "layers"}`;
-      entry.append(`${format.name}: ${count}, ${size(here.reduce((sum, bytes) => sum + bytes, 0))}`);
+      const nbytes = here.length ? `, ${size(here.reduce((sum, bytes) => sum + bytes, 0))}` : "";
+      entry.append(`${format.name}: ${here.length} ${here.length === 1 ? "layer" : "layers"}${nbytes}`);
     });
   }
 
@@ -282,9 +284,9 @@
     { name: "stage", of: (i) => layers[i].stage },
     { name: "shape", of: (i) => layers[i].shape, by: (i) => layers[i].parameters },
     { name: "parameters", of: (i) => layers[i].parameters, show: whole },
-    { name: "format", of: (i) => formats[choice(i).format].name, by: (i) => choice(i).format },
-    { name: "bytes", of: (i) => layers[i].bytes[choice(i).format], show: whole },
-    { name: hasErrors ? "error" : "score", of: (i) => layers[i].error[choice(i).format], show: small },
+    { name: "format", of: (i) => formats[choice(i).format].name, by: (i) => choice(i).format, moves: true },
+    { name: "bytes", of: (i) => layers[i].bytes[choice(i).format], show: whole, moves: true },
+    { name: hasErrors ? "error" : "score", of: (i) => layers[i].error[choice(i).format], show: small, moves: true },
     ...formats.flatMap(({ name, packed }, place) =>
       packed ? [{ name: `as ${name}`, of: (i) => layers[i].error[place], show: small }] : [],
     ),
@@ -307,7 +309,7 @@
   });
   const lines = layers.map((_, index) => {
     const line = put(null, "tr");
-    for (const column of columns) put(line, "td", column.show ? { class: "n" } : {}, "");
+    for (const column of columns) put(line, "td", column.show ? { class: "n" } : {}, shownIn(column, index));
     return { line, index };
   });
   find.addEventListener("input", drawRows);
@@ -331,18 +333,28 @@
     return sorted.falling ? -order : order;
   }
 
+  function shownIn({ of, show }, index) {
+    const value = of(index);
+    return value === null ? "" : show ? show(value) : value;
+  }
+
+  // What follows the slider.
+  function drawChoices() {
+    columns.forEach((column, place) => {
+      if (!column.moves) return;
+      for (const { line, index } of lines) line.cells[place].textContent = shownIn(column, index);
+    });
+    drawRows();
+  }
+
   function drawRows() {
     const text = find.value.trim().toLowerCase();
     const wanted = ({ name, role: own }) => name.toLowerCase().includes(text) && (!role.value || own === role.value);
     const shown = lines.filter(({ index }) => wanted(layers[index]));
     if (sorted.column) shown.sort(compare);
-    for (const { line, index } of shown) {
-      columns.forEach(({ of, show }, place) => {
-        const value = of(index);
-        line.cells[place].textContent = value === null ? "" : show ? show(value) : value;
-      });
+    if (shown.length !== body.rows.length || shown.some(({ line }, place) => body.rows[place] !== line)) {
+      body.replaceChildren(...shown.map(({ line }) => line));
     }
-    body.replaceChildren(...shown.map(({ line }) => line));
     found.textContent = `${shown.length} of ${layers.length} layers`;
   }
 
@@ -394,7 +406,7 @@
     drawFacts();
     drawVerdict();
     drawMap();
-    drawRows();
+    drawChoices();
     hideTip();
   }
 

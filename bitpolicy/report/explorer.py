@@ -38,8 +38,9 @@ from bitpolicy.report.page import Section, paragraph, table
 from bitpolicy.report.policy_map import COLORS, bits_of
 from bitpolicy.search.budget import readable
 from bitpolicy.search.problem import Problem
+from bitpolicy.sensitivity.table import NO_IMAGE_ERROR
 from bitpolicy.workflow.compare import pairs_in
-from bitpolicy.workflow.curve import Point, points
+from bitpolicy.workflow.curve import Point, quick_points
 
 POINTS = 40
 _STEADY_DB = 40.0  # of several measured policies, the one nearest to this is extrapolated from
@@ -75,10 +76,13 @@ def explorer(probed: Probed, folder: Path) -> Section:
     curve = _curve(probed, own)
     measured = _measured(probed, own, folder)
     data = json.dumps(_data(probed, curve, own, measured, folder), separators=(",", ":"), allow_nan=False)
-    lead = (
-        "The best policy at each size, solved exactly from the sensitivity table. Errors are predictions: sums of "
-        "the errors of the layers, each quantized alone."
+    ranked = probed.table.probe in NO_IMAGE_ERROR
+    how = (
+        "Scores rank the layers; they are no errors of the image."
+        if ranked
+        else "Its predicted error is the sum of its layers'."
     )
+    lead = f"The best policy at each size, solved exactly from the sensitivity table. {how}"
     body = [
         paragraph(lead),
         '<div class="explorer"></div>',
@@ -110,7 +114,7 @@ def _curve(probed: Probed, own: Point | None) -> list[Point]:
     formats = (*probed.table.formats, FP16)
     account = probed.account
     problem = Problem(probed.layers, formats, account, table=probed.table, budget=account.reference)
-    solved = [p for p in points(problem, account, POINTS) if own is None or p.choices != own.choices]
+    solved = [p for p in quick_points(problem, account, POINTS) if own is None or p.choices != own.choices]
     return sorted([*solved, *([] if own is None else [own])], key=lambda point: point.nbytes)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,10 @@ from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.policy import Choice
 from bitpolicy.policies.storage.atomic import write_text, written_aside
 from bitpolicy.report.drawing import picture
+from bitpolicy.search.knapsack import Solution
 from bitpolicy.search.problem import Problem
+
+_PLENTY = 10  # corners for each point, so that a corner is close to every budget
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,26 @@ def points(problem: Problem, account: ByteAccount, count: int) -> list[Point]:
     Args:
         account: byte account of the checkpoint.
     """
-    budgets = np.linspace(problem.smallest, problem.account.reference, count).astype(np.int64).tolist()
+    return _points(problem, account, problem.frontier(_budgets(problem, count)))
+
+
+def quick_points(problem: Problem, account: ByteAccount, count: int) -> list[Point]:
+    """The same at once, if the frontier has plenty of corners: for each budget, the largest corner within it, which is
+    exact for its own bytes. With few corners, the problem is small, and each budget is solved for."""
+    corners = problem.corners()
+    if len(corners) < _PLENTY * count:
+        return points(problem, account, count)
+    sizes = [problem.account.fixed + corner.nbytes for corner in corners]
+    return _points(problem, account, [corners[bisect_right(sizes, b) - 1] for b in _budgets(problem, count)])
+
+
+def _budgets(problem: Problem, count: int) -> list[int]:
+    return np.linspace(problem.smallest, problem.account.reference, count).astype(np.int64).tolist()
+
+
+def _points(problem: Problem, account: ByteAccount, solutions: Sequence[Solution]) -> list[Point]:
     found: dict[int, Point] = {}
-    for solution in problem.frontier(budgets):
+    for solution in solutions:
         choices = problem.choices(solution)
         formats = {name: choice.format for name, choice in choices.items()}
         nbytes = account.total(formats)

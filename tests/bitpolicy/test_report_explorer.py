@@ -13,16 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image, ImageChops
 
 from bitpolicy.kernels.errors import BitPolicyError
 from bitpolicy.kernels.formats.named import FP16, format_named
+from bitpolicy.policies.accounting import ByteAccount
 from bitpolicy.policies.policy import Policy
 from bitpolicy.report.document import make_report
 from bitpolicy.report.explorer import POINTS, Measured, _format_records, explorer
 from bitpolicy.report.inputs import Probed
 from bitpolicy.search.problem import Problem
+from bitpolicy.sensitivity.inventory import Layer
+from bitpolicy.sensitivity.table import SensitivityTable
 from bitpolicy.workflow.compare import pairs_in
+from bitpolicy.workflow.curve import points, quick_points
 
 CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
 
@@ -75,6 +80,28 @@ def test_the_points_are_the_exact_solutions_and_the_policy(data: dict[str, Any],
     assert probed.policy is not None
     resolved = probed.policy.resolve(layer.name for layer in probed.layers)
     assert formats_at(data, data["own"]) == {name: choice.format.name for name, choice in resolved.items()}
+
+
+def large(layers: int) -> Problem:
+    """Layers of one shape, with errors spread over four decades."""
+    inventory = [Layer(f"layer.{i}", "Linear", (64, 64), False, "conv", "early") for i in range(layers)]
+    account = ByteAccount(torch.float16, {one.name: one.shape for one in inventory}, 1000, 4096 * layers)
+    ten = 10 ** (-9 + 4 * torch.rand(layers, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    error, formats = ten * torch.tensor([1, 0.01]), (format_named("int4"), format_named("int8"))
+    table = SensitivityTable("adjoint", tuple(account.shapes), formats, error, torch.zeros_like(error).bool())
+    return Problem(inventory, (*formats, FP16), account, table=table, budget=account.reference)
+
+
+@pytest.mark.parametrize("layers", [20, 150])
+def test_quick_points_are_exact_for_their_own_bytes(layers: int) -> None:
+    problem = large(layers)
+    quick = quick_points(problem, problem.account, 20)
+    solved = points(problem, problem.account, 20)
+    assert abs(len(quick) - len(solved)) <= 1
+    for point in quick:
+        assert point.error == pytest.approx(problem.solve(budget=point.nbytes).error, rel=1e-3)
+    nearest = [min(abs(point.nbytes - other.nbytes) for other in solved) for point in quick]
+    assert max(nearest) < 0.02 * problem.account.reference
 
 
 def test_a_layer_has_its_bytes_and_error_in_every_format(data: dict[str, Any], probed: Probed) -> None:
