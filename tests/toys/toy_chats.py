@@ -1,4 +1,4 @@
-"""Language models that serve as text encoders, two layers each, with their tokenizers and processors: a byte a token."""
+"""Language models that serve as text encoders, two layers each, with tokenizers and processors: a byte a token."""
 
 from __future__ import annotations
 

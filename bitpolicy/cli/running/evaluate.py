@@ -29,7 +29,7 @@ from bitpolicy.sensitivity.trajectory.trajectories import Trajectories
 from bitpolicy.workflow.compare import Row, save_comparison, save_sounds
 from bitpolicy.workflow.decision import networks_for
 from bitpolicy.workflow.plan import default_call, warn_of_idle_arguments
-from bitpolicy.workflow.search_run import swapped_components
+from bitpolicy.workflow.swapped import swapped_components
 
 _SEED = 9_000_000_000  # far from the seeds of every search
 
