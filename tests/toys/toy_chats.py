@@ -17,6 +17,9 @@ from transformers import (
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
     Qwen3Config,
+    Qwen3VLConfig,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
 )
 
 VISION_TOKENS = {  # of the models that read pictures: name in the config -> text
@@ -32,6 +35,7 @@ _CHAT = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+_THREE_AXES = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
 
 
 def chat_tokenizer(*more: str) -> Qwen2Tokenizer:
@@ -80,11 +84,7 @@ def qwen3_sizes(tokenizer: PreTrainedTokenizerBase) -> Qwen3Config:
 
 def qwen_vl_text_encoder(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5_VLForConditionalGeneration:
     """Qwen 2.5 VL, which also reads pictures."""
-    ids = dict(zip(VISION_TOKENS, tokenizer.convert_tokens_to_ids(list(VISION_TOKENS.values())), strict=True))
-    text = {
-        **language_sizes(tokenizer),
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
-    }
+    text = {**language_sizes(tokenizer), **_THREE_AXES}
     del text["head_dim"]
     vision = {
         "depth": 2,
@@ -95,4 +95,36 @@ def qwen_vl_text_encoder(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5_VLForCon
         "fullatt_block_indexes": [1],
         "initializer_range": 0.2,
     }
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids))
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision, **_vision_ids(tokenizer))
+    )
+
+
+def qwen3_vl_sizes(tokenizer: PreTrainedTokenizerBase, layers: int = 2) -> Qwen3VLConfig:
+    """Of Qwen 3 VL, which also reads pictures."""
+    vision = {
+        "depth": 2,
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_heads": 2,
+        "out_hidden_size": WIDTH,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+    }
+    text = {**language_sizes(tokenizer), **_THREE_AXES, "num_hidden_layers": layers}
+    return Qwen3VLConfig(text_config=text, vision_config=vision, **_vision_ids(tokenizer))
+
+
+def qwen3_vl_processor(tokenizer: Qwen2Tokenizer) -> Qwen3VLProcessor:
+    """It makes one token of a small picture."""
+    size = {"shortest_edge": 32 * 32, "longest_edge": 32 * 32}
+    return Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=size, patch_size=16),
+        tokenizer=tokenizer,
+        video_processor=Qwen3VLVideoProcessor(),
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def _vision_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    return dict(zip(VISION_TOKENS, tokenizer.convert_tokens_to_ids(list(VISION_TOKENS.values())), strict=True))
