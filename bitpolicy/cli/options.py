@@ -50,11 +50,12 @@ class CallOptions:
             BitPolicyError: one of `call` is not NAME=VALUE, or a number is not finite.
         """
         named = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
-        call = {**named, **dict(map(_named_value, self.call or ()))}
+        given = {name: value for name, value in named.items() if value is not None}
+        call = {**given, **dict(map(_named_value, self.call or ()))}  # null included, which is not every default
         for name, value in call.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise BitPolicyError(f"{name} is {value}; give a number")
-        return {name: value for name, value in call.items() if value is not None}
+        return call
 
 
 @dataclass(frozen=True, kw_only=True)

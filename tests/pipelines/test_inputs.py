@@ -482,6 +482,7 @@ def test_call_options_are_read_as_json_if_possible_and_else_as_text() -> None:
         "sizes": [1, 2],
         "formula": "a=b",
         "empty": "",
+        "nothing": None,
         "quoted": "7",
     }
 
