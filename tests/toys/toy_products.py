@@ -52,6 +52,8 @@ SHAPES: dict[str, Shape] = {
     "conv3d": Shape((1, 16, 3, 6, 5), (7, 16, 3, 3, 3), _slides(3, padding=1)),
     "conv3d 1x3x3": Shape((2, 32, 3, 5, 5), (8, 32, 1, 3, 3), Geometry((1, 2, 2), (0, 1, 1), (1, 1, 1))),
 }
+TRIED = list(SHAPES)
+"""Shapes whose products are compared; fewer in an interpreter."""
 
 DTYPES_OF: dict[str, tuple[torch.dtype, ...]] = dict.fromkeys(SHAPES, (torch.float32, torch.float16, torch.bfloat16))
 """Dtypes of the input of each shape; `interpreted_triton`, where a product takes seconds, leaves fewer."""
