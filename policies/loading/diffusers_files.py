@@ -122,7 +122,7 @@ def skeleton(class_name: str, config: Path | Mapping[str, Any], library: str = "
         BitPolicyError: there is no such class, it is not a model, or the config does not belong to it.
     """
     kind: Any = found_class(library, str(class_name)) or getattr(diffusers, str(class_name), None)
-    if not isinstance(kind, type) or diffusers.ModelMixin not in kind.__mro__:
+    if diffusers.ModelMixin not in getattr(kind, "__mro__", ()):
         raise BitPolicyError(
             f"diffusers {diffusers.__version__} has no model {class_name}; load the pipeline and export it "
             "from memory: bitpolicy.export(pipe, policy, folder)"
