@@ -7,7 +7,6 @@ packed layer, passes them to the exporter, and writes the result to its place in
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +17,7 @@ from bitpolicy.policies.exporters.exporter import Layer, Source
 from bitpolicy.policies.finite import require_finite
 from bitpolicy.policies.storage.disk_space import require_space
 from bitpolicy.policies.storage.safetensors_writer import SafetensorsWriter
+from bitpolicy.policies.storage.tensor_writer import TensorWriter
 
 
 class Translation(Protocol):
@@ -32,18 +32,11 @@ class Translation(Protocol):
         """Those tensors, made from bitpolicy's own, by suffix."""
 
 
-class Writer(AbstractContextManager["Writer"], Protocol):
-    """A file that takes one tensor at a time."""
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one of the tensors that the file was made for."""
-
-
 def write_translated(
     source: Source,
     path: Path,
     translation: Translation,
-    writer: Callable[[Path, Mapping[str, TensorSpec]], Writer] = SafetensorsWriter,
+    writer: Callable[[Path, Mapping[str, TensorSpec]], TensorWriter] = SafetensorsWriter,
 ) -> int:
     """Write every tensor of `source`, with packed layers translated, and return the tensor bytes.
 

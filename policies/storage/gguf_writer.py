@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 
 from bitpolicy.kernels.formats.format import TensorSpec
-from bitpolicy.policies.identity import tensor_bytes
+from bitpolicy.policies.storage.tensor_writer import TensorWriter
 
 _ALIGNMENT = 32  # bytes; GGUF's default
 _TYPES = {
@@ -30,7 +29,7 @@ _TYPES = {
 }
 
 
-class GgufWriter:
+class GgufWriter(TensorWriter):
     """A file of the tensors in `specs`, each written once by `write`, in any order.
 
     Args:
@@ -53,41 +52,22 @@ class GgufWriter:
     ) -> None:
         import gguf
 
-        self._specs = dict(specs)
         header: Any = gguf.GGUFWriter(path, architecture)
         header.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in sorted(metadata.items()):
             header.add_string(key, value)
-        end, self._starts = 0, {}
-        for name, spec in self._specs.items():
+        end, starts = 0, {}
+        for name, spec in specs.items():
             kind = gguf.GGMLQuantizationType[types.get(name) or _TYPES[spec.dtype]]
             stored: Any = np.uint8 if name in types else np.float32  # only bytes are turned into numbers of weights
             header.add_tensor_info(name, spec.shape, np.dtype(stored), spec.nbytes, raw_dtype=kind)
-            self._starts[name] = end
+            starts[name] = end
             end += header.ggml_pad(spec.nbytes, _ALIGNMENT)
         header.write_header_to_file()
         header.write_kv_data_to_file()
         header.write_ti_data_to_file()
         header.close()
-        self._file = path.open("r+b")
-        self._data = header.ggml_pad(path.stat().st_size, _ALIGNMENT)
-        self._file.truncate(self._data + end)
-        self._missing = set(self._specs)
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        spec = self._specs[name]
-        if (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
-            raise ValueError(f"{name}: got {tensor.dtype} {tuple(tensor.shape)}, needed {spec.dtype} {spec.shape}")
-        self._file.seek(self._data + self._starts[name])
-        self._file.write(tensor_bytes(tensor))
-        self._missing.discard(name)
-
-    def __enter__(self) -> GgufWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-        if kind is None and self._missing:
-            raise ValueError(f"{len(self._missing)} tensors were not written, e.g. {min(self._missing)}")
+        data = header.ggml_pad(path.stat().st_size, _ALIGNMENT)
+        file = path.open("r+b")
+        file.truncate(data + end)
+        super().__init__(specs, {name: data + start for name, start in starts.items()}, file)

@@ -12,12 +12,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
 from bitpolicy.kernels.formats.format import TensorSpec
-from bitpolicy.policies.identity import checksum, tensor_bytes
+from bitpolicy.policies.identity import checksum
+from bitpolicy.policies.storage.tensor_writer import TensorWriter
 
 DTYPE_NAMES = {  # in the order of safetensors' own writer, which keeps each tensor aligned
     torch.uint64: "U64",
@@ -44,7 +44,7 @@ NAMED_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _PLACES = {dtype: place for place, dtype in enumerate(DTYPE_NAMES)}
 
 
-class SafetensorsWriter:
+class SafetensorsWriter(TensorWriter):
     """A file of the tensors in `specs`, each written once by `write`, in any order.
 
     Args:
@@ -58,42 +58,24 @@ class SafetensorsWriter:
     """
 
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
-        self._specs = dict(sorted(specs.items(), key=lambda item: (_PLACES[item[1].dtype], item[0])))
+        ordered = dict(sorted(specs.items(), key=lambda item: (_PLACES[item[1].dtype], item[0])))
         header: dict[str, object] = {"__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))}
-        end = 0
-        self._starts = {}
-        for name, spec in self._specs.items():
-            self._starts[name] = end
+        end, starts = 0, {}
+        for name, spec in ordered.items():
+            starts[name] = end
             end += spec.nbytes
             header[name] = {
                 "dtype": DTYPE_NAMES[spec.dtype],
                 "shape": list(spec.shape),
-                "data_offsets": [self._starts[name], end],
+                "data_offsets": [starts[name], end],
             }
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
-        self._file = path.open("wb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
-        self._data = self._file.tell()
-        self._missing = set(self._specs)
+        file = path.open("wb")
+        file.write(len(text).to_bytes(8, "little") + text)
+        data = file.tell()
+        super().__init__(ordered, {name: data + start for name, start in starts.items()}, file)
         self.checksums: dict[str, str] = {}
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        spec = self._specs[name]
-        if (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
-            raise ValueError(f"{name}: got {tensor.dtype} {tuple(tensor.shape)}, needed {spec.dtype} {spec.shape}")
-        self._file.seek(self._data + self._starts[name])
-        data = tensor_bytes(tensor)
-        self._file.write(data)
-        self.checksums[name] = checksum(data)
-        self._missing.discard(name)
-
-    def __enter__(self) -> SafetensorsWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-        if kind is None and self._missing:
-            raise ValueError(f"{len(self._missing)} tensors were not written, e.g. {min(self._missing)}")
+        self.checksums[name] = checksum(self._written(name, tensor))
