@@ -25,6 +25,7 @@ from bitpolicy.policies.components import asked_components
 from bitpolicy.policies.exporters.targets import exporter_named
 from bitpolicy.policies.exporters.tied import tied_layers
 from bitpolicy.policies.measured_compute import measured_compute
+from bitpolicy.policies.policy import Policy
 from bitpolicy.search.budget import Budget, Scope, read, read_bytes
 from bitpolicy.search.constraints import joined, not_held, pinned, require_one_pin, shared_qkv
 from bitpolicy.search.problem import PolicySpace, Problem
@@ -64,7 +65,8 @@ class Plan:
         barred: (layer name, format) that the program it is exported to cannot hold.
         bundled: whether it is the pipeline that comes with the package.
         program: the one that it is exported to, if it is another.
-        given: layer name -> choice of the policy whose formats are taken; empty if they are searched.
+        base: the policy whose formats are taken, made for another model; None if they are searched.
+        given: layer name -> its choice; empty if there is none.
     """
 
     source: Source
@@ -80,6 +82,7 @@ class Plan:
     barred: frozenset[tuple[str, Format]] = frozenset()
     bundled: bool = False
     program: str | None = None
+    base: Policy | None = None
     given: Mapping[str, Choice] = field(default_factory=dict)
 
     @property
@@ -191,7 +194,8 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
     layers = inventory(source.target)
     warn_of_unsupported(source.target)
     account = ByteAccount.of(source.target, source.storage)
-    given = {} if settings.policy is None else transferred(settings.policy, source.target, account)
+    base = None if settings.policy is None else Policy.load(settings.policy)
+    given = {} if base is None else transferred(base, str(settings.policy), source.target, account)
     useful = useful_formats(source.target, parse_formats(settings.formats), source.storage)
     kept = formats_of(given) or pinned(settings.keep, layers)
     if given:
@@ -232,6 +236,7 @@ def make_plan(settings: Settings, source: Source | None = None) -> Plan:
         barred=_barred(settings.target, layers, formats, kept, merged),
         bundled=bundled,
         program=settings.target,
+        base=base,
         given=given,
     )
     plan.require_budget(plan.smallest)

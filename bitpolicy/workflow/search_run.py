@@ -115,8 +115,8 @@ class SearchRun:
                 found = reaching_target(settings, plan, problem, generations, self._stages)
             else:
                 found = within_budget(settings, plan, problem, generations, self._folder, self._stages)
-            if settings.policy is not None:
-                found = self._as_given(found, settings.policy)
+            if plan.base is not None:
+                found = self._as_given(found, plan.base.model)
         self.calibration = self._measured.needed_for(found.choices).stamped(plan.source.sha256)
         save_calibration(self.calibration, self._folder / "calibration.safetensors")
         formats = [found.choices[layer.name].format for layer in plan.layers]
@@ -124,11 +124,10 @@ class SearchRun:
         predicted = problem.table.additive_error(formats)
         return self._saved(self._policy(found.choices, predicted, about, self.calibration))
 
-    def _as_given(self, found: Decision, path: str) -> Decision:
+    def _as_given(self, found: Decision, model: ModelReference) -> Decision:
         """The formats and bias corrections of the given policy. No single format is drawn for comparison, because no
         layer could have another."""
         self._searched = None
-        model = Policy.load(path).model
         about = {"won": f"the formats of the policy for {model.id}", "from": model.model_dump(exclude_defaults=True)}
         return Decision(corrected_as(self._plan.given, found.choices), about)
 
@@ -326,7 +325,7 @@ def run_search(settings: Settings, plan: Plan, output: OutputFolder, stages: Sta
         "compute": policy.compute,
         "psnr_db": found.psnr.as_dict(),
         **({} if found.uniform is None else {"uniform": found.uniform}),
-        **({} if settings.policy is None else {"given_policy": _measured_there(settings.policy)}),
+        **({} if plan.base is None else {"given_policy": _measured_there(plan.base)}),
         "quality": found.quality,
         **curve,
         "seconds": stages.seconds,
@@ -336,9 +335,8 @@ def run_search(settings: Settings, plan: Plan, output: OutputFolder, stages: Sta
     return result
 
 
-def _measured_there(path: str) -> dict[str, Any]:
+def _measured_there(policy: Policy) -> dict[str, Any]:
     """What the given policy has in the model that it was made for."""
-    policy = Policy.load(path)
     return {"model": policy.model.id, "psnr_db": None if policy.result is None else policy.result.psnr_db}
 
 

@@ -48,13 +48,15 @@ def for_transfer(settings: Settings) -> Settings:
     return replace(settings, component=component, probe="weight", trials=0)
 
 
-def transferred(path: str | Path, target: Target, account: ByteAccount) -> dict[str, Choice]:
+def transferred(policy: Policy, path: str | Path, target: Target, account: ByteAccount) -> dict[str, Choice]:
     """The choice for every layer of `target`, from the policy of another model with the same layers.
+
+    Args:
+        path: of its file, for messages.
 
     Raises:
         PolicyError: the other model has another class, other layers, or layers of other shapes.
     """
-    policy = Policy.load(path)
     theirs = (policy.model.components, from_text(policy.model.class_name))
     if theirs != (target.names, target.class_names):
         raise PolicyError(
