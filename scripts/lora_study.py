@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,13 +20,11 @@ from typing import Any
 import scenes
 import torch
 from denoiser_training import train_epsilon
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import nn
-from training_stage import Workshop, text_encoder
-from transfer_study import BASE, OTHER
+from transfer_study import BASE, on_other_pictures
 
 import bitpolicy
 from bitpolicy.kernels.formats.named import format_named
@@ -109,19 +106,10 @@ def trained(work: Path, steps: int) -> Path:
     file = work / "pytorch_lora_weights.safetensors"
     if file.exists():
         return file
-    torch.manual_seed(0)
-    random.seed(0)
-    scenes.EMOJI.update(OTHER)
-    shop = Workshop(work, "cpu", BASE)
-    unet, text = UNet2DConditionModel.from_pretrained(BASE / "unet", torch_dtype=torch.float32), text_encoder(shop)
-    unet.set_attn_processor(AttnProcessor())
+    shop, unet, predict = on_other_pictures(work)
     unet.requires_grad_(False)
     unet.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=TARGETS))
     adapter = nn.ParameterList([parameter for parameter in unet.parameters() if parameter.requires_grad])
-
-    def predict(x: torch.Tensor, t: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
-        return unet(x, t, encoder_hidden_states=text(prompts)[0]).sample
-
     train_epsilon(shop, "lora", adapter, predict, steps, 3e-3, batch=32)
     StableDiffusionPipeline.save_lora_weights(work, unet_lora_layers=get_peft_model_state_dict(unet))
     return file

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import scenes
 import torch
-from denoiser_training import train_epsilon
+from denoiser_training import Predict, train_epsilon
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from train_reference import Run
@@ -100,6 +100,17 @@ def fine_tune(work: Path, steps: int) -> Path:
     folder = work / "fine-tune"
     if folder.exists():
         return folder
+    shop, unet, predict = on_other_pictures(work)
+    train_epsilon(shop, "fine-tune", unet, predict, steps, 3e-4, batch=32)
+    Run(work / "fine-tune.pt", unet, 0.0, 0).ema.copy_to(unet.parameters())
+    pipe = StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=torch.float16)
+    pipe.unet.load_state_dict(unet.half().state_dict())
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def on_other_pictures(work: Path) -> tuple[Workshop, UNet2DConditionModel, Predict]:
+    """Other pictures for the same words, a copy of the base model's U-Net to train on them, and its prediction."""
     torch.manual_seed(0)
     random.seed(0)
     scenes.EMOJI.update(OTHER)
@@ -110,12 +121,7 @@ def fine_tune(work: Path, steps: int) -> Path:
     def predict(x: torch.Tensor, t: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
         return unet(x, t, encoder_hidden_states=text(prompts)[0]).sample
 
-    train_epsilon(shop, "fine-tune", unet, predict, steps, 3e-4, batch=32)
-    Run(work / "fine-tune.pt", unet, 0.0, 0).ema.copy_to(unet.parameters())
-    pipe = StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=torch.float16)
-    pipe.unet.load_state_dict(unet.half().state_dict())
-    pipe.save_pretrained(folder)
-    return folder
+    return shop, unet, predict
 
 
 def searched(work: Path, name: str, model: Path, size: str, images: int, *aim: str) -> dict[str, Any]:
